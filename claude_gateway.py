@@ -1,0 +1,5747 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the Claude Gateway authors
+"""Claude for every tool that speaks OpenAI.  One file, standard library only.
+
+    python3 claude_gateway.py start      serve http://localhost:45554/v1
+    python3 claude_gateway.py login      sign in with a Claude account, once
+    python3 claude_gateway.py --help     everything else
+
+One request on its way:
+
+    Handler.handle_one_request             bytes -> a checked request, look up the endpoint
+      chat_completions                       the endpoint: the only place that sees both APIs
+        messages_request_from_chat             chat completion request -> Messages request  (pure)
+        Upstream.messages                      the one call to Claude, always asked for as a stream
+        EventDecoder.feed                      event-stream bytes -> events                 (pure)
+        ChatStream.feed                        events -> chunks                             (pure)
+        chat_completion_from_message           or: the assembled message -> chat completion (pure)
+    Handler._send_failure                  any error, in OpenAI's shape
+
+Rooms, in order, each using only those above it: Configuration, Errors, Models, Requests, Replies,
+Streams, Memory, Credentials, Upstream, Image fetching, Endpoints, HTTP server, Simulated upstream,
+Command line.
+"""
+from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
+
+import argparse
+import base64
+import calendar
+import collections
+import contextlib
+import dataclasses
+import difflib
+import email.utils
+import errno
+import functools
+import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+# ---- Configuration -----------------------------------------------------------------------------------
+# Fixed addresses, versions and limits.  A number stands here with the reason for it, or not at all.
+
+VERSION = "0.1.0"
+USER_AGENT = "claude-gateway/" + VERSION
+LOG = logging.getLogger("claude_gateway")
+LOG.addHandler(logging.NullHandler())           # as a library: silent until the program asks
+
+DEFAULT_PORT = 45554
+DEFAULT_BASE_URL = "https://api.anthropic.com"
+ANTHROPIC_VERSION = "2023-06-01"                # on purpose: 2026-10-21 refuses temperature on every model
+
+# The sign-in with a Claude account (Pro, Max, Team).  There is no registration for third-party programs, so
+# this is the public client id of Claude Code, with the page that shows its code for pasting.  The README and
+# `login` say so, and say what Anthropic's terms think of it.
+OAUTH_CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
+OAUTH_AUTHORIZE_URL = "https://claude.ai/oauth/authorize"
+OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
+OAUTH_REDIRECT_URI = "https://platform.claude.com/oauth/code/callback"
+OAUTH_SCOPES = "user:inference user:profile"
+OAUTH_BETA = "oauth-2025-04-20"                 # the API takes no OAuth token without this beta header
+# Tokens of a subscription login are known to be refused unless the system prompt begins with this sentence in
+# a block of its own.  It is sent with such tokens only, and is the one thing we say that is not the client's.
+OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
+
+REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
+LOCK_PATIENCE = 30                              # seconds to wait for another process that refreshes
+REFRESH_BACKOFF = 2                             # seconds between attempts while the sign-in endpoint fails
+
+MAX_BODY = 40_000_000                           # bytes, raw and decoded: Claude's 32 MB plus JSON overhead
+MAX_UPSTREAM_BODY = 32_000_000                  # bytes: what the Messages API accepts
+MAX_BODIES = 400_000_000                        # bytes of all request bodies in flight together
+MAX_BRACKETS = 1_000_000                        # a body of nothing but brackets costs 60 times its size
+MAX_NESTING = 200                               # below the recursion limit of every Python, with room to spare
+MAX_DIGITS = 400                                # no number of either API is longer; int() is quadratic
+MAX_HEAD = 65_536                               # bytes of request line and headers together
+MAX_HEADERS = 100                               # header lines
+MAX_REQUESTS = 2_000                            # at once; beyond: 503
+MAX_CONNECTIONS = 4_000                         # at once, idle ones included; each holds a thread
+BACKLOG = 1_024                                 # connections the system queues while we accept; the default is 5
+
+IDLE_TIMEOUT = 75                               # seconds a kept-alive connection may stay silent
+HEAD_TIMEOUT = 30                               # seconds for a whole request head
+BODY_TIMEOUT = 60                               # seconds between two reads of a body
+WRITE_TIMEOUT = 60                              # seconds a client may refuse to read
+KEEPALIVE_INTERVAL = 10                         # seconds of silence before a stream gets a comment line
+SHUTDOWN_GRACE = 30                             # seconds that running requests get to finish
+CONNECT_TIMEOUT = 10                            # seconds
+UPSTREAM_SILENCE = 300                          # seconds without a byte from Claude (its pings count)
+LONGEST_RETRY_AFTER = 5                         # seconds: a longer wait is left to the client
+RETRY_PAUSE = 0.5                               # seconds before our one retry when nobody names a time
+POOL_SIZE = 32                                  # idle upstream connections that are kept
+POOL_AGE = 50                                   # seconds: servers and middleboxes drop idle ones at 60
+TOKEN_TIMEOUT = 30                              # seconds for one call of the sign-in endpoint
+MODELS_TIMEOUT = 10                             # seconds for the upstream's model list
+MODELS_LIFETIME = 3_600                         # seconds that a fetched model list stays good
+MODELS_PATIENCE = 3                             # seconds that a first request waits for that list
+REQUEST_ID_HEADER = "x-request-id"
+CHANGES_HEADER = "x-claude-gateway-changes"
+HOP_HEADER = "x-claude-gateway-hop"             # carries the ids of the gateways a request went through
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a gateway is told from outside; `config_from` reads it from flags and environment."""
+    host: str = "localhost"
+    port: int = DEFAULT_PORT
+    api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    verbose: bool = False
+    minimal: bool = False
+    quiet: bool = False
+    log_format: str = "text"
+    auth: str = "auto"
+    token_file: str = ""
+    alias: Tuple[Tuple[str, str], ...] = ()
+    allow_host: Tuple[str, ...] = ()
+    cors_origin: Tuple[str, ...] = ()
+    relax_x509: bool = False
+    no_cache: bool = False
+    strict: bool = False
+    demo: bool = False
+    base_url: str = DEFAULT_BASE_URL
+    token_url: str = OAUTH_TOKEN_URL
+    anthropic_api_key: str = dataclasses.field(default="", repr=False)
+    anthropic_auth_token: str = dataclasses.field(default="", repr=False)
+    claude_code_oauth_token: str = dataclasses.field(default="", repr=False)
+    https_proxy: str = dataclasses.field(default="", repr=False)
+    no_proxy: str = ""
+    ca_file: str = ""
+
+    def secrets(self) -> list[str]:
+        """Every secret in here, for the log's redaction."""
+        proxy = urllib.parse.urlsplit(self.https_proxy)
+        return [*self.api_key, self.anthropic_api_key, self.anthropic_auth_token, self.claude_code_oauth_token,
+                proxy.password or ""]
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a host name or address literal means this machine."""
+    host = host.strip("[]").rstrip(".").lower()
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# ---- Errors ------------------------------------------------------------------------------------------
+# Raised anywhere, rendered once (Handler._send_failure).  Each class carries what the client should learn.
+
+
+class GatewayError(Exception):
+    """Something the client should be told, in OpenAI's terms."""
+    status: int = 500
+    kind: str = "server_error"
+    code: Optional[str] = None
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None,
+                 headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code or self.code
+        self.headers = headers or {}
+
+    def body(self) -> dict:
+        """The error envelope of OpenAI's API reference."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(GatewayError):
+    status, kind = 400, "invalid_request_error"
+
+
+class InvalidKey(GatewayError):
+    status, kind, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class CredentialNeeded(GatewayError):
+    """The gateway's own credential is missing or dead: only its owner can mend that, no retry can."""
+    status, kind, code = 401, "authentication_error", "upstream_authentication"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})
+
+
+class Forbidden(GatewayError):
+    status, kind = 403, "permission_error"
+
+
+class NotFound(GatewayError):
+    status, kind, code = 404, "invalid_request_error", "unknown_url"
+
+
+class ModelNotFound(GatewayError):
+    status, kind, code = 404, "invalid_request_error", "model_not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    status, kind, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class RequestTimeout(GatewayError):
+    status, kind, code = 408, "invalid_request_error", "request_timeout"
+
+
+class TooLarge(GatewayError):
+    status, kind, code = 413, "invalid_request_error", "request_too_large"
+
+
+class UnsupportedEncoding(GatewayError):
+    status, kind, code = 415, "invalid_request_error", "unsupported_encoding"
+
+
+class UpgradeRequired(GatewayError):
+    status, kind, code = 426, "invalid_request_error", "upgrade_required"
+
+
+class HeadTooLarge(GatewayError):
+    status, kind, code = 431, "invalid_request_error", "request_header_fields_too_large"
+
+
+class UnsupportedTransfer(GatewayError):
+    status, kind, code = 501, "invalid_request_error", "unsupported_transfer_encoding"
+
+
+class UpstreamFault(GatewayError):
+    """Claude's API could not be reached, or broke off, or said something that is not its protocol."""
+    status, kind, code = 502, "server_error", "upstream_error"
+    may_pass = False                            # whether a second attempt may succeed
+
+
+class Busy(GatewayError):
+    status, kind, code = 503, "server_error", "gateway_busy"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"retry-after": "1"})
+
+
+class UpstreamTimeout(UpstreamFault):
+    status, code = 504, "timeout"
+
+
+class LoopDetected(GatewayError):
+    status, kind, code = 508, "server_error", "loop_detected"
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody is left to tell."""
+
+
+# What an error of the Messages API is for an OpenAI client: error type -> (status, type, code).
+CLAUDE_ERRORS = {
+    "invalid_request_error": (400, "invalid_request_error", None),
+    "authentication_error": (401, "authentication_error", "upstream_authentication"),
+    "billing_error": (429, "insufficient_quota", "insufficient_quota"),
+    "permission_error": (403, "permission_error", None),
+    "not_found_error": (404, "invalid_request_error", None),
+    "conflict_error": (409, "server_error", None),
+    "request_too_large": (413, "invalid_request_error", "request_too_large"),
+    "rate_limit_error": (429, "rate_limit_error", "rate_limit_exceeded"),
+    "api_error": (500, "server_error", None),
+    "timeout_error": (504, "server_error", "timeout"),
+    "overloaded_error": (503, "server_error", "overloaded"),
+}
+# ... and what its status alone says, where the body is not the API's own (a proxy's HTML page, say).
+CLAUDE_STATUSES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+                   403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+                   413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
+                   529: "overloaded_error"}
+
+
+class Verdict(NamedTuple):
+    """What the words of a refusal tell beyond its type; None leaves what the type says."""
+    words: str
+    status: int | None = None
+    kind: str | None = None
+    code: str | None = None
+    hint: str = ""
+
+
+KEY_HINT = "Hint: an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
+# The one table that reads the words of a refusal (lower case).  The first match wins.
+VERDICTS = (
+    Verdict("prompt is too long", 400, code="context_length_exceeded"),
+    Verdict("exceed context limit", 400, code="context_length_exceeded"),
+    Verdict("only authorized for use with claude code", code="upstream_refused", hint=KEY_HINT),
+    Verdict("extra usage is required for long context", 429, "insufficient_quota", "insufficient_quota",
+            "Hint: this account may not send prompts this long without extra usage."),
+    Verdict("extra usage", 429, "insufficient_quota", "insufficient_quota", KEY_HINT),
+    Verdict("credit balance is too low", 429, "insufficient_quota", "insufficient_quota"),
+    Verdict("specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
+    Verdict("output blocked by content filtering", 400, code="content_filter"),
+    Verdict("token has been revoked", 401, "authentication_error", "upstream_authentication",
+            "Hint: run `claude-gateway login` again."),
+    Verdict("oauth authentication is currently not supported", 401, hint=KEY_HINT),
+    Verdict("oauth token has expired", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
+    Verdict("invalid bearer token", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
+    Verdict("invalid x-api-key", 401, hint="Hint: check ANTHROPIC_API_KEY of the gateway."),
+)
+FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can mend these
+
+
+class ClaudeError(GatewayError):
+    """The Messages API refused, in a status of its own or in an `error` event amid a stream."""
+
+    def __init__(self, upstream_status: int, error: dict, headers: dict[str, str] | None = None) -> None:
+        self.upstream_status = upstream_status
+        self.claude_type = str(error.get("type") or CLAUDE_STATUSES.get(upstream_status, "api_error"))
+        message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
+        self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (upstream_status, "server_error", None))
+        if self.status < 400:
+            self.status = 500
+        verdict = next((verdict for verdict in VERDICTS if verdict.words in message.lower()), Verdict(""))
+        self.status = verdict.status or self.status
+        self.kind = verdict.kind or self.kind
+        code = verdict.code or code
+        if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
+            self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
+        super().__init__(" ".join(filter(None, (message, verdict.hint))), code=code,
+                         headers=dict(headers_from_claude(headers or {})))
+        if self.code in FINAL_CODES:
+            self.headers["x-should-retry"] = "false"
+
+
+RATE_LIMIT_HEADERS = {
+    "anthropic-ratelimit-%s-%s" % (kind, figure): "x-ratelimit-%s-%s" % (figure, kind)
+    for kind in ("requests", "tokens") for figure in ("limit", "remaining", "reset")}
+
+
+def headers_from_claude(headers: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """The headers of Claude's answer that an OpenAI client can read, under OpenAI's names."""
+    for name in ("retry-after", "retry-after-ms", "x-should-retry"):
+        if headers.get(name):
+            yield name, printable(headers[name])
+    if headers.get("request-id"):
+        yield REQUEST_ID_HEADER, printable(headers["request-id"])
+    for theirs, ours in RATE_LIMIT_HEADERS.items():
+        value = headers.get(theirs)
+        if value:
+            yield ours, printable(duration_until(value) if theirs.endswith("reset") else value)
+
+
+def duration_until(moment: str) -> str:
+    """An RFC 3339 time as OpenAI writes resets: the time until then, such as "1m30s"."""
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", moment)
+    if not match:
+        return moment
+    then = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S"))
+    seconds = max(0, round(then - time.time()))
+    return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
+
+
+def printable(value: str, limit: int = 200) -> str:
+    """Text that may stand in a header: printable ASCII, of bounded length."""
+    return re.sub(r"[^\x20-\x7e]", "?", value)[:limit]
+
+
+# ---- Models ------------------------------------------------------------------------------------------
+# What each Claude model can do, in one table.  What the live model list says of a model wins over its row;
+# the list says nothing about sampling parameters, forced tool choice, prefill or system messages, so the
+# table must.  A model that has no row is treated like the newest generation, which refuses most.
+
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+TIERS = ("opus", "sonnet", "haiku", "fable", "mythos")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One Claude model.  `thinking`: the types its `thinking` parameter takes."""
+    id: str
+    released: str = ""                          # YYYY-MM-DD, "" when not known
+    context: int = 1_000_000                    # tokens
+    max_output: int = 128_000                   # tokens
+    lifecycle: str = "active"
+    retires: str = ""
+    sampling: bool = False                      # takes temperature, top_p, top_k
+    forced_tools: bool = False                  # takes tool_choice any / tool
+    prefill: bool = False                       # lets the last message be the assistant's
+    late_system: bool = True                    # takes role "system" amid the messages
+    thinking: Tuple[str, ...] = ("adaptive",)
+    thinks_by_default: bool = True
+    efforts: Tuple[str, ...] = EFFORTS          # () = no effort parameter
+    structured_outputs: bool = True
+    web_search: bool = True
+    min_cache_tokens: int = 512                 # a shorter prefix is not cached
+    display_name: str = ""
+
+    @property
+    def line(self) -> str:
+        """opus, sonnet, haiku ..., or "" for a name of no known line."""
+        return next((tier for tier in TIERS if tier in self.id.split("-")), "")
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """(5, 5) for claude-opus-5-5; a date is not part of it."""
+        return tuple(int(part) for part in self.id.split("-") if part.isdigit() and len(part) < 3)
+
+
+def _models() -> Iterator[Model]:
+    """The built-in table, newest first (facts of November 2026)."""
+    can_disable = ("adaptive", "disabled")
+    yield Model("claude-fable-5-2", "2026-11-09")
+    yield Model("claude-mythos-5-2")
+    yield Model("claude-haiku-5-5", "2026-10-07", forced_tools=True, thinking=can_disable)
+    yield Model("claude-sonnet-5-5", "2026-09-28", thinking=("adaptive", "between_tools"))
+    yield Model("claude-opus-5-5", "2026-09-22")
+    yield Model("claude-fable-5-1", "2026-08-28")
+    yield Model("claude-mythos-5-1")
+    yield Model("claude-opus-5", "2026-07-24", forced_tools=True, thinking=can_disable)
+    yield Model("claude-sonnet-5", "2026-06-30", forced_tools=True, thinking=can_disable, late_system=False,
+                min_cache_tokens=1024)
+    yield Model("claude-fable-5", "2026-06-09", forced_tools=True)
+    yield Model("claude-mythos-5", "2026-06-09", forced_tools=True)
+    yield Model("claude-opus-4-8", "2026-05-28", forced_tools=True, thinking=can_disable, thinks_by_default=False,
+                min_cache_tokens=1024)
+    yield Model("claude-opus-4-7", "2026-04-16", forced_tools=True, thinking=can_disable, thinks_by_default=False,
+                late_system=False, min_cache_tokens=2048)
+    generation_4_6 = Model("", sampling=True, forced_tools=True, late_system=False, thinks_by_default=False,
+                           thinking=("adaptive", "enabled", "disabled"), efforts=("low", "medium", "high", "max"))
+    yield dataclasses.replace(generation_4_6, id="claude-sonnet-4-6", released="2026-02-17", min_cache_tokens=1024)
+    yield dataclasses.replace(generation_4_6, id="claude-opus-4-6", released="2026-02-05", min_cache_tokens=4096)
+    generation_4_5 = Model("", context=200_000, max_output=64_000, sampling=True, forced_tools=True, prefill=True,
+                           late_system=False, thinks_by_default=False, thinking=("enabled", "disabled"),
+                           efforts=(), min_cache_tokens=4096)
+    yield dataclasses.replace(generation_4_5, id="claude-opus-4-5-20251101", released="2025-11-24",
+                              efforts=("low", "medium", "high"))
+    yield dataclasses.replace(generation_4_5, id="claude-haiku-4-5-20251001", released="2025-10-15")
+    yield dataclasses.replace(generation_4_5, id="claude-sonnet-4-5-20250929", released="2025-09-29",
+                              lifecycle="deprecated", retires="2026-11-30", min_cache_tokens=1024)
+
+
+BUILT_IN_MODELS = {model.id: model for model in _models()}
+RETIRED = re.compile(r"claude-(v?[123]\b|instant|(opus|sonnet|haiku)-(3|4)(-0|-1)?(-\d{8})?$|\d.*-(opus|sonnet|haiku)"
+                     r"|mythos-preview)")
+# OpenAI's names by their tier; the first pattern that is found decides.
+NOT_CHAT = re.compile(r"audio|image|embed|realtime|transcri|tts|whisper|dall-e|moderation|sora")
+OPENAI_FAMILY = re.compile(r"(gpt|chatgpt|codex|o\d+)([-.:]|\d|$)")
+OPENAI_TIERS = ((re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d|-pro\b"), "opus"),
+                (re.compile(r""), "sonnet"))
+
+
+def model_from_info(info: dict) -> Model | None:
+    """A `data` entry of Claude's model list over what the table says of that model."""
+    if not isinstance(info.get("id"), str):
+        return None
+    known = BUILT_IN_MODELS.get(info["id"]) or Model(info["id"])
+    capabilities = info.get("capabilities") or {}
+
+    def supported(*path: str) -> bool | None:
+        value: Any = capabilities
+        for step in path + ("supported",):
+            value = value.get(step) if isinstance(value, dict) else None
+        return value if isinstance(value, bool) else None
+
+    def names(path: tuple[str, ...], known_names: tuple[str, ...], all_names: tuple[str, ...]) -> tuple[str, ...]:
+        told = {name: supported(*path, name) for name in all_names}
+        return tuple(name for name in all_names if (name in known_names if told[name] is None else told[name]))
+
+    says: dict[str, Any] = {
+        "context": info.get("max_input_tokens"), "max_output": info.get("max_tokens"),
+        "lifecycle": info.get("lifecycle"), "retires": (info.get("retires_at") or "")[:10] or None,
+        "released": (info.get("created_at") or "")[:10].replace("1970-01-01", "") or None,
+        "display_name": info.get("display_name"),
+        "structured_outputs": supported("structured_outputs"), "web_search": supported("server_tools", "web_search"),
+        "thinking": names(("thinking", "types"), known.thinking, ("adaptive", "enabled", "disabled", "between_tools")),
+        "efforts": names(("effort",), known.efforts, EFFORTS) if supported("effort") is not False else (),
+    }
+    return dataclasses.replace(known, **{name: value for name, value in says.items() if value is not None})
+
+
+class Catalog:
+    """The models on offer and the names they go by.  `live`: the list came from Claude, so it is complete."""
+
+    def __init__(self, models: Iterable[Model] = (), aliases: Iterable[tuple[str, str]] = (), live: bool = False):
+        self.models = {model.id: model for model in (models or BUILT_IN_MODELS.values())}
+        self.aliases = {name.lower(): target for name, target in aliases}
+        self.live = live
+
+    def resolve(self, name: str | None) -> Model:
+        """The model that a client means by `name`; ModelNotFound names the nearest ones."""
+        plain = (name or "").strip().lower()
+        target = self.aliases.get(plain, plain)
+        model = self._claude_model(target) or self.newest(tier_of(target))
+        if model is None and "*" in self.aliases:
+            target = self.aliases["*"]
+            model = self._claude_model(target) or self.newest(tier_of(target))
+        if model is not None:
+            return model
+        if not name:
+            raise InvalidRequest("model is required; --alias '*=MODEL' would choose one for requests without it.",
+                                 "model", "missing_required_parameter")
+        raise ModelNotFound("The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
+                            "for every other name.)" % (json.dumps(target or name), ", ".join(self.nearest(target))),
+                            "model")
+
+    def newest(self, line: str | None) -> Model | None:
+        """The newest active model of a line; a deprecated one only where nothing else is left."""
+        models = [model for model in self.models.values() if line and model.line == line
+                  and model.lifecycle in ("active", "deprecated")]
+        return max(models, key=lambda model: (model.lifecycle == "active", model.version), default=None)
+
+    def nearest(self, name: str) -> list[str]:
+        """Three names worth trying instead of `name`."""
+        line = next((tier for tier in TIERS if tier in name), None)
+        newest = self.newest(line)
+        names = [newest.id] if newest else []
+        names += difflib.get_close_matches(name, list(self.models), n=3, cutoff=0.3)
+        names += [model.id for model in map(self.newest, ("opus", "sonnet", "haiku")) if model]
+        return list(dict.fromkeys(names))[:3]
+
+    def names(self) -> Iterator[tuple[str, Model]]:
+        """Every listed name with its model: ids, short names, then the user's aliases."""
+        for model in self.models.values():
+            if model.lifecycle != "retired":
+                yield model.id, model
+        for tier in TIERS:
+            newest = self.newest(tier)
+            if newest:
+                yield tier, newest
+        for alias in self.aliases:
+            if alias != "*":
+                with contextlib.suppress(GatewayError):
+                    yield alias, self.resolve(alias)
+
+    def _claude_model(self, name: str) -> Model | None:
+        """The model of a Claude id in any of its spellings: provider prefixes, dots, suffixes, dates."""
+        if name in self.models:
+            return self.models[name]
+        plain = re.sub(r"^.*[/~]", "", name)                       # openrouter/anthropic/claude-...
+        plain = re.sub(r"^([a-z]+\.)?anthropic\.|^databricks-", "", plain)   # us.anthropic.claude-...
+        plain = re.sub(r"\[.*\]$|[:@].*$|-v\d+$", "", plain).replace(".", "-").replace("_", "-")
+        plain = re.sub(r"-(latest|thinking|beta|preview|fast)$", "", plain)
+        if plain in TIERS:
+            return self.newest(plain)
+        if not plain.startswith("claude-"):
+            return None
+        plain = re.sub(r"^claude-(\d+(?:-\d+)?)-(opus|sonnet|haiku|fable|mythos)", r"claude-\2-\1", plain)
+        undated = re.sub(r"-\d{8}$", "", plain)
+        if undated[len("claude-"):] in TIERS:
+            return self.newest(undated[len("claude-"):])
+        for wanted in (plain, undated):
+            for model in self.models.values():
+                if model.id == wanted or re.sub(r"-\d{8}$", "", model.id) == wanted:
+                    return model
+        unknown = Model(plain)
+        if self.live or RETIRED.match(plain) or not unknown.line or not unknown.version:
+            return None
+        return unknown                                              # newer than this file: Claude will judge
+
+
+def tier_of(name: str) -> str | None:
+    """The line that stands in for a name of OpenAI's family."""
+    plain = name.rsplit("/", 1)[-1]
+    if NOT_CHAT.search(plain) or not OPENAI_FAMILY.match(plain):
+        return None
+    return next(tier for pattern, tier in OPENAI_TIERS if pattern.search(plain))
+
+
+def model_entry(name: str, model: Model) -> dict:
+    """One entry of OpenAI's model list, with the limits that some tools read beside the standard keys."""
+    created = calendar.timegm(time.strptime(model.released, "%Y-%m-%d")) if model.released else 0
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "anthropic",
+             "context_length": model.context, "max_output_tokens": model.max_output}
+    if model.display_name:
+        entry["display_name"] = model.display_name
+    if model.retires:
+        entry["shutdown_date"] = model.retires
+    if name != model.id:
+        entry["alias_of"] = model.id
+    return entry
+
+
+# What a 400 teaches about a model: the pattern of its words, and what is changed in the model's row.  Only a
+# corrected retry that succeeded makes a lesson (Memory.learn).
+LESSONS = (
+    (re.compile(r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)"), {"sampling": False}),
+    (re.compile(r"not support(ed)?[^.]*prefill|must end with a user message"), {"prefill": False}),
+    (re.compile(r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use"), {"forced_tools": False}),
+    (re.compile(r"does not support the effort|output_config.*effort.*not supported"), {"efforts": ()}),
+    (re.compile(r"role 'system' is not supported"), {"late_system": False}),
+    (re.compile(r"does not support (structured|output)|output_config.*format.*not supported"),
+     {"structured_outputs": False}),
+    (re.compile(r"thinking.type.enabled"), {"thinking": "-enabled"}),
+    (re.compile(r"thinking.type.disabled|between_tools"), {"thinking": "-disabled"}),
+    (re.compile(r"adaptive thinking is not supported"), {"thinking": "-adaptive"}),
+)
+
+
+def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
+    """What in the model's row a 400 contradicts, as changes for `dataclasses.replace`; None if nothing."""
+    if refusal.upstream_status != 400:
+        return None
+    words = str(refusal)
+    match = re.search(r"max_tokens: \d+ > (\d+)", words)
+    lesson: dict = {"max_output": int(match.group(1))} if match else {}
+    for pattern, change in LESSONS:
+        if pattern.search(words):
+            lesson.update(change)
+    removed = str(lesson.get("thinking", ""))
+    if removed:
+        kept = tuple(kind for kind in model.thinking if kind != removed[1:])
+        lesson["thinking"] = kept or {"-adaptive": ("enabled",)}.get(removed, ("adaptive",))
+        if removed == "-adaptive" and "enabled" not in lesson["thinking"]:
+            lesson["thinking"] += ("enabled",)
+        if removed == "-enabled" and "adaptive" not in lesson["thinking"]:
+            lesson["thinking"] += ("adaptive",)
+    known = dataclasses.asdict(model)
+    lesson = {name: value for name, value in lesson.items() if known[name] != value}
+    return lesson or None
+
+
+# ---- Requests ----------------------------------------------------------------------------------------
+# Chat completion request -> Messages request.  Pure: dicts in, dicts out.  Shapes are checked at this door and
+# named by their path; what real clients are known to get wrong is repaired; what is lost is told in `Changes`.
+
+
+class Changes:
+    """What a translation dropped, clamped, changed or repaired: in order, each thing once, with its reason."""
+
+    def __init__(self) -> None:
+        self.told: Dict[Tuple[str, str], str] = {}
+        self.ignored: List[str] = []               # fields without any effect on the answer: debug log only
+
+    def add(self, verb: str, name: str, why: str = "") -> None:
+        """`verb` is dropped, clamped, changed or repaired; `name` the field or thing."""
+        self.told.setdefault((verb, name), why)
+
+    def header(self, limit: int = 1000) -> str:
+        """`dropped=seed,logit_bias; changed=tool_choice`: printable ASCII, at most about 1 KB."""
+        grouped: Dict[str, List[str]] = {}
+        size, left_out = 0, 0
+        for verb, name in self.told:
+            token = re.sub(r"[^A-Za-z0-9_.\[\]-]", "_", name)[:80]
+            size += len(token) + len(verb) + 3
+            if size > limit:
+                left_out += 1
+            else:
+                grouped.setdefault(verb, []).append(token)
+        parts = ["%s=%s" % (verb, ",".join(names)) for verb, names in grouped.items()]
+        return "; ".join(parts + (["+%d more" % left_out] if left_out else []))
+
+    def __str__(self) -> str:
+        return "; ".join("%s %s%s" % (verb, name, " (%s)" % why if why else "")
+                         for (verb, name), why in self.told.items())
+
+
+class ReplyPlan:
+    """What the way back has to know of the way there."""
+
+    def __init__(self, names: ToolNames) -> None:
+        self.names = names                          # tool names, as Claude knows them and as the client does
+        self.legacy_functions = False               # the client spoke `functions`: answer in `function_call`
+        self.custom_tools: set = set()              # Claude's names of tools whose input is a bare string
+        self.forced_tool: Optional[str] = None      # the text of the reply is the arguments of this tool
+        self.bare_json = False                      # cut the reply's text down to the JSON object in it
+
+
+class Translation(NamedTuple):
+    """A Messages request, what was changed on the way to it, and the plan for the way back."""
+    request: dict
+    changes: Changes
+    plan: ReplyPlan
+
+
+class ToolNames:
+    """Tool names there and back: up to 64 of [A-Za-z0-9_-] stay as they are, all others get a name that fits."""
+    FIT = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+
+    def __init__(self, declared: Iterable[str] = ()) -> None:
+        declared = list(declared)
+        self._there = {name: name for name in declared if self.FIT.match(name)}
+        self._back = dict(self._there)
+        for name in declared:
+            self.there(name)
+
+    def there(self, name: str) -> str:
+        """The name that Claude gets for a client's tool; the same one throughout a request."""
+        if name not in self._there:
+            fitted = fitting = name if self.FIT.match(name) else (re.sub(r"[^A-Za-z0-9_-]", "_", name)[:58] or "tool")
+            count = 1
+            while fitted in self._back:
+                count += 1
+                fitted = "%s_%d" % (fitting, count)
+            self._there[name], self._back[fitted] = fitted, name
+        return self._there[name]
+
+    def back(self, name: str) -> str:
+        """The client's name of a tool that Claude calls."""
+        return self._back.get(name, name)
+
+
+class CallIds:
+    """Tool call ids as Claude takes them: its alphabet, each one once in a whole conversation."""
+
+    def __init__(self) -> None:
+        self._used: set = set()
+
+    def use(self, raw: str) -> str:
+        """The id of one more call; the same history gives the same ids, so a longer one keeps its prefix."""
+        plain = re.sub(r"[^a-zA-Z0-9_-]", "_", raw)
+        if plain != raw or not plain:
+            plain = "%s_%s" % (plain[:48], hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:8])
+        unique, count = plain, 1
+        while unique in self._used:
+            count += 1
+            unique = "%s_%d" % (plain, count)
+        self._used.add(unique)
+        return unique
+
+
+Recall = Callable[[Sequence[str]], Optional[List[dict]]]
+
+
+class Draft:
+    """A request in the making: what the functions below share while they translate one conversation."""
+
+    def __init__(self, model: Model, recall: Recall | None) -> None:
+        self.model = model
+        self.recall = recall or (lambda call_ids: None)
+        self.changes = Changes()
+        self.name_tools(())
+        self.call_ids = CallIds()
+        self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
+        self.images = 0
+
+    def name_tools(self, declared: Sequence[str]) -> None:
+        """Settles the names of the request's own tools, before the history may use others."""
+        self.names = ToolNames(declared)
+        self.plan = ReplyPlan(self.names)
+
+
+# ---- shapes at the door
+
+def wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
+    """The error for a value of the wrong type or range."""
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    got = kinds.get(type(value), "a number")
+    return InvalidRequest("%s: expected %s, got %s." % (path, wanted, got), path, "invalid_type")
+
+
+def text_of(value: Any, path: str) -> str:
+    if not isinstance(value, str):
+        raise wrong(path, "a string", value)
+    return value
+
+
+def object_of(value: Any, path: str) -> dict:
+    if not isinstance(value, dict):
+        raise wrong(path, "an object", value)
+    return value
+
+
+def list_of(value: Any, path: str) -> list:
+    if not isinstance(value, list):
+        raise wrong(path, "an array", value)
+    return value
+
+
+def number_of(value: Any, path: str) -> float:
+    """A number, also one that a client wrote as a string."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            parsed = float(value)
+            if parsed - parsed == 0:                # neither infinite nor NaN
+                return parsed
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise wrong(path, "a number", value)
+    return value
+
+
+def integer_of(value: Any, path: str) -> int:
+    number = number_of(value, path)
+    if number != int(number):
+        raise InvalidRequest("%s: expected a whole number." % path, path, "invalid_type")
+    return int(number)
+
+
+def boolean_of(value: Any, path: str) -> bool:
+    """A boolean, also one that a client wrote as a string."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise wrong(path, "a boolean", value)
+    return value
+
+
+def stop_of(value: Any, path: str) -> list[str]:
+    values = [value] if isinstance(value, str) else list_of(value, path)
+    return [text_of(entry, "%s[%d]" % (path, at)) for at, entry in enumerate(values)]
+
+
+def effort_of(value: Any, path: str) -> str | None:
+    """An effort wish: one of Claude's five or "none"; None where the client leaves it to the model."""
+    if isinstance(value, dict):                     # {"effort": ..., "summary": ...}, as bridges send it
+        return effort_of(value["effort"], path + ".effort") if value.get("effort") is not None else None
+    effort = text_of(value, path).lower()
+    if effort not in EFFORTS + ("none", "minimal", "default", "auto", ""):
+        raise InvalidRequest("%s: expected none, minimal, low, medium, high, xhigh or max." % path, path,
+                             "invalid_value")
+    return None if effort in ("default", "auto", "") else effort
+
+
+def anything(value: Any, path: str) -> Any:
+    return value
+
+
+# Every parameter of the chat completion API, with its shape.  `null` is the same as leaving a field out.
+CHAT_FIELDS: Dict[str, Callable[[Any, str], Any]] = {
+    "model": text_of, "messages": list_of, "stream": boolean_of, "stream_options": object_of,
+    "max_completion_tokens": integer_of, "max_tokens": integer_of,
+    "tools": list_of, "tool_choice": anything, "parallel_tool_calls": boolean_of,
+    "functions": list_of, "function_call": anything, "response_format": object_of,
+    "reasoning_effort": effort_of, "verbosity": text_of,
+    "temperature": number_of, "top_p": number_of, "top_k": integer_of, "stop": stop_of,
+    "n": integer_of, "seed": integer_of, "logit_bias": object_of, "logprobs": boolean_of, "top_logprobs": integer_of,
+    "frequency_penalty": number_of, "presence_penalty": number_of,
+    "prediction": object_of, "store": boolean_of, "metadata": object_of, "modalities": list_of, "audio": object_of,
+    "moderation": anything, "service_tier": text_of, "user": text_of, "safety_identifier": text_of,
+    "prompt_cache_key": text_of, "prompt_cache_options": object_of, "prompt_cache_retention": text_of,
+    "web_search_options": object_of,
+    # not OpenAI's, but sent on purpose by tools that know Claude
+    "thinking": anything, "reasoning": anything, "cache_control": anything,
+}
+# Read by functions of their own, further down.
+STRUCTURE = {"model", "messages", "stream", "stream_options", "max_completion_tokens", "max_tokens", "tools",
+             "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format", "reasoning_effort",
+             "verbosity", "thinking", "reasoning", "cache_control", "prompt_cache_options", "web_search_options",
+             "temperature", "top_p", "top_k", "user", "safety_identifier", "service_tier", "n", "logprobs", "stop"}
+# Without effect on the answer: told in the debug log only.
+WITHOUT_EFFECT = {"store", "metadata", "prompt_cache_key", "prompt_cache_retention", "moderation", "usage",
+                  "provider", "client_metadata", "chat_id", "session_id", "transforms", "include_reasoning"}
+# A field that says what OpenAI's default is anyway changes nothing.
+OPENAI_DEFAULTS = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "top_logprobs": 0,
+                   "modalities": ["text"]}
+
+
+def fields_from_chat(chat: dict) -> dict:
+    """The body of a chat completion request with every known field checked, and without its nulls."""
+    fields = {}
+    for name, value in chat.items():
+        if value is not None:
+            fields[name] = CHAT_FIELDS.get(name, anything)(value, name)
+    if "messages" not in fields:
+        raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
+    if not fields["messages"]:
+        raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
+    if fields.get("n", 1) != 1:
+        raise InvalidRequest("n: Claude gives one answer per request; send the request several times.", "n",
+                             "unsupported_value")
+    if fields.get("logprobs"):
+        raise InvalidRequest("logprobs: Claude does not tell log probabilities.", "logprobs", "unsupported_value")
+    return fields
+
+
+# ---- the whole
+
+def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
+                               recall: Recall | None = None) -> Translation:
+    """A chat completion request as a Messages request.
+
+    `preamble`: system blocks that go before the client's.  `recall`: looks up the content blocks, thinking and
+    all, of an earlier answer by its tool call ids.  Raises InvalidRequest, naming the field by its path.
+    """
+    fields = fields_from_chat(chat)
+    draft = Draft(model, recall)
+    declared = declared_tools(fields, draft.changes)
+    draft.name_tools([entry.name for entry in declared])
+    tools = tools_from_chat(fields, declared, draft)
+    system, messages = conversation_from_chat(fields["messages"], draft, bool(tools))
+    tools = tools or tools_from_history(messages, draft)
+    request: dict = {"model": model.id, "max_tokens": max_tokens_from_chat(fields, draft), "stream": True}
+    request.update(parameters_from_chat(fields, draft))
+    if tools:
+        request["tools"] = tools
+    choice = choice_from_chat(fields, tools, declared, draft)
+    choice = answer_format(request, fields, choice, draft)
+    if choice:
+        request["tool_choice"] = choice
+    think(request, fields, messages, draft)
+    end_turn(messages, request, draft)
+    if preamble or system:
+        request["system"] = [*(dict(block) for block in preamble), *system]
+    request["messages"] = messages
+    ttl = mark_from(fields).get("ttl") or ttl_from_openai(fields.get("prompt_cache_options"))
+    explicit = (fields.get("prompt_cache_options") or {}).get("mode") == "explicit"
+    place_breakpoints(request, cache and not explicit, ttl, draft)
+    if draft.instructions:
+        last_user = next(message for message in reversed(messages) if message["role"] == "user")
+        last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
+    return Translation(request, draft.changes, draft.plan)
+
+
+# ---- plain parameters
+
+def max_tokens_from_chat(fields: dict, draft: Draft) -> int:
+    """The output limit: what the client says, up to what the model can; the latter where it says nothing."""
+    most = draft.model.max_output
+    for name in ("max_completion_tokens", "max_tokens"):
+        wanted = fields.get(name)
+        if wanted is not None:
+            if wanted > most:
+                draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (wanted, most))
+            return min(wanted, most) if wanted > 0 else most
+    return most
+
+
+def explicit_max_tokens(fields: dict) -> int | None:
+    """The client's own output limit, if it gave one that means something."""
+    wanted = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    return wanted if wanted and wanted > 0 else None
+
+
+def parameters_from_chat(fields: dict, draft: Draft) -> dict:
+    """Sampling, stop sequences, service tier and user id; reports every field that has no counterpart."""
+    request: dict[str, Any] = dict(sampling_from_chat(fields, draft))
+    stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
+    if stops:
+        request["stop_sequences"] = stops
+    if len(stops) < len([stop for stop in fields.get("stop", ()) if stop]):
+        draft.changes.add("dropped", "stop", "Claude takes no stop sequence of white space only")
+    tier = {"auto": "auto", "default": "standard_only"}.get(fields.get("service_tier", ""))
+    if tier and tier != "auto":
+        request["service_tier"] = tier
+    elif fields.get("service_tier", "auto") == "priority":
+        draft.changes.add("changed", "service_tier", "priority to auto, which uses a priority tier where there is one")
+    elif not tier and fields.get("service_tier"):
+        draft.changes.add("dropped", "service_tier", "Claude has no such tier")
+    for name in ("safety_identifier", "user"):
+        user_id = fields.get(name)
+        if user_id and re.match(r"[^@]{1,256}\Z", user_id) and not re.match(r"[+\d][\d\s().-]{5,}\Z", user_id):
+            request["metadata"] = {"user_id": user_id}
+            break
+        if user_id:
+            draft.changes.add("dropped", name, "Claude takes opaque ids of up to 256 characters, no addresses")
+    for name, value in fields.items():
+        if name in WITHOUT_EFFECT:
+            draft.changes.ignored.append(name)
+        elif name not in STRUCTURE and value != OPENAI_DEFAULTS.get(name, ()):
+            draft.changes.add("dropped", name, "no counterpart")
+    return request
+
+
+def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
+    """temperature, top_p and top_k where the model takes them: in Claude's range, temperature before top_p."""
+    for name in ("temperature", "top_p", "top_k"):
+        value = fields.get(name)
+        if value is None or (value == 1 and name != "top_k"):       # 1 is the default of both APIs
+            continue
+        if not draft.model.sampling:
+            draft.changes.add("dropped", name, "%s takes no sampling parameters" % draft.model.id)
+        elif name == "top_p" and fields.get("temperature", 1) != 1:
+            draft.changes.add("dropped", name, "Claude takes either temperature or top_p")
+        elif name == "top_k":
+            yield name, max(0, value)
+        else:
+            if not 0 <= value <= 1:
+                draft.changes.add("clamped", name, "%g to 0..1" % value)
+            yield name, min(1, max(0, value))
+
+
+# ---- thinking
+
+class ReasoningWish(NamedTuple):
+    """What a client says of reasoning.  effort "none": it wants none; None: it leaves that to the model."""
+    effort: str | None = None
+    budget: int | None = None                       # tokens of thinking, for models that take such a number
+    display: str | None = None
+    field: str = "reasoning_effort"
+
+
+# Tokens of thinking for an effort, on models that want a budget.
+BUDGETS = {"low": 4_096, "medium": 10_000, "high": 20_000, "xhigh": 32_000, "max": 48_000}
+
+
+def wish_from_chat(fields: dict) -> ReasoningWish:
+    """The client's wish from `thinking` (Claude's own words), `reasoning` (OpenRouter's) or `reasoning_effort`."""
+    thinking = fields.get("thinking")
+    if thinking is not None:
+        thinking = object_of(thinking, "thinking")
+        budget = thinking.get("budget_tokens")
+        budget = integer_of(budget, "thinking.budget_tokens") if budget is not None else None
+        display = thinking.get("display")
+        if display not in (None, "summarized", "omitted"):
+            raise InvalidRequest("thinking.display: expected summarized or omitted.", "thinking.display")
+        kind = thinking.get("type")
+        if kind is None:
+            return ReasoningWish(fields.get("reasoning_effort"))
+        if kind not in ("enabled", "adaptive", "disabled", "between_tools"):
+            raise InvalidRequest("thinking.type: expected adaptive, enabled, disabled or between_tools.",
+                                 "thinking.type", "invalid_value")
+        if kind in ("disabled", "between_tools"):
+            return ReasoningWish("none", field="thinking")
+        effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
+        return ReasoningWish(effort, budget, display, "thinking")
+    reasoning = fields.get("reasoning")
+    if reasoning is not None:
+        reasoning = object_of(reasoning, "reasoning")
+        effort = effort_of(reasoning["effort"], "reasoning.effort") if reasoning.get("effort") is not None else None
+        budget = reasoning.get("max_tokens")
+        budget = integer_of(budget, "reasoning.max_tokens") if budget is not None else None
+        if reasoning.get("enabled") is False:
+            effort = "none"
+        if effort is None and budget:
+            effort = effort_from_budget(budget)
+        if effort is None and reasoning.get("enabled"):
+            effort = ""
+        return ReasoningWish(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
+    return ReasoningWish(fields.get("reasoning_effort"))
+
+
+def effort_from_budget(budget: int) -> str:
+    """The effort that comes nearest to a number of thinking tokens."""
+    return next((effort for effort, tokens in BUDGETS.items() if budget <= tokens), "max")
+
+
+def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> None:
+    """Adds `thinking` and the effort to a request, by what the client wants and the model takes.
+
+    Where they exclude each other, a forced tool, a temperature and a prefill win over thinking: the client
+    asked for them in so many words.
+    """
+    model, wish = draft.model, wish_from_chat(fields)
+    limit = explicit_max_tokens(fields)
+    forced = request.get("tool_choice", {}).get("type") in ("any", "tool")
+    wanted = wish.effort not in (None, "none")
+    if limit is not None and limit < 1024 and model.thinks_by_default and wish.effort is None:
+        think_little(request, limit, draft)
+    elif wish.effort == "none":
+        switch_off_thinking(request, wish, draft)
+    elif "adaptive" in model.thinking:
+        if forced and not model.thinks_by_default:
+            wanted = tell_unthought(wanted, wish, draft, "a forced tool excludes thinking")
+        if wanted or model.thinks_by_default:
+            request["thinking"] = {"type": "adaptive", "display": wish.display or "summarized"}
+        set_effort(request, wish, draft)
+        if wanted and limit is not None and limit < 1024:
+            add_room_for_thinking(request, limit, draft)
+    elif wanted and "enabled" in model.thinking:
+        set_effort(request, wish, draft)
+        obstacle = ("a forced tool" if forced else "a temperature" if {"temperature", "top_k"} & set(request)
+                    else "a prefill" if model.prefill and messages[-1]["role"] == "assistant"
+                    else "a tool loop without its thinking" if in_unthought_loop(messages) else "")
+        if obstacle:
+            tell_unthought(wanted, wish, draft, obstacle + " excludes thinking")
+        else:
+            think_within_budget(request, wish, limit, draft)
+    elif wanted:
+        tell_unthought(wanted, wish, draft, "%s does not think" % model.id)
+
+
+def think_little(request: dict, limit: int, draft: Draft) -> None:
+    """A small output limit on a model that thinks unasked: no thinking, or room for it (decided for < 1,024)."""
+    effort = draft.model.efforts[:1]
+    if effort:
+        request.setdefault("output_config", {})["effort"] = effort[0]
+    if "disabled" in draft.model.thinking:
+        request["thinking"] = {"type": "disabled"}
+        draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
+    else:
+        request["thinking"] = {"type": "adaptive", "display": "summarized"}
+        add_room_for_thinking(request, limit, draft)
+
+
+def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
+    request["max_tokens"] = min(limit + 1024, draft.model.max_output)
+    draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
+
+
+def switch_off_thinking(request: dict, wish: ReasoningWish, draft: Draft) -> None:
+    """No reasoning: off where the model can switch it off, else as little as it can."""
+    model = draft.model
+    if not model.thinks_by_default:
+        return
+    if "disabled" in model.thinking:
+        request["thinking"] = {"type": "disabled"}
+        return
+    if "between_tools" in model.thinking:
+        request["thinking"] = {"type": "between_tools"}
+    if model.efforts:
+        request.setdefault("output_config", {})["effort"] = model.efforts[0]
+    draft.changes.add("changed", wish.field, "%s cannot stop thinking: lowest effort" % model.id)
+
+
+def set_effort(request: dict, wish: ReasoningWish, draft: Draft) -> None:
+    """`output_config.effort`, or the nearest one that the model knows."""
+    effort, efforts = wish.effort, draft.model.efforts
+    if not effort or effort == "none" or not efforts:
+        return
+    nearest = effort if effort in efforts else {"minimal": "low"}.get(effort, "high")
+    if nearest != effort:
+        draft.changes.add("changed", wish.field, "%s to %s" % (effort, nearest))
+    request.setdefault("output_config", {})["effort"] = nearest
+
+
+def think_within_budget(request: dict, wish: ReasoningWish, limit: int | None, draft: Draft) -> None:
+    """Thinking with a budget: at least 1,024 tokens, less than max_tokens, which is raised to make room."""
+    budget = max(1024, wish.budget or BUDGETS.get(wish.effort or "medium", 1024))
+    if limit is not None:
+        request["max_tokens"] = min(draft.model.max_output, max(1, limit) + budget)
+        draft.changes.add("changed", "max_tokens", "%d added for thinking, which counts as output" % budget)
+    budget = min(budget, request["max_tokens"] - 1)
+    if request.get("top_p") is not None:
+        del request["top_p"]
+        draft.changes.add("dropped", "top_p", "thinking excludes it")
+    request["thinking"] = {"type": "enabled", "budget_tokens": budget}
+    if wish.display:
+        request["thinking"]["display"] = wish.display
+
+
+def tell_unthought(wanted: bool, wish: ReasoningWish, draft: Draft, why: str) -> bool:
+    if wanted:
+        draft.changes.add("dropped", wish.field, why)
+    return False
+
+
+def in_unthought_loop(messages: list[dict]) -> bool:
+    """Whether tool results wait for an answer to a turn whose thinking is not there any more."""
+    if not any(block["type"] == "tool_result" for block in messages[-1]["content"]):
+        return False
+    calls = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
+    return calls is not None and calls["content"][0]["type"] not in ("thinking", "redacted_thinking")
+
+
+# ---- the conversation
+
+START = "(The conversation starts here.)"            # a user turn where Claude needs one and the client has none
+CONTINUE = "Continue."                              # ... after an assistant turn that the model may not prefill
+NO_RESULT = "(no result available)"
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+class Call:
+    """One tool call of the history, waiting for its result."""
+
+    def __init__(self, raw_id: str, call_id: str, name: str) -> None:
+        self.raw_id, self.call_id, self.name = raw_id, call_id, name
+        self.result: Optional[dict] = None
+
+
+class Turn:
+    """One turn in the making: neighbours of the same role become one."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.blocks: List[dict] = []                # of a user turn: all but the tool results
+        self.calls: List[Call] = []
+
+
+def conversation_from_chat(chat_messages: list, draft: Draft, has_tools: bool) -> tuple[list[dict], list[dict]]:
+    """The system blocks and the messages, paired, ordered and merged as the Messages API wants them."""
+    system, turns, answered = [], [], {}            # type: List[dict], List[Turn], Dict[str, Call]
+    leading = True
+    for at, chat_message in enumerate(chat_messages):
+        path = "messages[%d]" % at
+        role = text_of(object_of(chat_message, path).get("role"), path + ".role")
+        if role not in ROLES:
+            raise InvalidRequest("%s.role: expected one of %s." % (path, ", ".join(ROLES)), path + ".role",
+                                 "invalid_value")
+        leading = leading and role in ("system", "developer")
+        if leading:
+            system += system_blocks(chat_message, path, draft)
+        elif role in ("system", "developer"):
+            turn_for("user", turns).blocks += [dict(block, late_system=True)
+                                               for block in system_blocks(chat_message, path, draft)]
+        elif role == "user":
+            turn_for("user", turns).blocks += marked(
+                blocks_from_content(chat_message.get("content"), path + ".content", draft), chat_message)
+        elif role == "assistant":
+            add_assistant_message(turn_for("assistant", turns), chat_message, path, draft, has_tools)
+            answered.update((call.raw_id, call) for call in turns[-1].calls)
+        else:
+            add_tool_message(turns, answered, chat_message, path, draft)
+    return system, messages_from_turns(turns, draft)
+
+
+def turn_for(role: str, turns: list[Turn]) -> Turn:
+    """The turn that a message of this role belongs to: the last one, or a new one."""
+    if not turns or turns[-1].role != role:
+        turns.append(Turn(role))
+    return turns[-1]
+
+
+def system_blocks(chat_message: dict, path: str, draft: Draft) -> list[dict]:
+    blocks = blocks_from_content(chat_message.get("content"), path + ".content", draft)
+    for at, block in enumerate(blocks):
+        if block["type"] != "text":
+            where = "%s.content[%d]" % (path, at)
+            raise InvalidRequest("%s: a system message takes text only." % where, where)
+    return marked(blocks, chat_message)
+
+
+def add_assistant_message(turn: Turn, chat_message: dict, path: str, draft: Draft, has_tools: bool) -> None:
+    """An assistant message as content blocks: thinking, then text, then tool calls, as Claude once sent them."""
+    content = chat_message.get("content")
+    blocks = blocks_from_content(content, path + ".content", draft, assistant=True)
+    if chat_message.get("refusal"):
+        blocks += text_blocks(text_of(chat_message["refusal"], path + ".refusal"))
+    chat_calls = chat_message.get("tool_calls")
+    chat_calls = list_of(chat_calls, path + ".tool_calls") if chat_calls is not None else []
+    calls, tool_uses = [], []
+    for at, chat_call in enumerate(chat_calls):
+        call, tool_use = call_from_tool_call(chat_call, "%s.tool_calls[%d]" % (path, at), draft)
+        calls.append(call)
+        tool_uses += marked([tool_use], chat_call)
+    if chat_message.get("function_call") is not None:
+        call, tool_use = call_from_function(chat_message["function_call"], path + ".function_call", "", draft)
+        calls.append(call)
+        tool_uses.append(tool_use)
+    earlier = draft.recall([call.raw_id for call in calls]) if calls else None
+    if earlier and same_answer(earlier, blocks, tool_uses) and (has_tools or not has_server_blocks(earlier)):
+        turn.blocks += earlier
+    else:
+        turn.blocks += signed_thinking(chat_message, path) + blocks + tool_uses
+    turn.blocks = marked(turn.blocks, chat_message)
+    turn.calls += calls
+
+
+def same_answer(earlier: list[dict], blocks: list[dict], tool_uses: list[dict]) -> bool:
+    """Whether a remembered answer is what the client sends back, so that it may be replayed as it was."""
+    def gist(some: list[dict]) -> tuple:
+        return ("".join(block["text"] for block in some if block["type"] == "text").strip(),
+                [(block["id"], block["name"], block["input"]) for block in some if block["type"] == "tool_use"])
+    return gist(earlier) == gist(blocks + tool_uses)
+
+
+def has_server_blocks(blocks: list[dict]) -> bool:
+    return any(block["type"] not in ("text", "thinking", "redacted_thinking", "tool_use") for block in blocks)
+
+
+def signed_thinking(chat_message: dict, path: str) -> list[dict]:
+    """The thinking blocks that a client kept with their signatures; text without one never becomes thinking."""
+    blocks: list[dict] = []
+    for block in chat_message.get("thinking_blocks") or ():
+        if isinstance(block, dict):
+            blocks += thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
+    for detail in () if blocks else chat_message.get("reasoning_details") or ():
+        if isinstance(detail, dict):
+            blocks += thinking_block(detail.get("text"), detail.get("signature"), detail.get("data"))
+    content = chat_message.get("content")
+    for part in () if blocks or not isinstance(content, list) else content:
+        if isinstance(part, dict) and part.get("type") in ("thinking", "redacted_thinking"):
+            blocks += thinking_block(part.get("thinking"), part.get("signature"), part.get("data"))
+    return blocks
+
+
+def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
+    if signature and isinstance(signature, str) and isinstance(thinking or "", str):
+        return [{"type": "thinking", "thinking": thinking or "", "signature": signature}]
+    if data and isinstance(data, str):
+        return [{"type": "redacted_thinking", "data": data}]
+    return []
+
+
+def without_thinking(messages: list[dict]) -> list[dict]:
+    """The same messages without any thinking block, for a conversation whose signatures do not hold."""
+    return [dict(message, content=[block for block in message["content"]
+                                   if block["type"] not in ("thinking", "redacted_thinking")])
+            for message in messages]
+
+
+def call_from_tool_call(chat_call: Any, path: str, draft: Draft) -> tuple[Call, dict]:
+    """One entry of `tool_calls`, function or custom."""
+    chat_call = object_of(chat_call, path)
+    raw_id = chat_call.get("id")
+    raw_id = text_of(raw_id, path + ".id") if raw_id is not None else ""
+    if chat_call.get("custom") is not None:
+        custom = object_of(chat_call["custom"], path + ".custom")
+        arguments = {"input": text_of(custom.get("input", ""), path + ".custom.input")}
+        return call_from_function({"name": custom.get("name"), "arguments": arguments}, path + ".custom", raw_id, draft)
+    return call_from_function(chat_call.get("function"), path + ".function", raw_id, draft)
+
+
+def call_from_function(function: Any, path: str, raw_id: str, draft: Draft) -> tuple[Call, dict]:
+    function = object_of(function, path)
+    name = draft.names.there(text_of(function.get("name"), path + ".name"))
+    call = Call(raw_id, draft.call_ids.use(raw_id or "call_" + path), name)
+    arguments = input_from_arguments(function.get("arguments"), path + ".arguments", draft)
+    if not raw_id:
+        draft.changes.add("repaired", path.rsplit(".", 1)[0], "a call without an id")
+    return call, {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
+
+
+def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
+    """The arguments string of a tool call as the object that Claude wants; what does not parse is kept as text."""
+    if arguments is None or isinstance(arguments, dict):
+        return arguments or {}
+    if not text_of(arguments, path).strip():
+        return {}
+    for candidate, repaired in ((arguments, False), (closed(arguments), True)):
+        try:
+            value = json.loads(candidate, parse_constant=refuse_constant, parse_float=finite_float)
+        except (ValueError, RecursionError):
+            continue
+        if repaired:
+            draft.changes.add("repaired", path, "brackets closed")
+        if isinstance(value, dict):
+            return value
+        return {} if value is None else {"value": value}
+    draft.changes.add("repaired", path, "not JSON: passed on as text")
+    return {"_raw": arguments}
+
+
+def closed(fragment: str) -> str:
+    """Truncated JSON with its open string and brackets closed, which often makes it whole."""
+    closers: List[str] = []
+    in_string = escaped = False
+    for character in fragment:
+        if in_string:
+            in_string = escaped or character != '"'
+            escaped = not escaped and character == "\\"
+        elif character == '"':
+            in_string = True
+        elif character in "{[":
+            closers.append("}" if character == "{" else "]")
+        elif character in "}]" and closers:
+            closers.pop()
+    return fragment + ('"' if in_string else "") + "".join(reversed(closers))
+
+
+def refuse_constant(name: str) -> float:
+    """json's hook for NaN and Infinity, which are no JSON."""
+    raise ValueError(name + " is not a JSON number")
+
+
+def finite_float(digits: str) -> float:
+    """json's hook for numbers: 1e400 would become infinity."""
+    number = float(digits)
+    if number - number != 0:
+        raise ValueError("%s is too large for a number" % digits[:20])
+    return number
+
+
+def add_tool_message(turns: list[Turn], answered: dict[str, Call], chat_message: dict, path: str,
+                     draft: Draft) -> None:
+    """A `tool` or `function` message: to the call it answers, or as text where there is none."""
+    raw_id = chat_message.get("tool_call_id")
+    raw_id = text_of(raw_id, path + ".tool_call_id") if raw_id is not None else ""
+    content = chat_message.get("content")
+    call = answered.get(raw_id) if raw_id else unanswered(turns, chat_message.get("name"), draft)
+    user = turn_for("user", turns)
+    if call is None:
+        draft.changes.add("repaired", path, "a result without its call, kept as text")
+        blocks = blocks_from_content(tool_text(content), path + ".content", draft)
+        user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id")) + blocks
+        return
+    if call.result is not None:
+        draft.changes.add("repaired", path, "a second result of one call replaces the first")
+    call.result = {"type": "tool_result", "tool_use_id": call.call_id}
+    result = tool_text(content)
+    if isinstance(result, list):
+        blocks = blocks_from_content(result, path + ".content", draft)
+        if blocks:
+            call.result["content"] = blocks
+    elif result.strip():
+        call.result["content"] = result
+    marked([call.result], chat_message)
+
+
+def unanswered(turns: list[Turn], name: Any, draft: Draft) -> Call | None:
+    """The call that a result without an id answers: the first open one of its name, else the first open one."""
+    calls = next((turn.calls for turn in reversed(turns) if turn.role == "assistant"), [])
+    open_calls = [call for call in calls if call.result is None]
+    named = [call for call in open_calls if isinstance(name, str) and call.name == draft.names.there(name)]
+    return next(iter(named or open_calls), None)
+
+
+def tool_text(content: Any) -> Any:
+    """The content of a tool message: a string, or a list of parts; other JSON as text."""
+    if content is None:
+        return ""
+    return content if isinstance(content, (str, list)) else json.dumps(content, ensure_ascii=False)
+
+
+def messages_from_turns(turns: list[Turn], draft: Draft) -> list[dict]:
+    """Turns as messages: results first and complete, system text in its place, a user turn at the front."""
+    turns = [turn for turn in turns if turn.blocks or turn.role == "user"]
+    if not turns or turns[0].role != "user":
+        turns.insert(0, Turn("user"))
+        if len(turns) > 1:
+            draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
+    messages: list[dict] = []
+    calls: list[Call] = []                          # of the turn before
+    for at, turn in enumerate(turns):
+        if turn.role == "assistant":
+            messages.append({"role": "assistant", "content": turn.blocks})
+            calls = turn.calls
+            if calls and (at + 1 == len(turns) or turns[at + 1].role == "assistant"):
+                messages.append({"role": "user", "content": results_of(calls, draft)})
+                calls = []
+            continue
+        results, calls = results_of(calls, draft), []
+        late = late_system(turn.blocks, results, at + 1 == len(turns) or turns[at + 1].role == "assistant", draft)
+        blocks = results + [user_block(block) for block in turn.blocks[:len(turn.blocks) - len(late)]]
+        if not blocks and at == 0:
+            blocks = text_blocks(START)
+        if blocks:
+            messages.append({"role": "user", "content": blocks})
+        if late:
+            messages.append({"role": "system", "content": late})
+    return merged(messages)
+
+
+def merged(messages: list[dict]) -> list[dict]:
+    """Neighbours of one role as one message (an empty turn between them has gone)."""
+    kept: list[dict] = []
+    for message in messages:
+        calls_open = kept and any(block["type"] == "tool_use" for block in kept[-1]["content"])
+        if kept and kept[-1]["role"] == message["role"] and not calls_open:
+            kept[-1]["content"] += message["content"]
+        else:
+            kept.append(message)
+    return kept
+
+
+def results_of(calls: list[Call], draft: Draft) -> list[dict]:
+    """One result for each call of a turn, in the order of the calls."""
+    results = []
+    for call in calls:
+        if call.result is None:
+            draft.changes.add("repaired", "messages", "a call without a result got one that says so")
+            call.result = {"type": "tool_result", "tool_use_id": call.call_id, "content": NO_RESULT, "is_error": True}
+        results.append(call.result)
+    return results
+
+
+def late_system(blocks: list[dict], results: list[dict], at_end: bool, draft: Draft) -> list[dict]:
+    """The system blocks at the end of a user turn that may stay system messages (placement rules of the API).
+
+    They must follow a user turn that says something, and be last or before an assistant turn.
+    """
+    count = 0
+    while count < len(blocks) and blocks[-1 - count].get("late_system"):
+        count += 1
+    if not count or not draft.model.late_system or not at_end or len(blocks) - count + len(results) == 0:
+        return []
+    return [{name: value for name, value in block.items() if name != "late_system"} for block in blocks[-count:]]
+
+
+def user_block(block: dict) -> dict:
+    """A block of a user turn; system text that may not stay a system message is marked as what it is."""
+    if not block.get("late_system"):
+        return block
+    plain = {name: value for name, value in block.items() if name != "late_system"}
+    return dict(plain, text="<system>\n%s\n</system>" % block["text"])
+
+
+def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
+    """Makes the last turn one that the model takes: a user's, or a prefill where it allows one."""
+    if messages[-1]["role"] != "assistant":
+        return
+    thinking = request.get("thinking", {}).get("type", "disabled")
+    if draft.model.prefill and thinking == "disabled" and "output_config" not in request:
+        last = messages[-1]["content"][-1]
+        if last["type"] == "text":
+            last["text"] = last["text"].rstrip()
+            return
+    draft.changes.add("changed", "messages", "the last one is the assistant's: asked to continue")
+    messages.append({"role": "user", "content": text_blocks(CONTINUE)})
+
+
+# ---- content parts
+
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+MAX_IMAGE = 10_000_000                              # characters of base64
+MAX_IMAGE_SIDE = 8_000                              # pixels
+HTTP_URL = re.compile(r"https?://[^\s\\\x00-\x20\x7f]+\Z", re.I)
+
+
+def blocks_from_content(content: Any, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
+    """The content of a message, a string or a list of parts, as content blocks without empty texts."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return text_blocks(content)
+    blocks: list[dict] = []
+    for at, part in enumerate(list_of(content, path)):
+        where = "%s[%d]" % (path, at)
+        if isinstance(part, str):
+            blocks += text_blocks(part)
+            continue
+        kind = object_of(part, where).get("type", "text" if "text" in part else None)
+        translate = PARTS.get(kind) if isinstance(kind, str) else None
+        if translate is None:
+            draft.changes.add("changed", where, "a part of unknown type, passed on as text")
+            blocks += text_blocks(json.dumps(part, ensure_ascii=False))
+            continue
+        found = translate(part, where, draft)
+        if assistant and any(block["type"] != "text" for block in found):
+            draft.changes.add("dropped", where, "Claude takes only text from the assistant")
+            found = text_blocks("[%s]" % found[0]["type"])
+        blocks += marked(found, part)
+    return blocks
+
+
+def text_blocks(text: str) -> list[dict]:
+    """One text block, or none: Claude refuses texts of nothing but white space."""
+    return [{"type": "text", "text": text}] if text.strip() else []
+
+
+def text_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    return text_blocks(text_of(part.get("text"), path + ".text"))
+
+
+def refusal_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    return text_blocks(text_of(part.get("refusal"), path + ".refusal"))
+
+
+def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    """`image_url` in its three spellings, or an image of the Messages API."""
+    source = part.get("source")
+    if isinstance(source, dict):
+        if source.get("type") == "base64":
+            data, declared = source.get("data"), source.get("media_type")
+            return blocks_from_base64(text_of(data, path + ".source.data"), str(declared), "", path + ".source.data",
+                                      draft)
+        return blocks_from_url(text_of(source.get("url"), path + ".source.url"), "", path + ".source.url", draft)
+    image = part.get("image_url")
+    path += ".image_url"
+    if isinstance(image, dict):
+        image, path = image.get("url"), path + ".url"
+    return blocks_from_url(text_of(image, path), "", path, draft)
+
+
+def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    """`file` with its data inside: a PDF or a text.  There is no store of uploaded files here."""
+    file = part
+    if part.get("file") is not None:
+        file, path = object_of(part["file"], path + ".file"), path + ".file"
+    title = file.get("filename")
+    title = text_of(title, path + ".filename") if title is not None else ""
+    if file.get("file_data") is not None:
+        data, path = text_of(file["file_data"], path + ".file_data"), path + ".file_data"
+        if data.startswith("data:"):
+            return blocks_from_url(data, title, path, draft)
+        return blocks_from_base64(data, type_from_name(title), title, path, draft)
+    for name in ("file_url", "document_url"):
+        if file.get(name) is not None:
+            url = text_of(file[name], path + "." + name)
+            if url.startswith("data:"):
+                return blocks_from_url(url, title, path + "." + name, draft)
+            url = checked_url(url, path + "." + name)
+            return [titled({"type": "document", "source": {"type": "url", "url": url}}, title)]
+    if file.get("file_id") is not None:
+        raise InvalidRequest("%s.file_id: no files are stored here; send the file in file_data." % path,
+                             path + ".file_id", "unsupported_value")
+    raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
+
+
+def document_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    """A document of the Messages API, as far as a gateway can check it, or Mistral's `document_url`."""
+    if part.get("document_url") is not None:
+        return file_part(part, path, draft)
+    source = object_of(part.get("source"), path + ".source")
+    kind, title = source.get("type"), part.get("title")
+    title = title if isinstance(title, str) else ""
+    if kind == "base64":
+        return blocks_from_base64(text_of(source.get("data"), path + ".source.data"), "", title, path, draft)
+    if kind == "text":
+        return text_document(text_of(source.get("data"), path + ".source.data"), title)
+    if kind == "url":
+        url = checked_url(text_of(source.get("url"), path + ".source.url"), path + ".source.url")
+        return [titled({"type": "document", "source": {"type": "url", "url": url}}, title)]
+    raise InvalidRequest("%s.source.type: expected base64, text or url." % path, path + ".source.type")
+
+
+def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
+    def refuse(part: dict, path: str, draft: Draft) -> list[dict]:
+        raise InvalidRequest("%s: Claude does not take %s; send its transcript or frames instead." % (path, what),
+                             path, "unsupported_value")
+    return refuse
+
+
+def nothing_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    """Thinking goes its own way (signed_thinking); without a signature it goes nowhere."""
+    return []
+
+
+PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
+    "text": text_part, "input_text": text_part, "output_text": text_part, "refusal": refusal_part,
+    "image_url": image_part, "input_image": image_part, "image": image_part,
+    "file": file_part, "input_file": file_part, "document": document_part, "document_url": document_part,
+    "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
+    "thinking": nothing_part, "redacted_thinking": nothing_part, "reasoning": nothing_part,
+    "reasoning_text": nothing_part,
+}
+
+
+def blocks_from_url(url: str, title: str, path: str, draft: Draft) -> list[dict]:
+    """A data URL as what it holds, a web address as a source that Claude fetches, bare base64 as an image."""
+    if url[:5].lower() == "data:":
+        head, comma, data = url[5:].partition(",")
+        media_type = head.split(";")[0].strip().lower()
+        if not comma:
+            raise InvalidRequest("%s: a data URL needs a comma before its data." % path, path, "invalid_value")
+        if head.lower().endswith(";base64"):
+            return blocks_from_base64(data, media_type, title, path, draft)
+        return text_document(urllib.parse.unquote(data), title)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) or not re.match(r"[A-Za-z0-9+/_=\s-]{40,}\Z", url):
+        return count_image({"type": "image", "source": {"type": "url", "url": checked_url(url, path)}}, path, draft)
+    return blocks_from_base64(url, "", title, path, draft)
+
+
+def checked_url(url: str, path: str) -> str:
+    """A web address that may be handed on: http or https, and not of this machine or network by its spelling."""
+    if not HTTP_URL.match(url):
+        raise InvalidRequest("%s: %r: only http and https addresses and data URLs are taken." % (path, url[:200]), path,
+                             "invalid_image_url")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        host = ""
+    if not host or is_loopback_host(host) or private_literal(host):
+        raise InvalidRequest("%s: %r: addresses of this machine or a private network are not fetched." %
+                             (path, url[:200]), path, "invalid_image_url")
+    return url
+
+
+def private_literal(host: str) -> bool:
+    """Whether a host is an address literal outside the public internet (names are judged when they resolve)."""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
+
+
+def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: Draft) -> list[dict]:
+    """Base64 as an image or document block, by what the bytes are; the declared type only decides for text."""
+    data = re.sub(r"\s+", "", data).replace("-", "+").replace("_", "/").rstrip("=")
+    data += "=" * (-len(data) % 4)
+    if not re.match(r"[A-Za-z0-9+/]+={0,2}\Z", data) or len(data.rstrip("=")) % 4 == 1:
+        raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
+    start = base64.b64decode(data[:400_000 // 4 * 4])          # enough to find the size of any image
+    found = media_type_of(start)
+    if found == "application/pdf":
+        source = {"type": "base64", "media_type": found, "data": data}
+        return [titled({"type": "document", "source": source}, title)]
+    if found:
+        if declared not in ("", found):
+            draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared or "the image", found))
+        check_image(data, start, found, path)
+        return count_image({"type": "image", "source": {"type": "base64", "media_type": found, "data": data}}, path,
+                           draft)
+    if declared.startswith("text/") or declared in ("application/json", "application/xml"):
+        try:
+            return text_document(base64.b64decode(data).decode("utf-8"), title)
+        except UnicodeDecodeError:
+            pass
+    raise InvalidRequest("%s: Claude takes JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." %
+                         (path, declared or "none of them"), path, "unsupported_file")
+
+
+def count_image(block: dict, path: str, draft: Draft) -> list[dict]:
+    draft.images += 1
+    most = 600 if draft.model.context > 200_000 else 100
+    if draft.images > most:
+        raise InvalidRequest("%s: more than %d images in one request." % (path, most), path, "too_many_images")
+    return [block]
+
+
+def text_document(text: str, title: str) -> list[dict]:
+    if not text.strip():
+        return []
+    return [titled({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": text}}, title)]
+
+
+def titled(block: dict, title: str) -> dict:
+    return dict(block, title=title[:500]) if title.strip() else block
+
+
+TEXT_NAME = re.compile(r"\.(txt|md|csv|json|xml|html?|ya?ml|log|py|js|ts|c|h|java|go|rs|sh)$")
+
+
+def type_from_name(name: str) -> str:
+    """The media type that a file name claims, as far as text goes."""
+    return "text/plain" if TEXT_NAME.search(name.lower()) else ""
+
+
+def media_type_of(start: bytes) -> str:
+    """What the first bytes of a file say it is: one of the types that Claude takes, or ""."""
+    for magic, media_type in ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"),
+                              (b"GIF87a", "image/gif"), (b"GIF89a", "image/gif")):
+        if start.startswith(magic):
+            return media_type
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "image/webp"
+    return "application/pdf" if b"%PDF-" in start[:1024] else ""
+
+
+def check_image(data: str, start: bytes, media_type: str, path: str) -> None:
+    """Refuses what Claude would refuse, with the limit in the message."""
+    if len(data) > MAX_IMAGE:
+        raise InvalidRequest("%s: the image has %.1f MB as base64; Claude takes up to 10 MB." %
+                             (path, len(data) / 1e6), path, "image_too_large")
+    width, height = image_size(start, media_type)
+    if max(width, height) > MAX_IMAGE_SIDE:
+        raise InvalidRequest("%s: the image has %d x %d pixels; Claude takes up to %d x %d." %
+                             (path, width, height, MAX_IMAGE_SIDE, MAX_IMAGE_SIDE), path, "image_too_large")
+
+
+def image_size(start: bytes, media_type: str) -> tuple[int, int]:
+    """Width and height in pixels from an image's header, (0, 0) where they are not found."""
+    try:
+        if media_type == "image/png":
+            return struct.unpack(">II", start[16:24])
+        if media_type == "image/gif":
+            return struct.unpack("<HH", start[6:10])
+        if media_type == "image/webp":
+            return webp_size(start)
+        return jpeg_size(start)
+    except (struct.error, IndexError):
+        return 0, 0
+
+
+def webp_size(start: bytes) -> tuple[int, int]:
+    kind = start[12:16]
+    if kind == b"VP8X":
+        return (int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1)
+    if kind == b"VP8L":
+        bits = int.from_bytes(start[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack("<HH", start[26:30])
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def jpeg_size(start: bytes) -> tuple[int, int]:
+    """Walks a JPEG's segments to the frame header (SOF0..SOF15 without the three that are none)."""
+    at = 2
+    while at + 9 < len(start):
+        if start[at] != 0xFF:
+            return 0, 0
+        marker = start[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", start[at + 5:at + 9])
+            return width, height
+        at += 1 if marker == 0xFF else 2 + struct.unpack(">H", start[at + 2:at + 4])[0]
+    return 0, 0
+
+
+# ---- tools
+
+class Declared(NamedTuple):
+    """One tool of the request, whichever of its spellings it came in."""
+    path: str
+    name: str
+    description: str
+    parameters: Any
+    strict: bool
+    custom: bool
+    part: dict
+
+
+WEB_SEARCH = "web_search"
+WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
+
+
+def declared_tools(fields: dict, changes: Changes) -> list[Declared]:
+    """The client's own tools, from `tools` and the legacy `functions`; of two with one name the first."""
+    tools = []
+    for at, tool in enumerate(fields.get("tools", ())):
+        path = "tools[%d]" % at
+        tool = object_of(tool, path)
+        kind = tool.get("type") or "function"
+        if tool.get("custom") is not None or kind == "custom" and "input_schema" not in tool:
+            tools.append(declared_custom(tool, path))
+        elif kind in ("function", "custom"):
+            tools.append(declared_function(tool, path))
+        elif not is_web_search(kind):
+            changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
+    for at, function in enumerate(fields.get("functions", ())):
+        path = "functions[%d]" % at
+        tools.append(declared_function({"function": object_of(function, path)}, path, nested=path))
+    first: dict[str, Declared] = {}
+    for declared in tools:
+        if declared.name in first:
+            changes.add("dropped", declared.path, "a second tool named %s" % declared.name)
+        first.setdefault(declared.name, declared)
+    return list(first.values())
+
+
+def is_web_search(kind: Any) -> bool:
+    return isinstance(kind, str) and re.match(r"(openrouter:)?web_search", kind) is not None
+
+
+def declared_function(tool: dict, path: str, nested: str = "") -> Declared:
+    """A function tool: OpenAI's nested shape, the flat one of the Responses API, or Anthropic's own."""
+    function = tool
+    inner = path
+    if tool.get("function") is not None:
+        inner = nested or path + ".function"
+        function = object_of(tool["function"], inner)
+    name = text_of(function.get("name"), inner + ".name")
+    if not name.strip():
+        raise InvalidRequest("%s.name: must not be empty." % inner, inner + ".name", "invalid_value")
+    description = function.get("description")
+    description = text_of(description, inner + ".description") if description is not None else ""
+    parameters = function.get("parameters", function.get("input_schema"))
+    strict = function.get("strict", tool.get("strict"))
+    strict = boolean_of(strict, inner + ".strict") if strict is not None else False
+    return Declared(inner, name, description, parameters, strict, False, tool)
+
+
+def declared_custom(tool: dict, path: str) -> Declared:
+    """A custom tool takes a bare string; its grammar can only be described to Claude, not enforced."""
+    custom = object_of(tool.get("custom", tool), path + ".custom")
+    name = text_of(custom.get("name"), path + ".custom.name")
+    description = custom.get("description")
+    description = text_of(description, path + ".custom.description") if description is not None else ""
+    shape = custom.get("format")
+    shape = object_of(shape, path + ".custom.format") if shape is not None else {}
+    grammar = shape.get("grammar", shape) if shape.get("type") == "grammar" else {}
+    if isinstance(grammar, dict) and grammar.get("definition"):
+        description += "\n\nThe input must follow this %s grammar:\n%s" % (grammar.get("syntax"), grammar["definition"])
+    parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+                  "additionalProperties": False}
+    return Declared(path + ".custom", name, description.strip(), parameters, False, True, tool)
+
+
+def tools_from_chat(fields: dict, declared: list[Declared], draft: Draft) -> list[dict]:
+    """The `tools` of the Messages request, in the client's order, web search last."""
+    draft.plan.legacy_functions = bool(fields.get("functions"))
+    tools, strict_budget = [], StrictBudget()
+    for entry in declared:
+        name = draft.names.there(entry.name)
+        if name != entry.name:
+            draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
+        if entry.custom:
+            draft.plan.custom_tools.add(name)
+        schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
+        tool = {"name": name, "description": entry.description, "input_schema": schema}
+        if not entry.description:
+            del tool["description"]
+        if entry.strict:
+            add_strictness(tool, strict_budget, entry, draft)
+        tools += marked([tool], entry.part)
+    return tools + web_search_tool(fields, draft)
+
+
+def web_search_tool(fields: dict, draft: Draft) -> list[dict]:
+    """Claude's web search for `web_search_options` or a web search tool of another API."""
+    options = fields.get("web_search_options")
+    path = "web_search_options"
+    for at, tool in enumerate(fields.get("tools", ())):
+        if options is None and is_web_search(tool.get("type")):
+            options, path = tool, "tools[%d]" % at
+    if options is None:
+        return []
+    if not draft.model.web_search:
+        draft.changes.add("dropped", path, "%s has no web search" % draft.model.id)
+        return []
+    size = options.get("search_context_size") or "medium"
+    if size not in WEB_SEARCH_USES:
+        raise InvalidRequest("%s.search_context_size: expected low, medium or high." % path,
+                             path + ".search_context_size", "invalid_value")
+    tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": WEB_SEARCH_USES[size]}
+    location = options.get("user_location")
+    if location is not None:
+        location = object_of(location, path + ".user_location")
+        nested = object_of(location.get("approximate", location), path + ".user_location.approximate")
+        place = {key: text_of(nested[key], "%s.user_location.%s" % (path, key))
+                 for key in ("city", "region", "country", "timezone") if nested.get(key)}
+        if place:
+            tool["user_location"] = dict({"type": "approximate"}, **place)
+    return [tool]
+
+
+def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
+    """Bare definitions of the tools that a history uses, where the request defines none: Claude insists."""
+    names = [block["name"] for message in messages for block in message["content"] if block["type"] == "tool_use"]
+    if names:
+        draft.changes.add("repaired", "tools", "the history uses tools that the request does not define")
+    return [{"name": name, "input_schema": {"type": "object", "properties": {}}} for name in dict.fromkeys(names)]
+
+
+# ---- tool schemas
+
+def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
+    """A tool's schema with the root that Claude wants: an object, without composition, `$schema` left out."""
+    if parameters is None:
+        return {"type": "object", "properties": {}}
+    schema = {key: value for key, value in object_of(parameters, path).items() if key != "$schema"}
+    if isinstance(schema.get("$ref"), str):
+        schema = dict(resolved(schema["$ref"], schema), **without(schema, "$ref"))
+    for composition in ("allOf", "anyOf", "oneOf"):
+        if isinstance(schema.get(composition), list):
+            draft.changes.add("repaired", path, "%s at the root of the schema of %s" % (composition, name))
+            schema = merged_root(schema, composition)
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
+                             "invalid_value")
+    properties = schema.get("properties")
+    properties = object_of(properties, path + ".properties") if properties is not None else {}
+    required = schema.pop("required", None)
+    rest = {key: value for key, value in schema.items() if key not in ("type", "properties")}
+    rooted = dict({"type": "object", "properties": properties}, **rest)
+    if isinstance(required, list) and required:
+        rooted["required"] = required
+    return rooted
+
+
+def merged_root(schema: dict, composition: str) -> dict:
+    """A root union as one object: every branch's properties; required is what all branches (allOf: any) require."""
+    branches = [branch for branch in schema[composition] if isinstance(branch, dict)]
+    branches = [dict(resolved(branch["$ref"], schema)) if isinstance(branch.get("$ref"), str) else branch
+                for branch in branches]
+    objects = [branch for branch in branches if branch.get("type", "object") == "object"]
+    rooted = {key: value for key, value in schema.items() if key != composition}
+    properties = dict(rooted.get("properties") or {})
+    required = list(rooted.get("required") or [])
+    for branch in objects:
+        for key, value in (branch.get("properties") or {}).items():
+            properties.setdefault(key, value)
+    demands = [set(branch.get("required") or ()) for branch in objects]
+    shared = (set.union if composition == "allOf" else set.intersection)(*demands) if demands else set()
+    rooted.update(type="object", properties=properties,
+                  required=required + sorted(name for name in shared if name not in required))
+    if composition != "allOf":
+        note = "Exactly one of these shapes: " if composition == "oneOf" else "One of these shapes: "
+        rooted["description"] = (str(rooted.get("description") or "") + "\n" + note +
+                                 json.dumps([{"properties": list(branch.get("properties") or {}),
+                                              "required": branch.get("required") or []} for branch in objects])).strip()
+    return rooted
+
+
+def resolved(reference: str, root: dict) -> dict:
+    """The part of a schema that a local `$ref` names ({} where there is none); RFC 6901 pointers."""
+    value: Any = root
+    for step in reference.lstrip("#").split("/")[1:]:
+        step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
+        value = value.get(step) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def without(mapping: dict, *names: str) -> dict:
+    """A copy of a dict without some of its keys."""
+    return {name: value for name, value in mapping.items() if name not in names}
+
+
+class Unsupported(Exception):
+    """A schema that has no equivalent in the subset that Claude compiles."""
+
+
+# Keywords of JSON Schema that Claude compiles; every other one that means something goes into the description.
+KEPT_KEYWORDS = {"type", "properties", "required", "items", "enum", "const", "anyOf", "allOf", "$defs", "definitions",
+                 "default", "description", "title", "additionalProperties", "$ref"}
+MEANINGLESS_KEYWORDS = {"$schema", "$id", "$comment", "examples", "deprecated", "readOnly", "writeOnly", "nullable"}
+KEPT_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"}
+MOST_STRICT_TOOLS, MOST_OPTIONAL, MOST_UNIONS = 20, 24, 16
+
+
+class Subset:
+    """Brings one schema into the subset that Claude compiles; counts what it limits.  Raises Unsupported."""
+
+    def __init__(self, root: dict) -> None:
+        self.root = root
+        self.optional = self.unions = 0
+        self.moved: List[str] = []                  # keywords that went into a description
+
+    def schema(self, schema: Any, inside: tuple[str, ...] = ()) -> dict:
+        """The schema of one value.  `inside`: the references that led here, to find recursion."""
+        if not isinstance(schema, dict):
+            raise Unsupported("a schema that is no object")
+        reference = schema.get("$ref")
+        if reference is not None:
+            return self.reference(schema, reference, inside)
+        if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) == 1:
+            schema = dict(schema["allOf"][0], **{key: value for key, value in schema.items() if key != "allOf"})
+            return self.schema(schema, inside)
+        kept = {key: value for key, value in schema.items() if key in KEPT_KEYWORDS}
+        told = [self.keyword(key, value, kept) for key, value in schema.items() if key not in KEPT_KEYWORDS]
+        if "enum" in kept and not all(isinstance(value, (str, int, float, bool, type(None))) for value in kept["enum"]):
+            told.append("one of " + json.dumps(kept.pop("enum")))
+        told = [text for text in told if text]
+        if told:
+            kept["description"] = ". ".join(filter(None, [kept.get("description", "")] + told))
+        self.branches(schema, kept, inside)
+        if "properties" in schema or "object" in (schema.get("type"), *self.listed(schema.get("type"))):
+            self.object(schema, kept, inside)
+        if "items" in schema:
+            kept["items"] = self.schema(schema["items"], inside)
+        return kept
+
+    @staticmethod
+    def listed(kind: Any) -> Sequence[str]:
+        return kind if isinstance(kind, list) else ()
+
+    def branches(self, schema: dict, kept: dict, inside: tuple[str, ...]) -> None:
+        if isinstance(schema.get("type"), list) and len(schema["type"]) > 1:
+            self.unions += 1
+        for composition in ("anyOf", "oneOf", "allOf"):
+            if composition in schema:
+                branches = [self.schema(branch, inside) for branch in schema[composition]]
+                if composition == "allOf" and any("$ref" in branch for branch in branches):
+                    raise Unsupported("allOf with a reference")
+                kept["anyOf" if composition == "oneOf" else composition] = branches
+                self.unions += composition != "allOf"
+
+    def object(self, schema: dict, kept: dict, inside: tuple[str, ...]) -> None:
+        """Every object must be closed; one that lives from being open cannot be told."""
+        properties = schema.get("properties") or {}
+        if schema.get("additionalProperties") not in (None, False) or not properties and \
+                schema.get("additionalProperties") is not False:
+            raise Unsupported("an object with free keys")
+        kept["properties"] = {name: self.schema(value, inside) for name, value in properties.items()}
+        kept["additionalProperties"] = False
+        required = [name for name in schema.get("required") or () if name in properties]
+        kept["required"] = required
+        self.optional += len(properties) - len(required)
+
+    def reference(self, schema: dict, reference: Any, inside: tuple[str, ...]) -> dict:
+        """A local reference stays; one with words beside it is written out, as nothing may stand beside `$ref`."""
+        if not isinstance(reference, str) or not reference.startswith("#") or reference in inside:
+            raise Unsupported("a recursive or external reference")
+        target = resolved(reference, self.root)
+        if not target:
+            raise Unsupported("a reference to nothing")
+        beside = {key: value for key, value in schema.items() if key != "$ref"}
+        inlined = self.schema(dict(target, **beside), inside + (reference,))
+        return inlined if beside else {"$ref": reference}
+
+    def keyword(self, key: str, value: Any, kept: dict) -> str:
+        """What to do with a keyword out of the common set: keep it, or say it in words."""
+        if key in MEANINGLESS_KEYWORDS or key in ("oneOf",):
+            return ""
+        if key == "format" and value in KEPT_FORMATS or key == "minItems" and value in (0, 1) or \
+                key == "pattern" and isinstance(value, str) and not re.search(r"\(\?|\\[1-9bB]", value):
+            kept[key] = value
+            return ""
+        self.moved.append(key)
+        return "%s: %s" % (key, json.dumps(value, ensure_ascii=False))
+
+
+def subset_schema(schema: dict) -> tuple[dict, Subset]:
+    """A whole schema in Claude's subset, with the tally of it; definitions included."""
+    subset = Subset(schema)
+    converted = subset.schema({key: value for key, value in schema.items() if key not in ("$defs", "definitions")})
+    for group in ("$defs", "definitions"):
+        if isinstance(schema.get(group), dict):
+            converted[group] = {name: subset.schema(value, ("#/%s/%s" % (group, name),))
+                                for name, value in schema[group].items()}
+    return converted, subset
+
+
+class StrictBudget:
+    """What all the strict schemas of one request may have together."""
+
+    def __init__(self) -> None:
+        self.tools = self.optional = self.unions = 0
+
+    def take(self, subset: Subset) -> bool:
+        """Whether one more strict schema fits; if so it is counted."""
+        fits = (self.tools < MOST_STRICT_TOOLS and self.optional + subset.optional <= MOST_OPTIONAL
+                and self.unions + subset.unions <= MOST_UNIONS)
+        if fits:
+            self.tools += 1
+            self.optional += subset.optional
+            self.unions += subset.unions
+        return fits
+
+
+def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: Draft) -> None:
+    """`strict` stays where the schema is in the subset as it is, so that nothing of it is lost."""
+    try:
+        schema, subset = subset_schema(tool["input_schema"])
+        if subset.moved:
+            raise Unsupported(", ".join(dict.fromkeys(subset.moved)))
+        if not budget.take(subset):
+            raise Unsupported("more than Claude compiles in one request")
+    except Unsupported as reason:
+        draft.changes.add("dropped", declared.path + ".strict", str(reason))
+        return
+    tool["input_schema"], tool["strict"] = schema, True
+
+
+# ---- tool choice and answer format
+
+class Choice(NamedTuple):
+    """A tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
+    mode: str = "auto"
+    name: str = ""
+    allowed: Optional[List[str]] = None
+
+
+def wished_choice(fields: dict) -> Choice | None:
+    """`tool_choice` or `function_call` in any spelling of any API."""
+    wish = fields.get("tool_choice", fields.get("function_call"))
+    path = "tool_choice" if "tool_choice" in fields else "function_call"
+    if wish is None or wish == "":
+        return None
+    modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+    if isinstance(wish, str):
+        if wish not in modes:
+            raise InvalidRequest("%s: expected none, auto, required or a tool." % path, path, "invalid_value")
+        return Choice(modes[wish])
+    wish = object_of(wish, path)
+    kind = wish.get("type")
+    if isinstance(kind, str) and kind in modes:
+        return Choice(modes[kind])
+    if kind == "allowed_tools":
+        allowed = object_of(wish.get("allowed_tools", wish), path + ".allowed_tools")
+        mode = modes.get(str(allowed.get("mode", "auto")), "auto")
+        listed = list_of(allowed.get("tools"), path + ".allowed_tools.tools")
+        names = [choice_name(tool, "%s.allowed_tools.tools[%d]" % (path, at)) for at, tool in enumerate(listed)]
+        return Choice(mode, allowed=names)
+    return Choice("required", choice_name(wish, path))
+
+
+def choice_name(wish: Any, path: str) -> str:
+    """The name in a tool choice: nested under function or custom, or flat."""
+    wish = object_of(wish, path)
+    for key in ("function", "custom"):
+        if wish.get(key) is not None:
+            return text_of(object_of(wish[key], "%s.%s" % (path, key)).get("name"), "%s.%s.name" % (path, key))
+    return text_of(wish.get("name"), path + ".name")
+
+
+def choice_from_chat(fields: dict, tools: list[dict], declared: list[Declared], draft: Draft) -> dict | None:
+    """`tool_choice` of the Messages request; takes tools off the list that the client does not allow."""
+    wish = wished_choice(fields)
+    if not tools:
+        return None
+    if not declared and not any(tool.get("type") for tool in tools):
+        return {"type": "none"}                     # stand-ins for a history's tools: not to be called
+    wish = wish or Choice()
+    if wish.allowed is not None:
+        allowed = {draft.names.there(name) for name in wish.allowed}
+        tools[:] = [tool for tool in tools if tool["name"] in allowed or tool.get("type")] or tools
+    choice: dict = {"type": {"required": "any"}.get(wish.mode, wish.mode)}
+    if wish.name:
+        if wish.name not in [entry.name for entry in declared]:
+            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(wish.name),
+                                 "tool_choice", "invalid_value")
+        choice = {"type": "tool", "name": draft.names.there(wish.name)}
+    single = fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions
+    if single and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    return None if choice == {"type": "auto"} else choice
+
+
+def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
+    """Adds what makes Claude answer in the wished format; returns the tool choice that goes with it.
+
+    A forced tool on a model that refuses to be forced becomes an answer format of that tool's schema (the reply
+    is handed back as the tool call); where that cannot be, an instruction.
+    """
+    tools = request.get("tools", [])
+    if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
+        named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
+        return force_by_format(request, named, choice, draft)
+    wish = fields.get("response_format") or {}
+    kind = wish.get("type", "text")
+    if kind == "json_schema":
+        add_schema_format(request, wish, draft)
+    elif kind == "json_object":
+        draft.plan.bare_json = True
+        draft.instructions.append("Answer with one JSON object only: no other text, no code fence.")
+    elif kind != "text":
+        raise InvalidRequest("response_format.type: expected text, json_object or json_schema.",
+                             "response_format.type", "invalid_value")
+    verbosity = {"low": "Keep the answer short.", "high": "Answer at length and in detail."}.get(
+        fields.get("verbosity", ""))
+    if verbosity:
+        draft.instructions.append(verbosity)
+    return choice
+
+
+def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
+    """A forced tool without forcing: its schema as the answer format, or else a plain instruction."""
+    tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
+    if tool and draft.model.structured_outputs:
+        with contextlib.suppress(Unsupported):
+            schema, subset = subset_schema(tool["input_schema"])
+            if StrictBudget().take(subset):
+                request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
+                draft.plan.forced_tool = name
+                draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
+                draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
+                                  draft.model.id)
+                return {"type": "none"}
+    draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
+    draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in words" % draft.model.id)
+    return dict(choice_without_name(choice), type="auto")
+
+
+def choice_without_name(choice: dict) -> dict:
+    return {key: value for key, value in choice.items() if key != "name"}
+
+
+def add_schema_format(request: dict, wish: dict, draft: Draft) -> None:
+    """`json_schema`: enforced by Claude where the schema allows it, else asked for and cut out of the answer."""
+    path = "response_format.json_schema"
+    schema = object_of(wish.get("json_schema"), path).get("schema")
+    schema = object_of(schema, path + ".schema") if schema is not None else {}
+    searching = any(tool.get("type") for tool in request.get("tools", []))
+    try:
+        if not draft.model.structured_outputs or searching:
+            raise Unsupported("web search excludes it" if searching else "%s has no answer formats" % draft.model.id)
+        converted, subset = subset_schema(schema)
+        if not StrictBudget().take(subset):
+            raise Unsupported("more than Claude compiles")
+    except Unsupported as reason:
+        draft.changes.add("changed", "response_format", "asked for in words: %s" % reason)
+        draft.plan.bare_json = True
+        draft.instructions.append("Answer with one JSON object only, no other text, that follows this JSON Schema:\n" +
+                                  json.dumps(schema, ensure_ascii=False))
+        return
+    for keyword in dict.fromkeys(subset.moved):
+        draft.changes.add("changed", "response_format." + keyword, "moved into the description")
+    request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
+
+
+# ---- cache breakpoints
+
+MOST_BREAKPOINTS = 4
+
+
+def mark_from(part: dict) -> dict:
+    """The cache mark on a part, message, tool or call: Anthropic's `cache_control` or OpenAI's breakpoint."""
+    mark = part.get("cache_control")
+    if isinstance(mark, dict) and mark.get("type") == "ephemeral":
+        return {"type": "ephemeral", "ttl": "1h"} if mark.get("ttl") == "1h" else {"type": "ephemeral"}
+    breakpoint_ = part.get("prompt_cache_breakpoint")
+    if isinstance(breakpoint_, dict):
+        ttl = ttl_from_openai(breakpoint_)
+        return {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
+    return {}
+
+
+def ttl_from_openai(options: Any) -> str | None:
+    """OpenAI's "30m" and "12h" are nearest to Claude's "1h"."""
+    return "1h" if isinstance(options, dict) and options.get("ttl") in ("30m", "1h", "12h", "24h") else None
+
+
+def marked(blocks: list[dict], part: dict) -> list[dict]:
+    """The blocks, the last of them with the mark that its part carries (thinking cannot carry one)."""
+    mark = mark_from(part)
+    if mark and blocks and blocks[-1].get("type") not in ("thinking", "redacted_thinking"):
+        blocks[-1]["cache_control"] = mark
+    return blocks
+
+
+def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) -> None:
+    """At most four cache marks: the client's own, and ours in the free slots.
+
+    Ours end the last turn, the turn that the request before this one ended with (so that its cache is found
+    even when a long agent turn lies between: Claude looks back only 20 blocks), the system text and the tools.
+    """
+    marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
+    surplus = len(marked_blocks) - MOST_BREAKPOINTS
+    if surplus > 0:                                 # the first in line are tools and system; drop the oldest turns
+        of_messages = [block for block in marked_blocks if not any(
+            block is other for other in [*request.get("tools", []), *request.get("system", [])])]
+        for block in (of_messages + marked_blocks)[:surplus]:
+            del block["cache_control"]
+        draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
+    if ours:
+        free = MOST_BREAKPOINTS - min(len(marked_blocks), MOST_BREAKPOINTS)
+        mark = {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
+        for block in our_breakpoints(request, bool(draft.instructions)):
+            if free and "cache_control" not in block:
+                block["cache_control"] = dict(mark)
+                free -= 1
+    order_lifetimes(request)
+
+
+def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
+    """The blocks worth a mark, the most useful first."""
+    messages = request["messages"]
+    last = len(messages) - 1
+    if instructed and messages[last]["role"] == "system":
+        last -= 1                                   # the instruction goes in front of it
+    asked = next((at for at in range(last, 0, -1) if messages[at]["role"] == "assistant"), 0)
+    for at in dict.fromkeys((last, asked - 1)):
+        if at >= 0:
+            yield from (block for block in messages[at]["content"][:-2:-1]
+                        if block["type"] not in ("thinking", "redacted_thinking"))
+    for name in ("system", "tools"):
+        yield from request.get(name, [])[:-2:-1]
+
+
+def cacheable_blocks(request: dict) -> Iterator[dict]:
+    """Every block that may carry a mark, in the order of the prompt."""
+    yield from request.get("tools", ())
+    yield from request.get("system", ())
+    for message in request["messages"]:
+        for block in message["content"]:
+            if block["type"] == "tool_result" and isinstance(block.get("content"), list):
+                yield from block["content"]
+            yield block
+
+
+def order_lifetimes(request: dict) -> None:
+    """A mark of 1h may not follow one of 5m: the ones before the last 1h get 1h too."""
+    marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
+    long_lived = [at for at, block in enumerate(marked_blocks) if block["cache_control"].get("ttl") == "1h"]
+    for block in marked_blocks[:long_lived[-1]] if long_lived else ():
+        block["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
+
+
+# ---- Replies -----------------------------------------------------------------------------------------
+# Message -> chat completion.  Pure, like Requests; the stream below shares these helpers, so that a stream
+# adds up to the full reply.
+
+FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "pause_turn": "stop",
+                  "max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
+SERVICE_TIERS = {"standard": "default", "priority": "priority", "batch": "batch"}
+
+
+def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan) -> dict:
+    """A whole message as a chat completion.  `envelope`: its id and created."""
+    content, annotations = text_and_annotations(message["content"])
+    tool_calls = [tool_call_from_tool_use(block, plan) for block in message["content"] if block["type"] == "tool_use"]
+    if plan.forced_tool and content:
+        tool_calls.append(forced_tool_call(message.get("id"), content, plan))
+        content = ""
+    elif plan.bare_json:
+        json_text = BareJson()
+        content = json_text.feed(content) + json_text.close()
+    chat_message: dict = {"role": "assistant", "content": content if content or not tool_calls else None,
+                          "refusal": refusal_text(message)}
+    reasoning = "".join(block.get("thinking") or "" for block in message["content"] if block["type"] == "thinking")
+    if reasoning:
+        chat_message["reasoning_content"] = reasoning
+    if annotations:
+        chat_message["annotations"] = annotations
+    if tool_calls and plan.legacy_functions:
+        chat_message["function_call"] = tool_calls[0]["function"]
+    elif tool_calls:
+        chat_message["tool_calls"] = tool_calls
+    reason = finish_reason(message.get("stop_reason"), bool(tool_calls), plan)
+    choice = {"index": 0, "message": chat_message, "logprobs": None, "finish_reason": reason}
+    completion = {"id": envelope["id"], "object": "chat.completion", "created": envelope["created"],
+                  "model": message["model"], "choices": [choice], "usage": usage_from_message(message["usage"])}
+    return with_service_tier(completion, message["usage"])
+
+
+def text_and_annotations(content: list[dict]) -> tuple[str, list[dict]]:
+    """The text of all text blocks, and their web citations as annotations with their places in that text."""
+    text, annotations = "", []                      # type: str, List[dict]
+    for block in content:
+        if block["type"] == "text":
+            annotations += annotations_of(block, len(text))
+            text += block["text"]
+    return text, annotations
+
+
+def annotations_of(block: dict, start: int) -> list[dict]:
+    """The citations of one text block that begins at index `start` of the whole text."""
+    annotations: list[dict] = []
+    for citation in block.get("citations") or ():
+        if citation.get("url"):
+            place = {"start_index": start, "end_index": start + len(block["text"]), "url": citation["url"],
+                     "title": citation.get("title") or citation["url"]}
+            annotation = {"type": "url_citation", "url_citation": place}
+            if annotation not in annotations:
+                annotations.append(annotation)
+    return annotations
+
+
+def tool_call_from_tool_use(block: dict, plan: ReplyPlan) -> dict:
+    """A tool call in the words of the request: custom tools hand back their bare string."""
+    name, arguments = plan.names.back(block["name"]), arguments_of(block)
+    if block["name"] in plan.custom_tools:
+        return {"id": block["id"], "type": "custom", "custom": {"name": name, "input": input_of_custom(arguments)}}
+    return {"id": block["id"], "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def arguments_of(block: dict) -> str:
+    """The arguments of a tool_use as the JSON text that Claude wrote, or would have written."""
+    return block.get("partial_json") or json.dumps(block.get("input") or {}, ensure_ascii=False)
+
+
+def input_of_custom(arguments: str) -> str:
+    """The string in `{"input": ...}`; whatever else Claude made of it, as it is."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(arguments)
+        if isinstance(value, dict) and isinstance(value.get("input"), str):
+            return value["input"]
+    return arguments
+
+
+def forced_tool_call(message_id: Any, arguments: str, plan: ReplyPlan) -> dict:
+    """The answer of a request whose tool was forced by its answer format, as that tool's call."""
+    return {"id": forced_call_id(message_id), "type": "function",
+            "function": {"name": plan.names.back(plan.forced_tool or ""), "arguments": arguments}}
+
+
+def forced_call_id(message_id: Any) -> str:
+    return "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(message_id or "0"))
+
+
+def finish_reason(stop_reason: str | None, has_tool_calls: bool, plan: ReplyPlan) -> str:
+    """OpenAI's finish reason.  Tool calls are always told, for clients act on nothing else."""
+    reason = FINISH_REASONS.get(stop_reason or "", "stop")
+    if reason == "tool_calls" and not has_tool_calls:
+        return "stop"
+    if has_tool_calls and reason in ("stop", "tool_calls"):
+        return "function_call" if plan.legacy_functions else "tool_calls"
+    return reason
+
+
+def refusal_text(message: dict) -> str | None:
+    """Why Claude refused, where it says so."""
+    details = message.get("stop_details") or {}
+    return details.get("explanation") if message.get("stop_reason") == "refusal" else None
+
+
+def usage_from_message(usage: dict) -> dict:
+    """Claude's counts as OpenAI's: there, the prompt includes what was read from and written to the cache."""
+    read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
+    prompt, completion = (usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0
+    thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
+            "completion_tokens_details": {"reasoning_tokens": thinking},
+            "cache_read_input_tokens": read, "cache_creation_input_tokens": written}
+
+
+def with_service_tier(reply: dict, usage: dict) -> dict:
+    tier = SERVICE_TIERS.get(usage.get("service_tier") or "")
+    return dict(reply, service_tier=tier) if tier else reply
+
+
+def added_usage(total: dict, usage: dict) -> dict:
+    """The counts of two calls together, for answers that took several (pause_turn)."""
+    added = dict(total)
+    for name, value in usage.items():
+        earlier = added.get(name)
+        if isinstance(value, dict):
+            added[name] = added_usage(earlier if isinstance(earlier, dict) else {}, value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            added[name] = (earlier or 0) + value
+        elif value is not None:
+            added[name] = value
+    return added
+
+
+class BareJson:
+    """Cuts the one JSON object out of a text that comes in pieces: fences and talk around it go.
+
+    A text without any object is handed on whole, at the end: the client should see what Claude said instead.
+    """
+    INTERESTING = re.compile(r'[{}\[\]"\\]')
+
+    def __init__(self) -> None:
+        self._held = ""                             # the text before the first bracket
+        self._depth = 0
+        self._in_string = self._escaped = self._started = self._done = False
+
+    def feed(self, text: str) -> str:
+        """The part of `text` that belongs to the object."""
+        if self._done:
+            return ""
+        if not self._started:
+            self._held += text
+            start = self._held.find("{")
+            if start < 0:
+                return ""
+            text, self._held, self._started = self._held[start:], "", True
+        return text[:self._end(text)]
+
+    def close(self) -> str:
+        """What is left at the end."""
+        return "" if self._started else self._held
+
+    def _end(self, text: str) -> int:
+        """The index behind the object's last bracket, or behind the text."""
+        at = 0
+        while at < len(text):
+            if self._escaped:
+                self._escaped = False
+                at += 1
+                continue
+            match = self.INTERESTING.search(text, at)
+            if not match:
+                break
+            character, at = match.group(), match.end()
+            if self._in_string:
+                self._escaped = character == "\\"
+                self._in_string = character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self._done = True
+                    return at
+        return len(text)
+
+
+# ---- Streams -----------------------------------------------------------------------------------------
+# Event-stream bytes -> events -> chunks, or -> one message.  No I/O: feed what came, get what follows from it.
+
+
+class EventDecoder:
+    """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
+
+    Lines end in CR, LF or CRLF, and only there: U+2028 and the like are text.  Any cut of the bytes gives the
+    same events.  The `event:` line repeats the `type` inside the data, so it is not needed.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""                            # an unfinished line
+        self._data: List[bytes] = []                # data lines of the event so far
+        self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
+        self._at_start = True
+
+    def feed(self, piece: bytes) -> list[dict]:
+        """The events that `piece` completes.  Raises UpstreamFault on data that is not JSON."""
+        if self._skip_newline and piece:
+            piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
+        self._rest += piece
+        if self._at_start:
+            if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
+                return []
+            self._rest, self._at_start = (self._rest[3:] if self._rest[:3] == b"\xef\xbb\xbf" else self._rest), False
+        self._skip_newline = self._rest[-1:] == b"\r"
+        lines = re.split(rb"\r\n|\n|\r", self._rest) if b"\r" in self._rest else self._rest.split(b"\n")
+        self._rest = lines.pop()
+        return [event for line in lines for event in self._line(line)]
+
+    def close(self) -> list[dict]:
+        """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
+        if self._rest:
+            self._line(self._rest)
+        with contextlib.suppress(UpstreamFault):
+            return list(self._line(b""))
+        return []
+
+    def _line(self, line: bytes) -> Sequence[dict]:
+        if line[:5] == b"data:":
+            self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+        elif not line and self._data:
+            data, self._data = b"\n".join(self._data), []
+            return (event_from_data(data),)
+        return ()
+
+
+def event_from_data(data: bytes) -> dict:
+    try:
+        event = json.loads(data.decode("utf-8"))
+    except ValueError:
+        event = None
+    if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+        raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API.")
+    return event
+
+
+def events_from_message(message: dict) -> list[dict]:
+    """A whole message as the events that would have streamed it, for an upstream that answers in JSON."""
+    events: list[dict] = [{"type": "message_start", "message": dict(message, content=[], stop_reason=None)}]
+    for block_index, block in enumerate(message["content"]):
+        events.append({"type": "content_block_start", "index": block_index, "content_block": block})
+        events.append({"type": "content_block_stop", "index": block_index})
+    delta = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
+    events.append({"type": "message_delta", "delta": delta, "usage": message.get("usage") or {}})
+    return events + [{"type": "message_stop"}]
+
+
+class MessageAssembler:
+    """Events in, one message out: `message`, whole once `done`.  Several streams in a row (pause_turn) add up."""
+
+    def __init__(self) -> None:
+        self.message: dict = {}
+        self.done = False
+        self._block: dict = {}
+        self._pieces: Dict[str, List[str]] = {}
+        self._content: List[dict] = []
+        self._earlier_usage: dict = {}
+
+    def feed(self, event: dict) -> None:
+        """Raises ClaudeError for an `error` event, UpstreamFault for a message that does not hold together."""
+        handler = self._HANDLERS.get(event["type"])
+        if handler:
+            try:
+                handler(self, event)
+            except (KeyError, TypeError, AttributeError) as fault:
+                raise UpstreamFault("The upstream sent a malformed %s event." % event["type"]) from fault
+
+    def resume(self) -> None:
+        """Another stream follows, which continues this message."""
+        self._content = self.message["content"]
+        self._earlier_usage = added_usage(self._earlier_usage, self.message["usage"])
+        self.done = False
+
+    @property
+    def usage(self) -> dict:
+        """The counts of all streams so far."""
+        return added_usage(self._earlier_usage, self.message.get("usage") or {}) if self._earlier_usage \
+            else self.message.get("usage") or {}
+
+    def whole(self) -> dict:
+        """The message with the usage of all its streams."""
+        return dict(self.message, usage=self.usage)
+
+    def _message_start(self, event: dict) -> None:
+        message = event["message"]
+        self.message = dict(message, content=self._content, usage=dict(message.get("usage") or {}),
+                            model=str(message.get("model", "")))
+
+    def _block_start(self, event: dict) -> None:
+        self._block = dict(event["content_block"])
+        self._pieces = {}
+        self.message["content"].append(self._block)
+        self._block["type"] += ""
+
+    def _block_delta(self, event: dict) -> None:
+        delta = event["delta"]
+        field = self._DELTA_FIELDS.get(delta["type"])
+        if field:
+            self._pieces.setdefault(field, []).append(delta[field])
+        elif delta["type"] == "citations_delta":
+            self._block["citations"] = (self._block.get("citations") or []) + [delta["citation"]]
+
+    def _block_stop(self, event: dict) -> None:
+        for field, pieces in self._pieces.items():
+            self._block[field] = (self._block.get(field) or "") + "".join(pieces)
+        partial = self._block.get("partial_json")
+        if partial:
+            with contextlib.suppress(ValueError, RecursionError):       # cut by max_tokens: the text stays
+                self._block["input"] = json.loads(partial)
+        self._pieces = {}
+
+    def _message_delta(self, event: dict) -> None:
+        self.message.update({name: value for name, value in event["delta"].items() if value is not None})
+        for name, value in (event.get("usage") or {}).items():
+            if value is not None:                   # cumulative, and without what did not change
+                self.message["usage"][name] = value
+
+    def _message_stop(self, event: dict) -> None:
+        if not self.message.get("stop_reason"):
+            raise UpstreamFault("The upstream ended its answer without a stop reason.")
+        self.done = True
+
+    def _error(self, event: dict) -> None:
+        raise ClaudeError(200, event["error"], {"request-id": str(event.get("request_id") or "")})
+
+    _DELTA_FIELDS = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
+                     "input_json_delta": "partial_json"}
+    _HANDLERS: Dict[str, Callable[[MessageAssembler, dict], None]] = {
+        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
+        "content_block_stop": _block_stop, "message_delta": _message_delta, "message_stop": _message_stop,
+        "error": _error}
+
+
+class ChatStream:
+    """Messages API events in, chat completion chunks out.  One instance per request.
+
+    It reads beside a MessageAssembler that has seen the same events: what is known only at the end (stop reason,
+    usage) is taken from there.
+    """
+
+    def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include_usage: bool) -> None:
+        self._envelope = {"id": envelope["id"], "object": "chat.completion.chunk",      # the same in every chunk
+                          "created": envelope["created"], "model": ""}
+        self._plan = plan
+        self._assembler = assembler
+        self._include_usage = include_usage
+        self._json_text = BareJson() if plan.bare_json else None
+        self._tool_position = -1                    # of the tool call that is being sent; counts calls, not blocks
+        self._block: dict = {}
+        self._sent_arguments = False
+        self._annotations: List[dict] = []
+        self._text_length = self._block_start_length = 0
+        self._started = False
+
+    def feed(self, event: dict) -> list[dict]:
+        """The chunks that one event makes: none, one or several."""
+        handler = self._HANDLERS.get(event["type"])
+        return handler(self, event) if handler else []
+
+    def _message_start(self, event: dict) -> list[dict]:
+        if self._started:                           # a continued answer (pause_turn)
+            return []
+        self._started = True
+        self._envelope["model"] = self._assembler.message["model"]
+        self._envelope = with_service_tier(self._envelope, self._assembler.message["usage"])
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def _block_start(self, event: dict) -> list[dict]:
+        self._block = block = event["content_block"]
+        self._sent_arguments = False
+        self._block_start_length = self._text_length
+        if block["type"] == "text":
+            return self._text(block.get("text") or "")
+        if block["type"] == "thinking":
+            return self._reasoning(block.get("thinking") or "")
+        if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
+            return [self._call_start(block["id"], self._plan.names.back(block["name"]))]
+        return []
+
+    def _block_delta(self, event: dict) -> list[dict]:
+        delta = event["delta"]
+        kind = delta["type"]
+        if kind == "text_delta":
+            return self._text(delta["text"])
+        if kind == "thinking_delta":
+            return self._reasoning(delta["thinking"])
+        if kind == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"] \
+                and self._block["name"] not in self._plan.custom_tools:
+            self._sent_arguments = True
+            return [self._arguments(delta["partial_json"])]
+        return []
+
+    def _block_stop(self, event: dict) -> list[dict]:
+        block = self._assembler.message["content"][-1]
+        if block["type"] == "text":
+            self._annotations += annotations_of(block, self._block_start_length)
+        if block["type"] != "tool_use":
+            return []
+        if block["name"] in self._plan.custom_tools:            # whole, in one delta: clients parse it only so
+            self._tool_position += 1
+            call = tool_call_from_tool_use(block, self._plan)
+            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})]
+        return [] if self._sent_arguments else [self._arguments(arguments_of(block))]
+
+    def finish(self) -> list[dict]:
+        """The last chunks: what was held back, citations, a refusal, the finish reason, usage if it was asked for."""
+        message = self._assembler.whole()
+        chunks = []
+        rest = self._json_text.close() if self._json_text else ""
+        if rest:
+            chunks.append(self._chunk({"content": rest}))
+        if self._annotations:
+            chunks.append(self._chunk({"annotations": self._annotations}))
+        refusal = refusal_text(message)
+        if refusal:
+            chunks.append(self._chunk({"refusal": refusal}))
+        reason = finish_reason(message["stop_reason"], self._tool_position >= 0, self._plan)
+        chunks.append(self._chunk({}, reason))
+        if self._include_usage:
+            chunks.append(dict(self._envelope, choices=[], usage=usage_from_message(message["usage"])))
+        return chunks
+
+    def _text(self, text: str) -> list[dict]:
+        if self._plan.forced_tool:
+            return self._forced_arguments(text)
+        self._text_length += len(text)
+        if self._json_text:
+            text = self._json_text.feed(text)
+        return [self._chunk({"content": text})] if text else []
+
+    def _forced_arguments(self, text: str) -> list[dict]:
+        """The text of an answer whose format forced a tool: the arguments of its call."""
+        if not text:
+            return []
+        chunks = []
+        if self._tool_position < 0:
+            call_id = forced_call_id(self._assembler.message.get("id"))
+            chunks.append(self._call_start(call_id, self._plan.names.back(self._plan.forced_tool or "")))
+        return chunks + [self._arguments(text)]
+
+    def _reasoning(self, thinking: str) -> list[dict]:
+        return [self._chunk({"reasoning_content": thinking})] if thinking else []
+
+    def _call_start(self, call_id: str, name: str) -> dict:
+        self._tool_position += 1
+        if self._plan.legacy_functions:
+            return self._chunk({"function_call": {"name": name, "arguments": ""}})
+        return self._chunk({"tool_calls": [{"index": self._tool_position, "id": call_id, "type": "function",
+                                            "function": {"name": name, "arguments": ""}}]})
+
+    def _arguments(self, fragment: str) -> dict:
+        if self._plan.legacy_functions:
+            return self._chunk({"function_call": {"arguments": fragment}})
+        return self._chunk({"tool_calls": [{"index": self._tool_position, "function": {"arguments": fragment}}]})
+
+    def _chunk(self, delta: dict, reason: str | None = None) -> dict:
+        return dict(self._envelope, choices=[{"index": 0, "delta": delta, "finish_reason": reason}])
+
+    _HANDLERS: Dict[str, Callable[[ChatStream, dict], List[dict]]] = {
+        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
+        "content_block_stop": _block_stop}
+
+
+# ---- Memory ------------------------------------------------------------------------------------------
+# The few things that outlive a request.  Each is bounded and locked, none is needed: after a restart every
+# request works all the same, at worst a little worse.
+
+
+class Bounded:
+    """A table of strings of bytes that forgets what was not used for longest.  Bounded in entries and bytes."""
+
+    def __init__(self, entries: int, size: int = 1 << 62) -> None:
+        self._entries, self._size = entries, size
+        self._table: collections.OrderedDict = collections.OrderedDict()
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def put(self, key: Any, value: bytes) -> None:
+        with self._lock:
+            self._used += len(value) - len(self._table.pop(key, b""))
+            self._table[key] = value
+            while len(self._table) > self._entries or self._used > self._size:
+                self._used -= len(self._table.popitem(last=False)[1])
+
+    def get(self, key: Any) -> bytes | None:
+        with self._lock:
+            if key in self._table:
+                self._table.move_to_end(key)
+            return self._table.get(key)
+
+
+class Answers:
+    """Answers with tool calls, thinking and all, so that they can go back to Claude as they came.
+
+    OpenAI clients have no place for signed thinking blocks; Claude wants them back, unmodified, inside a tool
+    loop.  An answer is found by (client, model, id of its first tool call).
+    """
+
+    def __init__(self) -> None:
+        self._answers = Bounded(20_000, 64_000_000)
+        self._unbound = Bounded(10_000)             # conversations whose signatures did not hold once
+
+    def remember(self, owner: str, message: dict) -> None:
+        """Keeps an answer that has tool calls and something that a client would lose of it."""
+        call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
+        if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
+            blocks = [{name: value for name, value in block.items() if name not in ("partial_json", "caller")}
+                      for block in message["content"]
+                      if block["type"] != "text" or block.get("text", "").strip()]
+            stored = json.dumps(blocks, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            self._answers.put((owner, message["model"], call_ids[0]), stored)
+
+    def recall(self, owner: str, model_id: str) -> Recall:
+        """The look-up for `messages_request_from_chat`."""
+        def look_up(call_ids: Sequence[str]) -> list[dict] | None:
+            stored = self._answers.get((owner, model_id, call_ids[0]))
+            return json.loads(stored.decode("utf-8", "surrogatepass")) if stored else None
+        return look_up
+
+    def forget_thinking(self, conversation: str) -> None:
+        """From now on nothing is replayed in this conversation."""
+        self._unbound.put(conversation, b"")
+
+    def may_replay(self, conversation: str) -> bool:
+        return self._unbound.get(conversation) is None
+
+
+class Lessons:
+    """What refusals taught about models.  A lesson is kept only after the corrected request succeeded."""
+
+    def __init__(self) -> None:
+        self._lessons: Dict[str, dict] = {}
+        self._lock = threading.Lock()
+
+    def apply(self, model: Model, more: dict | None = None) -> Model:
+        with self._lock:
+            learnt = dict(self._lessons.get(model.id, {}), **(more or {}))
+        return dataclasses.replace(model, **learnt) if learnt else model
+
+    def learn(self, model: Model, lesson: dict) -> None:
+        with self._lock:
+            if len(self._lessons) < 200:            # model ids; more would be an attack, not a catalogue
+                self._lessons.setdefault(model.id, {}).update(lesson)
+        LOG.warning("learnt about %s: %s", model.id, ", ".join("%s is %s" % pair for pair in lesson.items()))
+
+
+class ModelList:
+    """The catalog, fetched from Claude in the background and kept for an hour; until then the built-in table."""
+
+    def __init__(self, fetch: Callable[[], Optional[List[dict]]], aliases: Sequence[tuple[str, str]]) -> None:
+        self._fetch = fetch
+        self._aliases = aliases
+        self._catalog = Catalog(aliases=aliases)
+        self._next_fetch = 0.0
+        self._lock = threading.Lock()
+        self._first = threading.Event()
+
+    def refresh(self) -> None:
+        """Starts a fetch in the background when one is due."""
+        with self._lock:
+            if time.monotonic() < self._next_fetch:
+                return
+            self._next_fetch = time.monotonic() + MODELS_LIFETIME
+        threading.Thread(target=self._run, name="models", daemon=True).start()
+
+    def catalog(self) -> Catalog:
+        """The models now; waits a moment for the very first list, so that names do not change under way."""
+        self.refresh()
+        self._first.wait(MODELS_PATIENCE)
+        return self._catalog
+
+    def _run(self) -> None:
+        try:
+            entries = self._fetch()
+            if entries:
+                self._catalog = catalog_from_entries(entries, self._aliases)
+            else:
+                self._next_fetch = time.monotonic() + 60
+        except GatewayError as fault:
+            self._next_fetch = time.monotonic() + 60
+            LOG.info("no model list from the upstream (%s): using the built-in table", fault)
+        finally:
+            self._first.set()
+
+
+def catalog_from_entries(entries: Iterable[dict], aliases: Sequence[tuple[str, str]]) -> Catalog:
+    """Claude's list as a catalog; the built-in table where nothing in it can be read."""
+    models = [model for model in map(model_from_info, entries) if model]
+    return Catalog(models, aliases, live=bool(models))
+
+
+class FailedKeys:
+    """How often each address sent a wrong key lately; tells how long its next refusal should take."""
+
+    def __init__(self) -> None:
+        self._failures: collections.OrderedDict = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def penalty(self, address: str) -> float:
+        """Seconds to wait before this refusal: nothing for a first slip, two seconds at most."""
+        now = time.monotonic()
+        with self._lock:
+            count, when = self._failures.pop(address, (0, now))
+            count = count + 1 if now - when < 60 else 1
+            self._failures[address] = (count, now)
+            while len(self._failures) > 10_000:
+                self._failures.popitem(last=False)
+        return min(2.0, 0.05 * 2 ** (count - 2)) if count > 1 else 0.0
+
+
+class Budget:
+    """An amount that requests share: bytes of bodies, or requests at once."""
+
+    def __init__(self, amount: int) -> None:
+        self._left = amount
+        self._lock = threading.Lock()
+
+    def take(self, amount: int) -> bool:
+        with self._lock:
+            if amount > self._left:
+                return False
+            self._left -= amount
+            return True
+
+    def give(self, amount: int) -> None:
+        with self._lock:
+            self._left += amount
+
+
+class Running:
+    """The requests that run now; whether there may be one more."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._changed = threading.Condition()
+        self.count = 0
+        self.draining = False                       # the service stops: connections close after their answer
+
+    def enter(self) -> bool:
+        with self._changed:
+            if self.count >= self._most:
+                return False
+            self.count += 1
+            return True
+
+    def leave(self) -> None:
+        with self._changed:
+            self.count -= 1
+            self._changed.notify_all()
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.count == 0, seconds)
+
+
+# ---- Credentials -------------------------------------------------------------------------------------
+# What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
+# somebody else renews, and a stored login that renews itself.
+
+
+class ApiKey:
+    """An Anthropic API key."""
+    refreshable = False
+    preamble: Sequence[dict] = ()
+
+    def __init__(self, key: str, source: str) -> None:
+        self._key = key
+        self.description = "API key from %s" % source
+
+    def headers(self, rejected: str | None = None) -> dict[str, str]:
+        return {"x-api-key": self._key}
+
+    def facts(self) -> dict:
+        """What `status` tells."""
+        return {"kind": "api_key", "description": self.description}
+
+    def secrets(self) -> list[str]:
+        return [self._key]
+
+
+class BearerToken(ApiKey):
+    """A token from the environment: `subscription` ones belong to a Claude account and need the system block."""
+
+    def __init__(self, token: str, source: str, subscription: bool) -> None:
+        super().__init__(token, source)
+        self.description = "token from %s" % source
+        self.preamble = (OAUTH_SYSTEM_BLOCK,) if subscription else ()
+        self._beta = subscription or token.startswith("sk-ant-oat")
+
+    def headers(self, rejected: str | None = None) -> dict[str, str]:
+        headers = {"authorization": "Bearer " + self._key}
+        return dict(headers, **{"anthropic-beta": OAUTH_BETA}) if self._beta else headers
+
+    def facts(self) -> dict:
+        return {"kind": "bearer_token", "description": self.description}
+
+
+class TokenFileDamaged(GatewayError):
+    """The token file is there, but not what we wrote."""
+
+
+class TokenFile:
+    """The stored login: one JSON object in a file that is whole at every instant, mode 0600 in a directory 0700."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(self) -> dict | None:
+        """The stored tokens, None where there are none.  Raises TokenFileDamaged."""
+        if not self.path:
+            return None
+        try:
+            with open(self.path, "rb") as file:
+                token = json.loads(file.read(1_000_000).decode("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as fault:
+            reason = fault.strerror if isinstance(fault, OSError) else "it is not JSON"
+            raise TokenFileDamaged("The token file %s cannot be used: %s." % (self.path, reason)) from fault
+        if not isinstance(token, dict) or not isinstance(token.get("access_token"), str) or not token["access_token"]:
+            raise TokenFileDamaged("The token file %s cannot be used: it holds no access_token." % self.path)
+        return token
+
+    def write(self, token: dict) -> None:
+        """Replaces the file: a temporary one is written, synced and renamed.  Raises OSError.
+
+        A damaged file is moved aside first, and a symlink is followed, so that neither is lost.
+        """
+        if not self.path:
+            raise OSError("there is no home directory to store tokens in; use --token-file PATH")
+        self._keep_damaged()
+        target = os.path.realpath(self.path)
+        directory = os.path.dirname(target)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        temporary = "%s.%d.tmp" % (target, os.getpid())
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(token, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        with contextlib.suppress(OSError):          # not every system can sync a directory
+            directory_descriptor = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(directory_descriptor)
+            finally:
+                os.close(directory_descriptor)
+
+    def remove(self) -> bool:
+        """Whether there was a file to forget."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.realpath(self.path))
+            return True
+        return False
+
+    def loose_mode(self) -> bool:
+        """Whether others may read the file (it is closed to them then, where the system knows modes)."""
+        if os.name != "posix" or not self.path:
+            return False
+        with contextlib.suppress(OSError):
+            if stat.S_IMODE(os.stat(self.path).st_mode) & 0o077:
+                os.chmod(self.path, 0o600)
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process at a time, on a side file that is never deleted, so that a kill leaves nothing behind.
+
+        On a file system without locks we go on without: the loser of a race then re-reads the file.
+        """
+        if not self.path:
+            yield
+            return
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(self.path)), mode=0o700, exist_ok=True)
+            descriptor = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError:
+            yield
+            return
+        try:
+            lock_file(descriptor)
+            yield
+        finally:
+            os.close(descriptor)                    # gives the lock back
+
+    def _keep_damaged(self) -> None:
+        try:
+            self.read()
+        except TokenFileDamaged:
+            with contextlib.suppress(OSError):
+                aside = "%s.damaged-%d" % (self.path, time.time())
+                os.replace(self.path, aside)
+                LOG.warning("the damaged token file is kept as %s", aside)
+
+
+def lock_file(descriptor: int) -> None:
+    """Takes an exclusive lock, waiting up to LOCK_PATIENCE seconds; gives up quietly where locks do not exist."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined,unused-ignore]
+            else:
+                import fcntl
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        except OSError as fault:
+            if os.name != "nt" or fault.errno not in (13, 36):
+                return                              # no locks here
+        if time.monotonic() > deadline:
+            LOG.warning("another process has held the lock of the token file for %d seconds: going on without",
+                        LOCK_PATIENCE)
+            return
+        time.sleep(0.02)
+
+
+PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
+
+
+class StoredLogin:
+    """The login in the token file.  Renews its access token before it expires and after Claude rejected it.
+
+    One refresh at a time across threads and processes, since a refresh token works once: the lock is taken, the
+    file is read again, and only if nobody else renewed it meanwhile the sign-in endpoint is asked.  The new
+    tokens are stored before they are used.
+    """
+    refreshable = True
+    preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
+
+    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson) -> None:
+        self._file, self._token_url, self._post_json = file, token_url, post_json
+        self._lock = threading.Lock()
+        self._token: dict = {}
+        self._unsaved = False                       # the newest tokens could not be stored
+        self._dead_refresh_tokens: set = set()
+        self._retry_at = 0.0
+        self._stamp: Any = None
+
+    @property
+    def description(self) -> str:
+        account = (self.facts().get("account") or "a Claude account")
+        return "login of %s from %s" % (account, self._file.path)
+
+    def headers(self, rejected: str | None = None) -> dict[str, str]:
+        """The headers of a call; `rejected` is the authorization that Claude has just refused."""
+        token = self.access_token(rejected[len("Bearer "):] if rejected else None)
+        return {"authorization": "Bearer " + token, "anthropic-beta": OAUTH_BETA}
+
+    def access_token(self, rejected: str | None = None) -> str:
+        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now."""
+        self._read_if_changed()
+        if self._usable(self._token, rejected):
+            return self._token["access_token"]
+        with self._lock:
+            if self._usable(self._token, rejected):
+                return self._token["access_token"]
+            with self._file.lock():
+                self._read_if_changed(always=True)
+                if not self._usable(self._token, rejected):
+                    self._renew(rejected)
+            return self._token["access_token"]
+
+    def facts(self) -> dict:
+        try:
+            token = self._token or self._file.read() or {}
+        except TokenFileDamaged:
+            token = {}
+        return {"kind": "oauth", "description": "login from %s" % self._file.path,
+                "account": (token.get("account") or {}).get("email_address"),
+                "organization": (token.get("organization") or {}).get("name"),
+                "expires_at": token.get("expires_at"), "scope": token.get("scope"),
+                "refreshable": bool(token.get("refresh_token"))}
+
+    def secrets(self) -> list[str]:
+        return [str(self._token.get(name) or "") for name in ("access_token", "refresh_token")]
+
+    def _usable(self, token: dict, rejected: str | None) -> bool:
+        if not token or token["access_token"] == rejected:
+            return False
+        return expiry_of(token) - REFRESH_EARLY > time.time() or time.monotonic() < self._retry_at \
+            and expiry_of(token) > time.time()
+
+    def _read_if_changed(self, always: bool = False) -> None:
+        """Takes over what another process stored, unless our own newer tokens could not be stored."""
+        try:
+            status = os.stat(self._file.path)
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        except OSError:
+            stamp = None
+        if (stamp == self._stamp and not always) or (self._unsaved and stamp == self._stamp):
+            return
+        try:
+            token = self._file.read()
+        except TokenFileDamaged as fault:
+            if self._token:
+                LOG.warning("%s Going on with the tokens in memory.", fault)
+                self._stamp = stamp
+                return
+            raise CredentialNeeded("%s Run `claude-gateway login`; the file will be kept aside." % fault) from fault
+        self._stamp = stamp
+        if token is not None:
+            self._token, self._unsaved = token, False
+        elif not self._unsaved:
+            self._token = {}
+
+    def _renew(self, rejected: str | None) -> None:
+        """Asks the sign-in endpoint for new tokens; called under both locks."""
+        refresh_token = self._token.get("refresh_token")
+        if not self._token:
+            raise CredentialNeeded("Nobody is signed in: run `claude-gateway login`, or set ANTHROPIC_API_KEY.")
+        if not refresh_token or refresh_token in self._dead_refresh_tokens:
+            raise CredentialNeeded("The stored login has expired: run `claude-gateway login` again.")
+        if time.monotonic() < self._retry_at:
+            raise UpstreamFault("The sign-in endpoint does not answer; the token will be renewed when it does.")
+        body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": OAUTH_CLIENT_ID}
+        try:
+            status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
+        except UpstreamFault as fault:
+            self._put_off(str(fault), rejected)
+            return
+        if status == 200 and isinstance(answer.get("access_token"), str):
+            self._store(answer)
+        elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
+            self._dead_refresh_tokens.add(refresh_token)
+            raise CredentialNeeded("The login has expired or was used elsewhere (%s): run `claude-gateway login` again."
+                                   % refusal_words(answer, "invalid_grant"))
+        else:
+            self._put_off("status %d, %s" % (status, refusal_words(answer, "no reason given")), rejected)
+
+    def _put_off(self, reason: str, rejected: str | None) -> None:
+        """The endpoint fails: go on with a token that is still good, else tell the client to come back."""
+        self._retry_at = time.monotonic() + REFRESH_BACKOFF
+        message = "The token could not be renewed: %s (%s)." % (reason.rstrip("."), self._token_url)
+        if not self._usable(self._token, rejected):
+            raise UpstreamFault(message + " If the address is not reachable from here, set CLAUDE_GATEWAY_TOKEN_URL.")
+        LOG.warning("%s", message)
+
+    def _store(self, answer: dict) -> None:
+        self._token = token_from_answer(answer, self._token)
+        try:
+            self._file.write(self._token)
+            self._unsaved = False
+        except OSError as fault:
+            self._unsaved = True
+            LOG.warning("the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
+                        fault.strerror or fault)
+        with contextlib.suppress(OSError):
+            status = os.stat(self._file.path)
+            self._stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def expiry_of(token: dict) -> float:
+    """Unix seconds; a token that does not say lives for ever (Claude will reject it when it is dead)."""
+    expires_at = token.get("expires_at")
+    return float(expires_at) if isinstance(expires_at, (int, float)) and not isinstance(expires_at, bool) else 1e12
+
+
+def token_from_answer(answer: dict, earlier: dict) -> dict:
+    """The sign-in endpoint's answer as the token file keeps it; what it leaves out stays as it was."""
+    token = dict(earlier)
+    for name in ("access_token", "refresh_token", "scope", "token_type", "organization", "account"):
+        if answer.get(name):
+            token[name] = answer[name]
+    expires_in = answer.get("expires_in")
+    token["expires_at"] = int(time.time() + (expires_in if isinstance(expires_in, (int, float)) else 3600))
+    token.setdefault("token_type", "Bearer")
+    token.setdefault("refresh_token", "")
+    token.setdefault("scope", OAUTH_SCOPES)
+    return token
+
+
+def refusal_words(answer: dict, otherwise: str) -> str:
+    """Why the sign-in endpoint refused, in OAuth's shape or the API's."""
+    error = answer.get("error")
+    if isinstance(error, dict):
+        return str(error.get("message") or error.get("type") or otherwise)
+    return str(answer.get("error_description") or error or otherwise)
+
+
+class Login:
+    """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
+
+    def __init__(self) -> None:
+        self._code_verifier = secrets.token_urlsafe(32)
+        self._state = secrets.token_urlsafe(32)
+        digest = hashlib.sha256(self._code_verifier.encode()).digest()
+        self._code_challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+    @property
+    def url(self) -> str:
+        query = {"code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code",
+                 "redirect_uri": OAUTH_REDIRECT_URI, "scope": OAUTH_SCOPES, "code_challenge": self._code_challenge,
+                 "code_challenge_method": "S256", "state": self._state}
+        return OAUTH_AUTHORIZE_URL + "?" + urllib.parse.urlencode(query)
+
+    def parse(self, pasted: str) -> tuple[str, bool]:
+        """The authorization code in `code#state`, a callback URL or a bare code; whether its state was checked.
+
+        Raises InvalidRequest for a state that is not ours: the code belongs to another sign-in.
+        """
+        pasted = pasted.strip()
+        if "://" in pasted:
+            query = urllib.parse.parse_qs(urllib.parse.urlsplit(pasted).query)
+            code, state = query.get("code", [""])[0], query.get("state", [""])[0]
+        else:
+            code, _, state = pasted.partition("#")
+        if not code:
+            raise InvalidRequest("There is no code in what was pasted.")
+        if state and not hmac.compare_digest(state.encode(), self._state.encode()):
+            raise InvalidRequest("The pasted code belongs to another sign-in (its state differs). Start again.")
+        return code, bool(state)
+
+    def exchange(self, code: str, token_url: str, post_json: PostJson) -> dict:
+        """The tokens for an authorization code.  Raises CredentialNeeded in the endpoint's words."""
+        status, answer = post_json(token_url, {
+            "grant_type": "authorization_code", "code": code, "state": self._state, "client_id": OAUTH_CLIENT_ID,
+            "redirect_uri": OAUTH_REDIRECT_URI, "code_verifier": self._code_verifier}, {})
+        if status != 200 or not isinstance(answer.get("access_token"), str):
+            raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" %
+                                   (status, refusal_words(answer, "no reason given")))
+        return token_from_answer(answer, {})
+
+
+Credential = Any                                    # ApiKey, BearerToken or StoredLogin
+
+
+def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
+    """The credential to use: the first of the contract's order that is there, within what `auth` allows."""
+    if config.auth != "oauth":
+        if config.anthropic_api_key:
+            return ApiKey(config.anthropic_api_key, "ANTHROPIC_API_KEY")
+        if config.anthropic_auth_token:
+            return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
+    if config.auth != "api-key":
+        if config.claude_code_oauth_token:
+            return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
+        file = TokenFile(config.token_file)
+        if file.loose_mode():
+            LOG.warning("others could read %s: its mode is 0600 now", file.path)
+        if file.read() is not None:
+            return StoredLogin(file, config.token_url, post_json)
+    return None
+
+
+# ---- Upstream ----------------------------------------------------------------------------------------
+# One authenticated call to the Messages API: connections, headers, timeouts, one retry.  Knows nothing of the
+# body.  Foreign exceptions end here: what comes out is a GatewayError, or ClientGone.
+
+
+class Watch:
+    """Waits for the upstream while keeping an eye on the client; one per request.
+
+    `idle` is called when nothing has gone to the client for KEEPALIVE_INTERVAL seconds; the HTTP server sets it
+    once a stream has begun.  Without a client (as a library) it only waits.
+    """
+
+    def __init__(self, client: socket.socket | None = None) -> None:
+        self.client = client
+        self.idle: Optional[Callable[[], None]] = None
+        self.last_sent = time.monotonic()
+
+    def readable(self, upstream: socket.socket, patience: float = UPSTREAM_SILENCE) -> None:
+        """Returns when the upstream has something to read.  Raises ClientGone, or UpstreamTimeout."""
+        deadline = time.monotonic() + patience
+        while True:
+            until = deadline
+            if self.idle:
+                until = min(until, self.last_sent + KEEPALIVE_INTERVAL)
+            ready = wait_readable([upstream] + ([self.client] if self.client else []), until - time.monotonic())
+            if self.client and self.client in ready:
+                self._check_client()
+            if upstream in ready:
+                return
+            if time.monotonic() >= deadline:
+                raise UpstreamTimeout("The upstream has sent nothing for %d seconds." % patience)
+            if self.idle and time.monotonic() >= self.last_sent + KEEPALIVE_INTERVAL:
+                self.last_sent = time.monotonic()
+                self.idle()
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, unless the client leaves meanwhile."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if not self.client:
+                time.sleep(max(0, deadline - time.monotonic()))
+            elif wait_readable([self.client], deadline - time.monotonic()):
+                self._check_client()
+
+    def _check_client(self) -> None:
+        """A client whose read side has ended is gone; one that sends early (pipelining) is left alone."""
+        try:
+            gone = not self.client or self.client.recv(1, socket.MSG_PEEK) == b""
+        except OSError:
+            gone = True
+        if gone:
+            raise ClientGone
+        self.client = None                          # its next request lies there: it cannot be watched any more
+
+
+def wait_readable(sockets: list[socket.socket], seconds: float) -> list[socket.socket]:
+    """Those of a few sockets that have something to read, or have ended; [] when the time is up."""
+    seconds = max(0.0, seconds)
+    waiting: list[socket.socket] = [sock for sock in sockets if isinstance(sock, ssl.SSLSocket) and sock.pending()]
+    if waiting:
+        return waiting
+    if not hasattr(select, "poll"):                 # Windows
+        return select.select(sockets, [], [], seconds)[0]
+    poll = select.poll()
+    for sock in sockets:
+        poll.register(sock, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+    return [sock for sock in sockets if sock.fileno() in ready]
+
+
+class WatchedReader(io.RawIOBase):
+    """The reading side of an upstream connection; every wait for bytes goes through the request's Watch."""
+
+    def __init__(self, sock: socket.socket, connection: Any) -> None:
+        self._sock, self._connection = sock, connection
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """What http.client asks of a socket that it reads a response from."""
+        return io.BufferedReader(self, 65_536)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._connection.watch.readable(self._sock)
+        return self._raw.readinto(buffer)           # type: ignore[attr-defined,no-any-return,unused-ignore]
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class WatchedConnection(http.client.HTTPConnection):
+    """A kept-alive connection to the upstream; `watch` belongs to the request that uses it at the time."""
+    watch = Watch()
+    last_used = 0.0
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.settimeout(UPSTREAM_SILENCE)
+
+    def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+        return http.client.HTTPResponse(WatchedReader(sock, self), **options)   # type: ignore[arg-type]
+
+
+class WatchedTlsConnection(WatchedConnection, http.client.HTTPSConnection):
+    pass
+
+
+class ConnectionPool:
+    """Idle upstream connections by destination.  A connection that the other side has closed is never handed out."""
+
+    def __init__(self) -> None:
+        self._idle: Dict[Any, List[WatchedConnection]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, key: Any) -> WatchedConnection | None:
+        while True:
+            with self._lock:
+                connections = self._idle.get(key)
+                connection = connections.pop() if connections else None
+            if connection is None:
+                return None
+            # an idle connection with something to read has been closed, or speaks out of turn
+            if time.monotonic() - connection.last_used < POOL_AGE and not wait_readable([connection.sock], 0):
+                return connection
+            connection.close()
+
+    def give(self, key: Any, connection: WatchedConnection) -> None:
+        connection.watch, connection.last_used = Watch(), time.monotonic()
+        with self._lock:
+            connections = self._idle.setdefault(key, [])
+            connections.append(connection)
+            surplus = connections.pop(0) if len(connections) > POOL_SIZE else None
+        if surplus:
+            surplus.close()
+
+    def close(self) -> None:
+        with self._lock:
+            for connections in self._idle.values():
+                for connection in connections:
+                    connection.close()
+            self._idle.clear()
+
+
+class PooledHandler(urllib.request.AbstractHTTPHandler):
+    """urllib's HTTP and HTTPS in one, with kept-alive connections and without redirects.
+
+    urllib itself would close the connection after each call (a TLS handshake costs 0.1 s), and would carry the
+    credential along to wherever a redirect points.
+    """
+
+    def __init__(self, tls: Callable[[], ssl.SSLContext]) -> None:
+        super().__init__()
+        self.pool = ConnectionPool()
+        self._tls = functools.lru_cache(maxsize=None)(tls)      # made on first use: it costs 20 ms
+
+    def http_open(self, request: Any) -> Any:
+        return self._open(request, secure=False)
+
+    def https_open(self, request: Any) -> Any:
+        return self._open(request, secure=True)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def _open(self, request: Any, secure: bool) -> http.client.HTTPResponse:
+        tunnel = request._tunnel_host
+        key = (secure, request.host, tunnel)
+        headers = dict(request.headers, **request.unredirected_hdrs)
+        proxy_authorization = headers.pop("Proxy-authorization", None) if tunnel else None
+        connection = self.pool.take(key)
+        while True:
+            reused = connection is not None
+            if connection is None:
+                connection = self._connection(request, secure)
+                if tunnel:
+                    connection.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy_authorization}
+                                          if proxy_authorization else {})
+            connection.watch = request.watch
+            try:
+                connection.request(request.get_method(), request.selector, request.data, headers)
+                response: Any = connection.getresponse()
+            except (ConnectionError, http.client.BadStatusLine):
+                connection.close()
+                if not reused:
+                    raise
+                connection = None                   # it died of age: the request was not accepted
+                continue
+            except BaseException:
+                connection.close()
+                raise
+            response.msg = response.reason          # as urllib's openers want it
+            response.connection = connection
+            response.give_back = functools.partial(self.pool.give, key, connection)
+            return response
+
+    def _connection(self, request: Any, secure: bool) -> WatchedConnection:
+        if secure:
+            return WatchedTlsConnection(request.host, timeout=CONNECT_TIMEOUT, context=self._tls())
+        return WatchedConnection(request.host, timeout=CONNECT_TIMEOUT)
+
+
+class UpstreamReply:
+    """An answer of the upstream: status, headers (lower case), and the body in the pieces it comes in."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self._finished = False
+        self.status: int = response.status
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        encoding = self.headers.get("content-encoding", "identity").lower()
+        if encoding not in ("identity", "gzip"):
+            self.close()
+            raise UpstreamFault("The upstream answered in an encoding that nobody asked for: %s." % encoding)
+        self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
+
+    @property
+    def is_stream(self) -> bool:
+        return self.headers.get("content-type", "").startswith("text/event-stream")
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body as it arrives.  Raises UpstreamFault when it breaks off."""
+        response = self._response
+        left = response.length                      # None where the body is chunked or ends with the connection
+        try:
+            while left is None or left > 0:
+                piece = response.read1(65_536)
+                if not piece:
+                    if left:
+                        raise UpstreamFault("The upstream broke off in the middle of its answer.")
+                    break
+                left = None if left is None else left - len(piece)
+                yield self._inflate.decompress(piece) if self._inflate else piece
+        except (OSError, http.client.HTTPException, zlib.error) as fault:
+            raise fault_from(fault, "broke off in the middle of its answer") from fault
+        if self._inflate and not self._inflate.eof:
+            raise UpstreamFault("The upstream broke off in the middle of its answer.")
+        self._finished = True
+
+    def read(self, limit: int = 64_000_000) -> bytes:
+        """The whole body."""
+        body = bytearray()
+        for piece in self.pieces():
+            body += piece
+            if len(body) > limit:
+                raise UpstreamFault("The upstream's answer is larger than %d bytes." % limit)
+        return bytes(body)
+
+    def drain(self) -> None:
+        """Reads what should be the last bytes of an answer that is complete, so that its connection can be kept."""
+        self._response.connection.watch = HastyWatch(0.2)
+        with contextlib.suppress(GatewayError):
+            for _ in self.pieces():
+                pass
+
+    def close(self) -> None:
+        """Gives the connection back if the answer was read to its end; otherwise closes it, which stops Claude."""
+        reusable = self._finished and not self._response.will_close
+        self._response.close()
+        (self._response.give_back if reusable else self._response.connection.close)()
+
+
+class Upstream:
+    """The way to Claude: base URL, credential, proxy, certificates, retries."""
+
+    def __init__(self, config: Config, instance_id: str) -> None:
+        self._config = config
+        self._base_url = config.base_url.rstrip("/")
+        self._instance_id = instance_id
+        self._handler = PooledHandler(functools.partial(tls_context, config.ca_file, config.relax_x509))
+        self._direct, self._proxied = urllib.request.OpenerDirector(), urllib.request.OpenerDirector()
+        self._proxied.add_handler(urllib.request.ProxyHandler({"https": config.https_proxy}
+                                                              if config.https_proxy else {}))
+        for opener in (self._direct, self._proxied):
+            opener.add_handler(self._handler)
+        self.credential: Optional[Credential] = None
+
+    def messages(self, body: bytes, watch: Watch, hops: str = "", may_retry: bool = True,
+                 beta: Sequence[str] = ()) -> UpstreamReply:
+        """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
+
+        Claude's 401 to a login is answered by one renewal of the token.  A failure that may pass is retried once,
+        as nothing has been sent to the client yet.
+        """
+        retried = not may_retry
+        rejected: Optional[str] = None
+        while True:
+            headers = self._credential_headers(rejected)
+            sent = headers.get("authorization")
+            if beta:
+                headers["anthropic-beta"] = ",".join(filter(None, [headers.get("anthropic-beta"), *beta]))
+            try:
+                reply = self._call("POST", "/v1/messages", body, headers, watch, hops)
+                if reply.status == 200:
+                    return reply
+                raise error_from_reply(reply)
+            except (ClaudeError, UpstreamFault) as failure:
+                renewable = self.credential is not None and self.credential.refreshable
+                if is_rejection(failure) and renewable and rejected is None:
+                    rejected = sent
+                    continue
+                delay = None if retried else retry_delay(failure)
+                if delay is None:
+                    raise
+                LOG.info("retrying once in %g s: %s", delay, failure)
+                watch.pause(delay)
+                retried = True
+
+    def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
+        """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
+        headers = {"x-api-key": key} if key else self._credential_headers(None)
+        reply = self._call("GET", path, None, headers, HastyWatch(timeout), "")
+        try:
+            if reply.status != 200:
+                raise error_from_reply(reply)
+            return json_object_from(reply.read())
+        finally:
+            reply.close()
+
+    def models(self, key: str | None = None) -> list[dict] | None:
+        """Claude's model list, all of its pages; None where there is no credential to ask with."""
+        if not key and self.credential is None:
+            return None
+        entries: list[dict] = []
+        after = ""
+        for _ in range(10):                         # pages of 1,000
+            page = self.get("/v1/models?limit=1000" + after, key)
+            data = page.get("data")
+            if not isinstance(data, list):
+                raise UpstreamFault("The upstream's model list has no data.")
+            entries += [entry for entry in data if isinstance(entry, dict)]
+            if not page.get("has_more") or not page.get("last_id"):
+                break
+            after = "&after_id=" + urllib.parse.quote(str(page["last_id"]))
+        return entries
+
+    def post_json(self, url: str, body: dict, headers: dict[str, str]) -> tuple[int, dict]:
+        """POST to the sign-in endpoint: the status and the JSON object it answers with ({} if it is none)."""
+        data = json.dumps(body).encode()
+        reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}),
+                           HastyWatch(TOKEN_TIMEOUT))
+        try:
+            with contextlib.suppress(UpstreamFault):
+                return reply.status, json_object_from(reply.read(1_000_000))
+            return reply.status, {}
+        finally:
+            reply.close()
+
+    def close(self) -> None:
+        self._handler.pool.close()
+
+    def _credential_headers(self, rejected: str | None) -> dict[str, str]:
+        if self.credential is None:
+            raise CredentialNeeded("The gateway has no credential: set ANTHROPIC_API_KEY, or run "
+                                   "`claude-gateway login`.")
+        return dict(self.credential.headers(rejected))
+
+    def _call(self, method: str, path: str, body: bytes | None, headers: dict[str, str], watch: Watch,
+              hops: str) -> UpstreamReply:
+        headers = dict(headers, **{"anthropic-version": ANTHROPIC_VERSION,
+                                   HOP_HEADER: ",".join(filter(None, [hops, self._instance_id]))})
+        if body is not None:
+            headers["content-type"] = "application/json"
+        return self._open(method, self._base_url + path, body, headers, watch)
+
+    def _open(self, method: str, url: str, body: bytes | None, headers: dict[str, str],
+              watch: Watch) -> UpstreamReply:
+        request: Any = urllib.request.Request(url, data=body, method=method, headers=dict(
+            headers, **{"user-agent": USER_AGENT, "accept-encoding": "identity"}))
+        request.watch = watch
+        opener = self._direct if self._bypasses_proxy(request.host) else self._proxied
+        try:
+            response = opener.open(request)
+        except (OSError, http.client.HTTPException) as fault:
+            raise fault_from(fault, "could not be reached") from fault
+        reply = UpstreamReply(response)
+        if 300 <= reply.status < 400:
+            reply.close()
+            raise UpstreamFault("The upstream answered with a redirect (%d), which is not followed: it would take the "
+                                "credential elsewhere." % reply.status)
+        return reply
+
+    def _bypasses_proxy(self, host: str) -> bool:
+        name = re.sub(r":\d+$", "", host)
+        return is_loopback_host(name) or bool(
+            self._config.no_proxy and urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
+                host, {"no": self._config.no_proxy}))
+
+
+class HastyWatch(Watch):
+    """A Watch for short calls that no client waits for."""
+
+    def __init__(self, patience: float) -> None:
+        super().__init__()
+        self._patience = patience
+
+    def readable(self, upstream: socket.socket, patience: float = 0) -> None:
+        super().readable(upstream, self._patience)
+
+
+def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
+    """Verifying TLS, with more certificate authorities where the environment names some."""
+    context = ssl.create_default_context()
+    if ca_file:
+        place = {"capath": ca_file} if os.path.isdir(ca_file) else {"cafile": ca_file}
+        try:
+            context.load_verify_locations(**place)
+        except (OSError, ssl.SSLError) as fault:
+            raise UpstreamFault("The certificate authorities in %s cannot be read: %s" % (ca_file, fault)) from fault
+    if relax_x509:
+        context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    return context
+
+
+def json_object_from(body: bytes) -> dict:
+    try:
+        value = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UpstreamFault("The upstream answered with something that is not a JSON object.")
+    return value
+
+
+def error_from_reply(reply: UpstreamReply) -> ClaudeError:
+    """The error in an answer whose status is not 200, also where a proxy wrote the body."""
+    try:
+        error = json_object_from(reply.read(1_000_000)).get("error")
+    except UpstreamFault:
+        error = None
+    finally:
+        reply.close()
+    if not isinstance(error, dict):
+        kind = reply.headers.get("content-type", "no content").split(";")[0]
+        error = {"message": "The upstream answered %d with %s instead of its JSON error." % (reply.status, kind)}
+    return ClaudeError(reply.status, error, reply.headers)
+
+
+def is_rejection(failure: GatewayError) -> bool:
+    return isinstance(failure, ClaudeError) and failure.upstream_status == 401
+
+
+def retry_delay(failure: GatewayError) -> float | None:
+    """Seconds until one retry makes sense; None where it makes none or is better left to the client."""
+    if isinstance(failure, UpstreamTimeout) or not isinstance(failure, (ClaudeError, UpstreamFault)):
+        return None
+    if not isinstance(failure, ClaudeError):
+        return RETRY_PAUSE if failure.may_pass else None
+    if failure.headers.get("x-should-retry") == "false":
+        return None
+    named = retry_after(failure.headers)
+    if failure.upstream_status == 429:
+        return named if named is not None and named <= LONGEST_RETRY_AFTER else None
+    if failure.upstream_status >= 500:
+        delay = RETRY_PAUSE if named is None else named
+        return delay if delay <= LONGEST_RETRY_AFTER else None
+    return None
+
+
+def retry_after(headers: dict[str, str]) -> float | None:
+    """The seconds of a Retry-After header (RFC 9110, 10.2.3), given as a number or a date."""
+    value = headers.get("retry-after", "")
+    if re.match(r"\d+(\.\d+)?\Z", value):
+        return float(value)
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    return None
+
+
+TLS_CAUSES = (
+    ("CERTIFICATE_VERIFY_FAILED", "missing authority key id|does not include key usage|basic constraints",
+     "the certificate breaks a strict rule of Python 3.13+; --relax-x509 clears that rule alone"),
+    ("CERTIFICATE_VERIFY_FAILED", "self.signed|unable to get|unknown ca",
+     "its authority is unknown here (a company's inspection, perhaps): name its file in SSL_CERT_FILE"),
+    ("CERTIFICATE_VERIFY_FAILED", "expired|not yet valid", "its dates do not fit this machine's clock"),
+    ("CERTIFICATE_VERIFY_FAILED", "mismatch|doesn't match", "it is for another host name"),
+)
+
+
+def fault_from(fault: Exception, what: str) -> GatewayError:
+    """Any exception of sockets, TLS or http.client as an UpstreamFault whose words name the cause."""
+    reason: Any = getattr(fault, "reason", None) if isinstance(fault, urllib.error.URLError) else fault
+    if isinstance(reason, GatewayError):
+        return reason
+    if isinstance(reason, (socket.timeout, TimeoutError)):
+        return UpstreamTimeout("The upstream %s: no answer in time." % what)
+    words = str(reason) or type(reason).__name__
+    if isinstance(reason, ssl.SSLError):
+        cause = next((advice for code, pattern, advice in TLS_CAUSES
+                      if code in words and re.search(pattern, words, re.I)), "")
+        return UpstreamFault("The upstream %s: TLS failed (%s)%s." % (what, words, ": " + cause if cause else ""))
+    failure = UpstreamFault("The upstream %s: %s." % (what, words))
+    failure.may_pass = True
+    return failure
+
+
+# ---- Image fetching ----------------------------------------------------------------------------------
+# Images that Claude cannot fetch for itself.  The rules are strict, as a URL in a request could point the gateway
+# at its own network: every address of the host must be public, the connection goes to the address that was
+# checked, and each redirect starts over.
+
+FETCH_TIMEOUT = 20                                  # seconds for one image, redirects included
+FETCH_REDIRECTS = 3
+MAX_FETCHED = MAX_IMAGE // 4 * 3                    # bytes, so that it fits as base64
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is of the public internet, also when an IPv4 address hides inside an IPv6 one."""
+    ip: Any = ipaddress.ip_address(address.split("%")[0])
+    inner = [ip]
+    if ip.version == 6:
+        inner += [found for found in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if found]
+        if ip in NAT64:
+            inner.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
+    mapped = ip.version == 6 and ip.ipv4_mapped
+    return all(each.is_global and not each.is_multicast for each in (inner[1:] if mapped else inner))
+
+
+class ImageFetcher:
+    """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
+
+    def __init__(self, config: Config, permit: Callable[[str], bool] = is_public) -> None:
+        self._proxied = bool(config.https_proxy)
+        self._tls = functools.partial(tls_context, config.ca_file, config.relax_x509)
+        self.permit = permit
+
+    def fetch(self, url: str) -> tuple[str, str]:
+        """Media type and base64 of the image at `url`.  Raises InvalidRequest that names URL and rule."""
+        deadline = time.monotonic() + FETCH_TIMEOUT
+        here = url
+        for _ in range(FETCH_REDIRECTS + 1):
+            try:
+                status, location, body = self._get(here, url, deadline)
+            except (OSError, http.client.HTTPException, ValueError) as fault:
+                hint = " (images are fetched directly, but here only a proxy may lead out)" if self._proxied else ""
+                raise self._refusal(url, "could not be fetched: %s%s" % (fault, hint)) from fault
+            if status in (301, 302, 303, 307, 308) and location:
+                here = urllib.parse.urljoin(here, location)
+                continue
+            if status != 200:
+                raise self._refusal(url, "answered with status %d" % status)
+            media_type = media_type_of(body)
+            if media_type not in IMAGE_TYPES:
+                raise self._refusal(url, "is not a JPEG, PNG, GIF or WebP image")
+            return media_type, base64.b64encode(body).decode()
+        raise self._refusal(url, "redirects more than %d times" % FETCH_REDIRECTS)
+
+    def _get(self, here: str, url: str, deadline: float) -> tuple[int, str | None, bytes]:
+        """One hop: status, Location, and the body if the status is 200."""
+        if not HTTP_URL.match(here):
+            raise self._refusal(url, "leads to something that is not a web address")
+        parts = urllib.parse.urlsplit(here)
+        host, secure = parts.hostname or "", parts.scheme.lower() == "https"
+        port = parts.port or (443 if secure else 80)
+        if parts.username or parts.password or not host:
+            raise self._refusal(url, "has user information or no host in it")
+        address = self._checked_address(host, port, url)
+        connection = http.client.HTTPConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
+        sock = socket.create_connection((address, port), timeout=max(0.1, min(CONNECT_TIMEOUT,
+                                                                              deadline - time.monotonic())))
+        try:
+            sock = connection.sock = self._tls().wrap_socket(sock, server_hostname=host) if secure else sock
+            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            connection.request("GET", urllib.parse.quote(target, safe="/%?=&;:@!$'()*+,~"), headers={
+                "User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"})
+            response = connection.getresponse()
+            body = self._read(response, sock, url, deadline) if response.status == 200 else b""
+            return response.status, response.getheader("Location"), body
+        finally:
+            connection.close()
+            sock.close()
+
+    def _checked_address(self, host: str, port: int, url: str) -> str:
+        """The address to connect to; all addresses of the name must be permitted, or none is used."""
+        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        if not found or not all(self.permit(str(address)) for address in found):
+            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
+        return str(found[0])
+
+    def _read(self, response: http.client.HTTPResponse, sock: socket.socket, url: str, deadline: float) -> bytes:
+        body = bytearray()
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._refusal(url, "took longer than %d seconds" % FETCH_TIMEOUT)
+            sock.settimeout(left)
+            piece = response.read1(65_536)
+            body += piece
+            if len(body) > MAX_FETCHED:
+                raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
+            if not piece:
+                return bytes(body)
+
+    @staticmethod
+    def _refusal(url: str, what: str) -> InvalidRequest:
+        return InvalidRequest("The image %r %s." % (url[:200], what), "image_url", "invalid_image_url")
+
+
+# ---- Endpoints ---------------------------------------------------------------------------------------
+# One short function per route: translate, call, translate back.  The only place that sees both sides.
+
+MOST_PAUSES = 8                                     # streams of one answer that Claude interrupts (pause_turn)
+
+
+@dataclasses.dataclass
+class Record:
+    """What the log tells of one request."""
+    method: str = ""
+    path: str = ""
+    client: str = ""
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    status: int = 0
+    asked: str = ""
+    used: str = ""
+    stream: bool = False
+    first_byte_ms: Optional[int] = None
+    total_ms: int = 0
+    input_tokens: Optional[int] = None
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    request_id: str = ""
+    changes: str = ""
+    error: str = ""
+
+    def elapsed_ms(self) -> int:
+        return int((time.monotonic() - self.started) * 1000)
+
+    def take_usage(self, usage: dict) -> None:
+        counts = usage_from_message(usage)
+        self.input_tokens, self.output_tokens = counts["prompt_tokens"], counts["completion_tokens"]
+        self.cached_tokens = counts["prompt_tokens_details"]["cached_tokens"]
+
+
+@dataclasses.dataclass
+class Incoming:
+    """A request as an endpoint sees it: checked by the HTTP server, its body parsed."""
+    body: dict
+    argument: str = ""                              # what stands behind /models/
+    owner: str = ""                                 # digest of the client's key: memories are not shared
+    anthropic_key: str = ""                         # a caller's own key, for /models only
+    hops: str = ""
+    may_retry: bool = True                          # the client has not begun to retry by itself
+    watch: Watch = dataclasses.field(default_factory=Watch)
+    record: Record = dataclasses.field(default_factory=Record)
+    surrogates_replaced: bool = False
+
+
+@dataclasses.dataclass
+class Reply:
+    """What an endpoint answers: a body, or batches of events for a stream that ends in `closing`."""
+    body: Any = None
+    headers: Dict[str, str] = dataclasses.field(default_factory=dict)
+    batches: Optional[Iterator[List[dict]]] = None
+    closing: bytes = b""
+
+
+class Gateway:
+    """One gateway: its configuration, the way to Claude, and all that it remembers.
+
+    `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port.
+    """
+
+    def __init__(self, config: Config, credential: Credential | None = None) -> None:
+        self.config = config
+        self.instance_id = secrets.token_hex(8)
+        self.upstream = Upstream(config, self.instance_id)
+        self.upstream.credential = credential or credential_from_config(config, self.upstream.post_json)
+        self.images = ImageFetcher(config)
+        self.models = ModelList(self.upstream.models, config.alias)
+        self.lessons = Lessons()
+        self.answers = Answers()
+        self.failed_keys = FailedKeys()
+        self.body_budget = Budget(MAX_BODIES)
+        self.running = Running(MAX_REQUESTS)
+
+    def secrets(self) -> list[str]:
+        """Every secret known now, for redaction."""
+        credential = self.upstream.credential
+        return [*self.config.secrets(), *(credential.secrets() if credential else ())]
+
+    def close(self) -> None:
+        self.upstream.close()
+
+
+class Exchange:
+    """One request to Claude and the answer, with the corrections that a refusal calls for.
+
+    A refused request is corrected and sent again when the refusal says how: a parameter that the model does not
+    take, signed thinking that does not hold, an image address that Claude cannot fetch.  Each at most once.
+    """
+
+    def __init__(self, gateway: Gateway, incoming: Incoming, model: Model) -> None:
+        self._gateway, self._incoming = gateway, incoming
+        self._known = gateway.lessons.apply(model)
+        self._lesson: Optional[dict] = None
+        self._conversation = conversation_key(incoming.owner, incoming.body)
+        self._replay = gateway.answers.may_replay(self._conversation)
+        self._images: Dict[str, Tuple[str, str]] = {}
+        self._inline = False
+        self._reply: Optional[UpstreamReply] = None
+        self._headers: Dict[str, str] = {}
+        self.assembler = MessageAssembler()
+        self.translation: Translation
+
+    def open(self) -> None:
+        """Sends the request until Claude takes it; returns when the answer begins.  Raises GatewayError."""
+        while True:
+            self.translation = self._translate()
+            try:
+                self._send(self.translation.request)
+            except ClaudeError as refusal:
+                if not self._corrected(refusal):
+                    raise explained(refusal, self.translation, self._gateway.models.catalog()) from None
+                LOG.info("corrected and sent again after: %s", refusal)
+                continue
+            if self._lesson:
+                self._gateway.lessons.learn(self._known, self._lesson)
+            return
+
+    def headers(self) -> dict[str, str]:
+        """The headers of the reply: what Claude's answer and the translation have to tell."""
+        headers = dict(headers_from_claude(self._headers))
+        changes = self.translation.changes.header()
+        return dict(headers, **{CHANGES_HEADER: changes}) if changes else headers
+
+    def batches(self, translate: Callable[[dict], List[dict]]) -> Iterator[list[dict]]:
+        """What `translate` makes of each event, in batches that arrived together; `assembler` sees them first.
+
+        An answer that Claude interrupts (pause_turn) is continued, as no OpenAI client could.
+        """
+        for pause in range(MOST_PAUSES + 1):
+            yield from self._batches_of_stream(translate)
+            if self.assembler.message["stop_reason"] != "pause_turn" or pause == MOST_PAUSES:
+                break
+            self._continue()
+        message = self.assembler.whole()
+        self._incoming.record.take_usage(message["usage"])
+        self._gateway.answers.remember(self._incoming.owner, message)
+
+    def close(self) -> None:
+        """Ends the upstream call, whether it was over or not."""
+        if self._reply:
+            self._reply.close()
+            self._reply = None
+
+    def _translate(self) -> Translation:
+        model = dataclasses.replace(self._known, **self._lesson) if self._lesson else self._known
+        credential = self._gateway.upstream.credential
+        recall = self._gateway.answers.recall(self._incoming.owner, model.id) if self._replay else None
+        translation = messages_request_from_chat(
+            self._incoming.body, model, credential.preamble if credential else (),
+            not self._gateway.config.no_cache, recall)
+        if not self._replay:
+            translation.request["messages"] = without_thinking(translation.request["messages"])
+        if self._incoming.surrogates_replaced:
+            translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
+        for source in url_sources(translation.request["messages"]):
+            if self._inline or source["url"].lower().startswith("http:"):
+                self._inline_image(source)
+        return translation
+
+    def _inline_image(self, source: dict) -> None:
+        """An image by address becomes one by its bytes."""
+        url = source["url"]
+        if url not in self._images:
+            self._images[url] = self._gateway.images.fetch(url)
+        media_type, data = self._images[url]
+        source.clear()
+        source.update(type="base64", media_type=media_type, data=data)
+
+    def _send(self, request: dict) -> None:
+        body = upstream_json(request)
+        if len(body) > MAX_UPSTREAM_BODY:
+            raise TooLarge("The request has %.1f MB as Claude would get it; Claude takes up to 32 MB." %
+                           (len(body) / 1e6))
+        LOG.debug("to Claude: %s", request, extra={"payload": request})
+        self._reply = self._gateway.upstream.messages(body, self._incoming.watch, self._incoming.hops,
+                                                      self._incoming.may_retry)
+        self._headers = self._reply.headers
+        self._incoming.record.request_id = self._headers.get("request-id", "")
+
+    def _corrected(self, refusal: ClaudeError) -> bool:
+        """Whether something about the request was changed that the refusal names."""
+        if refusal.upstream_status != 400 or refusal.code in FINAL_CODES | {"context_length_exceeded"}:
+            return False
+        if self._replay and is_thinking_refusal(refusal) and has_thinking(self.translation.request["messages"]):
+            self._replay = False
+            self._gateway.answers.forget_thinking(self._conversation)
+            return True
+        if self._lesson is None:
+            self._lesson = lesson_from_refusal(self._known, refusal)
+            if self._lesson:
+                return True
+        if not self._inline and any(url_sources(self.translation.request["messages"])):
+            self._inline = True
+            return True
+        return False
+
+    def _batches_of_stream(self, translate: Callable[[dict], List[dict]]) -> Iterator[list[dict]]:
+        for events in self._event_batches():
+            translated: List[dict] = []
+            for event in events:
+                self.assembler.feed(event)
+                translated += translate(event)
+                if self.assembler.done:
+                    break
+            if translated:
+                yield translated
+            if self.assembler.done:
+                break
+        else:
+            raise UpstreamFault("The upstream ended its answer without message_stop.")
+        assert self._reply
+        self._reply.drain()
+        self.close()
+
+    def _event_batches(self) -> Iterator[list[dict]]:
+        """Events as they arrive, also when the upstream answers in JSON."""
+        assert self._reply
+        if self._reply.is_stream:
+            decoder = EventDecoder()
+            for piece in self._reply.pieces():
+                yield decoder.feed(piece)
+            yield decoder.close()
+        else:
+            yield events_from_body(self._reply.read())
+
+    def _continue(self) -> None:
+        """Sends an interrupted answer back unchanged, for Claude to go on with."""
+        content = [{name: value for name, value in block.items() if name != "partial_json"}
+                   for block in self.assembler.message["content"]]
+        request = self.translation.request
+        messages = request["messages"] + [{"role": "assistant", "content": content}]
+        self.assembler.resume()
+        self._send(dict(request, messages=messages))
+
+
+def conversation_key(owner: str, chat: dict) -> str:
+    """What stays the same from turn to turn: the client and its first user message."""
+    chat_messages = chat.get("messages")
+    first = next((chat_message for chat_message in chat_messages if isinstance(chat_message, dict)
+                  and chat_message.get("role") == "user"), None) if isinstance(chat_messages, list) else None
+    content = first.get("content") if first else None
+    return hashlib.sha256(json.dumps([owner, content]).encode()).hexdigest()
+
+
+def is_thinking_refusal(refusal: ClaudeError) -> bool:
+    words = str(refusal)
+    return "thinking" in words and re.search(r"signature|bound to a different conversation|cannot be modified"
+                                             r"|must contain thinking", words) is not None
+
+
+def has_thinking(messages: list[dict]) -> bool:
+    return any(block["type"] in ("thinking", "redacted_thinking") for message in messages
+               for block in message["content"])
+
+
+def url_sources(messages: list[dict]) -> Iterator[dict]:
+    """The sources of all images that are given by their address."""
+    for message in messages:
+        for block in message["content"]:
+            inner = block.get("content")
+            for each in [block, *(inner if isinstance(inner, list) else ())]:
+                if each.get("type") == "image" and each["source"]["type"] == "url":
+                    yield each["source"]
+
+
+def events_from_body(body: bytes) -> list[dict]:
+    """The events of an answer that came without saying that it is a stream: JSON, or a stream after all."""
+    if re.match(rb"\s*(event|data):", body):
+        decoder = EventDecoder()
+        return decoder.feed(body) + decoder.close()
+    return events_from_message(checked_message(json_object_from(body)))
+
+
+def checked_message(message: dict) -> dict:
+    """A JSON answer that is a message; an error in a 200 is raised like any other."""
+    if message.get("type") == "error" and isinstance(message.get("error"), dict):
+        raise ClaudeError(200, message["error"])
+    if not isinstance(message.get("content"), list):
+        raise UpstreamFault("The upstream answered with JSON that is not a message.")
+    return message
+
+
+def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) -> ClaudeError:
+    """A refusal in terms of what the client sent: tools by their names, models with the nearest ones."""
+    words = str(refusal)
+    match = re.search(r"tools\.(\d+)\.", words)
+    tools = translation.request.get("tools", [])
+    if match and int(match.group(1)) < len(tools):
+        name = translation.plan.names.back(tools[int(match.group(1))]["name"])
+        refusal.args = ("Tool %s: %s" % (json.dumps(name), words),)
+        refusal.param = "tools"
+    if refusal.claude_type == "not_found_error" and "model" in words:
+        refusal.args = ("%s (nearest: %s)" % (words, ", ".join(catalog.nearest(translation.request["model"]))),)
+        refusal.code, refusal.param = "model_not_found", "model"
+    return refusal
+
+
+def upstream_json(value: dict) -> bytes:
+    """JSON for Claude: UTF-8 as it is, and the same bytes for the same request."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    except ValueError as fault:
+        raise InvalidRequest("The request holds a number that JSON cannot tell: %s" % fault) from fault
+
+
+# ---- the routes
+
+def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/chat/completions: a chat completion, or its stream."""
+    chat, record = incoming.body, incoming.record
+    asked = chat.get("model")
+    asked = text_of(asked, "model") if asked is not None else None
+    model = gateway.models.catalog().resolve(asked)
+    record.asked, record.used = asked or "", model.id
+    exchange = Exchange(gateway, incoming, model)
+    try:
+        exchange.open()
+        told = exchange.translation.changes
+        record.changes = str(told)
+        if told.ignored:
+            LOG.debug("without effect on the answer: %s", ", ".join(told.ignored))
+        envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
+        if wants_stream(chat):
+            record.stream = True
+            include_usage = (chat.get("stream_options") or {}).get("include_usage") is True
+            stream = ChatStream(envelope, exchange.translation.plan, exchange.assembler, include_usage)
+            return Reply(headers=exchange.headers(), batches=chat_batches(exchange, stream),
+                         closing=b"data: [DONE]\n\n")
+        for _ in exchange.batches(lambda event: []):
+            pass
+        completion = chat_completion_from_message(exchange.assembler.whole(), envelope, exchange.translation.plan)
+        return Reply(completion, exchange.headers())
+    except BaseException:
+        exchange.close()
+        raise
+
+
+def wants_stream(chat: dict) -> bool:
+    stream = chat.get("stream")
+    return stream is not None and boolean_of(stream, "stream")
+
+
+def chat_batches(exchange: Exchange, stream: ChatStream) -> Iterator[list[dict]]:
+    try:
+        yield from exchange.batches(stream.feed)
+        yield stream.finish()
+    finally:
+        exchange.close()
+
+
+def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /v1/models: every id and alias that a request may name."""
+    catalog = catalog_for(gateway, incoming)
+    return Reply({"object": "list", "data": [model_entry(name, model) for name, model in catalog.names()]})
+
+
+def one_model(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /v1/models/{id}, in any spelling that a request may use."""
+    name = incoming.argument
+    return Reply(model_entry(name, catalog_for(gateway, incoming).resolve(name)))
+
+
+def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
+    """The models that a caller may use: its own list where it brought an Anthropic key for this one call."""
+    if incoming.anthropic_key:
+        try:
+            return catalog_from_entries(gateway.upstream.models(incoming.anthropic_key) or [], gateway.config.alias)
+        except GatewayError as fault:
+            LOG.info("no model list for the caller's key (%s): using the gateway's", fault)
+    return gateway.models.catalog()
+
+
+def health(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /health, and `/` for whoever probes: no secrets, no key needed."""
+    return Reply({"status": "ok", "version": VERSION})
+
+
+# ---- HTTP server -------------------------------------------------------------------------------------
+# Bytes to checked requests, replies to bytes; knows no field of either API.  http.server gives the threads and
+# the frame; what it leaves open (timeouts, limits, chunked bodies, ambiguous framing) is closed here, because
+# whoever reaches this port spends the owner's money.  Rules by RFC 9110 and 9112.
+
+Endpoint = Callable[[Gateway, Incoming], Reply]
+# path (without /v1) -> method -> endpoint; a path that ends in "/" takes the rest as its argument
+ROUTES: Dict[str, Dict[str, Endpoint]] = {
+    "/chat/completions": {"POST": chat_completions},
+    "/models": {"GET": list_models},
+    "/models/": {"GET": one_model},
+    "/health": {"GET": health},
+    "/": {"GET": health},
+}
+WITHOUT_KEY = {"/models", "/models/", "/health", "/"}           # for every other path a configured key is needed
+
+REQUEST_LINE = re.compile(rb"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\Z")
+# Headers that must not come twice: they decide about framing, identity or access.
+SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
+                  "x-api-key", "api-key", "origin", "expect"}
+EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "x-should-retry",
+                             *RATE_LIMIT_HEADERS.values()])
+LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
+
+
+class Hangup(Exception):
+    """The connection ends without an answer: the client closed it, or kept it silent for too long."""
+
+
+class Head(NamedTuple):
+    """A request line and its headers (names in lower case), checked."""
+    method: str
+    target: str
+    version: str
+    headers: Dict[str, str]
+
+    @property
+    def has_body(self) -> bool:
+        return "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
+
+
+def head_from_lines(lines: list[bytes]) -> Head:
+    """Request line and header lines, without their line ends, as a Head.  Raises InvalidRequest."""
+    match = REQUEST_LINE.match(lines[0])
+    if not match:
+        raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        found = HEADER_LINE.match(line)
+        if not found:
+            raise InvalidRequest("A header line is malformed.", code="bad_header")
+        name, value = found.group(1).decode("ascii").lower(), found.group(2).decode("latin-1")
+        if name in headers and name in SINGLE_HEADERS:
+            raise InvalidRequest("The header %s came twice." % name, code="bad_header")
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    method, target, version = (part.decode("ascii") for part in match.groups())
+    if version == "1.1" and "host" not in headers:
+        raise InvalidRequest("HTTP/1.1 needs a Host header.", code="bad_header")
+    return Head(method.upper(), target, version, headers)
+
+
+def body_length(head: Head) -> int | None:
+    """The length that frames a body, None for a chunked one.  Whatever is ambiguous is refused."""
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if coding is not None:
+        if length is not None or head.version == "1.0":
+            raise InvalidRequest("Transfer-Encoding does not go with Content-Length or HTTP/1.0.", code="bad_framing")
+        if coding.lower() != "chunked":
+            raise UnsupportedTransfer("Transfer-Encoding: only chunked is taken.")
+        return None
+    if length is None:
+        return 0
+    if not re.match(r"[0-9]{1,19}\Z", length):
+        raise InvalidRequest("Content-Length is not a number.", code="bad_framing")
+    return int(length)
+
+
+def route_of(target: str) -> tuple[str, str]:
+    """The path that decides, and the argument behind it: with or without /v1, also doubled; // and a last / do not
+    matter."""
+    path = re.sub(r"/{2,}", "/", re.sub(r"[?#].*", "", target))
+    path = re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
+    path = re.sub(r"(/chat/completions)+$", "/chat/completions", path)
+    if path.startswith("/models/"):
+        return "/models/", urllib.parse.unquote(path[len("/models/"):])
+    return path, ""
+
+
+def json_from_body(body: bytes) -> tuple[dict, bool]:
+    """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest.
+
+    Bounded before it is parsed: brackets cost 60 times their size in memory, nesting costs stack.
+    """
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise InvalidRequest("The body is not UTF-8 (byte %d)." % fault.start, code="invalid_json") from fault
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+        raise InvalidRequest("The body has more than %d brackets." % MAX_BRACKETS, code="invalid_json")
+    if nests_deeper(body, MAX_NESTING):
+        raise InvalidRequest("The body is nested more than %d deep." % MAX_NESTING, code="invalid_json")
+    try:
+        value = json.loads(text, parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int)
+    except (ValueError, RecursionError) as fault:
+        raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
+    if not isinstance(value, dict):
+        raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
+    if re.search(rb"\\u[dD][89a-fA-F]", body):
+        whole = without_lone_surrogates(value)
+        return whole, whole != value
+    return value, False
+
+
+def bounded_int(digits: str) -> int:
+    """json's hook for whole numbers: int() takes quadratic time."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError("a number of %d digits" % len(digits))
+    return int(digits)
+
+
+def nests_deeper(body: bytes, limit: int) -> bool:
+    """Whether brackets outside strings nest more than `limit` deep.  A few passes in C, not a scan in Python."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(BRACKET_KINDS, NOT_BRACKETS)
+    brackets = b"".join(plain.split(b'"')[::2])
+    for _ in range(limit):
+        inner = brackets.replace(b"{}", b"")
+        if len(inner) == len(brackets):
+            break
+        brackets = inner
+    return brackets.count(b"{") > limit or b"{}" in brackets
+
+
+NOT_BRACKETS = bytes(set(range(256)) - set(b'{}[]"'))
+BRACKET_KINDS = bytes.maketrans(b"[]", b"{}")
+
+
+def without_lone_surrogates(value: Any) -> Any:
+    """A JSON value with every half of a surrogate pair replaced by U+FFFD, as UTF-8 has no form for it."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [without_lone_surrogates(entry) for entry in value]
+    if isinstance(value, dict):
+        return {without_lone_surrogates(name): without_lone_surrogates(entry) for name, entry in value.items()}
+    return value
+
+
+def client_json(value: Any) -> bytes:
+    """JSON for clients: UTF-8, but with escapes for the characters that some line readers split at."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:                      # half a surrogate pair from upstream: escaped, it is valid JSON
+        return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def inflated(body: bytes, encoding: str) -> bytes:
+    """A compressed body, as far as this Python can undo it; never more than MAX_BODY bytes."""
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        raw_deflate = encoding == "deflate" and (body[:1] or b"\0")[0] & 15 != 8
+        inflate = zlib.decompressobj(-15 if raw_deflate else 47)
+        try:
+            plain = inflate.decompress(body, MAX_BODY + 1)
+        except zlib.error as fault:
+            raise InvalidRequest("The body is not %s: %s." % (encoding, fault), code="invalid_encoding") from fault
+        if not inflate.eof and len(plain) <= MAX_BODY:
+            raise InvalidRequest("The %s body is cut short." % encoding, code="invalid_encoding")
+    elif encoding == "zstd" and sys.version_info >= (3, 14):
+        from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+
+        try:
+            plain = zstd.ZstdDecompressor().decompress(body, MAX_BODY + 1)
+        except zstd.ZstdError as fault:
+            raise InvalidRequest("The body is not zstd: %s." % fault, code="invalid_encoding") from fault
+    else:
+        raise UnsupportedEncoding("Content-Encoding %s is not taken here; send the body plain or as gzip. (Codex: "
+                                  "[features] enable_request_compression = false)" % printable(encoding, 40))
+    if len(plain) > MAX_BODY:
+        raise TooLarge("The body has more than %d MB when unpacked." % (MAX_BODY // 1_000_000))
+    return plain
+
+
+class TimedReader(io.RawIOBase):
+    """The reading side of a client connection: each read ends by `deadline`, and `pause` seconds at most."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.deadline = time.monotonic() + HEAD_TIMEOUT
+        self.pause = float(HEAD_TIMEOUT)
+
+    def allow(self, pause: float, total: float | None = None) -> None:
+        self.pause = pause
+        self.deadline = time.monotonic() + total if total is not None else float("inf")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = min(self.pause, self.deadline - time.monotonic())
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(left)
+        return self._sock.recv_into(buffer)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One client connection: requests in order, each read, checked, answered."""
+    server: Listener
+    server_version = USER_AGENT
+    sys_version = ""
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        self.connection = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.gateway = self.server.gateway
+        self._reader = TimedReader(self.connection)
+        self.rfile: io.BufferedReader = io.BufferedReader(self._reader, 65_536)
+        self.close_connection = False
+
+    def finish(self) -> None:
+        self.rfile.close()
+
+    def handle(self) -> None:
+        while not self.close_connection:
+            self.handle_one_request()
+
+    def handle_one_request(self) -> None:
+        """Reads one request and answers it, whatever happens; the catch-all of the program is here."""
+        self.head: Optional[Head] = None
+        self._record = Record(client=self.client_address[0])
+        self._body_unread = self._in_stream = False
+        self._reserved = 0
+        try:
+            self._read_head()
+        except (Hangup, OSError):
+            self.close_connection = True
+            return
+        except GatewayError as failure:
+            self.close_connection = True
+            self._send_failure(failure)
+            self._log()
+            return
+        entered = self.gateway.running.enter()
+        try:
+            if not entered:
+                raise Busy("The gateway is busy with %d requests." % MAX_REQUESTS)
+            self._answer()
+        except (ConnectionError, ClientGone, socket.timeout):
+            self.close_connection = True            # nobody left to tell
+            self._record.error = self._record.error or "client gone"
+            self._record.status = self._record.status or 499
+        except Exception as failure:
+            self._send_failure(failure if isinstance(failure, GatewayError) else unexpected(failure))
+        finally:
+            self.gateway.body_budget.give(self._reserved)
+            if entered:
+                self.gateway.running.leave()
+            self._log()
+
+    # -- reading
+
+    def _read_head(self) -> None:
+        """Waits for a request and reads its head.  Raises Hangup where the connection just ends."""
+        self._reader.allow(IDLE_TIMEOUT)
+        try:
+            first = self.rfile.peek(1)[:1]
+        except OSError:
+            raise Hangup from None
+        if not first:
+            raise Hangup
+        self._record.started = time.monotonic()
+        self._reader.allow(HEAD_TIMEOUT, HEAD_TIMEOUT)
+        lines: list[bytes] = []
+        size = 0
+        while True:
+            try:
+                line = self.rfile.readline(MAX_HEAD + 1)
+            except socket.timeout:
+                raise RequestTimeout("The request head took more than %d seconds." % HEAD_TIMEOUT) from None
+            size += len(line)
+            if size > MAX_HEAD or len(lines) > MAX_HEADERS:
+                raise HeadTooLarge("The request head has more than %d bytes or %d lines." % (MAX_HEAD, MAX_HEADERS))
+            if not line.endswith(b"\n"):
+                raise Hangup
+            line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
+            if line:
+                lines.append(line)
+            elif lines:
+                break                               # blank lines before a request are skipped (RFC 9112, 2.2)
+        self.head = head_from_lines(lines)
+        self._record.method = self.head.method
+        self._record.path = re.sub(r"[?#].*", "", self.head.target)
+        connection = self.head.headers.get("connection", "").lower()
+        if "close" in connection or self.head.version == "1.0" and "keep-alive" not in connection:
+            self.close_connection = True
+        self._body_unread = self.head.has_body
+
+    def _read_body(self) -> bytes:
+        """The body: framed, bounded, counted against the budget, unpacked."""
+        assert self.head
+        length = body_length(self.head)
+        expectation = self.head.headers.get("expect", "").lower()
+        if length is not None and length > MAX_BODY:
+            raise TooLarge("The body has more than %d MB." % (MAX_BODY // 1_000_000))
+        self._reserve(MAX_BODY // 10 if length is None else length)
+        if expectation == "100-continue" and self.head.version == "1.1":
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._reader.allow(BODY_TIMEOUT)
+        try:
+            body = self._read_chunks() if length is None else self.rfile.read(length)
+        except socket.timeout:
+            self.close_connection = True
+            raise RequestTimeout("The body stopped for more than %d seconds." % BODY_TIMEOUT) from None
+        if length is not None and len(body) < length:
+            raise ConnectionResetError
+        self._body_unread = False
+        encoding = self.head.headers.get("content-encoding", "identity").strip().lower()
+        return body if encoding in ("identity", "") else inflated(body, encoding)
+
+    def _reserve(self, amount: int) -> None:
+        if not self.gateway.body_budget.take(amount):
+            raise Busy("The gateway holds too many large requests at the moment.")
+        self._reserved += amount
+
+    def _read_chunks(self) -> bytes:
+        """A chunked body (RFC 9112, 7.1); chunk extensions and trailers are read and ignored."""
+        body = bytearray()
+        while True:
+            line = self._chunk_line()
+            match = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\Z", line)
+            if not match:
+                raise InvalidRequest("A chunk size is malformed.", code="bad_framing")
+            size = int(match.group(1), 16)
+            if not size:
+                break
+            if len(body) + size > MAX_BODY:
+                raise TooLarge("The body has more than %d MB." % (MAX_BODY // 1_000_000))
+            if len(body) + size > self._reserved:
+                self._reserve(max(size, self._reserved))
+            chunk = self.rfile.read(size)
+            if len(chunk) < size:
+                raise ConnectionResetError
+            body += chunk
+            if self._chunk_line():
+                raise InvalidRequest("A chunk is longer than its size.", code="bad_framing")
+        for _ in range(MAX_HEADERS):
+            if not self._chunk_line():
+                return bytes(body)
+        raise InvalidRequest("The body has too many trailers.", code="bad_framing")
+
+    def _chunk_line(self) -> bytes:
+        line = self.rfile.readline(1_025)
+        if not line:
+            raise ConnectionResetError
+        if not line.endswith(b"\r\n"):
+            raise InvalidRequest("A chunk line is malformed.", code="bad_framing")
+        return line[:-2]
+
+    # -- answering
+
+    def _answer(self) -> None:
+        """Checks a request from the outside in, and sends what its endpoint answers."""
+        assert self.head
+        head = self.head
+        body_length(head)
+        self._check_host(head)
+        self._check_origin(head)
+        path, argument = route_of(head.target)
+        if head.method == "OPTIONS":
+            self._send(204, b"", self._preflight_headers(head))
+            return
+        if "websocket" in head.headers.get("upgrade", "").lower():
+            raise UpgradeRequired("WebSockets are not spoken here; send plain requests.",
+                                  headers={"upgrade": "HTTP/1.1"})
+        owner = self._check_key(head, path)
+        endpoint = self._endpoint(head, path)
+        if self.gateway.instance_id in head.headers.get(HOP_HEADER, ""):
+            raise LoopDetected("This request came from this very gateway: its upstream address leads back to it.")
+        incoming = Incoming({}, argument, owner, self._anthropic_key(head), head.headers.get(HOP_HEADER, ""),
+                            head.headers.get("x-stainless-retry-count", "0") == "0", Watch(self.connection),
+                            self._record)
+        body = self._read_body() if self._body_unread else b""
+        if head.method == "POST":
+            incoming.body, incoming.surrogates_replaced = json_from_body(body)
+            LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
+        del body                                    # a large one need not wait for Claude's answer
+        reply = endpoint(self.gateway, incoming)
+        if reply.batches is not None:
+            self._send_stream(reply, incoming.watch)
+        else:
+            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
+            self._send(200, client_json(reply.body), dict(reply.headers, **{"content-type": "application/json"}))
+
+    def _check_host(self, head: Head) -> None:
+        """Against DNS rebinding: a web page's own name never reaches this server."""
+        host = head.headers.get("host")
+        if re.match(r"[a-z]+://", head.target, re.I):           # absolute form: its authority wins (RFC 9112, 3.2.2)
+            host = urllib.parse.urlsplit(head.target).netloc
+            self.head = head = head._replace(target=re.sub(r"^[a-zA-Z]+://[^/?#]*", "", head.target) or "/")
+        elif not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
+            raise InvalidRequest("The request target is not a path.", code="bad_request_line")
+        if host is None:                                        # HTTP/1.0 may leave it out
+            return
+        match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?\Z", host)
+        if not match:
+            raise InvalidRequest("The Host header is malformed.", code="bad_header")
+        name = match.group(1).strip("[]").rstrip(".").lower()
+        config = self.gateway.config
+        allowed = {"host.docker.internal", config.host.lower(), *(entry.lower() for entry in config.allow_host)}
+        if not (is_loopback_host(name) or is_address(name) or name in allowed):
+            raise Forbidden("Host %s is not one of this gateway's names. If it should be: --allow-host %s" %
+                            (name, name), code="host_not_allowed")
+
+    def _check_origin(self, head: Head) -> None:
+        """Against web pages that spend the owner's quota."""
+        origin = head.headers.get("origin")
+        if origin is not None and not self._origin_allowed(origin):
+            origin = printable(origin)
+            raise Forbidden("Origin %s may not call this gateway. If it should: --cors-origin %s" % (origin, origin),
+                            code="origin_not_allowed")
+
+    def _origin_allowed(self, origin: str) -> bool:
+        allowed = self.gateway.config.cors_origin
+        return LOOPBACK_ORIGIN.match(origin) is not None or origin in allowed or "*" in allowed
+
+    def _check_key(self, head: Head, path: str) -> str:
+        """The owner of what this request leaves behind: a digest of the key.  Raises InvalidKey.
+
+        Digests are compared, so that neither length nor content shows in the time it takes.
+        """
+        authorization = head.headers.get("authorization", "")
+        sent = [re.sub(r"^bearer\s+", "", authorization, flags=re.I), head.headers.get("x-api-key", ""),
+                head.headers.get("api-key", "")]
+        digests = [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
+        keys = self.gateway.config.api_key
+        if not keys:
+            return ""
+        owner = ""
+        for key in keys:
+            known = hashlib.sha256(key.encode("utf-8")).digest()
+            for digest in digests:
+                if hmac.compare_digest(known, digest):
+                    owner = known.hex()
+        if owner or path in WITHOUT_KEY and head.method in ("GET", "HEAD"):
+            return owner
+        time.sleep(self.gateway.failed_keys.penalty(self.client_address[0]))
+        raise InvalidKey("A key of this gateway is needed (Authorization: Bearer KEY)." if not digests else
+                         "This is not a key of this gateway.", headers={"www-authenticate": "Bearer"})
+
+    def _endpoint(self, head: Head, path: str) -> Endpoint:
+        methods = ROUTES.get(path)
+        if methods is None:
+            raise NotFound("There is nothing at %s %s." % (head.method, printable(path)))
+        endpoint = methods.get("GET" if head.method == "HEAD" else head.method)
+        if endpoint is None:
+            names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
+            raise MethodNotAllowed("%s does not take %s." % (printable(path), head.method),
+                                   headers={"allow": ", ".join(names)})
+        return endpoint
+
+    @staticmethod
+    def _anthropic_key(head: Head) -> str:
+        """A caller's own Anthropic key; only /models looks at it."""
+        key = head.headers.get("x-api-key", "")
+        return key if re.match(r"sk-ant-[\x21-\x7e]+\Z", key) else ""
+
+    # -- sending
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """A whole answer in one write."""
+        self._settle_body()
+        headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
+        head = self._head_bytes(status, headers)
+        self._write(head + (b"" if self.head and self.head.method == "HEAD" else body))
+        if self._body_unread:
+            self._linger()
+
+    def _head_bytes(self, status: int, headers: dict[str, str]) -> bytes:
+        self._record.status = status
+        self._record.first_byte_ms = self._record.elapsed_ms()
+        phrase = self.responses[status][0] if status in self.responses else "Unknown"
+        if self.gateway.running.draining:
+            self.close_connection = True
+        lines = {"server": self.server_version, "date": self.date_time_string()}
+        lines.update(headers)
+        lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
+        self._record.request_id = lines[REQUEST_ID_HEADER]
+        lines.update(self._cors_headers())
+        lines["connection"] = "close" if self.close_connection else "keep-alive"
+        head = ["HTTP/1.1 %d %s" % (status, phrase)]
+        head += ["%s: %s" % (name, re.sub(r"[\x00-\x1f\x7f]", " ", value)) for name, value in lines.items()]
+        return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
+
+    def _cors_headers(self) -> dict[str, str]:
+        origin = self.head.headers.get("origin") if self.head else None
+        if origin is None or not self._origin_allowed(origin):
+            return {}
+        return {"access-control-allow-origin": origin, "vary": "Origin",
+                "access-control-expose-headers": EXPOSED_HEADERS}
+
+    @staticmethod
+    def _preflight_headers(head: Head) -> dict[str, str]:
+        headers = {"access-control-allow-methods": "GET, POST, DELETE, HEAD, OPTIONS", "access-control-max-age": "600",
+                   "allow": "GET, POST, DELETE, HEAD, OPTIONS"}
+        wanted = head.headers.get("access-control-request-headers")
+        if wanted:
+            headers["access-control-allow-headers"] = printable(wanted, 2_000)
+        if head.headers.get("access-control-request-private-network") == "true":
+            headers["access-control-allow-private-network"] = "true"
+        return headers
+
+    def _send_stream(self, reply: Reply, watch: Watch) -> None:
+        """Server-sent events, each batch in one write; a comment when nothing else goes out for a while."""
+        assert self.head and reply.batches is not None
+        self._chunked = self.head.version == "1.1"
+        if not self._chunked:
+            self.close_connection = True
+        headers = dict(reply.headers, **{"content-type": "text/event-stream; charset=utf-8",
+                                         "cache-control": "no-cache", "x-accel-buffering": "no"})
+        if self._chunked:
+            headers["transfer-encoding"] = "chunked"
+        batches = reply.batches
+        try:
+            self._write(self._head_bytes(200, headers))
+            self._in_stream = True
+            watch.last_sent = time.monotonic()
+            watch.idle = lambda: self._write_piece(b": keep-alive\n\n")
+            for batch in batches:
+                self._write_piece(b"".join(b"data: " + client_json(event) + b"\n\n" for event in batch))
+                watch.last_sent = time.monotonic()
+            self._write_piece(reply.closing)
+            self._end_stream()
+        finally:
+            watch.idle = None
+            batches.close()                         # type: ignore[attr-defined]
+
+    def _write_piece(self, data: bytes) -> None:
+        if data:
+            self._write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
+
+    def _end_stream(self) -> None:
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
+
+    def _write(self, data: bytes) -> None:
+        self.connection.settimeout(WRITE_TIMEOUT)
+        self.connection.sendall(data)
+
+    def _send_failure(self, failure: GatewayError) -> None:
+        """An error as a status and body or, once a stream has begun, as an event that SDKs raise."""
+        self._record.error = str(failure)
+        try:
+            if self._in_stream:
+                self.close_connection = True
+                self._record.status = failure.status
+                self._write_piece(b"data: " + client_json(failure.body()) + b"\n\n")
+                self._end_stream()
+            else:
+                self._send(failure.status, client_json(failure.body()),
+                           dict(failure.headers, **{"content-type": "application/json"}))
+        except OSError:
+            self.close_connection = True
+
+    def _settle_body(self) -> None:
+        """Before an early answer: reads a small body away, so that it is not taken for the next request."""
+        if not self._body_unread or not self.head:
+            return
+        length = self.head.headers.get("content-length", "")
+        if re.match(r"[0-9]{1,5}\Z", length) and "expect" not in self.head.headers \
+                and "transfer-encoding" not in self.head.headers:
+            self._reader.allow(2, 2)
+            with contextlib.suppress(OSError):
+                if len(self.rfile.read(int(length))) == int(length):
+                    self._body_unread = False
+        if self._body_unread:
+            self.close_connection = True
+
+    def _linger(self) -> None:
+        """Reads on for a moment after refusing a body, so that the client sees the answer and no reset."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self._reader.allow(2, 2)
+            while self.rfile.read1(65_536):
+                pass
+
+    def _log(self) -> None:
+        self._record.total_ms = self._record.elapsed_ms()
+        if self._record.method:
+            log_request_record(self._record, self.gateway.config.minimal)
+
+
+def is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return False
+
+
+def unexpected(failure: Exception) -> GatewayError:
+    """A defect of ours: the client learns its kind, the log where it happened."""
+    LOG.error("a defect: %s", type(failure).__name__, exc_info=failure)
+    return GatewayError("The gateway failed unexpectedly (%s). Its log says where." % type(failure).__name__,
+                        code="internal_error")
+
+
+def log_request_record(record: Record, minimal: bool) -> None:
+    """One line per request, and a second one for what was changed."""
+    fields = {name: value for name, value in dataclasses.asdict(record).items() if name != "started"}
+    line = "%s %s %d" % (record.method, printable(record.path), record.status)
+    if minimal:
+        LOG.info("%s %d ms", line, record.total_ms, extra={"fields": fields})
+        return
+    if record.used:
+        line += " %s -> %s%s" % (printable(record.asked or "(none)"), record.used, " stream" if record.stream else "")
+    if record.input_tokens is not None:
+        line += "  in %d (cached %d) out %d" % (record.input_tokens, record.cached_tokens, record.output_tokens)
+    line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
+    if record.error:
+        line += "  " + printable(record.error, 500)
+    LOG.log(logging.WARNING if record.status >= 500 else logging.INFO, "%s", line, extra={"fields": fields})
+    if record.changes:
+        LOG.info("  changed: %s", printable(record.changes, 4_000))
+
+
+class Listener(http.server.ThreadingHTTPServer):
+    """One listening socket; a thread per connection, within a bound."""
+    daemon_threads = True
+    request_queue_size = BACKLOG
+    allow_reuse_address = os.name == "posix"        # on Windows it would let others take the port over
+
+    def __init__(self, address: tuple[str, int], family: int, gateway: Gateway) -> None:
+        self.address_family = family                # type: ignore[assignment,unused-ignore]
+        self.gateway = gateway
+        self._connections = Budget(MAX_CONNECTIONS)
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        if os.name == "nt":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)   # type: ignore[attr-defined]
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        socketserver.TCPServer.server_bind(self)    # HTTPServer's own would ask DNS for our name
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._connections.take(1):
+            super().process_request(request, client_address)
+            return
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
+                            b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" %
+                            (len(TOO_MANY_CONNECTIONS), TOO_MANY_CONNECTIONS))
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.give(1)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        failure = sys.exc_info()[1]
+        if not isinstance(failure, OSError):
+            LOG.error("a connection failed: %s", type(failure).__name__, exc_info=failure)
+
+
+TOO_MANY_CONNECTIONS = client_json(Busy("The gateway has too many connections.").body())
+
+
+class Service:
+    """A gateway on its port: listens on every address of the host, until `close`."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.listeners = listeners_for(gateway)
+        self.port: int = self.listeners[0].server_address[1]
+
+    @property
+    def url(self) -> str:
+        """The base URL for an OpenAI client."""
+        host = str(self.listeners[0].server_address[0])
+        return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, self.port)
+
+    def start(self) -> None:
+        for listener in self.listeners:
+            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.1}, name="listener",
+                             daemon=True).start()
+
+    def close(self, grace: float = SHUTDOWN_GRACE) -> bool:
+        """Stops accepting, lets running requests finish for `grace` seconds; whether all of them did."""
+        self.gateway.running.draining = True
+        for listener in self.listeners:
+            listener.shutdown()
+            listener.server_close()
+        finished = self.gateway.running.wait_until_idle(grace)
+        self.gateway.close()
+        return finished
+
+
+def listeners_for(gateway: Gateway) -> list[Listener]:
+    """Sockets on the configured host; `localhost` is 127.0.0.1 and, where there is one, ::1.  Raises OSError."""
+    host, port = gateway.config.host, gateway.config.port
+    if host != "localhost":
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return [Listener((host, port), family, gateway)]
+    for _ in range(20):
+        first = Listener(("127.0.0.1", port), socket.AF_INET, gateway)
+        try:
+            return [first, Listener(("::1", first.server_address[1]), socket.AF_INET6, gateway)]
+        except OSError as fault:
+            if fault.errno != errno.EADDRINUSE:
+                return [first]                      # no IPv6 here
+            first.server_close()
+            if port:
+                raise
+    raise OSError(errno.EADDRINUSE, "no port is free on both 127.0.0.1 and ::1")
+
+
+# ---- Simulated upstream ------------------------------------------------------------------------------
+# A small server on loopback that speaks the Messages API, for `start --demo`: the gateway takes the same way to
+# it as to Claude.  Its answers say what they are.
+
+
+def simulated_message(request: dict) -> dict:
+    """The answer to a Messages request: a JSON sample, a tool call, or words about what was sent."""
+    last = request["messages"][-1]["content"]
+    results = [block for block in last if block["type"] == "tool_result"]
+    tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
+    choice = request.get("tool_choice", {})
+    wish = request.get("output_config", {}).get("format")
+    blocks: list[dict] = []
+    if request.get("thinking", {}).get("display") == "summarized":
+        blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
+    stop_reason = "end_turn"
+    if wish:
+        sample = sample_of(wish["schema"], wish["schema"])
+        blocks.append({"type": "text", "text": json.dumps(sample)})
+    elif tools and choice.get("type") != "none" and (not results or choice.get("type") in ("any", "tool")):
+        tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
+        blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
+                       "input": sample_of(tool["input_schema"], tool["input_schema"])})
+        stop_reason = "tool_use"
+    else:
+        blocks.append({"type": "text", "text": "This is a simulated answer: claude-gateway runs in demo mode, and no "
+                                               "model was asked. " + words_about(last, results)})
+    size = len(json.dumps(request["messages"])) // 4 + 1        # about four characters make a token
+    usage = {"input_tokens": size, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+             "output_tokens": len(json.dumps(blocks)) // 4 + 1, "service_tier": "standard"}
+    return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
+            "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+
+
+def words_about(content: list[dict], results: list[dict]) -> str:
+    """One sentence on what the last message brought."""
+    if results:
+        return "The tool's result arrived: %s" % json.dumps(results[-1].get("content", ""))[:200]
+    images = [block["source"] for block in content if block["type"] == "image"]
+    if images:
+        return "You sent %d image(s), the first one %s." % (len(images), images[0].get("media_type", "by its address"))
+    texts = [block["text"] for block in content if block["type"] == "text"]
+    return "You wrote: %s" % (texts[0][:200] if texts else "(nothing)")
+
+
+def sample_of(schema: Any, root: dict) -> Any:
+    """A small value that fits a JSON schema, more or less."""
+    if not isinstance(schema, dict):
+        return "simulated"
+    if isinstance(schema.get("$ref"), str):
+        return sample_of(resolved(schema["$ref"], root), root)
+    for key in ("const", "default"):
+        if key in schema:
+            return schema[key]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    for key in ("anyOf", "allOf"):
+        if schema.get(key):
+            return sample_of(schema[key][0], root)
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object":
+        properties = schema.get("properties") or {}
+        return {name: sample_of(value, root) for name, value in properties.items()
+                if name in (schema.get("required") or properties)}
+    if kind == "array":
+        return [sample_of(schema.get("items"), root)]
+    return {"integer": 1, "number": 1.5, "boolean": True, "null": None}.get(kind, "simulated")
+
+
+def simulated_events(message: dict) -> Iterator[dict]:
+    """The events that stream a message, its text word by word."""
+    for event in events_from_message(message):
+        block = event.get("content_block", {})
+        field, delta = {"text": ("text", "text_delta"), "thinking": ("thinking", "thinking_delta"),
+                        "tool_use": ("input", "input_json_delta")}.get(block.get("type", ""), ("", ""))
+        if not field:
+            yield event
+            continue
+        whole = json.dumps(block["input"]) if field == "input" else block[field]
+        yield dict(event, content_block=dict(block, **{field: {} if field == "input" else ""}))
+        name = {"input": "partial_json"}.get(field, field)
+        for piece in re.findall(r"\s*\S+|\s+", whole):
+            yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": delta, name: piece}}
+
+
+class SimulatedHandler(http.server.BaseHTTPRequestHandler):
+    """Answers every POST as /v1/messages."""
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1                                   # head and body leave in one packet
+
+    def do_GET(self) -> None:
+        entries = [{"type": "model", "id": model.id, "lifecycle": model.lifecycle,
+                    "created_at": (model.released or "1970-01-01") + "T00:00:00Z"}
+                   for model in BUILT_IN_MODELS.values()]
+        self._send("application/json", json.dumps({"data": entries, "has_more": False, "last_id": None}).encode())
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["content-length"])).decode())
+        events = simulated_events(simulated_message(request))
+        body = b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event)) for event in events)
+        self._send("text/event-stream", body)
+
+    def _send(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.send_header("request-id", "req_simulated_" + secrets.token_hex(6))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """The gateway logs for both."""
+
+
+class SimulatedUpstream(http.server.ThreadingHTTPServer):
+    """The server; `url` is what ANTHROPIC_BASE_URL would be."""
+    daemon_threads = True
+    request_queue_size = BACKLOG
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), SimulatedHandler)
+        self.url = "http://127.0.0.1:%d" % self.server_address[1]
+        threading.Thread(target=self.serve_forever, name="simulated upstream", daemon=True).start()
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)
+
+
+def demo_config(config: Config, url: str) -> Config:
+    """The same gateway in front of the simulated upstream, without any real credential or address."""
+    return dataclasses.replace(config, base_url=url, anthropic_api_key="no-key-needed", anthropic_auth_token="",
+                               claude_code_oauth_token="", token_file="", auth="auto", https_proxy="")
+
+
+# ---- Command line ------------------------------------------------------------------------------------
+# Arguments, environment, log, exit codes.  Data goes to standard output, everything said to standard error.
+
+OK, FAILURE, USAGE, NO_CREDENTIAL, PORT_IN_USE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+TERMS = """\
+About signing in with a Claude account (Pro, Max, Team)
+  Anthropic's published terms (page text of 2026-08-22; the same sentences were cited on 2026-09-14) keep OAuth
+  sign-in for Claude Code and Anthropic's other own apps. Using such a token in another program, like this one,
+  is against them; it may be refused, billed as extra usage, or cost you the account, without notice.
+  An API key (ANTHROPIC_API_KEY, from https://platform.claude.com) is always fine.
+  What this program takes from Claude Code: its public OAuth client id, its redirect page, and one system block
+  that such tokens are known to need. It calls itself claude-gateway and imitates nothing else."""
+
+
+class Option(NamedTuple):
+    """One option of `start`; its environment twin is CLAUDE_GATEWAY_ and its name."""
+    name: str
+    help: str
+    short: str = ""
+    metavar: str = ""                               # "" = a switch
+    repeatable: bool = False
+    choices: Sequence[str] = ()
+
+    @property
+    def field(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return "CLAUDE_GATEWAY_" + self.field.upper()
+
+
+OPTIONS = (
+    Option("port", "port to listen on; 0 = any free one, told in the first line (default: %d)" % DEFAULT_PORT, "p",
+           "PORT"),
+    Option("host", "address to listen on; any but a loopback address needs an API key (default: localhost = 127.0.0.1 "
+                   "and ::1)", "", "ADDRESS"),
+    Option("api-key", "require this key of clients; better set in the environment, where others cannot see it", "",
+           "KEY", repeatable=True),
+    Option("verbose", "log requests and answers in full, secrets masked", "V"),
+    Option("minimal", "log method, path, status and time only", "m"),
+    Option("quiet", "log nothing", "q"),
+    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
+    Option("auth", "which kind of credential to use: auto, api-key or oauth (default: auto)", "", "KIND",
+           choices=("auto", "api-key", "oauth")),
+    Option("token-file", "where the login is stored (default: claude-gateway/oauth-tokens.json in the user's "
+                         "configuration directory)", "", "PATH"),
+    Option("alias", "let MODEL answer for NAME; '*=MODEL' for every other or missing name", "", "NAME=MODEL",
+           repeatable=True),
+    Option("allow-host", "accept this name in the Host header, beside addresses and localhost", "", "NAME",
+           repeatable=True),
+    Option("cors-origin", "let web pages of this origin call, beside those of this machine; '*' needs an API key", "",
+           "ORIGIN", repeatable=True),
+    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
+    Option("no-cache", "set no prompt cache breakpoints of our own"),
+    Option("strict", "answer 400 to whatever would be dropped, clamped or changed"),
+    Option("demo", "answer from a built-in simulation: no account, no network"),
+)
+
+
+class UsageError(Exception):
+    """Wrong flags or environment; exit code 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    if sys.version_info < (3, 8):
+        print("claude-gateway needs Python 3.8 or newer; this is %s. Try python3.9, python3.11 or python3.12." %
+              sys.version.split()[0], file=sys.stderr)
+        return USAGE
+    for stream in (sys.stdout, sys.stderr):         # a character that a terminal lacks must not stop a print
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    parser = argument_parser()
+    parsed = parser.parse_args(arguments)
+    if not parsed.command:
+        parser.print_help(sys.stderr)
+        return USAGE
+    try:
+        return COMMANDS[parsed.command](parsed)
+    except UsageError as fault:
+        print("claude-gateway: %s" % fault, file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except CredentialNeeded as fault:
+        print("claude-gateway: %s" % fault, file=sys.stderr)
+        return NO_CREDENTIAL
+    except UpstreamFault as fault:
+        print("claude-gateway: %s" % fault, file=sys.stderr)
+        return UNREACHABLE
+    except GatewayError as fault:
+        print("claude-gateway: %s" % fault, file=sys.stderr)
+        return FAILURE
+    except BrokenPipeError:
+        sys.stderr.close()
+        return FAILURE
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on http://localhost:%d/v1.\n\n"
+                    "  claude-gateway start --demo            try it: no account, no network\n"
+                    "  ANTHROPIC_API_KEY=... claude-gateway start\n"
+                    "  claude-gateway start --alias '*=sonnet'  let one model answer for every name" % DEFAULT_PORT)
+    parser.add_argument("--version", action="version", version="claude-gateway " + VERSION)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    start = commands.add_parser("start", help="serve", description="Serves OpenAI's API until it is stopped.",
+                                epilog="Every option has a twin in the environment: CLAUDE_GATEWAY_PORT for --port, "
+                                       "and so on. A flag wins over its variable.")
+    for option in OPTIONS:
+        add_option(start, option)
+    by_name = {option.name: option for option in OPTIONS}
+    login = commands.add_parser("login", help="sign in with a Claude account", description=TERMS,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    login.add_argument("--no-browser", action="store_true", help="only print the address to visit")
+    logout = commands.add_parser("logout", help="forget the stored login")
+    status = commands.add_parser("status", help="which credential would be used, whose it is, when it expires")
+    models = commands.add_parser("models", help="the models and aliases on offer")
+    for command in (login, logout, status, models):
+        add_option(command, by_name["token-file"])
+    for command in (status, models):
+        add_option(command, by_name["auth"])
+        command.add_argument("--json", action="store_true", help="as JSON")
+    add_option(models, by_name["alias"])
+    return parser
+
+
+def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
+    if option.metavar:
+        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None,
+                            action="append" if option.repeatable else "store")
+    else:
+        parser.add_argument(*flags, action="store_true", default=None, help=option.help)
+
+
+def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
+    """Flags over environment over defaults.  Raises UsageError."""
+    given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
+    fields: dict[str, Any] = {}
+    for option in OPTIONS:
+        value = getattr(parsed, option.field, None)
+        if value is None and option.variable in given:
+            value = value_from_variable(option, given[option.variable])
+        if value is not None:
+            fields[option.field] = tuple(value) if option.repeatable else value
+    fields["port"] = port_from(fields.get("port", DEFAULT_PORT))
+    fields["alias"] = tuple(alias_from(text) for text in fields.get("alias", ()))
+    if any(not key.strip() for key in fields.get("api_key", ())):
+        raise UsageError("--api-key: an empty key protects nothing.")
+    fields.setdefault("token_file", default_token_file(given))
+    fields.update(anthropic_api_key=given.get("ANTHROPIC_API_KEY", ""),
+                  anthropic_auth_token=given.get("ANTHROPIC_AUTH_TOKEN", ""),
+                  claude_code_oauth_token=given.get("CLAUDE_CODE_OAUTH_TOKEN", ""),
+                  base_url=checked_base_url("ANTHROPIC_BASE_URL", given.get("ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
+                  token_url=checked_base_url("CLAUDE_GATEWAY_TOKEN_URL",
+                                             given.get("CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL)),
+                  https_proxy=checked_proxy(given.get("https_proxy") or given.get("HTTPS_PROXY", "")),
+                  no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
+                  ca_file=next((given[name] for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+                                                         "NODE_EXTRA_CA_CERTS") if name in given), ""))
+    return Config(**fields)
+
+
+def value_from_variable(option: Option, text: str) -> Any:
+    """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
+    if option.repeatable:
+        return [entry.strip() for entry in text.split(",")]
+    if option.metavar:
+        if option.choices and text not in option.choices:
+            raise UsageError("%s: expected one of %s." % (option.variable, ", ".join(option.choices)))
+        return text
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return None
+    raise UsageError("%s: expected 1, true, yes or on, or 0, false, no or off." % option.variable)
+
+
+def port_from(value: Any) -> int:
+    if not re.match(r"\d{1,5}\Z", str(value)) or int(value) > 65_535:
+        raise UsageError("--port: expected a number from 0 to 65535.")
+    return int(value)
+
+
+def alias_from(text: str) -> tuple[str, str]:
+    name, equals, model = text.partition("=")
+    if not equals or not name.strip() or not model.strip():
+        raise UsageError("--alias: expected NAME=MODEL, got %r." % text)
+    return name.strip(), model.strip().lower()
+
+
+def default_token_file(environment: dict[str, str]) -> str:
+    """In the user's configuration directory, never in the working directory; "" where there is no home."""
+    if os.name == "nt":
+        base = environment.get("APPDATA", "")
+    else:
+        home = os.path.expanduser("~")
+        base = environment.get("XDG_CONFIG_HOME") or (os.path.join(home, ".config") if os.path.isabs(home) else "")
+    return os.path.join(base, "claude-gateway", "oauth-tokens.json") if os.path.isabs(base) else ""
+
+
+def checked_base_url(variable: str, url: str) -> str:
+    """An https address, or plain http on loopback: a credential goes there."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        parts, host = urllib.parse.urlsplit(""), ""
+    if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
+        raise UsageError("%s: expected an https address." % variable)
+    if parts.scheme == "http" and not is_loopback_host(host):
+        raise UsageError("%s: plain http would show the credential to the network; only loopback may." % variable)
+    return url
+
+
+def checked_proxy(url: str) -> str:
+    if re.match(r"socks", url, re.I):
+        raise UsageError("HTTPS_PROXY: SOCKS proxies are beyond Python's standard library; name an HTTP proxy.")
+    return url
+
+
+# ---- start
+
+def start_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    check_exposure(config)
+    redaction = set_up_log(config)
+    if parsed.api_key:
+        say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
+    if config.demo:
+        config = demo_config(config, SimulatedUpstream().url)
+    elif is_own_address(config):
+        raise UsageError("ANTHROPIC_BASE_URL is this gateway's own address.")
+    gateway = gateway_with_credential(config, parsed)
+    redaction.known = gateway.secrets
+    raise_descriptor_limit()
+    try:
+        service = Service(gateway)
+    except OSError as fault:
+        return tell_port_trouble(config, fault)
+    service.start()
+    print("claude-gateway %s on %s" % (VERSION, service.url), flush=True)
+    if not config.quiet:
+        say_hello(gateway, service)
+    if gateway.upstream.credential:
+        gateway.models.refresh()
+    return serve_until_signal(service)
+
+
+def check_exposure(config: Config) -> None:
+    """Refuses to listen to the network without a key; that is how local servers get used by strangers."""
+    if not is_loopback_host(config.host) and not config.api_key:
+        raise UsageError("--host %s can be reached from other machines: set a key for clients in "
+                         "CLAUDE_GATEWAY_API_KEY first." % config.host)
+    if "*" in config.cors_origin and not config.api_key:
+        raise UsageError("--cors-origin '*' lets every web page call: set a key for clients in CLAUDE_GATEWAY_API_KEY "
+                         "first.")
+
+
+def is_own_address(config: Config) -> bool:
+    parts = urllib.parse.urlsplit(config.base_url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host = (parts.hostname or "").lower()
+    return port == config.port and (is_loopback_host(host) or host == config.host.lower())
+
+
+def gateway_with_credential(config: Config, parsed: argparse.Namespace) -> Gateway:
+    """A gateway that has a credential; on a first run with a terminal it signs in.  Raises CredentialNeeded."""
+    gateway: Optional[Gateway]
+    try:
+        gateway = Gateway(config)
+        damage = ""
+    except TokenFileDamaged as fault:
+        gateway, damage = None, str(fault)
+    if gateway and gateway.upstream.credential:
+        return gateway
+    missing = "No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `start --demo` needs neither."
+    if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
+        raise CredentialNeeded(" ".join(filter(None, [damage, missing])))
+    if damage:
+        say(damage)
+    sign_in(config, open_browser=True)
+    return Gateway(config)
+
+
+def raise_descriptor_limit() -> None:
+    """As many open connections as the system lets us have without asking."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 3 * MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, 3 * MAX_CONNECTIONS)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def tell_port_trouble(config: Config, fault: OSError) -> int:
+    if fault.errno == errno.EADDRINUSE:
+        say("Port %d is in use. Another one: claude-gateway start --port %d" % (config.port, config.port % 65_535 + 1))
+        return PORT_IN_USE
+    say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault))
+    return FAILURE
+
+
+def say_hello(gateway: Gateway, service: Service) -> None:
+    """What a user wants to know at once: who pays, who may call, what to paste."""
+    config, credential = gateway.config, gateway.upstream.credential
+    if config.demo:
+        say("Demo: answers are simulated, nothing is sent anywhere.")
+    else:
+        say("Upstream: %s with %s" % (config.base_url, credential.description if credential else "no credential"))
+        if credential and credential.preamble:
+            say("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine. "
+                "(claude-gateway login --help says more.)")
+    say("Clients: %s" % ("one of %d keys is needed" % len(config.api_key) if config.api_key else
+                         "any API key will do, it is not looked at"))
+    say("Paste into your tool:  base URL %s   model sonnet" % service.url)
+
+
+def serve_until_signal(service: Service) -> int:
+    """Waits for SIGINT or SIGTERM, then stops gently; a second signal stops at once."""
+    stop = threading.Event()
+    received: list[int] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        received.append(number)
+        stop.set()
+        if len(received) > 1:
+            os._exit(INTERRUPTED if number == signal.SIGINT else OK)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    while not stop.wait(3_600):                     # a bare wait would not let signals through on Windows
+        pass
+    running = service.gateway.running.count
+    if running:
+        say("Stopping: %d running requests get up to %d seconds." % (running, SHUTDOWN_GRACE))
+    service.close()
+    return INTERRUPTED if received[0] == signal.SIGINT else OK
+
+
+# ---- the other commands
+
+def login_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    sign_in(config, open_browser=not parsed.no_browser)
+    return OK
+
+
+def sign_in(config: Config, open_browser: bool) -> None:
+    """The whole sign-in: terms, address, pasted code, stored tokens."""
+    file = TokenFile(config.token_file)
+    if not config.token_file:
+        raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
+    say(TERMS)
+    login = Login()
+    say("\nVisit this address, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
+    if open_browser:
+        import webbrowser
+
+        with contextlib.suppress(Exception):
+            webbrowser.open(login.url)
+    sys.stderr.write("Code: ")
+    sys.stderr.flush()
+    pasted = sys.stdin.readline() if sys.stdin else ""
+    if not pasted.strip():
+        raise CredentialNeeded("No code was pasted.")
+    code, checked = login.parse(pasted)
+    if not checked:
+        say("Warning: this code came without its state, so it cannot be checked that it belongs to this sign-in.")
+    upstream = Upstream(config, "")
+    try:
+        token = login.exchange(code, config.token_url, upstream.post_json)
+    finally:
+        upstream.close()
+    with file.lock():
+        try:
+            file.write(token)
+        except OSError as fault:
+            raise GatewayError("The login could not be stored in %s: %s" %
+                               (file.path, fault.strerror or fault)) from fault
+    account = (token.get("account") or {}).get("email_address")
+    say("Signed in%s. Stored in %s" % (" as " + account if account else "", file.path))
+
+
+def logout_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    file = TokenFile(config.token_file)
+    with file.lock():
+        removed = file.remove()
+    say("Forgot the login in %s" % file.path if removed else "There was no stored login.")
+    return OK
+
+
+def status_command(parsed: argparse.Namespace) -> int:
+    """The credential that `start` would use; exit code 3 without one."""
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    credential = credential_from_config(config, Upstream(config, "").post_json)
+    facts: dict[str, Any] = credential.facts() if credential else {"kind": None}
+    if parsed.json:
+        print(json.dumps(facts, indent=1))
+    elif credential:
+        print("Credential: %s" % facts["description"])
+        for name in ("account", "organization", "scope"):
+            if facts.get(name):
+                print("%s: %s" % (name.capitalize(), facts[name]))
+        if facts.get("expires_at"):
+            print("Expires: %s" % expiry_words(facts["expires_at"], facts["refreshable"]))
+        if credential.preamble:
+            print("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine.")
+    else:
+        print("No credential: set ANTHROPIC_API_KEY, or run `claude-gateway login`.")
+    return OK if credential else NO_CREDENTIAL
+
+
+def expiry_words(expires_at: float, refreshable: bool) -> str:
+    left = expires_at - time.time()
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(expires_at))
+    words = "%s (%s)" % (when, "in %d minutes" % (left // 60) if left > 0 else "over")
+    return words + (", renewed by itself" if refreshable else "")
+
+
+def models_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    try:
+        gateway = Gateway(config)
+        entries = gateway.upstream.models()
+    except GatewayError as fault:
+        say("No list from the upstream, so this is the built-in one: %s" % fault)
+        entries = None
+    catalog = catalog_from_entries(entries, config.alias) if entries else Catalog(aliases=config.alias)
+    if parsed.json:
+        print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
+        return OK
+    for name, model in catalog.names():
+        print("%-28s %s" % (name, "-> " + model.id if name != model.id else
+                            "%s tokens in, %s out%s" % (format(model.context, ","), format(model.max_output, ","),
+                                                        ", retires " + model.retires if model.retires else "")))
+    return OK
+
+
+COMMANDS = {"start": start_command, "login": login_command, "logout": logout_command, "status": status_command,
+            "models": models_command}
+
+
+# ---- log
+
+def say(words: str) -> None:
+    """To the person at the terminal."""
+    print(words, file=sys.stderr, flush=True)
+
+
+class Redaction(logging.Filter):
+    """Masks every known secret, and everything that looks like an Anthropic credential, in what is logged."""
+    SHAPES = re.compile(r"sk-ant-[A-Za-z0-9_-]{8,}|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}")
+    known: Callable[[], List[str]] = staticmethod(list)
+
+    def mask(self, text: str) -> str:
+        for secret in self.known():
+            if len(secret) >= 4:
+                text = text.replace(secret, "***")
+        return self.SHAPES.sub("***", text)
+
+
+class LogFormatter(logging.Formatter):
+    """One line per entry, as text or JSON; long base64 in payloads is cut."""
+
+    def __init__(self, redaction: Redaction, as_json: bool) -> None:
+        super().__init__()
+        self._redaction, self._as_json = redaction, as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        payload = getattr(record, "payload", None)
+        message = record.getMessage() if payload is None else \
+            str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
+        if payload is not None:
+            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if record.exc_text:
+            message += "\n" + record.exc_text
+        message = self._redaction.mask(message)
+        if not self._as_json:
+            return "%s %s" % (time.strftime("%H:%M:%S", time.localtime(record.created)), message)
+        entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
+        fields = {name: self._redaction.mask(value) if isinstance(value, str) else value
+                  for name, value in getattr(record, "fields", {}).items()}
+        return json.dumps(dict(fields, **entry))
+
+
+def set_up_log(config: Config) -> Redaction:
+    """Sends the log to standard error, at the level that the options ask for."""
+    redaction = Redaction()
+    redaction.known = config.secrets
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter(redaction, config.log_format == "json"))
+    for old in LOG.handlers[:]:
+        LOG.removeHandler(old)
+    LOG.addHandler(handler)
+    LOG.propagate = False
+    LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
+    return redaction
+
+
+if __name__ == "__main__":
+    sys.exit(main())
