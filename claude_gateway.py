@@ -81,6 +81,7 @@ OAUTH_AUTHORIZE_URL = "https://claude.ai/oauth/authorize"
 OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
 OAUTH_REDIRECT_URI = "https://platform.claude.com/oauth/code/callback"
 OAUTH_SCOPES = "user:inference user:profile"
+FAST_MODE_BETA = "fast-mode-2026-02-01"         # sent with `speed`; some models take the field only with it
 OAUTH_BETA = "oauth-2025-04-20"                 # the API takes no OAuth token without this beta header
 # Tokens of a subscription login are known to be refused unless the system prompt begins with this sentence in
 # a block of its own.  It is sent with such tokens only, and is the one thing we say that is not the client's.
@@ -407,6 +408,7 @@ class Model:
     structured_outputs: bool = True
     web_search: bool = True
     min_cache_tokens: int = 512                 # a shorter prefix is not cached
+    fast: bool = True                           # whether `speed` may be "fast"; no source says, so a refusal tells
     display_name: str = ""
 
     @property
@@ -601,6 +603,7 @@ LESSONS = (
     (re.compile(r"not support(ed)?[^.]*prefill|must end with a user message"), {"prefill": False}),
     (re.compile(r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use"), {"forced_tools": False}),
     (re.compile(r"does not support the effort|output_config.*effort.*not supported"), {"efforts": ()}),
+    (re.compile(r"\bspeed\b"), {"fast": False}),
     (re.compile(r"role 'system' is not supported"), {"late_system": False}),
     (re.compile(r"does not support (structured|output)|output_config.*format.*not supported"),
      {"structured_outputs": False}),
@@ -843,13 +846,14 @@ CHAT_FIELDS: Dict[str, Callable[[Any, str], Any]] = {
     "prompt_cache_key": text_of, "prompt_cache_options": object_of, "prompt_cache_retention": text_of,
     "web_search_options": object_of,
     # not OpenAI's, but sent on purpose by tools that know Claude
-    "thinking": anything, "reasoning": anything, "cache_control": anything,
+    "thinking": anything, "reasoning": anything, "cache_control": anything, "speed": text_of,
 }
 # Read by functions of their own, further down.
 STRUCTURE = {"model", "messages", "stream", "stream_options", "max_completion_tokens", "max_tokens", "tools",
              "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format", "reasoning_effort",
              "verbosity", "thinking", "reasoning", "cache_control", "prompt_cache_options", "web_search_options",
-             "temperature", "top_p", "top_k", "user", "safety_identifier", "service_tier", "n", "logprobs", "stop"}
+             "temperature", "top_p", "top_k", "user", "safety_identifier", "service_tier", "speed", "n", "logprobs",
+             "stop"}
 # Without effect on the answer: told in the debug log only.
 WITHOUT_EFFECT = {"store", "metadata", "prompt_cache_key", "prompt_cache_retention", "moderation", "usage",
                   "provider", "client_metadata", "chat_id", "session_id", "transforms", "include_reasoning"}
@@ -942,13 +946,7 @@ def parameters_from_chat(fields: dict, draft: Draft) -> dict:
         request["stop_sequences"] = stops
     if len(stops) < len([stop for stop in fields.get("stop", ()) if stop]):
         draft.changes.add("dropped", "stop", "Claude takes no stop sequence of white space only")
-    tier = {"auto": "auto", "default": "standard_only"}.get(fields.get("service_tier", ""))
-    if tier and tier != "auto":
-        request["service_tier"] = tier
-    elif fields.get("service_tier", "auto") == "priority":
-        draft.changes.add("changed", "service_tier", "priority to auto, which uses a priority tier where there is one")
-    elif not tier and fields.get("service_tier"):
-        draft.changes.add("dropped", "service_tier", "Claude has no such tier")
+    request.update(tier_from_chat(fields, draft))
     for name in ("safety_identifier", "user"):
         user_id = fields.get(name)
         if user_id and re.match(r"[^@]{1,256}\Z", user_id) and not re.match(r"[+\d][\d\s().-]{5,}\Z", user_id):
@@ -962,6 +960,29 @@ def parameters_from_chat(fields: dict, draft: Draft) -> dict:
         elif name not in STRUCTURE and value != OPENAI_DEFAULTS.get(name, ()):
             draft.changes.add("dropped", name, "no counterpart")
     return request
+
+
+# OpenAI's service tiers -> what stands for them in a Messages request; "auto" is Claude's default
+SERVICE_TIER_PARAMETERS: Dict[str, Dict[str, str]] = {
+    "auto": {}, "default": {"service_tier": "standard_only"}, "standard_only": {"service_tier": "standard_only"},
+    "priority": {}, "fast": {"speed": "fast"}}
+
+
+def tier_from_chat(fields: dict, draft: Draft) -> dict:
+    """`service_tier`, and `speed` of clients that know Claude."""
+    tier = fields.get("service_tier", "auto")
+    parameters = dict(SERVICE_TIER_PARAMETERS.get(tier, {}))
+    if tier not in SERVICE_TIER_PARAMETERS:
+        draft.changes.add("dropped", "service_tier", "Claude has no such tier")
+    elif tier == "priority":
+        draft.changes.add("changed", "service_tier", "to auto, which uses a priority tier where there is one")
+    if fields.get("speed") == "fast":
+        parameters["speed"] = "fast"
+    if "speed" in parameters and not draft.model.fast:
+        del parameters["speed"]
+        draft.changes.add("dropped", "speed" if "speed" in fields else "service_tier",
+                          "%s has no fast mode" % draft.model.id)
+    return parameters
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2626,10 +2647,10 @@ class MessageAssembler:
                             model=str(message.get("model", "")))
 
     def _block_start(self, event: dict) -> None:
+        self._join_pieces()
         self._block = dict(event["content_block"])
-        self._pieces = {}
+        self._block["type"] += ""                   # a TypeError where there is none
         self.message["content"].append(self._block)
-        self._block["type"] += ""
 
     def _block_delta(self, event: dict) -> None:
         delta = event["delta"]
@@ -2640,6 +2661,10 @@ class MessageAssembler:
             self._block["citations"] = (self._block.get("citations") or []) + [delta["citation"]]
 
     def _block_stop(self, event: dict) -> None:
+        self._join_pieces()
+
+    def _join_pieces(self) -> None:
+        """Ends the current block; max_tokens can cut an answer inside one, which then has no stop event."""
         for field, pieces in self._pieces.items():
             self._block[field] = (self._block.get(field) or "") + "".join(pieces)
         partial = self._block.get("partial_json")
@@ -2655,6 +2680,7 @@ class MessageAssembler:
                 self.message["usage"][name] = value
 
     def _message_stop(self, event: dict) -> None:
+        self._join_pieces()
         if not self.message.get("stop_reason"):
             raise UpstreamFault("The upstream ended its answer without a stop reason.")
         self.done = True
@@ -2864,6 +2890,38 @@ class Answers:
         return self._unbound.get(conversation) is None
 
 
+class Prefixes:
+    """What the conversations looked like at their last request, to tell a client that breaks its own cache.
+
+    The cache reads a prompt only as far as it is the same as before, so a client that changes its tools, system
+    text or early messages pays for everything behind that point again, and sees nothing of it but the bill.
+    """
+    MARK = re.compile(rb',"cache_control":\{"type":"ephemeral"(,"ttl":"1h")?\}')
+
+    def __init__(self) -> None:
+        self._seen = Bounded(5_000, 8_000_000)
+        self._told = Bounded(5_000)
+
+    def broken_part(self, conversation: str, parts: Sequence[bytes]) -> str | None:
+        """What changed since the last request of a conversation that has grown meanwhile; told once for each.
+
+        `parts`: parameters, tools, system, then every message, as JSON.
+        """
+        checks = [zlib.crc32(self.MARK.sub(b"", part)) for part in parts[1:]]
+        stored = self._seen.get(conversation) or b""
+        earlier = struct.unpack("%dI" % (len(stored) // 4), stored)
+        if len(earlier) > len(checks):
+            return None                             # a side question or an undo, not the next turn
+        self._seen.put(conversation, struct.pack("%dI" % len(checks), *checks))
+        # the last message may differ: it may have carried an instruction, or is being asked again
+        changed = next((at for at in range(len(earlier) - 1) if earlier[at] != checks[at]), None)
+        grown = 4 <= len(earlier) < len(checks)
+        if changed is None or not grown or self._told.get(conversation) is not None:
+            return None
+        self._told.put(conversation, b"")
+        return ("tools", "system text")[changed] if changed < 2 else "message %d" % (changed - 1)
+
+
 class Lessons:
     """What refusals taught about models.  A lesson is kept only after the corrected request succeeded."""
 
@@ -2964,6 +3022,25 @@ class Budget:
     def give(self, amount: int) -> None:
         with self._lock:
             self._left += amount
+
+
+class CacheShare:
+    """How much of all input tokens came from Claude's cache."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._read = self._all = 0
+
+    def add(self, read: int, prompt: int) -> int:
+        """Counts one request; the share of all so far, in percent."""
+        with self._lock:
+            self._read += read
+            self._all += prompt
+            return percent(self._read, self._all)
+
+
+def percent(part: int, whole: int) -> int:
+    return round(100 * part / whole) if whole else 0
 
 
 class Running:
@@ -3601,7 +3678,7 @@ class UpstreamReply:
 
     def __init__(self, response: Any) -> None:
         self._response = response
-        self._finished = False
+        self._finished = self._closed = False
         self.status: int = response.status
         self.headers = {name.lower(): value for name, value in response.headers.items()}
         encoding = self.headers.get("content-encoding", "identity").lower()
@@ -3651,6 +3728,9 @@ class UpstreamReply:
 
     def close(self) -> None:
         """Gives the connection back if the answer was read to its end; otherwise closes it, which stops Claude."""
+        if self._closed:                            # given back twice, it would serve two requests at once
+            return
+        self._closed = True
         reusable = self._finished and not self._response.will_close
         self._response.close()
         (self._response.give_back if reusable else self._response.connection.close)()
@@ -4014,6 +4094,7 @@ class Record:
     total_ms: int = 0
     input_tokens: Optional[int] = None
     cached_tokens: int = 0
+    cached_percent_of_all: int = 0                  # of all requests since the start
     output_tokens: int = 0
     request_id: str = ""
     changes: str = ""
@@ -4066,6 +4147,8 @@ class Gateway:
         self.models = ModelList(self.upstream.models, config.alias)
         self.lessons = Lessons()
         self.answers = Answers()
+        self.prefixes = Prefixes()
+        self.cache_share = CacheShare()
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(MAX_BODIES)
         self.running = Running(MAX_REQUESTS)
@@ -4103,6 +4186,9 @@ class Exchange:
         """Sends the request until Claude takes it; returns when the answer begins.  Raises GatewayError."""
         while True:
             self.translation = self._translate()
+            if self._gateway.config.strict and self.translation.changes.told:
+                raise InvalidRequest("--strict: not everything can be passed on as it is: %s." %
+                                     self.translation.changes, next(iter(self.translation.changes.told))[1], "strict")
             try:
                 self._send(self.translation.request)
             except ClaudeError as refusal:
@@ -4131,7 +4217,9 @@ class Exchange:
                 break
             self._continue()
         message = self.assembler.whole()
-        self._incoming.record.take_usage(message["usage"])
+        record = self._incoming.record
+        record.take_usage(message["usage"])
+        record.cached_percent_of_all = self._gateway.cache_share.add(record.cached_tokens, record.input_tokens or 0)
         self._gateway.answers.remember(self._incoming.owner, message)
 
     def close(self) -> None:
@@ -4166,13 +4254,19 @@ class Exchange:
         source.update(type="base64", media_type=media_type, data=data)
 
     def _send(self, request: dict) -> None:
-        body = upstream_json(request)
+        parts = upstream_parts(request)
+        body = b"".join(parts)
         if len(body) > MAX_UPSTREAM_BODY:
             raise TooLarge("The request has %.1f MB as Claude would get it; Claude takes up to 32 MB." %
                            (len(body) / 1e6))
         LOG.debug("to Claude: %s", request, extra={"payload": request})
         self._reply = self._gateway.upstream.messages(body, self._incoming.watch, self._incoming.hops,
-                                                      self._incoming.may_retry)
+                                                      self._incoming.may_retry,
+                                                      (FAST_MODE_BETA,) if "speed" in request else ())
+        broken = self._gateway.prefixes.broken_part(self._conversation, parts)
+        if broken:
+            LOG.warning("this conversation changed its %s since its last request: what was cached behind that point "
+                        "has to be paid for again (told once per conversation)", broken)
         self._headers = self._reply.headers
         self._incoming.record.request_id = self._headers.get("request-id", "")
 
@@ -4196,13 +4290,16 @@ class Exchange:
     def _batches_of_stream(self, translate: Callable[[dict], List[dict]]) -> Iterator[list[dict]]:
         for events in self._event_batches():
             translated: List[dict] = []
-            for event in events:
-                self.assembler.feed(event)
-                translated += translate(event)
-                if self.assembler.done:
-                    break
-            if translated:
-                yield translated
+            try:
+                for event in events:
+                    self.assembler.feed(event)
+                    translated += translate(event)
+                    if self.assembler.done:
+                        break
+            except GatewayError:
+                yield translated                    # what came before the failure is the client's
+                raise
+            yield translated
             if self.assembler.done:
                 break
         else:
@@ -4294,8 +4391,22 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
     return refusal
 
 
-def upstream_json(value: dict) -> bytes:
-    """JSON for Claude: UTF-8 as it is, and the same bytes for the same request."""
+def upstream_parts(request: dict) -> list[bytes]:
+    """A Messages request as the pieces of its JSON: parameters, tools, system, then each message."""
+    parameters = without(request, "tools", "system", "messages")
+    parts = [upstream_json(parameters)[:-1]]
+    parts += [b',"%s":%s' % (name.encode(), upstream_json(request[name])) if name in request else b""
+              for name in ("tools", "system")]
+    separator = b',"messages":['
+    for message in request["messages"]:
+        parts.append(separator + upstream_json(message))
+        separator = b","
+    parts[-1] += b"]}"
+    return parts
+
+
+def upstream_json(value: Any) -> bytes:
+    """JSON for Claude: UTF-8 as it is, and the same bytes for the same value."""
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
     except ValueError as fault:
@@ -4907,8 +5018,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             watch.last_sent = time.monotonic()
             watch.idle = lambda: self._write_piece(b": keep-alive\n\n")
             for batch in batches:
-                self._write_piece(b"".join(b"data: " + client_json(event) + b"\n\n" for event in batch))
-                watch.last_sent = time.monotonic()
+                if batch:
+                    self._write_piece(b"".join(b"data: " + client_json(event) + b"\n\n" for event in batch))
+                    watch.last_sent = time.monotonic()
             self._write_piece(reply.closing)
             self._end_stream()
         finally:
@@ -4916,8 +5028,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             batches.close()                         # type: ignore[attr-defined]
 
     def _write_piece(self, data: bytes) -> None:
-        if data:
-            self._write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
+        self._write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
 
     def _end_stream(self) -> None:
         if self._chunked:
@@ -4994,7 +5105,9 @@ def log_request_record(record: Record, minimal: bool) -> None:
     if record.used:
         line += " %s -> %s%s" % (printable(record.asked or "(none)"), record.used, " stream" if record.stream else "")
     if record.input_tokens is not None:
-        line += "  in %d (cached %d) out %d" % (record.input_tokens, record.cached_tokens, record.output_tokens)
+        line += "  in %d (cached %d%%, %d%% in all) out %d" % (
+            record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
+            record.output_tokens)
     line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
     if record.error:
         line += "  " + printable(record.error, 500)
