@@ -330,11 +330,14 @@ class ClaudeError(GatewayError):
 
     def __init__(self, upstream_status: int, error: dict, headers: dict[str, str] | None = None) -> None:
         self.upstream_status = upstream_status
-        self.claude_type = str(error.get("type") or CLAUDE_STATUSES.get(upstream_status, "api_error"))
+        by_status = CLAUDE_STATUSES.get(upstream_status, "invalid_request_error" if upstream_status // 100 == 4
+                                        else "api_error")
+        self.claude_type = str(error.get("type") or by_status)
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
-        self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (upstream_status, "server_error", None))
-        if self.status < 400:
-            self.status = 500
+        self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (max(upstream_status, 400), "server_error",
+                                                                            None))
+        if self.claude_type == "api_error" and 500 <= upstream_status <= 504:
+            self.status = upstream_status
         verdict = next((verdict for verdict in VERDICTS if verdict.words in message.lower()), Verdict(""))
         self.status = verdict.status or self.status
         self.kind = verdict.kind or self.kind
@@ -499,7 +502,7 @@ class Catalog:
 
     def __init__(self, models: Iterable[Model] = (), aliases: Iterable[tuple[str, str]] = (), live: bool = False):
         self.models = {model.id: model for model in (models or BUILT_IN_MODELS.values())}
-        self.aliases = {name.lower(): target for name, target in aliases}
+        self.aliases = {name.lower(): target.lower() for name, target in aliases}
         self.live = live
 
     def resolve(self, name: str | None) -> Model:
@@ -720,18 +723,19 @@ class CallIds:
     """Tool call ids as Claude takes them: its alphabet, each one once in a whole conversation."""
 
     def __init__(self) -> None:
-        self._used: set = set()
+        self._used: Dict[str, int] = {}             # id -> how often it came
 
     def use(self, raw: str) -> str:
         """The id of one more call; the same history gives the same ids, so a longer one keeps its prefix."""
         plain = re.sub(r"[^a-zA-Z0-9_-]", "_", raw)
         if plain != raw or not plain:
             plain = "%s_%s" % (plain[:48], hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:8])
-        unique, count = plain, 1
+        unique, count = plain, self._used.get(plain, 1)
         while unique in self._used:
             count += 1
             unique = "%s_%d" % (plain, count)
-        self._used.add(unique)
+        self._used[plain] = count
+        self._used.setdefault(unique, 1)
         return unique
 
 
@@ -1298,9 +1302,10 @@ def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
 
 def without_thinking(messages: list[dict]) -> list[dict]:
     """The same messages without any thinking block, for a conversation whose signatures do not hold."""
-    return [dict(message, content=[block for block in message["content"]
-                                   if block["type"] not in ("thinking", "redacted_thinking")])
-            for message in messages]
+    stripped = [dict(message, content=[block for block in message["content"]
+                                       if block["type"] not in ("thinking", "redacted_thinking")])
+                for message in messages]
+    return [message for message in stripped if message["content"]]
 
 
 def call_from_tool_call(chat_call: Any, path: str, draft: Draft) -> tuple[Call, dict]:
@@ -2489,7 +2494,7 @@ class BareJson:
     INTERESTING = re.compile(r'[{}\[\]"\\]')
 
     def __init__(self) -> None:
-        self._held = ""                             # the text before the first bracket
+        self._held: List[str] = []                  # the text before the first bracket
         self._depth = 0
         self._in_string = self._escaped = self._started = self._done = False
 
@@ -2498,16 +2503,16 @@ class BareJson:
         if self._done:
             return ""
         if not self._started:
-            self._held += text
-            start = self._held.find("{")
+            start = text.find("{")
             if start < 0:
+                self._held.append(text)
                 return ""
-            text, self._held, self._started = self._held[start:], "", True
+            text, self._started = text[start:], True
         return text[:self._end(text)]
 
     def close(self) -> str:
         """What is left at the end."""
-        return "" if self._started else self._held
+        return "" if self._started else "".join(self._held)
 
     def _end(self, text: str) -> int:
         """The index behind the object's last bracket, or behind the text."""
@@ -2548,7 +2553,7 @@ class EventDecoder:
     """
 
     def __init__(self) -> None:
-        self._rest = b""                            # an unfinished line
+        self._rest: List[bytes] = []                # the pieces of an unfinished line
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
         self._at_start = True
@@ -2557,20 +2562,22 @@ class EventDecoder:
         """The events that `piece` completes.  Raises UpstreamFault on data that is not JSON."""
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
-        self._rest += piece
+        self._rest.append(piece)
+        if b"\n" not in piece and b"\r" not in piece:
+            return []
+        text = b"".join(self._rest)
         if self._at_start:
-            if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
-                return []
-            self._rest, self._at_start = (self._rest[3:] if self._rest[:3] == b"\xef\xbb\xbf" else self._rest), False
-        self._skip_newline = self._rest[-1:] == b"\r"
-        lines = re.split(rb"\r\n|\n|\r", self._rest) if b"\r" in self._rest else self._rest.split(b"\n")
-        self._rest = lines.pop()
+            text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
+        self._skip_newline = text[-1:] == b"\r"
+        lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
+        self._rest = [lines.pop()]
         return [event for line in lines for event in self._line(line)]
 
     def close(self) -> list[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
-        if self._rest:
-            self._line(self._rest)
+        rest = b"".join(self._rest)
+        if rest:
+            self._line(rest)
         with contextlib.suppress(UpstreamFault):
             return list(self._line(b""))
         return []
@@ -2865,7 +2872,7 @@ class Answers:
         self._answers = Bounded(20_000, 64_000_000)
         self._unbound = Bounded(10_000)             # conversations whose signatures did not hold once
 
-    def remember(self, owner: str, message: dict) -> None:
+    def remember(self, owner: str, model_id: str, message: dict) -> None:
         """Keeps an answer that has tool calls and something that a client would lose of it."""
         call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
         if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
@@ -2873,7 +2880,7 @@ class Answers:
                       for block in message["content"]
                       if block["type"] != "text" or block.get("text", "").strip()]
             stored = json.dumps(blocks, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            self._answers.put((owner, message["model"], call_ids[0]), stored)
+            self._answers.put((owner, model_id, call_ids[0]), stored)
 
     def recall(self, owner: str, model_id: str) -> Recall:
         """The look-up for `messages_request_from_chat`."""
@@ -4220,7 +4227,7 @@ class Exchange:
         record = self._incoming.record
         record.take_usage(message["usage"])
         record.cached_percent_of_all = self._gateway.cache_share.add(record.cached_tokens, record.input_tokens or 0)
-        self._gateway.answers.remember(self._incoming.owner, message)
+        self._gateway.answers.remember(self._incoming.owner, self._known.id, message)
 
     def close(self) -> None:
         """Ends the upstream call, whether it was over or not."""
@@ -5137,7 +5144,11 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._connections.take(1):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:                   # no thread could be started
+                self._connections.give(1)
+                raise
             return
         with contextlib.suppress(OSError):
             request.settimeout(1)
@@ -5538,7 +5549,7 @@ def alias_from(text: str) -> tuple[str, str]:
     name, equals, model = text.partition("=")
     if not equals or not name.strip() or not model.strip():
         raise UsageError("--alias: expected NAME=MODEL, got %r." % text)
-    return name.strip(), model.strip().lower()
+    return name.strip(), model.strip()
 
 
 def default_token_file(environment: dict[str, str]) -> str:
