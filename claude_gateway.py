@@ -753,6 +753,7 @@ class Draft:
         self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
         self.images = 0
+        self.searches = False                       # whether the request has web search
 
     def name_tools(self, declared: Sequence[str]) -> None:
         """Settles the names of the request's own tools, before the history may use others."""
@@ -898,7 +899,8 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
     declared = declared_tools(fields, draft.changes)
     draft.name_tools([entry.name for entry in declared])
     tools = tools_from_chat(fields, declared, draft)
-    system, messages = conversation_from_chat(fields["messages"], draft, bool(tools))
+    draft.searches = any(tool.get("type") for tool in tools)
+    system, messages = conversation_from_chat(fields["messages"], draft)
     tools = tools or tools_from_history(messages, draft)
     request: dict = {"model": model.id, "max_tokens": max_tokens_from_chat(fields, draft), "stream": True}
     request.update(parameters_from_chat(fields, draft))
@@ -1195,88 +1197,208 @@ class Turn:
         self.calls: List[Call] = []
 
 
-def conversation_from_chat(chat_messages: list, draft: Draft, has_tools: bool) -> tuple[list[dict], list[dict]]:
-    """The system blocks and the messages, paired, ordered and merged as the Messages API wants them."""
-    system, turns, answered = [], [], {}            # type: List[dict], List[Turn], Dict[str, Call]
-    leading = True
+class Conversation:
+    """A history in the making: takes messages, calls and results as a client tells them, gives them back paired,
+    ordered and merged as the Messages API wants them.  A `path` says where in the request something stands."""
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._turns: List[Turn] = []
+        self._answerable: Dict[str, Call] = {}      # by the client's id; the latest call of an id
+        self.system: List[dict] = []
+
+    def say(self, role: str, blocks: list[dict]) -> None:
+        """Blocks of the user or the assistant, or system text: leading system text is kept apart."""
+        if role == "system" and not self._turns:
+            self.system += blocks
+        elif role == "system":
+            self._turn("user").blocks += [dict(block, late_system=True) for block in blocks]
+        else:
+            self._turn(role).blocks += blocks
+
+    def call(self, raw_id: str, function: Any, path: str) -> dict:
+        """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
+        function = object_of(function, path)
+        name = self._draft.names.there(text_of(function.get("name"), path + ".name"))
+        call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name)
+        if not raw_id:
+            self._draft.changes.add("repaired", path, "a call without an id")
+        arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
+        tool_use = {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
+        turn = self._turn("assistant")
+        turn.blocks.append(tool_use)
+        turn.calls.append(call)
+        self._answerable[raw_id] = call
+        return tool_use
+
+    def result(self, raw_id: str, name: Any, content: Any, path: str, mark: dict) -> None:
+        """A tool's result: to the call it answers, or as text where there is none."""
+        call = self._answerable.get(raw_id) if raw_id else self._unanswered(name)
+        user = self._turn("user")
+        content = content if isinstance(content, (str, list)) else tool_text(content)
+        if call is None:
+            self._draft.changes.add("repaired", path, "a result without its call, kept as text")
+            user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id"))
+            user.blocks += blocks_from_content(content, path + ".content", self._draft)
+            return
+        if call.result is not None:
+            self._draft.changes.add("repaired", path, "a second result of one call replaces the first")
+        call.result = {"type": "tool_result", "tool_use_id": call.call_id}
+        result = blocks_from_content(content, path + ".content", self._draft) if isinstance(content, list) else content
+        if result.strip() if isinstance(result, str) else result:
+            call.result["content"] = result
+        if mark:
+            call.result["cache_control"] = mark
+
+    def messages(self) -> list[dict]:
+        """The messages: results first and complete, system text in its place, a user turn at the front."""
+        turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
+        if not turns or turns[0].role != "user":
+            turns.insert(0, Turn("user"))
+            if len(turns) > 1:
+                self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
+        messages: list[dict] = []
+        calls: list[Call] = []                      # of the turn before
+        for at, turn in enumerate(turns):
+            before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
+            if turn.role == "assistant":
+                messages.append({"role": "assistant", "content": self._replayed(turn)})
+                calls = turn.calls
+                if calls and before_assistant:
+                    messages.append({"role": "user", "content": self._results(calls)})
+                    calls = []
+                continue
+            results, calls = self._results(calls), []
+            late = self._late_system(turn.blocks, bool(results), before_assistant)
+            blocks = results + [user_block(block) for block in turn.blocks[:len(turn.blocks) - len(late)]]
+            if not blocks and at == 0:
+                blocks = text_blocks(START)
+            if blocks:
+                messages.append({"role": "user", "content": blocks})
+            if late:
+                messages.append({"role": "system", "content": late})
+        return merged(messages)
+
+    def _turn(self, role: str) -> Turn:
+        """The turn that something of this role belongs to: the last one, or a new one."""
+        if not self._turns or self._turns[-1].role != role:
+            self._turns.append(Turn(role))
+        return self._turns[-1]
+
+    def _unanswered(self, name: Any) -> Call | None:
+        """The call that a result without an id answers: the first open one of its name, else the first open one."""
+        calls = next((turn.calls for turn in reversed(self._turns) if turn.role == "assistant"), [])
+        open_calls = [call for call in calls if call.result is None]
+        named = [call for call in open_calls if isinstance(name, str) and call.name == self._draft.names.there(name)]
+        return next(iter(named or open_calls), None)
+
+    def _replayed(self, turn: Turn) -> list[dict]:
+        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
+        earlier = self._draft.recall([call.raw_id for call in turn.calls]) if turn.calls else None
+        plain = [block for block in turn.blocks if block["type"] not in ("thinking", "redacted_thinking")]
+        if not earlier or len(plain) < len(turn.blocks) or not same_answer(earlier, plain) \
+                or has_server_blocks(earlier) and not self._draft.searches:
+            return turn.blocks
+        mark = turn.blocks[-1].get("cache_control")
+        return marked(earlier, {"cache_control": mark})
+
+    def _results(self, calls: list[Call]) -> list[dict]:
+        """One result for each call of a turn, in the order of the calls."""
+        for call in calls:
+            if call.result is None:
+                self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
+                call.result = {"type": "tool_result", "tool_use_id": call.call_id, "content": NO_RESULT,
+                               "is_error": True}
+        return [call.result for call in calls if call.result]
+
+    def _late_system(self, blocks: list[dict], results: bool, before_assistant: bool) -> list[dict]:
+        """The system blocks at the end of a user turn that may stay system messages (placement rules of the API).
+
+        They must follow a user turn that says something, and be last or before an assistant turn.
+        """
+        count = 0
+        while count < len(blocks) and blocks[-1 - count].get("late_system"):
+            count += 1
+        says_something = results or len(blocks) > count
+        if not count or not self._draft.model.late_system or not before_assistant or not says_something:
+            return []
+        return [without(block, "late_system") for block in blocks[-count:]]
+
+
+def conversation_from_chat(chat_messages: list, draft: Draft) -> tuple[list[dict], list[dict]]:
+    """The system blocks and the messages of a chat completion request."""
+    conversation = Conversation(draft)
     for at, chat_message in enumerate(chat_messages):
         path = "messages[%d]" % at
         role = text_of(object_of(chat_message, path).get("role"), path + ".role")
         if role not in ROLES:
             raise InvalidRequest("%s.role: expected one of %s." % (path, ", ".join(ROLES)), path + ".role",
                                  "invalid_value")
-        leading = leading and role in ("system", "developer")
-        if leading:
-            system += system_blocks(chat_message, path, draft)
-        elif role in ("system", "developer"):
-            turn_for("user", turns).blocks += [dict(block, late_system=True)
-                                               for block in system_blocks(chat_message, path, draft)]
-        elif role == "user":
-            turn_for("user", turns).blocks += marked(
-                blocks_from_content(chat_message.get("content"), path + ".content", draft), chat_message)
-        elif role == "assistant":
-            add_assistant_message(turn_for("assistant", turns), chat_message, path, draft, has_tools)
-            answered.update((call.raw_id, call) for call in turns[-1].calls)
+        if role == "assistant":
+            add_assistant_message(conversation, chat_message, path, draft)
+        elif role in ("tool", "function"):
+            raw_id = chat_message.get("tool_call_id")
+            raw_id = text_of(raw_id, path + ".tool_call_id") if raw_id is not None else ""
+            conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path,
+                                mark_from(chat_message))
         else:
-            add_tool_message(turns, answered, chat_message, path, draft)
-    return system, messages_from_turns(turns, draft)
+            add_message(conversation, "user" if role == "user" else "system", chat_message, path, draft)
+    return conversation.system, conversation.messages()
 
 
-def turn_for(role: str, turns: list[Turn]) -> Turn:
-    """The turn that a message of this role belongs to: the last one, or a new one."""
-    if not turns or turns[-1].role != role:
-        turns.append(Turn(role))
-    return turns[-1]
-
-
-def system_blocks(chat_message: dict, path: str, draft: Draft) -> list[dict]:
+def add_message(conversation: Conversation, role: str, chat_message: dict, path: str, draft: Draft) -> None:
+    """A message of the user or the system; the system's takes text only."""
     blocks = blocks_from_content(chat_message.get("content"), path + ".content", draft)
-    for at, block in enumerate(blocks):
-        if block["type"] != "text":
-            where = "%s.content[%d]" % (path, at)
-            raise InvalidRequest("%s: a system message takes text only." % where, where)
-    return marked(blocks, chat_message)
+    if role == "system" and any(block["type"] != "text" for block in blocks):
+        raise InvalidRequest("%s.content: a system message takes text only." % path, path + ".content")
+    conversation.say(role, marked(blocks, chat_message))
 
 
-def add_assistant_message(turn: Turn, chat_message: dict, path: str, draft: Draft, has_tools: bool) -> None:
-    """An assistant message as content blocks: thinking, then text, then tool calls, as Claude once sent them."""
-    content = chat_message.get("content")
-    blocks = blocks_from_content(content, path + ".content", draft, assistant=True)
+def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
+    """An assistant message: thinking, then text, then tool calls, as Claude once sent them."""
+    blocks = signed_thinking(chat_message)
+    blocks += blocks_from_content(chat_message.get("content"), path + ".content", draft, assistant=True)
     if chat_message.get("refusal"):
         blocks += text_blocks(text_of(chat_message["refusal"], path + ".refusal"))
+    conversation.say("assistant", blocks)
+    last = blocks[-1] if blocks else None
     chat_calls = chat_message.get("tool_calls")
-    chat_calls = list_of(chat_calls, path + ".tool_calls") if chat_calls is not None else []
-    calls, tool_uses = [], []
-    for at, chat_call in enumerate(chat_calls):
-        call, tool_use = call_from_tool_call(chat_call, "%s.tool_calls[%d]" % (path, at), draft)
-        calls.append(call)
-        tool_uses += marked([tool_use], chat_call)
+    for at, chat_call in enumerate(list_of(chat_calls, path + ".tool_calls") if chat_calls is not None else ()):
+        where = "%s.tool_calls[%d]" % (path, at)
+        chat_call = object_of(chat_call, where)
+        raw_id = chat_call.get("id")
+        raw_id = text_of(raw_id, where + ".id") if raw_id is not None else ""
+        function, where = function_of_call(chat_call, where)
+        last = conversation.call(raw_id, function, where)
+        marked([last], chat_call)
     if chat_message.get("function_call") is not None:
-        call, tool_use = call_from_function(chat_message["function_call"], path + ".function_call", "", draft)
-        calls.append(call)
-        tool_uses.append(tool_use)
-    earlier = draft.recall([call.raw_id for call in calls]) if calls else None
-    if earlier and same_answer(earlier, blocks, tool_uses) and (has_tools or not has_server_blocks(earlier)):
-        turn.blocks += earlier
-    else:
-        turn.blocks += signed_thinking(chat_message, path) + blocks + tool_uses
-    turn.blocks = marked(turn.blocks, chat_message)
-    turn.calls += calls
+        last = conversation.call("", chat_message["function_call"], path + ".function_call")
+    if last:
+        marked([last], chat_message)
 
 
-def same_answer(earlier: list[dict], blocks: list[dict], tool_uses: list[dict]) -> bool:
+def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
+    """Name and arguments of an entry of `tool_calls`, and their path: a custom call has a bare string for them."""
+    if chat_call.get("custom") is None:
+        return chat_call.get("function"), path + ".function"
+    custom = object_of(chat_call["custom"], path + ".custom")
+    arguments = {"input": text_of(custom.get("input", ""), path + ".custom.input")}
+    return {"name": custom.get("name"), "arguments": arguments}, path + ".custom"
+
+
+def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
     """Whether a remembered answer is what the client sends back, so that it may be replayed as it was."""
     def gist(some: list[dict]) -> tuple:
         return ("".join(block["text"] for block in some if block["type"] == "text").strip(),
                 [(block["id"], block["name"], block["input"]) for block in some if block["type"] == "tool_use"])
-    return gist(earlier) == gist(blocks + tool_uses)
+    return gist(earlier) == gist(blocks)
 
 
 def has_server_blocks(blocks: list[dict]) -> bool:
     return any(block["type"] not in ("text", "thinking", "redacted_thinking", "tool_use") for block in blocks)
 
 
-def signed_thinking(chat_message: dict, path: str) -> list[dict]:
+def signed_thinking(chat_message: dict) -> list[dict]:
     """The thinking blocks that a client kept with their signatures; text without one never becomes thinking."""
     blocks: list[dict] = []
     for block in chat_message.get("thinking_blocks") or ():
@@ -1306,28 +1428,6 @@ def without_thinking(messages: list[dict]) -> list[dict]:
                                        if block["type"] not in ("thinking", "redacted_thinking")])
                 for message in messages]
     return [message for message in stripped if message["content"]]
-
-
-def call_from_tool_call(chat_call: Any, path: str, draft: Draft) -> tuple[Call, dict]:
-    """One entry of `tool_calls`, function or custom."""
-    chat_call = object_of(chat_call, path)
-    raw_id = chat_call.get("id")
-    raw_id = text_of(raw_id, path + ".id") if raw_id is not None else ""
-    if chat_call.get("custom") is not None:
-        custom = object_of(chat_call["custom"], path + ".custom")
-        arguments = {"input": text_of(custom.get("input", ""), path + ".custom.input")}
-        return call_from_function({"name": custom.get("name"), "arguments": arguments}, path + ".custom", raw_id, draft)
-    return call_from_function(chat_call.get("function"), path + ".function", raw_id, draft)
-
-
-def call_from_function(function: Any, path: str, raw_id: str, draft: Draft) -> tuple[Call, dict]:
-    function = object_of(function, path)
-    name = draft.names.there(text_of(function.get("name"), path + ".name"))
-    call = Call(raw_id, draft.call_ids.use(raw_id or "call_" + path), name)
-    arguments = input_from_arguments(function.get("arguments"), path + ".arguments", draft)
-    if not raw_id:
-        draft.changes.add("repaired", path.rsplit(".", 1)[0], "a call without an id")
-    return call, {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
 
 
 def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
@@ -1380,74 +1480,9 @@ def finite_float(digits: str) -> float:
     return number
 
 
-def add_tool_message(turns: list[Turn], answered: dict[str, Call], chat_message: dict, path: str,
-                     draft: Draft) -> None:
-    """A `tool` or `function` message: to the call it answers, or as text where there is none."""
-    raw_id = chat_message.get("tool_call_id")
-    raw_id = text_of(raw_id, path + ".tool_call_id") if raw_id is not None else ""
-    content = chat_message.get("content")
-    call = answered.get(raw_id) if raw_id else unanswered(turns, chat_message.get("name"), draft)
-    user = turn_for("user", turns)
-    if call is None:
-        draft.changes.add("repaired", path, "a result without its call, kept as text")
-        blocks = blocks_from_content(tool_text(content), path + ".content", draft)
-        user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id")) + blocks
-        return
-    if call.result is not None:
-        draft.changes.add("repaired", path, "a second result of one call replaces the first")
-    call.result = {"type": "tool_result", "tool_use_id": call.call_id}
-    result = tool_text(content)
-    if isinstance(result, list):
-        blocks = blocks_from_content(result, path + ".content", draft)
-        if blocks:
-            call.result["content"] = blocks
-    elif result.strip():
-        call.result["content"] = result
-    marked([call.result], chat_message)
-
-
-def unanswered(turns: list[Turn], name: Any, draft: Draft) -> Call | None:
-    """The call that a result without an id answers: the first open one of its name, else the first open one."""
-    calls = next((turn.calls for turn in reversed(turns) if turn.role == "assistant"), [])
-    open_calls = [call for call in calls if call.result is None]
-    named = [call for call in open_calls if isinstance(name, str) and call.name == draft.names.there(name)]
-    return next(iter(named or open_calls), None)
-
-
-def tool_text(content: Any) -> Any:
-    """The content of a tool message: a string, or a list of parts; other JSON as text."""
-    if content is None:
-        return ""
-    return content if isinstance(content, (str, list)) else json.dumps(content, ensure_ascii=False)
-
-
-def messages_from_turns(turns: list[Turn], draft: Draft) -> list[dict]:
-    """Turns as messages: results first and complete, system text in its place, a user turn at the front."""
-    turns = [turn for turn in turns if turn.blocks or turn.role == "user"]
-    if not turns or turns[0].role != "user":
-        turns.insert(0, Turn("user"))
-        if len(turns) > 1:
-            draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
-    messages: list[dict] = []
-    calls: list[Call] = []                          # of the turn before
-    for at, turn in enumerate(turns):
-        if turn.role == "assistant":
-            messages.append({"role": "assistant", "content": turn.blocks})
-            calls = turn.calls
-            if calls and (at + 1 == len(turns) or turns[at + 1].role == "assistant"):
-                messages.append({"role": "user", "content": results_of(calls, draft)})
-                calls = []
-            continue
-        results, calls = results_of(calls, draft), []
-        late = late_system(turn.blocks, results, at + 1 == len(turns) or turns[at + 1].role == "assistant", draft)
-        blocks = results + [user_block(block) for block in turn.blocks[:len(turn.blocks) - len(late)]]
-        if not blocks and at == 0:
-            blocks = text_blocks(START)
-        if blocks:
-            messages.append({"role": "user", "content": blocks})
-        if late:
-            messages.append({"role": "system", "content": late})
-    return merged(messages)
+def tool_text(content: Any) -> str:
+    """The content of a tool message that is neither a string nor a list of parts, as text."""
+    return "" if content is None else json.dumps(content, ensure_ascii=False)
 
 
 def merged(messages: list[dict]) -> list[dict]:
@@ -1462,36 +1497,11 @@ def merged(messages: list[dict]) -> list[dict]:
     return kept
 
 
-def results_of(calls: list[Call], draft: Draft) -> list[dict]:
-    """One result for each call of a turn, in the order of the calls."""
-    results = []
-    for call in calls:
-        if call.result is None:
-            draft.changes.add("repaired", "messages", "a call without a result got one that says so")
-            call.result = {"type": "tool_result", "tool_use_id": call.call_id, "content": NO_RESULT, "is_error": True}
-        results.append(call.result)
-    return results
-
-
-def late_system(blocks: list[dict], results: list[dict], at_end: bool, draft: Draft) -> list[dict]:
-    """The system blocks at the end of a user turn that may stay system messages (placement rules of the API).
-
-    They must follow a user turn that says something, and be last or before an assistant turn.
-    """
-    count = 0
-    while count < len(blocks) and blocks[-1 - count].get("late_system"):
-        count += 1
-    if not count or not draft.model.late_system or not at_end or len(blocks) - count + len(results) == 0:
-        return []
-    return [{name: value for name, value in block.items() if name != "late_system"} for block in blocks[-count:]]
-
-
 def user_block(block: dict) -> dict:
     """A block of a user turn; system text that may not stay a system message is marked as what it is."""
     if not block.get("late_system"):
         return block
-    plain = {name: value for name, value in block.items() if name != "late_system"}
-    return dict(plain, text="<system>\n%s\n</system>" % block["text"])
+    return dict(without(block, "late_system"), text="<system>\n%s\n</system>" % block["text"])
 
 
 def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
