@@ -681,6 +681,7 @@ class ReplyPlan:
         self.names = names                          # tool names, as Claude knows them and as the client does
         self.legacy_functions = False               # the client spoke `functions`: answer in `function_call`
         self.custom_tools: set = set()              # Claude's names of tools whose input is a bare string
+        self.namespaces: Dict[str, Tuple[str, str]] = {}    # Claude's name -> namespace and name within it
         self.forced_tool: Optional[str] = None      # the text of the reply is the arguments of this tool
         self.bare_json = False                      # cut the reply's text down to the JSON object in it
 
@@ -896,13 +897,23 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
     """
     fields = fields_from_chat(chat)
     draft = Draft(model, recall)
-    declared = declared_tools(fields, draft.changes)
-    draft.name_tools([entry.name for entry in declared])
-    tools = tools_from_chat(fields, declared, draft)
+    declared = declared_tools(tool_entries(fields), draft.changes)
+    return messages_request(fields, declared, draft, preamble, cache,
+                            lambda conversation: add_chat_messages(conversation, fields["messages"], draft))
+
+
+def messages_request(fields: dict, declared: list[Declared], draft: Draft, preamble: Sequence[dict], cache: bool,
+                     tell: Callable[[Conversation], None]) -> Translation:
+    """The Messages request of any of OpenAI's APIs: checked fields, the tools, and what tells the conversation."""
+    model = draft.model
+    draft.name_tools([entry.full_name for entry in declared])
+    tools = tools_from_declared(fields, declared, draft)
     draft.searches = any(tool.get("type") for tool in tools)
-    system, messages = conversation_from_chat(fields["messages"], draft)
+    conversation = Conversation(draft)
+    tell(conversation)
+    system, messages = conversation.system, conversation.messages()
     tools = tools or tools_from_history(messages, draft)
-    request: dict = {"model": model.id, "max_tokens": max_tokens_from_chat(fields, draft), "stream": True}
+    request: dict = {"model": model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
     request.update(parameters_from_chat(fields, draft))
     if tools:
         request["tools"] = tools
@@ -926,21 +937,21 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 
 # ---- plain parameters
 
-def max_tokens_from_chat(fields: dict, draft: Draft) -> int:
+LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+
+
+def max_tokens_from(fields: dict, draft: Draft) -> int:
     """The output limit: what the client says, up to what the model can; the latter where it says nothing."""
-    most = draft.model.max_output
-    for name in ("max_completion_tokens", "max_tokens"):
-        wanted = fields.get(name)
-        if wanted is not None:
-            if wanted > most:
-                draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (wanted, most))
-            return min(wanted, most) if wanted > 0 else most
-    return most
+    most, wanted = draft.model.max_output, explicit_max_tokens(fields)
+    if wanted is not None and wanted > most:
+        name = next(name for name in LIMITS if name in fields)
+        draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (wanted, most))
+    return min(wanted or most, most)
 
 
 def explicit_max_tokens(fields: dict) -> int | None:
-    """The client's own output limit, if it gave one that means something."""
-    wanted = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    """The client's own output limit, if it gave one that means something (0 and -1 mean none)."""
+    wanted = next((fields[name] for name in LIMITS if name in fields), None)
     return wanted if wanted and wanted > 0 else None
 
 
@@ -1325,9 +1336,8 @@ class Conversation:
         return [without(block, "late_system") for block in blocks[-count:]]
 
 
-def conversation_from_chat(chat_messages: list, draft: Draft) -> tuple[list[dict], list[dict]]:
-    """The system blocks and the messages of a chat completion request."""
-    conversation = Conversation(draft)
+def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
+    """Tells the messages of a chat completion request."""
     for at, chat_message in enumerate(chat_messages):
         path = "messages[%d]" % at
         role = text_of(object_of(chat_message, path).get("role"), path + ".role")
@@ -1343,7 +1353,6 @@ def conversation_from_chat(chat_messages: list, draft: Draft) -> tuple[list[dict
                                 mark_from(chat_message))
         else:
             add_message(conversation, "user" if role == "user" else "system", chat_message, path, draft)
-    return conversation.system, conversation.messages()
 
 
 def add_message(conversation: Conversation, role: str, chat_message: dict, path: str, draft: Draft) -> None:
@@ -1808,82 +1817,110 @@ class Declared(NamedTuple):
     strict: bool
     custom: bool
     part: dict
+    namespace: str = ""                             # of the Responses API: a group of tools with a name
+
+    @property
+    def full_name(self) -> str:
+        return full_tool_name(self.namespace, self.name)
+
+
+def full_tool_name(namespace: str, name: str) -> str:
+    return namespace + "." + name if namespace else name
 
 
 WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
 
 
-def declared_tools(fields: dict, changes: Changes) -> list[Declared]:
-    """The client's own tools, from `tools` and the legacy `functions`; of two with one name the first."""
-    tools = []
+def tool_entries(fields: dict) -> Iterator[tuple[str, dict]]:
+    """Every tool of a request with its path, from `tools` and the legacy `functions`."""
     for at, tool in enumerate(fields.get("tools", ())):
-        path = "tools[%d]" % at
-        tool = object_of(tool, path)
-        kind = tool.get("type") or "function"
-        if tool.get("custom") is not None or kind == "custom" and "input_schema" not in tool:
-            tools.append(declared_custom(tool, path))
-        elif kind in ("function", "custom"):
-            tools.append(declared_function(tool, path))
-        elif not is_web_search(kind):
-            changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
+        yield "tools[%d]" % at, object_of(tool, "tools[%d]" % at)
     for at, function in enumerate(fields.get("functions", ())):
-        path = "functions[%d]" % at
-        tools.append(declared_function({"function": object_of(function, path)}, path, nested=path))
+        yield "functions[%d]" % at, object_of(function, "functions[%d]" % at)
+
+
+def declared_tools(entries: Iterable[tuple[str, dict]], changes: Changes, namespace: str = "") -> list[Declared]:
+    """The client's own tools; of two with one name the first."""
     first: dict[str, Declared] = {}
-    for declared in tools:
-        if declared.name in first:
-            changes.add("dropped", declared.path, "a second tool named %s" % declared.name)
-        first.setdefault(declared.name, declared)
+    for path, tool in entries:
+        for declared in tools_from_entry(path, tool, changes, namespace):
+            if declared.full_name in first:
+                changes.add("dropped", declared.path, "a second tool named %s" % declared.name)
+            first.setdefault(declared.full_name, declared)
     return list(first.values())
+
+
+def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) -> list[Declared]:
+    """One entry of a tool list: a function or custom tool, a namespace of them, or what Claude has no tool for."""
+    kind = tool.get("type") or "function"
+    if kind == "namespace" and not namespace:
+        inner = list_of(tool.get("tools"), path + ".tools")
+        entries = [("%s.tools[%d]" % (path, at), object_of(each, "%s.tools[%d]" % (path, at)))
+                   for at, each in enumerate(inner)]
+        return declared_tools(entries, changes, text_of(tool.get("name"), path + ".name"))
+    if tool.get("custom") is not None or kind == "custom" and "input_schema" not in tool:
+        return [declared_custom(tool, path, namespace)]
+    if kind in ("function", "custom"):
+        return [declared_function(tool, path, namespace)]
+    if not is_web_search(kind):
+        changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
+    return []
 
 
 def is_web_search(kind: Any) -> bool:
     return isinstance(kind, str) and re.match(r"(openrouter:)?web_search", kind) is not None
 
 
-def declared_function(tool: dict, path: str, nested: str = "") -> Declared:
+def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     """A function tool: OpenAI's nested shape, the flat one of the Responses API, or Anthropic's own."""
+    strict = tool.get("strict")
     function = tool
-    inner = path
     if tool.get("function") is not None:
-        inner = nested or path + ".function"
-        function = object_of(tool["function"], inner)
-    name = text_of(function.get("name"), inner + ".name")
+        path += ".function"
+        function = object_of(tool["function"], path)
+    name = text_of(function.get("name"), path + ".name")
     if not name.strip():
-        raise InvalidRequest("%s.name: must not be empty." % inner, inner + ".name", "invalid_value")
-    description = function.get("description")
-    description = text_of(description, inner + ".description") if description is not None else ""
-    parameters = function.get("parameters", function.get("input_schema"))
-    strict = function.get("strict", tool.get("strict"))
-    strict = boolean_of(strict, inner + ".strict") if strict is not None else False
-    return Declared(inner, name, description, parameters, strict, False, tool)
+        raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
+    strict = function.get("strict", strict)
+    strict = boolean_of(strict, path + ".strict") if strict is not None else False
+    return Declared(path, name, described(function, path), function.get("parameters", function.get("input_schema")),
+                    strict, False, tool, namespace)
 
 
-def declared_custom(tool: dict, path: str) -> Declared:
+def declared_custom(tool: dict, path: str, namespace: str) -> Declared:
     """A custom tool takes a bare string; its grammar can only be described to Claude, not enforced."""
-    custom = object_of(tool.get("custom", tool), path + ".custom")
-    name = text_of(custom.get("name"), path + ".custom.name")
-    description = custom.get("description")
-    description = text_of(description, path + ".custom.description") if description is not None else ""
+    custom = tool
+    if tool.get("custom") is not None:
+        path += ".custom"
+        custom = object_of(tool["custom"], path)
+    name = text_of(custom.get("name"), path + ".name")
+    description = described(custom, path)
     shape = custom.get("format")
-    shape = object_of(shape, path + ".custom.format") if shape is not None else {}
+    shape = object_of(shape, path + ".format") if shape is not None else {}
     grammar = shape.get("grammar", shape) if shape.get("type") == "grammar" else {}
     if isinstance(grammar, dict) and grammar.get("definition"):
         description += "\n\nThe input must follow this %s grammar:\n%s" % (grammar.get("syntax"), grammar["definition"])
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
                   "additionalProperties": False}
-    return Declared(path + ".custom", name, description.strip(), parameters, False, True, tool)
+    return Declared(path, name, description.strip(), parameters, False, True, tool, namespace)
 
 
-def tools_from_chat(fields: dict, declared: list[Declared], draft: Draft) -> list[dict]:
+def described(function: dict, path: str) -> str:
+    description = function.get("description")
+    return text_of(description, path + ".description") if description is not None else ""
+
+
+def tools_from_declared(fields: dict, declared: list[Declared], draft: Draft) -> list[dict]:
     """The `tools` of the Messages request, in the client's order, web search last."""
     draft.plan.legacy_functions = bool(fields.get("functions"))
     tools, strict_budget = [], StrictBudget()
     for entry in declared:
-        name = draft.names.there(entry.name)
-        if name != entry.name:
+        name = draft.names.there(entry.full_name)
+        if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
+        if entry.namespace:
+            draft.plan.namespaces[name] = (entry.namespace, entry.name)
         if entry.custom:
             draft.plan.custom_tools.add(name)
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
@@ -2142,7 +2179,7 @@ class Choice(NamedTuple):
     allowed: Optional[List[str]] = None
 
 
-def wished_choice(fields: dict) -> Choice | None:
+def wished_choice(fields: dict, changes: Changes) -> Choice | None:
     """`tool_choice` or `function_call` in any spelling of any API."""
     wish = fields.get("tool_choice", fields.get("function_call"))
     path = "tool_choice" if "tool_choice" in fields else "function_call"
@@ -2163,6 +2200,9 @@ def wished_choice(fields: dict) -> Choice | None:
         listed = list_of(allowed.get("tools"), path + ".allowed_tools.tools")
         names = [choice_name(tool, "%s.allowed_tools.tools[%d]" % (path, at)) for at, tool in enumerate(listed)]
         return Choice(mode, allowed=names)
+    if kind not in (None, "function", "custom", "tool") and "name" not in wish:
+        changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
+        return Choice()
     return Choice("required", choice_name(wish, path))
 
 
@@ -2177,7 +2217,7 @@ def choice_name(wish: Any, path: str) -> str:
 
 def choice_from_chat(fields: dict, tools: list[dict], declared: list[Declared], draft: Draft) -> dict | None:
     """`tool_choice` of the Messages request; takes tools off the list that the client does not allow."""
-    wish = wished_choice(fields)
+    wish = wished_choice(fields, draft.changes)
     if not tools:
         return None
     if not declared and not any(tool.get("type") for tool in tools):
@@ -2188,10 +2228,11 @@ def choice_from_chat(fields: dict, tools: list[dict], declared: list[Declared], 
         tools[:] = [tool for tool in tools if tool["name"] in allowed or tool.get("type")] or tools
     choice: dict = {"type": {"required": "any"}.get(wish.mode, wish.mode)}
     if wish.name:
-        if wish.name not in [entry.name for entry in declared]:
+        if wish.name not in [name for entry in declared for name in (entry.name, entry.full_name)]:
             raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(wish.name),
                                  "tool_choice", "invalid_value")
-        choice = {"type": "tool", "name": draft.names.there(wish.name)}
+        full_name = next(entry.full_name for entry in declared if wish.name in (entry.name, entry.full_name))
+        choice = {"type": "tool", "name": draft.names.there(full_name)}
     single = fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions
     if single and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
@@ -2208,21 +2249,39 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
         return force_by_format(request, named, choice, draft)
-    wish = fields.get("response_format") or {}
-    kind = wish.get("type", "text")
+    kind, schema, path = wished_format(fields)
     if kind == "json_schema":
-        add_schema_format(request, wish, draft)
+        add_schema_format(request, schema, path, draft)
     elif kind == "json_object":
         draft.plan.bare_json = True
         draft.instructions.append("Answer with one JSON object only: no other text, no code fence.")
-    elif kind != "text":
-        raise InvalidRequest("response_format.type: expected text, json_object or json_schema.",
-                             "response_format.type", "invalid_value")
-    verbosity = {"low": "Keep the answer short.", "high": "Answer at length and in detail."}.get(
-        fields.get("verbosity", ""))
-    if verbosity:
-        draft.instructions.append(verbosity)
+    verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
+    if verbosity in VERBOSITIES:
+        draft.instructions.append(VERBOSITIES[verbosity])
     return choice
+
+
+VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in detail."}
+
+
+def wished_format(fields: dict) -> tuple[str, dict, str]:
+    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and the schema's path."""
+    path, wish = "response_format", fields.get("response_format")
+    if wish is None and fields.get("text") is not None:
+        path, wish = "text.format", fields["text"].get("format")
+    if wish is None:
+        return "text", {}, path
+    kind = object_of(wish, path).get("type", "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise InvalidRequest("%s.type: expected text, json_object or json_schema." % path, path + ".type",
+                             "invalid_value")
+    if kind != "json_schema":
+        return kind, {}, path
+    if path == "response_format":
+        path += ".json_schema"
+        wish = object_of(wish.get("json_schema"), path)
+    schema = wish.get("schema")
+    return kind, object_of(schema, path + ".schema") if schema is not None else {}, path
 
 
 def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
@@ -2247,26 +2306,23 @@ def choice_without_name(choice: dict) -> dict:
     return {key: value for key, value in choice.items() if key != "name"}
 
 
-def add_schema_format(request: dict, wish: dict, draft: Draft) -> None:
+def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
     """`json_schema`: enforced by Claude where the schema allows it, else asked for and cut out of the answer."""
-    path = "response_format.json_schema"
-    schema = object_of(wish.get("json_schema"), path).get("schema")
-    schema = object_of(schema, path + ".schema") if schema is not None else {}
-    searching = any(tool.get("type") for tool in request.get("tools", []))
     try:
-        if not draft.model.structured_outputs or searching:
-            raise Unsupported("web search excludes it" if searching else "%s has no answer formats" % draft.model.id)
+        if not draft.model.structured_outputs or draft.searches:
+            raise Unsupported("web search excludes it" if draft.searches else "%s has no answer formats" %
+                              draft.model.id)
         converted, subset = subset_schema(schema)
         if not StrictBudget().take(subset):
             raise Unsupported("more than Claude compiles")
     except Unsupported as reason:
-        draft.changes.add("changed", "response_format", "asked for in words: %s" % reason)
+        draft.changes.add("changed", path.split(".json_schema")[0], "asked for in words: %s" % reason)
         draft.plan.bare_json = True
         draft.instructions.append("Answer with one JSON object only, no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
     for keyword in dict.fromkeys(subset.moved):
-        draft.changes.add("changed", "response_format." + keyword, "moved into the description")
+        draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
 
