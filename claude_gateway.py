@@ -19,8 +19,8 @@ One request on its way:
     Handler._send_failure                  any error, in OpenAI's shape
 
 Rooms, in order, each using only those above it: Configuration, Errors, Models, Requests, Replies,
-Streams, Memory, Credentials, Upstream, Image fetching, Endpoints, HTTP server, Simulated upstream,
-Command line.
+Streams, Responses API, Memory, Credentials, Upstream, Image fetching, Endpoints, HTTP server,
+Simulated upstream, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
 
@@ -191,6 +191,11 @@ class GatewayError(Exception):
         """The error envelope of OpenAI's API reference."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
+    def anthropic_body(self) -> dict:
+        """The error envelope of Anthropic's API, for clients that speak it."""
+        kind = next((name for name, (status, _, _) in CLAUDE_ERRORS.items() if status == self.status), "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(self)}, "request_id": None}
+
 
 class InvalidRequest(GatewayError):
     status, kind = 400, "invalid_request_error"
@@ -348,6 +353,10 @@ class ClaudeError(GatewayError):
                          headers=dict(headers_from_claude(headers or {})))
         if self.code in FINAL_CODES:
             self.headers["x-should-retry"] = "false"
+
+    def anthropic_body(self) -> dict:
+        return {"type": "error", "error": {"type": self.claude_type, "message": str(self)},
+                "request_id": self.headers.get(REQUEST_ID_HEADER)}
 
 
 RATE_LIMIT_HEADERS = {
@@ -586,12 +595,12 @@ def tier_of(name: str) -> str | None:
 
 
 def model_entry(name: str, model: Model) -> dict:
-    """One entry of OpenAI's model list, with the limits that some tools read beside the standard keys."""
+    """One entry of the model list, with OpenAI's keys, Anthropic's, and the limits that some tools read."""
     created = calendar.timegm(time.strptime(model.released, "%Y-%m-%d")) if model.released else 0
     entry = {"id": name, "object": "model", "created": created, "owned_by": "anthropic",
+             "type": "model", "display_name": model.display_name or model.id,
+             "created_at": (model.released or "1970-01-01") + "T00:00:00Z",
              "context_length": model.context, "max_output_tokens": model.max_output}
-    if model.display_name:
-        entry["display_name"] = model.display_name
     if model.retires:
         entry["shutdown_date"] = model.retires
     if name != model.id:
@@ -859,7 +868,7 @@ STRUCTURE = {"model", "messages", "stream", "stream_options", "max_completion_to
              "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format", "reasoning_effort",
              "verbosity", "thinking", "reasoning", "cache_control", "prompt_cache_options", "web_search_options",
              "temperature", "top_p", "top_k", "user", "safety_identifier", "service_tier", "speed", "n", "logprobs",
-             "stop"}
+             "stop", "text", "max_output_tokens"}
 # Without effect on the answer: told in the debug log only.
 WITHOUT_EFFECT = {"store", "metadata", "prompt_cache_key", "prompt_cache_retention", "moderation", "usage",
                   "provider", "client_metadata", "chat_id", "session_id", "transforms", "include_reasoning"}
@@ -1584,6 +1593,8 @@ def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
                                       draft)
         return blocks_from_url(text_of(source.get("url"), path + ".source.url"), "", path + ".source.url", draft)
     image = part.get("image_url")
+    if image is None and part.get("file_id") is not None:
+        raise no_stored_files(path)
     path += ".image_url"
     if isinstance(image, dict):
         image, path = image.get("url"), path + ".url"
@@ -1610,9 +1621,13 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
             url = checked_url(url, path + "." + name)
             return [titled({"type": "document", "source": {"type": "url", "url": url}}, title)]
     if file.get("file_id") is not None:
-        raise InvalidRequest("%s.file_id: no files are stored here; send the file in file_data." % path,
-                             path + ".file_id", "unsupported_value")
+        raise no_stored_files(path)
     raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
+
+
+def no_stored_files(path: str) -> InvalidRequest:
+    return InvalidRequest("%s.file_id: no files are stored here; send the file itself." % path, path + ".file_id",
+                          "unsupported_value")
 
 
 def document_part(part: dict, path: str, draft: Draft) -> list[dict]:
@@ -2248,6 +2263,8 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     tools = request.get("tools", [])
     if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
+        if wished_format(fields)[0] != "text":
+            draft.changes.add("dropped", wished_format(fields)[2].split(".json")[0], "a forced tool excludes it")
         return force_by_format(request, named, choice, draft)
     kind, schema, path = wished_format(fields)
     if kind == "json_schema":
@@ -2899,6 +2916,463 @@ class ChatStream:
         "content_block_stop": _block_stop}
 
 
+# ---- Responses API -----------------------------------------------------------------------------------
+# The same steps for /v1/responses, out of the block-level functions above: items become a conversation, events
+# become response events.  The whole response is what its stream adds up to.
+
+RESPONSES_FIELDS: Dict[str, Callable[[Any, str], Any]] = {
+    "model": text_of, "input": anything, "instructions": anything, "tools": list_of, "tool_choice": anything,
+    "parallel_tool_calls": boolean_of, "text": object_of, "reasoning": object_of, "include": list_of,
+    "max_output_tokens": integer_of, "max_tool_calls": integer_of, "metadata": object_of,
+    "previous_response_id": text_of, "store": boolean_of, "stream": boolean_of, "stream_options": object_of,
+    "temperature": number_of, "top_p": number_of, "top_logprobs": integer_of, "truncation": text_of,
+    "background": boolean_of, "user": text_of, "safety_identifier": text_of, "service_tier": text_of,
+    "prompt_cache_key": text_of, "prompt_cache_options": object_of, "prompt_cache_retention": text_of,
+    "cache_control": anything, "thinking": anything, "speed": text_of,
+}
+# Read below, or by the endpoint; what is left goes the way of the chat completion's fields.
+RESPONSES_STRUCTURE = ("input", "instructions", "include", "previous_response_id", "truncation", "max_tool_calls",
+                       "background", "conversation", "prompt")
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
+OUR_ENCODING = "claude-gateway-1."              # begins our encrypted_content; another version gets another number
+
+
+def fields_from_responses(body: dict) -> dict:
+    """The body of a Responses request with every known field checked, and without its nulls."""
+    fields = {name: RESPONSES_FIELDS.get(name, anything)(value, name) for name, value in body.items()
+              if value is not None}
+    for name, why in (("conversation", "conversations are not stored here; send the items in input"),
+                      ("prompt", "prompt templates are stored at OpenAI; send their text in input")):
+        if fields.get(name):
+            raise InvalidRequest("%s: %s." % (name, why), name, "unsupported_value")
+    if fields.get("background"):
+        raise InvalidRequest("background: there are no background responses here.", "background", "unsupported_value")
+    if "input" not in fields and "instructions" not in fields:
+        raise InvalidRequest("input is required.", "input", "missing_required_parameter")
+    if fields.get("top_logprobs"):
+        raise InvalidRequest("top_logprobs: Claude does not tell log probabilities.", "top_logprobs",
+                             "unsupported_value")
+    return fields
+
+
+def items_from_input(given: Any) -> list[dict]:
+    """`input` as items: a string is one user message."""
+    if given is None:
+        return []
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": given}]
+    return [object_of(item, "input[%d]" % at) for at, item in enumerate(list_of(given, "input"))]
+
+
+def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
+                                    recall: Recall | None = None, earlier: Sequence[dict] = ()) -> Translation:
+    """A Responses request as a Messages request.  `earlier`: the items of the response that it continues."""
+    fields = fields_from_responses(body)
+    draft = Draft(model, recall)
+    items = [("previous_response_id[%d]" % at, item) for at, item in enumerate(earlier)]
+    items += [("input[%d]" % at, item) for at, item in enumerate(items_from_input(fields.get("input")))]
+    more_tools = [("%s.tools[%d]" % (path, at), object_of(tool, "%s.tools[%d]" % (path, at)))
+                  for path, item in items if item.get("type") == "additional_tools"
+                  for at, tool in enumerate(list_of(item.get("tools"), path + ".tools"))]
+    declared = declared_tools([*tool_entries(fields), *more_tools], draft.changes)
+    instructions = fields.get("instructions")
+
+    def tell(conversation: Conversation) -> None:
+        conversation.say("system", blocks_from_content(instructions, "instructions", draft)
+                         if not isinstance(instructions, list) else [])
+        told = [("instructions[%d]" % at, object_of(item, "instructions[%d]" % at))
+                for at, item in enumerate(instructions)] if isinstance(instructions, list) else []
+        for path, item in told + items:
+            add_item(conversation, item, path, draft)
+    for name in ("max_tool_calls", "truncation"):
+        if fields.get(name) not in (None, "disabled"):
+            draft.changes.add("dropped", name, "no counterpart")
+    shared = without(fields, *RESPONSES_STRUCTURE)
+    shared["tools"] = fields.get("tools", []) + [tool for _, tool in more_tools]
+    return messages_request(shared, declared, draft, preamble, cache, tell)
+
+
+# ---- input items
+
+def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
+    """Tells one input item; kinds that Claude has no use for are reported and left out."""
+    kind = item.get("type") or ("message" if "role" in item else None)
+    kind = text_of(kind, path + ".type")
+    translate = ITEMS.get(kind)
+    if translate:
+        translate(conversation, item, path, draft)
+    elif kind.endswith("_call_output") or kind.endswith("_output") and "call_id" in item:
+        add_output_item(conversation, item, path, draft)
+    elif kind.endswith("_call") and "call_id" in item:
+        arguments = without(item, "type", "id", "call_id", "status")
+        conversation.call(call_id_of(item, path), {"name": kind[:-len("_call")], "arguments": arguments}, path)
+    else:
+        draft.changes.add("dropped", path, "an item of type %s" % kind)
+
+
+def add_message_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
+    role = text_of(item.get("role"), path + ".role")
+    if role == "assistant":
+        conversation.say("assistant", blocks_from_content(item.get("content"), path + ".content", draft, True))
+    elif role in ("user", "system", "developer"):
+        add_message(conversation, "user" if role == "user" else "system", item, path, draft)
+    else:
+        raise InvalidRequest("%s.role: expected user, assistant, system or developer." % path, path + ".role",
+                             "invalid_value")
+
+
+def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
+    """A function_call, or a custom_tool_call whose input is a bare string."""
+    name = full_tool_name(namespace_of(item, path), text_of(item.get("name"), path + ".name"))
+    arguments = item.get("arguments")
+    if item.get("type") == "custom_tool_call":
+        arguments = {"input": text_of(item.get("input", ""), path + ".input")}
+    conversation.call(call_id_of(item, path), {"name": name, "arguments": arguments}, path)
+
+
+def namespace_of(item: dict, path: str) -> str:
+    namespace = item.get("namespace")
+    return text_of(namespace, path + ".namespace") if namespace is not None else ""
+
+
+def call_id_of(item: dict, path: str) -> str:
+    call_id = item.get("call_id")
+    return text_of(call_id, path + ".call_id") if call_id is not None else ""
+
+
+def add_output_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
+    output = item.get("output")
+    if output is None and item.get("type") != "function_call_output":
+        output = without(item, "type", "id", "call_id", "status") or None
+    conversation.result(call_id_of(item, path), None, output, path, mark_from(item))
+
+
+def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
+    """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
+    blocks = thinking_from_encrypted(item.get("encrypted_content"))
+    if blocks:
+        conversation.say("assistant", blocks)
+    elif item.get("encrypted_content"):
+        draft.changes.ignored.append(path + ".encrypted_content")
+
+
+def leave_out_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
+    """additional_tools has been read before; a reference, a search or a compaction tells Claude nothing."""
+
+
+ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
+    "message": add_message_item, "function_call": add_call_item, "custom_tool_call": add_call_item,
+    "function_call_output": add_output_item, "custom_tool_call_output": add_output_item,
+    "reasoning": add_reasoning_item, "additional_tools": leave_out_item, "item_reference": leave_out_item,
+    "web_search_call": leave_out_item,
+}
+
+
+def encrypted_from_thinking(block: dict) -> str:
+    """A signed thinking block as `encrypted_content`: opaque to clients, and all we need to give it back."""
+    return OUR_ENCODING + base64.urlsafe_b64encode(json.dumps(block, ensure_ascii=False).encode("utf-8")).decode()
+
+
+def thinking_from_encrypted(encrypted: Any) -> list[dict]:
+    """The block in our own `encrypted_content`; [] for a foreign or damaged one."""
+    if not isinstance(encrypted, str) or not encrypted.startswith(OUR_ENCODING):
+        return []
+    try:
+        block = json.loads(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):].encode()).decode("utf-8"))
+        return thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
+    except (ValueError, AttributeError):
+        return []
+
+
+# ---- the response and its events
+
+RESPONSE_ECHOES: Dict[str, Any] = {
+    "instructions": None, "metadata": {}, "temperature": None, "top_p": None, "tools": [], "tool_choice": "auto",
+    "parallel_tool_calls": True, "max_output_tokens": None, "previous_response_id": None, "store": True,
+    "truncation": "disabled", "user": None, "reasoning": {"effort": None, "summary": None},
+    "text": {"format": {"type": "text"}}}
+
+
+def response_envelope(response_id: str, created: int, body: dict) -> dict:
+    """What is the same in every event of a response: its id, its time, and the request's own fields."""
+    echoes = {name: default if body.get(name) is None else body[name] for name, default in RESPONSE_ECHOES.items()}
+    return dict({"id": response_id, "object": "response", "created_at": created, "background": False}, **echoes)
+
+
+def responses_usage(usage: dict) -> dict:
+    counts = usage_from_message(usage)
+    return {"input_tokens": counts["prompt_tokens"], "input_tokens_details": counts["prompt_tokens_details"],
+            "output_tokens": counts["completion_tokens"],
+            "output_tokens_details": counts["completion_tokens_details"], "total_tokens": counts["total_tokens"]}
+
+
+# What a failure is called inside a response; clients stop or retry by these names and no others.
+RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insufficient_quota": "insufficient_quota",
+                     "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
+
+
+class ResponseStream:
+    """Messages API events in, response events out.  One instance per request; `response` is the state so far."""
+
+    def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, encrypted: bool) -> None:
+        self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
+                             usage=None)
+        self._plan, self._assembler, self._encrypted = plan, assembler, encrypted
+        self._json_text = BareJson() if plan.bare_json else None
+        self._sequence = -1
+        self._item: Optional[dict] = None           # the output item that is being sent
+        self._text: List[str] = []                  # of the open item: text, thinking or arguments
+        self._annotations: List[dict] = []
+        self._block: dict = {}
+
+    def feed(self, event: dict) -> list[dict]:
+        """The response events that one event makes."""
+        handler = self._HANDLERS.get(event["type"])
+        return handler(self, event) if handler else []
+
+    def finish(self) -> list[dict]:
+        """The last events: the open item's end, a refusal, and the response as it ended."""
+        message = self._assembler.whole()
+        rest = self._json_text.close() if self._json_text else ""
+        events = self._text_delta(rest) if rest else []
+        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
+            finish_reason(message["stop_reason"], False, self._plan))
+        refusal = refusal_text(message)
+        events += self._close_item("incomplete" if reason and not refusal else "completed")
+        if refusal:
+            events += self._refusal(refusal)
+        self.response.update(status="incomplete" if reason else "completed", usage=responses_usage(message["usage"]),
+                             incomplete_details={"reason": reason} if reason else None)
+        self.response = with_service_tier(self.response, message["usage"])
+        return events + [self._event("response.incomplete" if reason else "response.completed",
+                                     response=self.response)]
+
+    def fail(self, failure: GatewayError) -> list[dict]:
+        """The event that tells a failure once the stream has begun."""
+        code = RESPONSE_FAILURES.get(failure.code or "", "invalid_prompt" if failure.status == 400 else "server_error")
+        message = str(failure)
+        if code == "rate_limit_exceeded" and failure.headers.get("retry-after"):
+            message += " Please try again in %ss." % failure.headers["retry-after"]
+        self.response.update(status="failed", error={"code": code, "message": message})
+        return [self._event("response.failed", response=self.response)]
+
+    def _message_start(self, event: dict) -> list[dict]:
+        if self.response["model"]:                  # a continued answer (pause_turn)
+            return []
+        self.response["model"] = self._assembler.message["model"]
+        return [self._event("response.created", response=dict(self.response, output=[])),
+                self._event("response.in_progress", response=dict(self.response, output=[]))]
+
+    def _block_start(self, event: dict) -> list[dict]:
+        self._block = block = event["content_block"]
+        kind = block["type"]
+        if kind == "text":
+            return self._text_delta(block.get("text") or "")
+        if kind == "thinking":
+            return self._close_item() + self._thinking_delta(block.get("thinking") or "")
+        if kind == "tool_use":
+            name = self._plan.names.back(block["name"])
+            return self._close_item() + self._open_call(block["id"], block["name"], name)
+        return []
+
+    def _block_delta(self, event: dict) -> list[dict]:
+        delta = event["delta"]
+        kind = delta["type"]
+        if kind == "text_delta":
+            return self._text_delta(delta["text"])
+        if kind == "thinking_delta":
+            return self._thinking_delta(delta["thinking"])
+        if kind == "input_json_delta" and self._block["type"] == "tool_use":
+            return self._arguments_delta(delta["partial_json"])
+        return []
+
+    def _block_stop(self, event: dict) -> list[dict]:
+        block = self._assembler.message["content"][-1]
+        kind = block["type"]
+        if kind == "text":
+            return self._annotate(block)
+        if kind in ("thinking", "redacted_thinking"):
+            return self._end_thinking(block)
+        if kind == "tool_use":
+            return self._close_item()
+        if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
+            return self._close_item() + self._search(block)
+        return []
+
+    # -- items
+
+    def _open(self, item: dict) -> dict:
+        self._item, self._text, self._annotations = item, [], []
+        return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
+
+    def _done(self, item: dict) -> dict:
+        output_index = len(self.response["output"])
+        self.response["output"] = [*self.response["output"], item]
+        self._item = None
+        return self._event("response.output_item.done", output_index=output_index, item=item)
+
+    def _close_item(self, status: str = "completed") -> list[dict]:
+        """Ends the open item, whatever it is."""
+        if self._item is None:
+            return []
+        kind = self._item["type"]
+        if kind == "message":
+            return self._end_message(status)
+        if kind == "reasoning":
+            return self._end_thinking({})
+        return self._end_call(status)
+
+    def _new_id(self, prefix: str) -> str:
+        return "%s_%s_%d" % (prefix, self.response["id"].split("_", 1)[-1], len(self.response["output"]))
+
+    def _in_item(self, kind: str, **fields: Any) -> dict:
+        """An event about the open item."""
+        item = self._item or {}
+        return self._event(kind, item_id=item["id"], output_index=len(self.response["output"]), **fields)
+
+    def _event(self, kind: str, **fields: Any) -> dict:
+        self._sequence += 1
+        return dict({"type": kind, "sequence_number": self._sequence}, **fields)
+
+    # -- text
+
+    def _text_delta(self, text: str) -> list[dict]:
+        if self._plan.forced_tool:
+            return self._forced_arguments(text)
+        if self._json_text and text:
+            text = self._json_text.feed(text)
+        if not text:
+            return []
+        events = [] if self._item and self._item["type"] == "message" else self._close_item() + self._open_message()
+        self._text.append(text)
+        return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
+
+    def _new_message(self) -> dict:
+        return {"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
+                "content": []}
+
+    def _open_message(self) -> list[dict]:
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        return [self._open(self._new_message()),
+                self._in_item("response.content_part.added", content_index=0, part=part)]
+
+    def _annotate(self, block: dict) -> list[dict]:
+        """The citations of a text block, placed in the text of its whole item."""
+        if not block.get("citations") or not self._item or self._item["type"] != "message":
+            return []
+        start = sum(map(len, self._text)) - len(block["text"])
+        events = []
+        for annotation in annotations_of(block, start):
+            flat = dict({"type": "url_citation"}, **annotation["url_citation"])
+            events.append(self._in_item("response.output_text.annotation.added", content_index=0,
+                                        annotation_index=len(self._annotations), annotation=flat))
+            self._annotations.append(flat)
+        return events
+
+    def _end_message(self, status: str) -> list[dict]:
+        text = "".join(self._text)
+        part = {"type": "output_text", "text": text, "annotations": self._annotations, "logprobs": []}
+        item = dict(self._item or {}, status=status, content=[part])
+        return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
+                self._in_item("response.content_part.done", content_index=0, part=part), self._done(item)]
+
+    def _refusal(self, refusal: str) -> list[dict]:
+        """A refusal as a message of its own."""
+        item = self._new_message()
+        part = {"type": "refusal", "refusal": refusal}
+        empty = {"type": "refusal", "refusal": ""}
+        return [self._open(item), self._in_item("response.content_part.added", content_index=0, part=empty),
+                self._in_item("response.refusal.delta", content_index=0, delta=refusal),
+                self._in_item("response.refusal.done", content_index=0, refusal=refusal),
+                self._in_item("response.content_part.done", content_index=0, part=part),
+                self._done(dict(item, status="completed", content=[part]))]
+
+    # -- thinking
+
+    def _thinking_delta(self, thinking: str) -> list[dict]:
+        """A reasoning item is opened only when there is something to see."""
+        if not thinking:
+            return []
+        events = [] if self._item and self._item["type"] == "reasoning" else [
+            self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
+            self._in_item("response.reasoning_summary_part.added", summary_index=0,
+                          part={"type": "summary_text", "text": ""})]
+        self._text.append(thinking)
+        return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
+
+    def _end_thinking(self, block: dict) -> list[dict]:
+        encrypted = encrypted_from_thinking(block) if self._encrypted and block else None
+        events = []
+        if not self._item or self._item["type"] != "reasoning":
+            if not encrypted:
+                return []
+            events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
+        text = "".join(self._text)
+        part = {"type": "summary_text", "text": text}
+        if text:
+            events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
+                       self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
+        item = dict(self._item or {}, summary=[part] if text else [])
+        if encrypted:
+            item["encrypted_content"] = encrypted
+        return events + [self._done(item)]
+
+    # -- calls
+
+    def _open_call(self, call_id: str, claude_name: str, name: str) -> list[dict]:
+        custom = claude_name in self._plan.custom_tools
+        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
+                      "type": "custom_tool_call" if custom else "function_call", "call_id": call_id, "name": name}
+        if claude_name in self._plan.namespaces:
+            item["namespace"], item["name"] = self._plan.namespaces[claude_name]
+        item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
+        return [self._open(item)]
+
+    def _arguments_delta(self, fragment: str) -> list[dict]:
+        if not fragment:
+            return []
+        self._text.append(fragment)
+        if self._item and self._item["type"] == "custom_tool_call":
+            return []                               # its string is known only at the end
+        return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
+
+    def _end_call(self, status: str) -> list[dict]:
+        item = dict(self._item or {})
+        arguments = "".join(self._text)
+        if not arguments:
+            arguments = arguments_of(self._assembler.message["content"][-1])
+        if item["type"] == "custom_tool_call":
+            item["input"] = input_of_custom(arguments)
+            return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
+                    self._in_item("response.custom_tool_call_input.done", input=item["input"]), self._done(item)]
+        events = [] if self._text else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
+        item.update(arguments=arguments, status=status)
+        return events + [self._in_item("response.function_call_arguments.done", arguments=arguments,
+                                       name=item["name"]), self._done(item)]
+
+    def _forced_arguments(self, text: str) -> list[dict]:
+        if not text:
+            return []
+        events = []
+        if not self._item or self._item["type"] != "function_call":
+            forced = self._plan.forced_tool or ""
+            call_id = forced_call_id(self._assembler.message.get("id"))
+            events = self._close_item() + self._open_call(call_id, forced, self._plan.names.back(forced))
+        return events + self._arguments_delta(text)
+
+    def _search(self, block: dict) -> list[dict]:
+        """A web search that Claude did for itself."""
+        action = {"type": "search", "query": (block.get("input") or {}).get("query", "")}
+        item = {"id": self._new_id("ws"), "type": "web_search_call", "status": "in_progress", "action": action}
+        return [self._open(item), self._in_item("response.web_search_call.in_progress"),
+                self._in_item("response.web_search_call.searching"),
+                self._in_item("response.web_search_call.completed"), self._done(dict(item, status="completed"))]
+
+    _HANDLERS: Dict[str, Callable[[ResponseStream, dict], List[dict]]] = {
+        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
+        "content_block_stop": _block_stop}
+
+
 # ---- Memory ------------------------------------------------------------------------------------------
 # The few things that outlive a request.  Each is bounded and locked, none is needed: after a restart every
 # request works all the same, at worst a little worse.
@@ -2919,6 +3393,11 @@ class Bounded:
             self._table[key] = value
             while len(self._table) > self._entries or self._used > self._size:
                 self._used -= len(self._table.popitem(last=False)[1])
+
+    def remove(self, key: Any) -> bool:
+        with self._lock:
+            self._used -= len(self._table.get(key, b""))
+            return self._table.pop(key, None) is not None
 
     def get(self, key: Any) -> bytes | None:
         with self._lock:
@@ -2961,6 +3440,28 @@ class Answers:
 
     def may_replay(self, conversation: str) -> bool:
         return self._unbound.get(conversation) is None
+
+
+class StoredResponses:
+    """Responses that clients may continue by their id: each with the items that led to it and its own."""
+
+    def __init__(self) -> None:
+        self._stored = Bounded(1_000, 64_000_000)
+
+    def put(self, owner: str, response: dict, items: Sequence[dict]) -> None:
+        stored = json.dumps({"response": response, "items": list(items)}).encode("ascii")
+        self._stored.put((owner, response["id"]), stored)
+
+    def get(self, owner: str, response_id: str) -> tuple[dict, list[dict]] | None:
+        """A response and its input items; None where it is not known, or somebody else's."""
+        stored = self._stored.get((owner, response_id))
+        if stored is None:
+            return None
+        entry = json.loads(stored.decode("ascii"))
+        return entry["response"], entry["items"]
+
+    def remove(self, owner: str, response_id: str) -> bool:
+        return self._stored.remove((owner, response_id))
 
 
 class Prefixes:
@@ -3824,8 +4325,8 @@ class Upstream:
             opener.add_handler(self._handler)
         self.credential: Optional[Credential] = None
 
-    def messages(self, body: bytes, watch: Watch, hops: str = "", may_retry: bool = True,
-                 beta: Sequence[str] = ()) -> UpstreamReply:
+    def messages(self, body: bytes, watch: Watch, hops: str = "", may_retry: bool = True, beta: Sequence[str] = (),
+                 path: str = "/v1/messages", version: str = ANTHROPIC_VERSION) -> UpstreamReply:
         """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
 
         Claude's 401 to a login is answered by one renewal of the token.  A failure that may pass is retried once,
@@ -3834,12 +4335,13 @@ class Upstream:
         retried = not may_retry
         rejected: Optional[str] = None
         while True:
-            headers = self._credential_headers(rejected)
+            headers = dict(self._credential_headers(rejected), **{"anthropic-version": version})
             sent = headers.get("authorization")
-            if beta:
-                headers["anthropic-beta"] = ",".join(filter(None, [headers.get("anthropic-beta"), *beta]))
+            betas = list(dict.fromkeys(filter(None, [headers.get("anthropic-beta"), *beta])))
+            if betas:
+                headers["anthropic-beta"] = ",".join(betas)
             try:
-                reply = self._call("POST", "/v1/messages", body, headers, watch, hops)
+                reply = self._call("POST", path, body, headers, watch, hops)
                 if reply.status == 200:
                     return reply
                 raise error_from_reply(reply)
@@ -3906,8 +4408,8 @@ class Upstream:
 
     def _call(self, method: str, path: str, body: bytes | None, headers: dict[str, str], watch: Watch,
               hops: str) -> UpstreamReply:
-        headers = dict(headers, **{"anthropic-version": ANTHROPIC_VERSION,
-                                   HOP_HEADER: ",".join(filter(None, [hops, self._instance_id]))})
+        headers = dict({"anthropic-version": ANTHROPIC_VERSION}, **headers)
+        headers[HOP_HEADER] = ",".join(filter(None, [hops, self._instance_id]))
         if body is not None:
             headers["content-type"] = "application/json"
         return self._open(method, self._base_url + path, body, headers, watch)
@@ -4194,15 +4696,20 @@ class Incoming:
     watch: Watch = dataclasses.field(default_factory=Watch)
     record: Record = dataclasses.field(default_factory=Record)
     surrogates_replaced: bool = False
+    headers: Dict[str, str] = dataclasses.field(default_factory=dict)      # for the native pass-through
+    query: str = ""
 
 
 @dataclasses.dataclass
 class Reply:
-    """What an endpoint answers: a body, or batches of events for a stream that ends in `closing`."""
+    """What an endpoint answers: a body, batches of events for a stream, or Claude's own bytes."""
     body: Any = None
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)
     batches: Optional[Iterator[List[dict]]] = None
-    closing: bytes = b""
+    named_events: bool = False                      # each event with an `event:` line, as the Responses API has it
+    closing: bytes = b""                            # ends a stream that did not fail
+    failure: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
+    pieces: Optional[Iterator[bytes]] = None
 
 
 class Gateway:
@@ -4220,6 +4727,7 @@ class Gateway:
         self.models = ModelList(self.upstream.models, config.alias)
         self.lessons = Lessons()
         self.answers = Answers()
+        self.responses = StoredResponses()
         self.prefixes = Prefixes()
         self.cache_share = CacheShare()
         self.failed_keys = FailedKeys()
@@ -4235,6 +4743,9 @@ class Gateway:
         self.upstream.close()
 
 
+Translate = Callable[[Model, Sequence[dict], bool, Optional[Recall]], Translation]
+
+
 class Exchange:
     """One request to Claude and the answer, with the corrections that a refusal calls for.
 
@@ -4242,11 +4753,13 @@ class Exchange:
     take, signed thinking that does not hold, an image address that Claude cannot fetch.  Each at most once.
     """
 
-    def __init__(self, gateway: Gateway, incoming: Incoming, model: Model) -> None:
+    def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate,
+                 history: Sequence[Any]) -> None:
         self._gateway, self._incoming = gateway, incoming
+        self._translate_body = translate
         self._known = gateway.lessons.apply(model)
         self._lesson: Optional[dict] = None
-        self._conversation = conversation_key(incoming.owner, incoming.body)
+        self._conversation = conversation_key(incoming.owner, history)
         self._replay = gateway.answers.may_replay(self._conversation)
         self._images: Dict[str, Tuple[str, str]] = {}
         self._inline = False
@@ -4258,7 +4771,7 @@ class Exchange:
     def open(self) -> None:
         """Sends the request until Claude takes it; returns when the answer begins.  Raises GatewayError."""
         while True:
-            self.translation = self._translate()
+            self.translation = self.translate()
             if self._gateway.config.strict and self.translation.changes.told:
                 raise InvalidRequest("--strict: not everything can be passed on as it is: %s." %
                                      self.translation.changes, next(iter(self.translation.changes.told))[1], "strict")
@@ -4271,7 +4784,25 @@ class Exchange:
                 continue
             if self._lesson:
                 self._gateway.lessons.learn(self._known, self._lesson)
+            told = self.translation.changes
+            self._incoming.record.changes = str(told)
+            if told.ignored:
+                LOG.debug("without effect on the answer: %s", ", ".join(told.ignored))
             return
+
+    def open_or_close(self) -> None:
+        with closed_on_failure(self):
+            self.open()
+
+    def whole_message(self) -> dict:
+        """Reads the answer to its end."""
+        for _ in self.batches(lambda event: []):
+            pass
+        return self.assembler.whole()
+
+    @property
+    def model_id(self) -> str:
+        return self._known.id
 
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""
@@ -4301,13 +4832,13 @@ class Exchange:
             self._reply.close()
             self._reply = None
 
-    def _translate(self) -> Translation:
+    def translate(self) -> Translation:
+        """The request as it would be sent now."""
         model = dataclasses.replace(self._known, **self._lesson) if self._lesson else self._known
         credential = self._gateway.upstream.credential
         recall = self._gateway.answers.recall(self._incoming.owner, model.id) if self._replay else None
-        translation = messages_request_from_chat(
-            self._incoming.body, model, credential.preamble if credential else (),
-            not self._gateway.config.no_cache, recall)
+        translation = self._translate_body(model, credential.preamble if credential else (),
+                                           not self._gateway.config.no_cache, recall)
         if not self._replay:
             translation.request["messages"] = without_thinking(translation.request["messages"])
         if self._incoming.surrogates_replaced:
@@ -4402,12 +4933,10 @@ class Exchange:
         self._send(dict(request, messages=messages))
 
 
-def conversation_key(owner: str, chat: dict) -> str:
+def conversation_key(owner: str, history: Sequence[Any]) -> str:
     """What stays the same from turn to turn: the client and its first user message."""
-    chat_messages = chat.get("messages")
-    first = next((chat_message for chat_message in chat_messages if isinstance(chat_message, dict)
-                  and chat_message.get("role") == "user"), None) if isinstance(chat_messages, list) else None
-    content = first.get("content") if first else None
+    first = next((each for each in history if isinstance(each, dict) and each.get("role") == "user"), {})
+    content = first.get("content")
     return hashlib.sha256(json.dumps([owner, content]).encode()).hexdigest()
 
 
@@ -4490,40 +5019,63 @@ def upstream_json(value: Any) -> bytes:
 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
-    chat, record = incoming.body, incoming.record
-    asked = chat.get("model")
+    body = incoming.body
+    exchange = exchange_for(gateway, incoming)
+    with closed_on_failure(exchange):
+        exchange.open()
+        plan = exchange.translation.plan
+        envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
+        if wants_stream(body):
+            stream = ChatStream(envelope, plan, exchange.assembler, wants_usage(body))
+            return Reply(headers=exchange.headers(), batches=stream_batches(exchange, stream),
+                         closing=b"data: [DONE]\n\n")
+        message = exchange.whole_message()
+        return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
+
+
+def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> Exchange:
+    """The exchange for a body in either of OpenAI's shapes: some tools post one to the other's door."""
+    body, record = incoming.body, incoming.record
+    asked = body.get("model")
     asked = text_of(asked, "model") if asked is not None else None
     model = gateway.models.catalog().resolve(asked)
-    record.asked, record.used = asked or "", model.id
-    exchange = Exchange(gateway, incoming, model)
+    record.asked, record.used, record.stream = asked or "", model.id, wants_stream(body)
+    if is_responses_body(body):
+        history = [*earlier, *items_from_input(body.get("input"))]
+        return Exchange(gateway, incoming, model, functools.partial(messages_request_from_responses, body,
+                                                                    earlier=earlier), history)
+    chat_messages = body.get("messages")
+    return Exchange(gateway, incoming, model, functools.partial(messages_request_from_chat, body),
+                    chat_messages if isinstance(chat_messages, list) else [])
+
+
+def is_responses_body(body: dict) -> bool:
+    return "messages" not in body and ("input" in body or "instructions" in body)
+
+
+def wants_stream(body: dict) -> bool:
+    stream = body.get("stream")
+    return stream is not None and boolean_of(stream, "stream")
+
+
+def wants_usage(body: dict) -> bool:
+    options = body.get("stream_options")
+    options = object_of(options, "stream_options") if options is not None else {}
+    usage = options.get("include_usage")
+    return usage is not None and boolean_of(usage, "stream_options.include_usage")
+
+
+@contextlib.contextmanager
+def closed_on_failure(exchange: Exchange) -> Iterator[None]:
     try:
-        exchange.open()
-        told = exchange.translation.changes
-        record.changes = str(told)
-        if told.ignored:
-            LOG.debug("without effect on the answer: %s", ", ".join(told.ignored))
-        envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
-        if wants_stream(chat):
-            record.stream = True
-            include_usage = (chat.get("stream_options") or {}).get("include_usage") is True
-            stream = ChatStream(envelope, exchange.translation.plan, exchange.assembler, include_usage)
-            return Reply(headers=exchange.headers(), batches=chat_batches(exchange, stream),
-                         closing=b"data: [DONE]\n\n")
-        for _ in exchange.batches(lambda event: []):
-            pass
-        completion = chat_completion_from_message(exchange.assembler.whole(), envelope, exchange.translation.plan)
-        return Reply(completion, exchange.headers())
+        yield
     except BaseException:
         exchange.close()
         raise
 
 
-def wants_stream(chat: dict) -> bool:
-    stream = chat.get("stream")
-    return stream is not None and boolean_of(stream, "stream")
-
-
-def chat_batches(exchange: Exchange, stream: ChatStream) -> Iterator[list[dict]]:
+def stream_batches(exchange: Exchange, stream: ChatStream | ResponseStream) -> Iterator[list[dict]]:
+    """The batches of a stream, its last events included; ends the upstream call however it is left."""
     try:
         yield from exchange.batches(stream.feed)
         yield stream.finish()
@@ -4531,10 +5083,255 @@ def chat_batches(exchange: Exchange, stream: ChatStream) -> Iterator[list[dict]]
         exchange.close()
 
 
+def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/responses: a response, or its stream of events."""
+    body = incoming.body
+    earlier = earlier_items(gateway, incoming)
+    exchange = exchange_for(gateway, incoming, earlier)
+    with closed_on_failure(exchange):
+        exchange.open()
+        envelope = response_envelope("resp_" + secrets.token_hex(16), int(time.time()), body)
+        include = body.get("include")
+        encrypted = isinstance(include, list) and ENCRYPTED_REASONING in include
+        stream = ResponseStream(envelope, exchange.translation.plan, exchange.assembler, encrypted)
+        batches = response_batches(gateway, incoming, exchange, stream, earlier)
+        if wants_stream(body):
+            return Reply(headers=exchange.headers(), batches=batches, named_events=True, failure=stream.fail)
+        for _ in batches:
+            pass
+        return Reply(stream.response, exchange.headers())
+
+
+def response_batches(gateway: Gateway, incoming: Incoming, exchange: Exchange, stream: ResponseStream,
+                     earlier: Sequence[dict]) -> Iterator[list[dict]]:
+    """The events of a response, which is stored before its end is told: a client may continue it at once."""
+    body = incoming.body
+    for batch in stream_batches(exchange, stream):
+        if stream.response["status"] in ("completed", "incomplete") and body.get("store") is not False \
+                and is_responses_body(body):
+            gateway.responses.put(incoming.owner, stream.response, [*earlier, *items_from_input(body.get("input"))])
+        yield batch
+
+
+def earlier_items(gateway: Gateway, incoming: Incoming) -> list[dict]:
+    """The items of the response that `previous_response_id` names: what led to it, and what it said."""
+    response_id = incoming.body.get("previous_response_id")
+    if response_id is None:
+        return []
+    stored = gateway.responses.get(incoming.owner, text_of(response_id, "previous_response_id"))
+    if stored is None:
+        raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
+                             json.dumps(response_id), "previous_response_id", "previous_response_not_found")
+    response, items = stored
+    return [*items, *response["output"]]
+
+
+def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[dict]]:
+    stored = gateway.responses.get(incoming.owner, incoming.argument)
+    if stored is None:
+        raise NotFound("No response %s is stored here." % json.dumps(incoming.argument), code="response_not_found")
+    return stored
+
+
+def get_response(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /v1/responses/{id}"""
+    return Reply(stored_response(gateway, incoming)[0])
+
+
+def delete_response(gateway: Gateway, incoming: Incoming) -> Reply:
+    """DELETE /v1/responses/{id}"""
+    stored_response(gateway, incoming)
+    gateway.responses.remove(incoming.owner, incoming.argument)
+    return Reply({"id": incoming.argument, "object": "response", "deleted": True})
+
+
+def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /v1/responses/{id}/input_items, newest first as OpenAI lists them."""
+    items = [dict({"id": "item_%d" % at}, **item) for at, item in enumerate(stored_response(gateway, incoming)[1])]
+    items.reverse()
+    ids = [item["id"] for item in items] or [None]
+    return Reply({"object": "list", "data": items, "first_id": ids[0], "last_id": ids[-1], "has_more": False})
+
+
+def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/responses/input_tokens, by Claude's own count."""
+    exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
+    request = without(exchange.translate().request, "max_tokens", "stream", "temperature", "top_p", "top_k",
+                      "stop_sequences", "metadata", "service_tier", "speed")
+    reply = gateway.upstream.messages(upstream_json(request), incoming.watch, incoming.hops, incoming.may_retry,
+                                      path="/v1/messages/count_tokens")
+    try:
+        return Reply({"object": "response.input_tokens",
+                      "input_tokens": json_object_from(reply.read()).get("input_tokens")})
+    finally:
+        reply.close()
+
+
+# ---- legacy completions
+
+COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
+                     "only: no comment, no repetition of the text, no code fence.")
+INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
+                 "comment, no repetition of the text, no code fence.")
+
+
+def completions(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/completions: text continued by way of a chat turn that asks for it."""
+    body = incoming.body
+    prompts = prompts_of(body)
+    envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time())}
+    exchanges = [exchange_for(gateway, dataclasses.replace(incoming, body=chat_from_completion(body, prompt)))
+                 for prompt in prompts]
+    exchanges[0].open_or_close()
+    text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
+    if wants_stream(body):
+        return Reply(headers=exchanges[0].headers(), batches=text.batches(wants_usage(body)),
+                     closing=b"data: [DONE]\n\n")
+    return Reply(text.whole(), exchanges[0].headers())
+
+
+def prompts_of(body: dict) -> list[str]:
+    """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
+    prompt = body.get("prompt")
+    if prompt is None or prompt == []:
+        raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
+    prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
+    for name in ("best_of", "logprobs"):
+        if body.get(name) is not None and integer_of(body[name], name) > (name == "best_of"):
+            raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
+                                 "unsupported_value")
+    return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
+
+
+def chat_from_completion(body: dict, prompt: str) -> dict:
+    """The chat completion request that asks for the continuation of one prompt."""
+    suffix = body.get("suffix")
+    suffix = text_of(suffix, "suffix") if suffix is not None else ""
+    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs", "stream_options")
+    chat["messages"] = [{"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM},
+                        {"role": "user", "content": prompt + "<gap/>" + suffix if suffix else prompt}]
+    return chat
+
+
+class TextCompletion:
+    """The answers to one or several prompts, as one legacy completion or its stream."""
+
+    def __init__(self, envelope: dict, exchanges: Sequence[Exchange], echoes: Sequence[str]) -> None:
+        self._envelope, self._exchanges, self._echoes = envelope, exchanges, echoes
+        self._usage: Dict[str, Any] = {}
+
+    def batches(self, include_usage: bool) -> Iterator[list[dict]]:
+        """The chunks of all answers, one prompt after the other."""
+        for at, exchange in enumerate(self._exchanges):
+            try:
+                if at:
+                    exchange.open()
+                stream = ChatStream(self._envelope, exchange.translation.plan, exchange.assembler, False)
+                if self._echoes[at]:
+                    yield [self._chunk(exchange, self._choice(at, self._echoes[at], None))]
+                for batch in stream_batches(exchange, stream):
+                    choices = [choice for chunk in batch for choice in chunk["choices"]]
+                    yield [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "",
+                                                              choice["finish_reason"]))
+                           for choice in choices if choice["delta"].get("content") or choice["finish_reason"]]
+                self._usage = added_usage(self._usage, exchange.assembler.usage)
+            finally:
+                exchange.close()
+        if include_usage:
+            yield [dict(self._envelope, model=self._model(), choices=[], usage=usage_from_message(self._usage))]
+
+    def whole(self) -> dict:
+        """The completion that the chunks add up to."""
+        choices = [self._choice(at, "", None) for at in range(len(self._exchanges))]
+        for batch in self.batches(False):
+            for choice in (choice for chunk in batch for choice in chunk["choices"]):
+                choices[choice["index"]]["text"] += choice["text"]
+                choices[choice["index"]]["finish_reason"] = choice["finish_reason"]
+        return dict(self._envelope, model=self._model(), choices=choices, usage=usage_from_message(self._usage))
+
+    def _model(self) -> str:
+        return self._exchanges[-1].assembler.message["model"]
+
+    def _chunk(self, exchange: Exchange, choice: dict) -> dict:
+        return dict(self._envelope, model=exchange.assembler.message.get("model", exchange.model_id), choices=[choice])
+
+    @staticmethod
+    def _choice(index: int, text: str, reason: str | None) -> dict:
+        return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+
+
+# ---- the native door
+
+def native_messages(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/messages: Anthropic's own format, passed through with the gateway's credential."""
+    body = native_body(gateway, incoming)
+    if not gateway.config.no_cache and not any(True for _ in native_marks(body)):
+        body["cache_control"] = {"type": "ephemeral"}
+    return native_call(gateway, incoming, body, "/v1/messages")
+
+
+def native_count(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/messages/count_tokens"""
+    return native_call(gateway, incoming, native_body(gateway, incoming), "/v1/messages/count_tokens")
+
+
+def native_body(gateway: Gateway, incoming: Incoming) -> dict:
+    """The client's body with the id of its model, and the system block that a subscription token needs, once."""
+    body = dict(incoming.body)
+    asked = text_of(body.get("model"), "model")
+    model = gateway.models.catalog().resolve(asked)
+    incoming.record.asked, incoming.record.used, incoming.record.stream = asked, model.id, body.get("stream") is True
+    body["model"] = model.id
+    credential = gateway.upstream.credential
+    preamble = [dict(block) for block in credential.preamble] if credential else []
+    if preamble:
+        system = body.get("system") or []
+        blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list_of(system, "system")
+        already = bool(blocks) and isinstance(blocks[0], dict) and blocks[0].get("text") == preamble[0]["text"]
+        body["system"] = blocks if already else preamble + blocks
+    return body
+
+
+def native_marks(value: Any) -> Iterator[dict]:
+    """Every cache mark that a client set itself."""
+    if isinstance(value, dict):
+        if isinstance(value.get("cache_control"), dict):
+            yield value["cache_control"]
+        for name in ("tools", "system", "messages", "content"):
+            yield from native_marks(value.get(name))
+    elif isinstance(value, list):
+        for entry in value:
+            yield from native_marks(entry)
+
+
+def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> Reply:
+    """The call, with the client's version and betas; what Claude answers goes back as it is."""
+    betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
+    beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
+    reply = gateway.upstream.messages(
+        upstream_json(body), incoming.watch, incoming.hops, incoming.may_retry,
+        [beta for beta in betas if beta and not beta.startswith("oauth-")], path + beta_query,
+        incoming.headers.get("anthropic-version", ANTHROPIC_VERSION))
+    incoming.record.request_id = reply.headers.get("request-id", "")
+    headers = {name: printable(value, 1_000) for name, value in reply.headers.items()
+               if name == "request-id" or name == "retry-after" or name.startswith("anthropic-")}
+    headers["content-type"] = printable(reply.headers.get("content-type", "application/json"))
+    return Reply(headers=headers, pieces=native_pieces(reply), named_events=True,
+                 failure=lambda failure: [dict(failure.anthropic_body(), type="error")])
+
+
+def native_pieces(reply: UpstreamReply) -> Iterator[bytes]:
+    try:
+        yield from reply.pieces()
+    finally:
+        reply.close()
+
+
 def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /v1/models: every id and alias that a request may name."""
-    catalog = catalog_for(gateway, incoming)
-    return Reply({"object": "list", "data": [model_entry(name, model) for name, model in catalog.names()]})
+    entries = [model_entry(name, model) for name, model in catalog_for(gateway, incoming).names()]
+    return Reply({"object": "list", "data": entries, "has_more": False,         # the last three are Anthropic's
+                  "first_id": entries[0]["id"], "last_id": entries[-1]["id"]})
 
 
 def one_model(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -4564,15 +5361,26 @@ def health(gateway: Gateway, incoming: Incoming) -> Reply:
 # whoever reaches this port spends the owner's money.  Rules by RFC 9110 and 9112.
 
 Endpoint = Callable[[Gateway, Incoming], Reply]
-# path (without /v1) -> method -> endpoint; a path that ends in "/" takes the rest as its argument
+# path (without /v1) -> method -> endpoint
 ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/chat/completions": {"POST": chat_completions},
+    "/responses": {"POST": create_response},
+    "/responses/input_tokens": {"POST": count_input_tokens},
+    "/responses/{id}": {"GET": get_response, "DELETE": delete_response},
+    "/responses/{id}/input_items": {"GET": response_input_items},
+    "/completions": {"POST": completions},
+    "/messages": {"POST": native_messages},
+    "/messages/count_tokens": {"POST": native_count},
     "/models": {"GET": list_models},
-    "/models/": {"GET": one_model},
+    "/models/{id}": {"GET": one_model},
     "/health": {"GET": health},
     "/": {"GET": health},
 }
-WITHOUT_KEY = {"/models", "/models/", "/health", "/"}           # for every other path a configured key is needed
+ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
+             (re.compile(r"/responses/(?!input_tokens$)([^/]+)"), "/responses/{id}"),
+             (re.compile(r"/responses/([^/]+)/input_items"), "/responses/{id}/input_items"))
+WITHOUT_KEY = {"/models", "/models/{id}", "/health", "/"}       # for every other path a configured key is needed
+NATIVE = {"/messages", "/messages/count_tokens"}                # whose errors are in Anthropic's shape
 
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\Z")
@@ -4642,8 +5450,10 @@ def route_of(target: str) -> tuple[str, str]:
     path = re.sub(r"/{2,}", "/", re.sub(r"[?#].*", "", target))
     path = re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
     path = re.sub(r"(/chat/completions)+$", "/chat/completions", path)
-    if path.startswith("/models/"):
-        return "/models/", urllib.parse.unquote(path[len("/models/"):])
+    for pattern, route in ARGUMENTS:
+        match = pattern.match(path)
+        if match and match.end() == len(path):
+            return route, urllib.parse.unquote(match.group(1))
     return path, ""
 
 
@@ -4793,7 +5603,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Reads one request and answers it, whatever happens; the catch-all of the program is here."""
         self.head: Optional[Head] = None
         self._record = Record(client=self.client_address[0])
-        self._body_unread = self._in_stream = False
+        self._body_unread = self._in_stream = self._native = False
         self._reserved = 0
         try:
             self._read_head()
@@ -4931,6 +5741,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._check_host(head)
         self._check_origin(head)
         path, argument = route_of(head.target)
+        self._native = path in NATIVE
         if head.method == "OPTIONS":
             self._send(204, b"", self._preflight_headers(head))
             return
@@ -4943,14 +5754,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise LoopDetected("This request came from this very gateway: its upstream address leads back to it.")
         incoming = Incoming({}, argument, owner, self._anthropic_key(head), head.headers.get(HOP_HEADER, ""),
                             head.headers.get("x-stainless-retry-count", "0") == "0", Watch(self.connection),
-                            self._record)
+                            self._record, headers=head.headers, query=urllib.parse.urlsplit(head.target).query)
         body = self._read_body() if self._body_unread else b""
         if head.method == "POST":
             incoming.body, incoming.surrogates_replaced = json_from_body(body)
             LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
         del body                                    # a large one need not wait for Claude's answer
         reply = endpoint(self.gateway, incoming)
-        if reply.batches is not None:
+        if reply.batches is not None or reply.pieces is not None:
             self._send_stream(reply, incoming.watch)
         else:
             LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
@@ -5075,30 +5886,46 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return headers
 
     def _send_stream(self, reply: Reply, watch: Watch) -> None:
-        """Server-sent events, each batch in one write; a comment when nothing else goes out for a while."""
-        assert self.head and reply.batches is not None
+        """A body in pieces: each batch of events in one write, a comment when nothing goes out for a while."""
+        assert self.head
         self._chunked = self.head.version == "1.1"
         if not self._chunked:
             self.close_connection = True
-        headers = dict(reply.headers, **{"content-type": "text/event-stream; charset=utf-8",
-                                         "cache-control": "no-cache", "x-accel-buffering": "no"})
+        headers = dict({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
+                        "x-accel-buffering": "no"}, **reply.headers)
         if self._chunked:
             headers["transfer-encoding"] = "chunked"
-        batches = reply.batches
+        pieces = reply.pieces if reply.pieces is not None else self._framed(reply)
         try:
             self._write(self._head_bytes(200, headers))
+            self._event_stream = headers["content-type"].startswith("text/event-stream")
+            self._failed_events, self._named_events = reply.failure, reply.named_events
             self._in_stream = True
             watch.last_sent = time.monotonic()
-            watch.idle = lambda: self._write_piece(b": keep-alive\n\n")
-            for batch in batches:
-                if batch:
-                    self._write_piece(b"".join(b"data: " + client_json(event) + b"\n\n" for event in batch))
+            if reply.pieces is None:                # Claude's own bytes stay as they are
+                watch.idle = lambda: self._write_piece(b": keep-alive\n\n")
+            for piece in pieces:
+                if piece:
+                    self._write_piece(piece)
                     watch.last_sent = time.monotonic()
-            self._write_piece(reply.closing)
             self._end_stream()
         finally:
             watch.idle = None
-            batches.close()                         # type: ignore[attr-defined]
+            pieces.close()                          # type: ignore[attr-defined]
+
+    def _framed(self, reply: Reply) -> Iterator[bytes]:
+        """Server-sent events: what arrives together leaves together."""
+        assert reply.batches is not None
+        try:
+            for batch in reply.batches:
+                yield b"".join(map(self._frame, batch))
+            yield reply.closing
+        finally:
+            reply.batches.close()                   # type: ignore[attr-defined]
+
+    def _frame(self, event: dict) -> bytes:
+        name = b"event: " + event["type"].encode() + b"\n" if self._named_events else b""
+        return name + b"data: " + client_json(event) + b"\n\n"
 
     def _write_piece(self, data: bytes) -> None:
         self._write(b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data)
@@ -5118,10 +5945,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self._in_stream:
                 self.close_connection = True
                 self._record.status = failure.status
-                self._write_piece(b"data: " + client_json(failure.body()) + b"\n\n")
-                self._end_stream()
+                if self._event_stream:
+                    self._write_piece(b"".join(map(self._frame, self._failed_events(failure))))
+                    self._end_stream()              # any other body is cut, so that nobody takes it for whole
             else:
-                self._send(failure.status, client_json(failure.body()),
+                body = failure.anthropic_body() if self._native else failure.body()
+                self._send(failure.status, client_json(body),
                            dict(failure.headers, **{"content-type": "application/json"}))
         except OSError:
             self.close_connection = True
