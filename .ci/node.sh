@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# OpenAI's package for JavaScript, and the README's JavaScript example, against `start --demo`.
+# Tools from npm against the gateway: OpenAI's package, the README's JavaScript example and the AI SDK against
+# `start --demo`, Codex CLI against a scripted Claude.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
+python=${PYTHON:-python3}
 work=$(mktemp -d)
 gateway=
 finish() { [ -z "$gateway" ] || kill "$gateway" 2>/dev/null || true; rm -rf "$work"; }
 trap finish EXIT
 
-cp "$here/node_sdk.mjs" "$work/"
-(cd "$work" && echo '{"private": true}' > package.json && npm install --silent --no-fund --no-audit openai)
+cp "$here"/*.mjs "$work/"
+(cd "$work" && echo '{"private": true}' > package.json &&
+  npm install --silent --no-fund --no-audit openai ai @ai-sdk/openai zod @openai/codex)
 
-"${PYTHON:-python3}" "$here/../claude_gateway.py" start --demo --port 0 --quiet > "$work/address" 2> "$work/log" &
+"$python" "$here/../claude_gateway.py" start --demo --port 0 --quiet > "$work/address" 2> "$work/log" &
 gateway=$!
 for _ in $(seq 100); do
   [ -s "$work/address" ] && break
@@ -24,3 +27,5 @@ awk '/^```js$/ {inside = 1; next} /^```$/ {inside = 0} inside' "$here/../README.
   sed "s#http://localhost:45554/v1#$base#" > "$work/readme.mjs"
 node "$work/readme.mjs" | grep -q "simulated answer"
 echo "node: the README's example runs as printed"
+node "$work/ai_sdk.mjs" "$base"
+"$python" "$here/codex.py" "$work/node_modules/.bin/codex"

@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Codex CLI, driven against the gateway over a scripted Claude: it reads a file, edits it, runs a command, reports.
+
+    python3 .ci/codex.py CODEX      CODEX: the program of the npm package @openai/codex
+
+Once as a custom provider and once with Codex's built-in provider redirected, which tries a WebSocket first.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, ".."))
+
+from claude_gateway import Config, Gateway, Service
+from test_claude_gateway import FakeClaude, message, text, thinking, tool_use
+
+PATCH = """*** Begin Patch
+*** Update File: greeting.txt
+@@
+-hello
++hello, gateway
+*** End Patch"""
+
+
+def shell_call(number: int, command: str):
+    """A reply that calls Codex's own tool for commands, whatever it is called in this version."""
+    def reply(recorded):
+        names = [tool["name"] for tool in recorded.body["tools"]]
+        name = next(name for name in ("exec_command", "shell_command", "shell") if name in names)
+        schema = next(tool for tool in recorded.body["tools"] if tool["name"] == name)["input_schema"]["properties"]
+        argument = "cmd" if "cmd" in schema else "command"
+        value = ["bash", "-lc", command] if schema[argument].get("type") == "array" else command
+        return message(thinking("step %d" % number, "c2ln%d" % number), text("Step %d." % number),
+                       tool_use("toolu_%d" % number, name, {argument: value}), model=recorded.body["model"])
+    return reply
+
+
+def patch_call(number: int):
+    """A reply that edits the file: with the custom tool apply_patch where Codex offers it, else by a command."""
+    def reply(recorded):
+        if any(tool["name"] == "apply_patch" for tool in recorded.body["tools"]):
+            return message(thinking("edit", "c2lnZWRpdA"), tool_use("toolu_%d" % number, "apply_patch", {"input": PATCH}),
+                           model=recorded.body["model"])
+        return shell_call(number, "apply_patch <<'EOT'\n%s\nEOT" % PATCH)(recorded)
+    return reply
+
+
+def run(codex: str, title: str, configuration: str) -> None:
+    with FakeClaude() as claude, tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder:
+        service = Service(Gateway(Config(base_url=claude.url, anthropic_api_key="sk-ant-api03-x", host="127.0.0.1",
+                                         port=0, alias=(("gpt-5.5", "opus"),))))
+        service.start()
+        with open(os.path.join(home, "config.toml"), "w") as file:
+            file.write(configuration.replace("BASE_URL", service.url))
+        with open(os.path.join(folder, "greeting.txt"), "w") as file:
+            file.write("hello\n")
+        claude.play(shell_call(1, "cat greeting.txt"), patch_call(2), shell_call(3, "wc -c greeting.txt > size.txt"),
+                    message(text("All done."), model="claude-opus-5-5"))
+        environment = dict(os.environ, CODEX_HOME=home, HOME=home, OPENAI_API_KEY="none")
+        ended = subprocess.run(
+            [codex, "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox",
+             "Greet the gateway in greeting.txt."], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+        service.close(1)
+        said = ended.stdout.decode() + ended.stderr.decode()
+        with open(os.path.join(folder, "greeting.txt")) as file:
+            greeting = file.read()
+        assert ended.returncode == 0, said
+        assert "All done." in ended.stdout.decode(), said
+        assert greeting == "hello, gateway\n", (greeting, said)
+        assert os.path.exists(os.path.join(folder, "size.txt")), said
+        assert not claude.violations, claude.violations
+        last = claude.messages[-1].body["messages"]
+        signatures = [block.get("signature") for turn in last for block in turn["content"] if block["type"] == "thinking"]
+        assert len(signatures) == 3, "the signed thinking comes back in every turn: %s" % json.dumps(last)[:2000]
+        print("codex, %s: four turns, a command, an edit, a report; thinking came back %d times" %
+              (title, len(signatures)))
+
+
+def main() -> None:
+    codex = sys.argv[1]
+    with open(os.path.join(HERE, "..", "README.md"), encoding="utf-8") as file:
+        recipe = re.search(r"^```toml\n(.*?)^```$", file.read(), re.M | re.S).group(1)
+    recipe = recipe.replace("http://localhost:45554/v1", "BASE_URL")
+    run(codex, "the README's recipe", recipe)
+    run(codex, "a model name with custom tools", recipe.replace("claude-opus-5-5", "gpt-5.5"))
+    run(codex, "built-in provider redirected", 'model = "gpt-5.5"\nopenai_base_url = "BASE_URL"\n')
+
+
+if __name__ == "__main__":
+    main()
