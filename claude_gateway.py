@@ -19,8 +19,8 @@ One request on its way:
     Handler._send_failure                  any error, in OpenAI's shape
 
 Rooms, in order, each using only those above it: Configuration, Errors, Models, Requests, Replies,
-Streams, Responses API, Memory, Credentials, Upstream, Image fetching, Endpoints, HTTP server,
-Simulated upstream, Command line.
+Streams, Responses API, Memory, Credentials, Upstream, Image fetching, Endpoints, Status page,
+HTTP server, Simulated upstream, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
 
@@ -59,6 +59,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
+from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 # ---- Configuration -----------------------------------------------------------------------------------
@@ -419,7 +420,7 @@ class Model:
     efforts: Tuple[str, ...] = EFFORTS          # () = no effort parameter
     structured_outputs: bool = True
     web_search: bool = True
-    min_cache_tokens: int = 512                 # a shorter prefix is not cached
+    price: Optional[Tuple[float, float]] = None # US dollars per million input tokens: fresh, read from the cache
     fast: bool = True                           # whether `speed` may be "fast"; no source says, so a refusal tells
     display_name: str = ""
 
@@ -437,34 +438,34 @@ class Model:
 def _models() -> Iterator[Model]:
     """The built-in table, newest first (facts of November 2026)."""
     can_disable = ("adaptive", "disabled")
-    yield Model("claude-fable-5-2", "2026-11-09")
+    yield Model("claude-fable-5-2", "2026-11-09", price=(8, 0.2))
     yield Model("claude-mythos-5-2")
-    yield Model("claude-haiku-5-5", "2026-10-07", forced_tools=True, thinking=can_disable)
-    yield Model("claude-sonnet-5-5", "2026-09-28", thinking=("adaptive", "between_tools"))
-    yield Model("claude-opus-5-5", "2026-09-22")
-    yield Model("claude-fable-5-1", "2026-08-28")
-    yield Model("claude-mythos-5-1")
-    yield Model("claude-opus-5", "2026-07-24", forced_tools=True, thinking=can_disable)
-    yield Model("claude-sonnet-5", "2026-06-30", forced_tools=True, thinking=can_disable, late_system=False,
-                min_cache_tokens=1024)
-    yield Model("claude-fable-5", "2026-06-09", forced_tools=True)
-    yield Model("claude-mythos-5", "2026-06-09", forced_tools=True)
-    yield Model("claude-opus-4-8", "2026-05-28", forced_tools=True, thinking=can_disable, thinks_by_default=False,
-                min_cache_tokens=1024)
-    yield Model("claude-opus-4-7", "2026-04-16", forced_tools=True, thinking=can_disable, thinks_by_default=False,
-                late_system=False, min_cache_tokens=2048)
-    generation_4_6 = Model("", sampling=True, forced_tools=True, late_system=False, thinks_by_default=False,
-                           thinking=("adaptive", "enabled", "disabled"), efforts=("low", "medium", "high", "max"))
-    yield dataclasses.replace(generation_4_6, id="claude-sonnet-4-6", released="2026-02-17", min_cache_tokens=1024)
-    yield dataclasses.replace(generation_4_6, id="claude-opus-4-6", released="2026-02-05", min_cache_tokens=4096)
-    generation_4_5 = Model("", context=200_000, max_output=64_000, sampling=True, forced_tools=True, prefill=True,
-                           late_system=False, thinks_by_default=False, thinking=("enabled", "disabled"),
-                           efforts=(), min_cache_tokens=4096)
-    yield dataclasses.replace(generation_4_5, id="claude-opus-4-5-20251101", released="2025-11-24",
-                              efforts=("low", "medium", "high"))
-    yield dataclasses.replace(generation_4_5, id="claude-haiku-4-5-20251001", released="2025-10-15")
-    yield dataclasses.replace(generation_4_5, id="claude-sonnet-4-5-20250929", released="2025-09-29",
-                              lifecycle="deprecated", retires="2026-11-30", min_cache_tokens=1024)
+    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01), forced_tools=True, thinking=can_disable)
+    yield Model("claude-sonnet-5-5", "2026-09-28", price=(2, 0.1), thinking=("adaptive", "between_tools"))
+    yield Model("claude-opus-5-5", "2026-09-22", price=(4, 0.2))
+    yield Model("claude-fable-5-1", "2026-08-28", price=(10, 0.25))
+    yield Model("claude-mythos-5-1", price=(10, 0.25))
+    yield Model("claude-opus-5", "2026-07-24", price=(5, 0.5), forced_tools=True, thinking=can_disable)
+    yield Model("claude-sonnet-5", "2026-06-30", price=(2, 0.2), forced_tools=True, thinking=can_disable,
+                late_system=False)
+    yield Model("claude-fable-5", "2026-06-09", price=(10, 1), forced_tools=True)
+    yield Model("claude-mythos-5", "2026-06-09", price=(10, 1), forced_tools=True)
+
+    quiet = Model("", price=(5, 0.5), forced_tools=True, thinks_by_default=False, thinking=can_disable)
+    yield replace(quiet, id="claude-opus-4-8", released="2026-05-28")
+    yield replace(quiet, id="claude-opus-4-7", released="2026-04-16", late_system=False)
+
+    both = replace(quiet, sampling=True, late_system=False, thinking=("adaptive", "enabled", "disabled"),
+                   efforts=("low", "medium", "high", "max"))
+    yield replace(both, id="claude-sonnet-4-6", released="2026-02-17", price=(3, 0.3))
+    yield replace(both, id="claude-opus-4-6", released="2026-02-05")
+
+    budgets = replace(both, context=200_000, max_output=64_000, prefill=True, thinking=("enabled", "disabled"),
+                      efforts=())
+    yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"))
+    yield replace(budgets, id="claude-haiku-4-5-20251001", released="2025-10-15", price=(1, 0.1))
+    yield replace(budgets, id="claude-sonnet-4-5-20250929", released="2025-09-29", price=(3, 0.3),
+                  lifecycle="deprecated", retires="2026-11-30")
 
 
 BUILT_IN_MODELS = {model.id: model for model in _models()}
@@ -503,7 +504,7 @@ def model_from_info(info: dict) -> Model | None:
         "thinking": names(("thinking", "types"), known.thinking, ("adaptive", "enabled", "disabled", "between_tools")),
         "efforts": names(("effort",), known.efforts, EFFORTS) if supported("effort") is not False else (),
     }
-    return dataclasses.replace(known, **{name: value for name, value in says.items() if value is not None})
+    return replace(known, **{name: value for name, value in says.items() if value is not None})
 
 
 class Catalog:
@@ -3506,7 +3507,7 @@ class Lessons:
     def apply(self, model: Model, more: dict | None = None) -> Model:
         with self._lock:
             learnt = dict(self._lessons.get(model.id, {}), **(more or {}))
-        return dataclasses.replace(model, **learnt) if learnt else model
+        return replace(model, **learnt) if learnt else model
 
     def learn(self, model: Model, lesson: dict) -> None:
         with self._lock:
@@ -3598,19 +3599,66 @@ class Budget:
             self._left += amount
 
 
-class CacheShare:
-    """How much of all input tokens came from Claude's cache."""
+TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
+
+
+class Counters:
+    """What has happened since the start, for the log, the status page and Prometheus."""
 
     def __init__(self) -> None:
+        self.started = time.time()
+        self.limit_headers: Dict[str, str] = {}     # what Claude's latest answer told of limits
         self._lock = threading.Lock()
-        self._read = self._all = 0
+        self._requests: collections.Counter = collections.Counter()
+        self._errors: collections.Counter = collections.Counter()
+        self._tokens: Dict[str, collections.Counter] = {}
+        self._seconds = 0.0
 
-    def add(self, read: int, prompt: int) -> int:
-        """Counts one request; the share of all so far, in percent."""
+    def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
         with self._lock:
-            self._read += read
-            self._all += prompt
-            return percent(self._read, self._all)
+            self._requests[route, status] += 1
+            self._seconds += seconds
+            if error_code:
+                self._errors[error_code] += 1
+
+    def add_tokens(self, model_id: str, usage: dict) -> int:
+        """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
+        counts = {"input": usage.get("input_tokens"), "cache_read": usage.get("cache_read_input_tokens"),
+                  "cache_write": usage.get("cache_creation_input_tokens"), "output": usage.get("output_tokens")}
+        with self._lock:
+            tokens = self._tokens.setdefault(model_id if len(self._tokens) < 200 else "other", collections.Counter())
+            tokens.update({kind: count or 0 for kind, count in counts.items()})
+            read = sum(tokens["cache_read"] for tokens in self._tokens.values())
+            prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
+                          for tokens in self._tokens.values())
+            return percent(read, prompts)
+
+    def take_limits(self, headers: dict[str, str]) -> None:
+        """Keeps what an answer tells of plan windows and rate limits."""
+        told = {name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")}
+        if told:
+            with self._lock:
+                self.limit_headers = dict(self.limit_headers, **told)
+
+    def requests(self) -> list[tuple[tuple[str, int], int]]:
+        with self._lock:
+            return sorted(self._requests.items())
+
+    def errors(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._errors.most_common())
+
+    def seconds(self) -> float:
+        return round(self._seconds, 3)
+
+    def tokens_by_model(self) -> dict[str, dict[str, int]]:
+        with self._lock:
+            return {model: {kind: tokens[kind] for kind in TOKEN_KINDS} for model, tokens in self._tokens.items()}
+
+    def totals(self) -> dict:
+        tokens = self.tokens_by_model().values()
+        return {"requests": sum(count for _, count in self.requests()),
+                "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
 
 
 def percent(part: int, whole: int) -> int:
@@ -4324,6 +4372,7 @@ class Upstream:
         for opener in (self._direct, self._proxied):
             opener.add_handler(self._handler)
         self.credential: Optional[Credential] = None
+        self.on_headers: Callable[[Dict[str, str]], None] = lambda headers: None
 
     def messages(self, body: bytes, watch: Watch, hops: str = "", may_retry: bool = True, beta: Sequence[str] = (),
                  path: str = "/v1/messages", version: str = ANTHROPIC_VERSION) -> UpstreamReply:
@@ -4342,6 +4391,7 @@ class Upstream:
                 headers["anthropic-beta"] = ",".join(betas)
             try:
                 reply = self._call("POST", path, body, headers, watch, hops)
+                self.on_headers(reply.headers)
                 if reply.status == 200:
                     return reply
                 raise error_from_reply(reply)
@@ -4674,6 +4724,8 @@ class Record:
     request_id: str = ""
     changes: str = ""
     error: str = ""
+    error_code: str = ""
+    route: str = "other"
 
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
@@ -4710,6 +4762,7 @@ class Reply:
     closing: bytes = b""                            # ends a stream that did not fail
     failure: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
     pieces: Optional[Iterator[bytes]] = None
+    raw: Optional[bytes] = None                     # a body that is not JSON
 
 
 class Gateway:
@@ -4729,7 +4782,8 @@ class Gateway:
         self.answers = Answers()
         self.responses = StoredResponses()
         self.prefixes = Prefixes()
-        self.cache_share = CacheShare()
+        self.counters = Counters()
+        self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(MAX_BODIES)
         self.running = Running(MAX_REQUESTS)
@@ -4823,7 +4877,7 @@ class Exchange:
         message = self.assembler.whole()
         record = self._incoming.record
         record.take_usage(message["usage"])
-        record.cached_percent_of_all = self._gateway.cache_share.add(record.cached_tokens, record.input_tokens or 0)
+        record.cached_percent_of_all = self._gateway.counters.add_tokens(self._known.id, message["usage"])
         self._gateway.answers.remember(self._incoming.owner, self._known.id, message)
 
     def close(self) -> None:
@@ -4834,7 +4888,7 @@ class Exchange:
 
     def translate(self) -> Translation:
         """The request as it would be sent now."""
-        model = dataclasses.replace(self._known, **self._lesson) if self._lesson else self._known
+        model = replace(self._known, **self._lesson) if self._lesson else self._known
         credential = self._gateway.upstream.credential
         recall = self._gateway.answers.recall(self._incoming.owner, model.id) if self._replay else None
         translation = self._translate_body(model, credential.preamble if credential else (),
@@ -5180,7 +5234,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     body = incoming.body
     prompts = prompts_of(body)
     envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time())}
-    exchanges = [exchange_for(gateway, dataclasses.replace(incoming, body=chat_from_completion(body, prompt)))
+    exchanges = [exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
                  for prompt in prompts]
     exchanges[0].open_or_close()
     text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
@@ -5351,8 +5405,268 @@ def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
 
 
 def health(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /health, and `/` for whoever probes: no secrets, no key needed."""
+    """GET /health: no secrets, no key needed."""
     return Reply({"status": "ok", "version": VERSION})
+
+
+# ---- Status page -------------------------------------------------------------------------------------
+# What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
+
+WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
+           "input-tokens": "input tokens a minute", "output-tokens": "output tokens a minute",
+           "tokens": "tokens a minute"}
+
+
+def status_data(gateway: Gateway) -> dict:
+    """Everything that the page shows; nothing in it is secret."""
+    counters, credential = gateway.counters, gateway.upstream.credential
+    totals = counters.totals()
+    return {
+        "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
+        "upstream": "simulated" if gateway.config.demo else gateway.config.base_url,
+        "credential": credential.facts() if credential else None,
+        "models": {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS},
+        "requests": {"total": totals["requests"], "running": gateway.running.count},
+        "errors": counters.errors(), "tokens": totals["tokens"],
+        "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
+                  "saved_usd": round(saved_by_cache(counters.tokens_by_model()), 4)},
+        "limits": limits_from_headers(counters.limit_headers, time.time()),
+    }
+
+
+def prompt_tokens(tokens: dict) -> int:
+    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
+
+
+def saved_by_cache(tokens_by_model: dict[str, dict[str, int]]) -> float:
+    """US dollars that caching saved, by list prices: reads cost less than input, writes a quarter more."""
+    saved = 0.0
+    for model_id, tokens in tokens_by_model.items():
+        model = BUILT_IN_MODELS.get(model_id)
+        if model and model.price:
+            full, read = model.price
+            saved += (tokens["cache_read"] * (full - read) - tokens["cache_write"] * 0.25 * full) / 1e6
+    return saved
+
+
+def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
+    """Plan windows and rate limits, as the latest answer of Claude told them: used share and time of reset."""
+    limits = []
+    for window, title in WINDOWS.items():
+        unified = "anthropic-ratelimit-unified-%s-" % window
+        plain = "anthropic-ratelimit-%s-" % window
+        used = number_or_none(headers.get(unified + "utilization"))
+        resets_at = moment_of(headers.get(unified + "reset") or headers.get(plain + "reset") or "")
+        limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
+        if used is None and limit and left is not None:
+            used = 1 - left / limit
+        if used is not None:
+            limits.append({"window": window, "title": title, "used": round(max(0.0, used), 4), "resets_at": resets_at,
+                           "over": resets_at is not None and resets_at < now,
+                           "status": headers.get(unified + "status")})
+    return limits
+
+
+def number_or_none(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if number - number == 0 else None
+
+
+def moment_of(text: str) -> int | None:
+    """Unix seconds of a reset, given so or as an RFC 3339 time."""
+    number = number_or_none(text)
+    if number is not None:
+        return int(number)
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", text)
+    return calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S")) if match else None
+
+
+def status(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /: a page for browsers, JSON for anything else.  The data needs the client key where there is one."""
+    if "text/html" in incoming.headers.get("accept", ""):
+        nonce = secrets.token_urlsafe(12)
+        policy = ("default-src 'none'; connect-src 'self'; style-src 'nonce-%s'; script-src 'nonce-%s'; "
+                  "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
+        return Reply(raw=PAGE.replace("NONCE", nonce).encode("utf-8"), headers={
+            "content-type": "text/html; charset=utf-8", "content-security-policy": policy, "cache-control": "no-store",
+            "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
+    if gateway.config.api_key and not incoming.owner:
+        return Reply({"status": "ok", "version": VERSION, "key_needed": True})
+    return Reply(status_data(gateway))
+
+
+def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /metrics, in Prometheus' text format 0.0.4."""
+    return Reply(raw=metrics_text(gateway).encode("utf-8"), headers={
+        "content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def metrics_text(gateway: Gateway) -> str:
+    counters = gateway.counters
+    lines: list[str] = []
+
+    def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+        lines.append("# HELP claude_gateway_%s %s\n# TYPE claude_gateway_%s %s" % (name, help_text, name, kind))
+        for labels, value in samples:
+            told = ",".join('%s="%s"' % (label, re.sub(r'(["\\])', r"\\\1", str(text)))
+                            for label, text in labels.items())
+            lines.append("claude_gateway_%s%s %s" % (name, "{%s}" % told if told else "", value))
+
+    family("info", "gauge", "The running version.", [({"version": VERSION}, 1)])
+    family("start_time_seconds", "gauge", "Unix time of the start.", [({}, round(counters.started, 3))])
+    family("requests_total", "counter", "Requests answered, by route and status.",
+           [({"route": route, "status": code}, count) for (route, code), count in counters.requests()])
+    family("requests_running", "gauge", "Requests that run now.", [({}, gateway.running.count)])
+    family("request_duration_seconds_total", "counter", "Time spent on all requests.", [({}, counters.seconds())])
+    family("errors_total", "counter", "Requests that failed, by code.",
+           [({"code": code}, count) for code, count in counters.errors().items()])
+    family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
+           [({"model": model, "kind": kind}, count) for model, tokens in counters.tokens_by_model().items()
+            for kind, count in tokens.items()])
+    limits = limits_from_headers(counters.limit_headers, time.time())
+    family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last told.",
+           [({"window": limit["window"]}, limit["used"]) for limit in limits])
+    family("limit_reset_timestamp_seconds", "gauge", "When they are reset, in Unix time.",
+           [({"window": limit["window"]}, limit["resets_at"]) for limit in limits if limit["resets_at"] is not None])
+    return "\n".join(lines) + "\n"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Claude Gateway</title>
+<style nonce="NONCE">
+  :root { color-scheme: light dark; --back: #faf9f6; --card: #fff; --ink: #22201c; --soft: #6b665c; --line: #e4e0d6;
+          --accent: #b5532d; --good: #2f7d4f; --bad: #b3261e; }
+  @media (prefers-color-scheme: dark) {
+    :root { --back: #1b1a18; --card: #262421; --ink: #eeebe4; --soft: #a39d91; --line: #3a3732; --accent: #e08a63;
+            --good: #6cc090; --bad: #f2857c; } }
+  * { box-sizing: border-box; }
+  body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+  main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+  h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase;
+       color: var(--soft); margin: 0 0 .6rem; font-weight: 600; }
+  header { display: flex; gap: .75rem; align-items: baseline; flex-wrap: wrap; margin-bottom: 1.2rem; }
+  header span { color: var(--soft); }
+  #state::before { content: "\\25cf"; margin-right: .35em; } .up { color: var(--good) !important; }
+  .down { color: var(--bad) !important; }
+  .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
+  section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
+            min-width: 0; }
+  .wide { grid-column: 1 / -1; }
+  dl { display: grid; grid-template-columns: auto 1fr; gap: .25rem 1rem; margin: 0; }
+  dt { color: var(--soft); }
+  dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+  code { font: 13px/1.5 ui-monospace, monospace; }
+  .big { font-size: 2rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
+  .note { color: var(--soft); font-size: .9rem; }
+  .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin: .2rem 0 .7rem; }
+  .bar i { display: block; height: 100%; background: var(--accent); border-radius: 4px; }
+  .row { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
+  form { display: flex; gap: .5rem; flex-wrap: wrap; }
+  input, button { font: inherit; padding: .4rem .7rem; border-radius: 6px; border: 1px solid var(--line);
+                  background: var(--back); color: var(--ink); }
+  [hidden] { display: none !important; }
+</style>
+</head>
+<body>
+<main>
+  <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
+  <section id="ask" hidden><h2>Key needed</h2>
+    <form id="key"><input type="password" id="secret" aria-label="A key of this gateway" autocomplete="off"
+      placeholder="A key of this gateway"><button>Show the numbers</button></form></section>
+  <div class="grid" id="data" hidden>
+    <section class="wide"><h2>Paste into your tool</h2>
+      <dl><dt>Base URL</dt><dd><code id="base"></code></dd><dt>API key</dt><dd><code id="keyhint"></code></dd>
+          <dt>Model</dt><dd><code id="names"></code></dd></dl></section>
+    <section><h2>Requests</h2><div class="big" id="requests"></div><div class="note" id="running"></div>
+      <dl id="errors"></dl></section>
+    <section><h2>Cache</h2><div class="big" id="share"></div><div class="note" id="saved"></div></section>
+    <section><h2>Tokens</h2><dl id="tokens"></dl></section>
+    <section><h2>Limits</h2><div id="limits"></div></section>
+    <section><h2>Credential</h2><dl id="credential"></dl></section>
+    <section><h2>Models</h2><dl id="models"></dl></section>
+  </div>
+</main>
+<script nonce="NONCE">
+  "use strict";
+  const at = (id) => document.getElementById(id);
+  const number = (value) => value.toLocaleString("en");
+  let key = "";
+
+  function pairs(id, entries) {
+    at(id).replaceChildren(...entries.flatMap(([name, value]) => {
+      const term = document.createElement("dt"), detail = document.createElement("dd");
+      term.textContent = name; detail.textContent = value;
+      return [term, detail];
+    }));
+  }
+
+  function ago(seconds) {
+    const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+    const [size, name] = units.find(([size]) => seconds >= size) ?? [1, "s"];
+    return Math.floor(seconds / size) + " " + name;
+  }
+
+  function limitBars(limits) {
+    if (!limits.length) { at("limits").textContent = "Claude has not told any yet."; return; }
+    at("limits").replaceChildren(...limits.flatMap((limit) => {
+      const [row, bar, fill, title, rest] = ["div", "div", "i", "span", "span"].map((n) => document.createElement(n));
+      const left = limit.resets_at ? limit.resets_at - Date.now() / 1000 : 0;
+      row.className = "row"; rest.className = "note"; bar.className = "bar";
+      title.textContent = limit.title;
+      rest.textContent = Math.round(limit.used * 100) + " %" + (left > 0 ? ", reset in " + ago(left) : "");
+      fill.style.width = Math.min(100, limit.used * 100) + "%";
+      row.append(title, rest); bar.append(fill);
+      return [row, bar];
+    }));
+  }
+
+  function show(data) {
+    at("version").textContent = data.version;
+    at("ask").hidden = !data.key_needed; at("data").hidden = !!data.key_needed;
+    if (data.key_needed) return;
+    const tokens = data.tokens, facts = data.credential ?? {};
+    at("base").textContent = location.origin + "/v1";
+    at("keyhint").textContent = key ? "your key" : "anything";
+    at("names").textContent = Object.keys(data.models).join(", ");
+    at("requests").textContent = number(data.requests.total);
+    at("running").textContent = data.requests.running - 1 + " running, up for " + ago(data.uptime_seconds);
+    pairs("errors", Object.entries(data.errors).map(([code, count]) => [code, number(count)]));
+    at("share").textContent = data.cache.share_percent + " %";
+    at("saved").textContent = "of all prompt tokens came from Claude's cache, which saved $" +
+      data.cache.saved_usd.toFixed(2) + " by list prices";
+    pairs("tokens", [["In, not cached", number(tokens.input)], ["In, read from cache", number(tokens.cache_read)],
+      ["In, written to cache", number(tokens.cache_write)], ["Out", number(tokens.output)]]);
+    limitBars(data.limits);
+    pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
+      ["Token renews", facts.expires_at ? new Date(facts.expires_at * 1000).toLocaleTimeString() : ""]]
+      .filter(([, value]) => value));
+    pairs("models", Object.entries(data.models));
+  }
+
+  async function update() {
+    try {
+      const headers = { accept: "application/json", ...(key && { authorization: "Bearer " + key }) };
+      show(await (await fetch("/", { headers })).json());
+      at("state").textContent = "running"; at("state").className = "up";
+    } catch (problem) {
+      at("state").textContent = "not reachable"; at("state").className = "down";
+    }
+  }
+
+  at("key").addEventListener("submit", (event) => { event.preventDefault(); key = at("secret").value; update(); });
+  update();
+  setInterval(update, 2000);
+</script>
+</body>
+</html>
+"""
 
 
 # ---- HTTP server -------------------------------------------------------------------------------------
@@ -5374,7 +5688,8 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/models": {"GET": list_models},
     "/models/{id}": {"GET": one_model},
     "/health": {"GET": health},
-    "/": {"GET": health},
+    "/metrics": {"GET": metrics},
+    "/": {"GET": status},
 }
 ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
              (re.compile(r"/responses/(?!input_tokens$)([^/]+)"), "/responses/{id}"),
@@ -5623,6 +5938,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (ConnectionError, ClientGone, socket.timeout):
             self.close_connection = True            # nobody left to tell
             self._record.error = self._record.error or "client gone"
+            self._record.error_code = self._record.error_code or "client_gone"
             self._record.status = self._record.status or 499
         except Exception as failure:
             self._send_failure(failure if isinstance(failure, GatewayError) else unexpected(failure))
@@ -5742,6 +6058,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._check_origin(head)
         path, argument = route_of(head.target)
         self._native = path in NATIVE
+        self._record.route = path if path in ROUTES else "other"
         if head.method == "OPTIONS":
             self._send(204, b"", self._preflight_headers(head))
             return
@@ -5765,7 +6082,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send_stream(reply, incoming.watch)
         else:
             LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
-            self._send(200, client_json(reply.body), dict(reply.headers, **{"content-type": "application/json"}))
+            body = client_json(reply.body) if reply.raw is None else reply.raw
+            self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
 
     def _check_host(self, head: Head) -> None:
         """Against DNS rebinding: a web page's own name never reaches this server."""
@@ -5940,7 +6258,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send_failure(self, failure: GatewayError) -> None:
         """An error as a status and body or, once a stream has begun, as an event that SDKs raise."""
-        self._record.error = str(failure)
+        self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
         try:
             if self._in_stream:
                 self.close_connection = True
@@ -5980,6 +6298,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _log(self) -> None:
         self._record.total_ms = self._record.elapsed_ms()
         if self._record.method:
+            self.gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
+                                              self._record.error_code)
             log_request_record(self._record, self.gateway.config.minimal)
 
 
@@ -6247,7 +6567,7 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
 
 def demo_config(config: Config, url: str) -> Config:
     """The same gateway in front of the simulated upstream, without any real credential or address."""
-    return dataclasses.replace(config, base_url=url, anthropic_api_key="no-key-needed", anthropic_auth_token="",
+    return replace(config, base_url=url, anthropic_api_key="no-key-needed", anthropic_auth_token="",
                                claude_code_oauth_token="", token_file="", auth="auto", https_proxy="")
 
 
@@ -6371,10 +6691,12 @@ def argument_parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     login.add_argument("--no-browser", action="store_true", help="only print the address to visit")
     logout = commands.add_parser("logout", help="forget the stored login")
-    status = commands.add_parser("status", help="which credential would be used, whose it is, when it expires")
+    status = commands.add_parser("status", help="what the running gateway does, which credential is used")
     models = commands.add_parser("models", help="the models and aliases on offer")
     for command in (login, logout, status, models):
         add_option(command, by_name["token-file"])
+    for name in ("port", "api-key"):
+        add_option(status, by_name[name])
     for command in (status, models):
         add_option(command, by_name["auth"])
         command.add_argument("--json", action="store_true", help="as JSON")
@@ -6651,9 +6973,13 @@ def logout_command(parsed: argparse.Namespace) -> int:
 
 
 def status_command(parsed: argparse.Namespace) -> int:
-    """The credential that `start` would use; exit code 3 without one."""
+    """What the running gateway says of itself, or else the credential that `start` would use."""
     config = config_from(parsed, dict(os.environ))
     set_up_log(config)
+    running = running_status(config)
+    if running:
+        print(json.dumps(running, indent=1) if parsed.json else status_words(running))
+        return OK
     credential = credential_from_config(config, Upstream(config, "").post_json)
     facts: dict[str, Any] = credential.facts() if credential else {"kind": None}
     if parsed.json:
@@ -6670,6 +6996,49 @@ def status_command(parsed: argparse.Namespace) -> int:
     else:
         print("No credential: set ANTHROPIC_API_KEY, or run `claude-gateway login`.")
     return OK if credential else NO_CREDENTIAL
+
+
+def running_status(config: Config) -> dict | None:
+    """The status of the gateway on this machine's port; None where none answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=3)
+    headers = {"accept": "application/json"}
+    if config.api_key:
+        headers["authorization"] = "Bearer " + config.api_key[0]
+    try:
+        connection.request("GET", "/", headers=headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read(1_000_000).decode("utf-8"))
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    return answer if isinstance(answer, dict) and answer.get("status") == "ok" and "version" in answer else None
+
+
+def status_words(running: dict) -> str:
+    """A running gateway's status for a person at a terminal."""
+    lines = ["claude-gateway %s is running." % running["version"]]
+    if running.get("key_needed"):
+        return lines[0] + " Its numbers need a client key: set CLAUDE_GATEWAY_API_KEY."
+    facts, tokens = running["credential"] or {}, running["tokens"]
+    lines.append("Upstream:    %s with %s" % (running["upstream"], facts.get("description") or "no credential"))
+    if facts.get("account"):
+        lines.append("Account:     %s" % facts["account"])
+    if facts.get("expires_at"):
+        lines.append("Token:       %s" % expiry_words(facts["expires_at"], bool(facts.get("refreshable"))))
+    lines.append("Requests:    %d, %d running" % (running["requests"]["total"], running["requests"]["running"] - 1))
+    lines.append("Tokens:      %d in, %d from the cache, %d out" % (prompt_tokens(tokens), tokens["cache_read"],
+                                                                    tokens["output"]))
+    lines.append("Cache:       %d %% of all input, which saved $%.2f by list prices" % (
+        running["cache"]["share_percent"], running["cache"]["saved_usd"]))
+    for code, count in running["errors"].items():
+        lines.append("Errors:      %d of %s" % (count, code))
+    for limit in running["limits"]:
+        filled = round(20 * min(1.0, limit["used"]))
+        resets = limit["resets_at"] and " reset %s" % time.strftime("%a %H:%M", time.localtime(limit["resets_at"]))
+        lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
+                                                round(100 * limit["used"]), resets or ""))
+    return "\n".join(lines)
 
 
 def expiry_words(expires_at: float, refreshable: bool) -> str:
