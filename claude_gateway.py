@@ -20,7 +20,7 @@ One request on its way:
 
 Rooms, in order, each using only those above it: Configuration, Errors, Models, Requests, Replies,
 Streams, Responses API, Memory, Credentials, Upstream, Image fetching, Endpoints, Status page,
-HTTP server, Simulated upstream, Command line.
+HTTP server, Simulated upstream, Diagnosis, Tool settings, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
 
@@ -60,7 +60,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from dataclasses import replace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 # ---- Configuration -----------------------------------------------------------------------------------
 # Fixed addresses, versions and limits.  A number stands here with the reason for it, or not at all.
@@ -4435,6 +4435,12 @@ class Upstream:
             after = "&after_id=" + urllib.parse.quote(str(page["last_id"]))
         return entries
 
+    def probe(self) -> str:
+        """Asks the upstream for anything at all, without a credential; the Date header of what it answers."""
+        reply = self._open("GET", self._base_url + "/", None, {}, HastyWatch(MODELS_TIMEOUT))
+        reply.close()
+        return reply.headers.get("date", "")
+
     def post_json(self, url: str, body: dict, headers: dict[str, str]) -> tuple[int, dict]:
         """POST to the sign-in endpoint: the status and the JSON object it answers with ({} if it is none)."""
         data = json.dumps(body).encode()
@@ -6522,8 +6528,12 @@ def simulated_events(message: dict) -> Iterator[dict]:
             yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": delta, name: piece}}
 
 
+HOLD = "(simulation: begin an answer and never end it)"
+
+
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
     """Answers every POST as /v1/messages."""
+    server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
 
@@ -6535,9 +6545,26 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["content-length"])).decode())
+        if request["messages"][-1]["content"][-1].get("text") == HOLD:
+            self._hold(request)
+            return
         events = simulated_events(simulated_message(request))
         body = b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event)) for event in events)
         self._send("text/event-stream", body)
+
+    def _hold(self, request: dict) -> None:
+        """An answer that only ends when the gateway hangs up, which is what `selftest` wants to see."""
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("connection", "close")
+        self.end_headers()
+        self.wfile.write(b"data: %s\n\n" % client_json(next(simulated_events(simulated_message(request)))))
+        self.wfile.flush()
+        self.connection.settimeout(30)
+        with contextlib.suppress(OSError):
+            if not self.connection.recv(1):
+                self.server.abandoned.set()
+        self.close_connection = True
 
     def _send(self, kind: str, body: bytes) -> None:
         self.send_response(200)
@@ -6557,6 +6584,7 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
     request_queue_size = BACKLOG
 
     def __init__(self) -> None:
+        self.abandoned = threading.Event()          # the gateway hung up on an answer
         super().__init__(("127.0.0.1", 0), SimulatedHandler)
         self.url = "http://127.0.0.1:%d" % self.server_address[1]
         threading.Thread(target=self.serve_forever, name="simulated upstream", daemon=True).start()
@@ -6569,6 +6597,471 @@ def demo_config(config: Config, url: str) -> Config:
     """The same gateway in front of the simulated upstream, without any real credential or address."""
     return replace(config, base_url=url, anthropic_api_key="no-key-needed", anthropic_auth_token="",
                                claude_code_oauth_token="", token_file="", auth="auto", https_proxy="")
+
+
+# ---- Diagnosis ---------------------------------------------------------------------------------------
+# `doctor` looks at the machine, the way to Claude and the credential; `selftest` at the gateway alone.  Together
+# they tell "the gateway is broken" from "the network is broken".
+
+
+class Finding(NamedTuple):
+    """One line of a check: level is ok, warning or failed; `step` is what to do next; `code` an exit code."""
+    name: str
+    level: str
+    detail: str
+    step: str = ""
+    code: int = 1
+
+
+def machine_findings(config: Config) -> Iterator[Finding]:
+    """Python, the file, the port, the token file: nothing of this needs the network."""
+    yield Finding("Python", "ok", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
+    with open(os.path.abspath(__file__), "rb") as file:
+        yield Finding("File", "ok", "claude-gateway %s, sha256 %s" % (VERSION, hashlib.sha256(file.read()).hexdigest()))
+    yield port_finding(config)
+    proxy = urllib.parse.urlsplit(config.https_proxy)
+    yield Finding("Proxy", "ok", "%s://%s%s" % (proxy.scheme or "http", "***@" if proxy.username else "",
+                                                re.sub(r".*@", "", proxy.netloc or proxy.path))
+                  if config.https_proxy else "none")
+    yield authorities_finding(config)
+
+
+def port_finding(config: Config) -> Finding:
+    """Whether the port can be had; a gateway that runs there already is fine too."""
+    if running_status(config):
+        return Finding("Port", "ok", "%d: a gateway is running there" % config.port)
+    host = "127.0.0.1" if config.host == "localhost" else config.host
+    try:
+        family = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0][0]
+        with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, config.port))
+    except OSError as fault:
+        return Finding("Port", "failed", "%d: %s" % (config.port, fault.strerror or fault),
+                       "claude-gateway start --port %d" % (config.port % 65_535 + 1), 4)
+    return Finding("Port", "ok", "%d is free" % config.port)
+
+
+def authorities_finding(config: Config) -> Finding:
+    try:
+        context = tls_context(config.ca_file, config.relax_x509)
+    except UpstreamFault as fault:
+        return Finding("Certificates", "failed", str(fault), "Correct the path in SSL_CERT_FILE.")
+    strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
+    return Finding("Certificates", "ok", "%d authorities%s%s" % (
+        context.cert_store_stats()["x509_ca"], ", added from " + config.ca_file if config.ca_file else "",
+        ", strict X.509 rules" if strict else ""))
+
+
+def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
+    """The way to Claude: name, connection, certificate, clock, in this order; ends at the first that fails."""
+    parts = urllib.parse.urlsplit(config.base_url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    if not config.https_proxy:
+        try:
+            found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        except OSError as fault:
+            yield Finding("DNS", "failed", "%s: %s" % (host, fault.strerror or fault),
+                          "Check the network; where only a proxy leads out, set HTTPS_PROXY.", 5)
+            return
+        yield Finding("DNS", "ok", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
+    started = time.monotonic()
+    try:
+        date = upstream.probe()
+    except GatewayError as fault:
+        issuer = "" if config.https_proxy or parts.scheme != "https" else issuer_of(host, port)
+        yield Finding("Upstream", "failed", "%s%s" % (fault, " The certificate shown was issued by %s." % issuer
+                                                      if issuer else ""), step_for_fault(str(fault)), 5)
+        return
+    yield Finding("Upstream", "ok", "%s answers after %d ms" % (config.base_url, (time.monotonic() - started) * 1000))
+    yield clock_finding(date)
+
+
+def step_for_fault(words: str) -> str:
+    if "--relax-x509" in words:
+        return "claude-gateway start --relax-x509"
+    if "authority is unknown" in words:
+        return "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor"
+    return "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
+
+
+def issuer_of(host: str, port: int) -> str:
+    """Who issued the certificate that a host shows, read without trusting it: the organization in its issuer."""
+    with contextlib.suppress(OSError, ValueError):
+        certificate = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate((host, port)))
+        # the first organizationName (OID 2.5.4.10) of a certificate is its issuer's (RFC 5280, 4.1)
+        match = re.search(rb"\x06\x03\x55\x04\x0a[\x0c\x13\x16](.)", certificate, re.S)
+        if match:
+            return certificate[match.end():match.end() + match.group(1)[0]].decode("utf-8", "replace")
+    return ""
+
+
+def clock_finding(date: str) -> Finding:
+    """This machine's clock against the upstream's; tokens expire by it."""
+    try:
+        skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return Finding("Clock", "warning", "the upstream told no time")
+    if abs(skew) > 60:
+        return Finding("Clock", "warning", "%+d seconds against the upstream's" % skew, "Set the clock by NTP.")
+    return Finding("Clock", "ok", "within a minute of the upstream's")
+
+
+def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
+    """Whether there is a credential, and whether Claude takes it."""
+    try:
+        upstream.credential = credential_from_config(config, upstream.post_json)
+    except TokenFileDamaged as fault:
+        yield Finding("Credential", "failed", str(fault), "claude-gateway login", 3)
+        return
+    credential = upstream.credential
+    if credential is None:
+        yield Finding("Credential", "failed", "none", "Set ANTHROPIC_API_KEY, or: claude-gateway login", 3)
+        return
+    kind = {"api_key": "an API key", "bearer_token": "a bearer token", "oauth": "a stored login"}[
+        credential.facts()["kind"]]
+    try:
+        models = upstream.models() or []
+    except GatewayError as fault:
+        level = "failed" if fault.status in (401, 403) else "warning"
+        yield Finding("Credential", level, "%s: %s" % (kind, fault), "Renew it, or: claude-gateway login", 3)
+        return
+    yield Finding("Credential", "ok", "%s; Claude lists %d models for it%s" % (
+        kind, len(models), ", renewed by itself" if credential.refreshable else ""))
+    if credential.preamble:
+        yield Finding("Terms", "warning", "Anthropic's terms keep this kind of token for its own apps",
+                      "An API key is always fine.")
+
+
+def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
+    """One tiny answer, and one cache round trip: the second of two equal prompts must read what the first wrote."""
+    gateway = Gateway(config, credential)
+    filler = "This sentence stands here so that the prompt is long enough to be cached. " * 400
+    usages = []
+    for _ in range(2):
+        incoming = Incoming({"model": "haiku", "max_tokens": 16, "messages": [
+            {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]})
+        try:
+            completion = chat_completions(gateway, incoming).body
+        except GatewayError as fault:
+            yield Finding("Live call", "failed", str(fault), "See what Claude says of it.", 5)
+            return
+        usages.append(completion["usage"])
+        if len(usages) == 1:
+            yield Finding("Live call", "ok", "%s answered %s" % (
+                completion["model"], json.dumps((completion["choices"][0]["message"]["content"] or "")[:40])))
+    read = usages[1]["prompt_tokens_details"]["cached_tokens"]
+    yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usages[1]["prompt_tokens"]),
+                  "" if read else "Claude has not cached the prompt.")
+    gateway.close()
+
+
+def findings(config: Config, live: bool) -> Iterator[Finding]:
+    """All checks of `doctor`, in an order in which each builds on those before it."""
+    yield from machine_findings(config)
+    upstream = Upstream(config, "")
+    try:
+        reachable = True
+        for finding in network_findings(config, upstream):
+            reachable = reachable and finding.level != "failed"
+            yield finding
+        if reachable:
+            usable = True
+            for finding in credential_findings(config, upstream):
+                usable = usable and finding.level != "failed"
+                yield finding
+            if live and usable and upstream.credential:
+                yield from live_findings(config, upstream.credential)
+    finally:
+        upstream.close()
+
+
+# ---- the gateway against its own simulation
+
+def selftest_findings() -> Iterator[Finding]:
+    """Plain, streaming, tools, image, error, cancel: over real sockets on loopback, without network or credential."""
+    simulated = SimulatedUpstream()
+    service = Service(Gateway(demo_config(Config(host="127.0.0.1", port=0, quiet=True), simulated.url)))
+    service.start()
+    hello = {"model": "sonnet", "messages": [{"role": "user", "content": "Hello"}]}
+    tool = {"type": "function", "function": {"name": "look.up", "parameters": {
+        "type": "object", "properties": {"word": {"type": "string"}}}}}
+    picture = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
+               "AABJRU5ErkJggg==")
+    cases: Sequence[Tuple[str, dict, Callable[[int, str], bool]]] = (
+        ("plain", hello, lambda status, body: status == 200 and "simulated answer" in body),
+        ("streaming", dict(hello, stream=True), lambda status, body: body.endswith("data: [DONE]\n\n")
+            and '"finish_reason":"stop"' in body),
+        ("tools", dict(hello, tools=[tool]), lambda status, body: '"name":"look.up"' in body
+            and '"finish_reason":"tool_calls"' in body),
+        ("image", dict(hello, messages=[{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": picture}}]}]), lambda status, body: "image/png" in body),
+        ("error", dict(hello, model="no-such-model"), lambda status, body: status == 404
+            and "model_not_found" in body),
+    )
+    try:
+        for name, body, is_right in cases:
+            status, answer = post(service.port, body)
+            yield Finding(name, "ok", "") if is_right(status, answer) else Finding(
+                name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.")
+        hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
+        connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=5)
+        connection.request("POST", "/v1/chat/completions", json.dumps(hold))
+        connection.getresponse().read(1)
+        connection.close()
+        yield Finding("cancel", "ok", "") if simulated.abandoned.wait(5) else Finding(
+            "cancel", "failed", "a client left, and its call upstream went on", "Please report this.")
+    finally:
+        service.close(0)
+        simulated.shutdown()
+        simulated.server_close()
+
+
+def post(port: int, body: dict) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        response = connection.getresponse()
+        return response.status, response.read().decode("utf-8")
+    finally:
+        connection.close()
+
+
+def running_status(config: Config) -> dict | None:
+    """The status of the gateway on this machine's port; None where none answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=3)
+    headers = {"accept": "application/json"}
+    if config.api_key:
+        headers["authorization"] = "Bearer " + config.api_key[0]
+    try:
+        connection.request("GET", "/", headers=headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read(1_000_000).decode("utf-8"))
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    return answer if isinstance(answer, dict) and answer.get("status") == "ok" and "version" in answer else None
+
+
+# ---- Tool settings -----------------------------------------------------------------------------------
+# What to write into which tool, printed by `setup NAME` and never written by us.  The README's table is made
+# from the same entries.
+
+
+class ToolSettings(NamedTuple):
+    """`where`: one line for the table; `text`: the settings themselves, BASE, KEY and MODEL to be filled in."""
+    title: str
+    where: str
+    text: str
+
+
+TOOL_SETTINGS: Dict[str, ToolSettings] = {
+    "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
+export OPENAI_BASE_URL=BASE
+export OPENAI_API_KEY=KEY
+# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" })
+# model: MODEL"""),
+    "langchain": ToolSettings("LangChain", "ChatOpenAI(base_url=...)", """\
+from langchain_openai import ChatOpenAI
+model = ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY", stream_usage=True)"""),
+    "llamaindex": ToolSettings("LlamaIndex", "OpenAILike(api_base=..., is_chat_model=True)", """\
+from llama_index.llms.openai_like import OpenAILike
+model = OpenAILike(model="MODEL", api_base="BASE", api_key="KEY",
+                   is_chat_model=True, is_function_calling_model=True, context_window=1000000)"""),
+    "ai-sdk": ToolSettings("Vercel AI SDK", "createOpenAI({ baseURL })", """\
+import { createOpenAI } from "@ai-sdk/openai";
+const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
+// openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
+    "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
+aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL"""),
+    "cline": ToolSettings("Cline", "API provider: OpenAI Compatible", """\
+API Provider: OpenAI Compatible
+Base URL:     BASE
+API Key:      KEY
+Model ID:     MODEL
+(switch on "supports images" and set a context window of 1000000)"""),
+    "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible", """\
+API Provider: OpenAI Compatible
+Base URL:     BASE
+API Key:      KEY
+Model:        MODEL
+(switch on image support and prompt caching)"""),
+    "continue": ToolSettings("Continue", "~/.continue/config.yaml", """\
+models:
+  - name: Claude
+    provider: openai
+    model: MODEL
+    apiBase: BASE
+    apiKey: KEY
+    capabilities: [tool_use, image_input]"""),
+    "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
+model = "claude-opus-5-5"
+model_provider = "gateway"
+
+[model_providers.gateway]
+name = "gateway"
+base_url = "BASE"
+wire_api = "responses\""""),
+    "opencode": ToolSettings("opencode", "opencode.json", """\
+{ "provider": { "gateway": {
+    "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
+    "options": { "baseURL": "BASE", "apiKey": "KEY" },
+    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
+    "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
+export GOOSE_PROVIDER=openai
+export GOOSE_MODEL=MODEL
+export OPENAI_HOST=ORIGIN
+export OPENAI_BASE_PATH=v1/chat/completions
+export OPENAI_API_KEY=KEY"""),
+    "open-webui": ToolSettings("Open WebUI", "Settings, Connections, OpenAI API", """\
+Admin settings > Connections > OpenAI API > add a connection
+URL: BASE          (from a container: http://host.docker.internal:PORT/v1)
+Key: KEY
+Models are listed by themselves."""),
+    "librechat": ToolSettings("LibreChat", "librechat.yaml, endpoints.custom", """\
+endpoints:
+  custom:
+    - name: Claude
+      apiKey: KEY
+      baseURL: BASE
+      models: { default: [MODEL], fetch: true }
+      titleConvo: true
+      titleModel: haiku"""),
+    "zed": ToolSettings("Zed", "settings.json, language_models", """\
+{ "language_models": { "openai_compatible": { "Gateway": {
+    "api_url": "BASE",
+    "available_models": [{ "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
+      "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
+and the key in the environment: GATEWAY_API_KEY=KEY"""),
+    "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, third-party providers", """\
+Settings > Tools > AI Assistant > Models & API keys > OpenAI-compatible
+URL: BASE
+Key: KEY
+Model: MODEL"""),
+    "n8n": ToolSettings("n8n", "OpenAI credential, base URL", """\
+Credentials > OpenAI
+API Key:  KEY
+Base URL: BASE     (n8n in a container: http://host.docker.internal:PORT/v1)
+Then choose MODEL by its id in the OpenAI Chat Model node."""),
+    "home-assistant": ToolSettings("Home Assistant", "integration LiteLLM (2026.6 or newer)", """\
+Settings > Devices & services > Add integration > LiteLLM
+URL: BASE          (the gateway must be reachable from Home Assistant: see --host and CLAUDE_GATEWAY_API_KEY)
+API key: KEY
+The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
+    "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
+- model_id: claude
+  model_name: MODEL
+  api_base: BASE
+  supports_tools: true
+  supports_schema: true
+  vision: true
+# the file is at: dirname "$(llm logs path)"; the key: llm keys set openai --value KEY"""),
+    "obsidian": ToolSettings("Obsidian plugins", "custom OpenAI-compatible provider", """\
+Provider: OpenAI compatible / custom
+Base URL: BASE
+API key:  KEY
+Model:    MODEL
+If the plugin reports a network or CORS error, start the gateway with:
+  claude-gateway start --cors-origin app://obsidian.md"""),
+    "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
+Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
+public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
+your credential to the internet."""),
+}
+
+SERVICE_FILES = {
+    "systemd": """\
+# ~/.config/systemd/user/claude-gateway.service
+# then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway
+[Unit]
+Description=Claude Gateway
+After=network-online.target
+
+[Service]
+ExecStart="PYTHON" "FILE" start
+# a key, if no login is stored: put ANTHROPIC_API_KEY=... into this file, mode 600
+EnvironmentFile=-%h/.config/claude-gateway/environment
+Restart=on-failure
+TimeoutStopSec=35
+NoNewPrivileges=yes
+PrivateTmp=yes
+
+[Install]
+WantedBy=default.target""",
+    "launchd": """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!-- ~/Library/LaunchAgents/local.claude-gateway.plist
+     then: launchctl load ~/Library/LaunchAgents/local.claude-gateway.plist -->
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<plist version="1.0">
+<dict>
+  <key>Label</key><string>local.claude-gateway</string>
+  <key>ProgramArguments</key>
+  <array><string>PYTHON</string><string>FILE</string><string>start</string></array>
+  <key>RunAtLoad</key><true/>
+  <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
+  <key>StandardErrorPath</key><string>/tmp/claude-gateway.log</string>
+</dict>
+</plist>""",
+    "windows": """\
+:: in a terminal; starts the gateway, without a window, whenever you sign in
+schtasks /Create /TN "Claude Gateway" /SC ONLOGON /TR "\\"PYTHONW\\" \\"FILE\\" start"
+schtasks /Run /TN "Claude Gateway\"""",
+    "docker": """\
+# docker build -t claude-gateway .
+# docker run -p 127.0.0.1:45554:45554 -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
+# In a container the gateway listens on all addresses, so it wants a key for clients (CLAUDE_GATEWAY_API_KEY).
+FROM python:3-slim
+COPY claude_gateway.py /
+USER nobody
+ENV CLAUDE_GATEWAY_HOST=0.0.0.0
+EXPOSE 45554
+HEALTHCHECK CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:45554/health')"]
+ENTRYPOINT ["python3", "/claude_gateway.py"]
+CMD ["start"]""",
+}
+
+
+def setup_text(name: str, config: Config) -> str:
+    """The settings for a tool, or a service file for this installation."""
+    if name in SERVICE_FILES:
+        python = sys.executable or "python3"
+        return SERVICE_FILES[name].replace("PYTHONW", re.sub(r"python(\.exe)?$", r"pythonw\1", python)).replace(
+            "PYTHON", python).replace("FILE", os.path.abspath(__file__))
+    origin = "http://localhost:%d" % config.port
+    return TOOL_SETTINGS[name].text.replace("BASE", origin + "/v1").replace("ORIGIN", origin).replace(
+        "KEY", "YOUR-GATEWAY-KEY" if config.api_key else "none").replace("MODEL", "sonnet").replace(
+        "PORT", str(config.port))
+
+
+def completion_script(shell: str, commands: dict[str, list[str]]) -> str:
+    """Shell completion for the commands and their options, as the parser has them."""
+    names = " ".join(commands)
+    if shell == "bash":
+        cases = "\n".join('    %s) words="%s" ;;' % (name, " ".join(options)) for name, options in commands.items())
+        return ('_claude_gateway() {\n  local words="%s"\n  [ "$COMP_CWORD" -gt 1 ] && case "${COMP_WORDS[1]}" in\n%s\n'
+                '  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}\n'
+                "complete -o default -F _claude_gateway claude-gateway" % (names, cases))
+    if shell == "zsh":
+        cases = "\n".join("      %s) candidates=(%s) ;;" % (name, " ".join(options))
+                          for name, options in commands.items())
+        return ("#compdef claude-gateway\n_claude_gateway() {\n  local -a candidates\n  candidates=(%s)\n"
+                "  if (( CURRENT > 2 )); then\n    case $words[2] in\n%s\n    esac\n  fi\n"
+                "  compadd -- $candidates\n  _files\n}\ncompdef _claude_gateway claude-gateway" % (names, cases))
+    if shell == "fish":
+        lines = ["complete -c claude-gateway -f -n __fish_use_subcommand -a '%s'" % names]
+        lines += ["complete -c claude-gateway -n '__fish_seen_subcommand_from %s' -l %s" % (name, option[2:])
+                  for name, options in commands.items() for option in options if option.startswith("--")]
+        return "\n".join(lines)
+    cases = "\n".join("    '%s' { @(%s) }" % (name, ", ".join("'%s'" % option for option in options))
+                      for name, options in commands.items())
+    return ("Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {\n  param($word, $ast, $at)\n"
+            "  $before = @($ast.CommandElements | ForEach-Object { $_.ToString() })\n  $words = switch ($before[1]) {\n"
+            "%s\n    default { @(%s) }\n  }\n  $words | Where-Object { $_ -like \"$word*\" } | ForEach-Object {\n"
+            "    [System.Management.Automation.CompletionResult]::new($_) }\n}" %
+            (cases, ", ".join("'%s'" % name for name in commands)))
 
 
 # ---- Command line ------------------------------------------------------------------------------------
@@ -6651,7 +7144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     try:
-        return COMMANDS[parsed.command](parsed)
+        return COMMANDS[parsed.command][0](parsed)
     except UsageError as fault:
         print("claude-gateway: %s" % fault, file=sys.stderr)
         return USAGE
@@ -6672,8 +7165,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILURE
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """argparse, with the nearest match where a command or flag is unknown."""
+    words: Sequence[str] = ()                       # every command and flag there is
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']+)'", message)
+        if unknown:
+            word = (unknown.group(1) or unknown.group(2)).split("=")[0]
+            nearest = difflib.get_close_matches(word, Parser.words, n=1, cutoff=0.5)
+            if nearest:
+                message = "unknown: %s. Did you mean %s?" % (word, nearest[0])
+        super().error(message)
+
+
+def argument_parser() -> Parser:
+    parser = Parser(
         prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on http://localhost:%d/v1.\n\n"
                     "  claude-gateway start --demo            try it: no account, no network\n"
@@ -6681,27 +7188,36 @@ def argument_parser() -> argparse.ArgumentParser:
                     "  claude-gateway start --alias '*=sonnet'  let one model answer for every name" % DEFAULT_PORT)
     parser.add_argument("--version", action="version", version="claude-gateway " + VERSION)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    start = commands.add_parser("start", help="serve", description="Serves OpenAI's API until it is stopped.",
-                                epilog="Every option has a twin in the environment: CLAUDE_GATEWAY_PORT for --port, "
-                                       "and so on. A flag wins over its variable.")
-    for option in OPTIONS:
-        add_option(start, option)
-    by_name = {option.name: option for option in OPTIONS}
-    login = commands.add_parser("login", help="sign in with a Claude account", description=TERMS,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    login.add_argument("--no-browser", action="store_true", help="only print the address to visit")
-    logout = commands.add_parser("logout", help="forget the stored login")
-    status = commands.add_parser("status", help="what the running gateway does, which credential is used")
-    models = commands.add_parser("models", help="the models and aliases on offer")
-    for command in (login, logout, status, models):
-        add_option(command, by_name["token-file"])
-    for name in ("port", "api-key"):
-        add_option(status, by_name[name])
-    for command in (status, models):
-        add_option(command, by_name["auth"])
-        command.add_argument("--json", action="store_true", help="as JSON")
-    add_option(models, by_name["alias"])
+    options = {option.name: option for option in OPTIONS}
+    for name, (_, help_text, names) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=TERMS if name == "login" else help_text,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG
+                                      if name == "start" else None)
+        for option in names:
+            if option in options:
+                add_option(command, options[option])
+            else:
+                flags, settings = EXTRA_ARGUMENTS[option]
+                command.add_argument(*flags, **settings)
     return parser
+
+
+EPILOG = """\
+Every option has a twin in the environment: CLAUDE_GATEWAY_PORT for --port, and so on. A flag wins over its
+variable."""
+# Arguments of other commands than `start`; they have no variables.
+EXTRA_ARGUMENTS: Dict[str, Tuple[Sequence[str], Dict[str, Any]]] = {
+    "no-browser": (["--no-browser"], {"action": "store_true", "help": "only print the address to visit"}),
+    "json": (["--json"], {"action": "store_true", "help": "as JSON"}),
+    "live": (["--live"], {"action": "store_true", "help": "also make two tiny model calls, to see an answer and a "
+                                                          "cache hit"}),
+    "tool": (["name"], {"metavar": "NAME", "choices": [*TOOL_SETTINGS, *SERVICE_FILES],
+                        "help": "one of: %s" % ", ".join([*TOOL_SETTINGS, *SERVICE_FILES])}),
+    "file": (["file"], {"nargs": "?", "metavar": "FILE", "help": "a request, or a saved answer; without it, standard "
+                                                                  "input"}),
+    "shell": (["shell"], {"metavar": "SHELL", "choices": ["bash", "zsh", "fish", "powershell"],
+                          "help": "bash, zsh, fish or powershell"}),
+}
 
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
@@ -6875,10 +7391,30 @@ def raise_descriptor_limit() -> None:
 
 def tell_port_trouble(config: Config, fault: OSError) -> int:
     if fault.errno == errno.EADDRINUSE:
-        say("Port %d is in use. Another one: claude-gateway start --port %d" % (config.port, config.port % 65_535 + 1))
+        holder = port_holder(config)
+        say("Port %d is in use%s. Another one: claude-gateway start --port %d" %
+            (config.port, " by " + holder if holder else "", config.port % 65_535 + 1))
         return PORT_IN_USE
     say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault))
     return FAILURE
+
+
+def port_holder(config: Config) -> str:
+    """Who listens on our port, where that can be known: another gateway, or on Linux a process of ours."""
+    if running_status(config):
+        return "another claude-gateway"
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/net/tcp", encoding="ascii") as file:
+            sockets = [line.split() for line in file.readlines()[1:]]
+        wanted = {"socket:[%s]" % columns[9] for columns in sockets
+                  if columns[3] == "0A" and int(columns[1].split(":")[1], 16) == config.port}
+        for process in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                descriptors = "/proc/%s/fd" % process
+                if wanted & {os.readlink(os.path.join(descriptors, name)) for name in os.listdir(descriptors)}:
+                    with open("/proc/%s/comm" % process, encoding="utf-8") as file:
+                        return "%s (process %s)" % (file.read().strip(), process)
+    return ""
 
 
 def say_hello(gateway: Gateway, service: Service) -> None:
@@ -6935,7 +7471,7 @@ def sign_in(config: Config, open_browser: bool) -> None:
     say(TERMS)
     login = Login()
     say("\nVisit this address, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
-    if open_browser:
+    if open_browser and has_browser():
         import webbrowser
 
         with contextlib.suppress(Exception):
@@ -6961,6 +7497,14 @@ def sign_in(config: Config, open_browser: bool) -> None:
                                (file.path, fault.strerror or fault)) from fault
     account = (token.get("account") or {}).get("email_address")
     say("Signed in%s. Stored in %s" % (" as " + account if account else "", file.path))
+
+
+def has_browser() -> bool:
+    """Whether opening a browser makes sense: not over SSH, where it would open elsewhere or take the terminal."""
+    if os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY"):
+        return False
+    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return os.name == "nt" or sys.platform == "darwin" or bool(graphical)
 
 
 def logout_command(parsed: argparse.Namespace) -> int:
@@ -6996,23 +7540,6 @@ def status_command(parsed: argparse.Namespace) -> int:
     else:
         print("No credential: set ANTHROPIC_API_KEY, or run `claude-gateway login`.")
     return OK if credential else NO_CREDENTIAL
-
-
-def running_status(config: Config) -> dict | None:
-    """The status of the gateway on this machine's port; None where none answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=3)
-    headers = {"accept": "application/json"}
-    if config.api_key:
-        headers["authorization"] = "Bearer " + config.api_key[0]
-    try:
-        connection.request("GET", "/", headers=headers)
-        response = connection.getresponse()
-        answer = json.loads(response.read(1_000_000).decode("utf-8"))
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-    return answer if isinstance(answer, dict) and answer.get("status") == "ok" and "version" in answer else None
 
 
 def status_words(running: dict) -> str:
@@ -7068,8 +7595,113 @@ def models_command(parsed: argparse.Namespace) -> int:
     return OK
 
 
-COMMANDS = {"start": start_command, "login": login_command, "logout": logout_command, "status": status_command,
-            "models": models_command}
+def doctor_command(parsed: argparse.Namespace) -> int:
+    """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(replace(config, quiet=True))
+    redaction = Redaction()
+    redaction.known = config.secrets
+    found = []
+    for finding in findings(config, parsed.live):
+        finding = finding._replace(detail=redaction.mask(finding.detail))
+        found.append(finding)
+        if not parsed.json:
+            print_finding(finding)
+    if parsed.json:
+        print(json.dumps([finding._asdict() for finding in found], indent=1))
+    else:
+        print("\nTo paste into a bug report:\n\n```\n%s\n```" % "\n".join(
+            "%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found))
+    return next((finding.code for finding in found if finding.level == "failed"), OK)
+
+
+def print_finding(finding: Finding) -> None:
+    colours = {"ok": "32", "warning": "33", "failed": "31"}
+    level = "%-8s" % finding.level
+    if wants_colour(sys.stdout):
+        level = "\x1b[%sm%s\x1b[0m" % (colours[finding.level], level)
+    print("%s %-13s %s" % (level, finding.name, finding.detail))
+    if finding.step and finding.level != "ok":
+        print("%s-> %s" % (" " * 23, finding.step))
+    sys.stdout.flush()
+
+
+def wants_colour(stream: Any) -> bool:
+    """NO_COLOR and FORCE_COLOR win; else a terminal that is not dumb."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return bool(getattr(stream, "isatty", bool)()) and os.environ.get("TERM") != "dumb" and os.name != "nt"
+
+
+def selftest_command(parsed: argparse.Namespace) -> int:
+    set_up_log(Config(quiet=True))
+    found = list(selftest_findings())
+    for finding in found:
+        print_finding(finding)
+    return FAILURE if any(finding.level == "failed" for finding in found) else OK
+
+
+def setup_command(parsed: argparse.Namespace) -> int:
+    print(setup_text(parsed.name, config_from(parsed, dict(os.environ))))
+    return OK
+
+
+def translate_command(parsed: argparse.Namespace) -> int:
+    """Prints what a request would become, without sending it; a saved answer as the chat completion it becomes."""
+    config = config_from(parsed, dict(os.environ))
+    try:
+        with open(parsed.file, "rb") if parsed.file else sys.stdin.buffer as file:
+            data = file.read()
+    except OSError as fault:
+        raise UsageError("%s: %s" % (parsed.file, fault.strerror or fault)) from fault
+    if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
+        assembler = MessageAssembler()
+        for event in events_from_body(data):
+            assembler.feed(event)
+        print(json.dumps(chat_completion_from_message(assembler.whole(), {"id": "chatcmpl-0", "created": 0},
+                                                      ReplyPlan(ToolNames())), indent=1, ensure_ascii=False))
+        return OK
+    body, _ = json_from_body(data)
+    model = Catalog(aliases=config.alias).resolve(body.get("model"))
+    translator = messages_request_from_responses if is_responses_body(body) else messages_request_from_chat
+    translation = translator(body, model, cache=not config.no_cache)
+    print(json.dumps(translation.request, indent=1, ensure_ascii=False))
+    say("Changes: %s" % (translation.changes if translation.changes.told else "none"))
+    return OK
+
+
+def completion_command(parsed: argparse.Namespace) -> int:
+    words = {name: ["--" + option for option in names if option in {each.name for each in OPTIONS}] +
+             [flag for option in names if option in EXTRA_ARGUMENTS for flag in EXTRA_ARGUMENTS[option][0]
+              if flag.startswith("--")] +
+             [choice for option in names if option in EXTRA_ARGUMENTS
+              for choice in EXTRA_ARGUMENTS[option][1].get("choices", ())]
+             for name, (_, _, names) in COMMANDS.items()}
+    print(completion_script(parsed.shell, words))
+    return OK
+
+
+Command = Callable[[argparse.Namespace], int]
+# name -> what it runs, what its help says, its arguments
+COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
+    "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
+    "login": (login_command, "sign in with a Claude account", ["no-browser", "token-file"]),
+    "logout": (logout_command, "forget the stored login", ["token-file"]),
+    "status": (status_command, "what the running gateway does, which credential is used",
+               ["json", "port", "api-key", "auth", "token-file"]),
+    "models": (models_command, "the models and aliases on offer", ["json", "alias", "auth", "token-file"]),
+    "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
+               ["json", "live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
+    "setup": (setup_command, "print the settings for a tool, or a service file", ["tool", "port", "api-key"]),
+    "translate": (translate_command, "print what a request would become, without sending it",
+                  ["file", "alias", "no-cache"]),
+    "completion": (completion_command, "print shell completion", ["shell"]),
+    "selftest": (selftest_command, "check the gateway against its own simulation", []),
+}
+Parser.words = [*COMMANDS, *("--" + option.name for option in OPTIONS), "--no-browser", "--json", "--live", "--help",
+                "--version"]
 
 
 # ---- log
