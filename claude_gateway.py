@@ -3599,6 +3599,7 @@ class Budget:
             self._left += amount
 
 
+WATCHING = {"/", "/metrics", "/health"}         # routes that only look at the gateway: no work of its own
 TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
 
 
@@ -3657,7 +3658,7 @@ class Counters:
 
     def totals(self) -> dict:
         tokens = self.tokens_by_model().values()
-        return {"requests": sum(count for _, count in self.requests()),
+        return {"requests": sum(count for (route, _), count in self.requests() if route not in WATCHING),
                 "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
 
 
@@ -4077,7 +4078,7 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
     """The credential to use: the first of the contract's order that is there, within what `auth` allows."""
     if config.auth != "oauth":
         if config.anthropic_api_key:
-            return ApiKey(config.anthropic_api_key, "ANTHROPIC_API_KEY")
+            return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
         if config.anthropic_auth_token:
             return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
     if config.auth != "api-key":
