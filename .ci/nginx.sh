@@ -14,8 +14,13 @@ sockets = [socket.socket() for _ in range(3)]
 for each in sockets: each.bind(("127.0.0.1", 0))
 print(*(each.getsockname()[1] for each in sockets))'))
 for port in "${ports[0]}" "${ports[1]}"; do
-  "$python" "$here/../claude_gateway.py" start --demo --port "$port" --quiet > /dev/null &
+  "$python" "$here/../claude_gateway.py" start --demo --port "$port" --quiet > "$work/address-$port" &
   pids+=($!)
+done
+# nginx would leave a gateway alone for ten seconds that it finds down once
+for _ in $(seq 100); do
+  [ -s "$work/address-${ports[0]}" ] && [ -s "$work/address-${ports[1]}" ] && break
+  sleep 0.1
 done
 {
   echo "daemon off; pid $work/pid; error_log stderr; events {}"
