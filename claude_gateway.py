@@ -89,7 +89,7 @@ OAUTH_BETA = "oauth-2025-04-20"                 # the API takes no OAuth token w
 OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
 
 REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
-LOCK_PATIENCE = 30                              # seconds to wait for another process that refreshes
+LOCK_PATIENCE = 60                              # seconds to wait for another process that refreshes (a call may take 40)
 REFRESH_BACKOFF = 2                             # seconds between attempts while the sign-in endpoint fails
 
 MAX_BODY = 40_000_000                           # bytes, raw and decoded: Claude's 32 MB plus JSON overhead
@@ -3753,7 +3753,7 @@ class TokenFile:
                 token = json.loads(file.read(1_000_000).decode("utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as fault:
+        except (OSError, ValueError, RecursionError) as fault:
             reason = fault.strerror if isinstance(fault, OSError) else "it is not JSON"
             raise TokenFileDamaged("The token file %s cannot be used: %s." % (self.path, reason)) from fault
         if not isinstance(token, dict) or not isinstance(token.get("access_token"), str) or not token["access_token"]:
@@ -3767,11 +3767,14 @@ class TokenFile:
         """
         if not self.path:
             raise OSError("there is no home directory to store tokens in; use --token-file PATH")
-        self._keep_damaged()
         target = os.path.realpath(self.path)
         directory = os.path.dirname(target)
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        temporary = "%s.%d.tmp" % (target, os.getpid())
+        if os.path.basename(directory) == "claude-gateway":     # ours alone, however it was made
+            with contextlib.suppress(OSError):
+                os.chmod(directory, 0o700)
+        self._keep_damaged(target)
+        temporary = target + ".tmp"                 # one name: what a kill leaves behind goes with the next write
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
@@ -3793,10 +3796,11 @@ class TokenFile:
                 os.close(directory_descriptor)
 
     def remove(self) -> bool:
-        """Whether there was a file to forget."""
+        """Whether there was a file to forget.  Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.realpath(self.path))
-            return True
+            if self.path:
+                os.unlink(os.path.realpath(self.path))
+                return True
         return False
 
     def loose_mode(self) -> bool:
@@ -3830,18 +3834,19 @@ class TokenFile:
         finally:
             os.close(descriptor)                    # gives the lock back
 
-    def _keep_damaged(self) -> None:
+    def _keep_damaged(self, target: str) -> None:
+        """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
         try:
             self.read()
         except TokenFileDamaged:
-            with contextlib.suppress(OSError):
-                aside = "%s.damaged-%d" % (self.path, time.time())
-                os.replace(self.path, aside)
+            if os.path.isfile(target):
+                aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
+                os.replace(target, aside)
                 LOG.warning("the damaged token file is kept as %s", aside)
 
 
 def lock_file(descriptor: int) -> None:
-    """Takes an exclusive lock, waiting up to LOCK_PATIENCE seconds; gives up quietly where locks do not exist."""
+    """Takes an exclusive lock, waiting up to LOCK_PATIENCE seconds; goes on without where locks do not exist."""
     deadline = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
@@ -3857,10 +3862,8 @@ def lock_file(descriptor: int) -> None:
         except OSError as fault:
             if os.name != "nt" or fault.errno not in (13, 36):
                 return                              # no locks here
-        if time.monotonic() > deadline:
-            LOG.warning("another process has held the lock of the token file for %d seconds: going on without",
-                        LOCK_PATIENCE)
-            return
+        if time.monotonic() > deadline:             # going on without it could cost the login
+            raise UpstreamFault("Another process has held the lock of the token file for %d seconds." % LOCK_PATIENCE)
         time.sleep(0.02)
 
 
@@ -3872,7 +3875,7 @@ class StoredLogin:
 
     One refresh at a time across threads and processes, since a refresh token works once: the lock is taken, the
     file is read again, and only if nobody else renewed it meanwhile the sign-in endpoint is asked.  The new
-    tokens are stored before they are used.
+    tokens are stored before they are used; what cannot be stored is kept in memory and tried again.
     """
     refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
@@ -3881,15 +3884,14 @@ class StoredLogin:
         self._file, self._token_url, self._post_json = file, token_url, post_json
         self._lock = threading.Lock()
         self._token: dict = {}
-        self._unsaved = False                       # the newest tokens could not be stored
-        self._dead_refresh_tokens: set = set()
+        self._stamp: Any = None                     # of the file as it was when it was read
+        self._unsaved = False                       # the newest tokens could not be stored yet
+        self._spent: set = set()                    # refresh tokens that we used, or that were refused
         self._retry_at = 0.0
-        self._stamp: Any = None
 
     @property
     def description(self) -> str:
-        account = (self.facts().get("account") or "a Claude account")
-        return "login of %s from %s" % (account, self._file.path)
+        return "login of %s from %s" % (self.facts()["account"] or "a Claude account", self._file.path)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         """The headers of a call; `rejected` is the authorization that Claude has just refused."""
@@ -3899,14 +3901,17 @@ class StoredLogin:
     def access_token(self, rejected: str | None = None) -> str:
         """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now."""
         self._read_if_changed()
-        if self._usable(self._token, rejected):
+        if self._usable(rejected) and not self._unsaved:
             return self._token["access_token"]
         with self._lock:
-            if self._usable(self._token, rejected):
+            if self._unsaved:
+                self._save()
+            if self._usable(rejected):
                 return self._token["access_token"]
             with self._file.lock():
-                self._read_if_changed(always=True)
-                if not self._usable(self._token, rejected):
+                self._stamp = None
+                self._read_if_changed()
+                if not self._usable(rejected):
                     self._renew(rejected)
             return self._token["access_token"]
 
@@ -3915,53 +3920,58 @@ class StoredLogin:
             token = self._token or self._file.read() or {}
         except TokenFileDamaged:
             token = {}
+        expires_at = expiry_of(token)
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
-                "account": (token.get("account") or {}).get("email_address"),
-                "organization": (token.get("organization") or {}).get("name"),
-                "expires_at": token.get("expires_at"), "scope": token.get("scope"),
-                "refreshable": bool(token.get("refresh_token"))}
+                "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
+                "organization": text_in(token, "organization", "name"),
+                "expires_at": expires_at if 0 < expires_at < 1e11 else None,
+                "refreshable": bool(text_in(token, "refresh_token"))}
 
     def secrets(self) -> list[str]:
-        return [str(self._token.get(name) or "") for name in ("access_token", "refresh_token")]
+        return [text_in(self._token, name) or "" for name in ("access_token", "refresh_token")]
 
-    def _usable(self, token: dict, rejected: str | None) -> bool:
-        if not token or token["access_token"] == rejected:
+    def _usable(self, rejected: str | None) -> bool:
+        """Good for five minutes more; or good at all, while the sign-in endpoint fails."""
+        if not self._token or self._token["access_token"] == rejected:
             return False
-        return expiry_of(token) - REFRESH_EARLY > time.time() or time.monotonic() < self._retry_at \
-            and expiry_of(token) > time.time()
+        left = expiry_of(self._token) - time.time()
+        return left > (0 if time.monotonic() < self._retry_at else REFRESH_EARLY)
 
-    def _read_if_changed(self, always: bool = False) -> None:
-        """Takes over what another process stored, unless our own newer tokens could not be stored."""
-        try:
-            status = os.stat(self._file.path)
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        except OSError:
-            stamp = None
-        if (stamp == self._stamp and not always) or (self._unsaved and stamp == self._stamp):
+    def _read_if_changed(self) -> None:
+        """Takes over what another process stored; tokens that we have spent ourselves are older than ours."""
+        stamp = self._file_stamp()
+        if stamp == self._stamp and stamp is not None:
             return
         try:
             token = self._file.read()
         except TokenFileDamaged as fault:
-            if self._token:
+            if not self._token:
+                raise CredentialNeeded("%s Run `claude-gateway login`; the file will be kept aside." % fault) from fault
+            if not self._unsaved:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
-                self._stamp = stamp
-                return
-            raise CredentialNeeded("%s Run `claude-gateway login`; the file will be kept aside." % fault) from fault
+            self._stamp = stamp
+            return
         self._stamp = stamp
-        if token is not None:
+        if token is None:
+            self._token = self._token if self._unsaved else {}
+        elif not (self._unsaved and text_in(token, "refresh_token") in self._spent):
             self._token, self._unsaved = token, False
-        elif not self._unsaved:
-            self._token = {}
+
+    def _file_stamp(self) -> Any:
+        with contextlib.suppress(OSError):
+            status = os.stat(self._file.path)
+            return status.st_mtime_ns, status.st_size, status.st_ino
+        return None
 
     def _renew(self, rejected: str | None) -> None:
         """Asks the sign-in endpoint for new tokens; called under both locks."""
-        refresh_token = self._token.get("refresh_token")
+        refresh_token = text_in(self._token, "refresh_token")
         if not self._token:
             raise CredentialNeeded("Nobody is signed in: run `claude-gateway login`, or set ANTHROPIC_API_KEY.")
-        if not refresh_token or refresh_token in self._dead_refresh_tokens:
+        if not refresh_token or refresh_token in self._spent:
             raise CredentialNeeded("The stored login has expired: run `claude-gateway login` again.")
         if time.monotonic() < self._retry_at:
-            raise UpstreamFault("The sign-in endpoint does not answer; the token will be renewed when it does.")
+            raise self._cannot_renew("the sign-in endpoint has just failed")
         body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": OAUTH_CLIENT_ID}
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
@@ -3969,34 +3979,58 @@ class StoredLogin:
             self._put_off(str(fault), rejected)
             return
         if status == 200 and isinstance(answer.get("access_token"), str):
-            self._store(answer)
+            self._token = token_from_answer(answer, self._token)
+            if self._token["refresh_token"] != refresh_token:
+                self._spent.add(refresh_token)
+            self._unsaved = True
+            self._save()
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
-            self._dead_refresh_tokens.add(refresh_token)
-            raise CredentialNeeded("The login has expired or was used elsewhere (%s): run `claude-gateway login` again."
-                                   % refusal_words(answer, "invalid_grant"))
+            self._take_refusal(refresh_token, answer, rejected)
         else:
             self._put_off("status %d, %s" % (status, refusal_words(answer, "no reason given")), rejected)
+
+    def _take_refusal(self, refresh_token: str, answer: dict, rejected: str | None) -> None:
+        """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
+        self._spent.add(refresh_token)
+        self._stamp = None
+        self._read_if_changed()
+        if text_in(self._token, "refresh_token") == refresh_token or not self._usable(rejected):
+            self._retry_at = time.monotonic() + REFRESH_EARLY       # the access token may still have its last minutes
+            if not self._usable(rejected):
+                raise CredentialNeeded("The login has expired or was used elsewhere (%s): run `claude-gateway login` "
+                                       "again." % refusal_words(answer, "invalid_grant"))
 
     def _put_off(self, reason: str, rejected: str | None) -> None:
         """The endpoint fails: go on with a token that is still good, else tell the client to come back."""
         self._retry_at = time.monotonic() + REFRESH_BACKOFF
-        message = "The token could not be renewed: %s (%s)." % (reason.rstrip("."), self._token_url)
-        if not self._usable(self._token, rejected):
-            raise UpstreamFault(message + " If the address is not reachable from here, set CLAUDE_GATEWAY_TOKEN_URL.")
-        LOG.warning("%s", message)
+        if not self._usable(rejected):
+            raise self._cannot_renew(reason)
+        LOG.warning("%s", self._cannot_renew(reason))
 
-    def _store(self, answer: dict) -> None:
-        self._token = token_from_answer(answer, self._token)
+    def _cannot_renew(self, reason: str) -> UpstreamFault:
+        return UpstreamFault("The token could not be renewed: %s (%s). If that address cannot be reached from here, "
+                             "set CLAUDE_GATEWAY_TOKEN_URL." % (reason.rstrip("."), self._token_url))
+
+    def _save(self) -> None:
+        """Stores the newest tokens; a failure is told once, and tried again with the next call."""
+        told = self._stamp == "unsaved"
         try:
             self._file.write(self._token)
-            self._unsaved = False
         except OSError as fault:
-            self._unsaved = True
-            LOG.warning("the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
-                        fault.strerror or fault)
-        with contextlib.suppress(OSError):
-            status = os.stat(self._file.path)
-            self._stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if not told:
+                LOG.warning("the renewed tokens could not be stored in %s (%s): keeping them in memory",
+                            self._file.path, fault.strerror or fault)
+            self._stamp = "unsaved"
+            return
+        self._unsaved = False
+        self._stamp = self._file_stamp()
+
+
+def text_in(value: Any, *path: str) -> str | None:
+    """The string at a path of keys, None where there is none: token files are written by others too."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def expiry_of(token: dict) -> float:
@@ -4050,7 +4084,7 @@ class Login:
         """
         pasted = pasted.strip()
         if "://" in pasted:
-            query = urllib.parse.parse_qs(urllib.parse.urlsplit(pasted).query)
+            query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
             code, state = query.get("code", [""])[0], query.get("state", [""])[0]
         else:
             code, _, state = pasted.partition("#")
@@ -4379,28 +4413,13 @@ class Upstream:
                  path: str = "/v1/messages", version: str = ANTHROPIC_VERSION) -> UpstreamReply:
         """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
 
-        Claude's 401 to a login is answered by one renewal of the token.  A failure that may pass is retried once,
-        as nothing has been sent to the client yet.
+        A failure that may pass is retried once, as nothing has been sent to the client yet.
         """
         retried = not may_retry
-        rejected: Optional[str] = None
         while True:
-            headers = dict(self._credential_headers(rejected), **{"anthropic-version": version})
-            sent = headers.get("authorization")
-            betas = list(dict.fromkeys(filter(None, [headers.get("anthropic-beta"), *beta])))
-            if betas:
-                headers["anthropic-beta"] = ",".join(betas)
             try:
-                reply = self._call("POST", path, body, headers, watch, hops)
-                self.on_headers(reply.headers)
-                if reply.status == 200:
-                    return reply
-                raise error_from_reply(reply)
+                return self._with_renewal(functools.partial(self._post, path, body, watch, hops, beta, version))
             except (ClaudeError, UpstreamFault) as failure:
-                renewable = self.credential is not None and self.credential.refreshable
-                if is_rejection(failure) and renewable and rejected is None:
-                    rejected = sent
-                    continue
                 delay = None if retried else retry_delay(failure)
                 if delay is None:
                     raise
@@ -4408,13 +4427,38 @@ class Upstream:
                 watch.pause(delay)
                 retried = True
 
+    def _with_renewal(self, call: Callable[[Dict[str, str]], UpstreamReply]) -> UpstreamReply:
+        """A call with the credential's headers; Claude's 401 to a login is answered by one renewal of its token."""
+        headers = self._credential_headers(None)
+        try:
+            return call(headers)
+        except ClaudeError as refusal:
+            renewable = self.credential is not None and self.credential.refreshable
+            if refusal.upstream_status != 401 or not renewable:
+                raise
+        return call(self._credential_headers(headers["authorization"]))
+
+    def _post(self, path: str, body: bytes, watch: Watch, hops: str, beta: Sequence[str], version: str,
+              headers: dict[str, str]) -> UpstreamReply:
+        headers = dict(headers, **{"anthropic-version": version})
+        betas = list(dict.fromkeys(filter(None, [headers.get("anthropic-beta"), *beta])))
+        if betas:
+            headers["anthropic-beta"] = ",".join(betas)
+        reply = self._call("POST", path, body, headers, watch, hops)
+        self.on_headers(reply.headers)
+        if reply.status != 200:
+            raise error_from_reply(reply)
+        return reply
+
     def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
-        headers = {"x-api-key": key} if key else self._credential_headers(None)
-        reply = self._call("GET", path, None, headers, HastyWatch(timeout), "")
-        try:
+        def call(headers: dict[str, str]) -> UpstreamReply:
+            reply = self._call("GET", path, None, headers, HastyWatch(timeout), "")
             if reply.status != 200:
                 raise error_from_reply(reply)
+            return reply
+        reply = call({"x-api-key": key}) if key else self._with_renewal(call)
+        try:
             return json_object_from(reply.read())
         finally:
             reply.close()
@@ -4542,10 +4586,6 @@ def error_from_reply(reply: UpstreamReply) -> ClaudeError:
         kind = reply.headers.get("content-type", "no content").split(";")[0]
         error = {"message": "The upstream answered %d with %s instead of its JSON error." % (reply.status, kind)}
     return ClaudeError(reply.status, error, reply.headers)
-
-
-def is_rejection(failure: GatewayError) -> bool:
-    return isinstance(failure, ClaudeError) and failure.upstream_status == 401
 
 
 def retry_delay(failure: GatewayError) -> float | None:
@@ -6488,12 +6528,13 @@ def words_about(content: list[dict], results: list[dict]) -> str:
     return "You wrote: %s" % (texts[0][:200] if texts else "(nothing)")
 
 
-def sample_of(schema: Any, root: dict) -> Any:
+def sample_of(schema: Any, root: dict, depth: int = 0) -> Any:
     """A small value that fits a JSON schema, more or less."""
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict) or depth > 20:
         return "simulated"
+    depth += 1
     if isinstance(schema.get("$ref"), str):
-        return sample_of(resolved(schema["$ref"], root), root)
+        return sample_of(resolved(schema["$ref"], root), root, depth)
     for key in ("const", "default"):
         if key in schema:
             return schema[key]
@@ -6501,15 +6542,15 @@ def sample_of(schema: Any, root: dict) -> Any:
         return schema["enum"][0]
     for key in ("anyOf", "allOf"):
         if schema.get(key):
-            return sample_of(schema[key][0], root)
+            return sample_of(schema[key][0], root, depth)
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) else kind
     if kind == "object":
         properties = schema.get("properties") or {}
-        return {name: sample_of(value, root) for name, value in properties.items()
+        return {name: sample_of(value, root, depth) for name, value in properties.items()
                 if name in (schema.get("required") or properties)}
     if kind == "array":
-        return [sample_of(schema.get("items"), root)]
+        return [sample_of(schema.get("items"), root, depth)]
     return {"integer": 1, "number": 1.5, "boolean": True, "null": None}.get(kind, "simulated")
 
 
@@ -6829,21 +6870,22 @@ def post(port: int, body: dict) -> tuple[int, str]:
         connection.close()
 
 
-def running_status(config: Config) -> dict | None:
-    """The status of the gateway on this machine's port; None where none answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=3)
+def running_status(config: Config, key: str = "") -> dict | None:
+    """The status of the gateway on this machine's port; None where none answers.  The key is sent only on demand."""
+    connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=2)
     headers = {"accept": "application/json"}
-    if config.api_key:
-        headers["authorization"] = "Bearer " + config.api_key[0]
+    if key:
+        headers["authorization"] = "Bearer " + key
     try:
         connection.request("GET", "/", headers=headers)
-        response = connection.getresponse()
-        answer = json.loads(response.read(1_000_000).decode("utf-8"))
+        answer = json.loads(connection.getresponse().read(1_000_000).decode("utf-8"))
     except (OSError, ValueError, http.client.HTTPException):
         return None
     finally:
         connection.close()
-    return answer if isinstance(answer, dict) and answer.get("status") == "ok" and "version" in answer else None
+    if not isinstance(answer, dict) or answer.get("status") != "ok" or "version" not in answer:
+        return None
+    return answer
 
 
 # ---- Tool settings -----------------------------------------------------------------------------------
@@ -7145,7 +7187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     try:
-        return COMMANDS[parsed.command][0](parsed)
+        code = COMMANDS[parsed.command][0](parsed)
+        sys.stdout.flush()
+        return code
     except UsageError as fault:
         print("claude-gateway: %s" % fault, file=sys.stderr)
         return USAGE
@@ -7161,8 +7205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GatewayError as fault:
         print("claude-gateway: %s" % fault, file=sys.stderr)
         return FAILURE
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:                         # whoever read our output has gone, `head` for instance
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
 
 
@@ -7244,10 +7288,12 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     fields["alias"] = tuple(alias_from(text) for text in fields.get("alias", ()))
     if any(not key.strip() for key in fields.get("api_key", ())):
         raise UsageError("--api-key: an empty key protects nothing.")
-    fields.setdefault("token_file", default_token_file(given))
-    fields.update(anthropic_api_key=given.get("ANTHROPIC_API_KEY", ""),
-                  anthropic_auth_token=given.get("ANTHROPIC_AUTH_TOKEN", ""),
-                  claude_code_oauth_token=given.get("CLAUDE_CODE_OAUTH_TOKEN", ""),
+    fields["token_file"] = os.path.expanduser(fields.get("token_file") or default_token_file(given))
+    if fields.get("demo"):                          # ignores credentials, addresses and proxies, also bad ones
+        return Config(**fields)
+    fields.update(anthropic_api_key=credential_in(given, "ANTHROPIC_API_KEY"),
+                  anthropic_auth_token=credential_in(given, "ANTHROPIC_AUTH_TOKEN"),
+                  claude_code_oauth_token=credential_in(given, "CLAUDE_CODE_OAUTH_TOKEN"),
                   base_url=checked_base_url("ANTHROPIC_BASE_URL", given.get("ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
                   token_url=checked_base_url("CLAUDE_GATEWAY_TOKEN_URL",
                                              given.get("CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL)),
@@ -7256,6 +7302,14 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
                   ca_file=next((given[name] for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
                                                          "NODE_EXTRA_CA_CERTS") if name in given), ""))
     return Config(**fields)
+
+
+def credential_in(environment: dict[str, str], variable: str) -> str:
+    """A key or token without the blanks that pasting leaves around it; it must fit into a header."""
+    value = environment.get(variable, "").strip()
+    if not re.match(r"[\x21-\x7e]*\Z", value):
+        raise UsageError("%s: has characters that no key or token has." % variable)
+    return value
 
 
 def value_from_variable(option: Option, text: str) -> Any:
@@ -7292,7 +7346,9 @@ def default_token_file(environment: dict[str, str]) -> str:
         base = environment.get("APPDATA", "")
     else:
         home = os.path.expanduser("~")
-        base = environment.get("XDG_CONFIG_HOME") or (os.path.join(home, ".config") if os.path.isabs(home) else "")
+        base = environment.get("XDG_CONFIG_HOME", "")
+        if not os.path.isabs(base):                 # relative ones do not count (XDG base directory specification)
+            base = os.path.join(home, ".config")
     return os.path.join(base, "claude-gateway", "oauth-tokens.json") if os.path.isabs(base) else ""
 
 
@@ -7311,8 +7367,16 @@ def checked_base_url(variable: str, url: str) -> str:
 
 
 def checked_proxy(url: str) -> str:
+    """The address of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may hold a password."""
     if re.match(r"socks", url, re.I):
         raise UsageError("HTTPS_PROXY: SOCKS proxies are beyond Python's standard library; name an HTTP proxy.")
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        usable = bool(parts.hostname) and (parts.port or 1) and parts.scheme in ("http", "https")
+    except ValueError:
+        usable = False
+    if url and not usable or re.match(r"https?:/[^/]", url):
+        raise UsageError("HTTPS_PROXY: expected an address like http://proxy.example.com:8080.")
     return url
 
 
@@ -7335,13 +7399,14 @@ def start_command(parsed: argparse.Namespace) -> int:
         service = Service(gateway)
     except OSError as fault:
         return tell_port_trouble(config, fault)
+    stop = StopSignals()                            # before the address is out: who reads it may stop us at once
     service.start()
     print("claude-gateway %s on %s" % (VERSION, service.url), flush=True)
     if not config.quiet:
         say_hello(gateway, service)
     if gateway.upstream.credential:
         gateway.models.refresh()
-    return serve_until_signal(service)
+    return stop.serve(service)
 
 
 def check_exposure(config: Config) -> None:
@@ -7433,26 +7498,33 @@ def say_hello(gateway: Gateway, service: Service) -> None:
     say("Paste into your tool:  base URL %s   model sonnet" % service.url)
 
 
-def serve_until_signal(service: Service) -> int:
-    """Waits for SIGINT or SIGTERM, then stops gently; a second signal stops at once."""
-    stop = threading.Event()
-    received: list[int] = []
+class StopSignals:
+    """SIGINT and SIGTERM: the first stops gently, a second one at once."""
 
-    def on_signal(number: int, frame: Any) -> None:
-        received.append(number)
-        stop.set()
-        if len(received) > 1:
-            os._exit(INTERRUPTED if number == signal.SIGINT else OK)
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._received: List[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    while not stop.wait(3_600):                     # a bare wait would not let signals through on Windows
-        pass
-    running = service.gateway.running.count
-    if running:
-        say("Stopping: %d running requests get up to %d seconds." % (running, SHUTDOWN_GRACE))
-    service.close()
-    return INTERRUPTED if received[0] == signal.SIGINT else OK
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._received.append(number)
+        self._stop.set()
+        if len(self._received) > 1:
+            os._exit(self.exit_code())
+
+    def exit_code(self) -> int:
+        return INTERRUPTED if self._received[0] == signal.SIGINT else OK
+
+    def serve(self, service: Service) -> int:
+        """Waits for the signal and lets running requests finish; the exit code."""
+        while not self._stop.wait(3_600):           # a bare wait would not let signals through on Windows
+            pass
+        running = service.gateway.running.count
+        if running and not service.gateway.config.quiet:
+            say("Stopping: %d running requests get up to %d seconds." % (running, SHUTDOWN_GRACE))
+        service.close()
+        return self.exit_code()
 
 
 # ---- the other commands
@@ -7511,8 +7583,11 @@ def has_browser() -> bool:
 def logout_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
     file = TokenFile(config.token_file)
-    with file.lock():
-        removed = file.remove()
+    try:
+        with file.lock():
+            removed = file.remove()
+    except OSError as fault:
+        raise GatewayError("The login in %s could not be removed: %s" % (file.path, fault.strerror or fault)) from fault
     say("Forgot the login in %s" % file.path if removed else "There was no stored login.")
     return OK
 
@@ -7522,6 +7597,8 @@ def status_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
     set_up_log(config)
     running = running_status(config)
+    if running and running.get("key_needed") and config.api_key:
+        running = running_status(config, config.api_key[0])
     if running:
         print(json.dumps(running, indent=1) if parsed.json else status_words(running))
         return OK
