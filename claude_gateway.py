@@ -5682,7 +5682,7 @@ def moment_of(text: str) -> int | None:
     return calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S")) if match else None
 
 
-def status(gateway: Gateway, incoming: Incoming) -> Reply:
+def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /: a page for browsers, JSON for anything else.  The data needs the client key where there is one."""
     if "text/html" in incoming.headers.get("accept", ""):
         nonce = secrets.token_urlsafe(12)
@@ -5887,7 +5887,7 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/models/{id}": {"GET": one_model},
     "/health": {"GET": health},
     "/metrics": {"GET": metrics},
-    "/": {"GET": status},
+    "/": {"GET": status_page},
 }
 ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
              (re.compile(r"/responses/(?!input_tokens$)([^/]+)"), "/responses/{id}"),

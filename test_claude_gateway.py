@@ -209,6 +209,2011 @@ def bare(blocks):
     return blocks
 
 
+# ==== Models ==========================================================================================
+
+ALL_MODELS = list(BUILT_IN_MODELS)
+OLD_MODELS = ("claude-opus-4-5-20251101", "claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250929")
+UNFORCED = ("claude-fable-5-2", "claude-mythos-5-2", "claude-sonnet-5-5", "claude-opus-5-5", "claude-fable-5-1",
+            "claude-mythos-5-1")                    # refuse tool_choice any and tool
+
+
+def live_model(model_id: str, **fields) -> dict:
+    """An entry of Claude's model list that says nothing about capabilities."""
+    return dict({"id": model_id, "type": "model", "display_name": model_id, "created_at": "2026-10-01T00:00:00Z",
+                 "lifecycle": "active", "max_input_tokens": 1_000_000, "max_tokens": 128_000, "capabilities": None},
+                **fields)
+
+
+class RequestTestCase(GatewayTestCase):
+    """What chat completion requests become; `prompt` shows it without the cache marks."""
+
+    def prompt(self, **fields) -> dict:
+        return bare(self.sent(**fields))
+
+    def turns(self, *messages: dict, **fields) -> list:
+        """The messages that chat messages become."""
+        return self.prompt(messages=list(messages), **fields)["messages"]
+
+    def refused(self, status: int = 400, **fields) -> dict:
+        """The error that a request gets; nothing of it may reach Claude."""
+        count = len(self.claude.messages)
+        answer = self.chat(**fields)
+        self.assertEqual(answer.status, status, answer.raw)
+        self.assertEqual(len(self.claude.messages), count, "it went to Claude all the same")
+        return answer.error
+
+    def chosen(self, request: dict):
+        """The tool choice of a request; None where it is Claude's default."""
+        choice = request.get("tool_choice")
+        return None if choice == {"type": "auto"} else choice
+
+    def changes(self, **fields) -> str:
+        """What the gateway says it changed."""
+        answer = self.chat(**fields)
+        self.assertEqual(answer.status, 200, answer.raw)
+        return answer.headers.get("x-claude-gateway-changes", "")
+
+
+class ModelNameTests(RequestTestCase):
+    def resolved(self, name: str, *aliases, models=()) -> str:
+        return claude_gateway.Catalog(models, aliases).resolve(name).id
+
+    def test_every_spelling_of_an_id_goes_to_the_id_it_means(self):
+        for model_id in ALL_MODELS:
+            self.assertEqual(self.resolved(model_id), model_id)
+        for name, expected in (
+            ("claude-sonnet-4-5", "claude-sonnet-4-5-20250929"), ("claude-haiku-4-5", "claude-haiku-4-5-20251001"),
+            ("claude-opus-4-5", "claude-opus-4-5-20251101"), ("CLAUDE-Opus-5-5", "claude-opus-5-5"),
+            (" claude-opus-5-5 ", "claude-opus-5-5"), ("anthropic/claude-sonnet-4.5", "claude-sonnet-4-5-20250929"),
+            ("openai/claude-opus-4-8", "claude-opus-4-8"), ("claude-sonnet-4.6", "claude-sonnet-4-6"),
+            ("openrouter/anthropic/claude-opus-4.8:online", "claude-opus-4-8"),
+            ("claude-opus-5-5:thinking", "claude-opus-5-5"), ("claude-opus-4-6-thinking", "claude-opus-4-6"),
+            ("claude-sonnet-5-5-20260928", "claude-sonnet-5-5"), ("claude-haiku-4-5-latest", OLD_MODELS[1]),
+            ("us.anthropic.claude-sonnet-4-5-20250929-v1:0", "claude-sonnet-4-5-20250929"),
+            ("anthropic.claude-haiku-4-5-20251001-v1:0", "claude-haiku-4-5-20251001"),
+            ("bedrock/eu.anthropic.claude-opus-5-5", "claude-opus-5-5"),
+            ("vertex_ai/claude-haiku-4-5@20251001", "claude-haiku-4-5-20251001"),
+            ("claude-4.5-sonnet", "claude-sonnet-4-5-20250929"), ("claude_opus_5_5", "claude-opus-5-5"),
+            ("claude-sonnet-4-5[1m]", "claude-sonnet-4-5-20250929"),
+        ):
+            with self.subTest(name=name):
+                self.assertEqual(self.resolved(name), expected)
+
+    def test_a_short_name_is_the_newest_of_its_line(self):
+        for name, expected in (("opus", "claude-opus-5-5"), ("sonnet", "claude-sonnet-5-5"),
+                               ("haiku", "claude-haiku-5-5"), ("fable", "claude-fable-5-2"),
+                               ("mythos", "claude-mythos-5-2"), ("Opus", "claude-opus-5-5"),
+                               ("claude-sonnet", "claude-sonnet-5-5"), ("claude-opus-latest", "claude-opus-5-5"),
+                               ("anthropic/sonnet", "claude-sonnet-5-5")):
+            with self.subTest(name=name):
+                self.assertEqual(self.resolved(name), expected)
+
+    def test_names_of_openai_go_by_their_tier(self):
+        for expected, names in (
+            ("claude-haiku-5-5",
+             "gpt-4o-mini gpt-5-nano gpt-3.5-turbo o3-mini o4-mini-2025-04-16 gpt-5-mini GPT-4o-Mini "
+                                 "openai/gpt-4.1-nano"),
+            ("claude-opus-5-5", "o1 o3 o4 o3-2025-04-16 gpt-5-pro o1-pro o3-deep-research"),
+            ("claude-sonnet-5-5", "gpt-4 gpt-4o gpt-4.1 gpt-5 gpt-5.1 gpt-5-codex chatgpt-4o-latest openai/gpt-4o "
+                                  "gpt-4o-2024-08-06 gpt-4-turbo"),
+        ):
+            for name in names.split():
+                with self.subTest(name=name):
+                    self.assertEqual(self.resolved(name), expected)
+
+    def test_limited_access_lines_stand_in_for_nobody(self):
+        models = [claude_gateway.Model("claude-mythos-9"), claude_gateway.Model("claude-fable-9"),
+                  BUILT_IN_MODELS["claude-haiku-4-5-20251001"]]
+        self.assertEqual(self.resolved("gpt-4o-mini", models=models), "claude-haiku-4-5-20251001")
+        for name in ("gpt-5", "o3", "opus"):
+            with self.subTest(name=name), self.assertRaises(claude_gateway.ModelNotFound):
+                self.resolved(name, models=models)
+
+    def test_retired_and_unknown_names_are_404_with_names_that_work(self):
+        for name, nearest in (
+            ("claude-3-opus-20240229", "claude-opus-5-5"), ("claude-3-5-sonnet-20241022", "claude-sonnet-5-5"),
+            ("claude-3-5-sonnet-latest", "claude-sonnet-5-5"),
+            ("anthropic/claude-3.7-sonnet:thinking", "claude-sonnet-5-5"),
+            ("claude-3-7-sonnet-20250219", "claude-sonnet-5-5"), ("claude-3.5-haiku", "claude-haiku-5-5"),
+            ("anthropic.claude-3-haiku-20240307-v1:0", "claude-haiku-5-5"), ("claude-2.1", ""),
+            ("claude-instant-1.2", ""),
+            ("claude-opus-4-20250514", "claude-opus-5-5"), ("claude-opus-4-1-20250805", "claude-opus-5-5"),
+            ("claude-sonnet-4", "claude-sonnet-5-5"), ("claude-sonnet-4-0", "claude-sonnet-5-5"),
+            ("claude-4-sonnet", "claude-sonnet-5-5"), ("claude-mythos-preview", "claude-mythos-5-2"),
+            ("claude-foo", ""), ("claude", ""), ("gemini-2.5-pro", ""), ("llama-3", ""), ("gpt-4o-audio-preview", ""),
+            ("gpt-image-1", ""), ("text-embedding-3-small", ""), ("gpt-4o-realtime-preview", ""), ("whisper-1", ""),
+            ("gpt-4o-mini-tts", ""), ("gpt-4o-transcribe", ""), ("dall-e-3", ""), ("omni-moderation-latest", ""),
+        ):
+            with self.subTest(name=name):
+                error = self.refused(404, model=name)
+                self.assertEqual((error["code"], error["param"], error["type"]),
+                                 ("model_not_found", "model", "invalid_request_error"))
+                self.assertIn(nearest, error["message"])
+                self.assertRegex(error["message"], r"claude-\w+-\d.*--alias '\*=MODEL'")
+
+    def test_an_id_newer_than_this_program_is_left_to_claude(self):
+        self.assertEqual(self.resolved("claude-sonnet-6"), "claude-sonnet-6")
+        self.assertEqual(self.resolved("anthropic/claude-opus-6.1"), "claude-opus-6-1")
+
+    def test_a_missing_model_is_400_unless_there_is_a_fallback(self):
+        for model in (None, ""):
+            with self.subTest(model=model):
+                error = self.refused(model=model)
+                self.assertEqual((error["param"], error["code"]), ("model", "missing_required_parameter"))
+                self.assertIn("--alias", error["message"])
+        self.assertEqual(self.refused(model=7)["param"], "model")
+
+    def test_aliases_win_and_the_star_catches_the_rest(self):
+        self.start(alias=(("gpt-4o", "claude-opus-4-8"), ("Fast", "haiku"), ("*", "sonnet")))
+        for name, expected in (("gpt-4o", "claude-opus-4-8"), ("fast", "claude-haiku-5-5"),
+                               ("FAST", "claude-haiku-5-5"), ("gemini-2.5-pro", "claude-sonnet-5-5"),
+                               ("claude-3-opus-20240229", "claude-sonnet-5-5"), (None, "claude-sonnet-5-5"),
+                               ("gpt-image-1", "claude-sonnet-5-5"), ("gpt-5-mini", "claude-haiku-5-5"),
+                               ("claude-opus-5", "claude-opus-5")):
+            with self.subTest(name=name):
+                self.assertEqual(self.sent(model=name)["model"], expected)
+
+    def test_the_answer_names_the_model_that_answered(self):
+        self.assertEqual(self.chat(model="gpt-4o-mini").json["model"], "claude-haiku-5-5")
+        chunks = self.chat(model="gpt-4o-mini", stream=True).chunks
+        self.assertEqual({chunk["model"] for chunk in chunks}, {"claude-haiku-5-5"})
+
+
+class LiveModelListTests(RequestTestCase):
+    def listed(self, *models: dict) -> None:
+        """A gateway whose upstream tells these models."""
+        self.claude.models = list(models)
+        self.start()
+
+    def test_the_newest_active_one_counts_and_no_date_does(self):
+        self.listed(live_model("claude-opus-7", lifecycle="deprecated", created_at="2027-01-01T00:00:00Z"),
+                    live_model("claude-opus-6", created_at="2026-11-01T00:00:00Z", retires_at="2026-01-01T00:00:00Z"),
+                    live_model("claude-opus-5-5", created_at="2026-12-24T00:00:00Z"))
+        self.assertEqual(self.sent(model="opus")["model"], "claude-opus-6")
+        self.assertEqual(self.sent(model="gpt-5-pro")["model"], "claude-opus-6")
+
+    def test_a_deprecated_one_serves_where_it_is_the_last(self):
+        self.listed(live_model("claude-opus-5", lifecycle="deprecated"),
+                    live_model("claude-opus-6", lifecycle="retired"))
+        self.assertEqual(self.sent(model="opus")["model"], "claude-opus-5")
+
+    def test_the_list_is_complete(self):
+        self.listed(live_model("claude-opus-5-5"), live_model("claude-sonnet-4-6", lifecycle="retired"))
+        self.assertEqual(self.refused(404, model="claude-opus-6")["code"], "model_not_found")
+        self.assertEqual(self.refused(404, model="claude-haiku-5-5")["code"], "model_not_found")
+        for name in ("claude-sonnet-4-6", "claude-sonnet-4-7"):
+            nearest = self.refused(404, model=name)["message"].partition("Nearest")[2]
+            self.assertNotIn("claude-sonnet-4-6", nearest)
+
+    def test_what_the_list_says_wins_over_the_table(self):
+        self.listed(live_model("claude-opus-5-5", max_tokens=32_000, capabilities={
+            "effort": {"supported": True, **{name: {"supported": name != "max"} for name in FIVE.split()}},
+            "thinking": {"supported": True, "types": {"adaptive": {"supported": True},
+                                                      "disabled": {"supported": True}}}}))
+        request = self.sent(model="opus", reasoning_effort="max")
+        self.assertEqual((request["max_tokens"], request["output_config"]), (32_000, {"effort": "high"}))
+        self.claude.strict = False                  # the fake goes by the table
+        self.addCleanup(setattr, self.claude, "strict", True)
+        self.assertEqual(self.sent(model="opus", reasoning_effort="none")["thinking"], {"type": "disabled"})
+
+    def test_where_the_list_is_silent_the_table_speaks(self):
+        self.listed(live_model("claude-sonnet-4-6"))
+        self.assertEqual(self.sent(model="sonnet", temperature=0.5)["temperature"], 0.5)
+
+    def test_a_model_without_a_row_is_treated_like_the_newest_generation(self):
+        self.listed(live_model("claude-sonnet-6"))
+        request = self.prompt(model="sonnet", temperature=0.2, tools=[a_tool("f"), a_tool("g")], tool_choice="required")
+        self.assertNotIn("temperature", request)
+        self.assertIsNone(self.chosen(request))
+        self.assertEqual(request["thinking"], {"type": "adaptive", "display": "summarized"})
+
+    def test_a_list_that_makes_no_sense_leaves_the_table(self):
+        self.listed({"id": 5}, {"id": None, "type": "model"})
+        self.assertEqual(self.sent(model="opus")["model"], "claude-opus-5-5")
+
+    def test_odd_entries_do_no_harm(self):
+        self.listed(live_model("claude-opus-5-5", capabilities=[], max_tokens=None, created_at=None, retires_at=None,
+                               lifecycle=None), live_model("claude-sonnet-5-5", created_at=""))
+        self.assertEqual(self.sent(model="opus")["max_tokens"], 128_000)
+
+    def test_the_models_on_offer_have_the_shape_of_openai(self):
+        self.start(alias=(("my/model", "haiku"), ("*", "opus")))
+        body = self.ask("GET", "/v1/models").json
+        self.assertEqual(body["object"], "list")
+        entries = {entry["id"]: entry for entry in body["data"]}
+        self.assertEqual(len(entries), len(body["data"]))
+        self.assertLessEqual(set(ALL_MODELS) | {"opus", "sonnet", "haiku", "fable", "mythos", "my/model"}, set(entries))
+        self.assertNotIn("*", entries)
+        for entry in entries.values():
+            with self.subTest(id=entry["id"]):
+                self.assertEqual((entry["object"], entry["owned_by"]), ("model", "anthropic"))
+                self.assertIsInstance(entry["created"], int)
+                self.assertIsInstance(entry["context_length"], int)
+        self.assertEqual(entries["claude-sonnet-4-5-20250929"]["shutdown_date"], "2026-11-30")
+        self.assertEqual(entries["claude-opus-5-5"]["created"], 1_790_035_200)
+        self.assertEqual(entries["claude-mythos-5-2"]["created"], 0)        # no date known
+        self.assertEqual(self.ask("GET", "/v1/models/anthropic%2Fclaude-opus-5-5").json["object"], "model")
+
+    def test_one_model_is_found_in_any_spelling_or_404(self):
+        for name, expected in (("opus", 200), ("anthropic%2Fclaude-sonnet-4.5", 200), ("gpt-4o-mini", 200),
+                               ("claude-3-opus-20240229", 404), ("gpt-4o-mini-tts", 404)):
+            with self.subTest(name=name):
+                answer = self.ask("GET", "/v1/models/" + name)
+                self.assertEqual(answer.status, expected)
+                if expected == 404:
+                    self.assertEqual(answer.error["code"], "model_not_found")
+
+    def test_retired_models_are_not_on_offer(self):
+        self.listed(live_model("claude-opus-5-5"), live_model("claude-opus-4", lifecycle="retired"))
+        names = [entry["id"] for entry in self.ask("GET", "/v1/models").json["data"]]
+        self.assertEqual(names, ["claude-opus-5-5", "opus"])
+
+
+class ModelLessonTests(RequestTestCase):
+    def setUp(self):
+        super().setUp()
+        self.start()                                # lessons outlive a request, not a gateway
+
+    def is_free(self, request: dict) -> bool:
+        return self.chosen(request) is None
+
+    def refuse_once(self, words: str) -> None:
+        self.claude.play(Reply(400, body=error_body("invalid_request_error", words)))
+
+    def test_a_400_that_names_a_parameter_is_learnt_from(self):
+        prefill = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One,"}]
+        for model, words, fields, gone in (
+            ("claude-sonnet-4-6", "`temperature` is deprecated for this model.", {"temperature": 0.3},
+             lambda request: "temperature" not in request),
+            ("claude-opus-4-8", 'tool_choice: type "tool" and "any" are not supported for this model.',
+             {"tools": [a_tool("f"), a_tool("g")], "tool_choice": "required"}, self.is_free),
+            ("claude-opus-4-5", "This model does not support the effort parameter.", {"reasoning_effort": "low"},
+             lambda request: "output_config" not in request),
+            ("claude-haiku-4-5",
+             "This model does not support assistant message prefill. The conversation must end with "
+             "a user message.", {"messages": prefill}, lambda request: request["messages"][-1]["role"] == "user"),
+            ("claude-haiku-5-5", '"thinking.type.disabled" is not supported for this model.',
+             {"reasoning_effort": "none"}, lambda request: request.get("thinking", {}).get("type") != "disabled"),
+            ("claude-fable-5", "role 'system' is not supported on this model",
+             {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+             lambda request: [turn["role"] for turn in request["messages"]] == ["user"]),
+        ):
+            with self.subTest(words=words):
+                self.refuse_once(words)
+                self.assertEqual(self.chat(model=model, **fields).status, 200)
+                self.assertFalse(gone(self.claude.messages[-2].body))
+                self.assertTrue(gone(self.claude.messages[-1].body))
+                self.assertTrue(gone(self.sent(model=model, **fields)), "not remembered")
+
+    def test_a_lower_output_limit_is_learnt(self):
+        self.refuse_once("max_tokens: 128000 > 96000, which is the maximum allowed number of output tokens for x")
+        self.chat(model="claude-opus-5-5")
+        self.assertEqual(self.sent(model="claude-opus-5-5")["max_tokens"], 96_000)
+
+    def test_a_lesson_whose_retry_fails_is_forgotten(self):
+        self.refuse_once("`temperature` is deprecated for this model.")
+        self.refuse_once("something else is wrong")
+        self.assertEqual(self.chat(model="claude-opus-4-6", temperature=0.3).status, 400)
+        self.assertEqual(len(self.claude.messages), 2)
+        self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
+
+    def test_a_lesson_about_one_model_is_none_about_another(self):
+        self.refuse_once("`temperature` is deprecated for this model.")
+        self.chat(model="claude-sonnet-4-6", temperature=0.3)
+        self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
+
+    def test_a_400_about_something_else_is_handed_on(self):
+        self.refuse_once("messages.0.content.0.image.source: could not process image")
+        answer = self.chat(model="claude-opus-4-6", temperature=0.3)
+        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
+        self.assertIn("could not process image", answer.error["message"])
+
+    def test_an_error_about_a_tool_names_the_tool(self):
+        self.refuse_once("tools.1.custom.input_schema: JSON schema is invalid")
+        error = self.chat(tools=[a_tool("first"), a_tool("my.tool")]).error
+        self.assertIn("my.tool", error["message"])
+
+
+# ==== Requests ========================================================================================
+
+def a_tool(name: str, parameters=None, **fields) -> dict:
+    """A function tool of OpenAI's."""
+    return {"type": "function", "function": dict({"name": name, "parameters": parameters or {
+        "type": "object", "properties": {"x": {"type": "integer"}}}}, **fields)}
+
+
+def a_call(call_id, name: str = "f", arguments='{"x":1}') -> dict:
+    """An entry of `tool_calls`."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*tool_calls: dict, content=None) -> dict:
+    return {"role": "assistant", "content": content, "tool_calls": list(tool_calls)}
+
+
+def result(call_id, content="ok", **fields) -> dict:
+    return dict({"role": "tool", "tool_call_id": call_id, "content": content}, **fields)
+
+
+def user(content) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def system(content) -> dict:
+    return {"role": "system", "content": content}
+
+
+def said(role: str, *words: str) -> dict:
+    """A message of the Messages API that holds these texts."""
+    return {"role": role, "content": [text(each) for each in words]}
+
+
+ASKED = user("Hi")
+
+
+class RequestDoorTests(RequestTestCase):
+    def test_a_wrong_type_is_400_and_named_by_its_path(self):
+        function = {"type": "function", "function": {"name": "f"}}
+        for path, fields in (
+            ("messages", {"messages": "Hi"}), ("messages", {"messages": []}), ("messages", {"messages": {}}),
+            ("messages", {"messages": None}), ("messages[0]", {"messages": ["Hi"]}),
+            ("messages[1]", {"messages": [ASKED, None]}), ("messages[0].role", {"messages": [{"content": "x"}]}),
+            ("messages[0].role", {"messages": [{"role": 1, "content": "x"}]}),
+            ("messages[0].role", {"messages": [{"role": "robot", "content": "x"}]}),
+            ("messages[0].content", {"messages": [user(5)]}), ("messages[0].content", {"messages": [user({"a": 1})]}),
+            ("messages[0].content[1]", {"messages": [user(["a", 7])]}),
+            ("messages[0].content[0].text", {"messages": [user([{"type": "text", "text": 5}])]}),
+            ("messages[0].content[0].text", {"messages": [user([{"type": "text"}])]}),
+            ("messages[0].content[0].image_url", {"messages": [user([{"type": "image_url"}])]}),
+            ("messages[0].content[0].image_url.url",
+             {"messages": [user([{"type": "image_url", "image_url": {"url": 5}}])]}),
+            ("messages[1].tool_calls", {"messages": [ASKED, {"role": "assistant", "tool_calls": {}}]}),
+            ("messages[1].tool_calls[0]", {"messages": [ASKED, {"role": "assistant", "tool_calls": [None]}]}),
+            ("messages[1].tool_calls[0].function", {"messages": [ASKED, calls({"id": "a"})]}),
+            ("messages[1].tool_calls[0].function.name", {"messages": [ASKED, calls({"id": "a", "function": {}})]}),
+            ("messages[1].tool_calls[0].function.arguments", {"messages": [ASKED, calls(a_call("a", "f", 5))]}),
+            ("messages[1].tool_calls[0].id", {"messages": [ASKED, calls(a_call(5))]}),
+            ("messages[2].tool_call_id", {"messages": [ASKED, calls(a_call("a")), result(5)]}),
+            ("messages[1].function_call", {"messages": [ASKED, {"role": "assistant", "function_call": "f"}]}),
+            ("tools", {"tools": {}}), ("tools[0]", {"tools": ["f"]}), ("tools[1]", {"tools": [function, None]}),
+            ("tools[0].function", {"tools": [{"type": "function", "function": "f"}]}),
+            ("tools[0].function.name", {"tools": [{"type": "function", "function": {}}]}),
+            ("tools[0].function.name", {"tools": [{"type": "function", "function": {"name": " "}}]}),
+            ("tools[0].function.description", {"tools": [a_tool("f", description=5)]}),
+            ("tools[0].function.parameters", {"tools": [a_tool("f", "x: int")]}),
+            ("tools[0].function.parameters.type", {"tools": [a_tool("f", {"type": "string"})]}),
+            ("tools[0].function.parameters.properties", {"tools": [a_tool("f", {"type": "object", "properties": []})]}),
+            ("functions", {"functions": {}}), ("functions[0].name", {"functions": [{}]}),
+            ("tool_choice", {"tools": [function], "tool_choice": 5}),
+            ("tool_choice", {"tools": [function], "tool_choice": "sometimes"}),
+            ("tool_choice", {"tools": [function], "tool_choice": {"type": "function", "function": {"name": "g"}}}),
+            ("tool_choice.function.name", {"tools": [function], "tool_choice": {"type": "function", "function": {}}}),
+            ("max_tokens", {"max_tokens": "many"}), ("max_tokens", {"max_tokens": True}),
+            ("max_tokens", {"max_tokens": []}),
+            ("max_completion_tokens", {"max_completion_tokens": {}}), ("temperature", {"temperature": []}),
+            ("temperature", {"temperature": True}), ("temperature", {"temperature": "1e999"}), ("top_p", {"top_p": {}}),
+            ("n", {"n": 2}), ("n", {"n": "two"}), ("logprobs", {"logprobs": True}), ("logprobs", {"logprobs": 1}),
+            ("stop", {"stop": 5}), ("stop[1]", {"stop": ["a", 5]}), ("stream", {"stream": 1}),
+            ("stream_options", {"stream": True, "stream_options": []}),
+            ("stream_options.include_usage", {"stream": True, "stream_options": {"include_usage": 1}}),
+            ("user", {"user": 5}), ("response_format", {"response_format": "json"}),
+            ("response_format.type", {"response_format": {"type": "xml"}}),
+            ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
+            ("response_format.json_schema.schema",
+             {"response_format": {"type": "json_schema", "json_schema": {"schema": "x"}}}),
+            ("reasoning_effort", {"reasoning_effort": "huge"}), ("reasoning_effort", {"reasoning_effort": 3}),
+            ("reasoning.effort", {"reasoning": {"effort": "huge"}}), ("reasoning", {"reasoning": "high"}),
+            ("thinking", {"thinking": "on"}), ("thinking.type", {"thinking": {"type": "deep"}}),
+            ("thinking.budget_tokens", {"thinking": {"type": "enabled", "budget_tokens": "lots"}}),
+            ("web_search_options", {"web_search_options": True}),
+            ("web_search_options.search_context_size", {"web_search_options": {"search_context_size": "giant"}}),
+            ("parallel_tool_calls", {"parallel_tool_calls": "perhaps"}), ("service_tier", {"service_tier": 1}),
+        ):
+            with self.subTest(path=path, fields=fields):
+                error = self.refused(**fields)
+                self.assertEqual((error["param"], error["type"]), (path, "invalid_request_error"))
+                self.assertIn(path.split(".")[-1].split("[")[0], error["message"])
+
+    def test_what_clients_get_wrong_is_repaired(self):
+        for fields, expected in (
+            ({"max_tokens": 4096.0}, {"max_tokens": 4096}), ({"max_tokens": "4096"}, {"max_tokens": 4096}),
+            ({"max_tokens": 4096.4}, {"max_tokens": 4096}),
+            ({"max_tokens": 0}, {"max_tokens": 128_000}), ({"max_tokens": -1}, {"max_tokens": 128_000}),
+            ({"max_completion_tokens": None, "max_tokens": 5000}, {"max_tokens": 5000}),
+            ({"temperature": "0.7"}, {"temperature": 0.7}), ({"temperature": None}, {"temperature": None}),
+            ({"stop": None}, {"stop_sequences": None}), ({"stop": ""}, {"stop_sequences": None}),
+            ({"stop": []}, {"stop_sequences": None}), ({"stop": ["\n"]}, {"stop_sequences": None}),
+            ({"stop": ["END", None, ""]}, {"stop_sequences": ["END"]}),
+            ({"tools": []}, {"tools": None}), ({"tools": None, "tool_choice": "auto"},
+                                               {"tools": None, "tool_choice": None}),
+            ({"tool_choice": "required"}, {"tool_choice": None}), ({"tool_choice": ""}, {"tool_choice": None}),
+            ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": []}, {"tool_choice": None}),
+            ({"n": None}, {}), ({"n": 1}, {}), ({"n": "1"}, {}), ({"user": None}, {"metadata": None}),
+            ({"stream": "false"}, {"stream": True}), ({"response_format": None}, {"output_config": None}),
+            ({"reasoning_effort": None}, {"output_config": None}), ({"reasoning_effort": ""}, {"output_config": None}),
+            ({"functions": None, "function_call": None}, {"tools": None}),
+            ({"parallel_tool_calls": None}, {"tool_choice": None}),
+        ):
+            with self.subTest(fields=fields):
+                request = self.sent(model="claude-sonnet-4-6", **fields)
+                self.assertEqual({name: request.get(name) for name in expected}, expected)
+
+    def test_a_null_is_the_same_as_nothing_for_every_field(self):
+        nothing = self.sent()
+        for name in claude_gateway.CHAT_FIELDS:
+            if name not in ("model", "messages"):
+                with self.subTest(name=name):
+                    self.assertEqual(self.sent(**{name: None}), nothing)
+
+    def test_a_stream_wish_may_be_a_string(self):
+        self.assertEqual(self.chat(stream="true").events[-1], "[DONE]")
+
+    def test_unknown_fields_are_no_error(self):
+        request = self.sent(min_p=0.1, keep_alive="5m", options={"num_ctx": 1}, whatever=[1])
+        self.assertEqual(set(request) - {"model", "max_tokens", "stream", "thinking", "messages"}, set())
+
+    def test_lone_surrogates_become_replacement_characters(self):
+        # inside `arguments` they are escaped twice, so the door for bodies does not see them
+        for body, where in ((r'"Hi \ud83d"', lambda turns: turns[-1]["content"][0]["text"]),):
+            raw = '{"model": "opus", "messages": [{"role": "user", "content": %s}]}' % body
+            answer = self.ask("POST", "/v1/chat/completions", raw.encode("ascii"))
+            self.assertEqual(answer.status, 200, answer.raw)
+            self.assertEqual(where(self.claude.messages[-1].body["messages"]), "Hi \ufffd")
+            self.assertIn("lone_surrogates", answer.headers["x-claude-gateway-changes"])
+        turns = self.turns(ASKED, calls(a_call("a", "f", '{"x": "\\ud83d"}')), result("a"), tools=[a_tool("f")])
+        self.assertEqual(turns[1]["content"][0]["input"], {"x": "\ufffd"})
+
+    def test_translation_leaves_its_arguments_alone(self):
+        chat = {"model": "opus", "tools": [a_tool("a.b", {"type": "object", "properties": {"y": {"minimum": 1}}},
+                                                  strict=True)],
+                "messages": [system("S"), user([{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]),
+                             calls(a_call("a", "a.b", {"y": 1})), result("a", [{"type": "text", "text": "r"}]),
+                             system("T")],
+                "response_format": {"type": "json_object"}, "tool_choice": "required"}
+        before = json.dumps(chat)
+        for model in BUILT_IN_MODELS.values():
+            claude_gateway.messages_request_from_chat(chat, model, [{"type": "text", "text": "P"}])
+        self.assertEqual(json.dumps(chat), before)
+
+    def test_hostile_values_are_told_and_never_break_the_gateway(self):
+        for fields in (
+            {"messages": [ASKED, dict(assistant("x"), thinking_blocks=5)]},
+            {"messages": [ASKED, dict(assistant("x"), reasoning_details=True)]},
+            {"messages": [ASKED, dict(assistant("x"), thinking_blocks={"a": 1}, reasoning_content=[1])]},
+            {"messages": [ASKED, dict(assistant("x"), refusal=None, audio={"id": "x"}, annotations=5)]},
+            {"messages": [ASKED, calls(a_call("a", "f", '{"x": 1e999}')), result("a")]},
+            {"messages": [ASKED, calls(a_call("a", "f", '{"x": NaN}')), result("a")]},
+            {"messages": [ASKED, calls(a_call("a", "f", "9" * 5_000)), result("a")]},
+            {"messages": [dict(ASKED, cache_control=5)]}, {"cache_control": "x"}, {"prompt_cache_options": {"ttl": []}},
+            {"messages": [user([{"type": [], "text": "x"}])]}, {"messages": [user([{"type": "text", "text": "x",
+                                                                              "cache_control": {"type": []}}])]},
+            {"messages": [user([{"type": "image", "source": {"type": "base64", "data": PIXEL, "media_type": 5}}])]},
+            {"tools": [{"type": 5, "function": {"name": "f"}}]}, {"tools": [{"type": {"a": 1}}]},
+            {"tools": [a_tool("f")], "tool_choice": {"type": ["function"], "name": "f"}},
+            {"user": "u" * 300}, {"user": ""}, {"metadata": {"a": "b" * 9000}}, {"seed": 2 ** 70}, {"top_k": -5},
+            {"verbosity": "extreme"}, {"speed": "warp"}, {"service_tier": "flex"}, {"logit_bias": {"50256": -100}},
+            {"text": 5}, {"text": {"verbosity": []}}, {"max_output_tokens": "x"},
+        ):
+            with self.subTest(fields=str(fields)[:120]):
+                answer = self.chat(**fields)
+                self.assertIn(answer.status, (200, 400), answer.raw)
+
+    def test_every_schema_however_broken_is_answered(self):
+        broken_schemas = (
+            {"type": "object", "properties": {"a": 1}}, {"type": "object", "properties": {"a": {"enum": 5}}},
+            {"type": "object", "properties": {"a": {"anyOf": 5}}}, {"type": "object", "required": 5},
+            {"type": "object", "required": [["a"]], "properties": {"a": {}}}, {"anyOf": [{"properties": []}]},
+            {"anyOf": [{"required": 5}, {"required": [{}]}]}, {"anyOf": [{"$ref": "#/$defs/B"}], "$defs": {"B": {
+                "properties": [1]}}}, {"allOf": [5]}, {"allOf": [{"type": "object"}, None]},
+            {"type": "object", "properties": {"a": {"allOf": [5]}}}, {"type": "object", "description": 5, "minimum": 1},
+            {"type": "object", "properties": {"a": {"type": {"b": 1}}}}, {"$ref": 5}, {"$ref": "#/nowhere"},
+            {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}, {"type": "object", "$defs": {"a": 5}},
+            {"type": "object", "properties": {"a": {"items": 5}}}, {"type": 5}, {"oneOf": []}, {"type": []},
+            {"type": "object", "properties": {"a": {"type": "string", "description": ["x"], "maxLength": 3}}},
+            {"type": "object", "properties": {"a": {"type": "object", "properties": [1]}}},
+        )
+        self.claude.strict = False                  # such schemas are the client's own affair; a 500 would be ours
+        self.addCleanup(setattr, self.claude, "strict", True)
+        for schema in broken_schemas:
+            for fields in ({"tools": [a_tool("f", schema)]}, {"tools": [a_tool("f", schema, strict=True)]},
+                           {"tools": [a_tool("f", schema)], "tool_choice": "required"},
+                           {"response_format": {"type": "json_schema",
+                                                "json_schema": {"name": "n", "schema": schema}}}):
+                with self.subTest(fields=fields):
+                    answer = self.chat(**fields)
+                    self.assertIn(answer.status, (200, 400), answer.raw)
+
+
+class ParameterTests(RequestTestCase):
+    def test_the_output_limit_is_the_clients_up_to_the_models(self):
+        for model, fields, expected in (
+            ("opus", {}, 128_000), ("claude-haiku-4-5", {}, 64_000), ("opus", {"max_tokens": 5000}, 5000),
+            ("opus", {"max_completion_tokens": 2000, "max_tokens": 5000}, 2000),
+            ("opus", {"max_tokens": 200_000}, 128_000), ("claude-haiku-4-5", {"max_completion_tokens": 100_000},
+                                                         64_000),
+        ):
+            with self.subTest(model=model, fields=fields):
+                self.assertEqual(self.sent(model=model, **fields)["max_tokens"], expected)
+        self.assertEqual(self.changes(max_tokens=200_000), "clamped=max_tokens")
+
+    def test_sampling_goes_to_the_models_that_take_it(self):
+        for model in ALL_MODELS:
+            takes = model in OLD_MODELS + ("claude-sonnet-4-6", "claude-opus-4-6")
+            with self.subTest(model=model):
+                request = self.sent(model=model, temperature=0.5, top_k=7)
+                self.assertEqual({name: request.get(name) for name in ("temperature", "top_k")},
+                                 {"temperature": 0.5, "top_k": 7} if takes else {"temperature": None, "top_k": None})
+                self.assertEqual(self.changes(model=model, temperature=0.5), "" if takes else "dropped=temperature")
+                self.assertEqual(self.changes(model=model, temperature=1, top_p=1), "")
+
+    def test_sampling_is_brought_into_claudes_range(self):
+        for fields, expected, told in (
+            ({"temperature": 1.7}, {"temperature": 1}, "clamped=temperature"),
+            ({"temperature": -1}, {"temperature": 0}, "clamped=temperature"),
+            ({"temperature": 0}, {"temperature": 0}, ""), ({"top_p": 0.9}, {"top_p": 0.9}, ""),
+            ({"temperature": 0.2, "top_p": 0.9}, {"temperature": 0.2}, "dropped=top_p"),
+            ({"temperature": 1, "top_p": 0.9}, {"top_p": 0.9}, ""),
+            ({"temperature": 0.2, "top_p": 1}, {"temperature": 0.2}, ""),
+        ):
+            with self.subTest(fields=fields):
+                answer = self.chat(model="claude-sonnet-4-6", **fields)
+                request = self.claude.messages[-1].body
+                self.assertEqual({name: request[name] for name in ("temperature", "top_p") if name in request},
+                                 expected)
+                self.assertEqual(answer.headers.get("x-claude-gateway-changes", ""), told)
+
+    def test_stop_sequences_are_filtered_and_keep_their_order(self):
+        self.assertEqual(self.sent(stop="END")["stop_sequences"], ["END"])
+        self.assertEqual(self.sent(stop=["b", " ", "a", "", "\n\n"])["stop_sequences"], ["b", "a"])
+        self.assertEqual(self.sent(stop=["1", "2", "3", "4", "5"])["stop_sequences"], ["1", "2", "3", "4", "5"])
+        self.assertEqual(self.changes(stop=["\n"]), "dropped=stop")
+
+    def test_an_opaque_user_id_is_handed_on_and_no_address(self):
+        for fields, expected in (({"user": "u-123"}, {"user_id": "u-123"}),
+                                 ({"safety_identifier": "s"}, {"user_id": "s"}),
+                                 ({"user": "u", "safety_identifier": "s"}, {"user_id": "s"}),
+                                 ({"user": "ann@example.com"}, None), ({"user": "+49 170 1234567"}, None),
+                                 ({"user": "u" * 257}, None), ({"user": "u" * 256}, {"user_id": "u" * 256}),
+                                 ({"user": ""}, None)):
+            with self.subTest(fields=fields):
+                self.assertEqual(self.sent(**fields).get("metadata"), expected)
+        self.assertEqual(self.changes(user="ann@example.com"), "dropped=user")
+
+    def test_service_tiers_are_mapped_to_their_twins(self):
+        for tier, expected in (("auto", {}), ("default", {"service_tier": "standard_only"}), ("priority", {}),
+                               ("fast", {"speed": "fast"}), ("flex", {})):
+            with self.subTest(tier=tier):
+                request = self.sent(model="claude-opus-5-5", service_tier=tier)
+                self.assertEqual({name: request[name] for name in ("service_tier", "speed") if name in request},
+                                 expected)
+        self.assertEqual(self.changes(service_tier="flex"), "dropped=service_tier")
+        self.assertEqual(self.changes(service_tier="auto"), "")
+        self.assertEqual(self.sent(speed="fast")["speed"], "fast")
+        self.assertIn("fast-mode-2026-02-01", self.claude.messages[-1].headers["anthropic-beta"])
+
+    def test_a_field_that_says_the_default_is_no_change(self):
+        self.assertEqual(self.changes(
+            n=1, logprobs=False, top_logprobs=0, presence_penalty=0, frequency_penalty=0.0, logit_bias={},
+            temperature=1, top_p=1.0, modalities=["text"], parallel_tool_calls=True, response_format={"type": "text"},
+            stop=None, verbosity="medium", service_tier="auto", stream=False,
+            stream_options={"include_obfuscation": False}), "")
+
+    def test_what_has_no_effect_on_answers_is_not_reported_and_not_refused(self):
+        self.start(strict=True)
+        fields = {"store": True, "metadata": {"a": "b"}, "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+                  "user": "u-1", "prompt_cache_options": {"mode": "implicit"},
+                  "messages": [user([{"type": "image_url", "image_url": {
+                      "url": "data:image/png;base64," + PIXEL, "detail": "high"}}])]}
+        self.assertEqual(self.changes(**fields), "")
+
+    def test_what_has_no_counterpart_is_dropped_and_told(self):
+        for name, value in (("seed", 0), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("logit_bias", {"1": 2}),
+                            ("prediction", {"type": "content", "content": "x"}), ("audio", {"voice": "x"}),
+                            ("modalities", ["text", "audio"]), ("top_logprobs", 3), ("min_p", 0.1)):
+            with self.subTest(name=name):
+                self.assertEqual(self.changes(**{name: value}), "dropped=" + name)
+
+    def test_nothing_that_is_dropped_is_dropped_in_silence(self):
+        for name, value in (("verbosity", "extreme"), ("speed", "warp"), ("service_tier", "scale")):
+            with self.subTest(name=name):
+                answer = self.chat(**{name: value})
+                self.assertTrue(answer.status == 400 or name in answer.headers.get("x-claude-gateway-changes", ""))
+
+
+class ConversationTests(RequestTestCase):
+    def test_neighbours_of_one_role_become_one_turn(self):
+        self.assertEqual(self.turns(user("a"), user("b"), assistant("c"), assistant("d"), user("e")),
+                         [said("user", "a", "b"), said("assistant", "c", "d"), said("user", "e")])
+
+    def test_empty_texts_and_turns_fall_away(self):
+        for messages, expected in (
+            ([user([{"type": "text", "text": " "}, {"type": "text", "text": "a"}])], [said("user", "a")]),
+            ([user("a"), assistant(""), user("b")], [said("user", "a", "b")]),
+            ([user("a"), assistant(None), user("b")], [said("user", "a", "b")]),
+            ([user("a"), {"role": "assistant"}, user("b")], [said("user", "a", "b")]),
+            ([user("a"), assistant([]), user("\n"), user("b")], [said("user", "a", "b")]),
+            ([user("a"), assistant("b"), user(" "), assistant("c"), user("d")],
+             [said("user", "a"), said("assistant", "b", "c"), said("user", "d")]),
+            ([user("a"), dict(assistant("b"), tool_calls=[]), user("c")],
+             [said("user", "a"), said("assistant", "b"), said("user", "c")]),
+            ([user("a"), dict(assistant("b"), tool_calls=None, function_call=None), user("c")],
+             [said("user", "a"), said("assistant", "b"), said("user", "c")]),
+        ):
+            with self.subTest(messages=messages):
+                self.assertEqual(self.turns(*messages), expected)
+
+    def test_a_conversation_without_a_word_of_the_user_gets_one(self):
+        for messages in ([system("Name this chat.")], [user("")], [user(" ")], [user([])], [user(None)],
+                         [system("S"), assistant("Hello, I am Al.")], [assistant("Hello")]):
+            with self.subTest(messages=messages):
+                turn = self.turns(*messages)[0]
+                self.assertEqual(turn["role"], "user")
+                self.assertTrue(turn["content"][0]["text"].strip())
+
+    def test_an_assistant_that_speaks_first_keeps_its_words(self):
+        turns = self.turns(assistant("Hello, I am Al."), user("Hi Al"))
+        self.assertEqual([turn["role"] for turn in turns], ["user", "assistant", "user"])
+        self.assertEqual(turns[1:], [said("assistant", "Hello, I am Al."), said("user", "Hi Al")])
+
+    def test_the_last_word_of_the_assistant_is_a_prefill_where_that_is_possible(self):
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                turns = self.turns(user("Count"), assistant("One, two, \n"), model=model)
+                if model in OLD_MODELS:
+                    self.assertEqual(turns, [said("user", "Count"), said("assistant", "One, two,")])
+                else:
+                    self.assertEqual([turn["role"] for turn in turns], ["user", "assistant", "user"])
+                    self.assertEqual(turns[1]["content"][0]["text"].strip(), "One, two,")
+
+    def test_a_prefill_wins_over_thinking_and_an_effort_leaves_both_alone(self):
+        for model in OLD_MODELS:
+            with self.subTest(model=model):
+                request = self.prompt(model=model, reasoning_effort="high", messages=[user("Count"), assistant("One,")])
+                self.assertEqual(request["messages"][-1], said("assistant", "One,"))
+                self.assertNotIn("thinking", request)
+
+    def test_a_prefill_gives_way_to_an_answer_format(self):
+        request = self.prompt(model="claude-haiku-4-5", messages=[user("Count"), assistant("{")],
+                              response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": POINT}})
+        self.assertEqual(request["messages"][-1]["role"], "user")
+
+    def test_names_and_refusals_do_not_get_lost_or_in_the_way(self):
+        self.assertEqual(self.turns(dict(user("a"), name="ann"), dict(assistant(None), refusal="I will not."),
+                                    user("b")),
+                         [said("user", "a"), said("assistant", "I will not."), said("user", "b")])
+        self.assertEqual(self.turns(user("a"), assistant([{"type": "refusal", "refusal": "No."}]), user("b"))[1],
+                         said("assistant", "No."))
+
+    def test_what_sdks_add_to_messages_is_ignored(self):
+        extra = {"refusal": None, "annotations": [], "audio": None, "reasoning_content": "I thought", "reasoning": "so",
+                 "provider_specific_fields": {}, "parsed": None, "id": "x", "timestamp": 1, "images": []}
+        self.assertEqual(self.turns(ASKED, dict(assistant("b"), **extra), user("c"))[1], said("assistant", "b"))
+
+    def test_unsigned_reasoning_never_becomes_thinking_and_signed_does(self):
+        for extra, expected in (
+            ({"reasoning_content": "hm"}, []), ({"thinking_blocks": [{"type": "thinking", "thinking": "hm"}]}, []),
+            ({"reasoning_details": [{"type": "reasoning.text", "text": "hm"}]}, []),
+            ({"thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "s1"}]}, [thinking("hm", "s1")]),
+            ({"reasoning_details": [{"type": "reasoning.text", "text": "hm", "signature": "s1", "index": 0}]},
+             [thinking("hm", "s1")]),
+            ({"thinking_blocks": [{"type": "redacted_thinking", "data": "d"}]},
+             [{"type": "redacted_thinking", "data": "d"}]),
+            ({"content": [{"type": "thinking", "thinking": "hm", "signature": "s1"}, {"type": "text", "text": "b"}]},
+             [thinking("hm", "s1")]),
+        ):
+            with self.subTest(extra=extra):
+                turns = self.turns(ASKED, dict(assistant("b"), **extra), user("c"))
+                self.assertEqual(turns[1]["content"], expected + [text("b")])
+
+
+class AnyHistoryTests(unittest.TestCase):
+    def test_any_order_of_messages_makes_a_valid_request_that_keeps_every_word(self):
+        kinds = [user("USER"), user(" "), assistant("SAID"), assistant(""), system("NOTE"), calls(a_call("a")),
+                 calls(a_call("a", "g"), a_call("b:1", "f", ""), content="CALLS"), result("a", "RESULT"),
+                 result("b:1", None),
+                 {"role": "tool", "content": "NAMELESS"}, {"role": "function", "name": "g", "content": "FUNCTION"}]
+        histories = [[one, two, three] for one in kinds for two in kinds for three in kinds]
+        histories += [[user("USER"), calls(a_call("a"), a_call("a")), *history] for history in histories[::7]]
+        words = ("USER", "SAID", "NOTE", "CALLS", "NAMELESS")
+        for at, messages in enumerate(histories):
+            model = ("claude-opus-5-5", "claude-sonnet-5", "claude-sonnet-4-6", "claude-haiku-4-5-20251001")[at % 4]
+            with self.subTest(model=model, messages=messages):
+                request = claude_gateway.messages_request_from_chat(
+                    {"messages": messages, "tools": [a_tool("f"), a_tool("g")]}, BUILT_IN_MODELS[model]).request
+                self.assertEqual(violations(request, GOOD_HEADERS), [])
+                whole, given = json.dumps(request), json.dumps(messages)
+                # of two results of one call the last counts, so the nameless one is sure of its place only alone
+                alone = sum(map(given.count, ('"role": "tool"', '"role": "function"'))) == 1
+                for word in words if alone else words[:-1]:
+                    self.assertEqual(whole.count(word), given.count(word))
+
+
+class SystemMessageTests(RequestTestCase):
+    def test_leading_ones_become_blocks_of_their_own(self):
+        request = self.prompt(messages=[system("A"), {"role": "developer", "content": "B"},
+                                        system([{"type": "text", "text": "C"},
+                                                {"type": "text", "text": " "}]), system(None), ASKED])
+        self.assertEqual(request["system"], [text("A"), text("B"), text("C")])
+        self.assertEqual(request["messages"], [said("user", "Hi")])
+        self.assertNotIn("system", self.sent(messages=[system(""), ASKED]))
+
+    def test_later_ones_stay_in_place_only_where_the_model_and_the_order_allow_it(self):
+        placed = set(ALL_MODELS) - {"claude-sonnet-5", "claude-opus-4-7", "claude-sonnet-4-6", "claude-opus-4-6"} \
+            - set(OLD_MODELS)
+        for model in ALL_MODELS:
+            stays = model in placed
+            for name, messages, roles in (
+                ("last", [user("a"), system("NOTE")], ["user", "system"]),
+                ("before the assistant", [user("a"), system("NOTE"), assistant("b"), user("c")],
+                 ["user", "system", "assistant", "user"]),
+                ("after results", [user("a"), calls(a_call("1")), result("1"), system("NOTE")],
+                 ["user", "assistant", "user", "system"]),
+                ("before a user", [user("a"), assistant("b"), user("c"), system("NOTE"), user("d")],
+                 ["user", "assistant", "user"]),
+                ("after the assistant", [user("a"), assistant("b"), system("NOTE"), user("c")],
+                 ["user", "assistant", "user"]),
+                ("last after the assistant", [user("a"), assistant("b"), system("NOTE")],
+                 ["user", "assistant", "user"]),
+                ("between call and result", [user("a"), calls(a_call("1")), system("NOTE"), result("1"), user("b")],
+                 ["user", "assistant", "user"]),
+                ("developer, twice", [user("a"), {"role": "developer", "content": "NOTE"}, system("NOTE 2")],
+                 ["user", "system"]),
+            ):
+                with self.subTest(model=model, name=name):
+                    turns = self.turns(*messages, model=model, tools=[a_tool("f")])
+                    self.assertEqual([turn["role"] for turn in turns],
+                                     roles if stays else [role for role in roles if role != "system"])
+                    self.assertIn("NOTE", json.dumps(turns))
+
+    def test_one_that_cannot_stay_is_marked_as_what_it_is(self):
+        turns = self.turns(user("a"), system("Be brief."), user("b"), model="claude-sonnet-5")
+        self.assertEqual([turn["role"] for turn in turns], ["user"])
+        words = [block["text"] for block in turns[0]["content"]]
+        self.assertEqual((words[0], words[2]), ("a", "b"))
+        self.assertRegex(words[1], r"(?s)system.*Be brief\..*system")
+
+    def test_it_is_never_hoisted(self):
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                request = self.prompt(model=model, messages=[system("A"), ASKED, assistant("b"), system("LATE"),
+                                                             user("c")])
+                self.assertEqual(request["system"], [text("A")])
+
+    def test_it_takes_text_only(self):
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}
+        self.assertEqual(self.refused(messages=[system([image]), ASKED])["param"], "messages[0].content")
+
+
+class ToolHistoryTests(RequestTestCase):
+    """Calls and results of the history, however a client tells them."""
+
+    def told(self, *messages: dict, **fields) -> list:
+        return self.turns(*messages, tools=fields.pop("tools", [a_tool("f"), a_tool("g")]), **fields)
+
+    def pairs(self, turns: list) -> list:
+        """(id, content) of every result, in order."""
+        return [(block["tool_use_id"], block.get("content")) for turn in turns for block in turn["content"]
+                if block["type"] == "tool_result"]
+
+    def test_text_comes_before_the_calls_and_results_before_text(self):
+        self.assertEqual(
+            self.told(ASKED, calls(a_call("a"), a_call("b", "g", "{}"), content="Two calls."), result("b", "2"),
+                      result("a", "1"), user("And now?")),
+            [said("user", "Hi"),
+             {"role": "assistant", "content": [text("Two calls."), tool_use("a", "f", {"x": 1}),
+                                               tool_use("b", "g", {})]},
+             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "1"},
+                                          {"type": "tool_result", "tool_use_id": "b", "content": "2"},
+                                          text("And now?")]}])
+
+    def test_a_late_result_moves_up_to_its_call(self):
+        for name, messages in (
+            ("behind the user", [ASKED, calls(a_call("a")), user("wait"), result("a", "R")]),
+            ("behind another turn", [ASKED, calls(a_call("a")), user("wait"), assistant("Waiting."), result("a", "R")]),
+            ("behind an empty turn", [ASKED, calls(a_call("a"), a_call("b")), result("b"), assistant(""),
+                                      result("a", "R")]),
+            ("behind a system note", [ASKED, calls(a_call("a")), system("note"), result("a", "R"), user("go on")]),
+        ):
+            with self.subTest(name=name):
+                turns = self.told(*messages)
+                self.assertEqual(turns[2]["content"][0], {"type": "tool_result", "tool_use_id": "a", "content": "R"})
+                self.assertNotIn("no result", json.dumps(turns))
+
+    def test_a_result_that_moved_is_told(self):
+        self.assertNotEqual(self.changes(tools=[a_tool("f")], messages=[
+            ASKED, calls(a_call("a")), user("wait"), assistant("Waiting."), result("a", "R"), user("So?")]), "")
+
+    def test_a_call_without_a_result_gets_one_that_says_so(self):
+        for messages in ([ASKED, calls(a_call("a"), a_call("b")), result("a"), user("Go on")],
+                         [ASKED, calls(a_call("b")), user("Go on")], [ASKED, calls(a_call("b"))],
+                         [ASKED, calls(a_call("b")), assistant("Never mind."), user("Go on")]):
+            with self.subTest(messages=messages):
+                turns = self.told(*messages)
+                missing = [block for block in turns[2]["content"] if block.get("tool_use_id") == "b"]
+                self.assertEqual(len(missing), 1)
+                self.assertTrue(missing[0]["is_error"])
+        self.assertIn("repaired=", self.changes(messages=[ASKED, calls(a_call("a")), user("x")], tools=[a_tool("f")]))
+
+    def test_a_result_without_its_call_stays_as_text(self):
+        for messages in ([ASKED, result("ghost", "It is 5 o'clock.")], [result("ghost", "It is 5 o'clock."), ASKED],
+                         [ASKED, calls(a_call("a")), result("a"), result("ghost", "It is 5 o'clock.")]):
+            with self.subTest(messages=messages):
+                turns = self.told(*messages)
+                words = " ".join(block.get("text", "") for block in turns[-1]["content"])
+                self.assertIn("It is 5 o'clock.", words)
+                self.assertIn("ghost", words)
+        self.assertIn("repaired=messages[1]", self.changes(messages=[ASKED, result("ghost")]))
+
+    def test_of_two_results_of_one_call_the_last_counts(self):
+        turns = self.told(ASKED, calls(a_call("a")), result("a", "old"), result("a", "new"))
+        self.assertEqual(self.pairs(turns), [("a", "new")])
+        self.assertIn("repaired=", self.changes(messages=[ASKED, calls(a_call("a")), result("a"), result("a")]))
+
+    def test_an_id_that_comes_again_is_told_apart_with_its_result(self):
+        turns = self.told(ASKED, calls(a_call("a")), result("a", "1"), calls(a_call("a")), result("a", "2"),
+                          calls(a_call("a")), result("a", "3"))
+        pairs = self.pairs(turns)
+        self.assertEqual([content for _, content in pairs], ["1", "2", "3"])
+        self.assertEqual(len({call_id for call_id, _ in pairs}), 3)
+
+    def test_an_id_twice_in_one_turn_pairs_call_by_call(self):
+        pairs = self.pairs(self.told(ASKED, calls(a_call("a"), a_call("a", "g")), result("a", "1"), result("a", "2")))
+        self.assertEqual([content for _, content in pairs], ["1", "2"])
+
+    def test_ids_that_claude_refuses_are_mapped_and_never_collide(self):
+        raw_ids = ["call:1/x", "call_1_x", "call 1 x", "ü", "é", "x" * 300, "a", "A-1_b"]
+        turns = self.told(ASKED, calls(*[a_call(raw) for raw in raw_ids]), *[result(raw, raw) for raw in raw_ids])
+        used = [block["id"] for block in turns[1]["content"]]
+        self.assertEqual(len(set(used)), len(raw_ids))
+        self.assertEqual(self.pairs(turns), list(zip(used, raw_ids)))
+        self.assertEqual((used[1], used[6], used[7]), ("call_1_x", "a", "A-1_b"))
+
+    def test_calls_and_results_without_ids_pair_in_their_order(self):
+        turns = self.told(ASKED, calls(a_call(None), a_call("", "g")), result(None, "1"),
+                          {"role": "tool", "content": "2"})
+        self.assertEqual([content for _, content in self.pairs(turns)], ["1", "2"])
+        turns = self.told(ASKED, calls(a_call(None), a_call(None, "g")), {"role": "tool", "name": "g", "content": "G"},
+                          {"role": "tool", "name": "f", "content": "F"})
+        self.assertEqual([content for _, content in self.pairs(turns)], ["F", "G"])
+
+    def test_the_same_history_gives_the_same_ids_however_long_it_grows(self):
+        history = [ASKED, calls(a_call("a:1")), result("a:1"), calls(a_call("a:1"), a_call(None)), result("a:1"),
+                   result(None)]
+        short = self.told(*history)
+        long = self.told(*history, assistant("x"), user("y"), calls(a_call("a:1")), result("a:1"))
+        self.assertEqual(long[:len(short)], short)
+
+    def test_any_content_of_a_result_is_kept(self):
+        for content, expected in (("text", "text"), (None, None), ("", None), (7, "7"), (1.5, "1.5"), (True, "true"),
+                                  ({"a": 1}, '{"a": 1}'), ([], None), ([{"type": "text", "text": "t"}], [text("t")]),
+                                  (["a", "b"], [text("a"), text("b")]), ([{"type": "text", "text": " "}], None)):
+            with self.subTest(content=content):
+                self.assertEqual(self.pairs(self.told(ASKED, calls(a_call("a")), result("a", content))),
+                                 [("a", expected)])
+        missing = {"role": "tool", "tool_call_id": "a"}
+        self.assertEqual(self.pairs(self.told(ASKED, calls(a_call("a")), missing)), [("a", None)])
+
+    def test_images_in_results_are_images(self):
+        image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}}
+        for part in ({"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}},
+                     {"type": "input_image", "image_url": "data:image/png;base64," + PIXEL}, image):
+            with self.subTest(type=part["type"]):
+                turns = self.told(ASKED, calls(a_call("a")), result("a", [{"type": "text", "text": "See"}, part]))
+                self.assertEqual(self.pairs(turns), [("a", [text("See"), image])])
+
+    def test_arguments_become_an_object_whatever_they_are(self):
+        for arguments, expected in (
+            ('{"a": 1}', {"a": 1}), ("", {}), (" ", {}), (None, {}), ("null", {}), ({"a": 1}, {"a": 1}), ("{}", {}),
+            ("[1]", {"value": [1]}), ('"s"', {"value": "s"}), ("5", {"value": 5}), ("false", {"value": False}),
+            ('{"a": "b', {"a": "b"}), ('{"a": [1, {"b": 2', {"a": [1, {"b": 2}]}), ('{"a": 1', {"a": 1}),
+            ('{"a":1}{"b":2}', {"_raw": '{"a":1}{"b":2}'}), ("not json", {"_raw": "not json"}),
+            ('{"a": ', {"_raw": '{"a": '}), ('{"a": NaN}', {"_raw": '{"a": NaN}'}), ('{"a": "}', {"a": "}"}),
+            ("9" * 5_000, {"_raw": "9" * 5_000}), ('{"a": 1e999}', {"_raw": '{"a": 1e999}'}),
+            ('{"a": 1, "a": 2}', {"a": 2}), ('{"a": "\\"', {"a": '"'}),
+        ):
+            with self.subTest(arguments=arguments):
+                turns = self.told(ASKED, calls(a_call("a", "f", arguments)), result("a"))
+                self.assertEqual(turns[1]["content"][0]["input"], expected)
+        self.assertIn("repaired=messages[1].tool_calls[0].function.arguments", self.changes(
+            messages=[ASKED, calls(a_call("a", "f", "oops")), result("a")], tools=[a_tool("f")]))
+
+    def test_arguments_that_are_nested_too_deep_stay_text(self):
+        # a body like that is refused before it is parsed; inside a string it must not get through either
+        for depth in (300, 900, 5_000):
+            with self.subTest(depth=depth):
+                arguments = "[" * depth + "]" * depth
+                turns = self.told(ASKED, calls(a_call("a", "f", arguments)), result("a"))
+                self.assertEqual(turns[1]["content"][0]["input"], {"_raw": arguments})
+
+    def test_leftovers_of_stream_deltas_do_no_harm(self):
+        call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}
+        self.assertEqual(self.told(ASKED, calls(call), result("a"))[1]["content"], [tool_use("a", "f", {})])
+
+    def test_calls_of_neighbouring_messages_belong_to_one_turn(self):
+        turns = self.told(ASKED, calls(a_call("a")), calls(a_call("b")), result("a", "1"), result("b", "2"))
+        self.assertEqual([turn["role"] for turn in turns], ["user", "assistant", "user"])
+        self.assertEqual(self.pairs(turns), [("a", "1"), ("b", "2")])
+
+    def test_a_history_with_tools_needs_no_tools_in_the_request(self):
+        for fields in ({}, {"tools": []}, {"tool_choice": "none"}):
+            with self.subTest(fields=fields):
+                request = self.prompt(messages=[ASKED, calls(a_call("a", "my.tool"), a_call("b")), result("a"),
+                                                result("b")],
+                                      **fields)
+                self.assertEqual([tool["name"] for tool in request["tools"]], ["my_tool", "f"])
+                self.assertEqual(request["tool_choice"], {"type": "none"})
+
+    def test_legacy_function_messages_pair_by_name_and_order(self):
+        functions = [{"name": "f", "parameters": {"type": "object", "properties": {}}}, {"name": "g"}]
+        request = self.prompt(functions=functions, messages=[
+            ASKED, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "F"},
+            {"role": "assistant", "content": None, "function_call": {"name": "g", "arguments": '{"y":1}'}},
+            {"role": "function", "name": "g", "content": None}])
+        turns = request["messages"]
+        self.assertEqual([turn["role"] for turn in turns], ["user", "assistant", "user", "assistant", "user"])
+        self.assertEqual([content for _, content in self.pairs(turns)], ["F", None])
+        self.assertEqual([tool["name"] for tool in request["tools"]], ["f", "g"])
+
+    def test_custom_calls_come_back_as_the_string_they_were(self):
+        tool = {"type": "custom", "custom": {"name": "patch", "description": "Edits"}}
+        request = self.prompt(tools=[tool], messages=[
+            ASKED, calls({"id": "a", "type": "custom", "custom": {"name": "patch", "input": "*** x"}}), result("a")])
+        self.assertEqual(request["messages"][1]["content"], [tool_use("a", "patch", {"input": "*** x"})])
+
+    def test_tool_names_are_mapped_everywhere_and_back(self):
+        long = "n" * 140
+        names = ["a.b", "a_b", "a/b", "mcp:x y", "名前", long, "x" * 64]
+        self.claude.play(lambda recorded: message(
+            *[tool_use("c%d" % at, tool["name"], {}) for at, tool in enumerate(recorded.body["tools"])]))
+        answer = self.chat(tools=[a_tool(name) for name in names], messages=[
+            ASKED, calls(a_call("1", "a.b"), a_call("2", long), a_call("3", "gone.tool")), result("1"), result("2"),
+            result("3")])
+        self.assertEqual(answer.status, 200, answer.raw)
+        request = self.claude.messages[-1].body
+        sent_names = [tool["name"] for tool in request["tools"]]
+        self.assertEqual((sent_names[1], sent_names[6]), ("a_b", "x" * 64))
+        self.assertEqual(len(set(sent_names)), len(names))
+        used = [block["name"] for block in request["messages"][1]["content"]]
+        self.assertEqual(used[:2], [sent_names[0], sent_names[5]])
+        self.assertNotIn(used[2], sent_names)
+        self.assertEqual([call["function"]["name"] for call in answer.message["tool_calls"]], names)
+        self.assertIn("changed=", answer.headers["x-claude-gateway-changes"])
+
+    def test_mapped_names_are_mapped_back_in_streams(self):
+        self.claude.play(lambda recorded: message(tool_use("c", recorded.body["tools"][0]["name"], {})))
+        chunks = self.chat(tools=[a_tool("ns.do it")], stream=True).chunks
+        self.assertEqual(completion_from_chunks(chunks)["message"]["tool_calls"][0]["function"]["name"], "ns.do it")
+
+
+# ---- content parts
+
+def png(width: int, height: int) -> str:
+    """The beginning of a PNG of this size, in base64: as much of it as the gateway looks at."""
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height)
+                            + b"\x08\x06\0\0\0").decode()
+
+
+def jpeg(width: int, height: int) -> str:
+    """The same of a JPEG, with a segment before the frame header."""
+    return base64.b64encode(b"\xff\xd8\xff\xe0\x00\x10" + b"JFIF\0" + bytes(9) + b"\xff\xc0\x00\x11\x08"
+                            + struct.pack(">HH", height, width) + bytes(12)).decode()
+
+
+def gif(width: int, height: int) -> str:
+    return base64.b64encode(b"GIF89a" + struct.pack("<HH", width, height) + bytes(10)).decode()
+
+
+def webp(width: int, height: int) -> str:
+    return base64.b64encode(b"RIFF\x20\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + struct.pack("<I", width - 1)[:3]
+                            + struct.pack("<I", height - 1)[:3] + bytes(8)).decode()
+
+
+PDF = base64.b64encode(b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n%%EOF\n").decode()
+
+
+def image_block(data: str, media_type: str = "image/png") -> dict:
+    return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data}}
+
+
+def pdf_block(**fields) -> dict:
+    return dict({"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}},
+                **fields)
+
+
+def text_file(words: str, **fields) -> dict:
+    return dict({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": words}}, **fields)
+
+
+def image_url(url) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+class ContentPartTests(RequestTestCase):
+    def block(self, part: dict, **fields) -> dict:
+        """The content block that a part of a user message becomes."""
+        blocks = self.turns(user([{"type": "text", "text": "See:"}, part]), **fields)[0]["content"]
+        self.assertEqual((len(blocks), blocks[0]), (2, text("See:")))
+        return blocks[1]
+
+    def refused_part(self, part: dict) -> dict:
+        return self.refused(messages=[user([{"type": "text", "text": "See:"}, part])])
+
+    def test_an_image_is_understood_in_all_its_spellings(self):
+        url_safe = PIXEL.replace("+", "-").replace("/", "_").rstrip("=")
+        spaced = "\r\n ".join(PIXEL[start:start + 20] for start in range(0, len(PIXEL), 20))
+        for name, part in (
+            ("url object", image_url("data:image/png;base64," + PIXEL)),
+            ("bare string", {"type": "image_url", "image_url": "data:image/png;base64," + PIXEL}),
+            ("with detail", {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL,
+                                                                "detail": "low"}}),
+            ("bare base64", image_url(PIXEL)), ("no media type", image_url("data:;base64," + PIXEL)),
+            ("wrong media type", image_url("data:image/jpeg;base64," + PIXEL)),
+            ("octet-stream", image_url("data:application/octet-stream;base64," + PIXEL)),
+            ("upper case", image_url("DATA:IMAGE/PNG;BASE64," + PIXEL)),
+            ("parameters", image_url("data:image/png;charset=utf-8;base64," + PIXEL)),
+            ("line breaks", image_url("data:image/png;base64," + spaced)), ("no padding", image_url(
+                "data:image/png;base64," + PIXEL.rstrip("="))),
+                ("url-safe", image_url("data:image/png;base64," + url_safe)),
+            ("percent signs", image_url("data:image/png;base64," + urllib.parse.quote(PIXEL, safe=""))),
+            ("input_image", {"type": "input_image", "image_url": "data:image/png;base64," + PIXEL}),
+            ("anthropic", image_block(PIXEL)), ("anthropic, wrong type", image_block(PIXEL, "image/webp")),
+            ("file", {"type": "file", "file": {"file_data": "data:image/png;base64," + PIXEL, "filename": "a.png"}}),
+        ):
+            with self.subTest(name=name):
+                self.assertEqual(self.block(part), image_block(PIXEL))
+
+    def test_the_bytes_say_what_an_image_is(self):
+        for data, media_type in ((png(5, 5), "image/png"), (jpeg(5, 5), "image/jpeg"), (gif(5, 5), "image/gif"),
+                                 (webp(5, 5), "image/webp")):
+            with self.subTest(media_type=media_type):
+                self.assertEqual(self.block(image_url("data:image/jpg;base64," + data)), image_block(data, media_type))
+        self.assertEqual(self.changes(messages=[user([image_url("data:image/jpg;base64," + jpeg(5, 5))])])[:9],
+                         "repaired=")
+
+    def test_a_web_address_is_left_to_claude(self):
+        for part in (image_url("https://example.com/a.png"),
+                     {"type": "image_url", "image_url": "https://example.com/a.png"},
+                     {"type": "input_image", "image_url": "https://example.com/a.png"},
+                     {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}):
+            with self.subTest(part=part):
+                self.assertEqual(self.block(part), {"type": "image", "source": {
+                    "type": "url", "url": "https://example.com/a.png"}})
+
+    def test_addresses_that_are_not_public_are_refused_by_name(self):
+        for url in ("file:///etc/passwd", "ftp://example.com/a.png", "http://127.0.0.1/a.png",
+                    "https://localhost/a.png",
+                    "https://a.localhost/a.png", "http://10.0.0.1/", "http://192.168.1.1/",
+                    "http://169.254.169.254/latest",
+                    "http://[::1]/", "http://[fe80::1]/", "https://0.0.0.0/", "http://[::ffff:127.0.0.1]/",
+                    "http:///a.png",
+                    "https://exa mple.com/", "javascript:alert(1)", "a.png", "", "http://[bad/"):
+            with self.subTest(url=url):
+                error = self.refused_part(image_url(url))
+                self.assertEqual(error["param"], "messages[0].content[1].image_url.url")
+                self.assertIn(url, error["message"])
+
+    def test_bad_image_data_is_refused_by_path(self):
+        svg = base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode()
+        bmp = base64.b64encode(b"BM" + bytes(60)).decode()
+        for url, words in (("data:image/png;base64,", "base64"), ("data:image/png;base64,@@@@", "base64"),
+                           ("data:image/png;base64," + PIXEL[:41], "base64"), ("data:image/png;base64", "comma"),
+                           ("data:image/svg+xml;base64," + svg, "JPEG, PNG, GIF and WebP"),
+                           ("data:image/bmp;base64," + bmp, "JPEG, PNG, GIF and WebP")):
+            with self.subTest(url=url):
+                error = self.refused_part(image_url(url))
+                self.assertEqual(error["param"], "messages[0].content[1].image_url.url")
+                self.assertIn(words, error["message"])
+
+    def test_an_image_that_is_too_large_is_refused_with_the_limit(self):
+        for data in (png(8001, 10), png(10, 8001), jpeg(9000, 20), gif(8001, 1), webp(1, 8001)):
+            with self.subTest(data=data[:8]):
+                error = self.refused_part(image_url(data if len(data) > 40 else "data:image/x;base64," + data))
+                self.assertIn("8000 x 8000", error["message"])
+        self.assertEqual(self.block(image_url("data:;base64," + png(8000, 8000)))["type"], "image")
+        heavy = base64.b64encode(base64.b64decode(PIXEL) + bytes(7_600_000)).decode()
+        self.assertIn("10 MB", self.refused_part(image_url("data:image/png;base64," + heavy))["message"])
+
+    def test_the_number_of_images_has_a_limit(self):
+        for model, most in (("claude-haiku-4-5", 100), ("claude-opus-5-5", 600)):
+            with self.subTest(model=model):
+                images = [image_url("data:image/png;base64," + PIXEL)] * (most + 1)
+                self.assertEqual(self.chat(model=model, messages=[user(images[1:])]).status, 200)
+                error = self.refused(model=model, messages=[user(images)])
+                self.assertIn(str(most), error["message"])
+                self.assertEqual(error["param"], "messages[0].content[%d].image_url.url" % most)
+
+    def test_a_pdf_is_a_document_wherever_it_hides(self):
+        for name, part, expected in (
+            ("file", {"type": "file", "file": {"file_data": "data:application/pdf;base64," + PDF, "filename": "a.pdf"}},
+             pdf_block(title="a.pdf")),
+            ("bare", {"type": "file", "file": {"file_data": PDF, "filename": "a.pdf"}}, pdf_block(title="a.pdf")),
+            ("no name", {"type": "file", "file": {"file_data": "data:application/pdf;base64," + PDF}}, pdf_block()),
+            ("wrong type", {"type": "file", "file": {"file_data": "data:text/plain;base64," + PDF}}, pdf_block()),
+            ("image_url", image_url("data:application/pdf;base64," + PDF), pdf_block()),
+            ("input_file", {"type": "input_file", "file_data": PDF, "filename": "b.pdf"}, pdf_block(title="b.pdf")),
+            ("anthropic", pdf_block(title="c"), pdf_block(title="c")),
+        ):
+            with self.subTest(name=name):
+                self.assertEqual(self.block(part), expected)
+
+    def test_text_files_are_text_documents(self):
+        encoded = base64.b64encode("Grüße".encode("utf-8")).decode()
+        for name, part, expected in (
+            ("file", {"type": "file", "file": {"file_data": "data:text/csv;base64," + encoded, "filename": "a.csv"}},
+             text_file("Grüße", title="a.csv")),
+            ("bare", {"type": "file", "file": {"file_data": encoded, "filename": "notes.MD"}},
+             text_file("Grüße", title="notes.MD")),
+            ("image_url", image_url("data:text/plain;base64," + encoded), text_file("Grüße")),
+            ("json", {"type": "file", "file": {"file_data": "data:application/json;base64," + encoded}},
+             text_file("Grüße")),
+            ("percent", image_url("data:text/plain,Hello%20there"), text_file("Hello there")),
+            ("anthropic", text_file("x", title="t"), text_file("x", title="t")),
+        ):
+            with self.subTest(name=name):
+                self.assertEqual(self.block(part), expected)
+
+    def test_what_claude_cannot_take_is_refused_by_path_and_reason(self):
+        word = base64.b64encode(b"PK\x03\x04" + bytes(40)).decode()
+        latin = base64.b64encode(b"Gr\xfc\xdfe").decode()
+        part = "messages[0].content[1]"
+        for given, param, words in (
+            ({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}, part, "sound"),
+            ({"type": "video_url", "video_url": {"url": "https://x.example/v.mp4"}}, part, "video"),
+            ({"type": "file", "file": {"file_id": "file-1"}}, part + ".file.file_id", "file"),
+            ({"type": "file", "file": {"filename": "a.pdf"}}, part + ".file", "file_data"),
+            ({"type": "file", "file": {"file_data": word, "filename": "a.docx"}}, part + ".file.file_data", "PDF"),
+            ({"type": "file", "file": {"file_data": "data:text/plain;base64," + latin}}, part + ".file.file_data",
+             "UTF-8"),
+            ({"type": "file", "file": "a.pdf"}, part + ".file", "object"),
+            ({"type": "file"}, part, "file_data"), ({"type": "input_image", "file_id": "f"}, part + ".file_id", "file"),
+        ):
+            with self.subTest(given=given):
+                error = self.refused_part(given)
+                self.assertEqual(error["param"], param)
+                self.assertIn(words, error["message"])
+
+    def test_parts_of_other_apis_are_read(self):
+        for part in ({"type": "input_text", "text": "x"}, {"type": "output_text", "text": "x"}, {"text": "x"}, "x"):
+            with self.subTest(part=part):
+                self.assertEqual(self.block(part), text("x"))
+
+    def test_an_unknown_part_is_passed_on_as_text_and_told(self):
+        part = {"type": "hologram", "depth": 3}
+        self.assertEqual(json.loads(self.block(part)["text"]), part)
+        self.assertEqual(self.changes(messages=[user(["a", part])]), "changed=messages[0].content[1]")
+
+    def test_an_image_of_the_assistant_is_named_not_sent(self):
+        turns = self.turns(ASKED, assistant([{"type": "text", "text": "Here:"},
+                                             image_url("data:image/png;base64," + PIXEL)]),
+                           user("Thanks"))
+        self.assertEqual([block["type"] for block in turns[1]["content"]], ["text", "text"])
+
+
+# ---- tools
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+class ToolTests(RequestTestCase):
+    def tools(self, *tools: dict, **fields) -> list:
+        return self.prompt(tools=list(tools), **fields)["tools"]
+
+    def schema(self, parameters, **fields) -> dict:
+        return self.tools({"type": "function", "function": dict({"name": "f", "parameters": parameters}, **fields)})[0][
+            "input_schema"]
+
+    def test_a_tool_is_understood_in_all_its_spellings(self):
+        expected = {"name": "f", "description": "Does it", "input_schema": POINT}
+        inner = {"name": "f", "description": "Does it", "parameters": POINT}
+        for tool in ({"type": "function", "function": inner}, {"function": inner}, dict(inner, type="function"), inner,
+                     {"name": "f", "description": "Does it", "input_schema": POINT},
+                     {"type": "custom", "name": "f", "description": "Does it", "input_schema": POINT},
+                     {"type": "function", "function": dict(inner, strict=False)},
+                     {"type": "function", "function": dict(inner, strict=None)}):
+            with self.subTest(tool=tool):
+                self.assertEqual(self.tools(tool), [expected])
+        self.assertEqual(self.prompt(functions=[inner])["tools"], [expected])
+
+    def test_empty_descriptions_and_parameters_are_made_whole(self):
+        for function in ({"name": "f"}, {"name": "f", "description": "", "parameters": None},
+                         {"name": "f", "description": None, "parameters": {}},
+                         {"name": "f", "parameters": {"type": "object"}},
+                         {"name": "f", "parameters": {"type": "object", "properties": None, "required": None}}):
+            with self.subTest(function=function):
+                self.assertEqual(self.tools({"type": "function", "function": function}),
+                                 [{"name": "f", "input_schema": NO_PARAMETERS}])
+
+    def test_of_two_tools_with_one_name_the_first_stays(self):
+        tools = self.tools(a_tool("f", description="one"), a_tool("g"), a_tool("f", description="two"))
+        self.assertEqual([(tool["name"], tool.get("description")) for tool in tools], [("f", "one"), ("g", None)])
+        self.assertIn("dropped=tools[1]", self.changes(tools=[a_tool("f"), a_tool("f")]))
+
+    def test_tools_that_claude_does_not_have_are_dropped_and_told(self):
+        self.assertEqual([tool["name"] for tool in self.tools({"type": "code_interpreter"}, a_tool("f"))], ["f"])
+        self.assertEqual(self.changes(tools=[{"type": "code_interpreter"}, a_tool("f")]), "dropped=tools[0]")
+        self.assertNotIn("tools", self.sent(tools=[{"type": "code_interpreter"}], tool_choice="required"))
+
+    def test_a_custom_tool_takes_one_string_and_tells_its_grammar(self):
+        tool = self.tools({"type": "custom", "custom": {"name": "calc", "description": "Computes", "format": {
+            "type": "grammar", "grammar": {"syntax": "lark", "definition": "start: /[0-9+]+/"}}}})[0]
+        self.assertEqual(tool["input_schema"]["properties"], {"input": {"type": "string"}})
+        self.assertEqual(tool["input_schema"]["required"], ["input"])
+        self.assertRegex(tool["description"], r"(?s)Computes.*lark.*start: /\[0-9\+\]\+/")
+        self.claude.play(message(tool_use("c", "calc", {"input": "1+1"})))
+        answer = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}])
+        self.assertEqual(answer.message["tool_calls"], [{"id": "c", "type": "custom", "custom": {
+            "name": "calc", "input": "1+1"}}])
+
+    def test_web_search_becomes_claudes(self):
+        request = self.prompt(web_search_options={"search_context_size": "low", "user_location": {
+            "type": "approximate", "approximate": {"city": "Paris", "country": "FR", "region": None}}},
+            tools=[a_tool("f")])
+        self.assertEqual([tool["name"] for tool in request["tools"]], ["f", "web_search"])
+        search = request["tools"][1]
+        self.assertEqual(search["user_location"], {"type": "approximate", "city": "Paris", "country": "FR"})
+        few, usual, many = (self.sent(web_search_options=options)["tools"][0]["max_uses"] for options in (
+            {"search_context_size": "low"}, {}, {"search_context_size": "high"}))
+        self.assertLess(few, usual)
+        self.assertLess(usual, many)
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                self.assertEqual(self.sent(model=model, web_search_options={})["tools"][0]["name"], "web_search")
+
+    def test_a_clients_own_web_search_tool_can_stand_beside_claudes(self):
+        self.claude.play(lambda recorded: message(tool_use("c", recorded.body["tools"][0]["name"], {})))
+        answer = self.chat(web_search_options={}, tools=[a_tool("web_search")])
+        self.assertEqual(answer.status, 200, answer.raw)
+        self.assertEqual(answer.message["tool_calls"][0]["function"]["name"], "web_search")
+
+    def test_a_root_becomes_an_object_without_composition(self):
+        a, b = {"a": {"type": "string"}}, {"b": {"type": "integer"}}
+        one = {"type": "object", "properties": a, "required": ["a"]}
+        two = {"type": "object", "properties": b, "required": ["b"]}
+        for name, parameters, properties, required in (
+            ("anyOf", {"anyOf": [one, two]}, {**a, **b}, None), ("oneOf", {"oneOf": [one, two]}, {**a, **b}, None),
+            ("allOf", {"allOf": [one, two]}, {**a, **b}, ["a", "b"]),
+            ("beside", {"type": "object", "properties": a, "required": ["a"], "anyOf": [two, two]}, {**a, **b},
+             ["a", "b"]),
+            ("shared", {"anyOf": [one, {"properties": {**a, **b}, "required": ["b", "a"]}]}, {**a, **b}, ["a"]),
+            ("$ref", {"$ref": "#/$defs/One", "$defs": {"One": one}}, a, ["a"]),
+            ("refs", {"anyOf": [{"$ref": "#/$defs/One"}, {"$ref": "#/$defs/Two"}], "$defs": {"One": one, "Two": two}},
+             {**a, **b}, None),
+            ("null", {"anyOf": [one, {"type": "null"}]}, a, ["a"]),
+            ("type list", dict(one, type=["object", "null"]), a, ["a"]),
+            ("no type", {"properties": a, "required": ["a"]}, a, ["a"]),
+        ):
+            with self.subTest(name=name):
+                schema = self.schema(parameters)
+                self.assertEqual((schema["type"], schema["properties"], schema.get("required")),
+                                 ("object", properties, required))
+
+    def test_the_rest_of_a_schema_stays_as_it_is(self):
+        parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"type": "array", "items": {
+            "type": "number", "minimum": 2}}}, "$defs": {"A": {"enum": [1, "x"]}}, "title": "T",
+            "additionalProperties": True}
+        self.assertEqual(self.schema(dict(parameters, **{"$schema": "http://json-schema.org/draft-07/schema#"})),
+                         parameters)
+
+    def test_schemas_of_older_drafts_are_brought_up_to_date(self):
+        # zod's tuples and Pydantic 1 bounds, as MCP servers still hand them out; Claude wants draft 2020-12
+        for name, given, expected in (
+            ("tuple", {"type": "array", "items": [{"type": "string"}, {"type": "number"}]},
+             {"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}]}),
+            ("bound", {"type": "number", "minimum": 0, "exclusiveMinimum": True},
+             {"type": "number", "exclusiveMinimum": 0}),
+            ("twice", {"type": "object", "properties": {"x": {}}, "required": ["x", "x"]},
+             {"type": "object", "properties": {"x": {}}, "required": ["x"]}),
+        ):
+            with self.subTest(name=name):
+                schema = self.schema({"type": "object", "properties": {"a": given}})
+                self.assertEqual({key: schema["properties"]["a"].get(key) for key in expected}, expected)
+        self.assertEqual(self.schema({"type": "object", "properties": {"x": {}}, "required": ["x", "x"]})["required"],
+                         ["x"])
+
+    def test_strict_stays_where_the_schema_allows_it(self):
+        tool = self.tools(a_tool("f", POINT, strict=True))[0]
+        self.assertEqual((tool["strict"], tool["input_schema"]), (True, POINT))
+        for name, parameters in (
+            ("bounds", {"type": "object", "properties": {"x": {"type": "integer", "minimum": 1}}, "required": ["x"]}),
+            ("free keys", {"type": "object", "properties": {"x": {"type": "object", "additionalProperties": True}}}),
+            ("recursion", {"type": "object", "properties": {"x": {"$ref": "#/$defs/N"}}, "$defs": {"N": {
+                "type": "object", "properties": {"next": {"$ref": "#/$defs/N"}}}}}),
+        ):
+            with self.subTest(name=name):
+                tool = self.tools(a_tool("f", parameters, strict=True))[0]
+                self.assertNotIn("strict", tool)
+                self.assertEqual(tool["input_schema"], parameters)
+                self.assertEqual(self.changes(tools=[a_tool("f", parameters, strict=True)]),
+                                 "dropped=tools[0].function.strict")
+
+    def test_at_most_twenty_tools_are_strict(self):
+        tools = self.tools(*[a_tool("f%d" % at, POINT, strict=True) for at in range(25)])
+        self.assertEqual([bool(tool.get("strict")) for tool in tools], [True] * 20 + [False] * 5)
+
+
+class SchemaSubsetTests(RequestTestCase):
+    """`response_format` of type json_schema: the schema in what Claude compiles, or the schema in words."""
+
+    def format(self, schema, **fields):
+        """The schema that Claude is held to, None where it is only asked for."""
+        request = self.prompt(response_format={"type": "json_schema", "json_schema": {
+            "name": "n", "strict": True, "description": "d", "schema": schema}}, **fields)
+        self.assertEqual("JSON Schema" in json.dumps(request["messages"]),
+                         "format" not in request.get("output_config", {}))
+        answer_format = request.get("output_config", {}).get("format")
+        self.assertIn(set(answer_format or ()), (set(), {"type", "schema"}))
+        return answer_format and answer_format["schema"]
+
+    def test_a_schema_in_the_subset_stays_as_it_is(self):
+        schema = {"type": "object", "title": "T", "description": "D", "required": ["a", "b"],
+                  "additionalProperties": False,
+                  "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"anyOf": [{"type": "string", "format": "date"},
+                                                                            {"type": "null"}]}},
+                  "$defs": {"A": {"type": "array", "items": {"enum": ["x", 1, None]}, "minItems": 1}}}
+        self.assertEqual(self.format(schema), schema)
+
+    def test_what_is_outside_goes_into_the_description(self):
+        schema = self.format({"type": "object", "properties": {
+            "a": {"type": "integer", "minimum": 3, "description": "Age"}, "b": {"type": "string", "maxLength": 9},
+            "c": {"type": "array", "items": {"type": "string"}, "minItems": 2, "uniqueItems": True},
+            "d": {"type": "string", "pattern": "^(?=x)", "format": "color"}}, "required": ["a", "b", "c", "d"]})
+        self.assertEqual(schema["additionalProperties"], False)
+        for name, left, words in (("a", {"type"}, ("Age", "minimum", "3")), ("b", {"type"}, ("maxLength", "9")),
+                                  ("c", {"type", "items"}, ("minItems", "2", "uniqueItems")),
+                                  ("d", {"type"}, ("pattern", "(?=x)", "color"))):
+            with self.subTest(name=name):
+                self.assertEqual(set(schema["properties"][name]), left | {"description"})
+                for word in words:
+                    self.assertIn(word, schema["properties"][name]["description"])
+        self.assertIn("response_format.minimum", self.changes(response_format={"type": "json_schema", "json_schema": {
+            "name": "n", "schema": {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}}}}))
+
+    def test_unions_and_references_are_brought_over(self):
+        one, two = {"type": "string"}, {"type": "integer"}
+        schema = self.format({"type": "object", "properties": {
+            "a": {"oneOf": [one, two]}, "b": {"allOf": [one]}, "c": {"$ref": "#/$defs/C", "description": "Words"}},
+            "required": ["a", "b", "c"], "$defs": {"C": {"type": "boolean"}}})
+        self.assertEqual(schema["properties"]["a"], {"anyOf": [one, two]})
+        self.assertEqual(schema["properties"]["b"]["type"], "string")
+        self.assertEqual(schema["properties"]["c"], {"type": "boolean", "description": "Words"})
+
+    def test_a_schema_that_cannot_be_brought_over_is_asked_for_in_words(self):
+        recursive = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+        for name, schema in (
+            ("recursion", recursive), ("free keys", {"type": "object", "additionalProperties": {"type": "string"}}),
+            ("any object", {"type": "object"}), ("external", {"type": "object", "properties": {"a": {
+                "$ref": "https://example.com/a.json"}}}),
+            ("nowhere", {"type": "object", "properties": {"a": {"$ref": "#/$defs/Nope"}}}),
+            ("optional", {"type": "object", "properties": {"p%d" % at: {"type": "string"} for at in range(25)}}),
+            ("unions", {"type": "object", "properties": {"p%d" % at: {"type": ["string", "null"]} for at in range(17)},
+                        "required": ["p%d" % at for at in range(17)]}),
+        ):
+            with self.subTest(name=name):
+                self.assertIsNone(self.format(schema))
+                self.assertEqual(self.changes(response_format={"type": "json_schema", "json_schema": {
+                    "name": "n", "schema": schema}}), "changed=response_format")
+
+    def test_the_limits_of_complexity_count_each_part_once(self):
+        optional = {"p%d" % at: {"type": "string"} for at in range(24)}
+        unions = {"p%d" % at: {"anyOf": [{"type": "string"}, {"type": "null"}]} for at in range(16)}
+        for name, inner in (("optional", {"type": "object", "properties": optional}),
+                            ("unions", {"type": "object", "properties": unions, "required": list(unions)})):
+            with self.subTest(name=name):
+                nested = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#/$defs/A"}},
+                          "required": ["a", "b"], "$defs": {"A": inner}}
+                self.assertIsNotNone(self.format(inner))
+                self.assertIsNotNone(self.format(nested))
+
+    def test_definitions_that_use_each_other_cost_what_they_are_long(self):
+        # every level names the next one twice: whoever writes that out never comes back
+        levels = {"L%d" % at: {"type": "object",
+                               "properties": {name: {"$ref": "#/$defs/L%d" % (at + 1)} for name in "ab"},
+                               "required": ["a", "b"]} for at in range(12)}
+        levels["L12"] = {"type": "object", "properties": {"a": {"type": "string"}}}     # one optional property in all
+        schema = {"type": "object", "properties": {"root": {"$ref": "#/$defs/L0"}}, "required": ["root"],
+                  "$defs": levels}
+        self.assertIsNotNone(self.format(schema))
+
+    def test_a_long_chain_of_definitions_is_no_stack_overflow(self):
+        levels = {"L%d" % at: {"type": "object", "properties": {"next": {"$ref": "#/$defs/L%d" % (at + 1)}}}
+                  for at in range(400)}
+        levels["L400"] = {"type": "string"}
+        schema = {"type": "object", "properties": {"root": {"$ref": "#/$defs/L0"}}, "$defs": levels}
+        self.assertIsNone(self.format(schema))
+
+    def test_no_schema_is_a_wish_for_any_object(self):
+        request = self.prompt(response_format={"type": "json_schema", "json_schema": {"name": "n"}})
+        self.assertNotIn("output_config", request)
+        self.assertIn("JSON", request["messages"][-1]["content"][-1]["text"])
+
+    def test_every_model_takes_it_whatever_else_is_asked(self):
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                self.assertEqual(self.format(POINT, model=model, tools=[a_tool("f")], reasoning_effort="low"), POINT)
+
+    def test_it_is_asked_for_in_words_beside_web_search(self):
+        self.assertIsNone(self.format(POINT, web_search_options={}))
+
+    def test_json_object_is_asked_for_in_words(self):
+        request = self.prompt(response_format={"type": "json_object"})
+        self.assertNotIn("output_config", request)
+        self.assertEqual([len(turn["content"]) for turn in request["messages"]], [2])
+        self.assertIn("JSON", request["messages"][0]["content"][1]["text"])
+        self.assertNotIn("system", request)
+
+    def test_plain_text_needs_nothing(self):
+        self.assertEqual(self.sent(response_format={"type": "text"}), self.sent())
+
+
+class ToolChoiceTests(RequestTestCase):
+    TOOLS = [a_tool("f", POINT), a_tool("my.tool", POINT)]
+
+    def choice(self, wish, model="claude-opus-5", tools=None, **fields):
+        return self.chosen(self.prompt(model=model, tools=tools or self.TOOLS, tool_choice=wish, **fields))
+
+    def test_every_form_is_understood(self):
+        f, other = {"type": "tool", "name": "f"}, {"type": "tool", "name": "my_tool"}
+        for wish, expected in (
+            (None, None), ("auto", None), ("none", {"type": "none"}), ("required", {"type": "any"}),
+            ("any", {"type": "any"}),
+            ({"type": "function", "function": {"name": "f"}}, f), ({"type": "function", "name": "f"}, f),
+            ({"type": "tool", "name": "my.tool"}, other), ({"type": "custom", "custom": {"name": "f"}}, f),
+            ({"function": {"name": "my.tool"}}, other), ({"type": "auto"}, None), ({"type": "any"}, {"type": "any"}),
+            ({"type": "none"}, {"type": "none"}), ({"type": "required"}, {"type": "any"}), ("", None),
+        ):
+            with self.subTest(wish=wish):
+                self.assertEqual(self.choice(wish), expected)
+
+    def test_parallel_calls_can_be_switched_off(self):
+        alone = {"disable_parallel_tool_use": True}
+        for wish, expected in ((None, dict(alone, type="auto")), ("auto", dict(alone, type="auto")),
+                               ("required", dict(alone, type="any")), ("none", {"type": "none"}),
+                               ({"type": "function", "function": {"name": "f"}}, dict(alone, type="tool", name="f"))):
+            with self.subTest(wish=wish):
+                self.assertEqual(self.choice(wish, parallel_tool_calls=False), expected)
+        self.assertNotIn("tool_choice", self.sent(parallel_tool_calls=False))
+        self.assertIsNone(self.choice("auto", parallel_tool_calls=True))
+
+    def test_a_legacy_function_call_is_a_choice_too(self):
+        functions = [{"name": "f", "parameters": POINT}]
+        for wish, expected in (("none", "none"), ("auto", "auto"), ({"name": "f"}, "tool"), (None, "auto")):
+            with self.subTest(wish=wish):
+                request = self.sent(model="claude-opus-5", functions=functions, function_call=wish)
+                self.assertEqual(request["tool_choice"]["type"], expected)
+                # their answer has room for one call
+                self.assertEqual(request["tool_choice"].get("disable_parallel_tool_use", False), expected != "none")
+
+    def test_allowed_tools_shorten_the_list(self):
+        for model in ALL_MODELS:
+            for mode, forced in (("auto", None), ("required", {"type": "any"})):
+                with self.subTest(model=model, mode=mode):
+                    request = self.prompt(model=model, tools=self.TOOLS + [a_tool("h", POINT)], tool_choice={
+                        "type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [
+                            {"type": "function", "function": {"name": "my.tool"}}, {"type": "function", "name": "f"}]}})
+                    self.assertEqual([tool["name"] for tool in request["tools"]], ["f", "my_tool"])
+                    self.assertEqual(self.chosen(request), None if model in UNFORCED else forced)
+
+    def test_a_choice_of_a_tool_that_claude_does_not_have_is_dropped(self):
+        self.assertIsNone(self.choice({"type": "web_search_preview"}))
+        self.assertIn("dropped=tool_choice", self.changes(tools=self.TOOLS, tool_choice={"type": "code_interpreter"}))
+
+    def test_models_that_can_be_forced_are(self):
+        for model in set(ALL_MODELS) - set(UNFORCED):
+            with self.subTest(model=model):
+                self.assertEqual(self.choice("required", model), {"type": "any"})
+                self.assertEqual(self.choice({"type": "function", "function": {"name": "f"}}, model),
+                                 {"type": "tool", "name": "f"})
+
+    def test_elsewhere_the_tools_schema_becomes_the_answer_format(self):
+        for model in UNFORCED:
+            for wish, tools in (({"type": "function", "function": {"name": "my.tool"}}, self.TOOLS),
+                                ("required", [a_tool("my.tool", POINT)])):
+                for stream in (False, True):
+                    with self.subTest(model=model, wish=wish, stream=stream):
+                        self.claude.play(message(text('{"x": 5}')))
+                        answer = self.chat(model=model, tools=tools, tool_choice=wish, stream=stream)
+                        request = self.claude.messages[-1].body
+                        self.assertEqual(request["output_config"]["format"], {"type": "json_schema", "schema": POINT})
+                        self.assertEqual(request["tool_choice"], {"type": "none"})
+                        self.assertIn("tool_choice", answer.headers["x-claude-gateway-changes"])
+                        whole = completion_from_chunks(answer.chunks) if stream else answer.json["choices"][0]
+                        call = whole["message"]["tool_calls"][0]
+                        self.assertEqual((call["type"], call["function"]["name"],
+                                          json.loads(call["function"]["arguments"])),
+                                         ("function", "my.tool", {"x": 5}))
+                        self.assertFalse(whole["message"]["content"])
+                        self.assertEqual(whole["finish_reason"], "tool_calls")
+
+    def test_a_forced_legacy_function_or_custom_tool_comes_back_in_its_own_shape(self):
+        self.claude.play(message(text('{"x": 5}')), message(text('{"input": "1+1"}')))
+        answer = self.chat(functions=[{"name": "f", "parameters": POINT}], function_call={"name": "f"})
+        self.assertEqual(answer.json["choices"][0]["finish_reason"], "function_call")
+        self.assertEqual(answer.message["function_call"]["name"], "f")
+        self.assertEqual(json.loads(answer.message["function_call"]["arguments"]), {"x": 5})
+        answer = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}], tool_choice="required")
+        self.assertEqual(answer.message["tool_calls"][0].get("custom"), {"name": "calc", "input": "1+1"})
+        self.claude.play(message(text('{"input": "1+1"}')))
+        chunks = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}], tool_choice="required",
+                           stream=True).chunks
+        deltas = [call for chunk in chunks for choice in chunk["choices"] for call in choice["delta"].get("tool_calls",
+                                                                                                          ())]
+        self.assertEqual([(call["index"], call.get("type"), call.get("custom")) for call in deltas],
+                         [(0, "custom", {"name": "calc", "input": "1+1"})])
+
+    def test_where_that_cannot_be_it_is_asked_for_in_words(self):
+        free = a_tool("free", {"type": "object", "additionalProperties": True})
+        for model in UNFORCED:
+            for name, wish, tools in (("several", "required", self.TOOLS), ("schema", "required", [free]),
+                                      ("named", {"type": "function", "function": {"name": "free"}},
+                                       [free, *self.TOOLS])):
+                with self.subTest(model=model, name=name):
+                    request = self.prompt(model=model, tools=tools, tool_choice=wish, messages=[system("S"), ASKED])
+                    self.assertIsNone(self.chosen(request))
+                    self.assertNotIn("format", request.get("output_config", {}))
+                    self.assertEqual(request["system"], [text("S")])
+                    words = request["messages"][-1]["content"][-1]["text"]
+                    self.assertIn("free" if name == "named" else "tool" if name == "several" else "", words)
+                    self.assertNotEqual(words, "Hi")
+        request = self.prompt(tools=self.TOOLS, tool_choice="required", parallel_tool_calls=False)
+        self.assertEqual(request["tool_choice"], {"type": "auto", "disable_parallel_tool_use": True})
+
+    def test_a_forced_tool_works_in_the_middle_of_a_loop(self):
+        history = [ASKED, calls(a_call("a")), result("a"), assistant("Done."), user("Again")]
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                self.assertEqual(self.chat(model=model, messages=history, tools=self.TOOLS, tool_choice="required",
+                                           reasoning_effort="high").status, 200)
+
+
+# ---- thinking
+
+EFFORT_WISHES = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
+GOOD_HEADERS = {"anthropic-version": "2023-06-01", "content-type": "application/json", "x-api-key": "k",
+                "user-agent": "claude-gateway/0"}
+SHOWN = {"type": "adaptive", "display": "summarized"}
+
+
+class ThinkingTests(RequestTestCase):
+    def thought(self, model: str, **fields) -> tuple:
+        """(thinking, effort) of the request."""
+        request = self.sent(model=model, **fields)
+        return request.get("thinking"), request.get("output_config", {}).get("effort")
+
+    def test_claude_takes_every_model_with_every_effort_and_every_companion(self):
+        loop = [ASKED, calls(a_call("a")), result("a")]
+        signed = [ASKED, dict(calls(a_call("a")), thinking_blocks=[thinking("hm", "sig")]), result("a")]
+        named = {"type": "function", "function": {"name": "f"}}
+        companions = {
+            "nothing": {}, "a tool": {"tools": [a_tool("f")]},
+            "a forced tool": {"tools": [a_tool("f")], "tool_choice": named},
+            "required": {"tools": [a_tool("f"), a_tool("g")], "tool_choice": "required"},
+            "a temperature": {"temperature": 0.3}, "top_p": {"top_p": 0.5}, "top_k": {"top_k": 3},
+            "one token": {"max_tokens": 1}, "few tokens": {"max_tokens": 100}, "a thousand": {"max_tokens": 1023},
+            "some tokens": {"max_tokens": 3000}, "too many tokens": {"max_tokens": 500_000},
+            "a prefill": {"messages": [ASKED, assistant("Well, ")]}, "a tool loop": {"messages": loop},
+            "a loop with thinking": {"messages": signed, "tools": [a_tool("f")]},
+            "a format": {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": POINT}}},
+            "a format and a prefill": {"messages": [ASKED, assistant("{")], "response_format": {
+                "type": "json_schema", "json_schema": {"name": "n", "schema": POINT}}},
+            "all at once": {"messages": loop + [assistant("So")], "temperature": 0.1, "max_tokens": 50, "top_p": 0.2,
+                            "tools": [a_tool("f")], "tool_choice": named},
+            "a budget": {"thinking": {"type": "enabled", "budget_tokens": 2000}},
+            "a small budget": {"thinking": {"type": "enabled", "budget_tokens": 10}, "max_tokens": 900},
+            "a huge budget": {"thinking": {"type": "enabled", "budget_tokens": 900_000}},
+            "thinking off": {"thinking": {"type": "disabled"}},
+            "between tools": {"thinking": {"type": "between_tools"}},
+            "adaptive": {"thinking": {"type": "adaptive", "display": "omitted"}},
+            "OpenRouter": {"reasoning": {"effort": "max", "exclude": True}},
+            "tokens": {"reasoning": {"max_tokens": 3000}},
+            "enabled": {"reasoning": {"enabled": True}}, "off": {"reasoning": {"enabled": False}},
+        }
+        for model in BUILT_IN_MODELS.values():
+            for effort in EFFORT_WISHES:
+                for name, fields in companions.items():
+                    with self.subTest(model=model.id, effort=effort, companion=name):
+                        chat = dict({"messages": [ASKED]}, **dict(fields, reasoning_effort=effort))
+                        request = claude_gateway.messages_request_from_chat(chat, model).request
+                        self.assertEqual(violations(json.loads(json.dumps(request)), GOOD_HEADERS), [])
+
+    def test_the_same_holds_on_the_wire(self):
+        for model in ALL_MODELS:
+            for effort in EFFORT_WISHES:
+                with self.subTest(model=model, effort=effort):
+                    self.assertEqual(self.chat(model=model, reasoning_effort=effort, max_tokens=400, temperature=0.5,
+                                               tools=[a_tool("f")], tool_choice="required").status, 200)
+
+    def test_thinking_is_shown_where_the_model_thinks_and_not_asked_for_elsewhere(self):
+        for model in ALL_MODELS:
+            by_default = not re.search(r"-4-\d", model)
+            with self.subTest(model=model):
+                self.assertEqual(self.thought(model), (SHOWN, None) if by_default else (None, None))
+
+    def test_an_effort_is_what_each_generation_makes_of_it(self):
+        five = dict(zip(EFFORT_WISHES[2:], ("low", "low", "medium", "high", "xhigh", "max")))
+        four = dict(five, xhigh="high")
+        three = dict(five, xhigh="high", max="high")
+        for model, efforts in ((("claude-opus-5-5"), five), ("claude-haiku-5-5", five), ("claude-sonnet-5", five),
+                               ("claude-opus-4-8", five), ("claude-opus-4-7", five), ("claude-sonnet-4-6", four),
+                               ("claude-opus-4-6", four), ("claude-opus-4-5", three)):
+            for wish, effort in efforts.items():
+                with self.subTest(model=model, wish=wish):
+                    thinking_sent, effort_sent = self.thought(model, reasoning_effort=wish)
+                    self.assertEqual(effort_sent, effort)
+                    self.assertEqual(thinking_sent["type"], "enabled" if model == "claude-opus-4-5" else "adaptive")
+                    told = self.changes(model=model, reasoning_effort=wish)
+                    self.assertEqual(told, "" if wish == effort else "changed=reasoning_effort")
+
+    def test_models_that_want_a_budget_get_one_below_the_limit(self):
+        budgets = []
+        for wish in EFFORT_WISHES[3:]:
+            request = self.sent(model="claude-haiku-4-5", reasoning_effort=wish)
+            self.assertEqual((request["thinking"]["type"], request["max_tokens"]), ("enabled", 64_000))
+            budgets.append(request["thinking"]["budget_tokens"])
+        self.assertEqual(budgets, sorted(set(budgets)))
+        self.assertGreaterEqual(budgets[0], 1024)
+
+    def test_the_output_limit_is_raised_for_a_budget_only_when_needed(self):
+        request = self.sent(model="claude-haiku-4-5", reasoning_effort="low", max_tokens=32_000)
+        self.assertEqual(request["max_tokens"], 32_000)
+        request = self.sent(model="claude-haiku-4-5", thinking={"type": "enabled", "budget_tokens": 8000},
+                            max_tokens=16_000)
+        self.assertEqual((request["max_tokens"], request["thinking"]["budget_tokens"]), (16_000, 8000))
+        request = self.sent(model="claude-haiku-4-5", reasoning_effort="high", max_tokens=500)
+        self.assertGreaterEqual(request["max_tokens"] - request["thinking"]["budget_tokens"], 500)
+        self.assertIn("changed=max_tokens", self.changes(model="claude-haiku-4-5", reasoning_effort="high",
+                                                         max_tokens=500))
+
+    def test_no_reasoning_is_off_where_it_can_be_and_least_elsewhere(self):
+        off, least = ({"type": "disabled"}, None), (None, "low")
+        for model, expected in (
+            ("claude-haiku-5-5", off), ("claude-opus-5", off), ("claude-sonnet-5", off), ("claude-opus-5-5", least),
+            ("claude-sonnet-5-5", ({"type": "between_tools"}, "low")), ("claude-fable-5-2", least),
+            ("claude-mythos-5", least), ("claude-fable-5", least),
+            ("claude-opus-4-8", (None, None)), ("claude-opus-4-6", (None, None)), ("claude-haiku-4-5", (None, None)),
+        ):
+            for fields in ({"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}},
+                           {"reasoning": {"enabled": False}},
+                           {"reasoning": {"effort": "none"}}, {"reasoning_effort": {"effort": "none"}}):
+                with self.subTest(model=model, fields=fields):
+                    self.assertEqual(self.thought(model, **fields), expected)
+
+    def test_a_small_output_limit_leaves_room_for_an_answer(self):
+        for model in ALL_MODELS:
+            for fields in ({}, {"reasoning_effort": "none"}):
+                with self.subTest(model=model, fields=fields):
+                    request = self.sent(model=model, max_tokens=100, **fields)
+                    can_stop = {"type": "disabled"} == request.get("thinking") or re.search(r"-4-\d", model)
+                    self.assertEqual(request["max_tokens"], 100 if can_stop else 1124)
+                    if not re.search(r"-4-\d", model) and not fields:
+                        self.assertEqual(request["output_config"]["effort"], "low")
+                        self.assertNotEqual(self.changes(model=model, max_tokens=100), "")
+        self.assertEqual(self.sent(max_tokens=1024)["max_tokens"], 1024)
+        self.assertEqual(self.sent(max_tokens=1023)["max_tokens"], 2047)
+
+    def test_a_small_limit_with_an_effort_asked_for_still_thinks(self):
+        for model in ("claude-opus-5-5", "claude-haiku-5-5", "claude-opus-4-8"):
+            with self.subTest(model=model):
+                request = self.sent(model=model, max_tokens=100, reasoning_effort="high")
+                self.assertEqual((request["max_tokens"], request["thinking"], request["output_config"]),
+                                 (1124, SHOWN, {"effort": "high"}))
+
+    def test_what_the_client_says_in_so_many_words_wins_over_thinking(self):
+        named = {"tools": [a_tool("f")], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+        for model in ("claude-haiku-4-5", "claude-opus-4-5", "claude-sonnet-4-6", "claude-opus-4-6"):
+            for fields, kept in ((named, "tool_choice"), ({"temperature": 0.3}, "temperature"),
+                                 ({"top_k": 5}, "top_k")):
+                with self.subTest(model=model, kept=kept):
+                    answer = self.chat(model=model, reasoning_effort="high", **fields)
+                    request = self.claude.messages[-1].body
+                    self.assertIn(kept, request)
+                    self.assertNotIn("thinking", request)
+                    self.assertIn("reasoning_effort", answer.headers["x-claude-gateway-changes"])
+
+    def test_a_loop_that_began_without_thinking_goes_on_without(self):
+        request = self.sent(model="claude-haiku-4-5", reasoning_effort="high", tools=[a_tool("f")],
+                            messages=[ASKED, calls(a_call("a")), result("a")])
+        self.assertNotIn("thinking", request)
+
+    def test_claudes_own_words_are_honoured(self):
+        enabled = {"type": "enabled", "budget_tokens": 6000}
+        self.assertEqual(self.thought("claude-haiku-4-5", thinking=enabled), (enabled, None))
+        self.assertEqual(self.thought("claude-opus-5-5", thinking={"type": "adaptive", "display": "omitted"}),
+                         ({"type": "adaptive", "display": "omitted"}, None))
+        self.assertEqual(self.thought("claude-opus-4-8", thinking={"type": "adaptive"}), (SHOWN, None))
+        self.assertEqual(self.thought("claude-opus-5-5", thinking={"type": "adaptive"}, reasoning_effort="low"),
+                         (SHOWN, "low"))
+        for model in ("claude-opus-5-5", "claude-opus-4-8"):
+            with self.subTest(model=model):
+                thinking_sent, effort = self.thought(model, thinking=enabled)
+                self.assertEqual((thinking_sent, effort), (SHOWN, "medium"))
+                # a budget that became an effort is a change
+                self.assertIn("thinking", self.changes(model=model, thinking=enabled))
+
+    def test_openrouters_words_are_honoured(self):
+        for reasoning, expected in (({"effort": "high"}, (SHOWN, "high")), ({"enabled": True}, (SHOWN, None)),
+                                    ({"max_tokens": 4000}, (SHOWN, "low")), ({}, (None, None)), (None, (None, None)),
+                                    ({"effort": "low", "exclude": True},
+                                     ({"type": "adaptive", "display": "omitted"}, "low"))):
+            with self.subTest(reasoning=reasoning):
+                self.assertEqual(self.thought("claude-opus-4-8", reasoning=reasoning), expected)
+        self.assertEqual(self.thought("claude-opus-4-8", reasoning_effort={"effort": "high", "summary": "auto"}),
+                         (SHOWN, "high"))
+
+    def test_verbosity_is_said_behind_the_cache(self):
+        for verbosity, count in (("low", 2), ("medium", 1), ("high", 2)):
+            with self.subTest(verbosity=verbosity):
+                self.assertEqual(len(self.sent(verbosity=verbosity)["messages"][0]["content"]), count)
+
+
+# ---- cache breakpoints
+
+MARK, LONG_MARK = {"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}
+
+
+def marks_of(request: dict) -> list:
+    """(path, ttl) of every cache mark, in the order of the prompt."""
+    places = [("tools.%d" % at, tool) for at, tool in enumerate(request.get("tools", []))]
+    places += [("system.%d" % at, block) for at, block in enumerate(request.get("system", []))]
+    places += [(path.replace(".content.", ".", 1), block) for path, block in all_blocks(request["messages"])]
+    return [(path, place["cache_control"].get("ttl", "5m")) for path, place in places if "cache_control" in place]
+
+
+class CacheMarkTests(RequestTestCase):
+    HISTORY = [system("S"), ASKED, assistant("a"), user("b"), assistant("c"), user("d")]
+    ALL_OURS = [("tools.1", "5m"), ("system.0", "5m"), ("messages.2.0", "5m"), ("messages.4.0", "5m")]
+
+    def marks(self, **fields) -> list:
+        request = self.sent(**dict({"messages": self.HISTORY, "tools": [a_tool("f"), a_tool("g")]}, **fields))
+        marks = marks_of(request)
+        self.assertLessEqual(len(marks), 4)
+        return marks
+
+    def marked_history(self, *places: int, mark=None) -> list:
+        return [dict(each, cache_control=mark or MARK) if at in places else each
+                for at, each in enumerate(self.HISTORY)]
+
+    def test_ours_end_the_tools_the_system_text_and_the_last_turns(self):
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                self.assertEqual(self.marks(model=model), self.ALL_OURS)
+        self.assertEqual(self.marks(messages=[ASKED], tools=None), [("messages.0.0", "5m")])
+
+    def test_a_clients_mark_is_found_wherever_it_is(self):
+        text_part = {"type": "text", "text": "x", "cache_control": MARK}
+        for name, fields, expected in (
+            ("message", {"messages": [dict(ASKED, cache_control=MARK), assistant("a"), user("b")]}, "messages.0.0"),
+            ("part", {"messages": [user([text_part, {"type": "text", "text": "y"}]), assistant("a"), user("b")]},
+             "messages.0.0"),
+            ("system", {"messages": [dict(system("A"), cache_control=MARK), system("B"), ASKED]}, "system.0"),
+            ("system part", {"messages": [system([text_part, {"type": "text", "text": "y"}]), ASKED]}, "system.0"),
+            ("assistant", {"messages": [ASKED, dict(assistant("a"), cache_control=MARK), user("b")]}, "messages.1.0"),
+            ("call", {"messages": [ASKED, calls(dict(a_call("a"), cache_control=MARK), a_call("b")), result("a"),
+                                   result("b")]}, "messages.1.0"),
+            ("result", {"messages": [ASKED, calls(a_call("a"), a_call("b")), result("a", cache_control=MARK),
+                                     result("b")]}, "messages.2.0"),
+            ("in a result", {"messages": [ASKED, calls(a_call("a")), result("a", [text_part, {
+                "type": "text", "text": "y"}])]}, "messages.2.0.content.0"),
+            ("tool", {"tools": [dict(a_tool("f"), cache_control=MARK), a_tool("g")]}, "tools.0"),
+            ("image", {"messages": [user([dict(image_url("data:image/png;base64," + PIXEL), cache_control=MARK),
+                                          {"type": "text", "text": "y"}])]}, "messages.0.0"),
+            ("OpenAI's", {"messages": [user([{"type": "text", "text": "x", "prompt_cache_breakpoint": {
+                "mode": "explicit"}}, {"type": "text", "text": "y"}])]}, "messages.0.0"),
+        ):
+            with self.subTest(name=name):
+                self.assertIn((expected, "5m"), self.marks(prompt_cache_options={"mode": "explicit"}, **fields))
+
+    def test_ours_fill_the_free_slots_only(self):
+        self.assertEqual(self.marks(messages=self.marked_history(1)),
+                         [("system.0", "5m"), ("messages.0.0", "5m"), ("messages.2.0", "5m"), ("messages.4.0", "5m")])
+        self.assertEqual(self.marks(messages=self.marked_history(1, 2, 3, 4)),
+                         [("messages.%d.0" % at, "5m") for at in (0, 1, 2, 3)])
+        self.assertEqual(self.marks(messages=self.marked_history(0, 3, 5),
+                                    tools=[dict(a_tool("f"), cache_control=MARK)]),
+                         [("tools.0", "5m")] + self.ALL_OURS[1:])
+
+    def test_above_four_tools_system_and_the_newest_win(self):
+        self.assertEqual(self.marks(messages=self.marked_history(0, 1, 2, 3, 4, 5)),
+                         [("system.0", "5m")] + [("messages.%d.0" % at, "5m") for at in (2, 3, 4)])
+        marked_tools = [dict(a_tool("f%d" % at), cache_control=MARK) for at in range(3)]
+        self.assertEqual(self.marks(messages=self.marked_history(0, 3, 5), tools=marked_tools),
+                         [("tools.0", "5m"), ("tools.1", "5m"), ("tools.2", "5m"), ("system.0", "5m")])
+        self.assertIn("dropped=cache_control", self.changes(messages=self.marked_history(0, 1, 2, 3, 4)))
+        self.assertEqual(self.changes(messages=self.marked_history(0, 1, 2, 3)), "")
+
+    def test_a_long_mark_never_follows_a_short_one(self):
+        for place in range(6):
+            with self.subTest(place=place):
+                marks = self.marks(messages=self.marked_history(place, mark=LONG_MARK))
+                self.assertIn("1h", [ttl for _, ttl in marks])
+                lifetimes = [ttl for _, ttl in marks]
+                self.assertEqual(lifetimes, sorted(lifetimes))      # "1h" sorts before "5m"
+
+    def test_wishes_for_a_lifetime_are_heard(self):
+        for fields in ({"cache_control": LONG_MARK}, {"prompt_cache_options": {"mode": "implicit", "ttl": "30m"}}):
+            with self.subTest(fields=fields):
+                self.assertEqual(self.marks(**fields), [(path, "1h") for path, _ in self.ALL_OURS])
+        part = {"type": "text", "text": "x", "prompt_cache_breakpoint": {"mode": "explicit", "ttl": "12h"}}
+        self.assertEqual(self.marks(messages=[user([part])], tools=None), [("messages.0.0", "1h")])
+
+    def test_explicit_mode_means_none_of_ours(self):
+        explicit = {"prompt_cache_options": {"mode": "explicit"}}
+        self.assertEqual(self.marks(**explicit), [])
+        self.assertEqual(self.marks(messages=self.marked_history(3), **explicit), [("messages.2.0", "5m")])
+
+    def test_no_cache_means_none_of_ours(self):
+        self.start(no_cache=True)
+        self.assertEqual(self.marks(), [])
+        self.assertEqual(self.marks(messages=self.marked_history(0)), [("system.0", "5m")])
+
+    def test_thinking_is_never_marked(self):
+        block = thinking("hm", "sig")
+        marks = self.marks(messages=[ASKED, dict(assistant(None), thinking_blocks=[block], cache_control=MARK),
+                                     user("b")])
+        self.assertNotIn("messages.1.0", [path for path, _ in marks])
+
+    def test_instructions_for_one_request_stand_behind_the_last_mark(self):
+        wishes = ({"response_format": {"type": "json_object"}}, {"verbosity": "low"}, {"tool_choice": "required"},
+                  {"response_format": {"type": "json_schema",
+                                       "json_schema": {"name": "n", "schema": {"type": "object"}}}})
+        for model in ("claude-opus-5-5", "claude-haiku-4-5"):
+            for wish in wishes:
+                for name, tail in (("plain", []), ("results", [calls(a_call("a")), result("a")]),
+                                   ("a system note", [assistant("e"), user("f"), system("NOTE")]),
+                                   ("a prefill", [assistant("e")])):
+                    with self.subTest(model=model, wish=wish, name=name):
+                        fields = {"model": model, "tools": [a_tool("f"), a_tool("g")], "messages": self.HISTORY + tail}
+                        request, without = self.sent(**fields, **wish), self.sent(**fields)
+                        if model == "claude-haiku-4-5" and "tool_choice" in wish:
+                            continue                # it can be forced: no words needed
+                        self.assertEqual(request["system"], without["system"])
+                        last_user = max(at for at, turn in enumerate(request["messages"]) if turn["role"] == "user")
+                        words = request["messages"][last_user]["content"][-1]
+                        self.assertEqual(words["type"], "text")
+                        self.assertNotIn("cache_control", words)
+                        place = (last_user, len(request["messages"][last_user]["content"]) - 1)
+                        marked = [tuple(map(int, path.split(".")[1:3])) for path, _ in marks_of(request)
+                                  if path.startswith("messages.")]
+                        self.assertTrue(marked)
+                        self.assertLess(max(marked), place)
+
+
+# ---- a long agent session
+
+def note(number: int) -> str:
+    return "It is now %d:%02d. " % divmod(600 + number, 60) + "Keep the user's rules in mind. " * 3
+
+
+def agent_turn(number: int) -> list:
+    """What one turn adds to an agent's history: calls (sometimes more than the cache looks back), results, notes."""
+    count = 24 if number % 9 == 4 else number % 3 + 1
+    ids = ["call_%d_%d" % (number, at) for at in range(count)]
+    words = "Looking at part %d now. " % number
+    added = [calls(*[a_call(call_id, "read.file", '{"path": "src/%s.py"}' % call_id) for call_id in ids],
+                   content=words)]
+    added += [result(call_id, "line of %s\n" % call_id * 20) for call_id in ids]
+    if number % 7 == 3:
+        added.append(system(note(number)))
+    if number % 5 == 0:
+        added += [assistant("Part %d is done." % number), user("Go on with part %d, please. " % (number + 1) * 4)]
+    return added
+
+
+AGENT_TOOLS = [a_tool("read.file", {"type": "object", "properties": {"path": {"type": "string"}}},
+                      description="Reads " * 40),
+               a_tool("write_file", description="Writes " * 40)]
+
+
+def agent_requests(turns: int):
+    """The chat completion requests of an agent session, one after the other."""
+    history = [system("You are a careful engineer. " * 60), user("Refactor the project. " * 10)]
+    for number in range(turns):
+        yield {"messages": list(history), "tools": AGENT_TOOLS, "reasoning_effort": "medium"}
+        history += agent_turn(number)
+
+
+def prompt_blocks(request: dict) -> list:
+    """(serialised block, whether it ends with a cache mark) in the order of the prompt."""
+    places = [*request.get("tools", ()), *request.get("system", ())]
+    places += [dict(block, role=message["role"]) for message in request["messages"] for block in message["content"]]
+    return [(json.dumps(bare(block)), "cache_control" in block) for block in places]
+
+
+class PromptCache:
+    """The rules of the prompt cache: a mark writes what comes before it, and finds what was written there or up to
+    19 blocks before."""
+
+    def __init__(self, smallest: int) -> None:
+        self.smallest, self.written = smallest, set()
+
+    def read(self, request: dict) -> tuple:
+        """(characters read from the cache, characters in all) of one request."""
+        digests, lengths, digest, length = [], [], b"", 0
+        blocks = prompt_blocks(request)
+        for block, _ in blocks:
+            digest = hashlib.sha256(digest + block.encode()).digest()
+            length += len(block)
+            digests.append(digest)
+            lengths.append(length)
+        ends = [at for at, (_, marked) in enumerate(blocks) if marked]
+        found = [at for end in ends for at in range(max(0, end - 19), end + 1) if digests[at] in self.written]
+        self.written |= {digests[end] for end in ends if lengths[end] >= self.smallest}
+        return (lengths[max(found)] if found else 0), length
+
+
+class AgentSessionTests(RequestTestCase):
+    def test_at_least_98_percent_of_what_could_be_read_from_the_cache_is(self):
+        for model in BUILT_IN_MODELS.values():
+            with self.subTest(model=model.id):
+                cache, read, readable, before = PromptCache(0), 0, 0, 0
+                for chat in agent_requests(30):
+                    request = claude_gateway.messages_request_from_chat(chat, model).request
+                    hit, length = cache.read(request)
+                    read, readable, before = read + hit, readable + before, length
+                self.assertGreater(readable, 100_000)
+                self.assertGreaterEqual(read / readable, 0.98)
+
+    def test_so_it_is_with_instructions_for_each_request(self):
+        for model in map(BUILT_IN_MODELS.get, ("claude-opus-5-5", "claude-sonnet-5", "claude-haiku-4-5-20251001")):
+            for wish in ({"verbosity": "low"}, {"tool_choice": "required"}):
+                with self.subTest(model=model.id, wish=wish):
+                    cache, read, readable, before = PromptCache(0), 0, 0, 0
+                    for chat in agent_requests(30):
+                        request = claude_gateway.messages_request_from_chat(dict(chat, **wish), model).request
+                        hit, length = cache.read(request)
+                        read, readable, before = read + hit, readable + before, length
+                    self.assertGreaterEqual(read / readable, 0.98)
+
+    def test_each_request_begins_with_the_one_before_on_the_wire(self):
+        for model in ALL_MODELS:
+            earlier = None
+            for chat in agent_requests(8):
+                with self.subTest(model=model, length=len(chat["messages"])):
+                    request = bare(self.sent(model=model, **chat))
+                    whole = json.dumps([request["tools"], request["system"], request["messages"]])
+                    if earlier is not None:
+                        self.assertTrue(whole.startswith(earlier.rstrip("]")), "the prefix changed")
+                    earlier = whole
+
+    def test_parameters_in_front_do_not_change_from_turn_to_turn(self):
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                seen = set()
+                for chat in agent_requests(6):
+                    request = claude_gateway.messages_request_from_chat(chat, BUILT_IN_MODELS[model]).request
+                    seen.add(json.dumps([request.get("thinking"), request.get("output_config"),
+                                         request.get("tool_choice")]))
+                if "adaptive" in BUILT_IN_MODELS[model].thinking:
+                    self.assertEqual(len(seen), 1)
+
+    def test_remembered_thinking_keeps_the_prefix(self):
+        self.start()
+        history, earlier = [system("S"), user("Go")], None
+        for number in range(6):
+            call = tool_use("toolu_%d" % number, "read_file", {"path": "ä/%d" % number, "b": [1.0, None]})
+            self.claude.play(message(thinking("Hm %d" % number, "sig%d" % number), text("Reading."), call))
+            answer = self.chat(model="claude-opus-5-5", messages=history, tools=[a_tool("read_file")])
+            request = bare(self.claude.messages[-1].body)
+            whole = json.dumps([request["tools"], request["system"], request["messages"]])
+            if earlier is not None:
+                self.assertTrue(whole.startswith(earlier.rstrip("]")), "the prefix changed")
+                self.assertEqual([block["type"] for block in request["messages"][-2]["content"]],
+                                 ["thinking", "text", "tool_use"])
+            earlier = whole
+            history = history + [answer.message, result("toolu_%d" % number, "content %d" % number)]
+
+    def test_the_same_request_has_the_same_bytes(self):
+        chat = list(agent_requests(4))[-1]
+        self.chat(**chat)
+        self.chat(**chat)
+        self.assertEqual(self.claude.messages[-1].raw, self.claude.messages[-2].raw)
+
+
 # ==== Responses API ===================================================================================
 
 NAMESPACE = {"type": "namespace", "name": "agents", "description": "Helpers", "tools": [
@@ -607,6 +2612,1969 @@ class NativeTests(GatewayTestCase):
         with client.messages.stream(**self.BODY) as stream:
             self.assertEqual("".join(stream.text_stream), "Hi there")
         self.assertEqual(client.messages.create(**self.BODY).content[0].text, "Hi again")
+
+
+# ==== Credentials =====================================================================================
+
+try:
+    import resource
+except ImportError:
+    resource = None                                 # Windows
+
+POSIX_ONLY = unittest.skipUnless(os.name == "posix", "file modes, symlinks and signals of POSIX")
+OLD_ACCESS, OLD_REFRESH = "sk-ant-oat01-old-access", "sk-ant-ort01-old-refresh"
+NEW_ACCESS, NEW_REFRESH = "sk-ant-oat01-new-access", "sk-ant-ort01-new-refresh"
+CLAUDE_CODE_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
+CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
+REDIRECT_PAGE = "https://platform.claude.com/oauth/code/callback"
+TOKEN_FIELDS = ["access_token", "expires_at", "refresh_token", "scope", "token_type"]
+
+
+def token_answer(**fields) -> dict:
+    """What the sign-in endpoint answers when all is well."""
+    return dict({"token_type": "Bearer", "access_token": NEW_ACCESS, "expires_in": 28_800,
+                 "refresh_token": NEW_REFRESH, "scope": "user:inference user:profile"}, **fields)
+
+
+def stored_token(expires_in: float = 3_600, **fields) -> dict:
+    """The token file of somebody who is signed in."""
+    return dict({"token_type": "Bearer", "access_token": OLD_ACCESS, "refresh_token": OLD_REFRESH,
+                 "expires_at": int(time.time() + expires_in), "scope": "user:inference user:profile"}, **fields)
+
+
+def challenge_of(code_verifier: str) -> str:
+    """PKCE's S256, written down once more."""
+    return base64.urlsafe_b64encode(hashlib.sha256(code_verifier.encode()).digest()).decode().rstrip("=")
+
+
+@contextlib.contextmanager
+def no_room_on_disk():
+    """Whatever is written to a file fails, as on a full disk; root ignores file modes, but not this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class CredentialChoiceTests(unittest.TestCase):
+    def test_the_first_credential_of_the_order_is_used_within_what_auth_allows(self):
+        everything = {"anthropic_api_key": "key-1", "anthropic_auth_token": "token-2", "claude_code_oauth_token": "t-3"}
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "tokens.json")
+            claude_gateway.TokenFile(path).write(stored_token())
+            cases = (
+                ("auto", ("anthropic_api_key", "anthropic_auth_token", "claude_code_oauth_token"), "ANTHROPIC_API_KEY"),
+                ("auto", ("anthropic_auth_token", "claude_code_oauth_token"), "ANTHROPIC_AUTH_TOKEN"),
+                ("auto", ("claude_code_oauth_token",), "CLAUDE_CODE_OAUTH_TOKEN"),
+                ("auto", (), path),
+                ("api-key", ("anthropic_api_key", "anthropic_auth_token", "claude_code_oauth_token"),
+                 "ANTHROPIC_API_KEY"),
+                ("api-key", ("anthropic_auth_token", "claude_code_oauth_token"), "ANTHROPIC_AUTH_TOKEN"),
+                ("api-key", ("claude_code_oauth_token",), None),
+                ("oauth", ("anthropic_api_key", "anthropic_auth_token", "claude_code_oauth_token"),
+                 "CLAUDE_CODE_OAUTH_TOKEN"),
+                ("oauth", ("anthropic_api_key", "anthropic_auth_token"), path),
+            )
+            for auth, names, source in cases:
+                with self.subTest(auth=auth, names=names):
+                    config = Config(auth=auth, token_file=path, **{name: everything[name] for name in names})
+                    credential = claude_gateway.credential_from_config(config, lambda *_: self.fail("no call"))
+                    if source is None:
+                        self.assertIsNone(credential)
+                    else:
+                        self.assertIn(source, credential.description)
+
+    def test_without_any_there_is_none(self):
+        for path in ("", os.path.join(tempfile.gettempdir(), "no-such-directory", "tokens.json")):
+            with self.subTest(path=path):
+                self.assertIsNone(claude_gateway.credential_from_config(Config(token_file=path), None))
+
+
+class CredentialHeaderTests(GatewayTestCase):
+    """What arrives upstream for each kind of credential."""
+
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.token_path = os.path.join(directory.name, "claude-gateway", "oauth-tokens.json")
+
+    def headers_and_system(self, settings, **chat):
+        self.start(**dict({"anthropic_api_key": "", "token_file": self.token_path}, **settings))
+        body = self.sent(**chat)
+        headers = self.claude.messages[-1].headers
+        return ({name: headers.get(name) for name in ("x-api-key", "authorization", "anthropic-beta")},
+                bare(body.get("system")))
+
+    def test_each_kind_has_its_headers_and_only_subscription_tokens_the_system_block(self):
+        claude_gateway.TokenFile(self.token_path).write(stored_token())
+        ours = {"type": "text", "text": "Be brief."}
+        cases = (
+            ("API key", {"anthropic_api_key": "sk-ant-api03-k"}, ("sk-ant-api03-k", None, None), [ours]),
+            ("bearer", {"anthropic_auth_token": "plain-token"}, (None, "Bearer plain-token", None), [ours]),
+            ("bearer of OAuth", {"anthropic_auth_token": "sk-ant-oat01-b"},
+             (None, "Bearer sk-ant-oat01-b", "oauth-2025-04-20"), [ours]),
+            ("Claude Code's token", {"claude_code_oauth_token": "sk-ant-oat01-c"},
+             (None, "Bearer sk-ant-oat01-c", "oauth-2025-04-20"), [CLAUDE_CODE_BLOCK, ours]),
+            ("login", {}, (None, "Bearer " + OLD_ACCESS, "oauth-2025-04-20"), [CLAUDE_CODE_BLOCK, ours]),
+        )
+        for name, settings, headers, system in cases:
+            with self.subTest(name):
+                sent_headers, sent_system = self.headers_and_system(settings, messages=[
+                    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
+                self.assertEqual(tuple(sent_headers.values()), headers)
+                self.assertEqual(sent_system, system)
+
+    def test_the_block_comes_also_where_the_client_has_no_system_text(self):
+        _, system = self.headers_and_system({"claude_code_oauth_token": "sk-ant-oat01-c"})
+        self.assertEqual(system, [CLAUDE_CODE_BLOCK])
+
+    def test_a_key_of_the_client_never_goes_upstream(self):
+        self.start(anthropic_api_key="sk-ant-api03-k")
+        self.chat(headers={"authorization": "Bearer sk-ant-from-client", "x-api-key": "sk-ant-from-client"})
+        self.assertNotIn("from-client", json.dumps(self.claude.messages[-1].headers))
+        self.assertEqual(self.claude.messages[-1].headers["x-api-key"], "sk-ant-api03-k")
+
+    def test_the_model_list_is_asked_for_with_the_same_headers(self):
+        self.claude.models = [{"type": "model", "id": "claude-sonnet-5-5", "display_name": "Claude Sonnet 5.5",
+                               "created_at": "2026-06-01T00:00:00Z"}]
+        gateway = Gateway(Config(base_url=self.claude.url, claude_code_oauth_token="sk-ant-oat01-c"))
+        self.addCleanup(gateway.close)
+        gateway.upstream.models()
+        headers = self.claude.requests[-1].headers
+        self.assertEqual((headers.get("authorization"), headers.get("anthropic-beta"), headers.get("x-api-key")),
+                         ("Bearer sk-ant-oat01-c", "oauth-2025-04-20", None))
+
+    def test_a_rejected_key_or_static_token_is_not_tried_again(self):
+        for settings in ({"anthropic_api_key": "sk-ant-api03-k"}, {"claude_code_oauth_token": "sk-ant-oat01-c"},
+                         {"anthropic_auth_token": "plain-token"}):
+            with self.subTest(settings):
+                self.claude.reset()
+                self.start(**dict({"anthropic_api_key": ""}, **settings))
+                self.claude.play(Reply(401, body=error_body("authentication_error", "invalid x-api-key")))
+                answer = self.chat()
+                self.assertEqual((answer.status, answer.error["code"], answer.headers["x-should-retry"]),
+                                 (401, "upstream_authentication", "false"))
+                self.assertEqual(len(self.claude.messages), 1)
+
+
+class SignInTests(unittest.TestCase):
+    """The address to visit, and what is made of the paste."""
+
+    def test_the_address_asks_for_what_the_sheet_lists(self):
+        place, _, query = claude_gateway.Login().url.partition("?")
+        fields = {name: values[0] for name, values in parse_qs(query, strict_parsing=True).items()}
+        self.assertEqual(place, "https://claude.ai/oauth/authorize")
+        self.assertRegex(fields.pop("state"), r"\A[A-Za-z0-9_-]{32,}\Z")
+        self.assertRegex(fields.pop("code_challenge"), r"\A[A-Za-z0-9_-]{43}\Z")
+        self.assertEqual(fields, {
+            "code": "true", "client_id": CLIENT_ID, "response_type": "code", "redirect_uri": REDIRECT_PAGE,
+            "scope": "user:inference user:profile", "code_challenge_method": "S256"})
+
+    def test_no_two_sign_ins_share_a_state_or_a_challenge(self):
+        queries = [parse_qs(claude_gateway.Login().url.partition("?")[2]) for _ in range(20)]
+        for name in ("state", "code_challenge"):
+            self.assertEqual(len({query[name][0] for query in queries}), 20)
+
+    def test_a_code_is_found_in_everything_that_people_paste(self):
+        login = claude_gateway.Login()
+        state = parse_qs(login.url.partition("?")[2])["state"][0]
+        cases = (
+            ("the-code#" + state, True), ("  the-code#%s \r\n" % state, True),
+            ("%s?code=the-code&state=%s" % (REDIRECT_PAGE, state), True),
+            ("http://localhost:54545/callback?state=%s&code=the-code" % state, True),
+            ("the-code", False), ("the-code#", False), (REDIRECT_PAGE + "?code=the-code", False),
+        )
+        for pasted, checked in cases:
+            with self.subTest(pasted):
+                self.assertEqual(login.parse(pasted), ("the-code", checked))
+
+    def test_a_paste_without_a_code_or_with_a_foreign_state_is_refused(self):
+        login = claude_gateway.Login()
+        for pasted in ("the-code#another-state", "the-code#" + claude_gateway.Login().url[-43:], "the-code#\u20ac",
+                       REDIRECT_PAGE + "?code=the-code&state=another", REDIRECT_PAGE + "?error=access_denied",
+                       "", "#", "#state", "https://[broken", REDIRECT_PAGE):
+            with self.subTest(pasted), self.assertRaises(claude_gateway.GatewayError):
+                login.parse(pasted)
+
+
+class LoginStoreTestCase(GatewayTestCase):
+    """A token file in a directory of its own, and the fake's sign-in endpoint."""
+
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = os.path.join(directory.name, "claude-gateway")
+        self.token_path = os.path.join(self.directory, "oauth-tokens.json")
+        self.file = claude_gateway.TokenFile(self.token_path)
+        self.token_url = self.claude.url + "/v1/oauth/token"
+
+    def stored(self) -> dict:
+        with open(self.token_path, "rb") as file:
+            return json.loads(file.read().decode())
+
+    def token_requests(self) -> list:
+        return [request for request in self.claude.requests if request.path.endswith("/oauth/token")]
+
+    def login(self, token_url: str = "") -> "claude_gateway.StoredLogin":
+        """The login in the file, as the gateway uses it."""
+        upstream = claude_gateway.Upstream(Config(base_url=self.claude.url), "test")
+        self.addCleanup(upstream.close)
+        return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json)
+
+    def serve_login(self, **settings):
+        """The gateway with the login in the file."""
+        return self.start(**dict({"anthropic_api_key": "", "token_file": self.token_path,
+                                  "token_url": self.token_url}, **settings))
+
+
+class RefreshTests(LoginStoreTestCase):
+    def test_a_token_is_renewed_five_minutes_before_it_expires(self):
+        for left, requests in ((290, 1), (315, 0), (-10, 1), (28_800, 0)):
+            with self.subTest(left=left):
+                self.claude.reset()
+                self.file.write(stored_token(left))
+                self.claude.token_replies.append(token_answer())
+                self.assertEqual(self.login().access_token(), NEW_ACCESS if requests else OLD_ACCESS)
+                self.assertEqual(len(self.token_requests()), requests)
+
+    def test_the_request_for_new_tokens_is_json_with_three_fields(self):
+        self.file.write(stored_token(0))
+        self.claude.token_replies.append(token_answer())
+        self.login().access_token()
+        request, = self.token_requests()
+        self.assertEqual(request.body, {"grant_type": "refresh_token", "refresh_token": OLD_REFRESH,
+                                        "client_id": CLIENT_ID})
+        self.assertEqual(request.headers["content-type"], "application/json")
+        self.assertNotIn("authorization", request.headers)
+        self.assertTrue(request.headers["user-agent"].startswith("claude-gateway/"))
+
+    def test_the_new_tokens_are_stored_before_they_are_used(self):
+        self.file.write(stored_token(0))
+        self.serve_login()
+        self.claude.token_replies.append(token_answer())
+        seen = []
+        self.claude.play(lambda recorded: seen.append(self.stored()) or message(text("Hi")))
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
+        self.assertEqual((seen[0]["access_token"], seen[0]["refresh_token"]), (NEW_ACCESS, NEW_REFRESH))
+        self.assertAlmostEqual(seen[0]["expires_at"], time.time() + 28_800, delta=60)
+
+    def test_an_answer_without_a_refresh_token_leaves_the_old_one(self):
+        for missing in ({}, {"refresh_token": None}, {"refresh_token": ""}):
+            with self.subTest(missing):
+                self.file.write(stored_token(0))
+                answer = token_answer()
+                del answer["refresh_token"]
+                self.claude.token_replies.append(dict(answer, **missing))
+                self.login().access_token()
+                self.assertEqual((self.stored()["access_token"], self.stored()["refresh_token"]),
+                                 (NEW_ACCESS, OLD_REFRESH))
+
+    def test_an_answer_without_a_lifetime_counts_for_an_hour(self):
+        self.file.write(stored_token(0))
+        self.claude.token_replies.append({"access_token": NEW_ACCESS})
+        self.login().access_token()
+        self.assertAlmostEqual(self.stored()["expires_at"], time.time() + 3_600, delta=60)
+
+    def test_rotation_goes_on_with_the_refresh_token_that_came_last(self):
+        self.file.write(stored_token(0))
+        for turn in (1, 2, 3):
+            self.claude.token_replies.append(token_answer(access_token="a-%d" % turn, refresh_token="r-%d" % turn))
+        login = self.login()
+        token = login.access_token()
+        token = login.access_token(rejected=token)
+        login.access_token(rejected=token)
+        self.assertEqual([request.body["refresh_token"] for request in self.token_requests()],
+                         [OLD_REFRESH, "r-1", "r-2"])
+
+    def test_keys_that_others_put_into_the_file_are_kept(self):
+        self.file.write(stored_token(0, note="mine", nested={"a": [1]}, account={"email_address": "me@example.org"}))
+        self.claude.token_replies.append(token_answer())
+        self.login().access_token()
+        kept = self.stored()
+        self.assertEqual((kept["note"], kept["nested"], kept["account"], kept["access_token"]),
+                         ("mine", {"a": [1]}, {"email_address": "me@example.org"}, NEW_ACCESS))
+
+    def test_a_401_is_answered_by_one_renewal_and_one_more_try(self):
+        self.file.write(stored_token())
+        self.serve_login()
+        self.claude.token_replies.append(token_answer())
+        self.claude.play(Reply(401, body=error_body("authentication_error", "OAuth token has expired.")))
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual([request.headers["authorization"] for request in self.claude.messages],
+                         ["Bearer " + OLD_ACCESS, "Bearer " + NEW_ACCESS])
+        self.assertEqual(len(self.token_requests()), 1)
+
+    def test_a_second_401_goes_to_the_client(self):
+        self.file.write(stored_token())
+        self.serve_login()
+        self.claude.token_replies += [token_answer(), token_answer(access_token="third")]
+        self.claude.play(*[Reply(401, body=error_body("authentication_error", "Invalid bearer token"))] * 3)
+        answer = self.chat()
+        self.assertEqual((answer.status, answer.error["code"], answer.headers["x-should-retry"]),
+                         (401, "upstream_authentication", "false"))
+        self.assertIn("Invalid bearer token", answer.error["message"])
+        self.assertEqual((len(self.claude.messages), len(self.token_requests())), (2, 1))
+
+    def test_a_401_to_the_model_list_is_answered_by_a_renewal_too(self):
+        self.file.write(stored_token())
+        self.claude.token_replies.append(token_answer())
+        listed = Reply(body={"data": [{"type": "model", "id": "claude-sonnet-5-5"}], "has_more": False})
+        refused = Reply(401, body=error_body("authentication_error", "OAuth token has expired."))
+        fake = FakeClaude()                                     # one whose model list can refuse
+        fake.reply_to = lambda recorded: listed if NEW_ACCESS in recorded.headers["authorization"] else refused
+        with fake:
+            gateway = Gateway(Config(base_url=fake.url, token_file=self.token_path, token_url=self.token_url))
+            self.addCleanup(gateway.close)
+            self.assertEqual([entry["id"] for entry in gateway.upstream.models()], ["claude-sonnet-5-5"])
+
+    def test_a_revoked_token_is_not_renewed(self):
+        self.file.write(stored_token())
+        self.serve_login()
+        self.claude.token_replies.append(token_answer())
+        self.claude.play(Reply(403, body=error_body("permission_error", "OAuth token has been revoked.")))
+        answer = self.chat()
+        self.assertEqual((answer.status, len(self.claude.messages), len(self.token_requests())), (401, 1, 0))
+        self.assertIn("OAuth token has been revoked.", answer.error["message"])
+        self.assertIn("login", answer.error["message"])
+
+    def test_a_dead_refresh_token_is_told_and_never_sent_again(self):
+        self.file.write(stored_token(-10))
+        self.serve_login()
+        for _ in range(3):
+            answer = self.chat()
+            self.assertEqual((answer.status, answer.error["code"], answer.headers["x-should-retry"]),
+                             (401, "upstream_authentication", "false"))
+            self.assertIn("claude-gateway login", answer.error["message"])
+        self.assertEqual((len(self.token_requests()), len(self.claude.messages)), (1, 0))
+
+    def test_a_new_login_ends_that_without_a_restart(self):
+        self.file.write(stored_token(-10))
+        self.serve_login()
+        self.assertEqual(self.chat().status, 401)
+        self.file.write(stored_token(access_token="from-a-new-login", refresh_token="another"))
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer from-a-new-login")
+
+    def test_who_loses_a_race_uses_what_the_winner_stored(self):
+        # on a file system without locks both ask; the loser must read the file again, not log out
+        self.file.write(stored_token(0))
+
+        def lost(recorded):
+            self.file.write(stored_token(access_token="of-the-winner", refresh_token="of-the-winner-too"))
+            return Reply(400, body={"error": "invalid_grant"})
+        self.claude.token_replies.append(lost)
+        self.assertEqual(self.login().access_token(), "of-the-winner")
+
+    def test_tokens_that_another_process_stored_are_taken_over(self):
+        self.file.write(stored_token())
+        login = self.login()
+        self.assertEqual(login.access_token(), OLD_ACCESS)
+        self.file.write(stored_token(access_token="from-elsewhere"))
+        self.assertEqual(login.access_token(), "from-elsewhere")
+        self.assertEqual(login.access_token(rejected=OLD_ACCESS), "from-elsewhere")
+        self.assertEqual(self.token_requests(), [])
+
+    def test_after_a_logout_the_client_is_told_to_sign_in(self):
+        self.file.write(stored_token())
+        self.serve_login()
+        self.assertEqual(self.chat().status, 200)
+        self.file.remove()
+        answer = self.chat()
+        self.assertEqual((answer.status, answer.error["code"]), (401, "upstream_authentication"))
+        self.assertIn("claude-gateway login", answer.error["message"])
+
+    def test_a_failing_endpoint_does_not_matter_while_the_token_is_good(self):
+        failures = (None, Reply(500, body=b"oops"), Reply(429, body=error_body("rate_limit_error", "Slow down")),
+                    Reply(404, body=b"<html>"), Reply(200, body=b"not JSON"), Reply(None),
+                    Reply(302, {"location": "https://example.org/"}))
+        for failure in failures:
+            with self.subTest(failure):
+                self.claude.reset()
+                self.file.write(stored_token(200))
+                self.claude.token_replies.append(failure)
+                with self.assertLogs("claude_gateway", "WARNING") as logged:
+                    login = self.login("http://127.0.0.1:9/v1/oauth/token" if failure is None else "")
+                    self.assertEqual([login.access_token() for _ in range(3)], [OLD_ACCESS] * 3)
+                self.assertIn("could not be renewed", logged.output[0])
+                self.assertLessEqual(len(self.token_requests()), 1, "no pause between attempts")
+
+    def test_a_failing_endpoint_with_a_dead_token_is_a_fault_that_names_the_variable(self):
+        self.file.write(stored_token(-10))
+        self.serve_login()
+        self.claude.token_replies.append(Reply(500, body=b"oops"))
+        answer = self.chat()
+        self.assertGreaterEqual(answer.status, 500)
+        self.assertIn("CLAUDE_GATEWAY_TOKEN_URL", answer.error["message"])
+        self.assertEqual(self.chat().status, answer.status)
+        self.assertEqual((len(self.token_requests()), len(self.claude.messages)), (1, 0))
+
+    def test_other_refusals_are_no_reason_to_sign_in_again(self):
+        # 8.3 of the sheet: only invalid_grant in OAuth's shape means that the login is over
+        for status, body in ((400, {"error": "invalid_request"}), (401, error_body("authentication_error", "no")),
+                             (403, b"<html>blocked</html>"), (404, error_body("not_found_error", "Not found"))):
+            with self.subTest(status=status, body=body):
+                self.file.write(stored_token(-10))
+                self.claude.token_replies.append(Reply(status, body=body))
+                with self.assertRaises(claude_gateway.UpstreamFault):
+                    self.login().access_token()
+
+    def test_twenty_requests_at_once_make_one_renewal(self):
+        self.file.write(stored_token(0))
+        self.serve_login()
+        self.claude.token_replies.append(lambda _: Reply(body=token_answer(), hold=[0.05]))
+        self.all_at_once(20)
+        self.assertEqual(len(self.token_requests()), 1)
+        self.assertEqual({request.headers["authorization"] for request in self.claude.messages},
+                         {"Bearer " + NEW_ACCESS})
+
+    def test_twenty_rejections_at_once_make_one_renewal(self):
+        self.file.write(stored_token())
+        self.serve_login()
+        self.claude.token_replies.append(lambda _: Reply(body=token_answer(), hold=[0.05]))
+
+        def reject_the_old(recorded):
+            if OLD_ACCESS in recorded.headers["authorization"]:
+                return Reply(401, body=error_body("authentication_error", "OAuth token has expired."))
+            return message(text("Hi"), model="claude-sonnet-5-5")
+        self.claude.play(*[reject_the_old] * 40)
+        self.all_at_once(20)
+        self.assertEqual(len(self.token_requests()), 1)
+
+    def all_at_once(self, count):
+        statuses, barrier = [], threading.Barrier(count)
+
+        def one():
+            barrier.wait(10)
+            statuses.append(self.chat().status)
+        threads = [threading.Thread(target=one) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        self.assertEqual(statuses, [200] * count)
+
+
+REFRESHING_CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from claude_gateway import Config, StoredLogin, TokenFile, Upstream
+login = StoredLogin(TokenFile(sys.argv[2]), sys.argv[3], Upstream(Config(), "child").post_json)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(int(sys.argv[4])):
+    login.access_token(rejected=login.access_token())
+print("done", flush=True)
+"""
+
+
+class ProcessRaceTests(LoginStoreTestCase):
+    def test_processes_never_use_a_refresh_token_twice(self):
+        self.file.write(stored_token(refresh_token="r-0"))
+        valid, twice, lock = ["r-0"], [], threading.Lock()
+
+        def rotate(recorded):
+            with lock:
+                if recorded.body["refresh_token"] != valid[0]:
+                    twice.append(recorded.body["refresh_token"])
+                    return Reply(400, body={"error": "invalid_grant"})
+                number = len(self.token_requests())
+                valid[0] = "r-%d" % number
+                return token_answer(access_token="a-%d" % number, refresh_token=valid[0], expires_in=1)
+        self.claude.token_replies += [rotate] * 500
+        children = [subprocess.Popen([sys.executable, "-c", REFRESHING_CHILD, HERE, self.token_path, self.token_url,
+                                      "20"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                    for _ in range(2)]
+        self.addCleanup(lambda: [child.kill() for child in children])
+        for child in children:
+            self.assertEqual(child.stdout.readline().strip(), b"ready")
+        for child in children:                                  # both at once
+            child.stdin.write(b"go\n")
+            child.stdin.flush()
+        for child in children:
+            out, err = child.communicate(timeout=30)
+            self.assertEqual((out.strip(), err, child.returncode), (b"done", b"", 0))
+        self.assertEqual(twice, [])
+        self.assertGreaterEqual(len(self.token_requests()), 40)
+        self.assertEqual(self.stored()["refresh_token"], valid[0])
+
+
+class TokenFileTests(LoginStoreTestCase):
+    def test_where_there_is_no_file_nobody_is_signed_in(self):
+        self.assertIsNone(self.file.read())
+        self.assertFalse(os.path.exists(self.directory), "asking made a directory")
+
+    @POSIX_ONLY
+    def test_the_file_is_for_its_owner_alone_whatever_the_umask(self):
+        for umask in (0o000, 0o022, 0o077):
+            with self.subTest(umask=oct(umask)):
+                shutil.rmtree(self.directory, ignore_errors=True)
+                self.addCleanup(os.umask, os.umask(umask))
+                self.file.write(stored_token())
+                with self.file.lock():
+                    modes = {name: oct(os.stat(os.path.join(self.directory, name)).st_mode & 0o777)
+                             for name in os.listdir(self.directory)}
+                self.assertEqual(oct(os.stat(self.directory).st_mode & 0o777), "0o700")
+                self.assertEqual(set(modes.values()), {"0o600"}, modes)
+
+    @POSIX_ONLY
+    def test_a_loose_file_mode_is_repaired_and_told(self):
+        self.file.write(stored_token())
+        os.chmod(self.token_path, 0o644)
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            claude_gateway.credential_from_config(Config(token_file=self.token_path), None)
+        self.assertIn(self.token_path, logged.output[0])
+        self.assertEqual(oct(os.stat(self.token_path).st_mode & 0o777), "0o600")
+
+    @POSIX_ONLY
+    def test_writing_over_a_file_with_a_loose_mode_tightens_it(self):
+        os.makedirs(self.directory, 0o755)
+        with open(self.token_path, "w", encoding="utf-8") as file:
+            json.dump(stored_token(), file)
+        os.chmod(self.token_path, 0o666)
+        self.file.write(stored_token())
+        self.assertEqual(oct(os.stat(self.token_path).st_mode & 0o777), "0o600")
+
+    @POSIX_ONLY
+    def test_the_directory_of_its_own_is_closed_to_others_too(self):
+        os.makedirs(self.directory)
+        os.chmod(self.directory, 0o755)
+        self.file.write(stored_token())
+        self.assertEqual(oct(os.stat(self.directory).st_mode & 0o777), "0o700")
+
+    @POSIX_ONLY
+    def test_a_symlink_stays_one(self):
+        os.makedirs(self.directory)
+        target = os.path.join(os.path.dirname(self.directory), "elsewhere.json")
+        for name, content in (("good", json.dumps(stored_token())), ("damaged", "{")):
+            with self.subTest(name):
+                with open(target, "w", encoding="utf-8") as file:
+                    file.write(content)
+                if not os.path.islink(self.token_path):
+                    os.symlink(target, self.token_path)
+                self.file.write(stored_token(access_token="through-the-link"))
+                self.assertTrue(os.path.islink(self.token_path))
+                self.assertFalse(os.path.islink(target))
+                with open(target, encoding="utf-8") as file:
+                    self.assertEqual(json.load(file)["access_token"], "through-the-link")
+
+    def test_a_damaged_file_is_reported_by_name_and_kept_aside(self):
+        os.makedirs(self.directory)
+        for content in (b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe{}", b"{}", b'{"access_token": 5}',
+                        b'{"access_token": ""}', b'{"access_token": "a"', b"[" * 100_000):
+            with self.subTest(content[:40]):
+                with open(self.token_path, "wb") as file:
+                    file.write(content)
+                with self.assertRaises(claude_gateway.TokenFileDamaged) as raised:
+                    self.file.read()
+                self.assertIn(self.token_path, str(raised.exception))
+                with open(self.token_path, "rb") as file:
+                    self.assertEqual(file.read(), content, "reading it changed it")
+                self.file.write(stored_token())
+                aside, = set(os.listdir(self.directory)) - {"oauth-tokens.json"}
+                with open(os.path.join(self.directory, aside), "rb") as file:
+                    self.assertEqual(file.read(), content)
+                self.assertEqual(self.stored()["access_token"], OLD_ACCESS)
+                os.unlink(os.path.join(self.directory, aside))
+
+    def test_two_damaged_files_in_one_second_are_both_kept(self):
+        os.makedirs(self.directory)
+        for content in (b"first {", b"second {"):
+            with open(self.token_path, "wb") as file:
+                file.write(content)
+            self.file.write(stored_token())
+        kept = set()
+        for name in set(os.listdir(self.directory)) - {"oauth-tokens.json"}:
+            with open(os.path.join(self.directory, name), "rb") as file:
+                kept.add(file.read())
+        self.assertEqual(kept, {b"first {", b"second {"})
+
+    def test_a_directory_in_its_place_is_left_alone(self):
+        os.makedirs(os.path.join(self.token_path, "inside"))
+        with self.assertRaises((OSError, claude_gateway.GatewayError)):
+            self.file.write(stored_token())
+        self.assertEqual(os.listdir(self.token_path), ["inside"])
+
+    def test_odd_values_in_the_file_break_nothing(self):
+        odd = ({"account": "me"}, {"account": ["me"]}, {"organization": 5}, {"expires_at": "soon"},
+               {"expires_at": 1e300}, {"expires_at": -1e300}, {"expires_at": None}, {"scope": ["a"]},
+               {"refresh_token": ["r"]}, {"refresh_token": None}, {"expires_at": True})
+        for fields in odd:
+            with self.subTest(fields):
+                self.file.write(stored_token(**fields))
+                login = self.login()
+                self.assertEqual(login.facts()["kind"], "oauth")
+                self.assertIn(self.token_path, login.description)
+                with contextlib.suppress(claude_gateway.GatewayError):
+                    login.access_token(rejected=OLD_ACCESS)
+
+    @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
+    def test_a_full_disk_leaves_the_old_file_whole(self):
+        self.file.write(stored_token())
+        with no_room_on_disk(), self.assertRaises(OSError):
+            self.file.write(stored_token(access_token="too-much"))
+        self.assertEqual(self.stored()["access_token"], OLD_ACCESS)
+        self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
+
+    @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
+    def test_tokens_that_cannot_be_stored_serve_on_and_are_stored_later(self):
+        self.file.write(stored_token(0))
+        login = self.login()
+        self.claude.token_replies.append(token_answer())
+        with no_room_on_disk(), self.assertLogs("claude_gateway", "WARNING") as logged:
+            self.assertEqual([login.access_token() for _ in range(3)], [NEW_ACCESS] * 3)
+        self.assertIn(self.token_path, logged.output[0])
+        self.assertEqual(len(self.token_requests()), 1)
+        self.assertEqual(self.stored()["refresh_token"], OLD_REFRESH)
+        login.access_token()
+        self.assertEqual(self.stored()["refresh_token"], NEW_REFRESH, "a restart would find the spent one")
+
+    def test_a_directory_that_goes_and_comes_back_does_not_bring_old_tokens_back(self):
+        # a home that is unmounted for a while; a file stands where the directory should be, which stops root as well
+        self.file.write(stored_token())
+        login = self.login()
+        self.assertEqual(login.access_token(), OLD_ACCESS)
+        os.rename(self.directory, self.directory + ".away")
+        with open(self.directory, "w", encoding="utf-8"):
+            pass
+        self.claude.token_replies += [token_answer(), token_answer(access_token="third", refresh_token="third-r")]
+        with self.assertLogs("claude_gateway", "WARNING"):
+            self.assertEqual(login.access_token(rejected=OLD_ACCESS), NEW_ACCESS)
+            self.assertEqual(login.access_token(), NEW_ACCESS)
+            os.unlink(self.directory)
+            os.rename(self.directory + ".away", self.directory)
+            self.assertEqual(login.access_token(), NEW_ACCESS)
+            login.access_token(rejected=NEW_ACCESS)
+        self.assertEqual([request.body["refresh_token"] for request in self.token_requests()],
+                         [OLD_REFRESH, NEW_REFRESH])
+
+    def test_a_file_damaged_while_the_gateway_runs_does_not_stop_it(self):
+        self.file.write(stored_token())
+        login = self.login()
+        login.access_token()
+        with open(self.token_path, "wb") as file:
+            file.write(b"{ torn")
+        self.claude.token_replies.append(token_answer())
+        with self.assertLogs("claude_gateway", "WARNING"):
+            self.assertEqual(login.access_token(), OLD_ACCESS)
+            self.assertEqual(login.access_token(rejected=OLD_ACCESS), NEW_ACCESS)
+        self.assertEqual(self.stored()["access_token"], NEW_ACCESS)
+        kept, = [name for name in os.listdir(self.directory) if "damaged" in name]
+        with open(os.path.join(self.directory, kept), "rb") as file:
+            self.assertEqual(file.read(), b"{ torn")
+
+    @POSIX_ONLY
+    def test_a_kill_at_any_moment_leaves_a_whole_file(self):
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); from claude_gateway import TokenFile\n"
+                "file = TokenFile(sys.argv[2]); number = 0\n"
+                "while True:\n"
+                "    number += 1; file.write({'access_token': 'a' * 20_000, 'number': number})\n"
+                "    if number == 5: print('going', flush=True)\n")
+        for _ in range(3):
+            child = subprocess.Popen([sys.executable, "-c", code, HERE, self.token_path], stdout=subprocess.PIPE)
+            try:
+                self.assertEqual(child.stdout.readline().strip(), b"going")
+            finally:
+                child.kill()
+                child.wait(10)
+                child.stdout.close()
+            self.assertEqual(self.stored()["access_token"], "a" * 20_000)
+            with self.file.lock():                              # the dead process holds nothing
+                self.file.write(stored_token())
+
+
+# ==== Simulated upstream and command line =============================================================
+
+def outcome_of(arguments, environment, typed) -> SimpleNamespace:
+    """What `main` does: code, out and err.  In this process, as each process of its own costs 0.15 s."""
+    log, out, err = claude_gateway.LOG, io.StringIO(), io.StringIO()
+    kept = dict(os.environ), sys.stdin, log.handlers[:], log.level, log.propagate
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdin = io.StringIO(typed)
+    watchdog = threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM))  # a `start` that should not have started
+    watchdog.start()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = claude_gateway.main(arguments)
+    except SystemExit as end:                               # argparse
+        code = end.code
+    except Exception as failure:
+        code = 1
+        err.write("Traceback: %r" % failure)
+    finally:
+        watchdog.cancel()
+        os.environ.clear()
+        os.environ.update(kept[0])
+        sys.stdin, log.handlers[:] = kept[1:3]
+        log.setLevel(kept[3])
+        log.propagate = kept[4]
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+class Child:
+    """A command under way: what it has said so far, and ways to wait."""
+
+    def __init__(self, arguments, environment, directory, stdin=subprocess.PIPE) -> None:
+        self.process = subprocess.Popen([sys.executable, PROGRAM] + list(arguments), env=environment, cwd=directory,
+                                        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._said = {"out": b"", "err": b""}
+        self._news = threading.Condition()
+        self._readers = [threading.Thread(target=self._collect, args=pair, daemon=True)
+                         for pair in (("out", self.process.stdout), ("err", self.process.stderr))]
+        for reader in self._readers:
+            reader.start()
+
+    def _collect(self, name, pipe):
+        for piece in iter(lambda: os.read(pipe.fileno(), 65_536), b""):
+            with self._news:
+                self._said[name] += piece
+                self._news.notify_all()
+        with self._news:
+            self._news.notify_all()
+
+    @property
+    def out(self) -> str:
+        return self._said["out"].decode("utf-8", "replace")
+
+    @property
+    def err(self) -> str:
+        return self._said["err"].decode("utf-8", "replace")
+
+    def wait_for(self, pattern, name="err"):
+        """The first match in what was said."""
+        def found():
+            return re.search(pattern, getattr(self, name))
+        with self._news:
+            self._news.wait_for(lambda: found() or self.process.poll() is not None, 20)
+        for reader in self._readers if not found() and self.process.poll() is not None else ():
+            reader.join(5)
+        if not found():
+            raise AssertionError("no %r in %r; on stderr: %s" % (pattern, getattr(self, name), self.err))
+        return found()
+
+    @property
+    def port(self) -> int:
+        return int(self.wait_for(r"(?m)^.* on http://127\.0\.0\.1:(\d+)/v1$", "out").group(1))
+
+    def type(self, words: str) -> None:
+        self.process.stdin.write(words.encode())
+        self.process.stdin.flush()
+
+    def end(self, number=None) -> int:
+        """The exit code, after this signal if there is one."""
+        if number is not None:
+            self.process.send_signal(number)
+        if self.process.stdin:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        for reader in self._readers:                            # they end with the process
+            reader.join(20)
+        return self.process.wait(1)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.end()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+class CommandTestCase(GatewayTestCase):
+    """Commands in processes of their own, with a home and a working directory that are empty, and no variables."""
+
+    @classmethod
+    def _service(cls, settings: dict) -> SimpleNamespace:
+        return SimpleNamespace(port=0, close=lambda grace: None)        # no gateway in this process
+
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.home = os.path.join(directory.name, "home")
+        self.working_directory = os.path.join(directory.name, "work")
+        os.mkdir(self.home)
+        os.mkdir(self.working_directory)
+        self.token_path = os.path.join(self.home, ".config", "claude-gateway", "oauth-tokens.json")
+        if os.name == "nt":
+            self.token_path = os.path.join(self.home, "claude-gateway", "oauth-tokens.json")
+        self.token_url = self.claude.url + "/v1/oauth/token"
+
+    def environment(self, variables) -> dict:
+        kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "TEMP", "TMP") if name in os.environ}
+        # port 9: `status` shall find no gateway that happens to run on this machine
+        usual = {"HOME": self.home, "APPDATA": self.home, "PYTHONDONTWRITEBYTECODE": "1", "CLAUDE_GATEWAY_PORT": "9"}
+        return {name: value for name, value in dict(kept, **dict(usual, **variables)).items() if value is not None}
+
+    def child(self, *arguments, stdin=subprocess.PIPE, **variables) -> Child:
+        child = Child(arguments, self.environment(variables), self.working_directory, stdin)
+        self.addCleanup(child.close)
+        return child
+
+    def commands(self, *cases) -> list:
+        """The outcome of each case: arguments, variables, and what is typed if anything is."""
+        here = os.getcwd()
+        os.chdir(self.working_directory)
+        try:
+            results = [outcome_of(case[0], self.environment(case[1]), case[2] if len(case) > 2 else "")
+                       for case in cases]
+        finally:
+            os.chdir(here)
+        for case, result in zip(cases, results):
+            with self.subTest(case):
+                self.assertNotIn("Traceback", result.err)
+        return results
+
+    def command(self, *arguments, typed="", **variables) -> SimpleNamespace:
+        """One of these."""
+        return self.commands((arguments, variables, typed))[0]
+
+    def serve(self, *arguments, host=(), **variables) -> Child:
+        """`start` on a free port, in front of the fake; `ask` and `chat` go to it."""
+        usual = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}
+        # one address to listen on, as each takes 0.1 s to close
+        child = self.child("start", "--port", "0", *(host or ("--host", "127.0.0.1")), *arguments,
+                           **dict(usual, **variables))
+        self.service = SimpleNamespace(port=child.port)
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+        return child
+
+    def sign_in(self, **fields) -> None:
+        claude_gateway.TokenFile(self.token_path).write(stored_token(**fields))
+
+    def slow_answer(self) -> threading.Event:
+        """Claude's next answer waits until this is set; returns once the request is there (see `in_flight`)."""
+        release = threading.Event()
+        self.claude.play(Reply(pieces=[release, sse(events_of(message(text("At last"), model="claude-sonnet-5-5")))]))
+        self.addCleanup(release.set)
+        return release
+
+    def in_flight(self):
+        """A chat request on its way in a thread; returns the thread and the list that its answer will be in."""
+        answers, arrived = [], len(self.claude.messages)
+
+        def ask():
+            with contextlib.suppress(OSError, http.client.HTTPException):   # it may be cut off
+                answers.append(self.chat())
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        for _ in range(1_000):
+            if len(self.claude.messages) > arrived:
+                return thread, answers
+            thread.join(0.01)
+        raise AssertionError("the request never arrived upstream")
+
+
+@POSIX_ONLY
+class DemoTests(CommandTestCase):
+    """`start --demo`: one process for all tests, with every credential there is, none of which may be used."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        home = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(home.cleanup)
+        cls.demo = Child(["start", "--demo", "-p", "0"], {
+            "PATH": os.environ["PATH"], "HOME": home.name, "ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_AUTH_TOKEN": SECRET,
+            "ANTHROPIC_BASE_URL": cls.claude.url, "HTTPS_PROXY": cls.claude.url}, home.name)
+        cls.addClassCleanup(cls.demo.close)
+
+    def setUp(self):
+        super().setUp()
+        self.service = SimpleNamespace(port=self.demo.port)
+
+    def tearDown(self):
+        self.assertEqual(self.claude.requests, [], "the demo asked a real address")
+        super().tearDown()
+
+    def test_it_says_at_the_start_that_it_is_a_demo(self):
+        self.demo.wait_for("(?i)demo.*simulated")
+
+    def test_a_plain_answer_says_that_it_is_simulated(self):
+        answer = self.chat("What is up?")
+        self.assertEqual(answer.status, 200)
+        self.assertIn("simulated", answer.message["content"])
+        self.assertIn("What is up?", answer.message["content"])
+        self.assertIn("simulated", answer.headers["x-request-id"])
+
+    def test_a_stream_comes_in_pieces_and_adds_up_to_the_same_kind_of_answer(self):
+        answer = self.chat("Hi", stream=True, stream_options={"include_usage": True})
+        whole = completion_from_chunks(answer.chunks)
+        self.assertIn("simulated", whole["message"]["content"])
+        self.assertEqual((whole["finish_reason"], answer.events[-1]), ("stop", "[DONE]"))
+        self.assertGreater(sum(1 for chunk in answer.chunks if chunk["choices"]), 5)
+        self.assertGreater(whole["usage"]["total_tokens"], 0)
+
+    def test_a_tool_is_called_and_its_result_is_taken(self):
+        tool = {"type": "function", "function": {"name": "get_weather", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city", "days"]}}}
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                answer = self.chat("Weather?", tools=[tool], stream=stream)
+                whole = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
+                call, = whole["message"]["tool_calls"]
+                self.assertEqual((call["function"]["name"], json.loads(call["function"]["arguments"])),
+                                 ("get_weather", {"city": "simulated", "days": 1}))
+                self.assertEqual(whole["finish_reason"], "tool_calls")
+        said = self.chat(tools=[tool], messages=[
+            {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}])
+        self.assertEqual(said.json["choices"][0]["finish_reason"], "stop")
+        self.assertIn("sunny", said.message["content"])
+        self.assertIn("simulated", said.message["content"])
+
+    def test_an_image_is_noticed(self):
+        answer = self.chat([{"type": "text", "text": "What is this?"},
+                            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}])
+        self.assertIn("image/png", answer.message["content"])
+        self.assertIn("simulated", answer.message["content"])
+
+    def test_a_structured_answer_fits_its_schema(self):
+        schema = {"type": "object", "additionalProperties": False, "required": ["name", "size", "kind", "tags"],
+                  "properties": {"name": {"type": "string"}, "size": {"type": "number"},
+                                 "kind": {"enum": ["a", "b"]}, "tags": {"type": "array", "items": {"type": "string"}}}}
+        answer = self.chat(response_format={"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}})
+        self.assertEqual(json.loads(answer.message["content"]),
+                         {"name": "simulated", "size": 1.5, "kind": "a", "tags": ["simulated"]})
+
+    def test_no_request_is_too_odd_for_it(self):
+        node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+                                                 "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+                "required": ["next", "children"], "additionalProperties": False}
+        recursive = {"type": "object", "properties": {"root": {"$ref": "#/$defs/node"}}, "required": ["root"],
+                     "$defs": {"node": node}, "additionalProperties": False}
+        cases = (
+            ("a recursive tool", {"tools": [{"type": "function", "function": {"name": "tree",
+                                                                               "parameters": recursive}}]}),
+            ("a recursive answer", {"response_format": {"type": "json_schema",
+                                                        "json_schema": {"name": "tree", "schema": recursive}}}),
+            ("a JSON object", {"response_format": {"type": "json_object"}}),
+            ("only a system message", {"messages": [{"role": "system", "content": "Be brief."}]}),
+            ("an answer begun", {"messages": [{"role": "user", "content": "Hi"},
+                                              {"role": "assistant", "content": "I was"}]}),
+            ("a late system message", {"messages": [{"role": "user", "content": "Hi"},
+                                                    {"role": "assistant", "content": "Hello"},
+                                                    {"role": "user", "content": "Well?"},
+                                                    {"role": "system", "content": "Be kind."}]}),
+            ("reasoning", {"reasoning_effort": "high"}),
+            ("a tool without parameters", {"tools": [{"type": "function", "function": {"name": "now"}}]}),
+        )
+        for name, fields in cases:
+            with self.subTest(name):
+                answer = self.chat(**fields)
+                self.assertEqual(answer.status, 200, answer.raw[:300])
+
+    def test_an_address_that_would_be_refused_does_not_stop_it(self):
+        child = self.child("start", "--demo", "-p", "0", ANTHROPIC_BASE_URL="http://example.com")
+        self.assertGreater(child.port, 0)
+
+    def test_it_has_models(self):
+        ids = [entry["id"] for entry in self.ask("GET", "/v1/models").json["data"]]
+        self.assertIn("claude-sonnet-5-5", ids)
+
+
+@POSIX_ONLY
+class StartTests(CommandTestCase):
+    def test_the_address_is_the_one_line_on_standard_output(self):
+        child = self.serve(host=("--host", "localhost"))
+        self.chat()
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://127\.0\.0\.1:%d/v1\n\Z"
+                         % self.service.port)
+        self.assertIn("ANTHROPIC_API_KEY", child.err)
+        self.assertIn(self.claude.url, child.err)
+        self.assertIn("POST /v1/chat/completions", child.err)
+
+    def test_an_interrupt_is_exit_130_without_a_traceback(self):
+        child = self.serve()
+        idle = self.connect()                                   # kept alive by a client that says nothing
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.assertIn(b"200", idle.recv(100))
+        self.assertEqual(child.end(signal.SIGINT), 130)
+        self.assertNotIn("Traceback", child.err)
+
+    def test_a_signal_may_come_as_soon_as_the_address_is_out(self):
+        child = self.child("start", "-p", "0", "--host", "127.0.0.1", ANTHROPIC_API_KEY=SECRET,
+                           ANTHROPIC_BASE_URL=self.claude.url)
+        child.wait_for("on http://", "out")
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+
+    def test_a_running_request_finishes_first(self):
+        child, release = self.serve(), self.slow_answer()
+        thread, answers = self.in_flight()
+        child.process.send_signal(signal.SIGTERM)
+        child.wait_for("(?i)stopping")
+        with self.assertRaises(OSError):                        # nothing new is accepted
+            self.ask("GET", "/health")
+        release.set()
+        thread.join(20)
+        self.assertEqual((answers[0].status, answers[0].message["content"]), (200, "At last"))
+        self.assertEqual(child.end(), 0)
+
+    def test_a_second_signal_ends_it_at_once(self):
+        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+            with self.subTest(number):
+                child = self.serve()
+                self.slow_answer()
+                self.in_flight()
+                child.process.send_signal(number)
+                child.wait_for("(?i)stopping")
+                self.assertEqual(child.end(number), code)
+                self.assertNotIn("Traceback", child.err)
+
+    def test_it_can_be_restarted_on_the_same_port_at_once(self):
+        first = self.serve()
+        connection = self.connect()
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.recv(100)
+        port = str(self.service.port)
+        self.assertEqual(first.end(signal.SIGTERM), 0)
+        second = self.child("start", "--port", port, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+        self.assertEqual(str(second.port), port)
+
+    def test_a_port_in_use_is_exit_4_and_named(self):
+        port = str(urlsplit(self.claude.url).port)
+        child = self.command("start", "--port", port, ANTHROPIC_API_KEY=SECRET)
+        self.assertEqual((child.code, child.out), (4, ""))
+        self.assertIn(port, child.err)
+        self.assertIn("--port", child.err)
+
+    def test_what_cannot_be_started_says_why_with_its_exit_code(self):
+        key = {"ANTHROPIC_API_KEY": SECRET}
+        cases = (
+            (["start"], {}, 3, "ANTHROPIC_API_KEY.*login|login.*ANTHROPIC_API_KEY"),
+            (["start", "--auth", "oauth"], key, 3, "login"),
+            (["start", "--auth", "api-key"], {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-x"}, 3, "ANTHROPIC_API_KEY"),
+            (["start", "--host", "0.0.0.0"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "::"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "192.0.2.7"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "0.0.0.0", "--demo"], {}, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--cors-origin", "*"], key, 2, "cors-origin"),
+            (["start"], dict(key, CLAUDE_GATEWAY_PORT="", ANTHROPIC_BASE_URL="http://localhost:45554"), 2,
+             "(?i)own address"),
+            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://127.0.0.1:5123/v1"), 2, "(?i)own address"),
+            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://[::1]:5123"), 2, "(?i)own address"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="http://example.com"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="ftp://localhost"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="api.anthropic.com"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, CLAUDE_GATEWAY_TOKEN_URL="http://example.com/token"), 2, "CLAUDE_GATEWAY_TOKEN_URL"),
+            (["start", "--api-key", ""], key, 2, "(?i)empty"),
+            (["start", "--api-key", " "], key, 2, "(?i)empty"),
+            (["start"], dict(key, CLAUDE_GATEWAY_API_KEY="good,,"), 2, "(?i)empty"),
+            (["start", "--port", "abc"], key, 2, "port"),
+            (["start", "--port", "65536"], key, 2, "port"),
+            (["start", "--port=-1"], key, 2, "port"),
+            (["start", "--no-such-option"], key, 2, "no-such-option"),
+            (["start", "--token-file", os.path.join(PROGRAM, "tokens.json")], {}, 3, re.escape(PROGRAM)),
+            (["start"], dict(key, HTTPS_PROXY="socks5://127.0.0.1:1080"), 2, "(?i)socks"),
+            (["bake"], {}, 2, "bake"),
+            ([], {}, 2, "start"),
+        )
+        done = self.commands(*[(arguments, variables) for arguments, variables, _, _ in cases])
+        for child, (arguments, variables, code, words) in zip(done, cases):
+            with self.subTest(arguments=arguments, variables=variables):
+                self.assertEqual(child.code, code, child.err)
+                self.assertRegex(child.err.replace("\n", " "), words)
+                self.assertEqual(child.out, "")
+                self.assertNotIn(SECRET, child.err)
+
+    def test_an_upstream_that_is_down_does_not_keep_it_from_starting(self):
+        self.serve(ANTHROPIC_BASE_URL="http://127.0.0.1:9")
+        self.assertEqual(self.chat(headers={"x-stainless-retry-count": "1"}).status, 502)
+
+    def test_a_damaged_token_file_is_named_and_left_as_it_is(self):
+        os.makedirs(os.path.dirname(self.token_path))
+        with open(self.token_path, "wb") as file:
+            file.write(b"{ torn")
+        for child in self.commands((["start"], {}), (["status"], {}), (["status", "--json"], {})):
+            with self.subTest(child):
+                self.assertIn(child.code, (1, 3))
+                self.assertIn(self.token_path, child.err)
+        with open(self.token_path, "rb") as file:
+            self.assertEqual(file.read(), b"{ torn")
+        self.assertEqual(os.listdir(os.path.dirname(self.token_path)), ["oauth-tokens.json"])
+
+    def test_keys_of_clients_are_taken_from_both_places_and_one_draws_a_warning(self):
+        child = self.serve("--api-key", "first-client-key", "--api-key", "second-client-key")
+        for key, status in (("first-client-key", 200), ("second-client-key", 200), ("third", 401)):
+            self.assertEqual(self.chat(headers={"authorization": "Bearer " + key}).status, status)
+        child.end(signal.SIGTERM)
+        self.assertEqual(len([line for line in child.err.split("\n") if "CLAUDE_GATEWAY_API_KEY" in line]), 1)
+        self.assertNotIn("client-key", child.err)
+    def test_quiet_says_nothing_but_the_address(self):
+        child, release = self.serve("-q"), self.slow_answer()
+        self.chat(nonsense=1, headers={"x-api-key": "k"}, messages="none")
+        thread, _ = self.in_flight()
+        child.process.send_signal(signal.SIGTERM)
+        for _ in range(1_000):                                  # it is stopping when it accepts nothing more
+            try:
+                socket.create_connection(("127.0.0.1", self.service.port), 5).close()
+            except OSError:
+                break
+            thread.join(0.01)
+        release.set()
+        self.assertEqual((child.end(), child.err), (0, ""))
+        self.assertIn("http://127.0.0.1:", child.out)
+
+    def test_each_level_logs_what_it_promises(self):
+        levels = ((), ("-m",), ("-V",), ("--log-format", "json"))
+        children = [self.child("start", "-p", "0", "--host", "127.0.0.1", *level, ANTHROPIC_API_KEY=SECRET,
+                               ANTHROPIC_BASE_URL=self.claude.url) for level in levels]
+        for child in children:
+            self.service = SimpleNamespace(port=child.port)
+            self.claude.play(message(text("Words of the answer"), model="claude-sonnet-5-5"))
+            self.chat("Words of the request", seed=5)
+            child.process.send_signal(signal.SIGTERM)
+        for level, child in zip(levels, children):
+            with self.subTest(level):
+                child.end()
+                lines = child.err.strip().split("\n")
+                about = [number for number, line in enumerate(lines) if "/v1/chat/completions" in line]
+                self.assertEqual("Words of the request" in child.err, level == ("-V",))
+                self.assertEqual("Words of the answer" in child.err, level == ("-V",))
+                if level == ():
+                    self.assertEqual(len(about), 1)
+                    self.assertRegex(lines[about[0]],
+                                     r"POST /v1/chat/completions 200 .*claude-sonnet-5-5.* in 12 .*req_")
+                    self.assertIn("seed", lines[about[0] + 1])
+                    self.assertNotRegex("".join(lines[about[0] + 2:]), r"\A\d\d:")
+                elif level == ("-m",):
+                    self.assertRegex(lines[about[0]], r"POST /v1/chat/completions 200 \d+ ms\Z")
+                    self.assertNotIn("seed", child.err)
+                elif level == ("--log-format", "json"):
+                    entry = json.loads(lines[about[0]])
+                    self.assertEqual((entry["level"], entry["status"], entry["path"]),
+                                     ("info", 200, "/v1/chat/completions"))
+
+    def test_without_a_home_keys_work_and_logins_say_what_is_missing(self):
+        # a home that is no absolute path is what a process without a home looks like
+        child = self.serve(HOME="nowhere", APPDATA=None)
+        self.assertEqual(self.chat().status, 200)
+        child.end(signal.SIGTERM)
+        homeless = {"HOME": "nowhere", "APPDATA": None}
+        login, status, start, logout = self.commands(*[(arguments, homeless) for arguments in (
+            ["login", "--no-browser"], ["status"], ["start"], ["logout"])])
+        self.assertEqual((login.code, status.code, start.code), (2, 3, 3))
+        self.assertIn("--token-file", login.err)
+        self.assertIn(logout.code, (0, 2))
+        self.assertEqual(os.listdir(self.working_directory), [])
+
+    def test_nothing_is_read_from_the_working_directory(self):
+        for name in ("oauth-tokens.json", ".oauth-tokens.json", "claude-gateway/oauth-tokens.json",
+                     ".config/claude-gateway/oauth-tokens.json"):
+            claude_gateway.TokenFile(os.path.join(self.working_directory, name)).write(stored_token())
+        for name in (".env", "claude-gateway.env", ".claude-gateway"):
+            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
+                file.write("ANTHROPIC_API_KEY=sk-ant-api03-x\n")
+        for name in ("ssl.py", "json.py", "webbrowser.py"):
+            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
+                file.write("raise SystemExit(99)\n")
+        child = self.child("status")
+        self.assertEqual(child.end(), 3, child.err)
+
+    def test_a_login_is_used_and_named(self):
+        self.sign_in(account={"email_address": "me@example.org"})
+        child = self.serve(ANTHROPIC_API_KEY="")                # empty counts as unset
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + OLD_ACCESS)
+        child.wait_for("me@example.org")
+        child.wait_for("(?i)terms")
+
+    def test_on_a_terminal_a_first_start_signs_in_first(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("no pseudo terminals here")
+        self.claude.token_replies.append(token_answer())
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        child = self.child("start", "--port", "0", stdin=slave, BROWSER="true", ANTHROPIC_BASE_URL=self.claude.url,
+                           CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        os.close(slave)
+        state = parse_qs(child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)").group(1))["state"][0]
+        child.wait_for("2026-08-22")
+        child.wait_for("Code: ")
+        os.write(master, ("the-code#%s\n" % state).encode())
+        self.service = SimpleNamespace(port=child.port)
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertEqual(len(child.out.strip().split("\n")), 1)
+
+
+def config_of(*arguments: str, **variables: str) -> Config:
+    """What `start` makes of flags and variables."""
+    return claude_gateway.config_from(claude_gateway.argument_parser().parse_args(["start"] + list(arguments)),
+                                      dict({"HOME": "/home/me", "APPDATA": "C:\\Users\\me"}, **variables))
+
+
+class OptionTests(unittest.TestCase):
+    CASES = (                                       # flags, variable, its value, field, by flag, by variable, default
+        (("--port", "1"), "PORT", "2", "port", 1, 2, 45554), (("-p", "0"), "PORT", "2", "port", 0, 2, 45554),
+        (("--host", "::1"), "HOST", "127.0.0.2", "host", "::1", "127.0.0.2", "localhost"),
+        (("--api-key", "a", "--api-key", "b"), "API_KEY", "c, d", "api_key", ("a", "b"), ("c", "d"), ()),
+        (("--verbose",), "VERBOSE", "1", "verbose", True, True, False),
+        (("-V",), "VERBOSE", "yes", "verbose", True, True, False),
+        (("--minimal",), "MINIMAL", "true", "minimal", True, True, False),
+        (("-m",), "MINIMAL", "TRUE", "minimal", True, True, False),
+        (("--quiet",), "QUIET", "on", "quiet", True, True, False), (("-q",), "QUIET", "On", "quiet", True, True, False),
+        (("--log-format", "text"), "LOG_FORMAT", "json", "log_format", "text", "json", "text"),
+        (("--auth", "oauth"), "AUTH", "api-key", "auth", "oauth", "api-key", "auto"),
+        (("--token-file", "/a"), "TOKEN_FILE", "/b", "token_file", "/a", "/b", None),
+        (("--alias", "x=opus", "--alias", "*=haiku"), "ALIAS", "y=sonnet,z=a=b", "alias",
+         (("x", "opus"), ("*", "haiku")), (("y", "sonnet"), ("z", "a=b")), ()),
+        (("--allow-host", "a", "--allow-host", "b"), "ALLOW_HOST", "c,d", "allow_host", ("a", "b"), ("c", "d"), ()),
+        (("--cors-origin", "app://x"), "CORS_ORIGIN", "null,https://y", "cors_origin", ("app://x",),
+         ("null", "https://y"), ()),
+        (("--relax-x509",), "RELAX_X509", "1", "relax_x509", True, True, False),
+        (("--no-cache",), "NO_CACHE", "1", "no_cache", True, True, False),
+        (("--strict",), "STRICT", "1", "strict", True, True, False),
+        (("--demo",), "DEMO", "1", "demo", True, True, False),
+    )
+
+    def test_flag_over_environment_over_default(self):
+        for flags, name, value, field_name, by_flag, by_variable, default in self.CASES:
+            variable = "CLAUDE_GATEWAY_" + name
+            with self.subTest(variable):
+                if default is not None:
+                    self.assertEqual(getattr(config_of(), field_name), default)
+                self.assertEqual(getattr(config_of(*flags), field_name), by_flag)
+                self.assertEqual(getattr(config_of(**{variable: value}), field_name), by_variable)
+                self.assertEqual(getattr(config_of(*flags, **{variable: value}), field_name), by_flag)
+
+    def test_an_empty_variable_counts_as_unset(self):
+        for _, name, _, _, _, _, _ in self.CASES:
+            for empty in ("", " "):
+                with self.subTest(name=name, empty=empty):
+                    self.assertEqual(config_of(**{"CLAUDE_GATEWAY_" + name: empty}), config_of())
+        for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_BASE_URL",
+                     "CLAUDE_GATEWAY_TOKEN_URL", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "SSL_CERT_FILE",
+                     "XDG_CONFIG_HOME"):
+            with self.subTest(name):
+                self.assertEqual(config_of(**{name: ""}), config_of())
+
+    def test_a_switch_in_the_environment_can_be_off(self):
+        for word in ("0", "false", "no", "off", "OFF"):
+            self.assertIs(config_of(CLAUDE_GATEWAY_DEMO=word).demo, False)
+
+    def test_values_that_make_no_sense_are_usage_errors_that_name_them(self):
+        cases = (({"CLAUDE_GATEWAY_PORT": "x"}, "(?i)port"), ({"CLAUDE_GATEWAY_PORT": "70000"}, "(?i)port"),
+                 ({"CLAUDE_GATEWAY_AUTH": "x"}, "AUTH"), ({"CLAUDE_GATEWAY_LOG_FORMAT": "xml"}, "LOG_FORMAT"),
+                 ({"CLAUDE_GATEWAY_DEMO": "maybe"}, "DEMO"), ({"CLAUDE_GATEWAY_ALIAS": "opus"}, "(?i)alias"),
+                 ({"CLAUDE_GATEWAY_ALIAS": "=opus"}, "(?i)alias"), ({"CLAUDE_GATEWAY_ALIAS": "x="}, "(?i)alias"),
+                 ({"CLAUDE_GATEWAY_API_KEY": ","}, "(?i)key"),
+                 ({"ANTHROPIC_BASE_URL": "https://user:word@example.com"}, "ANTHROPIC_BASE_URL"),
+                 ({"ANTHROPIC_BASE_URL": "http://[::1"}, "ANTHROPIC_BASE_URL"),
+                 ({"ANTHROPIC_BASE_URL": "http://localhost:99999"}, "ANTHROPIC_BASE_URL"),
+                 ({"HTTPS_PROXY": "socks5h://127.0.0.1:1"}, "(?i)proxy"),
+                 ({"HTTPS_PROXY": "http:/user:word@proxy"}, "(?i)proxy"),
+                 ({"HTTPS_PROXY": "http://[::1"}, "(?i)proxy"), ({"HTTPS_PROXY": "http://proxy:port"}, "(?i)proxy"),
+                 ({"ANTHROPIC_API_KEY": "two\nlines"}, "ANTHROPIC_API_KEY"),
+                 ({"ANTHROPIC_AUTH_TOKEN": "\u043a\u043b\u044e\u0447"}, "ANTHROPIC_AUTH_TOKEN"))
+        for variables, words in cases:
+            with self.subTest(variables):
+                with self.assertRaisesRegex(claude_gateway.UsageError, words) as raised:
+                    config_of(**variables)
+                self.assertNotIn("user:word", str(raised.exception))
+
+    def test_blanks_around_a_credential_do_not_count(self):
+        config = config_of(ANTHROPIC_API_KEY=" sk-ant-k\n", ANTHROPIC_AUTH_TOKEN="t \r\n",
+                           CLAUDE_CODE_OAUTH_TOKEN="\to")
+        self.assertEqual((config.anthropic_api_key, config.anthropic_auth_token, config.claude_code_oauth_token),
+                         ("sk-ant-k", "t", "o"))
+
+    def test_the_environment_names_are_those_that_people_have_already(self):
+        config = config_of(ANTHROPIC_API_KEY="k", ANTHROPIC_AUTH_TOKEN="t", CLAUDE_CODE_OAUTH_TOKEN="o",
+                           ANTHROPIC_BASE_URL="https://proxy.example.com/anthropic", HTTPS_PROXY="http://p:1",
+                           CLAUDE_GATEWAY_TOKEN_URL="https://api.anthropic.com/v1/oauth/token", NO_PROXY="a,b",
+                           REQUESTS_CA_BUNDLE="/ca.pem")
+        self.assertEqual((config.anthropic_api_key, config.anthropic_auth_token, config.claude_code_oauth_token,
+                          config.base_url, config.https_proxy, config.token_url, config.no_proxy, config.ca_file),
+                         ("k", "t", "o", "https://proxy.example.com/anthropic", "http://p:1",
+                          "https://api.anthropic.com/v1/oauth/token", "a,b", "/ca.pem"))
+        self.assertEqual((config_of().base_url, config_of().token_url),
+                         ("https://api.anthropic.com", "https://platform.claude.com/v1/oauth/token"))
+
+    @POSIX_ONLY
+    def test_the_token_file_lies_in_the_users_configuration_directory(self):
+        usual = os.path.join(os.path.expanduser("~"), ".config/claude-gateway/oauth-tokens.json")
+        for variables, path in (({}, usual),
+                                ({"XDG_CONFIG_HOME": "/x"}, "/x/claude-gateway/oauth-tokens.json"),
+                                # XDG: "All paths must be absolute. If [...] relative [...] ignore it."
+                                ({"XDG_CONFIG_HOME": "x"}, usual),
+                                ({"CLAUDE_GATEWAY_TOKEN_FILE": "/t.json"}, "/t.json")):
+            with self.subTest(variables):
+                self.assertEqual(config_of(**variables).token_file, path)
+
+    def test_a_key_opens_every_address(self):
+        for host in ("0.0.0.0", "::", "192.0.2.7", "gateway.example.com"):
+            claude_gateway.check_exposure(config_of("--host", host, CLAUDE_GATEWAY_API_KEY="k"))
+        for host in ("localhost", "127.0.0.1", "::1", "127.1.2.3", "gateway.localhost"):
+            claude_gateway.check_exposure(config_of("--host", host))
+
+    def test_a_config_does_not_show_its_secrets(self):
+        shown = repr(config_of(ANTHROPIC_API_KEY="secret-1", ANTHROPIC_AUTH_TOKEN="secret-2",
+                               CLAUDE_CODE_OAUTH_TOKEN="secret-3", CLAUDE_GATEWAY_API_KEY="secret-4",
+                               HTTPS_PROXY="http://user:secret-5@proxy:1"))
+        self.assertNotIn("secret", shown)
+
+
+@POSIX_ONLY
+class LoginCommandTests(CommandTestCase):
+    def begin(self, *arguments, **variables):
+        """A login that waits for its code, and the query of the address it shows."""
+        child = self.child("login", "--no-browser", *arguments, CLAUDE_GATEWAY_TOKEN_URL=self.token_url, **variables)
+        address = child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)")
+        return child, {name: values[0] for name, values in parse_qs(address.group(1)).items()}
+
+    def test_the_code_is_exchanged_with_the_verifier_of_the_challenge(self):
+        self.claude.token_replies.append(token_answer(account={"email_address": "me@example.org"}))
+        child, query = self.begin()
+        child.type("the-code#%s\n" % query["state"])
+        self.assertEqual(child.end(), 0, child.err)
+        request, = self.claude.requests
+        code_verifier = request.body.pop("code_verifier")
+        self.assertEqual(request.body, {"grant_type": "authorization_code", "code": "the-code", "state": query["state"],
+                                        "client_id": CLIENT_ID, "redirect_uri": REDIRECT_PAGE})
+        self.assertEqual(request.headers["content-type"], "application/json")
+        self.assertRegex(code_verifier, r"\A[A-Za-z0-9._~-]{43,128}\Z")
+        self.assertEqual(query["code_challenge"], challenge_of(code_verifier))
+        self.assertEqual(query["redirect_uri"], REDIRECT_PAGE)
+        self.assertEqual(len({query["state"], query["code_challenge"], code_verifier}), 3, "the state is no secret")
+        with open(self.token_path, encoding="utf-8") as file:
+            stored = json.load(file)
+        self.assertEqual(sorted(set(stored) - {"account"}), TOKEN_FIELDS)
+        self.assertEqual((stored["access_token"], stored["refresh_token"], stored["token_type"]),
+                         (NEW_ACCESS, NEW_REFRESH, "Bearer"))
+        self.assertAlmostEqual(stored["expires_at"], time.time() + 28_800, delta=60)
+        self.assertEqual([oct(os.stat(path).st_mode & 0o777) for path in
+                          (self.token_path, os.path.dirname(self.token_path))], ["0o600", "0o700"])
+        self.assertIn("me@example.org", child.err)
+        self.assertIn(self.token_path, child.err)
+        self.assertEqual(child.out, "")
+        for secret in (code_verifier, NEW_ACCESS, NEW_REFRESH):
+            self.assertNotIn(secret, child.err)
+
+    def test_the_terms_are_told_with_dates_before_anything_is_asked(self):
+        helped = self.command("login", "--help")
+        child = self.command("login", "--no-browser")
+        for said in (child.err, helped.out):
+            for words in ("2026-08-22", "2026-09-14", "terms", "API key", "always fine", "client id", "redirect page",
+                          "system block"):
+                self.assertIn(words, said)
+        self.assertLess(child.err.index("2026-08-22"), child.err.index("https://claude.ai/oauth/authorize"))
+
+    def test_a_callback_address_is_taken_and_a_bare_code_is_warned_about(self):
+        for paste, warned in (("%s?code=the-code&state={state}" % REDIRECT_PAGE, False), ("the-code", True)):
+            with self.subTest(paste):
+                self.claude.reset()
+                self.claude.token_replies.append(token_answer())
+                child, query = self.begin()
+                child.type(paste.format(**query) + "\n")
+                self.assertEqual(child.end(), 0, child.err)
+                self.assertEqual("Warning" in child.err, warned)
+                self.assertEqual((self.claude.requests[0].body["code"], self.claude.requests[0].body["state"]),
+                                 ("the-code", query["state"]))
+
+    def test_a_paste_that_cannot_be_right_never_reaches_the_endpoint(self):
+        cases = (("the-code#of-another-sign-in\n", 1), ("\n", 3), ("", 3), ("https://[broken\n", 1),
+                 ("%s?error=access_denied\n" % REDIRECT_PAGE, 1))
+        done = self.commands(*[(["login", "--no-browser"], {"CLAUDE_GATEWAY_TOKEN_URL": self.token_url}, paste)
+                               for paste, _ in cases])
+        for child, (paste, code) in zip(done, cases):
+            with self.subTest(paste):
+                self.assertEqual(child.code, code, child.err)
+        self.assertEqual(self.claude.requests, [])
+        self.assertFalse(os.path.exists(self.token_path))
+
+    def test_a_refusal_is_told_in_the_endpoints_words_and_stores_nothing(self):
+        cases = ((Reply(400, body={"error": "invalid_grant", "error_description": "Code expired"}), "Code expired"),
+                 (Reply(429, body=error_body("rate_limit_error", "Slow down, please")), "Slow down, please"),
+                 (Reply(403, body=b"<html>blocked</html>"), "403"), (Reply(200, body=b"<html>"), "200"))
+        self.claude.token_replies += [reply for reply, _ in cases]
+        done = self.commands(*[(["login", "--no-browser"], {"CLAUDE_GATEWAY_TOKEN_URL": self.token_url}, "the-code\n")
+                               for _ in cases])
+        for child, (_, words) in zip(done, cases):
+            with self.subTest(words):
+                self.assertIn(child.code, (1, 3, 5))
+                self.assertIn(words, child.err)
+        self.assertFalse(os.path.exists(self.token_path))
+
+    def test_an_endpoint_that_cannot_be_reached_is_exit_5(self):
+        child = self.command("login", "--no-browser", typed="the-code\n",
+                             CLAUDE_GATEWAY_TOKEN_URL="http://127.0.0.1:9/token")
+        self.assertEqual(child.code, 5)
+        self.assertNotIn("the-code", child.err)
+
+    def test_a_redirect_of_the_endpoint_is_not_followed(self):
+        with FakeClaude() as elsewhere:
+            self.claude.token_replies.append(Reply(307, {"location": elsewhere.url + "/v1/oauth/token"}))
+            child = self.command("login", "--no-browser", typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+            self.assertNotEqual(child.code, 0)
+            self.assertEqual(elsewhere.requests, [])
+
+    def test_a_place_that_cannot_be_written_is_named(self):
+        self.claude.token_replies.append(token_answer())
+        child = self.command("login", "--no-browser", "--token-file", os.path.join(PROGRAM, "tokens.json"),
+                             typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        self.assertEqual(child.code, 1)
+        self.assertIn(os.path.join(PROGRAM, "tokens.json"), child.err)
+
+    def test_an_interrupt_at_the_prompt_is_exit_130_without_a_traceback(self):
+        child, _ = self.begin()
+        child.wait_for("Code: ")
+        child.process.send_signal(signal.SIGINT)
+        self.assertEqual(child.process.wait(20), 130)
+        self.assertNotIn("Traceback", child.err)
+
+    def test_a_damaged_file_is_kept_aside_by_a_new_login(self):
+        os.makedirs(os.path.dirname(self.token_path))
+        with open(self.token_path, "wb") as file:
+            file.write(b"{ torn")
+        self.claude.token_replies.append(token_answer())
+        child = self.command("login", "--no-browser", typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        self.assertEqual(child.code, 0, child.err)
+        directory = os.path.dirname(self.token_path)
+        kept, = [name for name in os.listdir(directory) if "damaged" in name]
+        with open(os.path.join(directory, kept), "rb") as file:
+            self.assertEqual(file.read(), b"{ torn")
+        self.assertIn(kept, child.err)
+
+
+@POSIX_ONLY
+class OtherCommandTests(CommandTestCase):
+    def test_logout_forgets_and_says_so(self):
+        self.sign_in()
+        twice = self.commands((["logout"], {}), (["logout"], {}))
+        for child, words in zip(twice, (self.token_path, "no stored login")):
+            self.assertEqual((child.code, child.out), (0, ""))
+            self.assertIn(words, child.err)
+        self.assertFalse(os.path.exists(self.token_path))
+
+    def test_logout_from_an_impossible_place_is_no_traceback(self):
+        for child in self.commands((["logout", "--token-file", self.home], {}),
+                                   (["logout", "--token-file", os.path.join(PROGRAM, "tokens.json")], {})):
+            self.assertIn(child.code, (0, 1))
+        self.assertTrue(os.path.isdir(self.home))
+
+    def test_status_tells_which_credential_and_whose(self):
+        none, key, bearer = self.commands((["status"], {}), (["status"], {"ANTHROPIC_API_KEY": SECRET}),
+                                          (["status"], {"CLAUDE_CODE_OAUTH_TOKEN": SECRET}))
+        self.assertEqual((none.code, key.code, bearer.code), (3, 0, 0))
+        self.assertIn("login", none.out + none.err)
+        self.assertIn("ANTHROPIC_API_KEY", key.out)
+        self.assertIn("CLAUDE_CODE_OAUTH_TOKEN", bearer.out)
+        self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example Ltd"})
+        login = self.command("status")
+        self.assertEqual(login.code, 0)
+        for words in ("me@example.org", "Example Ltd", self.token_path, "59 minutes"):
+            self.assertIn(words, login.out)
+        self.assertEqual(self.claude.requests, [])
+
+    def test_status_as_json_is_one_object(self):
+        none, key = self.commands((["status", "--json"], {}), (["status", "--json"], {"ANTHROPIC_API_KEY": SECRET}))
+        self.assertEqual((none.code, json.loads(none.out)["kind"]), (3, None))
+        self.assertEqual((key.code, json.loads(key.out)["kind"]), (0, "api_key"))
+        self.sign_in(account={"email_address": "me@example.org"})
+        login = self.command("status", "--json")
+        told = json.loads(login.out)
+        self.assertEqual((login.code, told["kind"], told["account"], told["refreshable"]),
+                         (0, "oauth", "me@example.org", True))
+        self.assertAlmostEqual(told["expires_at"], time.time() + 3_600, delta=60)
+
+    def test_status_survives_odd_values_in_the_file(self):
+        cases = ({"account": "me"}, {"expires_at": "soon"}, {"expires_at": 1e300}, {"organization": ["x"]},
+                 {"expires_at": int(time.time() * 1000)})
+        paths = []
+        for number, fields in enumerate(cases):
+            paths.append(os.path.join(self.home, "%d.json" % number))
+            claude_gateway.TokenFile(paths[-1]).write(stored_token(**fields))
+        for child, fields in zip(self.commands(*[(["status", "--token-file", path], {}) for path in paths]), cases):
+            with self.subTest(fields):
+                self.assertIn(child.code, (0, 1, 3))
+
+    def test_models_lists_names_and_aliases(self):
+        self.claude.models = [{"type": "model", "id": "claude-sonnet-5-5", "display_name": "Claude Sonnet 5.5",
+                               "created_at": "2026-06-01T00:00:00Z"}]
+        live = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}
+        plain, as_json, built_in, down = self.commands(
+            (["models", "--alias", "mine=claude-sonnet-5-5"], live), (["models", "--json"], live),
+            (["models", "--json"], {}),
+            (["models"], {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}))
+        self.assertEqual([child.code for child in (plain, as_json, built_in, down)], [0] * 4)
+        self.assertRegex(plain.out, r"(?m)^claude-sonnet-5-5 ")
+        self.assertRegex(plain.out, r"(?m)^mine +-> claude-sonnet-5-5$")
+        self.assertNotIn("claude-opus-4-8", plain.out)
+        entries = json.loads(as_json.out)
+        self.assertEqual({entry["object"] for entry in entries}, {"model"})
+        self.assertIn("claude-sonnet-5-5", [entry["id"] for entry in entries])
+        self.assertIn("claude-opus-5-5", [entry["id"] for entry in json.loads(built_in.out)])
+        self.assertIn("claude-opus-5-5", down.out)
+        self.assertIn("built-in", down.err)
+
+    def test_a_reader_that_goes_away_is_no_traceback(self):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            done = subprocess.run([sys.executable, PROGRAM, "models"], env=self.environment({}), stdout=writing,
+                                  stderr=subprocess.PIPE, cwd=self.working_directory, timeout=20, check=False)
+        finally:
+            os.close(writing)
+        self.assertEqual(done.stderr, b"")
+
+    def test_the_version_and_the_help(self):
+        version, general, start, nothing, narrow = self.commands(
+            (["--version"], {}), (["--help"], {}), (["start", "-h"], {}), ([], {}),
+            (["start", "--help"], {"COLUMNS": "20"}))
+        self.assertEqual([child.code for child in (version, general, start, nothing, narrow)], [0, 0, 0, 2, 0])
+        real = self.child("--version")                          # once through the script itself
+        self.assertEqual((real.end(), real.err), (0, ""))
+        for out in (version.out, real.out):
+            self.assertRegex(out, r"\Aclaude-gateway \d+\.\d+\.\d+\n\Z")
+            self.assertEqual(out.split()[1], claude_gateway.VERSION)
+        for command in ("start", "login", "logout", "status", "models"):
+            self.assertRegex(general.out, r"(?m)^ +%s " % command)
+        for option in ("-p", "--port", "--host", "--api-key", "-V", "--verbose", "-m", "--minimal", "-q", "--quiet",
+                       "--log-format", "--auth", "--token-file", "--alias", "--allow-host", "--cors-origin",
+                       "--relax-x509", "--no-cache", "--strict", "--demo"):
+            self.assertRegex(start.out, r"(?m)^ +(-\w,? ?\S* ?,? )?%s\b" % re.escape(option))
+        self.assertIn("CLAUDE_GATEWAY_PORT", start.out)
+        self.assertIn("usage:", nothing.err)
+        for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
+            self.assertEqual(child.code, 0)
+            self.assertIn("--token-file", child.out)
+
+    def test_a_terminal_that_knows_only_ascii_stops_nothing(self):
+        self.sign_in(account={"email_address": "j\u00fcrgen@example.org"}, organization={"name": "Fuchs \U0001f98a"})
+        ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+        for child in (self.child("status", **ascii_only), self.child("start", "--help", **ascii_only)):
+            self.assertEqual((child.end(), child.err), (0, ""))
+        child = self.serve("-V", "--alias", "f\u00fcchse=sonnet", **ascii_only)
+        self.assertEqual(self.chat("\U0001f98a\u2028\u00fc").status, 200)
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertNotIn("Traceback", child.err)
+        self.assertNotIn("Error", child.err)
+
+
+def forms_of(secret: str) -> set:
+    """How a secret can lie in a text: as it is, in an address, and inside base64 at any of three offsets."""
+    forms = {secret, urllib.parse.quote(secret, safe="")}
+    for offset in range(3):
+        inside = base64.b64encode(b"\0" * offset + secret.encode()).decode()[4 if offset else 0:]
+        forms.add(inside[:len(inside) // 4 * 4 - 4])
+    return forms
+
+
+@POSIX_ONLY
+class SecrecyTests(CommandTestCase):
+    def assert_hidden(self, text, secrets, where):
+        for secret in secrets:
+            for form in forms_of(secret):
+                self.assertNotIn(form, text, "%s shows %s" % (where, secret))
+
+    def test_no_secret_is_in_any_log_or_answer(self):
+        planted = ["sk-ant-oat01-planted-old", "sk-ant-ort01-planted-old", "sk-ant-oat01-planted-new",
+                   "sk-ant-ort01-planted-new", "planted-client-key-1", "planted-client-key-2", "planted-proxy-word"]
+        variants = [(), ("-m",), ("-q",), ("-V",), ("-V", "--log-format", "json")]
+
+        def renew_once(recorded):
+            if recorded.body["refresh_token"] == planted[1]:
+                return token_answer(access_token=planted[2], refresh_token=planted[3])
+            return Reply(400, body={"error": "invalid_grant"})
+        self.claude.token_replies += [renew_once] * 50
+        children = []
+        for number, variant in enumerate(variants):
+            path = os.path.join(self.home, "tokens-%d.json" % number)
+            claude_gateway.TokenFile(path).write(stored_token(-10, access_token=planted[0], refresh_token=planted[1]))
+            children.append(self.child(
+                "start", "-p", "0", "--host", "127.0.0.1", "--token-file", path, *variant,
+                CLAUDE_GATEWAY_API_KEY=",".join(planted[4:6]), ANTHROPIC_BASE_URL=self.claude.url,
+                CLAUDE_GATEWAY_TOKEN_URL=self.token_url,
+                HTTPS_PROXY="http://planted-user:planted-proxy-word@127.0.0.1:9"))
+        for variant, child in zip(variants, children):
+            with self.subTest(variant):
+                self.service = SimpleNamespace(port=child.port)
+                answers = []
+                right, wrong = {"authorization": "Bearer " + planted[4]}, {"x-api-key": planted[4] + "x"}
+                answers += [self.chat(headers=right), self.chat(headers=right, stream=True, seed=1),
+                            self.chat(headers=wrong), self.ask("GET", "/v1/models", headers=right),
+                            self.ask("GET", "/health"), self.ask("GET", "/"),
+                            self.ask("GET", "/nothing", headers=right),
+                            self.chat(headers={"api-key": planted[5]}, model=planted[5])]
+                self.claude.play(Reply(401, body=error_body("authentication_error", "OAuth token has expired.")),
+                                 Reply(400, body=error_body("invalid_request_error", "No.")))
+                answers += [self.chat(headers=right), self.chat(headers=right)]     # 401: a renewal that is refused
+                self.assertEqual({answer.status for answer in answers} & {200, 401, 404, 400}, {200, 401, 404, 400})
+                child.process.send_signal(signal.SIGTERM)
+                heard = "".join("%s %s" % (answer.headers, answer.raw.decode()) for answer in answers
+                                if planted[5].encode() not in answer.raw)       # a model name is handed back
+                self.assert_hidden(heard, planted, "an answer")
+        for variant, child in zip(variants, children):
+            with self.subTest(variant):
+                self.assertEqual(child.end(), 0)
+                self.assert_hidden(child.out, planted, "standard output")
+                self.assert_hidden(child.err, planted, "the log")
+                self.assertNotIn("CLAUDE_GATEWAY_API_KEY", child.err)           # it is where it should be
+
+    def test_a_client_key_in_a_prompt_is_masked_in_the_log(self):
+        child = self.serve("-V", CLAUDE_GATEWAY_API_KEY="planted-client-key")
+        self.chat("My keys are planted-client-key and sk-ant-api03-planted-elsewhere.",
+                  headers={"authorization": "Bearer planted-client-key"})
+        child.end(signal.SIGTERM)
+        self.assertIn("My keys are", child.err)
+        self.assert_hidden(child.err, ["planted-client-key", "sk-ant-api03-planted-elsewhere"], "the log")
+
+    def test_a_proxy_that_refuses_learns_its_word_and_nobody_else(self):
+        heads = []
+        with socket.socket() as proxy:
+            proxy.bind(("127.0.0.1", 0))
+            proxy.listen(5)
+
+            def refuse():
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection = proxy.accept()[0]
+                        heads.append("")
+                        while not heads[-1].endswith("\r\n\r\n"):
+                            heads[-1] += connection.recv(65_536).decode("latin-1")
+                        connection.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+                        connection.close()
+            threading.Thread(target=refuse, daemon=True).start()
+            child = self.serve("-V", ANTHROPIC_BASE_URL="https://upstream.invalid",
+                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.getsockname()[1])
+            answer = self.chat(headers={"x-stainless-retry-count": "1"})
+            child.end(signal.SIGTERM)
+            proxy.shutdown(socket.SHUT_RDWR)
+        self.assertEqual(answer.status, 502)
+        self.assertIn(base64.b64encode(b"planted-user:planted-word").decode(), heads[0])
+        self.assertNotIn(SECRET, "".join(heads))
+        self.assert_hidden(answer.raw.decode() + child.out + child.err, ["planted-word", "planted-user:planted-word",
+                                                                         SECRET], "the gateway")
+
+    def test_status_and_models_show_no_secret(self):
+        cases = [{name: "planted-%s-secret" % name.lower()} for name in
+                 ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")]
+        self.sign_in(access_token="planted-access", refresh_token="planted-refresh")
+        secrets = [value for case in cases for value in case.values()] + ["planted-access", "planted-refresh"]
+        for child in self.commands(*[(arguments, dict(case, ANTHROPIC_BASE_URL="http://127.0.0.1:9"))
+                                     for arguments in (["status"], ["status", "--json"], ["models"])
+                                     for case in cases + [{}]]):
+            self.assertEqual(child.code, 0)
+            self.assert_hidden(child.out + child.err, secrets, "a command")
+
+    def test_a_key_that_no_header_can_carry_is_not_shown(self):
+        keys = ("planted-secret\nkey", "planted-secret-\u043a\u043b\u044e\u0447")
+        for child in self.commands(*[(["models"], {"ANTHROPIC_API_KEY": key, "ANTHROPIC_BASE_URL": self.claude.url})
+                                     for key in keys]):
+            self.assertNotIn("planted-secret", child.out + child.err)
+
+
+IMPORT_PROBE = """
+import os, signal, sys, threading
+seen = []
+def watch(event, arguments):
+    if event.startswith(("socket.__new__", "socket.bind", "socket.connect", "socket.getaddrinfo", "subprocess.",
+                         "os.mkdir", "os.remove", "os.rename", "os.system", "os.putenv")):
+        seen.append(event)
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        seen.append("open %s" % arguments[0])
+sys.addaudithook(watch)
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+sys.path.insert(0, sys.argv[1])
+import claude_gateway
+import logging
+assert not seen, seen
+assert threading.active_count() == 1
+assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+assert not logging.getLogger().handlers and os.listdir(".") == []
+"""
+
+
+class ImportTests(CommandTestCase):
+    def test_an_import_does_nothing(self):
+        done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT_PROBE, HERE], cwd=self.working_directory,
+                              env=self.environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20,
+                              check=False)
+        self.assertEqual((done.stdout, done.stderr, done.returncode), (b"", b"", 0))
+
+    @POSIX_ONLY
+    def test_a_python_that_is_too_old_shows_the_remedy(self):
+        found, versions = 0, os.path.expanduser("~/.pyenv/versions")
+        installed = sorted(os.listdir(versions)) if os.path.isdir(versions) else []
+        for version in ("3.6", "3.7"):
+            places = [shutil.which("python" + version)] + [os.path.join(versions, name, "bin", "python")
+                                                           for name in installed if name.startswith(version + ".")]
+            for place in places:
+                if not place or subprocess.run([place, "-c", ""], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                               check=False).returncode:
+                    continue
+                found += 1
+                with self.subTest(place):
+                    done = subprocess.run([place, PROGRAM, "--version"], env=self.environment({}), timeout=20,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+                                          cwd=self.working_directory)
+                    self.assertNotEqual(done.returncode, 0)
+                    self.assertRegex(done.stderr.decode(), r"3\.8")
+                    self.assertRegex(done.stderr.decode(), r"python3\.\d+")
+        if not found:
+            self.skipTest("no such interpreter here")
+
+
+# ==== Status page =====================================================================================
+
+class StatusTests(GatewayTestCase):
+    def setUp(self):
+        super().setUp()
+        self.start()                                # counts from zero
+
+    def status(self, **headers) -> dict:
+        return self.ask("GET", "/", headers=dict({"accept": "application/json"}, **headers)).json
+
+    def test_requests_tokens_cache_and_errors_are_counted(self):
+        usage = {"input_tokens": 100, "cache_read_input_tokens": 800, "cache_creation_input_tokens": 100,
+                 "output_tokens": 50}
+        self.claude.play(message(text("A"), usage=usage), message(text("B"), usage=usage))
+        self.chat()
+        self.chat(stream=True)
+        self.chat(model="no-such-model")
+        data = self.status()
+        self.assertEqual(data["requests"], {"total": 3, "running": 1})
+        self.assertEqual(data["tokens"], {"input": 200, "cache_read": 1600, "cache_write": 200, "output": 100})
+        self.assertEqual(data["errors"], {"model_not_found": 1})
+        # sonnet 5.5: $2 fresh, $0.10 read; 1600 reads save 1.90 each, 200 writes cost 0.50 more each, per million
+        self.assertEqual(data["cache"], {"share_percent": 80, "saved_usd": round((1600 * 1.9 - 200 * 0.5) / 1e6, 4)})
+
+    def test_plan_windows_and_rate_limits_come_from_the_latest_answer(self):
+        reset = int(time.time()) + 3600
+        self.claude.play(Reply(body=message(text("A")), headers={
+            "anthropic-ratelimit-unified-5h-utilization": "0.42", "anthropic-ratelimit-unified-5h-reset": str(reset),
+            "anthropic-ratelimit-unified-5h-status": "allowed",
+            "anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "40",
+            "anthropic-ratelimit-requests-reset": "2031-01-01T00:00:00Z"}))
+        self.chat()
+        windows = {limit["window"]: limit for limit in self.status()["limits"]}
+        self.assertEqual(windows["5h"], {"window": "5h", "title": "5 hours", "used": 0.42, "resets_at": reset,
+                                         "over": False, "status": "allowed"})
+        self.assertEqual((windows["requests"]["used"], windows["requests"]["resets_at"]), (0.2, 1924992000))
+
+    def test_odd_limit_headers_do_no_harm(self):
+        self.claude.play(Reply(body=message(text("A")), headers={
+            "anthropic-ratelimit-unified-5h-utilization": "nan", "anthropic-ratelimit-unified-7d-utilization": "1.04",
+            "anthropic-ratelimit-unified-7d-reset": "soon", "anthropic-ratelimit-tokens-limit": "0",
+            "anthropic-ratelimit-tokens-remaining": "0"}))
+        self.chat()
+        self.assertEqual([(limit["window"], limit["used"]) for limit in self.status()["limits"]], [("7d", 1.04)])
+
+    def test_a_browser_gets_a_page_that_loads_nothing_from_elsewhere(self):
+        answer = self.ask("GET", "/", headers={"accept": "text/html,application/xhtml+xml"})
+        page = answer.raw.decode()
+        self.assertTrue(answer.headers["content-type"].startswith("text/html"))
+        self.assertIn("default-src 'none'", answer.headers["content-security-policy"])
+        nonce = re.search(r"script-src 'nonce-([\w-]+)'", answer.headers["content-security-policy"]).group(1)
+        self.assertIn('<script nonce="%s">' % nonce, page)
+        self.assertNotIn("NONCE", page)
+        self.assertEqual(re.findall(r"(?:src|href)=|https?://|@import", page), [])
+
+    def test_with_a_client_key_the_numbers_need_it_and_the_page_does_not(self):
+        self.start(api_key=("the-client-key",))
+        self.assertEqual(self.ask("GET", "/", headers={"accept": "text/html"}).status, 200)
+        self.assertEqual(set(self.status()), {"status", "version", "key_needed"})
+        self.assertIn("tokens", self.status(authorization="Bearer the-client-key"))
+        self.assertEqual(self.ask("GET", "/metrics").status, 401)
+        self.assertEqual(self.ask("GET", "/metrics", headers={"x-api-key": "the-client-key"}).status, 200)
+
+    def test_metrics_keep_to_prometheus_text_format(self):
+        self.chat()
+        answer = self.ask("GET", "/metrics")
+        self.assertTrue(answer.headers["content-type"].startswith("text/plain; version=0.0.4"))
+        families = {}
+        for line in answer.raw.decode().splitlines():
+            with self.subTest(line=line):
+                if line.startswith("# TYPE"):
+                    families[line.split()[2]] = line.split()[3]
+                elif not line.startswith("#"):
+                    match = re.match(r'([a-z_]+)(\{([a-z_]+="(\\.|[^"\\])*",?)*\})? -?[\d.e+-]+$', line)
+                    self.assertTrue(match)
+                    self.assertIn(match.group(1), families)
+        self.assertEqual({kind for name, kind in families.items() if name.endswith("_total")}, {"counter"})
+        self.assertIn('claude_gateway_requests_total{route="/chat/completions",status="200"} 1', answer.raw.decode())
+        self.assertIn('claude_gateway_tokens_total{model="claude-sonnet-5-5",kind="output"} 7', answer.raw.decode())
+
+    def test_no_secret_is_in_any_of_it(self):
+        self.chat()
+        for path in ("/", "/metrics"):
+            self.assertNotIn(SECRET, self.ask("GET", path).raw.decode())
+
+    def test_labels_are_bounded(self):
+        for at in range(5):
+            self.ask("GET", "/no/such/place/%d" % at)
+        self.assertIn('route="other",status="404"} 5', self.ask("GET", "/metrics").raw.decode())
+
+
+# ==== Commands of every day ===========================================================================
+
+def run_command(*arguments, given=b"", **variables):
+    """A command in a process of its own with a bare environment: (exit code, standard output, standard error)."""
+    with tempfile.TemporaryDirectory() as home:
+        environment = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TEMP")}
+        environment.update(HOME=home, PYTHONDONTWRITEBYTECODE="1", **variables)
+        ended = subprocess.run([sys.executable, PROGRAM, *arguments], input=given, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=environment, cwd=home, timeout=60)
+    return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
+
+
+class DailyCommandTests(GatewayTestCase):
+    def free_port(self) -> str:
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            return str(probe.getsockname()[1])
+
+    def test_status_asks_the_running_gateway(self):
+        self.start()
+        self.chat()
+        code, said, _ = run_command("status", "--port", str(self.service.port))
+        self.assertEqual(code, 0)
+        self.assertIn("is running.", said)
+        self.assertIn("Requests:    1, 0 running", said)
+        code, said, _ = run_command("status", "--json", CLAUDE_GATEWAY_PORT=str(self.service.port))
+        self.assertEqual((code, json.loads(said)["requests"]["total"]), (0, 1))
+
+    def test_doctor_finds_nothing_wrong_on_a_healthy_machine(self):
+        self.claude.models = [{"id": "claude-haiku-5-5", "type": "model", "lifecycle": "active"}]
+        code, said, _ = run_command("doctor", "--port", self.free_port(), "--live", ANTHROPIC_BASE_URL=self.claude.url,
+                                    ANTHROPIC_API_KEY=SECRET)
+        self.assertEqual(code, 0, said)
+        for name in ("Python", "File", "Port", "Proxy", "Certificates", "DNS", "Upstream", "Clock", "Credential",
+                     "Live call"):
+            self.assertRegex(said, r"(?m)^ok +%s " % name)
+        with open(PROGRAM, "rb") as file:
+            self.assertIn(hashlib.sha256(file.read()).hexdigest(), said)
+        self.assertIn("To paste into a bug report", said)
+        self.assertNotIn(SECRET, said)
+
+    def test_doctor_names_the_step_for_what_fails(self):
+        taken = self.connect().getpeername()[1]     # the class's own gateway: told apart from a stranger
+        with contextlib.closing(socket.socket()) as stranger:
+            stranger.bind(("127.0.0.1", 0))
+            stranger.listen(1)
+            cases = (
+                ({"ANTHROPIC_BASE_URL": self.claude.url}, ["--port", str(taken)], 3, "Credential", "login"),
+                ({"ANTHROPIC_BASE_URL": "http://127.0.0.1:1", "ANTHROPIC_API_KEY": "k"}, ["--port", str(taken)], 5,
+                 "Upstream", "Check the network"),
+                ({"ANTHROPIC_BASE_URL": self.claude.url, "ANTHROPIC_API_KEY": "k"},
+                 ["--port", str(stranger.getsockname()[1])], 4, "Port", "start --port"))
+            for variables, arguments, wanted, name, step in cases:
+                with self.subTest(name=name):
+                    code, said, _ = run_command("doctor", "--json", *arguments, **variables)
+                    finding = next(each for each in json.loads(said) if each["level"] == "failed")
+                    self.assertEqual((code, finding["name"]), (wanted, name), said)
+                    self.assertIn(step, finding["step"])
+
+    def test_doctor_masks_the_proxys_credentials(self):
+        code, said, _ = run_command("doctor", "--port", self.free_port(),
+                                    HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:1")
+        self.assertIn("***@127.0.0.1:1", said)
+        self.assertNotIn("proxy-password", said)
+
+    def test_selftest_passes_without_network_and_credential(self):
+        code, said, _ = run_command("selftest", HTTPS_PROXY="http://127.0.0.1:1")
+        self.assertEqual((code, re.findall(r"(?m)^ok +(\w+)", said)),
+                         (0, ["plain", "streaming", "tools", "image", "error", "cancel"]))
+
+    def test_translate_shows_the_request_and_sends_nothing(self):
+        chat = {"model": "gpt-4o", "seed": 1, "messages": [{"role": "user", "content": "Hi"}]}
+        code, said, changes = run_command("translate", given=json.dumps(chat).encode())
+        self.assertEqual((code, json.loads(said)["model"]), (0, "claude-sonnet-5-5"))
+        self.assertIn("dropped seed", changes)
+        code, said, _ = run_command("translate", given=b'{"model": "opus", "input": "Hi"}')
+        self.assertEqual(json.loads(said)["messages"][0]["content"][0]["text"], "Hi")
+        self.assertEqual(run_command("translate", given=b"{")[0], 1)
+        self.assertEqual(run_command("translate", "/no/such/file")[0], 2)
+
+    def test_translate_reads_a_saved_answer_backwards(self):
+        whole = message(text("Hi"))
+        for saved in (json.dumps(whole).encode(), json.dumps(whole, indent=2).encode(), sse(events_of(whole))):
+            code, said, _ = run_command("translate", given=saved)
+            self.assertEqual((code, json.loads(said)["choices"][0]["message"]["content"]), (0, "Hi"))
+
+    def test_setup_prints_settings_for_every_tool_and_writes_nothing(self):
+        for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
+            with self.subTest(name=name):
+                said = claude_gateway.setup_text(name, Config(port=45999))
+                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE"):
+                    self.assertNotRegex(said, r"(?<![A-Z_-])%s(?![A-Z_-])" % placeholder)
+                if name not in ("cursor", "systemd", "launchd", "windows", "docker"):
+                    self.assertIn("45999", said)
+        code, said, _ = run_command("setup", "codex", "--port", "45999")
+        self.assertEqual(code, 0)
+        self.assertIn('base_url = "http://localhost:45999/v1"', said)
+        self.assertIn("cannot reach", claude_gateway.setup_text("cursor", Config()))
+
+    def test_service_files_name_this_python_and_this_file(self):
+        for name in ("systemd", "launchd", "windows"):
+            said = claude_gateway.setup_text(name, Config())
+            self.assertIn(os.path.abspath(claude_gateway.__file__), said)
+        __import__("xml.dom.minidom").dom.minidom.parseString(claude_gateway.setup_text("launchd", Config()).split(
+            "?>", 1)[1].split("-->", 1)[1].strip().split("\n", 1)[1])
+
+    def test_completion_knows_every_command_and_option(self):
+        for shell in ("bash", "zsh", "fish", "powershell"):
+            with self.subTest(shell=shell):
+                code, said, _ = run_command("completion", shell)
+                self.assertEqual(code, 0)
+                for name in claude_gateway.COMMANDS:
+                    self.assertIn(name, said)
+                for option in claude_gateway.OPTIONS:
+                    self.assertIn(option.name, said)
+
+    @unittest.skipUnless(shutil.which("bash"), "no bash here")
+    def test_the_bash_completion_completes(self):
+        script = run_command("completion", "bash")[1]
+        ask = 'COMP_WORDS=(claude-gateway %s); COMP_CWORD=%d; _claude_gateway; echo "${COMPREPLY[@]}"\n'
+        ended = subprocess.run(["bash", "-c", script + "\n" + ask % ("do", 1) + ask % ("start --log", 2)],
+                               stdout=subprocess.PIPE, timeout=20)
+        self.assertEqual(ended.stdout.decode().splitlines(), ["doctor", "--log-format"])
+
+    def test_unknown_words_are_answered_with_the_nearest(self):
+        for arguments, nearest in ((["stat"], "start"), (["start", "--prot", "1"], "--port"), (["docter"], "doctor"),
+                                   (["setup", "open-webi"], "")):
+            with self.subTest(arguments=arguments):
+                code, _, said = run_command(*arguments)
+                self.assertEqual(code, 2)
+                self.assertIn("Did you mean %s?" % nearest if nearest else "invalid choice", said)
+
+    def test_a_port_in_use_says_by_whom_and_what_to_do(self):
+        code, _, said = run_command("start", "--port", str(self.service.port), ANTHROPIC_API_KEY="k")
+        self.assertEqual(code, 4)
+        self.assertIn("in use by another claude-gateway. Another one: claude-gateway start --port", said)
+
+
+# ==== As a library ====================================================================================
+
+class LibraryTests(GatewayTestCase):
+    def test_requests_and_replies_translate_without_a_server(self):
+        chat = {"messages": [{"role": "user", "content": "Hi"}], "seed": 5}
+        translation = claude_gateway.messages_request_from_chat(chat, BUILT_IN_MODELS["claude-opus-5-5"])
+        self.assertEqual(translation.request["model"], "claude-opus-5-5")
+        self.assertEqual(translation.changes.header(), "dropped=seed")
+        completion = claude_gateway.chat_completion_from_message(
+            message(text("Hi")), {"id": "chatcmpl-1", "created": 1}, translation.plan)
+        self.assertEqual(completion["choices"][0]["message"]["content"], "Hi")
+
+    def test_arguments_are_left_as_they_were(self):
+        chat = {"model": "opus", "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": [
+            {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
+        before = json.dumps(chat)
+        claude_gateway.messages_request_from_chat(chat, BUILT_IN_MODELS["claude-opus-5-5"],
+                                                  [claude_gateway.OAUTH_SYSTEM_BLOCK])
+        self.assertEqual(json.dumps(chat), before)
+        self.assertEqual(set(claude_gateway.OAUTH_SYSTEM_BLOCK), {"type", "text"})
 
 
 # ==== Real tools ======================================================================================
@@ -1104,12 +5072,31 @@ class ReadmeTests(unittest.TestCase):
             with open(os.path.join(folder, "picture.png"), "wb") as picture:
                 picture.write(base64.b64decode(PIXEL))
             for block in readme_blocks("python"):
+                if "openai" not in block:
+                    continue
                 with self.subTest(block=block[:200]):
                     code = block.replace("http://localhost:45554/v1", self.service.url)
                     ended = subprocess.run([sys.executable, "-c", code], cwd=folder, stdin=subprocess.DEVNULL,
                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
                     self.assertEqual(ended.returncode, 0, ended.stderr.decode())
                     self.assertIn("simulated", ended.stdout.decode())
+
+    def test_the_library_example_runs_as_printed(self):
+        block = next(block for block in readme_blocks("python") if "from claude_gateway import" in block)
+        ended = subprocess.run([sys.executable, "-c", block], cwd=HERE, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual((ended.returncode, ended.stderr.decode()), (0, ""))
+        self.assertIn("dropped=seed", ended.stdout.decode())
+
+    def test_the_tool_table_is_that_of_setup(self):
+        rows = ["| %s | `%s` | %s |" % (tool.title, name, tool.where)
+                for name, tool in claude_gateway.TOOL_SETTINGS.items()]
+        table = README.split("<!-- tools -->")[1].split("<!-- /tools -->")[0].strip().split("\n")[2:]
+        self.assertEqual(table, rows)
+
+    def test_its_pictures_are_there(self):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+            self.assertTrue(os.path.isfile(os.path.join(HERE, picture)))
 
     def test_it_speaks_of_the_project_alone(self):
         for word in ("/work", "../shared", "/root", "pypi.org", "npmjs", "session"):
