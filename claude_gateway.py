@@ -6477,7 +6477,7 @@ def unexpected(failure: Exception) -> GatewayError:
 
 def log_request_record(record: Record, minimal: bool) -> None:
     """One line per request, and a second one for what was changed."""
-    fields = {name: value for name, value in dataclasses.asdict(record).items() if name != "started"}
+    fields = without(vars(record), "started")
     line = "%s %s %d" % (record.method, printable(record.path), record.status)
     if minimal:
         LOG.info("%s %d ms", line, record.total_ms, extra={"fields": fields})
