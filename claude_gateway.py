@@ -60,7 +60,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from dataclasses import replace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 # ---- Configuration -----------------------------------------------------------------------------------
 # Fixed addresses, versions and limits.  A number stands here with the reason for it, or not at all.
@@ -510,7 +510,8 @@ class Catalog:
     """The models on offer and the names they go by.  `live`: the list came from Claude, so it is complete."""
 
     def __init__(self, models: Iterable[Model] = (), aliases: Iterable[tuple[str, str]] = (), live: bool = False):
-        self.models = {model.id: model for model in (models or BUILT_IN_MODELS.values())}
+        self.models = {model.id: model for model in (models or BUILT_IN_MODELS.values())
+                       if model.lifecycle != "retired"}
         self.aliases = {name.lower(): target.lower() for name, target in aliases}
         self.live = live
 
@@ -528,13 +529,12 @@ class Catalog:
             raise InvalidRequest("model is required; --alias '*=MODEL' would choose one for requests without it.",
                                  "model", "missing_required_parameter")
         raise ModelNotFound("The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
-                            "for every other name.)" % (json.dumps(target or name), ", ".join(self.nearest(target))),
+                            "for every other name.)" % (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))),
                             "model")
 
     def newest(self, line: str | None) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
-        models = [model for model in self.models.values() if line and model.line == line
-                  and model.lifecycle in ("active", "deprecated")]
+        models = [model for model in self.models.values() if line and model.line == line]
         return max(models, key=lambda model: (model.lifecycle == "active", model.version), default=None)
 
     def nearest(self, name: str) -> list[str]:
@@ -542,16 +542,13 @@ class Catalog:
         line = next((tier for tier in TIERS if tier in name), None)
         newest = self.newest(line)
         names = [newest.id] if newest else []
-        living = [model.id for model in self.models.values() if model.lifecycle != "retired"]
-        names += difflib.get_close_matches(name, living, n=3, cutoff=0.3)
+        names += difflib.get_close_matches(name, list(self.models), n=3, cutoff=0.3)
         names += [model.id for model in map(self.newest, ("opus", "sonnet", "haiku")) if model]
         return list(dict.fromkeys(names))[:3]
 
     def names(self) -> Iterator[tuple[str, Model]]:
         """Every listed name with its model: ids, short names, then the user's aliases."""
-        for model in self.models.values():
-            if model.lifecycle != "retired":
-                yield model.id, model
+        yield from self.models.items()
         for tier in TIERS:
             newest = self.newest(tier)
             if newest:
@@ -563,9 +560,8 @@ class Catalog:
 
     def _claude_model(self, name: str) -> Model | None:
         """The model of a Claude id in any of its spellings: provider prefixes, dots, suffixes, dates."""
-        living = {model.id: model for model in self.models.values() if model.lifecycle != "retired"}
-        if name in living:
-            return living[name]
+        if name in self.models:
+            return self.models[name]
         plain = re.sub(r"^.*[/~]", "", name)                       # openrouter/anthropic/claude-...
         plain = re.sub(r"^([a-z]+\.)?anthropic\.|^databricks-", "", plain)   # us.anthropic.claude-...
         plain = re.sub(r"-v\d+$", "", re.sub(r"(\[.*\]|[:@].*)$", "", plain)).replace(".", "-").replace("_", "-")
@@ -579,7 +575,7 @@ class Catalog:
         if undated[len("claude-"):] in TIERS:
             return self.newest(undated[len("claude-"):])
         for wanted in (plain, undated):
-            for model in living.values():
+            for model in self.models.values():
                 if model.id == wanted or re.sub(r"-\d{8}$", "", model.id) == wanted:
                     return model
         unknown = Model(plain)
@@ -711,6 +707,7 @@ class ToolNames:
     def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = ()) -> None:
         self._there = {name: name for name in declared if self.FIT.match(name) and name not in taken}
         self._back = dict(self._there, **{name: name for name in taken})
+        self._counts: Dict[str, int] = {}           # how often a name was wanted
         for name in declared:
             self.there(name)
 
@@ -718,10 +715,11 @@ class ToolNames:
         """The name that Claude gets for a client's tool; the same one throughout a request."""
         if name not in self._there:
             fitted = fitting = name if self.FIT.match(name) else (re.sub(r"[^A-Za-z0-9_-]", "_", name)[:58] or "tool")
-            count = 1
+            count = self._counts.get(fitting, 1)
             while fitted in self._back:
                 count += 1
                 fitted = "%s_%d" % (fitting, count)
+            self._counts[fitting] = count
             self._there[name], self._back[fitted] = fitted, name
         return self._there[name]
 
@@ -1287,8 +1285,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 class Call:
     """One tool call of the history, waiting for its result."""
 
-    def __init__(self, raw_id: str, call_id: str, name: str) -> None:
-        self.raw_id, self.call_id, self.name = raw_id, call_id, name
+    def __init__(self, raw_id: str, call_id: str, name: str, turn: Turn) -> None:
+        self.raw_id, self.call_id, self.name, self.turn = raw_id, call_id, name, turn
         self.result: Optional[dict] = None
 
 
@@ -1299,6 +1297,7 @@ class Turn:
         self.role = role
         self.blocks: List[dict] = []                # of a user turn: all but the tool results
         self.calls: List[Call] = []
+        self.waiting: Dict[str, Deque[Call]] = {}   # calls that may lack a result, by name, and all of them by ""
 
 
 class Conversation:
@@ -1308,7 +1307,7 @@ class Conversation:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._turns: List[Turn] = []
-        self._answerable: Dict[str, List[Call]] = {}        # by the client's id: the calls of the latest turn with it
+        self._answerable: Dict[str, Deque[Call]] = {}       # by the client's id: the calls of the latest turn with it
         self.system: List[dict] = []
 
     def say(self, role: str, blocks: list[dict]) -> None:
@@ -1324,26 +1323,25 @@ class Conversation:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
         name = self._draft.names.there(text_of(function.get("name"), path + ".name"))
-        call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name)
-        if not raw_id:
-            self._draft.changes.add("repaired", path, "a call without an id")
+        turn = self._turn("assistant")
+        call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name, turn)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         tool_use = {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
-        turn = self._turn("assistant")
-        same_turn = [earlier for earlier in self._answerable.get(raw_id, ()) if earlier in turn.calls]
         turn.blocks.append(tool_use)
         turn.calls.append(call)
-        self._answerable[raw_id] = same_turn + [call]
+        for key in (name, ""):
+            turn.waiting.setdefault(key, collections.deque()).append(call)
+        same_id = self._answerable.get(raw_id)
+        if same_id is None or same_id[0].turn is not turn:
+            same_id = self._answerable[raw_id] = collections.deque()
+        same_id.append(call)
         return tool_use
 
     def result(self, raw_id: str, name: Any, content: Any, path: str, mark: dict) -> None:
         """A tool's result: to the call it answers, or as text where there is none."""
-        calls = self._answerable.get(raw_id, []) if raw_id else []
-        call = next((call for call in calls if call.result is None), calls[-1] if calls else None)
-        latest = next((turn.calls for turn in reversed(self._turns) if turn.role == "assistant"), [])
-        if not raw_id:
-            call = self._unanswered(latest, name)
-        elif call and call not in latest:
+        latest = next((turn for turn in reversed(self._turns) if turn.role == "assistant"), None)
+        call = self._answered(raw_id) if raw_id else self._unanswered(latest, name)
+        if call and call.turn is not latest:
             self._draft.changes.add("repaired", path, "a late result moved up to its call")
         user = self._turn("user")
         content = content if isinstance(content, (str, list)) else tool_text(content)
@@ -1381,7 +1379,10 @@ class Conversation:
                 continue
             results, calls = self._results(calls), []
             late = self._late_system(turn.blocks, bool(results), before_assistant)
-            blocks = results + [user_block(block) for block in turn.blocks[:len(turn.blocks) - len(late)]]
+            rest = turn.blocks[:len(turn.blocks) - len(late)]
+            if any(block.get("late_system") for block in rest):
+                self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
+            blocks = results + [user_block(block) for block in rest]
             if not blocks and at == 0:
                 blocks = text_blocks(START)
             if blocks:
@@ -1396,11 +1397,20 @@ class Conversation:
             self._turns.append(Turn(role))
         return self._turns[-1]
 
-    def _unanswered(self, calls: list[Call], name: Any) -> Call | None:
+    def _answered(self, raw_id: str) -> Call | None:
+        """The call of this id; several in one turn are answered one after the other, the last one again and again."""
+        calls = self._answerable.get(raw_id)
+        return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
+
+    def _unanswered(self, turn: Turn | None, name: Any) -> Call | None:
         """The call that a result without an id answers: the first open one of its name, else the first open one."""
-        open_calls = [call for call in calls if call.result is None]
-        named = [call for call in open_calls if isinstance(name, str) and call.name == self._draft.names.there(name)]
-        return next(iter(named or open_calls), None)
+        for key in (self._draft.names.there(name) if isinstance(name, str) else "", ""):
+            calls = turn.waiting.get(key) if turn else None
+            while calls and calls[0].result is not None:
+                calls.popleft()
+            if calls:
+                return calls[0]
+        return None
 
     def _replayed(self, turn: Turn) -> list[dict]:
         """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
@@ -1477,6 +1487,8 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
         raw_id = chat_call.get("id")
         raw_id = text_of(raw_id, where + ".id") if raw_id is not None else ""
         function, where = function_of_call(chat_call, where)
+        if not raw_id:                              # legacy calls have none by right
+            draft.changes.add("repaired", where, "a call without an id")
         last = conversation.call(raw_id, function, where)
         marked([last], chat_call)
     if chat_message.get("function_call") is not None:
@@ -1591,12 +1603,13 @@ def tool_text(content: Any) -> str:
 def merged(messages: list[dict]) -> list[dict]:
     """Neighbours of one role as one message (an empty turn between them has gone)."""
     kept: list[dict] = []
+    calls_open = False
     for message in messages:
-        calls_open = kept and any(block["type"] == "tool_use" for block in kept[-1]["content"])
         if kept and kept[-1]["role"] == message["role"] and not calls_open:
             kept[-1]["content"] += message["content"]
         else:
             kept.append(message)
+        calls_open = any(block["type"] == "tool_use" for block in message["content"])
     return kept
 
 
@@ -2376,7 +2389,10 @@ def choice_from_chat(fields: dict, tools: list[dict], declared: list[Declared], 
     wish = wish or Choice()
     if wish.allowed is not None:
         allowed = {draft.names.there(name) for name in wish.allowed}
-        tools[:] = [tool for tool in tools if tool["name"] in allowed or tool.get("type")] or tools
+        tools[:] = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
+        if not tools:
+            raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
+                                 "invalid_value")
     choice: dict = {"type": {"required": "any"}.get(wish.mode, wish.mode)}
     if wish.name:
         if wish.name not in [name for entry in declared for name in (entry.name, entry.full_name)]:
@@ -2523,8 +2539,8 @@ def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) 
     marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
     surplus = len(marked_blocks) - MOST_BREAKPOINTS
     if surplus > 0:                                 # the first in line are tools and system; drop the oldest turns
-        of_messages = [block for block in marked_blocks if not any(
-            block is other for other in [*request.get("tools", []), *request.get("system", [])])]
+        in_front = {id(block) for name in ("tools", "system") for block in request.get(name, ())}
+        of_messages = [block for block in marked_blocks if id(block) not in in_front]
         for block in (of_messages + marked_blocks)[:surplus]:
             del block["cache_control"]
         draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
