@@ -274,6 +274,9 @@ class UpstreamTimeout(UpstreamFault):
 class LoopDetected(GatewayError):
     status, kind, code = 508, "server_error", "loop_detected"
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})
+
 
 class ClientGone(Exception):
     """The client closed its connection; nobody is left to tell."""
@@ -342,7 +345,7 @@ class ClaudeError(GatewayError):
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
         self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (max(upstream_status, 400), "server_error",
                                                                             None))
-        if self.claude_type == "api_error" and 500 <= upstream_status <= 504:
+        if self.claude_type == "api_error" and 500 <= upstream_status <= 511:
             self.status = upstream_status
         verdict = next((verdict for verdict in VERDICTS if verdict.words in message.lower()), Verdict(""))
         self.status = verdict.status or self.status
@@ -529,8 +532,8 @@ class Catalog:
             raise InvalidRequest("model is required; --alias '*=MODEL' would choose one for requests without it.",
                                  "model", "missing_required_parameter")
         raise ModelNotFound("The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
-                            "for every other name.)" % (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))),
-                            "model")
+                            "for every other name.)" %
+                            (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
 
     def newest(self, line: str | None) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
@@ -4304,14 +4307,15 @@ class Watch:
     once a stream has begun.  Without a client (as a library) it only waits.
     """
 
-    def __init__(self, client: socket.socket | None = None) -> None:
+    def __init__(self, client: socket.socket | None = None, patience: float = UPSTREAM_SILENCE) -> None:
         self.client = client
+        self.patience = patience                    # seconds without a byte from the upstream
         self.idle: Optional[Callable[[], None]] = None
         self.last_sent = time.monotonic()
 
-    def readable(self, upstream: socket.socket, patience: float = UPSTREAM_SILENCE) -> None:
+    def readable(self, upstream: socket.socket, deadline: float | None = None) -> None:
         """Returns when the upstream has something to read.  Raises ClientGone, or UpstreamTimeout."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + self.patience if deadline is None else deadline
         while True:
             until = deadline
             if self.idle:
@@ -4322,7 +4326,7 @@ class Watch:
             if upstream in ready:
                 return
             if time.monotonic() >= deadline:
-                raise UpstreamTimeout("The upstream has sent nothing for %d seconds." % patience)
+                raise UpstreamTimeout("The upstream has sent nothing for %g seconds." % self.patience)
             if self.idle and time.monotonic() >= self.last_sent + KEEPALIVE_INTERVAL:
                 self.last_sent = time.monotonic()
                 self.idle()
@@ -4377,8 +4381,19 @@ class WatchedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._connection.watch.readable(self._sock)
-        return self._raw.readinto(buffer)           # type: ignore[attr-defined,no-any-return,unused-ignore]
+        watch = self._connection.watch
+        deadline = time.monotonic() + watch.patience
+        while True:
+            watch.readable(self._sock, deadline)
+            if not isinstance(self._sock, ssl.SSLSocket):
+                return self._raw.readinto(buffer)   # type: ignore[attr-defined,no-any-return,unused-ignore]
+            self._sock.settimeout(0)                # what is there may be TLS's own, such as a session ticket
+            try:
+                return self._sock.recv_into(buffer)
+            except ssl.SSLWantReadError:
+                continue
+            finally:
+                self._sock.settimeout(UPSTREAM_SILENCE)
 
     def close(self) -> None:
         self._raw.close()
@@ -4544,7 +4559,7 @@ class UpstreamReply:
 
     def drain(self) -> None:
         """Reads what should be the last bytes of an answer that is complete, so that its connection can be kept."""
-        self._response.connection.watch = HastyWatch(0.2)
+        self._response.connection.watch = Watch(patience=0.2)
         with contextlib.suppress(GatewayError):
             for _ in self.pieces():
                 pass
@@ -4619,7 +4634,7 @@ class Upstream:
     def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
         def call(headers: dict[str, str]) -> UpstreamReply:
-            reply = self._call("GET", path, None, headers, HastyWatch(timeout), "")
+            reply = self._call("GET", path, None, headers, Watch(patience=timeout), "")
             if reply.status != 200:
                 raise error_from_reply(reply)
             return reply
@@ -4648,7 +4663,7 @@ class Upstream:
 
     def probe(self) -> str:
         """Asks the upstream for anything at all, without a credential; the Date header of what it answers."""
-        reply = self._open("GET", self._base_url + "/", None, {}, HastyWatch(MODELS_TIMEOUT))
+        reply = self._open("GET", self._base_url + "/", None, {}, Watch(patience=MODELS_TIMEOUT))
         reply.close()
         return reply.headers.get("date", "")
 
@@ -4656,7 +4671,7 @@ class Upstream:
         """POST to the sign-in endpoint: the status and the JSON object it answers with ({} if it is none)."""
         data = json.dumps(body).encode()
         reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}),
-                           HastyWatch(TOKEN_TIMEOUT))
+                           Watch(patience=TOKEN_TIMEOUT))
         try:
             with contextlib.suppress(UpstreamFault):
                 return reply.status, json_object_from(reply.read(1_000_000))
@@ -4703,17 +4718,6 @@ class Upstream:
         return is_loopback_host(name) or bool(
             self._config.no_proxy and urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
                 host, {"no": self._config.no_proxy}))
-
-
-class HastyWatch(Watch):
-    """A Watch for short calls that no client waits for."""
-
-    def __init__(self, patience: float) -> None:
-        super().__init__()
-        self._patience = patience
-
-    def readable(self, upstream: socket.socket, patience: float = 0) -> None:
-        super().readable(upstream, self._patience)
 
 
 def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
@@ -6148,6 +6152,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not line.endswith(b"\n"):
                 raise Hangup
             line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
+            if line and not lines and not REQUEST_LINE.match(line):
+                raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
             if line:
                 lines.append(line)
             elif lines:
@@ -6180,9 +6186,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionResetError
         self._body_unread = False
         encoding = self.head.headers.get("content-encoding", "identity").strip().lower()
-        return body if encoding in ("identity", "") else inflated(body, encoding)
+        if encoding not in ("identity", ""):
+            body = inflated(body, encoding)
+        self._reserve(len(body) - self._reserved)
+        return body
 
     def _reserve(self, amount: int) -> None:
+        """Takes more from the budget of all bodies, or gives back what is not needed."""
         if not self.gateway.body_budget.take(amount):
             raise Busy("The gateway holds too many large requests at the moment.")
         self._reserved += amount
@@ -6192,7 +6202,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = bytearray()
         while True:
             line = self._chunk_line()
-            match = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?\Z", line)
+            match = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z", line)
             if not match:
                 raise InvalidRequest("A chunk size is malformed.", code="bad_framing")
             size = int(match.group(1), 16)
@@ -6228,7 +6238,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert self.head
         head = self.head
         body_length(head)
-        self._check_host(head)
+        head = self.head = self._check_host(head)
         self._check_origin(head)
         path, argument = route_of(head.target)
         self._native = path in NATIVE
@@ -6245,7 +6255,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise LoopDetected("This request came from this very gateway: its upstream address leads back to it.")
         incoming = Incoming({}, argument, owner, self._anthropic_key(head), head.headers.get(HOP_HEADER, ""),
                             head.headers.get("x-stainless-retry-count", "0") == "0", Watch(self.connection),
-                            self._record, headers=head.headers, query=urllib.parse.urlsplit(head.target).query)
+                            self._record, headers=head.headers, query=head.target.partition("?")[2])
         body = self._read_body() if self._body_unread else b""
         if head.method == "POST":
             incoming.body, incoming.surrogates_replaced = json_from_body(body)
@@ -6259,16 +6269,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = client_json(reply.body) if reply.raw is None else reply.raw
             self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
 
-    def _check_host(self, head: Head) -> None:
-        """Against DNS rebinding: a web page's own name never reaches this server."""
+    def _check_host(self, head: Head) -> Head:
+        """Against DNS rebinding: a web page's own name never reaches this server.  Returns the head with a path."""
         host = head.headers.get("host")
-        if re.match(r"[a-z]+://", head.target, re.I):           # absolute form: its authority wins (RFC 9112, 3.2.2)
-            host = urllib.parse.urlsplit(head.target).netloc
-            self.head = head = head._replace(target=re.sub(r"^[a-zA-Z]+://[^/?#]*", "", head.target) or "/")
+        absolute = re.match(r"https?://([^/?#]*)", head.target, re.I)
+        if absolute:                                            # its authority wins over Host (RFC 9112, 3.2.2)
+            host, path = absolute.group(1), head.target[absolute.end():]
+            head = head._replace(target=path if path.startswith("/") else "/" + path)
         elif not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
             raise InvalidRequest("The request target is not a path.", code="bad_request_line")
         if host is None:                                        # HTTP/1.0 may leave it out
-            return
+            return head
         match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?\Z", host)
         if not match:
             raise InvalidRequest("The Host header is malformed.", code="bad_header")
@@ -6276,8 +6287,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         config = self.gateway.config
         allowed = {"host.docker.internal", config.host.lower(), *(entry.lower() for entry in config.allow_host)}
         if not (is_loopback_host(name) or is_address(name) or name in allowed):
+            self.close_connection = True
             raise Forbidden("Host %s is not one of this gateway's names. If it should be: --allow-host %s" %
                             (name, name), code="host_not_allowed")
+        return head
 
     def _check_origin(self, head: Head) -> None:
         """Against web pages that spend the owner's quota."""
