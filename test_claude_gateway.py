@@ -1,10 +1,11 @@
 """Tests of claude_gateway.py: `python3 -m unittest`, with nothing installed.
 
-They talk to the real server over real sockets.  Upstream stands a fake Claude (at the end of this file) that refuses
-what the real one refuses, so a request that breaks a rule of the Messages API fails its test.  Where the `openai`
+They talk to the real server over real sockets.  Upstream stands a fake Claude that refuses what the real one
+refuses, so a request that breaks a rule of the Messages API fails its test.  Where the `openai`
 package is installed the same server is driven with it; where recorded traffic lies beside the project it is used.
 
-In the order of the gateway's rooms; then real tools and recorded traffic; then the fake Claude.
+First the fake Claude and the test case that all others build on; then tests in the order of the gateway's rooms; then
+real tools, recorded traffic and the README.
 """
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ import hashlib
 import http.client
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -31,7 +31,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 import unittest
 import urllib.error
 import urllib.parse
@@ -43,6 +42,11 @@ from itertools import chain, takewhile
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
+try:
+    import resource
+except ImportError:
+    resource = None                                 # Windows
+
 import claude_gateway
 from claude_gateway import BUILT_IN_MODELS, Config, Gateway, Service
 
@@ -52,6 +56,1038 @@ RECORDED = os.path.join(HERE, "..", "shared", "recorded")
 SECRET = "sk-ant-api03-the-upstream-key"
 PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 
+# ==== The fake Claude =================================================================================
+#
+#   violations(request, headers)      every rule that a POST /v1/messages breaks, one sentence each
+#   FakeClaude, Reply                 a server on 127.0.0.1 that plays queued replies and keeps what it was sent
+#   message, text, tool_use, ...      what Claude says; events_of and sse say it as a stream
+#
+# Shapes look at one value at a time, Rules at how values go together; these are asked only about requests that
+# have the right shape.
+
+MIB = 1024 * 1024
+OAUTH_BETA = "oauth-2025-04-20"
+
+# ---- Models -------------------------------------------------------------------------------------
+
+Model = collections.namedtuple("Model", "max_tokens images efforts thinking accepts")
+
+# thinking: the accepted types, `*` = not with effort xhigh or max
+# accepts:  sampling parameters, forced tool_choice, prefill, system messages in mid-conversation
+FIVE, FOUR, THREE = "low medium high xhigh max", "low medium high max", "low medium high"
+NEWEST = Model(128000, 600, FIVE, "adaptive", "system")
+MODELS = {
+    "claude-fable-5-2":           NEWEST,
+    "claude-mythos-5-2":          NEWEST,
+    "claude-haiku-5-5":           Model(128000, 600, FIVE, "adaptive disabled*", "forced system"),
+    "claude-sonnet-5-5":          Model(128000, 600, FIVE, "adaptive between_tools*", "system"),
+    "claude-opus-5-5":            NEWEST,
+    "claude-fable-5-1":           NEWEST,
+    "claude-mythos-5-1":          NEWEST,
+    "claude-opus-5":              Model(128000, 600, FIVE, "adaptive disabled*", "forced system"),
+    "claude-sonnet-5":            Model(128000, 600, FIVE, "adaptive disabled", "forced"),
+    "claude-fable-5":             Model(128000, 600, FIVE, "adaptive", "forced system"),
+    "claude-mythos-5":            Model(128000, 600, FIVE, "adaptive", "forced system"),
+    "claude-opus-4-8":            Model(128000, 600, FIVE, "adaptive disabled", "forced system"),
+    "claude-opus-4-7":            Model(128000, 600, FIVE, "adaptive disabled", "forced"),
+    "claude-sonnet-4-6":          Model(128000, 600, FOUR, "adaptive enabled disabled", "sampling forced"),
+    "claude-opus-4-6":            Model(128000, 600, FOUR, "adaptive enabled disabled", "sampling forced"),
+    "claude-opus-4-5-20251101":   Model(64000, 100, THREE, "enabled disabled", "sampling forced prefill"),
+    "claude-haiku-4-5-20251001":  Model(64000, 100, "", "enabled disabled", "sampling forced prefill"),
+    "claude-sonnet-4-5-20250929": Model(64000, 100, "", "enabled disabled", "sampling forced prefill"),
+}
+MODELS.update({name[:-len("-20250929")]: MODELS[name] for name in list(MODELS) if re.search(r"-\d{8}$", name)})
+
+
+# ---- Shapes -------------------------------------------------------------------------------------
+# A shape is a function (value, path) -> the sentences about what is wrong with the value.
+
+def at(path: str, name) -> str:
+    """The path of a member."""
+    return f"{path}.{name}" if path else str(name)
+
+
+def kind(label: str, *types):
+    """A value of one of these types; true and false are no numbers."""
+    def shape(value, path):
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            yield f"{path}: Input should be a valid {label}"
+    return shape
+
+
+STRING, BOOLEAN, INTEGER = kind("string", str), kind("boolean", bool), kind("integer", int)
+NUMBER, OBJECT, ANYTHING = kind("number", int, float), kind("dictionary", dict), kind("value", object, bool)
+
+
+def limited(inner, allowed, complaint: str):
+    """What `inner` accepts, as far as `allowed` says yes to it."""
+    def shape(value, path):
+        problems = list(inner(value, path))
+        yield from problems
+        if not problems and not allowed(value):
+            yield f"{path}: {complaint}"
+    return shape
+
+
+def one_of(*words: str):
+    """One of these strings."""
+    return limited(STRING, words.__contains__, f"Input should be one of {', '.join(words)}")
+
+
+def matching(pattern: str):
+    """A string that the pattern matches from end to end."""
+    return limited(STRING, re.compile(pattern).fullmatch, f"String should match pattern '^{pattern}$'")
+
+
+def list_of(inner):
+    """A list with members of one shape."""
+    def shape(value, path):
+        if not isinstance(value, list):
+            yield f"{path}: Input should be a valid list"
+            return
+        for position, member in enumerate(value):
+            yield from inner(member, at(path, position))
+    return shape
+
+
+def map_of(inner):
+    """An object with any names and members of one shape."""
+    def shape(value, path):
+        yield from OBJECT(value, path)
+        for name, member in value.items() if isinstance(value, dict) else ():
+            yield from inner(member, at(path, name))
+    return shape
+
+
+def string_or(other, string=STRING):
+    """A string, or else the other shape."""
+    return lambda value, path: (string if isinstance(value, str) else other)(value, path)
+
+
+def record(fields: dict):
+    """An object with these fields and no others: `name!` is required, `name?` may be null."""
+    shapes = {name.rstrip("!?"): shape for name, shape in fields.items()}
+    required = [name[:-1] for name in fields if name.endswith("!")]
+    nullable = {name[:-1] for name in fields if name.endswith("?")}
+
+    def shape(value, path):
+        if not isinstance(value, dict):
+            yield from OBJECT(value, path)
+            return
+        for name in required:
+            if name not in value:
+                yield f"{at(path, name)}: Field required"
+        for name, member in value.items():
+            if name not in shapes:
+                yield f"{at(path, name)}: Extra inputs are not permitted"
+            elif member is not None or name not in nullable:
+                yield from shapes[name](member, at(path, name))
+    return shape
+
+
+def tagged(variants: dict, tag: str = "type"):
+    """A record whose fields depend on its tag."""
+    records = {name: record(dict(fields, **{tag + "!": STRING})) for name, fields in variants.items()}
+
+    def shape(value, path):
+        name = value.get(tag) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            yield from OBJECT(value, path)
+        elif not isinstance(name, str) or name not in records:
+            yield f"{at(path, tag)}: Input tag {name!r} does not match any of the expected tags: {', '.join(records)}"
+        else:
+            yield from records[name](value, path)
+    return shape
+
+
+def decodable(data: str) -> bool:
+    """Whether this is base64 of something."""
+    try:
+        return bool(base64.b64decode(data, validate=True))
+    except ValueError:
+        return False
+
+
+MAGIC = {                                               # media type -> how its bytes begin
+    "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff", "image/gif": rb"GIF8[79]a",
+    "image/webp": rb"(?s)RIFF....WEBP", "application/pdf": rb"(?s).{0,1024}%PDF-",
+}
+
+
+def as_labelled(source: dict) -> bool:
+    """Whether the bytes of a base64 source are of the media type it names."""
+    return source["type"] != "base64" or bool(re.match(MAGIC[source["media_type"]], base64.b64decode(source["data"])))
+
+
+UNIT = limited(NUMBER, lambda number: 0 <= number <= 1, "Input should be between 0 and 1")
+NATURAL = limited(INTEGER, lambda number: number >= 0, "Input should be greater than or equal to 0")
+FILLED = limited(limited(STRING, len, "text content blocks must be non-empty"), str.strip,
+                 "text content blocks must contain non-whitespace text")
+TOOL_NAME, TOOL_ID = matching("[a-zA-Z0-9_-]{1,64}"), matching("[a-zA-Z0-9_-]+")
+BASE64 = limited(STRING, decodable, "invalid base64 data")
+IMAGE_DATA = limited(BASE64, lambda data: len(data) <= 10 * MIB, "image exceeds 10 MB maximum")
+HTTPS = limited(STRING, re.compile(r"https://[^/\s]+\S*").fullmatch, "Only HTTPS URLs are supported")
+CACHE = tagged({"ephemeral": {"ttl": one_of("5m", "1h")}})
+CITATIONS = record({"enabled": BOOLEAN})
+CALLER = map_of(STRING)
+
+URL, FILE = {"url!": HTTPS}, {"file_id!": STRING}
+IMAGE_SOURCE = limited(tagged({
+    "base64": {"media_type!": one_of(*[name for name in MAGIC if name.startswith("image/")]), "data!": IMAGE_DATA},
+    "url": URL, "file": FILE,
+}), as_labelled, "Image does not match the provided media type")
+
+TEXT = {"text": {"text!": FILLED, "cache_control?": CACHE, "citations?": list_of(OBJECT)}}
+IMAGE = {"image": {"source!": IMAGE_SOURCE, "cache_control?": CACHE, "transformations?": ANYTHING}}
+DOCUMENT_SOURCE = limited(tagged({
+    "base64": {"media_type!": one_of("application/pdf"), "data!": BASE64},
+    "text": {"media_type!": one_of("text/plain"), "data!": STRING},
+    "content": {"content!": string_or(list_of(tagged({**TEXT, **IMAGE})))},
+    "url": URL, "file": FILE,
+}), as_labelled, "The PDF specified was not valid")
+DOCUMENT = {"document": {"source!": DOCUMENT_SOURCE, "title?": STRING, "context?": STRING, "citations?": CITATIONS,
+                         "cache_control?": CACHE}}
+SEARCH_RESULT = {"search_result": {"source!": STRING, "title!": STRING, "content!": list_of(tagged(TEXT)),
+                                   "citations?": CITATIONS, "cache_control?": CACHE}}
+TOOL_REFERENCE = {"tool_reference": {"tool_name!": TOOL_NAME, "cache_control?": CACHE}}
+UPLOAD = {"container_upload": {"file_id!": STRING, "cache_control?": CACHE}}
+
+NESTED_BLOCKS = {**TEXT, **IMAGE, **DOCUMENT, **SEARCH_RESULT, **TOOL_REFERENCE}
+USER_BLOCKS = {
+    **TEXT, **IMAGE, **DOCUMENT, **SEARCH_RESULT, **UPLOAD,
+    "tool_result": {"tool_use_id!": TOOL_ID, "content?": string_or(list_of(tagged(NESTED_BLOCKS))),
+                    "is_error?": BOOLEAN, "cache_control?": CACHE},
+}
+SERVER_USES = ("server_tool_use", "mcp_tool_use")
+SERVER_RESULTS = [name + "_tool_result" for name in (
+    "web_search", "web_fetch", "code_execution", "bash_code_execution", "text_editor_code_execution", "tool_search",
+    "advisor", "mcp")]
+CALL = {"name!": TOOL_NAME, "input!": OBJECT, "caller?": CALLER, "cache_control?": CACHE}
+ASSISTANT_BLOCKS = {
+    **TEXT, **DOCUMENT, **UPLOAD,
+    "thinking": {"thinking!": STRING, "signature!": limited(STRING, len, "Invalid `signature` in `thinking` block")},
+    "redacted_thinking": {"data!": limited(STRING, len, "Invalid `data` in `redacted_thinking` block")},
+    "tool_use": dict(CALL, **{"id!": TOOL_ID}),
+    "server_tool_use": dict(CALL, **{"id!": matching("srvtoolu_[a-zA-Z0-9_]+")}),
+    "mcp_tool_use": dict(CALL, **{"id!": TOOL_ID, "server_name!": STRING}),
+    **{name: {"tool_use_id!": TOOL_ID, "content!": kind("result", dict, list, str), "caller?": CALLER,
+              "is_error?": BOOLEAN, "cache_control?": CACHE} for name in SERVER_RESULTS},
+}
+MESSAGE = tagged({role: {"content!": string_or(list_of(tagged(blocks)))} for role, blocks in (
+    ("user", USER_BLOCKS), ("assistant", ASSISTANT_BLOCKS), ("system", TEXT))}, tag="role")
+
+# ---- Schemas ------------------------------------------------------------------------------------
+# JSON Schema 2020-12: where a schema holds others, and what its other keywords must look like.
+
+MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
+SINGLES = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+TYPE_NAME = one_of("object", "array", "string", "number", "integer", "boolean", "null")
+
+
+def json_schema(value, path: str):
+    """A schema that is well formed, all through."""
+    if isinstance(value, bool):
+        return
+    yield from OBJECT(value, path)
+    for keyword, member in value.items() if isinstance(value, dict) else ():
+        yield from KEYWORDS.get(keyword, ANYTHING)(member, at(path, keyword))
+
+
+UNIQUE_NAMES = limited(list_of(STRING), lambda names: len(set(names)) == len(names), "items should be unique")
+KEYWORDS = {
+    **dict.fromkeys(MAPS, map_of(json_schema)),
+    **dict.fromkeys(LISTS, limited(list_of(json_schema), len, "List should have at least 1 item")),
+    **dict.fromkeys(SINGLES, json_schema),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), NUMBER),
+    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), NATURAL),
+    **dict.fromkeys(("$ref", "$schema", "title", "description", "pattern", "format"), STRING),
+    "type": string_or(limited(list_of(TYPE_NAME), len, "List should have at least 1 item"), TYPE_NAME),
+    "enum": list_of(ANYTHING), "required": UNIQUE_NAMES, "uniqueItems": BOOLEAN,
+}
+TOOL_SCHEMA = limited(limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
+                              'type: Input should be "object"'),
+                      lambda schema: not {"oneOf", "allOf", "anyOf"} & set(schema),
+                      "input_schema does not support oneOf, allOf, or anyOf at the top level")
+
+# what strict tools and output_config.format may use of it
+SUBSET = {"type", "enum", "const", "anyOf", "allOf", "$ref", "$defs", "definitions", "default", "format", "minItems",
+          "pattern", "items", "properties", "required", "additionalProperties", "title", "description", "$schema"}
+FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"}
+BAD_REGEX = re.compile(r"\(\?<?[=!]|\\[1-9bBk]|\(\?P=")           # lookaround, back references, word boundaries
+
+
+def schemas_in(schema, path: str):
+    """(path, schema) for a schema and every one inside it; true and false are left out."""
+    if isinstance(schema, bool):
+        return
+    yield path, schema
+    for keyword, member in schema.items():
+        inner = (member.items() if keyword in MAPS else enumerate(member) if keyword in LISTS
+                 else [("", member)] if keyword in SINGLES else ())
+        for name, child in inner:
+            yield from schemas_in(child, at(path, keyword) + (f".{name}" if name != "" else ""))
+
+
+def is_union(schema: dict) -> bool:
+    """Whether the schema leaves a choice of types."""
+    return "anyOf" in schema or (isinstance(schema.get("type"), list) and len(schema["type"]) > 1)
+
+
+def outside_subset(schema: dict, path: str):
+    """What one schema uses that structured outputs do not offer."""
+    types = schema.get("type", "object" if "properties" in schema else "")
+    yield from (f"{path}: property '{keyword}' is not supported" for keyword in schema if keyword not in SUBSET)
+    yield from broken({
+        f"{path}: For 'object' type, 'additionalProperties' must be explicitly set to false":
+            ("additionalProperties" in schema or "object" in types) and schema.get("additionalProperties") is not False,
+        f"{path}: For 'array' type, 'minItems' values other than 0 or 1 are not supported":
+            schema.get("minItems", 0) > 1,
+        f"{path}: format '{schema.get('format')}' is not supported": schema.get("format", "date") not in FORMATS,
+        f"{path}: enum may only contain scalars":
+            any(isinstance(word, (dict, list)) for word in schema.get("enum", ())),
+        f"{path}: pattern uses a regex feature that is not supported": BAD_REGEX.search(schema.get("pattern", "")),
+        f"{path}: allOf with $ref is not supported": any("$ref" in part for part in schema.get("allOf", ())
+                                                         if isinstance(part, dict)),
+    })
+
+
+def pointed_at(root: dict, reference: str):
+    """The schema a local reference leads to, or None."""
+    place = root
+    for step in reference.split("/")[1:]:
+        place = place.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
+    return place
+
+
+def bad_references(root: dict, schema, path: str, trail: tuple = ("#",)):
+    """References that lead out of the schema, nowhere, or back to where they came from."""
+    for _, part in schemas_in(schema, path):
+        reference = part.get("$ref")
+        target = pointed_at(root, reference) if reference else None
+        yield from broken({
+            f"{path}: external $ref '{reference}' is not supported": reference and not reference.startswith("#"),
+            f"{path}: $ref '{reference}' cannot be resolved": reference and reference[0] == "#" and target is None,
+            f"{path}: recursive schemas are not supported ('{reference}')": reference in trail,
+        })
+        if target is not None and reference[0] == "#" and reference not in trail:
+            yield from bad_references(root, target, path, trail + (reference,))
+
+
+# ---- Requests -----------------------------------------------------------------------------------
+
+DOMAINS = {"allowed_domains?": list_of(STRING), "blocked_domains?": list_of(STRING)}
+ON_ANY_TOOL = {"cache_control?": CACHE, "strict?": BOOLEAN, "defer_loading?": BOOLEAN,
+               "allowed_callers?": list_of(STRING)}
+WEB_SEARCH = {**ON_ANY_TOOL, **DOMAINS, "type!": STRING, "name!": one_of("web_search"), "max_uses?": INTEGER,
+              "user_location?": tagged({"approximate": {"city?": STRING, "region?": STRING, "country?": STRING,
+                                                        "timezone?": STRING}})}
+WEB_FETCH = {**ON_ANY_TOOL, **DOMAINS, "type!": STRING, "name!": one_of("web_fetch"), "max_uses?": INTEGER,
+             "citations?": CITATIONS, "max_content_tokens?": INTEGER, "use_cache?": BOOLEAN}
+TOOLS = {                                               # pattern of the type -> shape of the tool
+    r"custom": record({
+        **ON_ANY_TOOL, "name!": TOOL_NAME, "description?": STRING, "input_schema!": TOOL_SCHEMA, "type?": STRING,
+        "eager_input_streaming?": BOOLEAN, "input_examples?": list_of(OBJECT)}),
+    r"web_search_(20250305|20260209)": record(WEB_SEARCH),
+    r"web_search_20260318": record({**WEB_SEARCH, "response_inclusion?": STRING}),
+    r"web_fetch_(20250910|20260209|20260309|20260318)": record(WEB_FETCH),
+    r"(code_execution|tool_search_tool_(bm25|regex)|computer|bash|text_editor|memory|advisor)_\d{8}": OBJECT,
+}
+
+
+def tool(value, path: str):
+    """A tool of any type; a tool without a type is a custom one."""
+    type_name = str(value.get("type") or "custom") if isinstance(value, dict) else "custom"
+    shapes = [shape for pattern, shape in TOOLS.items() if re.fullmatch(pattern, type_name)]
+    if shapes:
+        yield from shapes[0](value, path)
+    else:
+        yield f"{path}.type: Input tag '{type_name}' does not match any of the expected tags"
+
+
+PARALLEL = {"disable_parallel_tool_use": BOOLEAN}
+DISPLAY = {"display?": one_of("summarized", "omitted", "updates")}
+BETA_FIELDS = ("context_management", "mcp_servers", "fallbacks", "fallback_credit_token", "compaction", "thread",
+               "billing_policy", "output_format", "thinking.block_binding", "output_config.task_budget")
+REQUEST = record({
+    "model!": STRING, "max_tokens!": INTEGER, "stream": BOOLEAN,
+    "messages!": limited(list_of(MESSAGE), len, "at least one message is required"),
+    "system": limited(string_or(list_of(tagged(TEXT)), FILLED), len, "leave it out when it is empty"),
+    "stop_sequences": list_of(limited(STRING, str.strip, "each stop sequence must contain non-whitespace")),
+    "temperature": UNIT, "top_p": UNIT, "top_k": NATURAL,
+    "tools": list_of(tool),
+    "tool_choice": tagged({"auto": PARALLEL, "any": PARALLEL, "tool": {"name!": TOOL_NAME, **PARALLEL}, "none": {}}),
+    "thinking": tagged({"adaptive": {**DISPLAY, "block_binding?": OBJECT}, "disabled": {}, "between_tools": {},
+                        "enabled": {"budget_tokens!": INTEGER, **DISPLAY}}),
+    "output_config": record({"effort?": one_of(*FIVE.split()), "task_budget?": OBJECT,
+                             "format?": tagged({"json_schema": {"schema!": limited(json_schema, bool, "empty")}})}),
+    "metadata": record({"user_id?": limited(STRING, lambda text: len(text) <= 256,
+                                            "String should have at most 256 characters")}),
+    "service_tier": one_of("auto", "standard_only"), "speed": one_of("standard", "fast"),
+    "cache_control?": CACHE, "inference_geo?": STRING, "container?": kind("container", str, dict),
+    "diagnostics?": record({"previous_message_id?": STRING}),
+    **{name: ANYTHING for name in BETA_FIELDS if "." not in name},
+})
+
+
+# ---- Rules --------------------------------------------------------------------------------------
+# A rule is a function of what `understood` makes of a request: -> the sentences about how it breaks the rule.
+
+def broken(conditions: dict) -> list:
+    """The sentences whose condition holds."""
+    return [sentence for sentence, holds in conditions.items() if holds]
+
+
+def blocks_of(message: dict) -> list:
+    """The content blocks of a message; a string counts as one text block."""
+    content = message["content"]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
+
+
+def all_blocks(messages: list):
+    """(path, block) for every content block, those inside a tool result before the result itself."""
+    for position, message in enumerate(messages):
+        for place, block in enumerate(blocks_of(message)):
+            path = f"messages.{position}.content.{place}"
+            nested = block.get("content") if block["type"] == "tool_result" else None
+            for inner_place, inner in enumerate(nested if isinstance(nested, list) else ()):
+                yield f"{path}.content.{inner_place}", inner
+            yield path, block
+
+
+def betas_of(headers: dict) -> list:
+    """The beta features a request asks for."""
+    return [name.strip() for name in headers.get("anthropic-beta", "").split(",") if name.strip()]
+
+
+def understood(request: dict, headers: dict) -> SimpleNamespace:
+    """A request of the right shape, with what several rules want to know of it."""
+    messages, tools = request["messages"], request.get("tools", [])
+    choice, thinking = request.get("tool_choice", {}), request.get("thinking", {})
+    config = request.get("output_config", {})
+    paused = any(block["type"] in SERVER_USES for block in blocks_of(messages[-1]))
+    schemas = [(f"tools.{n}.input_schema", tool["input_schema"]) for n, tool in enumerate(tools)
+               if tool.get("strict") and "input_schema" in tool]
+    schemas += [("output_config.format.schema", config["format"]["schema"])] if config.get("format") else []
+    return SimpleNamespace(
+        request=request, messages=messages, blocks=list(all_blocks(messages)), tools=tools, choice=choice,
+        model=MODELS.get(request["model"], NEWEST), betas=set(betas_of(headers)) - {OAUTH_BETA}, schemas=schemas,
+        thinking=thinking, manual=thinking.get("type") == "enabled", effort=config.get("effort"),
+        format=config.get("format"), forced=choice.get("type") in ("any", "tool"),
+        prefill=messages[-1]["role"] == "assistant" and not paused)      # a paused turn is handed back, not prefilled
+
+
+def limits(asked):
+    """Numbers, and fields that only a beta header opens."""
+    request, model = asked.request, asked.model
+    images = sum(block["type"] == "image" for _, block in asked.blocks)
+    yield from broken({
+        f"max_tokens: {request['max_tokens']} is not between 1 and {model.max_tokens}, which is the maximum allowed "
+        f"number of output tokens for {request['model']}": not 1 <= request["max_tokens"] <= model.max_tokens,
+        "messages: List should have at most 100000 items": len(asked.messages) > 100000,
+        f"messages: {images} images are more than the {model.images} allowed": images > model.images,
+        "thinking.display: updates needs a beta header": asked.thinking.get("display") == "updates" and not asked.betas,
+    })
+    for name in BETA_FIELDS if not asked.betas else ():
+        parent, _, last = name.rpartition(".")
+        if last in (request.get(parent, {}) if parent else request):
+            yield f"{name}: Extra inputs are not permitted"
+
+
+def sampling(asked):
+    """Temperature and its like: temperature or top_p on older models, nothing but the default on newer ones."""
+    request = asked.request
+    changed = [name for name in ("temperature", "top_p", "top_k") if request.get(name, 1) != 1 or
+               (name in request and name != "temperature")]
+    yield from (f"{name}: `{name}` is deprecated for this model." for name in changed
+                if "sampling" not in asked.model.accepts)
+    if {"temperature", "top_p"} <= set(request):
+        yield "temperature: `temperature` and `top_p` cannot both be specified for this model. Please use only one."
+
+
+def thinking_rules(asked):
+    """Thinking types and efforts per model, and what manual thinking rules out."""
+    request, manual, model, effort = asked.request, asked.manual, asked.model, asked.effort
+    name, types, budget = asked.thinking.get("type"), model.thinking.split(), asked.thinking.get("budget_tokens", 0)
+    yield from broken({
+        f"output_config.effort: This model does not support the effort parameter with the value {effort}.":
+            effort and effort not in model.efforts.split(),
+        f'thinking.type: "thinking.type.{name}" is not supported for this model. Use one of {model.thinking} and '
+        '"output_config.effort" to control thinking behavior.': name and not {name, name + "*"} & set(types),
+        f'thinking.type: "{name}" cannot be used with effort {effort}':
+            name and name + "*" in types and effort in ("xhigh", "max"),
+        "thinking.budget_tokens: Input should be greater than or equal to 1024": manual and budget < 1024,
+        "thinking.budget_tokens: `max_tokens` must be greater than `thinking.budget_tokens`":
+            manual and budget >= request["max_tokens"] and "interleaved-thinking-2025-05-14" not in asked.betas,
+        "temperature: may only be set to 1 when thinking is enabled": manual and request.get("temperature", 1) != 1,
+        "top_p: must be between 0.95 and 1 when thinking is enabled": manual and request.get("top_p", 1) < 0.95,
+        "top_k: must be unset when thinking is enabled": manual and "top_k" in request,
+        "tool_choice: Thinking may not be enabled when tool_choice forces tool use.": manual and asked.forced,
+        "messages: prefilling is not possible when thinking is enabled": manual and asked.prefill,
+    })
+
+
+def thinking_first(asked):
+    """Manual thinking: a turn that is in the middle of its tool calls begins with a thinking block."""
+    calling = list(takewhile(lambda message: any(block["type"] in ("tool_use", "tool_result")
+                                                 for block in blocks_of(message)), reversed(asked.messages)))
+    turn = [message for message in reversed(calling) if message["role"] == "assistant"]
+    first = blocks_of(turn[0])[0]["type"] if asked.manual and turn else "thinking"
+    if first not in ("thinking", "redacted_thinking"):
+        yield (f"messages.{asked.messages.index(turn[0])}.content.0.type: Expected `thinking` or `redacted_thinking`, "
+               f"but found `{first}`. When `thinking` is enabled, a final `assistant` message must start with a "
+               "thinking block.")
+
+
+def tool_rules(asked):
+    """Tools among each other, and the choice among them."""
+    tools, choice, names = asked.tools, asked.choice, [tool.get("name") for tool in asked.tools]
+    yield from broken({
+        "tools: Tool names must be unique.": len(set(names)) < len(names),
+        "tools: At most 20 tools can be strict.": sum(bool(tool.get("strict")) for tool in tools) > 20,
+        "tools: Requests which include `tool_use` or `tool_result` blocks must define tools.":
+            not tools and any(block["type"] in ("tool_use", "tool_result") for _, block in asked.blocks),
+        "tool_choice: tool_choice may only be specified while providing tools.": choice and not tools,
+        'tool_choice: type "tool" and "any" are not supported for this model.':
+            asked.forced and "forced" not in asked.model.accepts,
+        f"tool_choice.name: Tool '{choice.get('name')}' not found in provided tools":
+            tools and "name" in choice and choice["name"] not in names,
+    })
+    for position, tool in enumerate(tools):
+        newer = re.fullmatch(r"web_(search|fetch)_2026\d{4}", tool.get("type") or "")
+        yield from broken({
+            f"tools.{position}: only one of allowed_domains and blocked_domains can be given":
+                tool.get("allowed_domains") and tool.get("blocked_domains"),
+            f'tools.{position}.allowed_callers: this model needs ["direct"]':
+                newer and "prefill" in asked.model.accepts and tool.get("allowed_callers") != ["direct"],
+        })
+
+
+def structured_output(asked):
+    """The schemas that Claude is held to, one by one and all together."""
+    for path, schema in asked.schemas:
+        yield from chain.from_iterable(outside_subset(part, place) for place, part in schemas_in(schema, path))
+        yield from sorted(set(bad_references(schema, schema, path)))
+    parts = [part for path, schema in asked.schemas for _, part in schemas_in(schema, path)]
+    optional = sum(len(set(part.get("properties", ())) - set(part.get("required", ()))) for part in parts)
+    last, unions = asked.schemas[-1][0] if asked.schemas else "tools", sum(map(is_union, parts))
+    cited = any(block["type"] in ("document", "search_result") and (block.get("citations") or {}).get("enabled")
+                for _, block in asked.blocks)
+    yield from broken({
+        f"{last}: Schema is too complex for compilation. ({optional} optional parameters)": optional > 24,
+        f"{last}: Schema is too complex for compilation. ({unions} union types)": unions > 16,
+        "output_config.format: cannot be combined with citations": asked.format and cited,
+        "output_config.format: cannot be combined with prefill": asked.format and asked.prefill,
+    })
+
+
+def contents(asked):
+    """Everybody says something, and the last word may be Claude's only where prefill is possible."""
+    messages, last = asked.messages, len(asked.messages) - 1
+    final = blocks_of(messages[last])[-1:] if messages[last]["role"] == "assistant" else []
+    for position, message in enumerate(messages):
+        content, is_final = message["content"], position == last and message["role"] == "assistant"
+        yield from broken({
+            f"messages.{position}: all messages must have non-empty content except for the optional final assistant "
+            "message": not content and not is_final,
+            f"messages.{position}.content: text content blocks must contain non-whitespace text":
+                isinstance(content, str) and content.isspace(),
+        })
+    yield from broken({
+        f"messages.{last}: This model does not support assistant message prefill. The conversation must end with a "
+        "user message.": asked.prefill and "prefill" not in asked.model.accepts,
+        f"messages.{last}: final assistant content cannot end with trailing whitespace":
+            any(block["type"] == "text" and block["text"][-1:].isspace() for block in final),
+    })
+
+
+def order_of_roles(asked):
+    """A user begins; a system message follows a user's turn or a server tool's result, and precedes Claude's turn."""
+    if asked.messages[0]["role"] != "user":
+        yield 'messages.0: first message must use the "user" role'
+    for position in [n for n, message in enumerate(asked.messages) if n and message["role"] == "system"]:
+        before = [message for message in asked.messages[:position] if message["role"] != "system"][-1:]
+        after = [message for message in asked.messages[position:] if message["role"] != "system"][:1]
+        served = before and any(block["type"] in SERVER_RESULTS for block in blocks_of(before[0])[-1:])
+        yield from broken({
+            f"messages.{position}: role 'system' is not supported on this model": "system" not in asked.model.accepts,
+            f"messages.{position}: role 'system' must follow a user turn or a server tool result":
+                before and before[0]["role"] == "assistant" and not served,
+            f"messages.{position}: role 'system' must be last or be followed by an assistant turn":
+                after and after[0]["role"] != "assistant",
+        })
+
+
+def tool_pairs(asked):
+    """Each `tool_use` is answered in the very next message, ahead of everything else there."""
+    called = []                                         # the ids that the message before calls with
+    for position, message in enumerate(asked.messages + [{"content": []}]):
+        blocks = blocks_of(message)
+        results = takewhile(lambda block: block["type"] == "tool_result", blocks)
+        missing = sorted(set(called) - {block["tool_use_id"] for block in results})
+        if missing:
+            yield (f"messages.{position - 1}: `tool_use` ids were found without `tool_result` blocks immediately "
+                   f"after: {', '.join(missing)}. Each `tool_use` block must have a corresponding `tool_result` block "
+                   "in the next message.")
+        for place, block in enumerate(blocks):
+            if block["type"] == "tool_result" and block["tool_use_id"] not in called:
+                yield (f"messages.{position}.content.{place}: unexpected `tool_use_id` found in `tool_result` blocks: "
+                       f"{block['tool_use_id']}. Each `tool_result` block must have a corresponding `tool_use` block "
+                       "in the previous message.")
+        called = [block["id"] for block in blocks if block["type"] == "tool_use"]
+
+
+def tool_ids(asked):
+    """A call has its own id, a call has one result, and a server tool's result comes after its call."""
+    seen = set()
+    for path, block in asked.blocks:
+        name = block["type"]
+        mark = (name, block.get("id") or block.get("tool_use_id"))
+        served = any((use, mark[1]) in seen for use in SERVER_USES)
+        yield from broken({
+            f"{path}: `tool_use` ids must be unique": name == "tool_use" and mark in seen,
+            f"{path}: each tool_use must have a single result. Found multiple `tool_result` blocks with id: {mark[1]}":
+                name == "tool_result" and mark in seen,
+            f"{path}: unexpected `tool_use_id` found in `{name}` blocks: {mark[1]}. Each `{name}` block must have a "
+            "corresponding `server_tool_use` block before it.": name in SERVER_RESULTS and not served,
+        })
+        seen.add(mark)
+
+
+def cache_rules(asked):
+    """At most four cache marks, the long ones first; the top-level one stands for the last block."""
+    system = asked.request.get("system", [])
+    places = chain(((f"tools.{n}", tool) for n, tool in enumerate(asked.tools)),
+                   ((f"system.{n}", block) for n, block in enumerate(system if isinstance(system, list) else [])),
+                   asked.blocks, [("", asked.request)])
+    marks = [(at(path, "cache_control"), place["cache_control"].get("ttl", "5m"))
+             for path, place in places if place.get("cache_control")]
+    if len(marks) > 4:
+        yield f"{marks[4][0]}: A maximum of 4 blocks with cache_control may be provided. Found {len(marks)}."
+    for (_, ttl), (path, next_ttl) in zip(marks, marks[1:]):
+        if (ttl, next_ttl) == ("5m", "1h"):
+            yield f"{path}.ttl: a ttl='1h' cache_control block must not come after a ttl='5m' cache_control block"
+    ttls = {place["cache_control"].get("ttl", "5m") for place in (asked.request, *[b for _, b in asked.blocks[-1:]])
+            if place.get("cache_control")}
+    if len(ttls) > 1:
+        yield "cache_control.ttl: differs from the ttl of the last block"
+
+
+RULES = (limits, sampling, thinking_rules, tool_rules, structured_output, contents, order_of_roles, tool_pairs,
+         tool_ids, thinking_first, cache_rules)
+
+
+def unsendable(value, path: str = ""):
+    """Lone surrogates and numbers that JSON does not have, wherever they are."""
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        yield f"{path}: string is not valid Unicode (lone surrogate)"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: {value} is not a JSON number"
+    elif isinstance(value, (dict, list)):
+        for name, member in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from chain(unsendable(name, at(path, ascii(name))), unsendable(member, at(path, name)))
+
+
+VERSIONS = ("2023-01-01", "2023-06-01", "2026-10-21")    # the gateway's own requests all have the second
+
+
+def header_rules(headers: dict) -> list:
+    """What the API and our own manners ask of the headers."""
+    bearer = re.fullmatch(r"Bearer (\S+)", headers.get("authorization", ""))
+    return broken({
+        "headers.anthropic-version: must be one of Anthropic's": headers.get("anthropic-version") not in VERSIONS,
+        "headers.content-type: must be application/json":
+            headers.get("content-type", "").split(";")[0].strip() != "application/json",
+        "headers.x-api-key: exactly one of x-api-key and authorization is required":
+            bool(headers.get("x-api-key")) == ("authorization" in headers),
+        "headers.authorization: must be a bearer token": "authorization" in headers and not bearer,
+        f"headers.anthropic-beta: OAuth authentication needs {OAUTH_BETA}":
+            bearer and bearer.group(1).startswith("sk-ant-oat") and OAUTH_BETA not in betas_of(headers),
+        "headers.user-agent: must begin with claude-gateway/":
+            not headers.get("user-agent", "").startswith("claude-gateway/"),
+    })
+
+
+def violations(request: dict, headers: dict) -> list[str]:
+    """Every rule that a POST /v1/messages breaks; how fields go together is asked once each field is right."""
+    found = list(chain(header_rules(headers), unsendable(request), REQUEST(request, "")))
+    if found:
+        return found
+    asked = understood(request, headers)
+    return [sentence for rule in RULES for sentence in rule(asked)]
+
+
+# ---- Builders -----------------------------------------------------------------------------------
+
+USAGE = {"input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 7}
+ONLY_AT_START = {"cache_creation", "service_tier", "speed", "inference_geo"}
+MODEL = "claude-sonnet-5-5"
+
+
+def text(words: str) -> dict:
+    """A text block."""
+    return {"type": "text", "text": words}
+
+
+def tool_use(id: str, name: str, input: dict) -> dict:
+    """A tool call."""
+    return {"type": "tool_use", "id": id, "name": name, "input": input}
+
+
+def thinking(text: str, signature: str) -> dict:
+    """A thinking block."""
+    return {"type": "thinking", "thinking": text, "signature": signature}
+
+
+def message(*blocks: dict, stop_reason: str | None = None, model: str = MODEL, usage: dict | None = None,
+            **fields) -> dict:
+    """What Claude answers; the stop reason follows from the blocks, `usage` and `fields` are laid over the usual."""
+    called = any(block["type"] == "tool_use" for block in blocks)
+    return dict({"id": "msg_fake", "type": "message", "role": "assistant", "model": model, "content": list(blocks),
+                 "stop_reason": stop_reason or ("tool_use" if called else "end_turn"), "stop_sequence": None,
+                 "stop_details": None, "usage": dict(USAGE, **usage or {})}, **fields)
+
+
+def error_body(type: str, message: str) -> dict:
+    """The envelope of an error, also the event of one in mid-stream."""
+    return {"type": "error", "error": {"type": type, "message": message}, "request_id": "req_fake"}
+
+
+def cut_up(words: str, size: int) -> list[str]:
+    """A string in pieces of one size."""
+    return [words[start:start + size] for start in range(0, len(words), size)]
+
+
+def text_deltas(block: dict, size: int):
+    """A text block: its pieces, then its citations."""
+    citations = block.get("citations") or []
+    yield dict(block, text="", **({"citations": []} if citations else {}))
+    yield from ({"type": "text_delta", "text": piece} for piece in cut_up(block["text"], size))
+    yield from ({"type": "citations_delta", "citation": citation} for citation in citations)
+
+
+def thinking_deltas(block: dict, size: int):
+    """A thinking block: its pieces, if it shows any, then its signature."""
+    yield dict(block, thinking="", signature="")
+    yield from ({"type": "thinking_delta", "thinking": piece} for piece in cut_up(block["thinking"], size))
+    yield {"type": "signature_delta", "signature": block["signature"]}
+
+
+def input_deltas(block: dict, size: int):
+    """A tool call: an empty fragment first, and nothing more when there are no arguments."""
+    yield dict(block, input={})
+    arguments = json.dumps(block["input"]) if block["input"] else ""
+    yield from ({"type": "input_json_delta", "partial_json": piece} for piece in [""] + cut_up(arguments, size))
+
+
+DELTAS = {"text": text_deltas, "thinking": thinking_deltas, "tool_use": input_deltas, "server_tool_use": input_deltas,
+          "mcp_tool_use": input_deltas}
+
+
+def events_of(message: dict, size: int = 7) -> list[dict]:
+    """The events that add up to a message; blocks that know no deltas arrive whole."""
+    usage = message["usage"]
+    opening = dict(message, content=[], stop_reason=None, stop_sequence=None, stop_details=None,
+                   usage=dict(usage, output_tokens=min(1, usage["output_tokens"])))
+    events = [{"type": "message_start", "message": opening}]
+    for index, block in enumerate(message["content"]):
+        start, *deltas = DELTAS.get(block["type"], lambda whole, size: [whole])(block, size)
+        events.append({"type": "content_block_start", "index": index, "content_block": start})
+        events += [{"type": "ping"}] if index == 0 else []
+        events += [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
+        events.append({"type": "content_block_stop", "index": index})
+    closing = {name: message[name] for name in ("stop_reason", "stop_sequence", "stop_details", "container")
+               if name in message}
+    counted = {name: count for name, count in usage.items() if name not in ONLY_AT_START}
+    return events + [{"type": "message_delta", "delta": closing, "usage": counted}, {"type": "message_stop"}]
+
+
+def sse(events: list[dict]) -> bytes:
+    """Events as the API writes them, down to the spaces before the last brace."""
+    lines = []
+    for event in events:
+        data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+        padding = "" if event["type"] == "ping" else " " * (len(data) % 16)
+        lines.append(f"event: {event['type']}\ndata: {data[:-1]}{padding}}}\n\n")
+    return "".join(lines).encode("utf-8")
+
+
+# ---- Server -------------------------------------------------------------------------------------
+
+@dataclass
+class Reply:
+    """An answer down to its bytes.  Without `pieces` it is `body` with a Content-Length."""
+    status: int | None = 200                            # None: hang up without a status line
+    headers: dict = field(default_factory=dict)         # laid over ours; None leaves a header out
+    body: bytes | dict = b""                            # a dict goes out as JSON
+    pieces: list = field(default_factory=list)          # bytes, seconds to pause, or Events to wait for
+    chunked: bool = True                                # pieces only; False: the end of the connection is the end
+    cut: bool = False                                   # reset the connection where the end should be
+    hold: list = field(default_factory=list)            # seconds or Events before the status line
+
+
+@dataclass
+class Recorded:
+    """A request as it came."""
+    method: str
+    path: str
+    headers: dict                                       # lower-case names
+    raw: bytes
+    body: dict | None                                   # None: not a JSON object
+
+
+class PeerGone(Exception):
+    """The gateway closed the connection before its reply ended."""
+
+
+def parsed(raw: bytes):
+    """The JSON object in these bytes, or None."""
+    try:
+        body = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection of the gateway."""
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.fake = self.server.fake
+        self.fake.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.fake.connections.discard(self.connection)
+        super().finish()
+
+    def log_message(self, *_) -> None:
+        """Say nothing."""
+
+    def do_POST(self) -> None:
+        """Record the request, find its route, send the reply."""
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        recorded = Recorded(self.command, self.path, headers, raw, parsed(raw))
+        self.fake.requests.append(recorded)
+        try:
+            self._send(self.fake.reply_to(recorded))
+        except (PeerGone, ConnectionError):
+            self.close_connection = True
+            self.fake.closed.set()
+
+    do_GET = do_DELETE = do_PUT = do_POST
+
+    def _send(self, reply: Reply) -> None:
+        """One reply, as abruptly as it asks for."""
+        self._wait_for(reply.hold)
+        if reply.status is not None:
+            body = json.dumps(reply.body).encode("utf-8") if isinstance(reply.body, dict) else reply.body
+            self._send_head(reply, len(body) + reply.cut)
+            for piece in reply.pieces or [body]:
+                self._send_piece(reply, piece)
+            if reply.pieces and reply.chunked and not reply.cut:
+                self.wfile.write(b"0\r\n\r\n")
+        if reply.cut or reply.status is None or (reply.pieces and not reply.chunked):
+            self._hang_up(reset=reply.cut)
+
+    def _send_head(self, reply: Reply, length: int) -> None:
+        """Status line and headers."""
+        framing = {"Content-Length": str(length)}
+        if reply.pieces:
+            framing = {"Transfer-Encoding": "chunked"} if reply.chunked else {"Connection": "close"}
+        usual = {"content-type": "text/event-stream; charset=utf-8" if reply.pieces else "application/json",
+                 "request-id": f"req_fake_{len(self.fake.requests)}"}
+        usual.update({name.lower(): value for name, value in reply.headers.items()})
+        self.send_response(reply.status)
+        for name, value in chain(framing.items(), usual.items()):
+            if value is not None:
+                self.send_header(name, value)
+        self.end_headers()
+
+    def _send_piece(self, reply: Reply, piece) -> None:
+        """Bytes, or a wait."""
+        if not isinstance(piece, bytes):
+            self._wait_for([piece])
+        elif piece:
+            chunked = reply.pieces and reply.chunked
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+
+    def _wait_for(self, waits: list) -> None:
+        """Seconds or Events, as long as the gateway is there."""
+        for wait in waits:
+            if not isinstance(wait, threading.Event):
+                self._watch(wait)
+                continue
+            interval = 0.002
+            while not wait.is_set():
+                self._watch(interval)
+                interval = min(interval * 2, 0.1)       # quick for a short wait, cheap for thousands of long ones
+
+    def _watch(self, seconds: float) -> None:
+        """Let time pass, and notice when the gateway, or the test, has gone."""
+        self.connection.settimeout(seconds)             # select.select would end at descriptor 1024
+        try:
+            gone = not self.connection.recv(1, socket.MSG_PEEK)
+        except (socket.timeout, BlockingIOError):
+            return
+        finally:
+            self.connection.settimeout(None)
+        if gone or self.fake.stopped.wait(seconds):     # not gone: its next request is here already
+            raise PeerGone
+
+    def _hang_up(self, reset: bool) -> None:
+        """End the connection, in good order or with a reset."""
+        self.close_connection = True
+        if reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                       struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
+            self.rfile.close()
+            self.connection.close()
+
+
+class Server(ThreadingHTTPServer):
+    """Threads that nobody waits for, and no word about connections that break."""
+    daemon_threads = True
+    request_queue_size = 1024                           # at 128 a burst of 500 waits seconds for lost SYNs
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class FakeClaude:
+    """Claude's place on the network.  A refused request does not use up a queued reply."""
+
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
+        self.requests: list[Recorded] = []
+        self.violations: list[str] = []
+        self.models: list[dict] | None = None           # None: no such endpoint
+        self.token_replies: list = []
+        self.input_tokens = 11                          # what count_tokens says
+        self.closed, self.stopped = threading.Event(), threading.Event()
+        self.connections: set = set()
+        self._replies: list = []
+
+    def __enter__(self) -> FakeClaude:
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server.fake = self
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stopped.set()
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in list(self.connections):
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:                             # it ended by itself
+                pass
+        self._thread.join()
+
+    def reset(self) -> None:
+        """Forget what was sent and what was to be played."""
+        for records in (self.requests, self.violations, self.token_replies, self._replies):
+            records.clear()
+        self.models = None
+        self.closed.clear()
+
+    @property
+    def messages(self) -> list[Recorded]:
+        """The requests to /v1/messages."""
+        return [request for request in self.requests if urlsplit(request.path).path == "/v1/messages"]
+
+    def play(self, *replies) -> None:
+        """Queue replies for the next messages: a message, a Reply, or a function of the recorded request."""
+        self._replies.extend(replies)
+
+    def wait_closed(self, timeout: float) -> bool:
+        """Whether, in this time, the gateway closes a connection whose reply has not ended."""
+        return self.closed.wait(timeout)
+
+    def reply_to(self, recorded: Recorded) -> Reply:
+        """What to say to a request."""
+        path = urlsplit(recorded.path).path
+        for method, pattern, answer in self._ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and method == recorded.method:
+                return answer(self, recorded, *match.groups())
+        return Reply(404, body=error_body("not_found_error", f"Not found: {path}"))
+
+    def _message(self, recorded: Recorded) -> Reply:
+        """The next reply in the queue, if the request is flawless."""
+        if len(recorded.raw) > 32 * MIB:
+            return Reply(413, body=error_body("request_too_large", "Request exceeds the maximum size"))
+        found = self._violations(recorded) if self.strict else []
+        self.violations.extend(found)
+        if found:
+            return Reply(400, body=error_body("invalid_request_error", found[0]))
+        asked = recorded.body or {}
+        reply = self._next(self._replies, recorded) or message(text("Hello!"), model=asked.get("model", MODEL))
+        if isinstance(reply, dict) and asked.get("stream"):
+            return Reply(pieces=[sse([event]) for event in events_of(reply)])
+        return reply if isinstance(reply, Reply) else Reply(body=reply)
+
+    @staticmethod
+    def _next(queue: list, recorded: Recorded):
+        """The next reply of a queue, or None; functions are asked for theirs."""
+        try:
+            reply = queue.pop(0)
+        except IndexError:
+            return None
+        while callable(reply):
+            reply = reply(recorded)
+        return reply
+
+    def _violations(self, recorded: Recorded) -> list[str]:
+        """What is wrong with a request, its bytes included."""
+        if recorded.body is None:
+            return ["body: the request body is not a valid JSON object"]
+        return violations(recorded.body, recorded.headers)
+
+    def _count(self, recorded: Recorded) -> Reply:
+        """As many tokens as the test likes."""
+        return Reply(body={"input_tokens": self.input_tokens})
+
+    def _token(self, recorded: Recorded) -> Reply:
+        """The next token reply, or a refusal in OAuth's shape."""
+        reply = self._next(self.token_replies, recorded) or Reply(400, body={
+            "error": "invalid_grant", "error_description": "Refresh token not found or invalid"})
+        return reply if isinstance(reply, Reply) else Reply(body=reply)
+
+    def _model_list(self, recorded: Recorded) -> Reply:
+        """One page of the models."""
+        if self.models is None:
+            return Reply(404, body=error_body("not_found_error", "Not found"))
+        query = parse_qs(urlsplit(recorded.path).query)
+        ids = [model["id"] for model in self.models]
+        start = ids.index(query["after_id"][0]) + 1 if query.get("after_id", [""])[0] in ids else 0
+        end = start + int(query.get("limit", ["20"])[0])
+        page = self.models[start:end]
+        return Reply(body={"data": page, "has_more": end < len(ids), "first_id": page[0]["id"] if page else None,
+                           "last_id": page[-1]["id"] if page else None})
+
+    def _model(self, recorded: Recorded, name: str) -> Reply:
+        """One model."""
+        found = [model for model in self.models or [] if model["id"] == name]
+        return Reply(body=found[0]) if found else Reply(404, body=error_body("not_found_error", f"model: {name}"))
+
+    _ROUTES = (
+        ("POST", r"/v1/messages", _message),
+        ("POST", r"/v1/messages/count_tokens", _count),
+        ("POST", r".*/oauth/token", _token),
+        ("GET", r"/v1/models", _model_list),
+        ("GET", r"/v1/models/(.+)", _model),
+    )
+
+
+# ==== The test case ===================================================================================
 
 class Answer:
     """What the gateway answered: status, headers (lower case), body."""
@@ -976,6 +2012,11 @@ class SystemMessageTests(RequestTestCase):
         self.assertEqual((words[0], words[2]), ("a", "b"))
         self.assertRegex(words[1], r"(?s)system.*Be brief\..*system")
 
+    def test_that_it_could_not_stay_is_told(self):
+        history = [user("a"), system("Be brief."), user("b")]
+        self.assertIn("changed=", self.changes(messages=history, model="claude-sonnet-5"))
+        self.assertEqual(self.changes(messages=history[:2], model="claude-opus-5-5"), "")
+
     def test_it_is_never_hoisted(self):
         for model in ALL_MODELS:
             with self.subTest(model=model):
@@ -1158,6 +2199,19 @@ class ToolHistoryTests(RequestTestCase):
         self.assertEqual([turn["role"] for turn in turns], ["user", "assistant", "user", "assistant", "user"])
         self.assertEqual([content for _, content in self.pairs(turns)], ["F", None])
         self.assertEqual([tool["name"] for tool in request["tools"]], ["f", "g"])
+
+    def test_legacy_calls_have_no_ids_and_that_is_no_change(self):
+        self.assertEqual(self.changes(functions=[{"name": "f"}], messages=[
+            ASKED, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "F"}]), "")
+
+    def test_thousands_of_calls_that_cannot_be_told_apart_are_no_trap(self):
+        # looked up one by one they would cost hours: `ask` gives up after 20 seconds
+        for call_id in ("same", None):
+            with self.subTest(call_id=call_id):
+                turns = self.told(ASKED, calls(*[a_call(call_id, "f", "{}")] * 5_000), *[result(call_id, "r")] * 5_000)
+                self.assertEqual(len(self.pairs(turns)), 5_000)
+                self.assertNotIn("no result", json.dumps(turns))
 
     def test_custom_calls_come_back_as_the_string_they_were(self):
         tool = {"type": "custom", "custom": {"name": "patch", "description": "Edits"}}
@@ -2214,6 +3268,1167 @@ class AgentSessionTests(RequestTestCase):
         self.assertEqual(self.claude.messages[-1].raw, self.claude.messages[-2].raw)
 
 
+# ==== Replies and streams =============================================================================
+
+PLAIN_PLAN = claude_gateway.ReplyPlan(claude_gateway.ToolNames())
+CITED = {
+    "type": "text",
+    "text": "Blue.",
+    "citations": [
+        {
+            "type": "web_search_result_location",
+            "url": "https://example.org/sky",
+            "title": "Sky",
+            "cited_text": "blue",
+            "encrypted_index": "x",
+        }
+    ],
+}
+
+
+def through_stream(whole, plan=PLAIN_PLAN, size=7, include_usage=True):
+    """The chunks of a message, streamed in pieces of `size` characters."""
+    assembler = claude_gateway.MessageAssembler()
+    stream = claude_gateway.ChatStream({"id": "chatcmpl-1", "created": 1}, plan, assembler, include_usage)
+    chunks = []
+    for event in events_of(whole, size):
+        assembler.feed(event)
+        chunks += stream.feed(event)
+    return chunks + stream.finish()
+
+
+class ChatReplyTests(GatewayTestCase):
+    def test_a_completion_has_every_field_that_the_sdks_want(self):
+        self.claude.play(message(text("Hi"), model="claude-sonnet-5-5"))
+        completion = self.chat().json
+        self.assertTrue(completion["id"].startswith("chatcmpl-"))
+        self.assertEqual((completion["object"], completion["model"]), ("chat.completion", "claude-sonnet-5-5"))
+        self.assertIsInstance(completion["created"], int)
+        self.assertEqual(
+            completion["choices"][0],
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hi", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            },
+        )
+
+    def test_every_stop_reason_has_its_finish_reason(self):
+        for stop_reason, reason in (
+            ("end_turn", "stop"),
+            ("stop_sequence", "stop"),
+            ("max_tokens", "length"),
+            ("model_context_window_exceeded", "length"),
+            ("refusal", "content_filter"),
+            ("something_new", "stop"),
+        ):
+            with self.subTest(stop_reason=stop_reason):
+                self.claude.play(*[message(text("Hi"), stop_reason=stop_reason)] * 2)
+                self.assertEqual(self.chat().json["choices"][0]["finish_reason"], reason)
+                self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["finish_reason"], reason)
+
+    def test_usage_counts_the_cache_into_the_prompt(self):
+        usage = {
+            "input_tokens": 10,
+            "cache_read_input_tokens": 200,
+            "cache_creation_input_tokens": 30,
+            "output_tokens": 50,
+            "output_tokens_details": {"thinking_tokens": 20},
+        }
+        self.claude.play(message(text("Hi"), usage=usage))
+        told = self.chat().json["usage"]
+        self.assertEqual((told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]), (240, 50, 290))
+        self.assertEqual(told["prompt_tokens_details"], {"cached_tokens": 200, "cache_write_tokens": 30})
+        self.assertEqual(told["completion_tokens_details"], {"reasoning_tokens": 20})
+
+    def test_content_is_null_beside_calls_and_empty_where_nothing_was_said(self):
+        self.claude.play(message(tool_use("toolu_1", "f", {})), message())
+        self.assertIsNone(self.chat().message["content"])
+        silent = self.chat().message
+        self.assertEqual(silent["content"], "")
+        self.assertNotIn("tool_calls", silent)
+
+    def test_a_refusal_is_told_where_claude_explains_itself(self):
+        whole = message(
+            stop_reason="refusal", stop_details={"type": "refusal", "category": "bio", "explanation": "No."}
+        )
+        self.claude.play(whole, whole)
+        self.assertEqual(self.chat().message["refusal"], "No.")
+        self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["message"]["refusal"], "No.")
+
+    def test_citations_become_annotations_at_their_place_in_the_text(self):
+        whole = message(text("The sky: "), CITED, text(" So it is."))
+        self.claude.play(whole, whole)
+        expected = [
+            {
+                "type": "url_citation",
+                "url_citation": {"start_index": 9, "end_index": 14, "url": "https://example.org/sky", "title": "Sky"},
+            }
+        ]
+        self.assertEqual(self.chat().message["annotations"], expected)
+        self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["message"]["annotations"], expected)
+
+    def test_a_stream_adds_up_to_the_full_reply_however_it_is_cut(self):
+        wholes = (
+            message(text("Hello, \u2028 world \u00e9\U0001f600")),
+            message(),
+            message(thinking("hm \u0085", "c2ln"), text("A"), tool_use("toolu_1", "f", {"a": [1, "\u2029"]})),
+            message(tool_use("toolu_1", "f", {}), tool_use("toolu_2", "g", {"x": {"y": None}})),
+            message(text("The sky: "), CITED),
+            message(thinking("", "c2ln"), text("B"), stop_reason="max_tokens"),
+        )
+        for whole in wholes:
+            completion = claude_gateway.chat_completion_from_message(
+                whole, {"id": "chatcmpl-1", "created": 1}, PLAIN_PLAN
+            )
+            for size in (1, 3, 1000):
+                with self.subTest(whole=whole["content"], size=size):
+                    streamed = completion_from_chunks(through_stream(whole, size=size))
+                    for call in streamed["message"].get("tool_calls", ()):
+                        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+                    parts = json.loads(json.dumps(completion_parts(completion)))
+                    for call in parts["message"].get("tool_calls", ()):
+                        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+                    self.assertEqual(streamed, parts)
+
+    def test_the_chunks_come_in_the_order_that_every_helper_takes(self):
+        chunks = through_stream(message(thinking("hm", "c2ln"), text("A"), tool_use("toolu_1", "f", {"a": 1})))
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+        self.assertEqual(deltas[0], {"role": "assistant", "content": ""})
+        self.assertEqual(deltas[-1], {})
+        start = next(delta for delta in deltas if "tool_calls" in delta)["tool_calls"][0]
+        self.assertEqual(
+            (start["index"], start["id"], start["type"], start["function"]),
+            (0, "toolu_1", "function", {"name": "f", "arguments": ""}),
+        )
+        self.assertEqual([chunk["choices"] for chunk in chunks if chunk.get("usage")], [[]])
+        self.assertEqual(
+            {(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks},
+            {("chatcmpl-1", 1, "claude-sonnet-5-5")},
+        )
+
+    def test_usage_comes_only_when_it_was_asked_for(self):
+        self.assertFalse(any("usage" in chunk for chunk in self.chat(stream=True).chunks))
+        asked = self.chat(stream=True, stream_options={"include_usage": True})
+        self.assertEqual(asked.chunks[-1]["usage"]["total_tokens"], 19)
+        self.assertEqual(asked.events[-1], "[DONE]")
+
+    def test_custom_tools_answer_with_their_bare_string(self):
+        asked = {"tools": [{"type": "custom", "custom": {"name": "calc"}}]}
+        self.claude.play(*[message(tool_use("toolu_1", "calc", {"input": "1+1"}))] * 2)
+        expected = {"id": "toolu_1", "type": "custom", "custom": {"name": "calc", "input": "1+1"}}
+        self.assertEqual(self.chat(**asked).message["tool_calls"], [expected])
+        deltas = [chunk["choices"][0]["delta"].get("tool_calls") for chunk in self.chat(stream=True, **asked).chunks]
+        self.assertEqual([delta for delta in deltas if delta], [[dict(expected, index=0)]])
+
+    def test_legacy_functions_are_answered_in_their_own_words(self):
+        asked = {"functions": [{"name": "f", "parameters": {"type": "object", "properties": {}}}]}
+        self.claude.play(*[message(tool_use("toolu_1", "f", {"a": 1}))] * 2)
+        plain = self.chat(**asked).json["choices"][0]
+        self.assertEqual(
+            (plain["finish_reason"], json.loads(plain["message"]["function_call"]["arguments"])),
+            ("function_call", {"a": 1}),
+        )
+        streamed = completion_from_chunks(self.chat(stream=True, **asked).chunks)
+        self.assertEqual(
+            (streamed["finish_reason"], streamed["message"]["function_call"]["name"]), ("function_call", "f")
+        )
+
+    def test_json_mode_cuts_the_object_out_wherever_the_text_is_cut(self):
+        for said, wanted in (
+            ('Sure!\n```json\n{"a": "}\\"{", "b": [{}]}\n```\nBye {', '{"a": "}\\"{", "b": [{}]}'),
+            ('{"a": 1}', '{"a": 1}'),
+            ("no object", "no object"),
+            ('{"a": ', '{"a": '),
+        ):
+            for size in range(1, len(said) + 1):
+                with self.subTest(said=said, size=size):
+                    cut = claude_gateway.BareJson()
+                    pieces = [cut.feed(said[at : at + size]) for at in range(0, len(said), size)]
+                    self.assertEqual("".join(pieces) + cut.close(), wanted)
+
+    def test_whatever_ends_without_an_end_is_an_error(self):
+        events = events_of(message(text("Hello there")))
+        cases = {
+            "no message_stop": Reply(pieces=[sse(events[:-1])]),
+            "dropped": Reply(pieces=[sse(events[:4])], cut=True),
+            "no stop reason": Reply(
+                body=message(text("Hi"), stop_reason="") and dict(message(text("Hi")), stop_reason=None)
+            ),
+            "garbage": Reply(pieces=[b"data: {oops\n\n"]),
+            "an error amid it": Reply(pieces=[sse(events[:4] + [error_body("overloaded_error", "Overloaded")])]),
+        }
+        for name, reply in cases.items():
+            with self.subTest(name=name):
+                self.claude.play(reply, reply)
+                self.assertGreaterEqual(self.chat().status, 500)
+                streamed = self.chat(stream=True)
+                if streamed.status == 200:
+                    self.assertIn("error", json.loads(streamed.events[-1]))
+                self.assertNotIn("[DONE]", streamed.events)
+
+    def test_what_came_before_a_failure_is_the_clients(self):
+        events = events_of(message(text("Hello there")), size=100)[:-2] + [error_body("overloaded_error", "Overloaded")]
+        self.claude.play(Reply(pieces=[sse(events)]))
+        self.assertIn("Hello there", self.chat(stream=True).raw.decode())
+
+    def test_the_decoder_keeps_to_the_rules_of_event_streams(self):
+        data = (
+            '\ufeff: comment\r\ndata: {"type": "a",\rdata:"b": "\u2028\u0085\u00e9"}\n\nevent: ping\nid: 5\n\n'
+            'data: {"type": "c"}\r\n\r\ndata: {"type": "last"}'
+        ).encode()
+        expected = [{"type": "a", "b": "\u2028\u0085\u00e9"}, {"type": "c"}, {"type": "last"}]
+        for size in range(1, len(data) + 1):
+            with self.subTest(size=size):
+                decoder = claude_gateway.EventDecoder()
+                events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at : at + size])]
+                self.assertEqual(events + decoder.close(), expected)
+
+    def test_a_json_answer_serves_streams_too(self):
+        self.claude.play(Reply(body=message(text("Hi"), tool_use("toolu_1", "f", {"a": 1}))))
+        streamed = completion_from_chunks(self.chat(stream=True).chunks)
+        self.assertEqual((streamed["message"]["content"], streamed["finish_reason"]), ("Hi", "tool_calls"))
+
+    def test_an_interrupted_answer_is_continued(self):
+        searched = [
+            {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "sky"}},
+            {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": []},
+        ]
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.reset()
+                self.claude.play(
+                    message(text("Let me look. "), *searched, stop_reason="pause_turn"), message(text("Blue."))
+                )
+                answer = self.chat(stream=stream, web_search_options={}, stream_options={"include_usage": True})
+                whole = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
+                self.assertEqual(
+                    (whole["message"]["content"], whole["finish_reason"], whole["usage"]["total_tokens"]),
+                    ("Let me look. Blue.", "stop", 38),
+                )
+                self.assertEqual(len(self.claude.messages), 2)
+                self.assertEqual(self.claude.messages[1].body["messages"][-1]["role"], "assistant")
+
+    def test_an_answer_that_is_interrupted_for_ever_ends_all_the_same(self):
+        searched = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "sky"}}
+        self.claude.strict = False  # the same search again and again is not what Claude would say
+        self.addCleanup(setattr, self.claude, "strict", True)
+        self.claude.play(*[message(searched, stop_reason="pause_turn")] * 20)
+        answer = self.chat(web_search_options={})
+        self.assertEqual((answer.status, len(self.claude.messages)), (200, 9))
+
+
+# ==== Endpoints =======================================================================================
+
+
+class RefusalTests(GatewayTestCase):
+    def refuse(self, status, kind, words="No.", headers=None, **fields):
+        self.claude.play(
+            Reply(status, body=error_body(kind, words), headers=dict({"retry-after": "60"}, **(headers or {})))
+        )
+        return self.chat(**fields)
+
+    def test_every_error_of_claude_has_its_place_in_openais_envelope(self):
+        for status, kind, ours, our_kind, code in (
+            (400, "invalid_request_error", 400, "invalid_request_error", None),
+            (401, "authentication_error", 401, "authentication_error", "upstream_authentication"),
+            (402, "billing_error", 429, "insufficient_quota", "insufficient_quota"),
+            (403, "permission_error", 403, "permission_error", None),
+            (413, "request_too_large", 413, "invalid_request_error", "request_too_large"),
+            (429, "rate_limit_error", 429, "rate_limit_error", "rate_limit_exceeded"),
+            (500, "api_error", 500, "server_error", None),
+            (504, "timeout_error", 504, "server_error", "timeout"),
+            (529, "overloaded_error", 503, "server_error", "overloaded"),
+        ):
+            for stream in (False, True):
+                with self.subTest(status=status, stream=stream):
+                    answer = self.refuse(status, kind, stream=stream)
+                    self.assertEqual(
+                        (answer.status, answer.error["type"], answer.error["code"]), (ours, our_kind, code)
+                    )
+                    self.assertTrue(answer.error["message"].startswith("No."))
+                    self.assertTrue(answer.headers["x-request-id"].startswith("req_fake_"))
+
+    def test_the_words_of_a_refusal_decide_where_its_type_says_too_little(self):
+        for words, status, code, final in (
+            ("prompt is too long: 250000 tokens > 200000 maximum", 400, "context_length_exceeded", False),
+            (
+                "This credential is only authorized for use with Claude Code and cannot be used for other API "
+                "requests.",
+                400,
+                "upstream_refused",
+                True,
+            ),
+            ("Third-party apps now draw from your extra usage, not your plan limits.", 429, "insufficient_quota", True),
+            ("Your credit balance is too low to access the Anthropic API.", 429, "insufficient_quota", True),
+            ("Output blocked by content filtering policy", 400, "content_filter", False),
+        ):
+            with self.subTest(words=words):
+                count = len(self.claude.messages)
+                answer = self.refuse(400, "invalid_request_error", words)
+                self.assertEqual((answer.status, answer.error["code"]), (status, code))
+                self.assertTrue(answer.error["message"].startswith(words), "in the provider's words")
+                self.assertEqual(answer.headers.get("x-should-retry"), "false" if final else None)
+                self.assertEqual(len(self.claude.messages), count + 1, "one call, no retry")
+
+    def test_a_plan_window_that_is_used_up_is_no_reason_to_retry(self):
+        answer = self.refuse(429, "rate_limit_error", headers={"anthropic-ratelimit-unified-status": "rejected"})
+        self.assertEqual(
+            (answer.error["code"], answer.headers["x-should-retry"], answer.headers["retry-after"]),
+            ("insufficient_quota", "false", "60"),
+        )
+
+    def test_an_error_about_a_tool_names_it(self):
+        answer = self.refuse(
+            400,
+            "invalid_request_error",
+            "tools.1.custom.input_schema: JSON schema is invalid",
+            tools=[{"type": "function", "function": {"name": name}} for name in ("first", "my.second")],
+        )
+        self.assertIn('Tool "my.second"', answer.error["message"])
+
+    def test_a_model_that_claude_does_not_know_is_told_with_the_nearest(self):
+        answer = self.refuse(404, "not_found_error", "model: claude-opus-9", model="claude-opus-9")
+        self.assertEqual(
+            (answer.status, answer.error["code"], answer.error["param"]), (404, "model_not_found", "model")
+        )
+        self.assertIn("claude-opus-5-5", answer.error["message"])
+
+    def test_a_web_page_instead_of_json_is_not_shown(self):
+        self.claude.play(Reply(502, {"content-type": "text/html", "retry-after": "60"}, b"<html><h1>Bad gateway</h1>"))
+        answer = self.chat()
+        self.assertEqual(answer.status, 502)
+        self.assertNotIn("<html", answer.error["message"])
+
+    def test_rate_limits_have_openais_names(self):
+        self.claude.play(
+            Reply(
+                body=message(text("Hi")),
+                headers={
+                    "anthropic-ratelimit-requests-limit": "50",
+                    "anthropic-ratelimit-requests-remaining": "49",
+                    "anthropic-ratelimit-tokens-remaining": "9000",
+                    "anthropic-ratelimit-requests-reset": "2020-01-01T00:00:00Z",
+                },
+            )
+        )
+        headers = self.chat().headers
+        self.assertEqual(
+            [
+                headers.get("x-ratelimit-" + name)
+                for name in ("limit-requests", "remaining-requests", "remaining-tokens", "reset-requests")
+            ],
+            ["50", "49", "9000", "0s"],
+        )
+
+    def test_what_may_pass_is_tried_once_more(self):
+        for name, reply in (
+            ("overloaded", Reply(529, body=error_body("overloaded_error", "x"), headers={"retry-after": "0"})),
+            ("a short wait", Reply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": "0"})),
+            ("hung up", Reply(None)),
+        ):
+            with self.subTest(name=name):
+                self.claude.reset()
+                self.claude.play(reply)
+                self.assertEqual((self.chat().status, len(self.claude.messages)), (200, 2))
+
+    def test_what_will_not_pass_or_is_the_clients_to_retry_is_not(self):
+        overloaded = error_body("overloaded_error", "x")
+        for name, reply, headers in (
+            ("a long wait", Reply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": "6"}), {}),
+            ("no wait named", Reply(429, body=error_body("rate_limit_error", "x")), {}),
+            (
+                "the client retries",
+                Reply(529, body=overloaded, headers={"retry-after": "0"}),
+                {"x-stainless-retry-count": "1"},
+            ),
+            ("told not to", Reply(529, body=overloaded, headers={"x-should-retry": "false"}), {}),
+        ):
+            with self.subTest(name=name):
+                self.claude.reset()
+                self.claude.play(reply)
+                self.assertGreaterEqual(self.chat(headers=headers).status, 429)
+                self.assertEqual(len(self.claude.messages), 1)
+
+    def test_twice_is_the_most(self):
+        self.claude.play(*[Reply(529, body=error_body("overloaded_error", "x"), headers={"retry-after": "0"})] * 5)
+        self.assertEqual((self.chat().status, len(self.claude.messages)), (503, 2))
+
+    def test_a_lesson_that_did_not_help_is_not_kept(self):
+        self.start()
+        refusal = Reply(400, body=error_body("invalid_request_error", "`temperature` is deprecated for this model."))
+        self.claude.play(refusal, refusal)
+        self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.5).status, 400)
+        self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.5)["temperature"], 0.5)
+
+    def test_strict_mode_lists_what_would_be_lost_and_sends_nothing(self):
+        self.start(strict=True)
+        answer = self.chat(seed=1, temperature=0.5)
+        self.assertEqual((answer.status, answer.error["code"], len(self.claude.messages)), (400, "strict", 0))
+        self.assertIn("dropped seed", answer.error["message"])
+        self.assertEqual(self.chat(store=True, metadata={"a": "b"}, n=1).status, 200)
+
+    def test_the_report_is_ascii_and_short(self):
+        fields = {"unknown_%d\u00e9" % at: 1 for at in range(200)}
+        report = self.chat(**fields).headers["x-claude-gateway-changes"]
+        self.assertLess(len(report), 1100)
+        self.assertRegex(report, r"^dropped=unknown_0_,.*; \+\d+ more$")
+
+
+class ThinkingMemoryTests(GatewayTestCase):
+    ANSWER = [thinking("hm", "c2ln"), text("Let me see."), tool_use("toolu_1", "f", {"a": 1})]
+    TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+    def loop(self, edit=None, headers=None, **fields):
+        """One call and its result: the assistant turn as Claude gets it back."""
+        self.claude.play(message(*self.ANSWER))
+        first = self.chat(tools=self.TOOLS, headers=headers).message
+        if edit:
+            edit(first)
+        history = [
+            {"role": "user", "content": "Hello"},
+            first,
+            {"role": "tool", "tool_call_id": "toolu_1", "content": "x"},
+        ]
+        self.assertEqual(self.chat(messages=history, tools=self.TOOLS, headers=headers, **fields).status, 200)
+        return bare(self.claude.messages[-1].body["messages"][1]["content"])
+
+    def test_thinking_goes_back_as_it_came(self):
+        self.assertEqual(self.loop(), self.ANSWER)
+
+    def test_an_edited_turn_goes_without(self):
+        self.assertEqual(
+            self.loop(lambda first: first.update(content="Something else.")), [text("Something else."), self.ANSWER[2]]
+        )
+
+    def test_another_model_gets_none_of_it(self):
+        self.assertEqual(self.loop(model="claude-opus-5-5"), self.ANSWER[1:])
+
+    def test_another_client_gets_none_of_it(self):
+        self.start(api_key=("first-key", "second-key"))
+        self.loop(headers={"x-api-key": "first-key"})
+        history = self.claude.messages[-1].body["messages"]
+        self.assertEqual(history[1]["content"][0]["type"], "thinking")
+        calls = [{"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+        self.chat(
+            messages=[
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Let me see.", "tool_calls": calls},
+                {"role": "tool", "tool_call_id": "toolu_1", "content": "x"},
+            ],
+            tools=self.TOOLS,
+            headers={"x-api-key": "second-key"},
+        )
+        self.assertEqual(self.claude.messages[-1].body["messages"][1]["content"][0]["type"], "text")
+
+    def test_a_conversation_whose_signatures_do_not_hold_replays_none_again(self):
+        self.start()
+        refusal = Reply(
+            400,
+            body=error_body(
+                "invalid_request_error",
+                "messages.1.content.0: Invalid `signature` in "
+                "`thinking` block. The block is bound to a different conversation.",
+            ),
+        )
+
+        def refuse(first):
+            self.claude.play(refusal)
+
+        self.assertEqual(self.loop(refuse), self.ANSWER[1:])
+        self.assertEqual(len(self.claude.messages), 3)
+        count = len(self.claude.messages)
+        self.assertEqual(self.loop(), self.ANSWER[1:])
+        self.assertEqual(len(self.claude.messages), count + 2, "refused once, not asked again")
+
+    def test_signed_blocks_that_a_client_kept_are_sent_unsigned_ones_are_not(self):
+        kept = {"role": "assistant", "content": "Hi", "thinking_blocks": [self.ANSWER[0]]}
+        unsigned = {"role": "assistant", "content": "Hi", "reasoning_content": "hm"}
+        for turn, blocks in ((kept, [self.ANSWER[0], text("Hi")]), (unsigned, [text("Hi")])):
+            self.chat(messages=[{"role": "user", "content": "Hello"}, turn, {"role": "user", "content": "More"}])
+            self.assertEqual(bare(self.claude.messages[-1].body["messages"][1]["content"]), blocks)
+
+    def test_a_client_that_breaks_its_own_cache_is_told_once(self):
+        self.start()
+        turns = [{"role": "user", "content": "Hello"}]
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            for turn in range(4):
+                self.chat(messages=[{"role": "system", "content": "It is %d o'clock." % turn}, *turns])
+                turns += [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on %d" % turn}]
+        told = [line for line in logged.output if "changed its system text" in line]
+        self.assertEqual(len(told), 1)
+
+
+# ==== Image fetching ==================================================================================
+
+
+class ImageAddressTests(GatewayTestCase):
+    URL = "https://images.example.org/a.png"
+
+    def look(self, url):
+        return self.chat([{"type": "image_url", "image_url": {"url": url}}])
+
+    def picture_server(self, answers):
+        """A server on loopback that gives `answers`: path -> (status, headers, body)."""
+
+        class Pictures(BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, headers, body = answers.get(self.path, (404, {}, b""))
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        return "127.0.0.1", server.server_address[1]
+
+    def test_https_addresses_go_to_claude(self):
+        self.assertEqual(self.look(self.URL).status, 200)
+        self.assertEqual(
+            bare(self.claude.messages[-1].body["messages"][0]["content"]),
+            [{"type": "image", "source": {"type": "url", "url": self.URL}}],
+        )
+
+    def test_addresses_of_this_machine_and_network_are_refused_by_name_and_rule(self):
+        for url in (
+            "http://127.0.0.1/a.png",
+            "https://127.0.0.1/a",
+            "http://localhost/a",
+            "http://[::1]/a",
+            "http://10.0.0.1/a",
+            "https://192.168.1.1/a",
+            "http://169.254.169.254/latest",
+            "http://0.0.0.0/a",
+            "http://2130706433/a",
+            "http://0x7f.1/a",
+            "http://0177.0.0.1/a",
+            "http://127.1/a",
+            "http://[::ffff:127.0.0.1]/a",
+            "http://[64:ff9b::7f00:1]/a",
+            "http://[2002:7f00:1::]/a",
+            "http://localhost./a",
+            "http://a.localhost/a",
+            "http://me:secret@127.0.0.1/a",
+            "file:///etc/passwd",
+            "ftp://example.org/a",
+            "http://127.0.0.1\\@example.org/a",
+            "http://exa mple.org/a",
+            "gopher://127.0.0.1/",
+            "http://[fe80::1]/a",
+            "http:///a",
+            "javascript:1",
+        ):
+            with self.subTest(url=url):
+                answer = self.look(url)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"), answer.raw)
+                self.assertEqual(self.claude.messages, [])
+
+    def test_what_claude_cannot_fetch_is_fetched_here_once(self):
+        service = self.start()
+        service.gateway.images.fetch = lambda url: ("image/png", PIXEL)
+        self.claude.play(Reply(400, body=error_body("invalid_request_error", "Unable to download the file.")))
+        self.assertEqual(self.look(self.URL).status, 200)
+        self.assertEqual(self.claude.messages[-1].body["messages"][0]["content"][0]["source"]["type"], "base64")
+        self.assertEqual(len(self.claude.messages), 2)
+
+    def test_plain_http_is_fetched_at_once_within_the_rules(self):
+        png = base64.b64decode(PIXEL)
+        host, port = self.picture_server(
+            {
+                "/a.png": (200, {"content-type": "text/plain"}, png),
+                "/to": (302, {"location": "/a.png"}, b""),
+                "/loop": (302, {"location": "/loop"}, b""),
+                "/page": (200, {}, b"<html>"),
+                "/big": (200, {}, png + bytes(8_000_000)),
+                "/file": (302, {"location": "file:///etc/passwd"}, b""),
+            }
+        )
+        fetcher = claude_gateway.ImageFetcher(Config(), permit=lambda address: address == "127.0.0.1")
+        base = "http://%s:%d" % (host, port)
+        for path in ("/a.png", "/to"):
+            self.assertEqual(fetcher.fetch(base + path), ("image/png", PIXEL))
+        for path, rule in (
+            ("/loop", "redirects more than"),
+            ("/page", "is not a JPEG"),
+            ("/big", "is larger than"),
+            ("/file", "not a web address"),
+            ("/none", "status 404"),
+        ):
+            with self.subTest(path=path), self.assertRaisesRegex(claude_gateway.InvalidRequest, rule):
+                fetcher.fetch(base + path)
+        strict = claude_gateway.ImageFetcher(Config())
+        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "private network"):
+            strict.fetch(base + "/a.png")
+
+    def test_a_redirect_into_the_network_is_judged_like_the_first_address(self):
+        host, port = self.picture_server({"/a": (302, {"location": "http://127.0.0.2:1/b"}, b"")})
+        fetcher = claude_gateway.ImageFetcher(Config(), permit=lambda address: address == "127.0.0.1")
+        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "private network"):
+            fetcher.fetch("http://%s:%d/a" % (host, port))
+
+    def test_only_addresses_of_the_public_internet_are_public(self):
+        for address, public in (
+            ("8.8.8.8", True),
+            ("2606:4700::1111", True),
+            ("127.0.0.1", False),
+            ("10.1.2.3", False),
+            ("::1", False),
+            ("::ffff:10.0.0.1", False),
+            ("64:ff9b::a00:1", False),
+            ("2002:a00:1::", False),
+            ("169.254.1.1", False),
+            ("224.0.0.1", False),
+            ("fe80::1%eth0", False),
+            ("0.0.0.0", False),
+            ("100.64.0.1", False),
+            ("fc00::1", False),
+        ):
+            with self.subTest(address=address):
+                self.assertEqual(claude_gateway.is_public(address), public)
+
+
+# ==== HTTP server =====================================================================================
+
+
+def good_request(
+    body=b'{"model": "sonnet", "messages": [{"role": "user", "content": "Hi"}]}', head=b"", version=b"1.1"
+):
+    return b"POST /v1/chat/completions HTTP/%s\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n%s" % (
+        version,
+        head,
+        len(body),
+        body,
+    )
+
+
+class HttpTests(GatewayTestCase):
+    def test_every_spelling_of_a_route_is_served(self):
+        for path in (
+            "/v1/models",
+            "/models",
+            "/v1/v1/models",
+            "//v1//models/",
+            "/v1/models?limit=5",
+            "/v1/models/opus",
+            "/models/anthropic%2Fclaude-opus-5.5",
+            "/health",
+            "/v1/health",
+            "/",
+            "/v1",
+            "/v1/",
+        ):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask("GET", path).status, 200)
+                head = self.ask("HEAD", path)
+                self.assertEqual((head.status, head.raw), (200, b""))
+        body = {"model": "sonnet", "messages": [{"role": "user", "content": "Hi"}]}
+        for path in ("/chat/completions", "/v1/v1/chat/completions/", "/v1/chat/completions/chat/completions"):
+            self.assertEqual(self.ask("POST", path, body).status, 200)
+
+    def test_what_is_not_there_is_told_in_json(self):
+        answer = self.ask("GET", "/v1/nothing")
+        self.assertEqual((answer.status, answer.error["code"]), (404, "unknown_url"))
+        answer = self.ask("GET", "/v1/chat/completions")
+        self.assertEqual((answer.status, answer.headers["allow"]), (405, "POST, OPTIONS"))
+        answer = self.ask("GET", "/v1/responses", headers={"upgrade": "websocket", "connection": "upgrade"})
+        self.assertEqual(answer.status, 426)
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        self.claude.play(message(text("one")), message(text("two")))
+        answers = self.raw(good_request() + good_request(head=b"Connection: close\r\n"))
+        self.assertEqual(answers.count(b"HTTP/1.1 200 OK"), 2)
+        self.assertLess(answers.index(b'"one"'), answers.index(b'"two"'))
+
+    def test_http_1_0_gets_neither_chunks_nor_a_kept_connection(self):
+        body = b'{"model": "sonnet", "stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
+        answer = self.raw(good_request(body, version=b"1.0"))
+        self.assertNotIn(b"transfer-encoding", answer)
+        self.assertTrue(answer.endswith(b"data: [DONE]\n\n"))
+
+    def test_ambiguous_and_malformed_requests_are_refused_and_the_connection_closed(self):
+        chunked = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        cases = {
+            "TE and CL": chunked + b"Content-Length: 5\r\n\r\n0\r\n\r\n",
+            "two lengths": good_request(head=b"Content-Length: 5\r\n"),
+            "a signed length": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +5\r\n\r\n",
+            "an odd coding": chunked.replace(b"chunked", b"chunked, gzip") + b"\r\n",
+            "a bad size": chunked + b"\r\n0x5\r\n",
+            "a chunk too long": chunked + b"\r\n2\r\nabc\r\n",
+            "no host": b"GET /health HTTP/1.1\r\n\r\n",
+            "two hosts": b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
+            "folding": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: b\r\n c\r\n\r\n",
+            "a bare CR": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: b\rc\r\n\r\n",
+            "a NUL": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: b\0\r\n\r\n",
+            "a blank before the colon": b"GET /health HTTP/1.1\r\nHost : localhost\r\n\r\n",
+            "HTTP/0.9": b"GET /\r\n\r\n",
+            "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            "another host's target": b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            "too long": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 70_000 + b"\r\n\r\n",
+            "too many": b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: b\r\n" * 200 + b"\r\n",
+        }
+        for name, data in cases.items():
+            with self.subTest(name=name):
+                answer = self.raw(data + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                self.assertRegex(answer, rb"\AHTTP/1\.1 (400|403|431|501) ")
+                self.assertEqual(len(re.findall(rb"HTTP/1\.1 \d\d\d ", answer)), 1, "a second answer")
+                self.assertIn(b'{"error":{"message":', answer)
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+
+    def test_bodies_come_chunked_and_compressed(self):
+        body = json.dumps({"model": "sonnet", "messages": [{"role": "user", "content": "Hi"}]}).encode()
+        chunks = b"".join(
+            b"%x;ext=1\r\n%s\r\n" % (len(body[at : at + 7]), body[at : at + 7]) for at in range(0, len(body), 7)
+        )
+        answer = self.raw(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\nTrailer: x\r\n\r\n"
+        )
+        self.assertIn(b"200 OK", answer)
+        raw_deflate = zlib.compressobj(wbits=-15)
+        for encoding, data in (
+            ("gzip", gzip.compress(body)),
+            ("deflate", zlib.compress(body)),
+            ("deflate", raw_deflate.compress(body) + raw_deflate.flush()),
+        ):
+            self.assertEqual(self.ask("POST", "/v1/chat/completions", data, {"content-encoding": encoding}).status, 200)
+        for encoding, data, status in (
+            ("br", body, 415),
+            ("gzip", b"no gzip", 400),
+            ("gzip", gzip.compress(body)[:-9], 400),
+            ("gzip", gzip.compress(bytes(50_000_000)), 413),
+        ):
+            with self.subTest(encoding=encoding, status=status):
+                answer = self.ask("POST", "/v1/chat/completions", data, {"content-encoding": encoding})
+                self.assertEqual(answer.status, status, answer.raw)
+
+    def test_a_body_is_asked_for_only_when_it_is_wanted(self):
+        expecting = b"Expect: 100-continue\r\n"
+        connection = self.connect()
+        head, body = good_request(head=expecting + b"Connection: close\r\n").split(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n")
+        self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.sendall(body)
+        self.assertTrue(connection.recv(100).startswith(b"HTTP/1.1 200"))
+        refused = self.raw(head.replace(b"/v1/chat/completions", b"/nothing") + b"\r\n\r\n")
+        self.assertTrue(refused.startswith(b"HTTP/1.1 404"))
+        self.assertNotIn(b"100 Continue", refused)
+
+    def test_limits_of_the_body(self):
+        too_long = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40000001\r\n\r\n"
+        self.assertTrue(self.raw(too_long).startswith(b"HTTP/1.1 413"))
+        for body, words in (
+            (b"[" * 1_000_001, "brackets"),
+            (b'{"a":' * 300 + b"1" + b"}" * 300, "nested"),
+            (b'{"a": NaN}', "NaN"),
+            (b'{"a": 1e999}', "too large"),
+            (b'{"a": ' + b"9" * 500 + b"}", "digits"),
+            (b"\xff\xfe", "UTF-8"),
+            (b"[]", "not a JSON object"),
+            (b"", "JSON"),
+            (b'{"a": 1', "JSON"),
+        ):
+            with self.subTest(words=words):
+                answer = self.ask("POST", "/v1/chat/completions", body)
+                self.assertEqual(answer.status, 400)
+                self.assertIn(words, answer.error["message"])
+        deep_text = json.dumps(
+            {"messages": [{"role": "user", "content": "[" * 5000 + '\\"' + "{" * 5000}], "model": "opus"}
+        )
+        self.assertEqual(self.ask("POST", "/v1/chat/completions", deep_text.encode()).status, 200)
+        self.assertEqual(self.ask("POST", "/v1/chat/completions", b"\xef\xbb\xbf" + deep_text.encode()).status, 200)
+
+    def test_a_translated_body_over_claudes_limit_is_told(self):
+        answer = self.chat("x" * 33_000_000)
+        self.assertEqual((answer.status, answer.error["code"]), (413, "request_too_large"))
+
+    def test_lone_surrogates_are_replaced_and_told(self):
+        answer = self.ask(
+            "POST",
+            "/v1/chat/completions",
+            b'{"model": "opus", "messages": [{"role": "user", "content": "a\\ud83d \\ud83d\\ude00"}]}',
+        )
+        self.assertIn("repaired=lone_surrogates", answer.headers["x-claude-gateway-changes"])
+        self.assertEqual(self.claude.messages[-1].body["messages"][0]["content"][0]["text"], "a\ufffd \U0001f600")
+        self.assertIn("\U0001f600".encode(), self.claude.messages[-1].raw, "UTF-8, not escapes")
+
+    def test_names_that_are_not_ours_are_403_with_the_option_to_add(self):
+        for host, status in (
+            ("localhost", 200),
+            ("localhost:1", 200),
+            ("127.0.0.1", 200),
+            ("[::1]:5", 200),
+            ("a.localhost", 200),
+            ("192.168.1.5", 200),
+            ("host.docker.internal", 200),
+            ("evil.example", 403),
+            ("localhost.evil", 403),
+            ("127.0.0.1.nip.io", 403),
+            ("a b", 400),
+            ("", 400),
+            ("localhost:99999999", 400),
+        ):
+            with self.subTest(host=host):
+                answer = self.raw(b"GET /health HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % host.encode())
+                self.assertTrue(answer.startswith(b"HTTP/1.1 %d" % status), answer)
+                if status == 403:
+                    self.assertIn(b"--allow-host " + host.encode(), answer)
+        self.start(allow_host=("my.name",))
+        self.assertIn(b"200 OK", self.raw(b"GET /health HTTP/1.1\r\nHost: My.Name:80\r\nConnection: close\r\n\r\n"))
+
+    def test_web_pages_from_elsewhere_are_403_on_every_route(self):
+        self.start(cors_origin=("app://obsidian.md", "null"))
+        for origin, allowed in (
+            ("http://localhost:3000", True),
+            ("https://127.0.0.1", True),
+            ("http://[::1]:1", True),
+            ("app://obsidian.md", True),
+            ("null", True),
+            ("https://evil.example", False),
+            ("http://localhost.evil.example", False),
+            ("http://127.0.0.1.evil.example", False),
+        ):
+            for method, path in (
+                ("GET", "/health"),
+                ("GET", "/v1/models"),
+                ("OPTIONS", "/v1/chat/completions"),
+                ("GET", "/nothing"),
+            ):
+                with self.subTest(origin=origin, path=path):
+                    answer = self.ask(method, path, headers={"origin": origin})
+                    self.assertEqual(answer.status == 403, not allowed)
+                    self.assertEqual(answer.headers.get("access-control-allow-origin"), origin if allowed else None)
+                    if not allowed:
+                        self.assertIn("--cors-origin " + origin, answer.error["message"])
+
+    def test_preflights_get_what_they_ask_for(self):
+        answer = self.ask(
+            "OPTIONS",
+            "/v1/chat/completions",
+            headers={
+                "origin": "http://localhost:3000",
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "authorization, x-stainless-arch",
+                "access-control-request-private-network": "true",
+            },
+        )
+        self.assertEqual(answer.status, 204)
+        self.assertEqual(answer.headers["access-control-allow-headers"], "authorization, x-stainless-arch")
+        self.assertEqual(answer.headers["access-control-allow-private-network"], "true")
+        stream = self.chat(stream=True, headers={"origin": "http://localhost:3000"})
+        self.assertIn("x-request-id", stream.headers["access-control-expose-headers"])
+
+    def test_client_keys_in_all_their_headers(self):
+        self.start(api_key=("first-key", "k\u00e9y"))
+        body = {"model": "sonnet", "messages": [{"role": "user", "content": "Hi"}]}
+        for headers in (
+            {"authorization": "Bearer first-key"},
+            {"authorization": "bearer  first-key"},
+            {"authorization": "first-key"},
+            {"x-api-key": "first-key"},
+            {"api-key": "first-key"},
+        ):
+            with self.subTest(headers=headers):
+                self.assertEqual(self.ask("POST", "/v1/chat/completions", body, headers).status, 200)
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong-secret"},
+            {"authorization": "Bearer "},
+            {"x-api-key": "first-ke"},
+        ):
+            with self.subTest(headers=headers):
+                answer = self.ask("POST", "/v1/chat/completions", body, headers)
+                self.assertEqual(
+                    (answer.status, answer.error["code"], answer.headers["www-authenticate"]),
+                    (401, "invalid_api_key", "Bearer"),
+                )
+                self.assertNotIn("wrong-secret", answer.raw.decode())
+        self.assertEqual(self.ask("GET", "/v1/nothing").status, 401, "a key is needed wherever none is said not to be")
+        for path in ("/health", "/v1/models", "/v1/models/opus"):
+            self.assertEqual(self.ask("GET", path).status, 200)
+        sent = self.claude.messages[-1]
+        self.assertNotIn("first-key", str(sent.headers) + sent.raw.decode())
+
+    def test_a_wrong_key_waits_longer_each_time_and_a_right_one_never(self):
+        failed = claude_gateway.FailedKeys()
+        penalties = [failed.penalty("10.0.0.1") for _ in range(12)]
+        self.assertEqual((penalties[0], penalties[1], penalties[-1]), (0, 0.05, 2.0))
+        self.assertEqual(failed.penalty("10.0.0.2"), 0)
+
+    def test_a_loop_is_detected(self):
+        answer = self.chat(headers={"x-claude-gateway-hop": "other," + self.service.gateway.instance_id})
+        self.assertEqual((answer.status, answer.error["code"]), (508, "loop_detected"))
+        self.chat(headers={"x-claude-gateway-hop": "other"})
+        self.assertEqual(
+            self.claude.messages[-1].headers["x-claude-gateway-hop"], "other," + self.service.gateway.instance_id
+        )
+
+    def test_too_many_requests_at_once_are_503(self):
+        service = self.start()
+        service.gateway.running = claude_gateway.Running(0)
+        answer = self.chat()
+        self.assertEqual(
+            (answer.status, answer.error["code"], answer.headers["retry-after"]), (503, "gateway_busy", "1")
+        )
+        service.gateway.running = claude_gateway.Running(1)
+        service.gateway.body_budget = claude_gateway.Budget(10)
+        self.assertEqual(self.chat().status, 503)
+
+    def test_every_event_leaves_at_once_and_what_comes_together_leaves_together(self):
+        more = threading.Event()
+        events = events_of(message(text("abcdefghijklmnopqrstuvwxyz")), size=5)
+        self.claude.play(Reply(pieces=[sse(events[:4]), more, sse(events[4:])]))
+        connection = self.connect()
+        body = b'{"model": "sonnet", "stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
+        connection.sendall(good_request(body, head=b"Connection: close\r\n"))
+        received = b""
+        while b"abcde" not in received:
+            received += connection.recv(65_536)
+        more.set()  # only now: the first chunk did not wait for the rest
+        rest = b""
+        while True:
+            piece = connection.recv(65_536)
+            if not piece:
+                break
+            rest += piece
+        self.assertLessEqual(len(re.findall(rb"(?m)^[0-9a-f]+\r$", rest)), 5, "one write for all that came together")
+
+    def test_a_silent_stream_gets_comments_and_a_silent_upstream_ends(self):
+        ours, upstream = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(upstream.close)
+        watch, idle = claude_gateway.Watch(), []
+        watch.idle = lambda: (idle.append(1), upstream.sendall(b"x"))
+        watch.last_sent = time.monotonic() - 60
+        watch.readable(ours)
+        self.assertEqual(idle, [1])
+        self.assertEqual(ours.recv(1), b"x")
+        with self.assertRaises(claude_gateway.UpstreamTimeout):
+            claude_gateway.Watch(patience=0.01).readable(ours)
+
+    def test_a_client_that_leaves_stops_its_call_wherever_it_is(self):
+        never = threading.Event()
+        start = sse(events_of(message(text("Hello there")))[:4])
+        for name, reply, stream in (
+            ("before the first token", Reply(hold=[never]), True),
+            ("plain", Reply(hold=[never]), False),
+            ("amid the stream", Reply(pieces=[start, never]), True),
+        ):
+            for half in (False, True):
+                with self.subTest(name=name, half=half):
+                    self.claude.reset()
+                    self.claude.play(reply)
+                    connection = self.connect()
+                    connection.sendall(
+                        good_request(
+                            json.dumps(
+                                {"model": "sonnet", "stream": stream, "messages": [{"role": "user", "content": "Hi"}]}
+                            ).encode()
+                        )
+                    )
+                    if reply.pieces:
+                        connection.recv(100)
+                    else:
+                        self.wait_for(lambda: self.claude.messages)
+                    connection.shutdown(socket.SHUT_WR) if half else connection.close()
+                    self.assertTrue(self.claude.wait_closed(5))
+
+    def wait_for(self, condition):
+        until = time.monotonic() + 5
+        while not condition() and time.monotonic() < until:
+            time.sleep(0.005)
+
+    def test_headers_cannot_be_injected_by_the_upstream(self):
+        self.claude.play(Reply(body=message(text("Hi")), headers={"request-id": "req_\u00e9\x01" + "x" * 500}))
+        self.assertRegex(self.chat().headers["x-request-id"], r"\Areq_[ -~]{1,196}\Z")
+
+    def test_idle_and_vanishing_clients_leave_nothing_behind(self):
+        self.chat()
+        threads = threading.active_count()
+        idle = [self.connect() for _ in range(100)]
+        idle[0].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
+        self.assertEqual(self.chat().status, 200)
+        for connection in idle:
+            connection.close()
+        self.wait_for(lambda: threading.active_count() <= threads + 2)
+        self.assertLessEqual(threading.active_count(), threads + 2)
+        self.assertEqual(self.service.gateway.running.count, 0)
+
+    def test_no_mutation_of_a_request_gets_a_500_or_no_answer(self):
+        import random
+
+        dice, request = random.Random(5), good_request(head=b"X-A: b\r\nConnection: close\r\n")
+        for _ in range(300):
+            data = bytearray(request)
+            for _ in range(dice.randint(1, 4)):
+                at = dice.randrange(len(data))
+                data[at : at + dice.randint(0, 3)] = dice.choice(
+                    [b"", b"\r\n", b"\0", b":", b" ", b"%", b"\xff", b"0", b"{"]
+                )
+            connection = self.connect()
+            connection.sendall(bytes(data))
+            connection.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while True:
+                    piece = connection.recv(65_536)
+                    if not piece:
+                        break
+                    answer += piece
+            self.assertNotIn(b" 500 ", answer[:20], bytes(data))
+            connection.close()
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+        self.claude.violations.clear()
+
+
+# ==== Upstream ========================================================================================
+
+
+class UpstreamTests(GatewayTestCase):
+    def test_requests_say_who_we_are_and_carry_nothing_of_the_client(self):
+        self.chat(
+            headers={
+                "authorization": "Bearer the-clients-key",
+                "openai-organization": "org",
+                "user-agent": "OpenAI/1",
+                "x-stainless-lang": "python",
+                "cookie": "a=b",
+            }
+        )
+        headers = dict(self.claude.messages[-1].headers)
+        for name in ("host", "content-length", "connection"):
+            headers.pop(name, None)
+        self.assertEqual(
+            headers,
+            {
+                "x-api-key": SECRET,
+                "anthropic-version": "2023-06-01",
+                "content-type": "application/json",
+                "user-agent": "claude-gateway/" + claude_gateway.VERSION,
+                "accept-encoding": "identity",
+                "x-claude-gateway-hop": self.service.gateway.instance_id,
+            },
+        )
+
+    def test_a_connection_is_used_again_and_a_dead_one_is_noticed(self):
+        self.start()
+        self.chat()
+        count = len(self.claude.connections)
+        for _ in range(5):
+            self.chat()
+            self.chat(stream=True)
+        self.assertEqual(len(self.claude.connections), count)
+        for connection in list(self.claude.connections):
+            connection.shutdown(socket.SHUT_RDWR)
+        self.assertEqual(self.chat().status, 200)
+
+    def test_answers_in_every_framing_and_gzip(self):
+        body = sse(events_of(message(text("Hi"))))
+        head = {"content-type": "text/event-stream"}
+        for reply in (
+            Reply(headers=head, body=body),
+            Reply(pieces=[body]),
+            Reply(pieces=[body], chunked=False),
+            Reply(headers=dict(head, **{"content-encoding": "gzip"}), body=gzip.compress(body)),
+            Reply(pieces=[body[at : at + 1] for at in range(len(body))]),
+            Reply(headers={"content-type": None}, body=body),
+        ):
+            self.claude.play(reply)
+            self.assertEqual(self.chat().message["content"], "Hi")
+        self.claude.play(Reply(headers=dict(head, **{"content-encoding": "gzip"}), body=gzip.compress(body)[:-20]))
+        self.assertEqual(self.chat().status, 502)
+
+    def test_a_redirect_is_not_followed(self):
+        self.claude.play(Reply(307, {"location": "http://127.0.0.1:1/elsewhere"}))
+        answer = self.chat()
+        self.assertEqual(answer.status, 502)
+        self.assertIn("redirect", answer.error["message"])
+
+    def test_an_upstream_that_is_not_there_is_502(self):
+        self.start(base_url="http://127.0.0.1:1")
+        answer = self.chat()
+        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl command here")
+    def test_tls_is_verified_and_the_cause_of_a_failure_named(self):
+        with tempfile.TemporaryDirectory() as folder:
+            certificate = os.path.join(folder, "c.pem")
+            subprocess.run(
+                [
+                    "openssl",
+                    "req",
+                    "-x509",
+                    "-newkey",
+                    "rsa:2048",
+                    "-nodes",
+                    "-keyout",
+                    certificate,
+                    "-out",
+                    certificate + ".crt",
+                    "-days",
+                    "2",
+                    "-subj",
+                    "/CN=localhost",
+                    "-addext",
+                    "subjectAltName=IP:127.0.0.1",
+                ],
+                check=True,
+                stderr=subprocess.DEVNULL,
+            )
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate + ".crt", certificate)
+            with FakeClaude() as secure:
+                secure._server.socket = context.wrap_socket(
+                    secure._server.socket, server_side=True, do_handshake_on_connect=False
+                )
+                url = secure.url.replace("http:", "https:")
+                self.start(base_url=url)
+                answer = self.chat()
+                self.assertEqual(answer.status, 502)
+                self.assertIn("its authority is unknown here", answer.error["message"])
+                self.start(base_url=url, ca_file=certificate + ".crt")
+                self.assertEqual([self.chat().status for _ in range(3)], [200] * 3)
+
+    def test_relaxing_x509_clears_one_flag_and_keeps_verification(self):
+        strict, relaxed = claude_gateway.tls_context("", False), claude_gateway.tls_context("", True)
+        flag = getattr(ssl, "VERIFY_X509_STRICT", 0)
+        self.assertEqual(relaxed.verify_flags, strict.verify_flags & ~flag)
+        self.assertEqual((relaxed.verify_mode, relaxed.check_hostname), (ssl.CERT_REQUIRED, True))
+
+    def test_a_proxy_tunnels_https_and_only_it_sees_its_password(self):
+        seen = []
+
+        class Proxy(BaseHTTPRequestHandler):
+            def do_CONNECT(self):
+                seen.append((self.path, self.headers.get("proxy-authorization")))
+                self.send_error(403)
+
+            def log_message(self, *_):
+                pass
+
+        proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+        threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
+        self.addCleanup(proxy.server_close)
+        self.addCleanup(proxy.shutdown)
+        address = "http://someone:pass%%40word@127.0.0.1:%d" % proxy.server_address[1]
+        self.start(base_url="https://api.example.org", https_proxy=address)
+        self.assertEqual(self.chat().status, 502)
+        self.assertEqual(seen[0], ("api.example.org:443", "Basic " + base64.b64encode(b"someone:pass@word").decode()))
+        seen.clear()
+        self.start(https_proxy=address)  # a loopback upstream is never proxied
+        self.assertEqual((self.chat().status, seen), (200, []))
+        self.start(base_url="https://127.0.0.1.example.org", https_proxy=address, no_proxy="example.org")
+        self.chat()
+        self.assertEqual(seen, [])
+
+
 # ==== Responses API ===================================================================================
 
 NAMESPACE = {"type": "namespace", "name": "agents", "description": "Helpers", "tools": [
@@ -2252,7 +4467,8 @@ class ResponsesRequestTests(ResponsesTestCase):
                 {"type": "input_image", "image_url": "data:image/png;base64," + PIXEL, "detail": "high"}]},
         ], tools=[{"type": "function", "name": "f", "parameters": None, "strict": None}])
         self.assertEqual([turn["role"] for turn in request["messages"]], ["user", "assistant", "user"])
-        self.assertEqual([block["type"] for block in request["messages"][1]["content"]], ["text", "tool_use", "tool_use"])
+        self.assertEqual([block["type"] for block in request["messages"][1]["content"]],
+                         ["text", "tool_use", "tool_use"])
         results = request["messages"][2]["content"]
         self.assertEqual([block["tool_use_id"] for block in results], ["a", "b"])
         self.assertEqual([block["type"] for block in results[0]["content"]], ["text", "image"])
@@ -2317,7 +4533,8 @@ class ResponsesRequestTests(ResponsesTestCase):
     def test_a_wrong_item_is_named_by_its_path(self):
         for item, path in (({"type": "function_call", "call_id": 5, "name": "f"}, "input[1].call_id"),
                            ({"type": "function_call", "call_id": "a"}, "input[1].name"),
-                           ({"role": "user", "content": [{"type": "input_text", "text": 5}]}, "input[1].content[0].text"),
+                           ({"role": "user", "content": [{"type": "input_text", "text": 5}]},
+                            "input[1].content[0].text"),
                            ({"role": "nobody", "content": "x"}, "input[1].role"), ("text", "input[1]")):
             with self.subTest(path=path):
                 answer = self.respond([{"role": "user", "content": "Hi"}, item])
@@ -2361,7 +4578,8 @@ class ResponsesReplyTests(ResponsesTestCase):
             with self.subTest(stop_reason=stop_reason):
                 self.claude.play(*[message(text("Half"), stop_reason=stop_reason)] * 2)
                 response = self.respond().json
-                self.assertEqual((response["status"], response["incomplete_details"]), ("incomplete", {"reason": reason}))
+                self.assertEqual((response["status"], response["incomplete_details"]),
+                                 ("incomplete", {"reason": reason}))
                 self.assertEqual(self.respond(stream=True).chunks[-1]["type"], "response.incomplete")
 
     def test_a_refusal_that_explains_itself_is_a_refusal_part(self):
@@ -2373,7 +4591,8 @@ class ResponsesReplyTests(ResponsesTestCase):
     def test_a_failure_amid_the_stream_has_the_code_that_clients_act_on(self):
         for kind, words, code in (("overloaded_error", "Overloaded", "server_is_overloaded"),
                                   ("rate_limit_error", "Slow down", "rate_limit_exceeded"),
-                                  ("invalid_request_error", "Output blocked by content filtering policy", "invalid_prompt"),
+                                  ("invalid_request_error", "Output blocked by content filtering policy",
+                                   "invalid_prompt"),
                                   ("api_error", "Oops", "server_error")):
             with self.subTest(kind=kind):
                 start = sse(events_of(message(text("Hello there")))[:4])
@@ -2383,7 +4602,8 @@ class ResponsesReplyTests(ResponsesTestCase):
                 self.assertEqual(last["response"]["error"]["message"], words)
 
     def test_encrypted_reasoning_goes_out_and_comes_back_as_it_was(self):
-        asked = {"include": ["reasoning.encrypted_content"], "store": False, "tools": [{"type": "function", "name": "f"}]}
+        asked = {"include": ["reasoning.encrypted_content"], "store": False,
+                 "tools": [{"type": "function", "name": "f"}]}
         self.claude.play(message(thinking("", "c2lnbmVk"), tool_use("toolu_1", "f", {})))
         output = self.respond(**asked).json["output"]
         self.assertEqual([item["type"] for item in output], ["reasoning", "function_call"])
@@ -2399,7 +4619,8 @@ class ResponsesReplyTests(ResponsesTestCase):
                 request = self.became([{"role": "user", "content": "Hello"},
                                        {"type": "reasoning", "summary": [], "encrypted_content": content},
                                        {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "More"}])
-                self.assertEqual(request["messages"][1], {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]})
+                self.assertEqual(request["messages"][1],
+                                 {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]})
 
     def test_a_responses_body_at_the_chat_door_is_answered_as_a_chat_completion(self):
         answer = self.ask("POST", "/v1/chat/completions", {"model": "opus", "input": "Hello", "instructions": "Short"})
@@ -2444,7 +4665,8 @@ class ResponsesStateTests(ResponsesTestCase):
         body = {"model": "opus", "input": "Hello"}
         mine = self.ask("POST", "/v1/responses", body, {"authorization": "Bearer first-key"}).json
         continued = dict(body, previous_response_id=mine["id"])
-        self.assertEqual(self.ask("POST", "/v1/responses", continued, {"authorization": "Bearer first-key"}).status, 200)
+        same = self.ask("POST", "/v1/responses", continued, {"authorization": "Bearer first-key"})
+        self.assertEqual(same.status, 200)
         other = self.ask("POST", "/v1/responses", continued, {"authorization": "Bearer second-key"})
         self.assertEqual((other.status, other.error["code"]), (400, "previous_response_not_found"))
 
@@ -2456,7 +4678,8 @@ class ResponsesStateTests(ResponsesTestCase):
         self.assertIsNotNone(stored.get("", "resp_1000"))
 
     def test_input_tokens_are_counted_by_claude(self):
-        answer = self.ask("POST", "/v1/responses/input_tokens", {"model": "opus", "input": "Hello", "instructions": "Hi"})
+        answer = self.ask("POST", "/v1/responses/input_tokens",
+                          {"model": "opus", "input": "Hello", "instructions": "Hi"})
         self.assertEqual(answer.json, {"object": "response.input_tokens", "input_tokens": 11})
         counted = self.claude.requests[-1].body
         self.assertEqual(set(counted), {"model", "messages", "system", "thinking"})
@@ -2518,7 +4741,8 @@ class LegacyCompletionTests(GatewayTestCase):
         self.assertIn("<gap/>", self.claude.messages[-1].body["messages"][0]["content"][0]["text"])
 
     def test_what_cannot_be_is_a_400_that_names_it(self):
-        for fields, param in (({"prompt": None}, "prompt"), ({"prompt": [1, 2]}, "prompt[0]"), ({"prompt": 5}, "prompt"),
+        for fields, param in (({"prompt": None}, "prompt"), ({"prompt": [1, 2]}, "prompt[0]"),
+                              ({"prompt": 5}, "prompt"),
                               ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"logprobs": 3}, "logprobs"),
                               ({"suffix": 3}, "suffix")):
             with self.subTest(fields=fields):
@@ -2565,7 +4789,8 @@ class NativeTests(GatewayTestCase):
     def test_caching_is_added_only_where_the_client_set_no_mark(self):
         self.native()
         self.assertEqual(self.claude.messages[-1].body["cache_control"], {"type": "ephemeral"})
-        marked_turn = {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}
+        marked = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+        marked_turn = {"role": "user", "content": [marked]}
         self.native(messages=[marked_turn])
         self.assertNotIn("cache_control", self.claude.messages[-1].body)
         self.start(no_cache=True)
@@ -2615,11 +4840,6 @@ class NativeTests(GatewayTestCase):
 
 
 # ==== Credentials =====================================================================================
-
-try:
-    import resource
-except ImportError:
-    resource = None                                 # Windows
 
 POSIX_ONLY = unittest.skipUnless(os.name == "posix", "file modes, symlinks and signals of POSIX")
 OLD_ACCESS, OLD_REFRESH = "sk-ant-oat01-old-access", "sk-ant-ort01-old-refresh"
@@ -4325,6 +6545,1727 @@ class ImportTests(CommandTestCase):
             self.skipTest("no such interpreter here")
 
 
+# ==== HTTP server =====================================================================================
+
+CHAT_BODY = b'{"model":"claude-sonnet-5-5","messages":[{"role":"user","content":"Hello"}]}'
+NEXT_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+NO_RETRY = {"x-stainless-retry-count": "1"}             # the client retries by itself, so the gateway does not
+MANY_BRACKETS = b'{"messages":[' + b"[]," * 1_000_000 + b"1]}"
+
+
+def request_bytes(line: str, *headers, body: bytes = b"") -> bytes:
+    """A request as it goes over the wire; headers are strings, or bytes for what no string should hold."""
+    lines = [line.encode("latin-1")] + [head if isinstance(head, bytes) else head.encode("latin-1")
+                                        for head in headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def chat_bytes(*headers, body: bytes = CHAT_BODY, version: str = "1.1") -> bytes:
+    """A chat request with a Content-Length."""
+    return request_bytes("POST /v1/chat/completions HTTP/" + version, "Host: localhost",
+                         "Content-Length: %d" % len(body), *headers, body=body)
+
+
+def chunked_chat_bytes(body: bytes, *headers) -> bytes:
+    """A chat request with Transfer-Encoding: chunked, whose body is framed already."""
+    return request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked",
+                         *headers, body=body)
+
+
+def in_chunks(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces + (b"",))
+
+
+def chunks_in(data: bytes):
+    """The chunks of a chunked body, and the bytes behind it."""
+    chunks = []
+    while True:
+        size, _, data = data.partition(b"\r\n")
+        length = int(size, 16)
+        assert data[length:length + 2] == b"\r\n", data[:200]
+        chunk, data = data[:length], data[length + 2:]
+        if not length:
+            return chunks, data
+        chunks.append(chunk)
+
+
+def answers_in(data: bytes, without_body=()) -> list:
+    """Every answer in what came over a connection; `without_body`: positions of the answers to HEAD."""
+    answers: list = []
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        assert end and head.startswith(b"HTTP/1.1 "), "not an answer: %r" % head[:200]
+        status_line, *lines = head.decode("latin-1").split("\r\n")
+        headers: dict = {}
+        for line in lines:
+            name, _, value = line.partition(": ")
+            assert name not in headers, "the header %s came twice" % name
+            headers[name.lower()] = value
+        status, body = int(status_line.split(" ")[1]), b""
+        if status not in (100, 204) and len(answers) not in without_body:
+            if headers.get("transfer-encoding") == "chunked":
+                chunks, data = chunks_in(data)
+                body = b"".join(chunks)
+            else:
+                length = int(headers.get("content-length", len(data)))
+                assert len(data) >= length, "a body is cut short"
+                body, data = data[:length], data[length:]
+        answers.append(Answer(status, headers, body))
+    return answers
+
+
+def received_until(connection: socket.socket, mark: bytes) -> bytes:
+    """What arrives, up to and including the mark; less if the other side ends the connection."""
+    received = b""
+    while mark not in received:
+        piece = connection.recv(65_536)
+        if not piece:
+            break
+        received += piece
+    return received
+
+
+def eventually(condition, seconds: float = 5) -> bool:
+    """Whether the condition comes true in time; for what announces itself by no event."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+class HttpTestCase(GatewayTestCase):
+    def exchanged(self, data: bytes, without_body=(), ends: bool = False) -> list:
+        """The answers to these bytes; the gateway has to close the connection (`ends`: we stop sending first)."""
+        connection = self.connect()
+        connection.settimeout(5)
+        received, self.was_reset = b"", False
+        try:
+            connection.sendall(data)
+            if ends:
+                connection.shutdown(socket.SHUT_WR)
+        except ConnectionError:
+            self.was_reset = True
+        try:
+            piece = connection.recv(65_536)
+            while piece:
+                received += piece
+                piece = connection.recv(65_536)
+        except ConnectionError:
+            self.was_reset = True
+        self.connection = connection
+        return answers_in(received, without_body)
+
+    def assert_refused(self, data: bytes, *statuses: int) -> Answer:
+        """One answer with one of these statuses in OpenAI's envelope, then the end, whatever else was sent."""
+        answers = self.exchanged(data + NEXT_REQUEST)
+        self.assertEqual(len(answers), 1, [answer.raw for answer in answers])
+        answer = answers[0]
+        self.assertIn(answer.status, statuses)
+        self.assert_envelope(answer)
+        self.assertEqual(answer.headers["connection"], "close")
+        self.assertEqual(self.claude.messages, [])
+        return answer
+
+    def assert_not_reset(self) -> None:
+        """A reset behind an answer would make many a client throw the answer away."""
+        self.assertFalse(self.was_reset or eventually(
+            lambda: self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0.1))
+
+    def assert_envelope(self, answer: Answer) -> None:
+        self.assertEqual(set(answer.json), {"error"})
+        self.assertEqual(set(answer.error), {"message", "type", "param", "code"})
+        self.assertTrue(answer.error["message"])
+        self.assertNotIn("Traceback", answer.raw.decode())
+        self.assertEqual(answer.headers["content-type"], "application/json")
+
+    def held_chat(self, **fields):
+        """A request that waits at Claude: the client's connection, and the event that lets Claude answer."""
+        arrived, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+        reply = Reply(pieces=[sse(events_of(message(text("Hello!"))))], hold=[release])
+        self.claude.play(lambda recorded: arrived.set() or reply)
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=json.dumps(dict(json.loads(CHAT_BODY.decode()), **fields)).encode()))
+        self.assertTrue(arrived.wait(5))
+        return connection, release
+
+
+class RouteTests(HttpTestCase):
+    def test_every_route_answers_with_v1_without_it_and_doubled(self):
+        for path in ("/models", "/v1/models", "/v1/v1/models", "//models", "//v1//models", "/v1/models/", "/models//",
+                     "/v1/models?limit=5", "/v1/models/?beta=true&x=/health", "/v1/models#top"):
+            with self.subTest(path=path):
+                answer = self.exchanged(request_bytes("GET %s HTTP/1.1" % path, "Host: localhost",
+                                                      "Connection: close"))[0]
+                self.assertEqual((answer.status, answer.json["object"]), (200, "list"))
+        for path in ("/chat/completions", "/v1/chat/completions", "/v1/v1/chat/completions", "//v1/chat//completions",
+                     "/v1/chat/completions/", "/v1/chat/completions/chat/completions",
+                     "/chat/completions?api-version=1"):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask("POST", path, CHAT_BODY).json["object"], "chat.completion")
+
+    def test_every_get_route_answers(self):
+        for path, mark in (("/health", b'"status":"ok"'), ("/v1", b'"version"'), ("/", b'"version"'),
+                           ("/v1/", b'"version"'), ("/metrics", b"# HELP"), ("/v1/metrics", b"# HELP"),
+                           ("/v1/health", b'"status":"ok"'), ("/v1/models/claude-opus-5-5", b'"id":"claude-opus-5-5"')):
+            with self.subTest(path=path):
+                answer = self.ask("GET", path)
+                self.assertEqual(answer.status, 200)
+                self.assertIn(mark, answer.raw)
+
+    def test_a_model_is_found_by_its_percent_encoded_name(self):
+        answer = self.ask("GET", "/v1/models/anthropic%2Fclaude-opus-5-5")
+        self.assertEqual((answer.status, answer.json["object"]), (200, "model"))
+
+    def test_head_answers_like_get_without_the_body(self):
+        for path in ("/health", "/v1/models", "/v1", "/metrics", "/v1/models/claude-opus-5-5", "/nowhere",
+                     "/v1/responses/resp_unknown"):
+            with self.subTest(path=path):
+                head, get, after = self.exchanged(b"".join(
+                    [request_bytes("HEAD %s HTTP/1.1" % path, "Host: localhost"),
+                     request_bytes("GET %s HTTP/1.1" % path, "Host: localhost"), NEXT_REQUEST]), without_body=(0,))
+                self.assertEqual((head.status, head.headers["content-type"]), (get.status, get.headers["content-type"]))
+                if path not in ("/v1", "/metrics", "/nowhere"):     # those tell of the method, or count requests
+                    self.assertEqual(head.headers["content-length"], get.headers["content-length"])
+                self.assertEqual(after.status, 200)
+
+    def test_unknown_paths_are_404_in_the_envelope(self):
+        for path in ("/nowhere", "/api/tags", "/v1/chat", "/v2/models", "/v1x/models", "/favicon.ico", "/../etc/passwd",
+                     "/v1/models/", "/%00", "/v1/chat/completions/x"):
+            with self.subTest(path=path):
+                answer = self.ask("GET", path)
+                if path == "/v1/models/":
+                    self.assertEqual(answer.status, 200)
+                    continue
+                self.assertEqual((answer.status, answer.error["code"]), (404, "unknown_url"))
+                self.assert_envelope(answer)
+
+    def test_a_wrong_method_is_405_with_allow(self):
+        for method, path, allowed in (
+                ("GET", "/v1/chat/completions", "POST, OPTIONS"), ("PUT", "/v1/responses", "POST, OPTIONS"),
+                ("HEAD", "/v1/messages", "POST, OPTIONS"), ("POST", "/v1/models", "GET, HEAD, OPTIONS"),
+                ("DELETE", "/health", "GET, HEAD, OPTIONS"), ("BREW", "/health", "GET, HEAD, OPTIONS"),
+                ("PATCH", "/v1/responses/resp_1", "GET, DELETE, HEAD, OPTIONS"), ("TRACE", "/", "GET, HEAD, OPTIONS"),
+                ("GET", "/v1/responses/input_tokens", "POST, OPTIONS")):
+            with self.subTest(method=method, path=path):
+                answer = self.ask(method, path)
+                self.assertEqual((answer.status, answer.headers["allow"]), (405, allowed))
+                if method != "HEAD":
+                    self.assert_envelope(answer)
+
+    def test_a_websocket_upgrade_is_426(self):
+        for path in ("/v1/responses", "/v1/realtime", "/"):
+            with self.subTest(path=path):
+                answer = self.ask("GET", path, headers={"Upgrade": "websocket", "Connection": "Upgrade",
+                                                        "Sec-WebSocket-Key": "eA==", "Sec-WebSocket-Version": "13"})
+                self.assertEqual((answer.status, answer.headers["upgrade"]), (426, "HTTP/1.1"))
+                self.assert_envelope(answer)
+
+    def test_options_is_answered_on_every_path_and_on_the_star(self):
+        for target in ("/v1/chat/completions", "/nowhere", "*"):
+            with self.subTest(target=target):
+                answer, = self.exchanged(request_bytes("OPTIONS %s HTTP/1.1" % target, "Host: localhost",
+                                                       "Connection: close"))
+                self.assertEqual((answer.status, answer.raw), (204, b""))
+                self.assertEqual(answer.headers["allow"], "GET, POST, DELETE, HEAD, OPTIONS")
+                self.assertNotIn("content-length", answer.headers)
+
+    def test_an_absolute_target_is_taken_like_its_path(self):
+        for target in ("http://localhost:45554/health", "HTTP://127.0.0.1/v1/health?x=1", "http://localhost"):
+            with self.subTest(target=target):
+                answer, = self.exchanged(request_bytes("GET %s HTTP/1.1" % target, "Host: localhost",
+                                                       "Connection: close"))
+                self.assertEqual(answer.status, 200, answer.raw)
+
+    def test_the_authority_of_an_absolute_target_wins_over_host(self):
+        answer, = self.exchanged(request_bytes("GET http://evil.example/health HTTP/1.1", "Host: localhost",
+                                               "Connection: close"))
+        self.assertEqual((answer.status, answer.error["code"]), (403, "host_not_allowed"))
+        answer, = self.exchanged(request_bytes("GET http://localhost/health HTTP/1.1", "Host: evil.example",
+                                               "Connection: close"))
+        self.assertEqual(answer.status, 200)
+
+    def test_odd_targets_are_refused_and_never_a_defect(self):
+        for target in ("http://[::1/health", "//[::1/health", "//[/v1/models", "http://user@localhost/health",
+                       "http:///health", "http://localhost:port/health", "http://127.0.0.1\\@localhost/health",
+                       "http://", "ftp://localhost\\/health", "//]/", "/v1/models/%ff%fe", "/v1/models/%0d%0aX-Evil:1",
+                       "/" + "%5b" * 1000, "/v1/responses/[", "/v1/models/" + "a" * 20_000, "/" + "/v1" * 5_000):
+            with self.subTest(target=target[:60]):
+                answer, = self.exchanged(request_bytes("GET %s HTTP/1.1" % target, "Host: localhost",
+                                                       "Connection: close"))
+                self.assertIn(answer.status, (200, 400, 403, 404))
+                self.assertNotIn("x-evil", answer.headers)
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+
+
+class FramingTests(HttpTestCase):
+    """Every one of these is followed by a request that must not be answered, or smuggling would work."""
+
+    def test_a_request_whose_length_is_in_doubt_is_refused(self):
+        for headers, statuses in (
+                (["Content-Length: 5", "Transfer-Encoding: chunked"], [400]),
+                (["Transfer-Encoding: chunked", "Content-Length: 5"], [400]),
+                (["Content-Length: 5", "Content-Length: 5"], [400]),
+                (["Content-Length: 5", "Content-Length: 6"], [400]),
+                (["Content-Length: 5, 5"], [400]), (["Content-Length: +5"], [400]), (["Content-Length: -1"], [400]),
+                (["Content-Length: 1_0"], [400]), (["Content-Length: 0x5"], [400]), (["Content-Length:"], [400]),
+                (["Content-Length: 5 5"], [400]), (["Content-Length: 5.0"], [400]), ([b"Content-Length: \xb2"], [400]),
+                (["Content-Length: 5\x0b"], [400]), (["Content-Length : 5"], [400]), (["Content-Length: five"], [400]),
+                (["Content-Length: " + "9" * 30], [400, 413]),
+                (["Transfer-Encoding: gzip"], [400, 501]), (["Transfer-Encoding: identity"], [400, 501]),
+                (["Transfer-Encoding: chunked, gzip"], [400, 501]), (["Transfer-Encoding: gzip, chunked"], [400, 501]),
+                (["Transfer-Encoding: chunked, chunked"], [400, 501]), (["Transfer-Encoding: xchunked"], [400, 501]),
+                (["Transfer-Encoding:"], [400, 501]), (["Transfer-Encoding: \x0bchunked"], [400]),
+                (["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], [400]),
+                (["Transfer-Encoding : chunked"], [400])):
+            for line in ("POST /v1/chat/completions HTTP/1.1", "GET /health HTTP/1.1", "OPTIONS / HTTP/1.1"):
+                with self.subTest(line=line, headers=headers):
+                    self.assert_refused(request_bytes(line, "Host: localhost", *headers, body=b"0\r\n\r\n"), *statuses)
+
+    def test_chunked_bodies_are_not_for_http_1_0(self):
+        self.assert_refused(request_bytes("POST /v1/chat/completions HTTP/1.0", "Transfer-Encoding: chunked",
+                                          "Connection: keep-alive", body=in_chunks(CHAT_BODY)), 400)
+
+    def test_malformed_headers_are_refused(self):
+        for name, header in (
+                ("blank before the colon", "X-Test : 1"), ("no colon", "X-Test"), ("no name", ": 1"),
+                ("folded", "X-Test: 1\r\n folded"), ("folded with a tab", "X-Test: 1\r\n\tfolded"),
+                ("bare CR", "X-Test: 1\rX-Evil: 2"), ("CR at the end", "X-Test: 1\r"), ("NUL", "X-Test: a\0b"),
+                ("NUL in the name", "X-T\0est: 1"), ("blank in the name", "X Test: 1"), ("DEL", "X-Test: \x7f"),
+                ("escape", "X-Test: \x1b[2J"), ("name beyond ASCII", b"X-T\xe9st: 1"), ("bracket", "X-[Test]: 1")):
+            with self.subTest(name):
+                self.assert_refused(request_bytes("GET /health HTTP/1.1", "Host: localhost", header), 400)
+
+    def test_a_blank_before_the_first_header_is_refused(self):
+        self.assert_refused(request_bytes("GET /health HTTP/1.1", " Host: localhost"), 400)
+
+    def test_http_1_1_needs_one_well_formed_host(self):
+        for headers in ([], ["Host: localhost", "Host: localhost"], ["Host: localhost", "Host: evil.example"],
+                        ["Host:"], ["Host: a b"], ["Host: localhost/x"], ["Host: u@localhost"], ["Host: localhost:x"],
+                        ["Host: localhost:1:2"], ["Host: [::1"], ["Host: localhost, evil.example"],
+                        ["Host: local\\host"], [b"Host: l\xf6calhost"], ["Host: localhost#"], ["Host: local%68ost"]):
+            with self.subTest(headers=headers):
+                answers = self.exchanged(request_bytes("GET /health HTTP/1.1", "Connection: close", *headers))
+                self.assertEqual([answer.status for answer in answers], [400])
+                self.assert_envelope(answers[0])
+
+    def test_headers_that_decide_about_access_must_not_come_twice(self):
+        for name in ("Authorization", "X-Api-Key", "Api-Key", "Origin", "Expect", "Content-Type", "Content-Encoding"):
+            with self.subTest(name):
+                self.assert_refused(request_bytes("GET /health HTTP/1.1", "Host: localhost", name + ": a",
+                                                  name + ": b"), 400)
+
+    def test_request_lines_that_are_not_http_1_are_refused(self):
+        for line in ("GET  /health HTTP/1.1", "GET /health  HTTP/1.1", "GET\t/health\tHTTP/1.1",
+                     " GET /health HTTP/1.1",
+                     "GET /health HTTP/1.1 ", "GET /he alth HTTP/1.1", "GET /health http/1.1", "GET /health HTTP/1.10",
+                     "GET /health HTTP/1.2", "GET /health HTTP/3.0", "GET /health HTTP/1", "GET /health XTTP/1.1",
+                     "/health HTTP/1.1", "GET /h\0 HTTP/1.1", "GET /h\xe9 HTTP/1.1", "GET /h\r HTTP/1.1",
+                     "G\0T /health HTTP/1.1", "G(T /health HTTP/1.1", "GET health HTTP/1.1", "GET * HTTP/1.1",
+                     "GET ?x HTTP/1.1", "CONNECT api.example:443 HTTP/1.1", "GET localhost/health HTTP/1.1",
+                     "\x16\x03\x01\x02"):
+            with self.subTest(line=line):
+                answers = self.exchanged(request_bytes(line, "Host: localhost", "Connection: close"))
+                self.assertEqual(len(answers), 1)
+                self.assertIn(answers[0].status, (400, 505))
+                self.assert_envelope(answers[0])
+
+    def test_the_http_2_preface_is_refused(self):
+        self.assert_refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", 400, 505)
+
+    def test_http_0_9_is_refused_at_once(self):
+        # such a client sends no blank line and waits, so waiting for one would keep it until the timeout
+        answers = self.exchanged(b"GET /health\r\n")
+        self.assertEqual(len(answers), 1)
+        self.assertIn(answers[0].status, (400, 505))
+
+    def test_heads_beyond_the_bounds_are_431_and_the_client_sees_it(self):
+        for name, data in (
+                ("long target", request_bytes("GET /%s HTTP/1.1" % ("a" * 70_000), "Host: localhost")),
+                ("long header", request_bytes("GET /health HTTP/1.1", "Host: localhost", "X-Test: " + "a" * 70_000)),
+                ("many headers", request_bytes("GET /health HTTP/1.1", "Host: localhost", *["X-Test: 1"] * 200)),
+                ("a megabyte in one line", request_bytes("GET /health HTTP/1.1", "Host: localhost",
+                                                         "X-Test: " + "a" * 1_000_000)),
+                ("a megabyte in lines", request_bytes("GET /health HTTP/1.1", "Host: localhost",
+                                                      *["X-Test: %s" % ("a" * 900)] * 1_100)),
+                ("no line end at all", b"a" * 200_000)):
+            with self.subTest(name):
+                self.assert_refused(data, 400, 414, 431)
+                if name == "a megabyte in one line":
+                    self.assert_not_reset()
+
+    def test_a_head_of_ordinary_size_is_taken(self):
+        answer, = self.exchanged(request_bytes("GET /health HTTP/1.1", "Host: localhost", "Connection: close",
+                                               "Cookie: " + "a" * 30_000, *["X-Test-%d: 1" % n for n in range(80)]))
+        self.assertEqual(answer.status, 200)
+
+    def test_a_refused_head_with_a_big_body_behind_it_is_answered_without_a_reset(self):
+        answers = self.exchanged(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost",
+                                               "Content-Length: 2000000", "Content-Length: 2000000",
+                                               body=b"a" * 2_000_000))
+        self.assertEqual([answer.status for answer in answers], [400])
+        self.assert_not_reset()
+
+    def test_bad_chunks_are_refused(self):
+        for name, body in (
+                ("negative", b"-5\r\nhello\r\n0\r\n\r\n"), ("plus", b"+5\r\nhello\r\n0\r\n\r\n"),
+                ("prefix", b"0x5\r\nhello\r\n0\r\n\r\n"), ("underscore", b"1_0\r\nhello\r\n0\r\n\r\n"),
+                ("no digits", b"\r\nhello\r\n0\r\n\r\n"), ("letters", b"zz\r\nhello\r\n0\r\n\r\n"),
+                ("two sizes", b"5 5\r\nhello\r\n0\r\n\r\n"), ("blank first", b" 5\r\nhello\r\n0\r\n\r\n"),
+                ("bare LF", b"5\nhello\r\n0\r\n\r\n"), ("too long", b"5\r\nhello!\r\n0\r\n\r\n"),
+                ("too short", b"5\r\nhell\r\n0\r\n\r\n"), ("nine digits", b"000000005\r\nhello\r\n0\r\n\r\n"),
+                ("only an extension", b";x\r\nhello\r\n0\r\n\r\n"), ("NUL", b"5\0\r\nhello\r\n0\r\n\r\n"),
+                ("endless extension", b"5;" + b"x" * 5_000 + b"\r\nhello\r\n0\r\n\r\n"),
+                ("endless trailers", b"0\r\n" + b"X-Test: 1\r\n" * 1_000 + b"\r\n"),
+                ("endless trailer", b"0\r\nX-Test: " + b"a" * 5_000 + b"\r\n\r\n"),
+                ("bare CR in an extension", b"5;a\rb\r\nhello\r\n0\r\n\r\n")):
+            with self.subTest(name):
+                self.assert_refused(chunked_chat_bytes(body), 400)
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        self.claude.play(message(text("one")), message(text("two")))
+        answers = self.exchanged(b"".join([
+            chat_bytes(), b"\r\n\r\n", request_bytes("GET /nowhere HTTP/1.1", "Host: localhost"),
+            chunked_chat_bytes(in_chunks(CHAT_BODY)), request_bytes("GET /health HTTP/1.1", "Host: localhost"),
+            request_bytes("POST /v1/models HTTP/1.1", "Host: localhost", "Content-Length: 4", body=b"GET "),
+            NEXT_REQUEST]))
+        self.assertEqual([answer.status for answer in answers], [200, 404, 200, 200, 405, 200])
+        self.assertEqual([answers[at].message["content"] for at in (0, 2)], ["one", "two"])
+
+    def test_a_stream_is_followed_by_the_next_answer_on_the_same_connection(self):
+        body = CHAT_BODY[:-1] + b',"stream":true}'
+        answers = self.exchanged(chat_bytes(body=body) + NEXT_REQUEST)
+        self.assertEqual([answer.status for answer in answers], [200, 200])
+        self.assertEqual(answers[0].events[-1], "[DONE]")
+
+    def test_a_small_body_of_an_early_refusal_is_not_taken_for_a_request(self):
+        smuggled = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        answers = self.exchanged(request_bytes("POST /nowhere HTTP/1.1", "Host: localhost",
+                                               "Content-Length: %d" % len(smuggled), body=smuggled) + NEXT_REQUEST)
+        self.assertEqual([answer.status for answer in answers], [404, 200])
+
+    def test_a_big_or_unframed_body_of_an_early_refusal_ends_the_connection(self):
+        big = b"a" * 3_000_000
+        self.assert_refused(request_bytes("POST /nowhere HTTP/1.1", "Host: localhost",
+                                          "Content-Length: %d" % len(big), body=big), 404)
+        self.assert_not_reset()
+        self.assert_refused(request_bytes("POST /nowhere HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked",
+                                          body=in_chunks(b"hello")), 404)
+
+    def test_a_get_with_a_body_is_answered_once(self):
+        answers = self.exchanged(request_bytes("GET /health HTTP/1.1", "Host: localhost", "Content-Length: 18",
+                                               body=b"GET / HTTP/1.1\r\n\r\n") + NEXT_REQUEST)
+        self.assertEqual([answer.status for answer in answers], [200, 200])
+
+    def test_a_client_that_stops_in_the_middle_is_let_go(self):
+        for name, data in (("head", b"GET /health HTT"), ("headers", b"GET /health HTTP/1.1\r\nHost: local"),
+                           ("body", chat_bytes()[:-5]), ("chunk", chunked_chat_bytes(b"ff\r\nhello")),
+                           ("chunk size", chunked_chat_bytes(b"f")), ("trailers", chunked_chat_bytes(b"0\r\nX: 1\r\n")),
+                           ("nothing", b"")):
+            with self.subTest(name):
+                answers = self.exchanged(data, ends=True)
+                self.assertLessEqual(len(answers), 1)
+                self.assertEqual([answer.status for answer in answers if not 400 <= answer.status < 500], [])
+        self.assertEqual(self.claude.messages, [])
+
+    def test_http_1_0_needs_no_host_and_closes(self):
+        answer, = self.exchanged(b"GET /health HTTP/1.0\r\n\r\n")
+        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
+    def test_http_1_0_may_ask_for_keep_alive(self):
+        answers = self.exchanged(b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + NEXT_REQUEST)
+        self.assertEqual([answer.headers["connection"] for answer in answers], ["keep-alive", "close"])
+
+    def test_line_feeds_alone_end_lines_too(self):
+        answer, = self.exchanged(b"\n\nGET /health HTTP/1.1\nHost: localhost\nConnection: close\n\n")
+        self.assertEqual(answer.status, 200)
+
+    def test_every_answer_has_a_date_and_a_request_id(self):
+        answers = self.exchanged(request_bytes("GET /nowhere HTTP/1.1", "Host: localhost") + chat_bytes() +
+                                 request_bytes("GARBAGE"))
+        for answer in answers:
+            with self.subTest(status=answer.status):
+                self.assertRegex(answer.headers["date"], r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\Z")
+                self.assertTrue(answer.headers["x-request-id"])
+                self.assertNotIn("Python", answer.headers["server"])
+        self.assertRegex(answers[1].headers["x-request-id"], r"\Areq_fake_\d+\Z")     # Claude's own
+
+    def test_random_damage_never_brings_a_second_answer_a_500_or_a_dead_server(self):
+        # a good request with 1 to 4 random changes, 300 times; always the same ones
+        good = [chat_bytes("X-Test: 1"), chunked_chat_bytes(in_chunks(CHAT_BODY[:9], CHAT_BODY[9:])),
+                chat_bytes("Content-Encoding: gzip", body=gzip.compress(CHAT_BODY, mtime=0)),
+                request_bytes("GET /v1/models HTTP/1.1", "Host: localhost")]
+        rolled = [0]
+
+        def dice(sides: int) -> int:
+            rolled[0] += 1
+            return int.from_bytes(hashlib.sha256(b"seed %d" % rolled[0]).digest()[:4], "big") % sides
+
+        spice = [b"\r", b"\n", b"\0", b" ", b":", b"\r\n", b"\xff", b"\r\n\r\n", b"0", b"-1", b"chunked", b"[", b'"',
+                 b"HTTP/1.1", b"\r\n ", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"\\ud800",
+                 b"1e999"]
+        for number in range(300):
+            data = good[number % len(good)]
+            for _ in range(1 + dice(4)):
+                place, kind_of_damage = dice(len(data)), dice(4)
+                if kind_of_damage == 0:
+                    data = data[:place] + spice[dice(len(spice))] + data[place:]
+                elif kind_of_damage == 1:
+                    data = data[:place] + data[place + 1 + dice(8):]
+                elif kind_of_damage == 2:
+                    data = data[:place] + bytes([dice(256)]) + data[place + 1:]
+                else:
+                    other = dice(len(data))
+                    data = data[:place] + data[other:other + 20] + data[place:]
+            with self.subTest(number=number, data=data):
+                answers = [answer for answer in self.exchanged(data, ends=True) if answer.status != 100]
+                self.assertLessEqual(len(answers), 2)   # two only where the damage made two requests of one
+                for answer in answers:
+                    self.assertIn(answer.status, (200, 204, 400, 403, 404, 405, 408, 413, 415, 426, 431, 501, 505))
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+        self.claude.violations.clear()                  # damaged JSON that is still JSON: judged by other tests
+
+
+class BodyTests(HttpTestCase):
+    def test_chunked_bodies_are_put_together(self):
+        for name, body in (
+                ("one chunk", in_chunks(CHAT_BODY)), ("single bytes", in_chunks(*(CHAT_BODY[at:at + 1]
+                                                                                for at in range(len(CHAT_BODY))))),
+                ("extension", b"%X;name=\"value\";x\r\n%s\r\n0;last\r\n\r\n" % (len(CHAT_BODY), CHAT_BODY)),
+                ("trailers", in_chunks(CHAT_BODY)[:-2] + b"X-Check: 1\r\nX-Sum: 2\r\n\r\n"),
+                ("leading zeros", b"0000%x \r\n%s\r\n000\r\n\r\n" % (len(CHAT_BODY), CHAT_BODY))):
+            with self.subTest(name):
+                answers = self.exchanged(chunked_chat_bytes(body) + NEXT_REQUEST)
+                self.assertEqual([answer.status for answer in answers], [200, 200], answers[0].raw)
+
+    def test_compressed_bodies_are_unpacked(self):
+        raw_deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+        for coding, body in (("gzip", gzip.compress(CHAT_BODY)), ("GZIP", gzip.compress(CHAT_BODY)),
+                             ("x-gzip", gzip.compress(CHAT_BODY)), ("deflate", zlib.compress(CHAT_BODY)),
+                             ("deflate", raw_deflate.compress(CHAT_BODY) + raw_deflate.flush()),
+                             ("identity", CHAT_BODY)):
+            with self.subTest(coding):
+                self.assertEqual(self.ask("POST", "/v1/chat/completions", body, {"content-encoding": coding}).status,
+                                 200)
+        answer, = self.exchanged(chunked_chat_bytes(in_chunks(gzip.compress(CHAT_BODY)), "Content-Encoding: gzip",
+                                                    "Connection: close"))
+        self.assertEqual(answer.status, 200)
+
+    def test_unknown_codings_are_415(self):
+        for coding in ("br", "compress", "gzip, gzip", "aes128gcm", "gzip;q=1", "\xe9") + (
+                ("zstd",) if sys.version_info < (3, 14) else ()):
+            with self.subTest(coding):
+                answer = self.ask("POST", "/v1/chat/completions", b"\x28\xb5\x2f\xfd", {"content-encoding": coding})
+                self.assertEqual(answer.status, 415)
+                self.assert_envelope(answer)
+                self.assertIn("enable_request_compression = false", answer.error["message"])
+
+    def test_damaged_compression_is_400(self):
+        packed = gzip.compress(CHAT_BODY)
+        for name, body in (("cut", packed[:-9]), ("wrong sum", packed[:-8] + bytes(8)), ("plain", CHAT_BODY),
+                           ("empty", b" "), ("junk", b"\x1f\x8b\x08" + b"junk" * 9)):
+            with self.subTest(name):
+                answer = self.ask("POST", "/v1/chat/completions", body, {"content-encoding": "gzip"})
+                self.assertEqual(answer.status, 400)
+                self.assert_envelope(answer)
+
+    def test_a_bomb_is_413(self):
+        for coding, bomb in (("gzip", gzip.compress(bytes(41_000_000), 1)), ("deflate", zlib.compress(
+                bytes(41_000_000), 1))):
+            with self.subTest(coding):
+                answer = self.ask("POST", "/v1/chat/completions", bomb, {"content-encoding": coding})
+                self.assertEqual((answer.status, answer.error["code"]), (413, "request_too_large"))
+                self.assertIn("40 MB", answer.error["message"])
+
+    def test_a_body_beyond_40_mb_is_413_before_it_is_read(self):
+        self.assert_refused(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost",
+                                          "Content-Length: 40000001"), 413)
+        self.assert_refused(chunked_chat_bytes(b"2625A01\r\n"), 413)
+        self.assert_refused(chunked_chat_bytes(b"1\r\n{\r\n2625A00\r\n"), 413)
+
+    def test_what_would_be_more_than_32_mb_for_claude_is_413(self):
+        body = CHAT_BODY.replace(b"Hello", b"a" * 33_000_000)
+        answer = self.ask("POST", "/v1/chat/completions", gzip.compress(body, 1), {"content-encoding": "gzip"})
+        self.assertEqual((answer.status, answer.error["code"]), (413, "request_too_large"))
+        self.assertIn("32 MB", answer.error["message"])
+        self.assertEqual(self.claude.messages, [])
+
+    def test_expect_is_answered_with_continue_before_the_body(self):
+        connection = self.connect()
+        head, _, body = chat_bytes("Expect: 100-Continue", "Connection: close").partition(b"\r\n\r\n")
+        connection.sendall(head + b"\r\n\r\n")
+        self.assertEqual(received_until(connection, b"\r\n\r\n"), b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.sendall(body)
+        self.assertEqual(answers_in(received_until(connection, b"never"))[0].status, 200)
+
+    def test_a_refusal_comes_instead_of_continue(self):
+        for line, headers, status in (
+                ("POST /nowhere HTTP/1.1", ["Content-Length: 50"], 404),
+                ("POST /v1/models HTTP/1.1", ["Content-Length: 50"], 405),
+                ("POST /v1/chat/completions HTTP/1.1", ["Content-Length: 50000000"], 413),
+                ("POST /v1/chat/completions HTTP/1.1", ["Content-Length: 50", "Origin: http://evil.example"], 403)):
+            with self.subTest(status=status):
+                self.assert_refused(request_bytes(line, "Host: localhost", "Expect: 100-continue", *headers), status)
+
+    def test_http_1_0_gets_no_continue(self):
+        answer, = self.exchanged(chat_bytes("Expect: 100-continue", version="1.0"))
+        self.assertEqual(answer.status, 200)
+
+    def test_bodies_in_flight_share_a_budget(self):
+        service = self.start()
+        service.gateway.body_budget = claude_gateway.Budget(1_000)
+        answer = self.chat("a" * 2_000)
+        self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
+        self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
+        for _ in range(3):                              # what was taken is given back, just after the answer
+            self.assertTrue(eventually(lambda: self.chat("a" * 600).status == 200))
+
+    def test_an_unpacked_body_counts_against_the_budget_with_its_real_size(self):
+        service = self.start()
+        service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+        body = CHAT_BODY.replace(b"Hello", b"a" * 2_000_000)
+        answer = self.ask("POST", "/v1/chat/completions", gzip.compress(body), {"content-encoding": "gzip"})
+        self.assertEqual(answer.status, 503)
+
+    def test_a_small_chunked_body_takes_no_more_of_the_budget_than_it_needs_while_claude_thinks(self):
+        service = self.start()
+        service.gateway.body_budget = claude_gateway.Budget(5_000_000)
+        arrived, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+        reply = Reply(pieces=[sse(events_of(message(text("late"))))], hold=[release])
+        self.claude.play(lambda recorded: arrived.set() or reply)
+        first = self.connect()
+        first.sendall(chunked_chat_bytes(in_chunks(CHAT_BODY), "Connection: close"))
+        self.assertTrue(arrived.wait(5))
+        answer, = self.exchanged(chunked_chat_bytes(in_chunks(CHAT_BODY), "Connection: close"))
+        self.assertEqual(answer.status, 200, answer.raw)
+        release.set()
+        self.assertEqual(answers_in(received_until(first, b"never"))[0].status, 200)
+
+    def test_a_body_may_come_in_many_pieces(self):
+        connection = self.connect()
+        for byte in chat_bytes("Connection: close"):
+            connection.sendall(bytes([byte]))
+        self.assertEqual(answers_in(received_until(connection, b"never"))[0].status, 200)
+
+
+class JsonDoorTests(HttpTestCase):
+    def ask_chat(self, body: bytes) -> Answer:
+        return self.ask("POST", "/v1/chat/completions", body)
+
+    def with_number(self, number: bytes) -> Answer:
+        return self.ask_chat(CHAT_BODY[:-1] + b',"seed":' + number + b"}")
+
+    def test_what_is_not_a_json_object_in_utf_8_is_refused(self):
+        for name, body, words in (
+                ("empty", b"", "JSON"), ("cut", b'{"model":', "JSON"), ("list", b"[]", "not a JSON object"),
+                ("string", b'"hello"', "not a JSON object"), ("null", b"null", "not a JSON object"),
+                ("number", b"5", "not a JSON object"), ("two objects", b"{}{}", "JSON"), ("form", b"a=b", "JSON"),
+                ("Latin-1", CHAT_BODY.replace(b"Hello", b"Gr\xfc\xdfe"), "not UTF-8 (byte"),
+                ("UTF-16", CHAT_BODY.decode().encode("utf-16"), "not UTF-8"),
+                ("UTF-16 without mark", CHAT_BODY.decode().encode("utf-16-le"), "JSON"),
+                ("encoded surrogate", CHAT_BODY.replace(b"Hello", b"\xed\xa0\x80"), "not UTF-8"),
+                ("overlong", CHAT_BODY.replace(b"Hello", b"\xc0\xaf"), "not UTF-8"),
+                ("NUL", CHAT_BODY + b"\0", "JSON"), ("raw line end", CHAT_BODY.replace(b"Hello", b"a\nb"), "JSON"),
+                ("comment", b"{/* */}", "JSON"), ("single quotes", b"{'model':'x'}", "JSON")):
+            with self.subTest(name):
+                answer = self.ask_chat(body)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
+                self.assertIn(words, answer.error["message"])
+                self.assert_envelope(answer)
+
+    def test_numbers_that_json_does_not_know_are_refused(self):
+        for number in (b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"1" * 401, b"-" + b"9" * 100_000,
+                       b"01", b"+1", b".5", b"0x10", b"1_000"):
+            with self.subTest(number=number[:20]):
+                answer = self.with_number(number)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
+
+    def test_numbers_too_large_for_a_float_are_no_defect(self):
+        for name in ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed",
+                     "presence_penalty", "frequency_penalty", "top_logprobs", "thinking_budget", "logit_bias"):
+            for sign in (b"", b"-"):
+                with self.subTest(name=name, sign=sign):
+                    answer = self.ask_chat(CHAT_BODY[:-1] + b',"%s":%s1%s}' % (name.encode(), sign, b"0" * 350))
+                    self.assertIn(answer.status, (200, 400))
+
+    def test_a_byte_order_mark_is_skipped(self):
+        self.assertEqual(self.ask_chat(b"\xef\xbb\xbf" + CHAT_BODY).status, 200)
+
+    def test_of_duplicate_keys_the_last_wins(self):
+        self.assertEqual(self.ask_chat(b'{"messages":[],"model":"nothing",' + CHAT_BODY[1:]).status, 200)
+        self.assertEqual(self.claude.messages[-1].body["model"], "claude-sonnet-5-5")
+
+    def test_deep_nesting_and_masses_of_brackets_are_refused_before_parsing(self):
+        for name, body, words in (
+                ("100,000 lists", b"[" * 100_000, "nested"), ("closed", b"[" * 100_000 + b"]" * 100_000, "nested"),
+                ("objects", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested"),
+                ("201 inside", CHAT_BODY[:-1] + b',"metadata":{"a":' + b"[" * 200 + b"]" * 200 + b"}}", "nested"),
+                ("hidden behind quotes", b'{"a\\"[[":"\\\\","b":' + b"[" * 300 + b"]" * 300 + b"}", "nested"),
+                ("a million flat ones", MANY_BRACKETS, "1000000 brackets"),
+                ("nothing but brackets", b"[" * 5_000_000, "brackets")):
+            with self.subTest(name):
+                answer = self.ask_chat(body)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
+                self.assertIn(words, answer.error["message"])
+
+    def test_nesting_within_reason_and_brackets_in_strings_are_no_matter(self):
+        for name, content in (("brackets", "[" * 5_000), ("escaped quotes", '\\"[{' * 1_000), ("braces", "{" * 5_000),
+                              ("backslashes", "\\" * 999 + '"' + "[" * 300)):
+            with self.subTest(name):
+                request = self.sent(content=content)
+                self.assertEqual(bare(request["messages"][0]["content"]), [{"type": "text", "text": content}])
+        schema: dict = {"type": "string"}
+        for _ in range(60):
+            schema = {"type": "object", "properties": {"a": schema}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+        self.assertEqual(self.sent(tools=tools)["tools"][0]["input_schema"], schema)
+
+    def test_lone_surrogates_are_replaced_and_reported(self):
+        answer = self.ask_chat(CHAT_BODY.replace(b"Hello", b"a\\ud800b\\uDFFFc\\ud83d\\ude00\\udc00\\ud800"))
+        self.assertEqual(answer.status, 200, answer.raw)
+        self.assertEqual(bare(self.claude.messages[-1].body["messages"][0]["content"]),
+                         [{"type": "text", "text": "a\ufffdb\ufffdc\U0001f600\ufffd\ufffd"}])
+        self.assertIn("lone_surrogates", answer.headers["x-claude-gateway-changes"])
+
+    def test_lone_surrogates_in_names_and_tool_schemas_are_replaced_too(self):
+        body = CHAT_BODY[:-1] + (b',"tools":[{"type":"function","function":{"name":"f","description":"\\ud800",'
+                                 b'"parameters":{"type":"object","properties":{"\\udfff":{"type":"string"}}}}}]}')
+        self.assertEqual(self.ask_chat(body).status, 200)
+        sent = self.claude.messages[-1].body["tools"][0]
+        self.assertEqual((sent["description"], list(sent["input_schema"]["properties"])), ("\ufffd", ["\ufffd"]))
+
+    def test_whole_surrogate_pairs_are_not_reported(self):
+        answer = self.ask_chat(CHAT_BODY.replace(b"Hello", b"\\ud83d\\ude00 \\\\ud800"))
+        self.assertNotIn("x-claude-gateway-changes", answer.headers)
+        self.assertEqual(bare(self.claude.messages[-1].body["messages"][0]["content"]),
+                         [{"type": "text", "text": "\U0001f600 \\ud800"}])
+
+
+class AccessTests(HttpTestCase):
+    config = {"allow_host": ("My-Box.example", "box"), "cors_origin": ("https://app.example", "app://obsidian.md",
+                                                                      "null")}
+
+    def test_known_hosts_are_accepted(self):
+        for host in ("localhost", "LOCALHOST:1", "localhost.", "a.localhost:80", "127.0.0.1", "127.9.9.9:1", "[::1]:5",
+                     "192.168.1.20:45554", "10.0.0.1", "[fe80::1]", "8.8.8.8", "host.docker.internal:45554",
+                     "my-box.example", "MY-BOX.EXAMPLE:443", "box"):
+            with self.subTest(host=host):
+                self.assertEqual(self.ask("GET", "/health", headers={"host": host}).status, 200)
+
+    def test_other_hosts_are_403_on_every_route_with_the_option_that_would_help(self):
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil-localhost", "my-box",
+                     "box.example", "0x7f000001", "127.1", "2130706433"):
+            for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("OPTIONS", "/"),
+                                 ("GET", "/nowhere"), ("GET", "/")):
+                with self.subTest(host=host, path=path):
+                    answer = self.ask(method, path, headers={"host": host + ":45554"})
+                    self.assertEqual((answer.status, answer.error["code"]), (403, "host_not_allowed"))
+                    self.assertIn("--allow-host " + host, answer.error["message"])
+                    self.assert_envelope(answer)
+
+    def test_the_bound_name_is_accepted(self):
+        # a name of this machine that is neither an address nor localhost; Config alone is asked, nothing is bound
+        gateway = self.service.gateway
+        self.addCleanup(setattr, gateway, "config", gateway.config)
+        gateway.config = claude_gateway.replace(gateway.config, host="Workstation.lan")
+        self.assertEqual(self.ask("GET", "/health", headers={"host": "workstation.lan:45554"}).status, 200)
+
+    def test_loopback_and_chosen_origins_get_cors_headers_on_success_error_and_stream(self):
+        for origin in ("http://localhost:3000", "https://localhost", "http://127.0.0.1:8080", "http://[::1]:5173",
+                       "http://app.localhost:1", "https://app.example", "app://obsidian.md", "null"):
+            for name, fields in (("success", {}), ("error", {"n": 2}), ("stream", {"stream": True})):
+                with self.subTest(origin=origin, name=name):
+                    headers = self.chat(headers={"origin": origin}, **fields).headers
+                    self.assertEqual(headers["access-control-allow-origin"], origin)
+                    self.assertEqual(headers["vary"].lower(), "origin")
+                    self.assertIn("x-request-id", headers["access-control-expose-headers"])
+                    self.assertNotIn("access-control-allow-credentials", headers)
+        for path, status in (("/nowhere", 404), ("/v1/chat/completions", 405), ("/v1/models/none", 404)):
+            with self.subTest(path=path):
+                answer = self.ask("GET", path, headers={"origin": "http://localhost:3000"})
+                self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]),
+                                 (status, "http://localhost:3000"))
+
+    def test_other_origins_are_403_on_every_route_and_get_no_cors_headers(self):
+        for origin in ("http://evil.example", "https://localhost.evil.example", "http://localhost:3000.evil.example",
+                       "http://127.0.0.1.evil.example", "http://evil.example:127.0.0.1", "https://app.example:444",
+                       "http://app.example", "app://other", "file://", "chrome-extension://abc", "http://192.168.1.2",
+                       "localhost", "", "http://localhost:3000 http://evil.example", "http://user@localhost",
+                       "http://notlocalhost"):
+            for method, path in (("POST", "/v1/chat/completions"), ("OPTIONS", "/v1/chat/completions"),
+                                 ("GET", "/health"), ("GET", "/v1/models")):
+                with self.subTest(origin=origin, method=method, path=path):
+                    answer = self.ask(method, path, CHAT_BODY if method == "POST" else None, {"origin": origin})
+                    self.assertEqual((answer.status, answer.error["code"]), (403, "origin_not_allowed"))
+                    self.assertIn("--cors-origin", answer.error["message"])
+                    self.assertEqual([name for name in answer.headers if name.startswith("access-control")], [])
+        self.assertEqual(self.claude.messages, [])
+
+    def test_without_an_origin_there_are_no_cors_headers(self):
+        self.assertEqual([name for name in self.chat().headers if name.startswith("access-control")], [])
+
+    def test_a_star_lets_every_origin_in(self):
+        self.start(cors_origin=("*",), api_key=("key",))
+        answer = self.chat(headers={"origin": "https://anywhere.example", "authorization": "Bearer key"})
+        self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]),
+                         (200, "https://anywhere.example"))
+
+    def test_a_preflight_may_ask_for_any_headers_and_for_the_private_network(self):
+        wanted = "authorization, content-type, x-stainless-os, x-my-own-header"
+        answer = self.ask("OPTIONS", "/v1/chat/completions", headers={
+            "origin": "http://localhost:3000", "access-control-request-method": "POST",
+            "access-control-request-headers": wanted, "access-control-request-private-network": "true"})
+        self.assertEqual(answer.status, 204)
+        self.assertEqual(answer.headers["access-control-allow-headers"], wanted)
+        self.assertEqual(answer.headers["access-control-allow-private-network"], "true")
+        self.assertEqual(answer.headers["access-control-allow-origin"], "http://localhost:3000")
+        self.assertEqual(set(answer.headers["access-control-allow-methods"].split(", ")),
+                         {"GET", "POST", "DELETE", "HEAD", "OPTIONS"})
+        plain = self.ask("OPTIONS", "/", headers={"origin": "null"})
+        self.assertNotIn("access-control-allow-private-network", plain.headers)
+
+    def test_a_request_that_comes_back_to_its_own_gateway_is_508(self):
+        instance_id = self.service.gateway.instance_id
+        for hops in (instance_id, "other-gateway,%s" % instance_id, "%s, other-gateway" % instance_id):
+            with self.subTest(hops=hops):
+                answer = self.chat(headers={"x-claude-gateway-hop": hops})
+                self.assertEqual((answer.status, answer.error["code"]), (508, "loop_detected"))
+        self.assertEqual(self.claude.messages, [])
+
+    def test_the_hops_of_other_gateways_are_passed_on(self):
+        self.chat(headers={"x-claude-gateway-hop": "other-gateway"})
+        self.assertEqual(self.claude.messages[-1].headers["x-claude-gateway-hop"],
+                         "other-gateway," + self.service.gateway.instance_id)
+
+    def test_two_gateways_that_point_at_each_other_answer_508(self):
+        with contextlib.closing(socket.socket()) as reserved:
+            reserved.bind(("127.0.0.1", 0))
+            port = reserved.getsockname()[1]
+        first = self.start(base_url="http://127.0.0.1:%d" % port)
+        second = self.start(base_url="http://127.0.0.1:%d" % first.port, port=port)
+        for service in (first, second):                 # each would wait for the model list of the other
+            service.gateway.models._first.set()
+            service.gateway.models._next_fetch = float("inf")
+        answer = self.chat()
+        self.assertEqual(answer.status, 508, answer.raw)
+        self.assertEqual(answer.headers["x-should-retry"], "false")
+
+
+class ClientKeyTests(HttpTestCase):
+    config = {"api_key": ("first-key", "zweiter-schlüssel")}
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.service.gateway.failed_keys = claude_gateway.FailedKeys()     # earlier tests must not slow this one
+
+    def test_a_key_is_taken_in_all_four_forms(self):
+        for key in ("first-key", "zweiter-schlüssel"):
+            for name, value in (("authorization", "Bearer " + key), ("authorization", "bearer   " + key),
+                                ("authorization", key), ("x-api-key", key), ("api-key", key)):
+                with self.subTest(name=name, value=value):
+                    answer = self.chat(headers={name: value.encode("utf-8")})
+                    self.assertEqual(answer.status, 200, answer.raw)
+
+    def test_one_right_key_is_enough(self):
+        self.assertEqual(self.chat(headers={"authorization": "Bearer sk-dummy", "x-api-key": "first-key"}).status, 200)
+
+    def test_wrong_keys_are_401_in_one_shape_that_does_not_repeat_them(self):
+        shapes = set()
+        for headers in ({"authorization": "Bearer first-ke"}, {"authorization": "Bearer first-key2"},
+                        {"x-api-key": "First-key"}, {"api-key": "not-a-key"},
+                        {"authorization": "Basic Zmlyc3Qta2V5"}, {"authorization": "Bearer first-key,zweiter"},
+                        {"authorization": b"Bearer \xff\xfe"}, {"authorization": "Bearer " + "x" * 10_000}):
+            with self.subTest(headers=headers):
+                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
+                answer = self.chat(headers=headers)
+                self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
+                self.assertEqual(answer.headers["www-authenticate"], "Bearer")
+                self.assert_envelope(answer)
+                shapes.add((answer.raw, tuple(name for name in answer.headers)))
+        self.assertEqual(len(shapes), 1)
+        self.assertEqual(self.claude.messages, [])
+
+    def test_no_key_is_401_too(self):
+        for headers in ({}, {"authorization": "Bearer "}, {"authorization": ""}, {"x-api-key": ""},
+                        {"cookie": "key=first-key"}):
+            with self.subTest(headers=headers):
+                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
+                answer = self.chat(headers=headers)
+                self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
+
+    def test_every_route_needs_the_key_but_the_few_of_the_contract(self):
+        for method, path, status in (
+                ("GET", "/health", 200), ("HEAD", "/v1/health", 200), ("GET", "/v1/models", 200), ("GET", "/", 200),
+                ("GET", "/v1/models/claude-opus-5-5", 200), ("OPTIONS", "/v1/chat/completions", 204),
+                ("GET", "/metrics", 401), ("HEAD", "/metrics", 401), ("POST", "/v1/chat/completions", 401),
+                ("POST", "/v1/responses", 401), ("GET", "/v1/responses/resp_1", 401),
+                ("DELETE", "/v1/responses/resp_1", 401), ("GET", "/v1/responses/resp_1/input_items", 401),
+                ("POST", "/v1/responses/input_tokens", 401), ("POST", "/v1/completions", 401),
+                ("POST", "//v1//chat/completions/", 401), ("POST", "/v1/v1/chat/completions", 401),
+                ("POST", "/v1/messages/count_tokens", 401), ("POST", "/v1/messages", 401), ("GET", "/nowhere", 401),
+                ("POST", "/v1/chat/completions/chat/completions", 401)):
+            with self.subTest(method=method, path=path):
+                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
+                self.assertEqual(self.ask(method, path, CHAT_BODY if method == "POST" else None).status, status)
+        self.assertEqual(self.claude.messages, [])
+
+    def test_the_data_of_the_status_page_needs_the_key(self):
+        self.assertEqual(self.ask("GET", "/").json, {"status": "ok", "version": claude_gateway.VERSION,
+                                                     "key_needed": True})
+        self.assertIn("requests", json.dumps(self.ask("GET", "/", headers={"x-api-key": "first-key"}).json))
+
+    def test_an_absolute_target_does_not_get_around_the_key(self):
+        answer, = self.exchanged(request_bytes("POST http://localhost/v1/chat/completions HTTP/1.1", "Host: localhost",
+                                               "Content-Length: %d" % len(CHAT_BODY), "Connection: close",
+                                               body=CHAT_BODY))
+        self.assertEqual(answer.status, 401)
+
+    def test_failures_are_slowed_per_address_and_bounded(self):
+        failed = claude_gateway.FailedKeys()
+        self.assertEqual([failed.penalty("10.0.0.1") for _ in range(8)], [0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0])
+        self.assertEqual(failed.penalty("10.0.0.2"), 0.0)
+
+    def test_the_clients_key_does_not_go_upstream(self):
+        for name, value in (("authorization", "Bearer first-key"), ("x-api-key", "first-key"),
+                            ("api-key", "first-key")):
+            with self.subTest(name=name):
+                self.assertEqual(self.chat(headers={name: value}).status, 200)
+                recorded = self.claude.messages[-1]
+                self.assertNotIn("first-key", json.dumps(recorded.headers) + recorded.raw.decode())
+                self.assertEqual(recorded.headers["x-api-key"], SECRET)
+                self.assertNotIn("authorization", recorded.headers)
+
+    def test_the_wrong_key_is_refused_before_the_body_is_read(self):
+        connection = self.connect()
+        connection.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost",
+                                         "Content-Length: 1000000", "Expect: 100-continue",
+                                         "Authorization: Bearer no"))
+        self.assertIn(b"HTTP/1.1 401 ", received_until(connection, b"\r\n\r\n"))
+
+
+class AnyKeyTests(HttpTestCase):
+    def test_without_a_configured_key_any_or_none_is_accepted_and_none_goes_upstream(self):
+        for headers in ({}, {"authorization": "Bearer sk-dummy"}, {"authorization": "EMPTY"}, {"authorization": ""},
+                        {"authorization": "Bearer "}, {"x-api-key": "sk-ant-mine"}, {"api-key": "azure"},
+                        {"authorization": b"Bearer \xc3\xa9"}):
+            with self.subTest(headers=headers):
+                self.assertEqual(self.chat(headers=headers).status, 200)
+                self.assertEqual(self.claude.messages[-1].headers["x-api-key"], SECRET)
+                self.assertNotIn("authorization", self.claude.messages[-1].headers)
+
+
+class ConnectionTests(HttpTestCase):
+    def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
+        service = self.start()
+        service.gateway.running = claude_gateway.Running(1)
+        connection, release = self.held_chat()
+        for method, path, body in (("POST", "/v1/chat/completions", CHAT_BODY), ("GET", "/v1/models", None)):
+            answer = self.ask(method, path, body)
+            self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
+            self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
+            self.assert_envelope(answer)
+        release.set()
+        self.assertIn(b"HTTP/1.1 200 ", received_until(connection, b"\r\n\r\n"))
+        self.assertTrue(eventually(lambda: service.gateway.running.count == 0))
+        self.assertEqual(self.chat().status, 200)
+
+    def test_a_client_that_leaves_stops_claude_before_the_first_token(self):
+        for name, leave in (("closes", lambda connection: connection.close()),
+                            ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    self.claude.closed.clear()
+                    connection, _ = self.held_chat(stream=stream)
+                    leave(connection)
+                    self.assertTrue(self.claude.wait_closed(2))
+
+    def test_a_client_that_leaves_stops_claude_in_the_middle_of_a_stream(self):
+        for name, leave in (("closes", lambda connection: connection.close()),
+                            ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
+            for stream in (b"true", b"false"):
+                with self.subTest(name, stream=stream):
+                    self.claude.closed.clear()
+                    begun, never = threading.Event(), threading.Event()
+                    self.addCleanup(never.set)
+                    events = events_of(message(text("Hello, world")))
+                    self.claude.play(lambda recorded: begun.set() or Reply(pieces=[sse(events[:4]), never]))
+                    connection = self.connect()
+                    connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":%s}' % stream))
+                    self.assertTrue(begun.wait(5))
+                    if stream == b"true":
+                        received_until(connection, b"Hello")
+                    leave(connection)
+                    self.assertTrue(self.claude.wait_closed(2))
+
+    def test_idle_and_stalled_connections_do_not_delay_a_working_one(self):
+        idle = [self.connect() for _ in range(100)]
+        for connection in idle[:50]:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n")
+        self.assertEqual(self.chat().status, 200)
+        idle[0].sendall(b"\r\n" + b" " * 50)            # and each of them still works
+        self.assertIn(b"HTTP/1.1 400 ", received_until(idle[0], b"\r\n\r\n"))
+        idle[99].sendall(NEXT_REQUEST)
+        self.assertIn(b"HTTP/1.1 200 ", received_until(idle[99], b"\r\n\r\n"))
+
+    def test_connections_beyond_the_cap_are_told_so(self):
+        service = self.start()
+        service.listeners[0]._connections = claude_gateway.Budget(1)
+        first = self.connect()
+        first.sendall(request_bytes("GET /health HTTP/1.1", "Host: localhost"))
+        self.assertIn(b"HTTP/1.1 200 ", received_until(first, b"\r\n\r\n"))
+        answer, = self.exchanged(b"")
+        self.assertEqual((answer.status, answer.headers["connection"]), (503, "close"))
+        self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
+        self.assert_envelope(answer)
+        first.close()
+        self.assertTrue(eventually(lambda: self.exchanged(NEXT_REQUEST)[0].status == 200))
+
+    def test_threads_and_descriptors_return_to_the_baseline(self):
+        def descriptors() -> int:
+            return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+        def settled() -> bool:                          # the pool of upstream connections is emptied on purpose
+            self.service.gateway.upstream.close()
+            return threading.active_count() <= threads and descriptors() <= files
+
+        self.chat()
+        threads, files = 0, 0
+        eventually(settled, 0.3)
+        threads, files = threading.active_count(), descriptors()
+        body = CHAT_BODY[:-1] + b',"stream":true}'
+        for number in range(25):
+            self.assertEqual(self.chat(stream=bool(number % 2)).status, 200)
+            self.assertEqual(self.ask("GET", "/nowhere").status, 404)
+            for data in (chat_bytes(body=body), chat_bytes()[:-4]):     # gone without waiting, gone in mid-body
+                with contextlib.closing(socket.create_connection(("127.0.0.1", self.service.port))) as connection:
+                    connection.sendall(data)
+        self.assertTrue(eventually(settled), (threads, threading.active_count(), files, descriptors()))
+
+    def test_a_reader_of_client_bytes_keeps_both_limits(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        reader = claude_gateway.TimedReader(ours)
+        theirs.sendall(b"early")
+        reader.allow(5)
+        self.assertEqual(reader.readinto(bytearray(2)), 2)
+        reader.allow(60, 0)                             # the total is used up, although there is something to read
+        self.assertRaises(socket.timeout, reader.readinto, bytearray(2))
+        reader.allow(5, 5)
+        self.assertEqual(reader.readinto(bytearray(9)), 3)
+        reader.allow(0.01, 60)                          # silence for longer than a pause
+        self.assertRaises(socket.timeout, reader.readinto, bytearray(2))
+
+    def test_no_wait_for_a_client_is_without_an_end(self):
+        for name, most in (("IDLE_TIMEOUT", 120), ("HEAD_TIMEOUT", 60), ("BODY_TIMEOUT", 60), ("WRITE_TIMEOUT", 120)):
+            with self.subTest(name):
+                self.assertLessEqual(getattr(claude_gateway, name), most)
+        # a server that closes an idle connection earlier than clients expect loses their next request
+        self.assertGreaterEqual(claude_gateway.IDLE_TIMEOUT, 60)
+
+
+class StreamFramingTests(HttpTestCase):
+    def streamed(self, pieces, version: str = "1.1", **fields) -> bytes:
+        """All bytes of a streamed answer to these upstream pieces."""
+        self.claude.play(Reply(pieces=pieces))
+        connection = self.connect()
+        body = json.dumps(dict(json.loads(CHAT_BODY.decode()), stream=True, **fields)).encode()
+        connection.sendall(chat_bytes("Connection: close", body=body, version=version))
+        return received_until(connection, b"never")
+
+    def test_each_event_is_on_its_way_before_the_next_arrives(self):
+        events = events_of(message(text("one two")), 4)
+        starts = [at for at, event in enumerate(events) if event["type"] == "content_block_delta"]
+        first, second = threading.Event(), threading.Event()
+        self.addCleanup(first.set)
+        self.addCleanup(second.set)
+        self.claude.play(Reply(pieces=[sse(events[:starts[0]]), first, sse(events[starts[0]:starts[1]]), second,
+                                       sse(events[starts[1]:])]))
+        connection = self.connect()
+        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
+        self.assertIn(b'"role":"assistant"', received_until(connection, b'"role":"assistant"'))
+        first.set()
+        self.assertIn(b'"content":"one "', received_until(connection, b'"content":"one "'))
+        second.set()
+        self.assertIn(b"data: [DONE]\n\n\r\n0\r\n\r\n", received_until(connection, b"0\r\n\r\n"))
+
+    def test_http_1_1_gets_chunks_and_http_1_0_the_end_of_the_connection(self):
+        pieces = [sse(events_of(message(text("Hello"))))]
+        new, old = answers_in(self.streamed(pieces))[0], answers_in(self.streamed(pieces, version="1.0"))[0]
+        self.assertEqual(new.headers["transfer-encoding"], "chunked")
+        self.assertNotIn("transfer-encoding", old.headers)
+        self.assertEqual(old.headers["connection"], "close")
+        for answer in (new, old):
+            self.assertNotIn("content-length", answer.headers)
+            self.assertEqual(answer.headers["content-type"], "text/event-stream; charset=utf-8")
+            self.assertEqual(answer.headers["cache-control"], "no-cache")
+            self.assertEqual(answer.headers["x-accel-buffering"], "no")
+            self.assertEqual(answer.events[-1], "[DONE]")
+            self.assertEqual(completion_from_chunks(answer.chunks)["message"]["content"], "Hello")
+
+    def test_events_that_arrive_together_leave_together(self):
+        head, _, body = self.streamed([sse(events_of(message(text("one two three")), 4))]).partition(b"\r\n\r\n")
+        chunks, rest = chunks_in(body)
+        self.assertEqual(rest, b"")
+        self.assertLessEqual(len(chunks), 3)            # everything; what the end adds; [DONE]
+        self.assertGreaterEqual(chunks[0].count(b"data: "), 5)
+
+    def test_events_cut_anywhere_give_the_same_answer(self):
+        data = sse(events_of(message(text("Gr\u00fc\u00dfe \U0001f600"))))
+        whole = completion_from_chunks(answers_in(self.streamed([data]))[0].chunks)
+        for size in (1, 7, 64):
+            with self.subTest(size=size):
+                pieces = [data[at:at + size] for at in range(0, len(data), size)]
+                self.assertEqual(completion_from_chunks(answers_in(self.streamed(pieces))[0].chunks), whole)
+        self.assertEqual(whole["message"]["content"], "Gr\u00fc\u00dfe \U0001f600")
+
+    def test_line_separators_inside_text_reach_the_client_escaped(self):
+        words = "a\u2028b\u2029c\x85d"
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.play(message(text(words)))
+                answer = self.chat(stream=stream)
+                told = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
+                self.assertEqual(told["content"], words)
+                for character in "\u2028\u2029\x85":
+                    self.assertNotIn(character.encode("utf-8"), answer.raw)
+
+    def test_a_failure_in_mid_stream_is_an_error_event_a_proper_end_and_no_done(self):
+        events = events_of(message(text("Hello, world")))
+        refused = sse(events[:5] + [error_body("overloaded_error", "Busy")])
+        for name, reply in (("broken off", Reply(pieces=[sse(events[:5])], cut=True)),
+                            ("no message_stop", Reply(pieces=[sse(events[:-1])])),
+                            ("error event", Reply(pieces=[refused]))):
+            with self.subTest(name):
+                self.claude.play(reply)
+                connection = self.connect()
+                connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + NEXT_REQUEST)
+                answer, = answers_in(received_until(connection, b"never"))
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
+                self.assertNotIn("[DONE]", answer.events)
+
+    def test_headers_of_claude_cannot_inject_headers_or_a_body(self):
+        for name in ("request-id", "retry-after", "anthropic-ratelimit-requests-limit",
+                     "anthropic-ratelimit-requests-reset"):
+            for value in ("a\r\n x-evil: 1", "a\r\n\tx-evil: 1\r\n \r\n <html>", "a\rx-evil: 1", "a\nx-evil: 1", "a\0b",
+                          "\xe9\x85", "a" * 5_000):
+                for status in (200, 429):
+                    with self.subTest(name=name, value=value[:20], status=status):
+                        self.claude.play(Reply(status, {name: value}, message(text("Hi")) if status == 200
+                                               else error_body("rate_limit_error", "Slow down")))
+                        answers = self.exchanged(chat_bytes("Connection: close", "x-stainless-retry-count: 1"))
+                        self.assertEqual([answer.status for answer in answers], [status])
+                        self.assertNotIn("x-evil", answers[0].headers)
+                        self.assertLess(max(len(value) for value in answers[0].headers.values()), 1_000)
+
+    def test_the_clients_request_id_and_path_cannot_inject_headers(self):
+        answer = self.ask("GET", "/v1/models/x%0d%0aX-Evil:%201", headers={"x-request-id": "mine"})
+        self.assertEqual(answer.status, 404)
+        self.assertNotIn("x-evil", answer.headers)
+
+
+class WatchTests(unittest.TestCase):
+    def setUp(self) -> None:
+        self.upstream, self.claude = socket.socketpair()
+        self.client, self.user = socket.socketpair()
+        for end in (self.upstream, self.claude, self.client, self.user):
+            self.addCleanup(end.close)
+
+    def test_a_silent_stream_gets_a_sign_of_life_and_goes_on(self):
+        watch = claude_gateway.Watch(self.client, patience=5)
+        signs = []
+
+        def idle() -> None:
+            signs.append(time.monotonic())
+            self.claude.sendall(b"event")
+
+        watch.idle = idle
+        watch.last_sent = time.monotonic() - claude_gateway.KEEPALIVE_INTERVAL - 1
+        watch.readable(self.upstream)
+        self.assertEqual(len(signs), 1)
+        self.assertGreater(watch.last_sent, time.monotonic() - 5)
+        self.assertEqual(claude_gateway.KEEPALIVE_INTERVAL, 10)
+
+    def test_a_stream_that_is_not_silent_gets_none(self):
+        watch = claude_gateway.Watch(self.client, patience=5)
+        watch.idle = lambda: self.fail("too early")
+        self.claude.sendall(b"event")
+        watch.readable(self.upstream)
+
+    def test_a_silent_upstream_is_given_up(self):
+        for client in (self.client, None):
+            with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
+                claude_gateway.Watch(client, patience=0.01).readable(self.upstream)
+            self.assertEqual((caught.exception.status, caught.exception.code), (504, "timeout"))
+
+    def test_a_client_that_ends_its_side_is_gone(self):
+        self.user.shutdown(socket.SHUT_WR)
+        for wait in (lambda watch: watch.readable(self.upstream), lambda watch: watch.pause(5)):
+            with self.assertRaises(claude_gateway.ClientGone):
+                wait(claude_gateway.Watch(self.client, patience=5))
+
+    def test_a_client_that_sends_its_next_request_early_is_not_gone(self):
+        self.user.sendall(NEXT_REQUEST)
+        self.claude.sendall(b"event")
+        watch = claude_gateway.Watch(self.client, patience=5)
+        watch.readable(self.upstream)
+        watch.pause(0.01)
+        self.assertEqual(self.client.recv(100), NEXT_REQUEST)       # it was only looked at
+
+
+# ==== Upstream ========================================================================================
+
+MESSAGE_JSON = json.dumps(message(text("Hello!"))).encode()
+MESSAGE_EVENTS = sse(events_of(message(text("Hello!"))))
+OUR_HEADERS = {"host", "user-agent", "accept-encoding", "anthropic-version", "x-api-key", "content-type",
+               "content-length", "x-claude-gateway-hop"}
+
+
+def upstream_bytes(body: bytes, *headers, status: str = "200 OK", length: bool = True) -> bytes:
+    """An answer of the upstream, in JSON unless the headers say otherwise."""
+    kinds = [] if any(header.lower().startswith("content-type") for header in headers) else [
+        "content-type: application/json"]
+    lengths = ["content-length: %d" % len(body)] if length else []
+    return request_bytes("HTTP/1.1 " + status, *kinds, *headers, *lengths, body=body)
+
+
+class RawUpstream:
+    """An upstream down to its bytes.  Each connection plays the next script: a list with one entry per POST, which is
+    bytes, or a list of bytes and Events to wait for.  A script that is over ends the connection."""
+
+    def __init__(self, *scripts, context: ssl.SSLContext = None, banner: bytes = b"") -> None:
+        self.scripts, self.posts, self.connections, self.context = list(scripts), [], 0, context
+        self._banner = banner                           # said at once on every connection, which then ends
+        self.closed, self.stopped = threading.Event(), threading.Event()
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(20)
+        self.port = self._listener.getsockname()[1]
+        self.url = "%s://127.0.0.1:%d" % ("https" if context else "http", self.port)
+
+    def __enter__(self):
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stopped.set()
+        with contextlib.suppress(OSError):              # wakes accept
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection = self._listener.accept()[0]
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.settimeout(10)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.callback(connection.close)
+            if self._banner:
+                connection.sendall(self._banner)
+                connection.recv(65_536)
+                return
+            if self.context:
+                connection = stack.enter_context(self.context.wrap_socket(connection, server_side=True))
+            reader = stack.enter_context(connection.makefile("rb"))
+            script = None
+            while script is None or script:
+                head = list(iter(reader.readline, b"\r\n"))
+                if not head or not head[0]:
+                    return
+                if head[0].startswith(b"GET"):          # the model list: there is none
+                    connection.sendall(upstream_bytes(b"{}", "connection: close", status="404 Not Found"))
+                    return
+                length = next(int(line.split(b":")[1]) for line in head if line.lower().startswith(b"content-length"))
+                self.posts.append((b"".join(head), reader.read(length)))
+                if script is None:
+                    self.connections += 1
+                    script = self.scripts.pop(0)
+                self._play(connection, script[0])
+                script = script[1:]
+
+    def _play(self, connection: socket.socket, entry) -> None:
+        for piece in entry if isinstance(entry, list) else [entry]:
+            if isinstance(piece, bytes):
+                connection.sendall(piece)
+            else:
+                self._wait(connection, piece)
+
+    def _wait(self, connection: socket.socket, event: threading.Event) -> None:
+        """Waits for the event; sets `closed` when the gateway leaves meanwhile."""
+        connection.settimeout(0.02)
+        while not event.is_set() and not self.stopped.is_set():
+            try:
+                gone = not connection.recv(1)
+            except socket.timeout:
+                continue
+            except OSError:
+                gone = True
+            if gone:
+                self.closed.set()
+                raise ConnectionError
+        connection.settimeout(10)
+
+
+class UpstreamTestCase(HttpTestCase):
+    def start_before(self, *scripts, **settings) -> RawUpstream:
+        """A raw upstream with a gateway in front of it."""
+        raw = RawUpstream(*scripts, context=settings.pop("context", None))
+        raw.__enter__()
+        self.addCleanup(raw.__exit__)
+        self.start(**dict({"base_url": raw.url}, **settings))
+        return raw
+
+
+class UpstreamRequestTests(UpstreamTestCase):
+    def test_only_our_own_headers_go_upstream(self):
+        self.chat(headers={"Authorization": "Bearer sk-client", "OpenAI-Organization": "org", "OpenAI-Beta": "x=1",
+                           "X-Stainless-OS": "Linux", "User-Agent": "OpenAI/Python 3", "Accept-Encoding": "gzip, br",
+                           "Cookie": "a=b", "Origin": "http://localhost:1", "anthropic-beta": "something",
+                           "anthropic-version": "2026-10-21", "X-Forwarded-For": "1.2.3.4", "Accept": "x/y",
+                           "content-type": "text/plain", "Connection": "close", "HTTP-Referer": "https://a.example",
+                           "x-request-id": "mine", "traceparent": "00-1-2-01", "Idempotency-Key": "k"})
+        headers = self.claude.messages[-1].headers
+        self.assertEqual(set(headers), OUR_HEADERS)
+        self.assertEqual({name: headers[name] for name in OUR_HEADERS - {"content-length", "host"}}, {
+            "user-agent": "claude-gateway/" + claude_gateway.VERSION, "accept-encoding": "identity",
+            "anthropic-version": "2023-06-01", "x-api-key": SECRET, "content-type": "application/json",
+            "x-claude-gateway-hop": self.service.gateway.instance_id})
+
+    def test_the_body_is_utf_8_and_not_escaped(self):
+        self.chat("Gr\u00fc\u00dfe \U0001f600 \u2028")
+        raw = self.claude.messages[-1].raw
+        self.assertIn("Gr\u00fc\u00dfe \U0001f600 \u2028".encode("utf-8"), raw)
+        self.assertNotIn(b"\\u", raw)
+
+    def test_the_path_of_the_base_url_stays(self):
+        for ending in ("/proxy/claude", "/proxy/claude/"):
+            self.start(base_url=self.claude.url + ending)
+            answer = self.chat(headers=NO_RETRY)
+            self.assertEqual(self.claude.requests[-1].path, "/proxy/claude/v1/messages")
+            self.assertEqual(answer.status, 404)
+
+    def test_two_requests_share_one_connection(self):
+        for name, answer in (
+                ("length", upstream_bytes(MESSAGE_JSON)),
+                ("chunks", upstream_bytes(in_chunks(MESSAGE_JSON), "transfer-encoding: chunked", length=False)),
+                ("stream", upstream_bytes(in_chunks(MESSAGE_EVENTS), "transfer-encoding: chunked",
+                                          "content-type: text/event-stream", length=False))):
+            with self.subTest(name):
+                raw = self.start_before([answer] * 3, [answer])
+                self.assertEqual([self.chat().status for _ in range(3)], [200] * 3)
+                self.assertEqual((raw.connections, len(raw.posts)), (1, 3))
+
+    def test_refusals_leave_the_connection_usable(self):
+        refusal = upstream_bytes(json.dumps(error_body("invalid_request_error", "No")).encode(), status="400 Bad")
+        raw = self.start_before([refusal, upstream_bytes(MESSAGE_JSON)], [upstream_bytes(MESSAGE_JSON)])
+        self.assertEqual([self.chat().status for _ in range(2)], [400, 200])
+        self.assertEqual(raw.connections, 1)
+
+    def test_a_connection_whose_answer_was_not_read_to_its_end_is_not_used_again(self):
+        events = events_of(message(text("Hello, world")))
+        never = threading.Event()
+        self.addCleanup(never.set)
+        head = upstream_bytes(b"", "transfer-encoding: chunked", "content-type: text/event-stream", length=False)
+        raw = self.start_before([[head + in_chunks(sse(events[:5]))[:-5], never], b""], [upstream_bytes(MESSAGE_JSON)])
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}'))
+        received_until(connection, b"Hello")
+        connection.close()
+        self.assertTrue(raw.closed.wait(2))
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(raw.connections, 2)
+
+    def test_a_pooled_connection_that_died_meanwhile_is_replaced(self):
+        # the upstream ends the first one right behind its answer, without having announced it
+        raw = self.start_before([upstream_bytes(MESSAGE_JSON)], [upstream_bytes(MESSAGE_JSON)])
+        self.assertEqual([self.chat(headers=NO_RETRY).status for _ in range(2)], [200, 200])
+        self.assertEqual((raw.connections, len(raw.posts)), (2, 2))
+
+    def test_a_reused_connection_that_dies_is_replaced_once(self):
+        raw = self.start_before([upstream_bytes(MESSAGE_JSON), b""], [upstream_bytes(MESSAGE_JSON)])
+        self.assertEqual([self.chat(headers=NO_RETRY).status for _ in range(2)], [200, 200])
+        self.assertEqual((raw.connections, len(raw.posts)), (2, 3))
+        raw = self.start_before([upstream_bytes(MESSAGE_JSON), b""], [b""], [upstream_bytes(MESSAGE_JSON)])
+        self.assertEqual([self.chat(headers=NO_RETRY).status for _ in range(2)], [200, 502])
+        self.assertEqual((raw.connections, len(raw.posts)), (2, 3))
+
+    def test_a_fresh_connection_that_dies_is_retried_once_unless_the_client_retries(self):
+        raw = self.start_before([b""], [upstream_bytes(MESSAGE_JSON)], [b""])
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(len(raw.posts), 2)
+        answer = self.chat(headers=NO_RETRY)
+        self.assertEqual((answer.status, answer.error["code"], len(raw.posts)), (502, "upstream_error", 3))
+
+    def test_an_upstream_that_keeps_dying_is_asked_twice_and_no_more(self):
+        raw = self.start_before([b""], [b""], [b""], [b""])
+        self.assertEqual(self.chat().status, 502)
+        self.assertEqual(len(raw.posts), 2)
+
+
+class UpstreamAnswerTests(UpstreamTestCase):
+    def test_an_answer_is_read_in_every_framing(self):
+        stream = "content-type: text/event-stream"
+        cases = {
+            "length": upstream_bytes(MESSAGE_JSON),
+            "charset": upstream_bytes(MESSAGE_JSON, "content-type: application/json; charset=utf-8"),
+            "to the end of the connection": upstream_bytes(MESSAGE_JSON, length=False),
+            "HTTP/1.0": upstream_bytes(MESSAGE_JSON, length=False).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+            "chunks of one byte": upstream_bytes(in_chunks(*(MESSAGE_JSON[at:at + 1] for at in range(len(
+                MESSAGE_JSON)))), "transfer-encoding: chunked", length=False),
+            "chunk extensions and trailers": upstream_bytes(
+                b"%x;a=b\r\n%s\r\n0\r\nX-End: 1\r\n\r\n" % (len(MESSAGE_JSON), MESSAGE_JSON),
+                "transfer-encoding: chunked", length=False),
+            "gzip": upstream_bytes(gzip.compress(MESSAGE_JSON), "content-encoding: gzip"),
+            "gzip in chunks": upstream_bytes(in_chunks(gzip.compress(MESSAGE_JSON)), "content-encoding: gzip",
+                                             "transfer-encoding: chunked", length=False),
+            "identity": upstream_bytes(MESSAGE_JSON, "content-encoding: identity"),
+            "continue first": b"HTTP/1.1 100 Continue\r\n\r\n" + upstream_bytes(MESSAGE_JSON),
+            "stream": upstream_bytes(in_chunks(MESSAGE_EVENTS), stream, "transfer-encoding: chunked", length=False),
+            "stream with a length": upstream_bytes(MESSAGE_EVENTS, stream),
+            "stream to the end": upstream_bytes(MESSAGE_EVENTS, stream, length=False),
+            "stream without its last line": upstream_bytes(MESSAGE_EVENTS.rstrip(b"\n"), stream, length=False),
+            "stream in gzip": upstream_bytes(in_chunks(gzip.compress(MESSAGE_EVENTS)), stream, "content-encoding: gzip",
+                                             "transfer-encoding: chunked", length=False),
+        }
+        slow = [[bytes([byte]) for byte in upstream_bytes(MESSAGE_JSON)]]
+        self.start_before(*([answer] for answer in cases.values()), slow)
+        for name in [*cases, "byte by byte"]:
+            with self.subTest(name):
+                answer = self.chat(headers=NO_RETRY)
+                self.assertEqual(answer.status, 200, answer.raw)
+                self.assertEqual(answer.message["content"], "Hello!")
+
+    def test_every_fault_of_the_upstream_is_502_in_the_envelope(self):
+        stream, chunked = "content-type: text/event-stream", "transfer-encoding: chunked"
+        packed = gzip.compress(MESSAGE_JSON)
+        cases = {
+            "nothing": b"", "garbage": b"\0\xff\0\r\n\r\n", "another protocol": b"SSH-2.0-OpenSSH_9.9\r\n",
+            "no status": b"HTTP/1.1 abc OK\r\n\r\n", "half a head": b"HTTP/1.1 200 OK\r\ncontent-",
+            "cut at a length": upstream_bytes(MESSAGE_JSON)[:-9],
+            "cut in a chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-20], chunked, length=False),
+            "cut before the last chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-5], chunked, length=False),
+            "bad chunk size": upstream_bytes(b"zz\r\n" + MESSAGE_JSON, chunked, length=False),
+            "cut gzip": upstream_bytes(packed[:-12], "content-encoding: gzip"),
+            "no gzip": upstream_bytes(MESSAGE_JSON, "content-encoding: gzip"),
+            "brotli": upstream_bytes(MESSAGE_JSON, "content-encoding: br"),
+            "HTML": upstream_bytes(b"<html>Sign in</html>", "content-type: text/html"),
+            "HTML for JSON": upstream_bytes(b"<html>Sign in</html>"), "empty": upstream_bytes(b""),
+            "list": upstream_bytes(b"[]"), "null": upstream_bytes(b"null"),
+            "no message": upstream_bytes(b'{"hello":1}'),
+            "not UTF-8": upstream_bytes(b'{"\xff":1}'), "nested": upstream_bytes(b"[" * 100_000),
+            "HTML with 502": upstream_bytes(b"<html>Bad Gateway</html>", "content-type: text/html",
+                                            status="502 Bad Gateway"),
+            "many headers": upstream_bytes(MESSAGE_JSON, *["x-test-%d: 1" % number for number in range(300)]),
+            "long header": upstream_bytes(MESSAGE_JSON, "x-test: " + "a" * 70_000),
+            "empty stream": upstream_bytes(b"", stream), "stream of junk": upstream_bytes(b"junk\n\n" * 9, stream),
+            "no message_stop": upstream_bytes(sse(events_of(message(text("Hello!")))[:-1]), stream),
+            "bad event": upstream_bytes(b"event: message_start\ndata: {nonsense\n\n", stream),
+            "event that is no object": upstream_bytes(b"event: message_start\ndata: [1]\n\n", stream),
+            "HTML as a stream": upstream_bytes(b"<html></html>", stream, length=False),
+        }
+        self.start_before(*([answer] for answer in cases.values()))
+        for name in cases:
+            with self.subTest(name):
+                answer = self.chat(headers=NO_RETRY)
+                self.assertEqual(answer.status, 502, answer.raw)
+                self.assert_envelope(answer)
+                self.assertNotIn("<html>", answer.error["message"])
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+
+    def test_the_same_faults_after_the_first_byte_end_a_stream_with_an_error(self):
+        begun = sse(events_of(message(text("Hello, world")))[:5])
+        stream, chunked = "content-type: text/event-stream", "transfer-encoding: chunked"
+        cases = {
+            "cut in a chunk": upstream_bytes(in_chunks(begun)[:-5] + b"ff\r\nabc", stream, chunked, length=False),
+            "bad chunk size": upstream_bytes(in_chunks(begun)[:-5] + b"zz\r\n", stream, chunked, length=False),
+            "end of the connection": upstream_bytes(begun, stream, length=False),
+            "bad event": upstream_bytes(begun + b"data: {nonsense\n\n", stream),
+            "cut gzip": upstream_bytes(gzip.compress(begun)[:-4], stream, "content-encoding: gzip", length=False),
+        }
+        self.start_before(*([answer] for answer in cases.values()))
+        for name in cases:
+            with self.subTest(name):
+                answer = self.chat(stream=True)
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
+                self.assertNotIn("[DONE]", answer.events)
+
+    def test_redirects_are_refused_and_the_credential_stays_here(self):
+        elsewhere = RawUpstream([upstream_bytes(MESSAGE_JSON)] * 9)
+        with elsewhere:
+            codes, location = (301, 302, 303, 307, 308), "location: %s/v1/messages" % elsewhere.url
+            self.start_before(*([upstream_bytes(b"", location, status="%d Moved" % code)] for code in codes))
+            for code in codes:
+                with self.subTest(code=code):
+                    answer = self.chat(headers=NO_RETRY)
+                    self.assertEqual(answer.status, 502)
+                    self.assertIn("redirect", answer.error["message"])
+            self.assertEqual((elsewhere.connections, elsewhere.posts), (0, []))
+
+    def test_a_refused_connection_is_502_that_says_so(self):
+        with contextlib.closing(socket.socket()) as unused:
+            unused.bind(("127.0.0.1", 0))               # bound but not listening: connections are refused
+            self.start(base_url="http://127.0.0.1:%d" % unused.getsockname()[1])
+            answer = self.chat(headers=NO_RETRY)
+        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
+        self.assertIn("refused", answer.error["message"].lower())
+        self.assertEqual(self.ask("GET", "/v1/models").status, 200)         # the built-in table
+
+    def test_an_upstream_that_never_answers_is_given_up(self):
+        with contextlib.closing(socket.socket()) as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(5)                            # connects, as the system does that, and then nothing
+            gateway = Gateway(Config(base_url="http://127.0.0.1:%d" % silent.getsockname()[1],
+                                     anthropic_api_key=SECRET))
+            with self.assertRaises(claude_gateway.UpstreamTimeout):
+                gateway.upstream.get("/v1/models", timeout=0.05)
+            with self.assertRaises(claude_gateway.UpstreamTimeout):
+                gateway.upstream.messages(b"{}", claude_gateway.Watch(patience=0.05))
+            gateway.close()
+
+
+class TlsTestCase(UpstreamTestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.certificate, key = os.path.join(folder, "certificate.pem"), os.path.join(folder, "key.pem")
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                   "-keyout", key, "-out", cls.certificate, "-days", "2", "-subj", "/CN=upstream.test", "-addext",
+                   "subjectAltName=DNS:upstream.test,IP:127.0.0.1", "-addext", "keyUsage=digitalSignature,keyCertSign"]
+        try:
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            raise unittest.SkipTest("no openssl command that makes certificates") from None
+        cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        cls.context.load_cert_chain(cls.certificate, key)
+
+
+class TlsTests(TlsTestCase):
+    def test_an_unknown_authority_is_refused_with_its_cause(self):
+        raw = self.start_before([upstream_bytes(MESSAGE_JSON)], context=self.context)
+        answer = self.chat(headers=NO_RETRY)
+        self.assertEqual(answer.status, 502)
+        self.assertIn("SSL_CERT_FILE", answer.error["message"])
+        self.assertRegex(answer.error["message"], "CERTIFICATE_VERIFY_FAILED")
+        self.assertEqual(raw.posts, [])
+
+    def test_a_named_authority_is_accepted_and_the_connection_kept(self):
+        raw = self.start_before([upstream_bytes(MESSAGE_JSON)] * 2, context=self.context, ca_file=self.certificate)
+        for _ in range(2):
+            answer = self.chat(headers=NO_RETRY)
+            self.assertEqual(answer.status, 200, answer.raw)
+        self.assertEqual(raw.connections, 1)
+
+    def test_streams_come_through_tls_event_by_event(self):
+        events = events_of(message(text("Hello!")))
+        release = threading.Event()
+        self.addCleanup(release.set)
+        head = upstream_bytes(b"", "content-type: text/event-stream", length=False)
+        self.start_before([[head, sse(events[:4]), release, sse(events[4:])]], context=self.context,
+                          ca_file=self.certificate)
+        connection = self.connect()
+        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
+        self.assertIn(b'"content":"Hello!"', received_until(connection, b'"content":"Hello!"'))
+        release.set()
+        self.assertIn(b"[DONE]", received_until(connection, b"[DONE]"))
+
+    def test_every_framing_works_over_tls_and_with_answers_larger_than_a_record(self):
+        words = "word " * 20_000
+        whole = json.dumps(message(text(words))).encode()
+        cases = {"length": upstream_bytes(whole), "close": upstream_bytes(whole, "connection: close"),
+                 "end": upstream_bytes(whole, length=False),
+                 "chunks": upstream_bytes(in_chunks(whole), "transfer-encoding: chunked", length=False)}
+        self.start_before(*([answer] for answer in cases.values()), context=self.context, ca_file=self.certificate)
+        for name in cases:
+            with self.subTest(name):
+                answer = self.chat(headers=NO_RETRY)
+                self.assertEqual(answer.status, 200, answer.raw)
+                self.assertEqual(answer.message["content"], words)
+
+    def test_another_name_in_the_certificate_is_refused_also_when_x509_is_relaxed(self):
+        raw = RawUpstream([upstream_bytes(MESSAGE_JSON)], context=self.context)
+        with raw:
+            for relaxed in (False, True):
+                with self.subTest(relaxed=relaxed):
+                    self.start(base_url="https://localhost:%d" % raw.port, ca_file=self.certificate,
+                               relax_x509=relaxed)
+                    answer = self.chat(headers=NO_RETRY)
+                    self.assertEqual(answer.status, 502)
+                    self.assertIn("another host name", answer.error["message"])
+        self.assertEqual(raw.posts, [])
+
+    def test_plain_http_where_tls_was_expected_is_502(self):
+        with RawUpstream(banner=b"HTTP/1.1 400 Bad Request\r\n\r\n") as raw:
+            self.start(base_url=raw.url.replace("http:", "https:"), ca_file=self.certificate)
+            answer = self.chat(headers=NO_RETRY)
+        self.assertEqual(answer.status, 502)
+        self.assertIn("TLS", answer.error["message"])
+
+    def test_relaxing_x509_clears_that_flag_alone(self):
+        strict = getattr(ssl, "VERIFY_X509_STRICT", 0)
+        plain, relaxed = (claude_gateway.tls_context(self.certificate, relax) for relax in (False, True))
+        self.assertEqual(relaxed.verify_flags, plain.verify_flags & ~strict)
+        for context in (plain, relaxed):
+            self.assertEqual((context.verify_mode, context.check_hostname), (ssl.CERT_REQUIRED, True))
+
+    def test_a_missing_file_of_authorities_is_named(self):
+        self.start(base_url="https://127.0.0.1:1", ca_file=self.certificate + ".missing")
+        answer = self.chat(headers=NO_RETRY)
+        self.assertEqual(answer.status, 502)
+        self.assertIn(self.certificate + ".missing", answer.error["message"])
+
+    def test_the_deadline_holds_although_tls_has_bytes_of_its_own(self):
+        # TLS 1.3 sends session tickets behind the handshake: something to read, and no answer yet
+        never = threading.Event()
+        self.addCleanup(never.set)
+        with RawUpstream([[never]], context=self.context) as raw:
+            gateway = Gateway(Config(base_url=raw.url, anthropic_api_key=SECRET, ca_file=self.certificate))
+            self.addCleanup(gateway.close)
+            threading.Timer(3, never.set).start()       # where the deadline does not hold, the test ends all the same
+            with self.assertRaises(claude_gateway.UpstreamTimeout):
+                gateway.upstream.messages(b"{}", claude_gateway.Watch(patience=0.1), may_retry=False)
+
+    def test_a_client_that_leaves_before_the_first_token_stops_claude_over_tls_too(self):
+        never = threading.Event()
+        self.addCleanup(never.set)
+        raw = self.start_before([[never]], context=self.context, ca_file=self.certificate)
+        connection = self.connect()
+        connection.sendall(chat_bytes())
+        self.assertTrue(eventually(lambda: raw.posts))
+        connection.close()
+        self.assertTrue(raw.closed.wait(2))
+
+
+class TinyProxy:
+    """An HTTP proxy that knows CONNECT, and leads everything to one port."""
+
+    def __init__(self, target_port: int, refusal: bytes = b"") -> None:
+        self.heads, self.after = [], []                 # what a CONNECT said; the first bytes inside each tunnel
+        self._target, self._refusal = target_port, refusal
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(20)
+        self.port = self._listener.getsockname()[1]
+
+    def __enter__(self):
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection = self._listener.accept()[0]
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(client):
+            self.heads.append(received_until(client, b"\r\n\r\n"))
+            if self._refusal:
+                client.sendall(self._refusal)
+                return
+            with contextlib.closing(socket.create_connection(("127.0.0.1", self._target))) as server:
+                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
+                self._pump(client, server, self.after)
+
+    @staticmethod
+    def _pump(source: socket.socket, target: socket.socket, seen: list = None) -> None:
+        with contextlib.suppress(OSError):
+            piece = source.recv(65_536)
+            while piece:
+                if seen is not None:
+                    seen.append(piece)
+                target.sendall(piece)
+                piece = source.recv(65_536)
+            target.shutdown(socket.SHUT_RDWR)
+
+
+class ProxyTests(TlsTestCase):
+    def start_behind_proxy(self, *scripts, refusal: bytes = b"", address: str = "http://user:pass%%20word@127.0.0.1:%d",
+                           **settings):
+        raw = RawUpstream(*scripts, context=self.context)
+        raw.__enter__()
+        self.addCleanup(raw.__exit__)
+        proxy = TinyProxy(raw.port, refusal)
+        proxy.__enter__()
+        self.addCleanup(proxy.__exit__)
+        self.start(**dict({"base_url": "https://upstream.test:8443", "https_proxy": address % proxy.port,
+                           "ca_file": self.certificate}, **settings))
+        return raw, proxy
+
+    def test_an_https_upstream_is_reached_through_the_proxy_which_alone_sees_its_credentials(self):
+        raw, proxy = self.start_behind_proxy([upstream_bytes(MESSAGE_JSON)] * 2)
+        for _ in range(2):
+            answer = self.chat(headers=NO_RETRY)
+            self.assertEqual(answer.status, 200, answer.raw)
+        self.assertEqual(raw.connections, 1)            # a tunnel is kept as well
+        for head in proxy.heads:
+            self.assertTrue(head.startswith(b"CONNECT upstream.test:8443 HTTP/1."), head)
+            self.assertIn(b"proxy-authorization: Basic " + base64.b64encode(b"user:pass word"),
+                          head.replace(b"Proxy-Authorization", b"proxy-authorization"))
+            self.assertNotIn(SECRET.encode(), head)
+        head = raw.posts[0][0].lower()
+        self.assertIn(b"host: upstream.test:8443", head)
+        self.assertIn(SECRET.encode(), head)
+        self.assertNotIn(b"proxy-", head)
+        self.assertNotIn(SECRET.encode(), b"".join(proxy.after))
+
+    def test_a_proxy_without_credentials_or_scheme_gets_none(self):
+        for address in ("http://127.0.0.1:%d", "127.0.0.1:%d"):
+            with self.subTest(address=address):
+                _, proxy = self.start_behind_proxy([upstream_bytes(MESSAGE_JSON)], address=address)
+                self.assertEqual(self.chat(headers=NO_RETRY).status, 200)
+                self.assertNotIn(b"authorization", proxy.heads[0].lower())
+
+    def test_a_refusal_of_the_proxy_is_502_with_its_reason_and_without_its_password(self):
+        raw, _ = self.start_behind_proxy(refusal=b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+        answer = self.chat(headers=NO_RETRY)
+        self.assertEqual(answer.status, 502)
+        self.assertIn("407", answer.error["message"])
+        self.assertNotIn("pass", answer.error["message"])
+        self.assertEqual(raw.posts, [])
+
+    def test_a_proxy_that_is_not_there_is_502(self):
+        with contextlib.closing(socket.socket()) as unused:
+            unused.bind(("127.0.0.1", 0))
+            self.start(base_url="https://upstream.test", https_proxy="http://u:pw-secret@127.0.0.1:%d" %
+                       unused.getsockname()[1])
+            answer = self.chat(headers=NO_RETRY)
+        self.assertEqual(answer.status, 502)
+        self.assertNotIn("pw-secret", answer.error["message"])
+
+    def test_loopback_is_never_proxied(self):
+        raw, proxy = self.start_behind_proxy([upstream_bytes(MESSAGE_JSON)])
+        self.start(base_url=raw.url, https_proxy="http://127.0.0.1:%d" % proxy.port, ca_file=self.certificate)
+        self.assertEqual(self.chat(headers=NO_RETRY).status, 200)
+        self.assertEqual(proxy.heads, [])
+
+    def test_no_proxy_names_what_goes_direct(self):
+        for no_proxy in ("upstream.test", ".test", "other.example, upstream.test", "*", "test"):
+            with self.subTest(no_proxy=no_proxy):
+                _, proxy = self.start_behind_proxy(no_proxy=no_proxy)
+                answer = self.chat(headers=NO_RETRY)    # the reserved name .test never resolves
+                self.assertEqual(answer.status, 502)
+                self.assertEqual(proxy.heads, [])
+        _, proxy = self.start_behind_proxy([upstream_bytes(MESSAGE_JSON)], no_proxy="stream.test,other.example")
+        self.assertEqual(self.chat(headers=NO_RETRY).status, 200)
+        self.assertNotEqual(proxy.heads, [])
+
+
 # ==== Status page =====================================================================================
 
 class StatusTests(GatewayTestCase):
@@ -4617,7 +8558,8 @@ class OpenAiSdkTests(GatewayTestCase):
         self.assertTrue(completion._request_id.startswith("req_fake_"))
 
     def test_the_stream_helper_accumulates_thinking_text_and_two_tool_calls(self):
-        answer = message(thinking("let me see", "c2ln"), text("Both:"), tool_use("toolu_1", "get_weather", {"city": "Rom"}),
+        answer = message(thinking("let me see", "c2ln"), text("Both:"),
+                         tool_use("toolu_1", "get_weather", {"city": "Rom"}),
                          tool_use("toolu_2", "get_weather", {}))
         self.claude.play(answer)
         with self.client.chat.completions.stream(**self.asked, tools=[WEATHER_TOOL],
@@ -4711,13 +8653,14 @@ class OpenAiSdkTests(GatewayTestCase):
 
     def _tool_loop(self, model):
         self.claude.reset()
-        chat_messages = [{"role": "system", "content": "Be exact."}, {"role": "user", "content": "Weather in two towns?"}]
+        chat_messages = [{"role": "system", "content": "Be exact."},
+                         {"role": "user", "content": "Weather in two towns?"}]
         answers = [[thinking("turn %d" % turn, "c2ln%d" % turn), text("Turn %d." % turn),
                     tool_use("toolu_%da" % turn, "get_weather", {"city": "A"}),
                     tool_use("toolu_%db" % turn, "get_weather", {"city": "B"})] for turn in range(3)]
-        full = [model for model in BUILT_IN_MODELS if model.startswith(self.asked["model"])]
+        full_id = {"claude-haiku-4-5": "claude-haiku-4-5-20251001"}.get(model, model)
         for blocks in answers + [[text("Sunny in both.")]]:
-            self.claude.play(message(*blocks, model={"claude-haiku-4-5": "claude-haiku-4-5-20251001"}.get(model, model)))
+            self.claude.play(message(*blocks, model=full_id))
             reply = self.client.chat.completions.create(model=model, messages=chat_messages, tools=[WEATHER_TOOL],
                                                         reasoning_effort="medium")
             chat_message = reply.choices[0].message
@@ -4726,7 +8669,6 @@ class OpenAiSdkTests(GatewayTestCase):
                 image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}
                 chat_messages.append({"role": "tool", "tool_call_id": call.id,
                                       "content": [{"type": "text", "text": "sunny"}, image]})
-        self.assertTrue(full)
         self.assertEqual(chat_messages[-1]["content"], "Sunny in both.")
         requests = [bare(request.body) for request in self.claude.messages]
         for turn, (earlier, later) in enumerate(zip(requests, requests[1:])):
@@ -4762,12 +8704,12 @@ def recorded_answers():
             continue
         kind = answer["headers"].get("content-type")
         body = answer["body"]
-        starts = [match.start() for match in re.finditer(r"(?m)^event: message_start$|^data: *\{\"type\": ?\"message_start\"",
-                                                         body)] if "message_start" in body else []
+        start = r"(?m)^event: message_start$|^data: *\{\"type\": ?\"message_start\""
+        starts = [match.start() for match in re.finditer(start, body)]
         starts = [at for at in starts if body[at:].startswith("event:")] or starts
         cuts = starts[1:] if "sse:two-message-starts" in case["kind"] else []
-        for start, end in zip([0] + cuts, cuts + [len(body)]):
-            yield case["id"], kind, body[start:end].encode("utf-8")
+        for begin, end in zip([0] + cuts, cuts + [len(body)]):
+            yield case["id"], kind, body[begin:end].encode("utf-8")
 
 
 def is_whole(body):
@@ -4977,10 +8919,23 @@ class RecordedRequestTests(GatewayTestCase):
         self.assertLess(sum(refused.values()), 30, refused)
 
     def test_for_a_model_of_every_generation(self):
-        for model in ("claude-opus-5-5", "claude-haiku-5-5", "claude-sonnet-5", "claude-opus-4-7", "claude-sonnet-4-6",
-                      "claude-haiku-4-5"):
-            for path in ("/v1/chat/completions", "/v1/responses"):
-                self._check(path, model)
+        """Through the translators alone, as twelve thousand requests over sockets would take their time."""
+        headers = {"anthropic-version": "2023-06-01", "content-type": "application/json", "x-api-key": "k",
+                   "user-agent": "claude-gateway/0"}
+        for model in ("claude-opus-5-5", "claude-sonnet-5", "claude-opus-4-7", "claude-sonnet-4-6",
+                      "claude-haiku-4-5-20251001"):
+            for case in recorded_lines("openai_requests.jsonl"):
+                body = case["request"]["body"]
+                translate = claude_gateway.messages_request_from_responses if "input" in body else \
+                    claude_gateway.messages_request_from_chat
+                with self.subTest(case=case["id"], model=model):
+                    try:
+                        request = translate(body, BUILT_IN_MODELS[model]).request
+                    except claude_gateway.InvalidRequest as refusal:
+                        self.assertTrue(refusal.param)
+                        continue
+                    sent = json.loads(claude_gateway.upstream_json(request).decode())
+                    self.assertEqual(violations(sent, headers), [])
 
 
 # ==== The README ======================================================================================
@@ -5110,7 +9065,8 @@ class FileTests(unittest.TestCase):
     ROOMS = dict(re.findall(r"^# ---- ([A-Z][\w ]*?) -+\n(.*?)(?=^# ---- [A-Z]|\Z)", SOURCE, re.M | re.S))
 
     def test_translation_touches_nothing_outside(self):
-        outside = {"open", "print", "os", "sys", "time", "secrets", "socket", "select", "threading", "http", "LOG", "ssl"}
+        outside = {"open", "print", "os", "sys", "time", "secrets", "socket", "select", "threading", "http", "ssl",
+                   "LOG"}
         for room in ("Models", "Requests", "Replies", "Streams"):
             with self.subTest(room=room):
                 names = {node.id for node in ast.walk(ast.parse(self.ROOMS[room])) if isinstance(node, ast.Name)}
@@ -5129,7 +9085,7 @@ class FileTests(unittest.TestCase):
                 names = [node.name] if hasattr(node, "name") else [
                     target.id for target in getattr(node, "targets", [getattr(node, "target", None)])
                     if isinstance(target, ast.Name)]
-                home.update({name: room for name in names})
+                home.update(dict.fromkeys(names, room))
         for room in rooms:
             for node in ast.walk(ast.parse("from __future__ import annotations\n" + self.ROOMS[room])):
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in home:
@@ -5144,1036 +9100,6 @@ class FileTests(unittest.TestCase):
         if known is None:
             self.skipTest("this Python has no list of its standard library")
         self.assertEqual(imported - set(known) - {"compression"}, set())
-
-# ==== The fake Claude =================================================================================
-#
-#   violations(request, headers)      every rule that a POST /v1/messages breaks, one sentence each
-#   FakeClaude, Reply                 a server on 127.0.0.1 that plays queued replies and keeps what it was sent
-#   message, text, tool_use, ...      what Claude says; events_of and sse say it as a stream
-#
-# Shapes look at one value at a time, Rules at how values go together; these are asked only about requests that
-# have the right shape.
-
-MIB = 1024 * 1024
-OAUTH_BETA = "oauth-2025-04-20"
-
-# ---- Models -------------------------------------------------------------------------------------
-
-Model = collections.namedtuple("Model", "max_tokens images efforts thinking accepts")
-
-# thinking: the accepted types, `*` = not with effort xhigh or max
-# accepts:  sampling parameters, forced tool_choice, prefill, system messages in mid-conversation
-FIVE, FOUR, THREE = "low medium high xhigh max", "low medium high max", "low medium high"
-NEWEST = Model(128000, 600, FIVE, "adaptive", "system")
-MODELS = {
-    "claude-fable-5-2":           NEWEST,
-    "claude-mythos-5-2":          NEWEST,
-    "claude-haiku-5-5":           Model(128000, 600, FIVE, "adaptive disabled*", "forced system"),
-    "claude-sonnet-5-5":          Model(128000, 600, FIVE, "adaptive between_tools*", "system"),
-    "claude-opus-5-5":            NEWEST,
-    "claude-fable-5-1":           NEWEST,
-    "claude-mythos-5-1":          NEWEST,
-    "claude-opus-5":              Model(128000, 600, FIVE, "adaptive disabled*", "forced system"),
-    "claude-sonnet-5":            Model(128000, 600, FIVE, "adaptive disabled", "forced"),
-    "claude-fable-5":             Model(128000, 600, FIVE, "adaptive", "forced system"),
-    "claude-mythos-5":            Model(128000, 600, FIVE, "adaptive", "forced system"),
-    "claude-opus-4-8":            Model(128000, 600, FIVE, "adaptive disabled", "forced system"),
-    "claude-opus-4-7":            Model(128000, 600, FIVE, "adaptive disabled", "forced"),
-    "claude-sonnet-4-6":          Model(128000, 600, FOUR, "adaptive enabled disabled", "sampling forced"),
-    "claude-opus-4-6":            Model(128000, 600, FOUR, "adaptive enabled disabled", "sampling forced"),
-    "claude-opus-4-5-20251101":   Model(64000, 100, THREE, "enabled disabled", "sampling forced prefill"),
-    "claude-haiku-4-5-20251001":  Model(64000, 100, "", "enabled disabled", "sampling forced prefill"),
-    "claude-sonnet-4-5-20250929": Model(64000, 100, "", "enabled disabled", "sampling forced prefill"),
-}
-MODELS.update({name[:-len("-20250929")]: MODELS[name] for name in list(MODELS) if re.search(r"-\d{8}$", name)})
-
-
-# ---- Shapes -------------------------------------------------------------------------------------
-# A shape is a function (value, path) -> the sentences about what is wrong with the value.
-
-def at(path: str, name) -> str:
-    """The path of a member."""
-    return f"{path}.{name}" if path else str(name)
-
-
-def kind(label: str, *types):
-    """A value of one of these types; true and false are no numbers."""
-    def shape(value, path):
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            yield f"{path}: Input should be a valid {label}"
-    return shape
-
-
-STRING, BOOLEAN, INTEGER = kind("string", str), kind("boolean", bool), kind("integer", int)
-NUMBER, OBJECT, ANYTHING = kind("number", int, float), kind("dictionary", dict), kind("value", object, bool)
-
-
-def limited(inner, allowed, complaint: str):
-    """What `inner` accepts, as far as `allowed` says yes to it."""
-    def shape(value, path):
-        problems = list(inner(value, path))
-        yield from problems
-        if not problems and not allowed(value):
-            yield f"{path}: {complaint}"
-    return shape
-
-
-def one_of(*words: str):
-    """One of these strings."""
-    return limited(STRING, words.__contains__, f"Input should be one of {', '.join(words)}")
-
-
-def matching(pattern: str):
-    """A string that the pattern matches from end to end."""
-    return limited(STRING, re.compile(pattern).fullmatch, f"String should match pattern '^{pattern}$'")
-
-
-def list_of(inner):
-    """A list with members of one shape."""
-    def shape(value, path):
-        if not isinstance(value, list):
-            yield f"{path}: Input should be a valid list"
-            return
-        for position, member in enumerate(value):
-            yield from inner(member, at(path, position))
-    return shape
-
-
-def map_of(inner):
-    """An object with any names and members of one shape."""
-    def shape(value, path):
-        yield from OBJECT(value, path)
-        for name, member in value.items() if isinstance(value, dict) else ():
-            yield from inner(member, at(path, name))
-    return shape
-
-
-def string_or(other, string=STRING):
-    """A string, or else the other shape."""
-    return lambda value, path: (string if isinstance(value, str) else other)(value, path)
-
-
-def record(fields: dict):
-    """An object with these fields and no others: `name!` is required, `name?` may be null."""
-    shapes = {name.rstrip("!?"): shape for name, shape in fields.items()}
-    required = [name[:-1] for name in fields if name.endswith("!")]
-    nullable = {name[:-1] for name in fields if name.endswith("?")}
-
-    def shape(value, path):
-        if not isinstance(value, dict):
-            yield from OBJECT(value, path)
-            return
-        for name in required:
-            if name not in value:
-                yield f"{at(path, name)}: Field required"
-        for name, member in value.items():
-            if name not in shapes:
-                yield f"{at(path, name)}: Extra inputs are not permitted"
-            elif member is not None or name not in nullable:
-                yield from shapes[name](member, at(path, name))
-    return shape
-
-
-def tagged(variants: dict, tag: str = "type"):
-    """A record whose fields depend on its tag."""
-    records = {name: record(dict(fields, **{tag + "!": STRING})) for name, fields in variants.items()}
-
-    def shape(value, path):
-        name = value.get(tag) if isinstance(value, dict) else None
-        if not isinstance(value, dict):
-            yield from OBJECT(value, path)
-        elif not isinstance(name, str) or name not in records:
-            yield f"{at(path, tag)}: Input tag {name!r} does not match any of the expected tags: {', '.join(records)}"
-        else:
-            yield from records[name](value, path)
-    return shape
-
-
-def decodable(data: str) -> bool:
-    """Whether this is base64 of something."""
-    try:
-        return bool(base64.b64decode(data, validate=True))
-    except ValueError:
-        return False
-
-
-MAGIC = {                                               # media type -> how its bytes begin
-    "image/png": rb"\x89PNG\r\n\x1a\n", "image/jpeg": rb"\xff\xd8\xff", "image/gif": rb"GIF8[79]a",
-    "image/webp": rb"(?s)RIFF....WEBP", "application/pdf": rb"(?s).{0,1024}%PDF-",
-}
-
-
-def as_labelled(source: dict) -> bool:
-    """Whether the bytes of a base64 source are of the media type it names."""
-    return source["type"] != "base64" or bool(re.match(MAGIC[source["media_type"]], base64.b64decode(source["data"])))
-
-
-UNIT = limited(NUMBER, lambda number: 0 <= number <= 1, "Input should be between 0 and 1")
-NATURAL = limited(INTEGER, lambda number: number >= 0, "Input should be greater than or equal to 0")
-FILLED = limited(limited(STRING, len, "text content blocks must be non-empty"), str.strip,
-                 "text content blocks must contain non-whitespace text")
-TOOL_NAME, TOOL_ID = matching("[a-zA-Z0-9_-]{1,64}"), matching("[a-zA-Z0-9_-]+")
-BASE64 = limited(STRING, decodable, "invalid base64 data")
-IMAGE_DATA = limited(BASE64, lambda data: len(data) <= 10 * MIB, "image exceeds 10 MB maximum")
-HTTPS = limited(STRING, re.compile(r"https://[^/\s]+\S*").fullmatch, "Only HTTPS URLs are supported")
-CACHE = tagged({"ephemeral": {"ttl": one_of("5m", "1h")}})
-CITATIONS = record({"enabled": BOOLEAN})
-CALLER = map_of(STRING)
-
-URL, FILE = {"url!": HTTPS}, {"file_id!": STRING}
-IMAGE_SOURCE = limited(tagged({
-    "base64": {"media_type!": one_of(*[name for name in MAGIC if name.startswith("image/")]), "data!": IMAGE_DATA},
-    "url": URL, "file": FILE,
-}), as_labelled, "Image does not match the provided media type")
-
-TEXT = {"text": {"text!": FILLED, "cache_control?": CACHE, "citations?": list_of(OBJECT)}}
-IMAGE = {"image": {"source!": IMAGE_SOURCE, "cache_control?": CACHE, "transformations?": ANYTHING}}
-DOCUMENT_SOURCE = limited(tagged({
-    "base64": {"media_type!": one_of("application/pdf"), "data!": BASE64},
-    "text": {"media_type!": one_of("text/plain"), "data!": STRING},
-    "content": {"content!": string_or(list_of(tagged({**TEXT, **IMAGE})))},
-    "url": URL, "file": FILE,
-}), as_labelled, "The PDF specified was not valid")
-DOCUMENT = {"document": {"source!": DOCUMENT_SOURCE, "title?": STRING, "context?": STRING, "citations?": CITATIONS,
-                         "cache_control?": CACHE}}
-SEARCH_RESULT = {"search_result": {"source!": STRING, "title!": STRING, "content!": list_of(tagged(TEXT)),
-                                   "citations?": CITATIONS, "cache_control?": CACHE}}
-TOOL_REFERENCE = {"tool_reference": {"tool_name!": TOOL_NAME, "cache_control?": CACHE}}
-UPLOAD = {"container_upload": {"file_id!": STRING, "cache_control?": CACHE}}
-
-NESTED_BLOCKS = {**TEXT, **IMAGE, **DOCUMENT, **SEARCH_RESULT, **TOOL_REFERENCE}
-USER_BLOCKS = {
-    **TEXT, **IMAGE, **DOCUMENT, **SEARCH_RESULT, **UPLOAD,
-    "tool_result": {"tool_use_id!": TOOL_ID, "content?": string_or(list_of(tagged(NESTED_BLOCKS))),
-                    "is_error?": BOOLEAN, "cache_control?": CACHE},
-}
-SERVER_USES = ("server_tool_use", "mcp_tool_use")
-SERVER_RESULTS = [name + "_tool_result" for name in (
-    "web_search", "web_fetch", "code_execution", "bash_code_execution", "text_editor_code_execution", "tool_search",
-    "advisor", "mcp")]
-CALL = {"name!": TOOL_NAME, "input!": OBJECT, "caller?": CALLER, "cache_control?": CACHE}
-ASSISTANT_BLOCKS = {
-    **TEXT, **DOCUMENT, **UPLOAD,
-    "thinking": {"thinking!": STRING, "signature!": limited(STRING, len, "Invalid `signature` in `thinking` block")},
-    "redacted_thinking": {"data!": limited(STRING, len, "Invalid `data` in `redacted_thinking` block")},
-    "tool_use": dict(CALL, **{"id!": TOOL_ID}),
-    "server_tool_use": dict(CALL, **{"id!": matching("srvtoolu_[a-zA-Z0-9_]+")}),
-    "mcp_tool_use": dict(CALL, **{"id!": TOOL_ID, "server_name!": STRING}),
-    **{name: {"tool_use_id!": TOOL_ID, "content!": kind("result", dict, list, str), "caller?": CALLER,
-              "is_error?": BOOLEAN, "cache_control?": CACHE} for name in SERVER_RESULTS},
-}
-MESSAGE = tagged({role: {"content!": string_or(list_of(tagged(blocks)))} for role, blocks in (
-    ("user", USER_BLOCKS), ("assistant", ASSISTANT_BLOCKS), ("system", TEXT))}, tag="role")
-
-# ---- Schemas ------------------------------------------------------------------------------------
-# JSON Schema 2020-12: where a schema holds others, and what its other keywords must look like.
-
-MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
-LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
-SINGLES = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
-TYPE_NAME = one_of("object", "array", "string", "number", "integer", "boolean", "null")
-
-
-def json_schema(value, path: str):
-    """A schema that is well formed, all through."""
-    if isinstance(value, bool):
-        return
-    yield from OBJECT(value, path)
-    for keyword, member in value.items() if isinstance(value, dict) else ():
-        yield from KEYWORDS.get(keyword, ANYTHING)(member, at(path, keyword))
-
-
-UNIQUE_NAMES = limited(list_of(STRING), lambda names: len(set(names)) == len(names), "items should be unique")
-KEYWORDS = {
-    **dict.fromkeys(MAPS, map_of(json_schema)),
-    **dict.fromkeys(LISTS, limited(list_of(json_schema), len, "List should have at least 1 item")),
-    **dict.fromkeys(SINGLES, json_schema),
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), NUMBER),
-    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), NATURAL),
-    **dict.fromkeys(("$ref", "$schema", "title", "description", "pattern", "format"), STRING),
-    "type": string_or(limited(list_of(TYPE_NAME), len, "List should have at least 1 item"), TYPE_NAME),
-    "enum": list_of(ANYTHING), "required": UNIQUE_NAMES, "uniqueItems": BOOLEAN,
-}
-TOOL_SCHEMA = limited(limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
-                              'type: Input should be "object"'),
-                      lambda schema: not {"oneOf", "allOf", "anyOf"} & set(schema),
-                      "input_schema does not support oneOf, allOf, or anyOf at the top level")
-
-# what strict tools and output_config.format may use of it
-SUBSET = {"type", "enum", "const", "anyOf", "allOf", "$ref", "$defs", "definitions", "default", "format", "minItems",
-          "pattern", "items", "properties", "required", "additionalProperties", "title", "description", "$schema"}
-FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"}
-BAD_REGEX = re.compile(r"\(\?<?[=!]|\\[1-9bBk]|\(\?P=")           # lookaround, back references, word boundaries
-
-
-def schemas_in(schema, path: str):
-    """(path, schema) for a schema and every one inside it; true and false are left out."""
-    if isinstance(schema, bool):
-        return
-    yield path, schema
-    for keyword, member in schema.items():
-        inner = (member.items() if keyword in MAPS else enumerate(member) if keyword in LISTS
-                 else [("", member)] if keyword in SINGLES else ())
-        for name, child in inner:
-            yield from schemas_in(child, at(path, keyword) + (f".{name}" if name != "" else ""))
-
-
-def is_union(schema: dict) -> bool:
-    """Whether the schema leaves a choice of types."""
-    return "anyOf" in schema or (isinstance(schema.get("type"), list) and len(schema["type"]) > 1)
-
-
-def outside_subset(schema: dict, path: str):
-    """What one schema uses that structured outputs do not offer."""
-    types = schema.get("type", "object" if "properties" in schema else "")
-    yield from (f"{path}: property '{keyword}' is not supported" for keyword in schema if keyword not in SUBSET)
-    yield from broken({
-        f"{path}: For 'object' type, 'additionalProperties' must be explicitly set to false":
-            ("additionalProperties" in schema or "object" in types) and schema.get("additionalProperties") is not False,
-        f"{path}: For 'array' type, 'minItems' values other than 0 or 1 are not supported":
-            schema.get("minItems", 0) > 1,
-        f"{path}: format '{schema.get('format')}' is not supported": schema.get("format", "date") not in FORMATS,
-        f"{path}: enum may only contain scalars":
-            any(isinstance(word, (dict, list)) for word in schema.get("enum", ())),
-        f"{path}: pattern uses a regex feature that is not supported": BAD_REGEX.search(schema.get("pattern", "")),
-        f"{path}: allOf with $ref is not supported": any("$ref" in part for part in schema.get("allOf", ())
-                                                         if isinstance(part, dict)),
-    })
-
-
-def pointed_at(root: dict, reference: str):
-    """The schema a local reference leads to, or None."""
-    place = root
-    for step in reference.split("/")[1:]:
-        place = place.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
-    return place
-
-
-def bad_references(root: dict, schema, path: str, trail: tuple = ("#",)):
-    """References that lead out of the schema, nowhere, or back to where they came from."""
-    for _, part in schemas_in(schema, path):
-        reference = part.get("$ref")
-        target = pointed_at(root, reference) if reference else None
-        yield from broken({
-            f"{path}: external $ref '{reference}' is not supported": reference and not reference.startswith("#"),
-            f"{path}: $ref '{reference}' cannot be resolved": reference and reference[0] == "#" and target is None,
-            f"{path}: recursive schemas are not supported ('{reference}')": reference in trail,
-        })
-        if target is not None and reference[0] == "#" and reference not in trail:
-            yield from bad_references(root, target, path, trail + (reference,))
-
-
-# ---- Requests -----------------------------------------------------------------------------------
-
-DOMAINS = {"allowed_domains?": list_of(STRING), "blocked_domains?": list_of(STRING)}
-ON_ANY_TOOL = {"cache_control?": CACHE, "strict?": BOOLEAN, "defer_loading?": BOOLEAN,
-               "allowed_callers?": list_of(STRING)}
-WEB_SEARCH = {**ON_ANY_TOOL, **DOMAINS, "type!": STRING, "name!": one_of("web_search"), "max_uses?": INTEGER,
-              "user_location?": tagged({"approximate": {"city?": STRING, "region?": STRING, "country?": STRING,
-                                                        "timezone?": STRING}})}
-WEB_FETCH = {**ON_ANY_TOOL, **DOMAINS, "type!": STRING, "name!": one_of("web_fetch"), "max_uses?": INTEGER,
-             "citations?": CITATIONS, "max_content_tokens?": INTEGER, "use_cache?": BOOLEAN}
-TOOLS = {                                               # pattern of the type -> shape of the tool
-    r"custom": record({
-        **ON_ANY_TOOL, "name!": TOOL_NAME, "description?": STRING, "input_schema!": TOOL_SCHEMA, "type?": STRING,
-        "eager_input_streaming?": BOOLEAN, "input_examples?": list_of(OBJECT)}),
-    r"web_search_(20250305|20260209)": record(WEB_SEARCH),
-    r"web_search_20260318": record({**WEB_SEARCH, "response_inclusion?": STRING}),
-    r"web_fetch_(20250910|20260209|20260309|20260318)": record(WEB_FETCH),
-    r"(code_execution|tool_search_tool_(bm25|regex)|computer|bash|text_editor|memory|advisor)_\d{8}": OBJECT,
-}
-
-
-def tool(value, path: str):
-    """A tool of any type; a tool without a type is a custom one."""
-    type_name = str(value.get("type") or "custom") if isinstance(value, dict) else "custom"
-    shapes = [shape for pattern, shape in TOOLS.items() if re.fullmatch(pattern, type_name)]
-    if shapes:
-        yield from shapes[0](value, path)
-    else:
-        yield f"{path}.type: Input tag '{type_name}' does not match any of the expected tags"
-
-
-PARALLEL = {"disable_parallel_tool_use": BOOLEAN}
-DISPLAY = {"display?": one_of("summarized", "omitted", "updates")}
-BETA_FIELDS = ("context_management", "mcp_servers", "fallbacks", "fallback_credit_token", "compaction", "thread",
-               "billing_policy", "output_format", "thinking.block_binding", "output_config.task_budget")
-REQUEST = record({
-    "model!": STRING, "max_tokens!": INTEGER, "stream": BOOLEAN,
-    "messages!": limited(list_of(MESSAGE), len, "at least one message is required"),
-    "system": limited(string_or(list_of(tagged(TEXT)), FILLED), len, "leave it out when it is empty"),
-    "stop_sequences": list_of(limited(STRING, str.strip, "each stop sequence must contain non-whitespace")),
-    "temperature": UNIT, "top_p": UNIT, "top_k": NATURAL,
-    "tools": list_of(tool),
-    "tool_choice": tagged({"auto": PARALLEL, "any": PARALLEL, "tool": {"name!": TOOL_NAME, **PARALLEL}, "none": {}}),
-    "thinking": tagged({"adaptive": {**DISPLAY, "block_binding?": OBJECT}, "disabled": {}, "between_tools": {},
-                        "enabled": {"budget_tokens!": INTEGER, **DISPLAY}}),
-    "output_config": record({"effort?": one_of(*FIVE.split()), "task_budget?": OBJECT,
-                             "format?": tagged({"json_schema": {"schema!": limited(json_schema, bool, "empty")}})}),
-    "metadata": record({"user_id?": limited(STRING, lambda text: len(text) <= 256,
-                                            "String should have at most 256 characters")}),
-    "service_tier": one_of("auto", "standard_only"), "speed": one_of("standard", "fast"),
-    "cache_control?": CACHE, "inference_geo?": STRING, "container?": kind("container", str, dict),
-    "diagnostics?": record({"previous_message_id?": STRING}),
-    **{name: ANYTHING for name in BETA_FIELDS if "." not in name},
-})
-
-
-# ---- Rules --------------------------------------------------------------------------------------
-# A rule is a function of what `understood` makes of a request: -> the sentences about how it breaks the rule.
-
-def broken(conditions: dict) -> list:
-    """The sentences whose condition holds."""
-    return [sentence for sentence, holds in conditions.items() if holds]
-
-
-def blocks_of(message: dict) -> list:
-    """The content blocks of a message; a string counts as one text block."""
-    content = message["content"]
-    return content if isinstance(content, list) else [{"type": "text", "text": content}] if content else []
-
-
-def all_blocks(messages: list):
-    """(path, block) for every content block, those inside a tool result before the result itself."""
-    for position, message in enumerate(messages):
-        for place, block in enumerate(blocks_of(message)):
-            path = f"messages.{position}.content.{place}"
-            nested = block.get("content") if block["type"] == "tool_result" else None
-            for inner_place, inner in enumerate(nested if isinstance(nested, list) else ()):
-                yield f"{path}.content.{inner_place}", inner
-            yield path, block
-
-
-def betas_of(headers: dict) -> list:
-    """The beta features a request asks for."""
-    return [name.strip() for name in headers.get("anthropic-beta", "").split(",") if name.strip()]
-
-
-def understood(request: dict, headers: dict) -> SimpleNamespace:
-    """A request of the right shape, with what several rules want to know of it."""
-    messages, tools = request["messages"], request.get("tools", [])
-    choice, thinking = request.get("tool_choice", {}), request.get("thinking", {})
-    config = request.get("output_config", {})
-    paused = any(block["type"] in SERVER_USES for block in blocks_of(messages[-1]))
-    schemas = [(f"tools.{n}.input_schema", tool["input_schema"]) for n, tool in enumerate(tools)
-               if tool.get("strict") and "input_schema" in tool]
-    schemas += [("output_config.format.schema", config["format"]["schema"])] if config.get("format") else []
-    return SimpleNamespace(
-        request=request, messages=messages, blocks=list(all_blocks(messages)), tools=tools, choice=choice,
-        model=MODELS.get(request["model"], NEWEST), betas=set(betas_of(headers)) - {OAUTH_BETA}, schemas=schemas,
-        thinking=thinking, manual=thinking.get("type") == "enabled", effort=config.get("effort"),
-        format=config.get("format"), forced=choice.get("type") in ("any", "tool"),
-        prefill=messages[-1]["role"] == "assistant" and not paused)      # a paused turn is handed back, not prefilled
-
-
-def limits(asked):
-    """Numbers, and fields that only a beta header opens."""
-    request, model = asked.request, asked.model
-    images = sum(block["type"] == "image" for _, block in asked.blocks)
-    yield from broken({
-        f"max_tokens: {request['max_tokens']} is not between 1 and {model.max_tokens}, which is the maximum allowed "
-        f"number of output tokens for {request['model']}": not 1 <= request["max_tokens"] <= model.max_tokens,
-        "messages: List should have at most 100000 items": len(asked.messages) > 100000,
-        f"messages: {images} images are more than the {model.images} allowed": images > model.images,
-        "thinking.display: updates needs a beta header": asked.thinking.get("display") == "updates" and not asked.betas,
-    })
-    for name in BETA_FIELDS if not asked.betas else ():
-        parent, _, last = name.rpartition(".")
-        if last in (request.get(parent, {}) if parent else request):
-            yield f"{name}: Extra inputs are not permitted"
-
-
-def sampling(asked):
-    """Temperature and its like: temperature or top_p on older models, nothing but the default on newer ones."""
-    request = asked.request
-    changed = [name for name in ("temperature", "top_p", "top_k") if request.get(name, 1) != 1 or
-               (name in request and name != "temperature")]
-    yield from (f"{name}: `{name}` is deprecated for this model." for name in changed
-                if "sampling" not in asked.model.accepts)
-    if {"temperature", "top_p"} <= set(request):
-        yield "temperature: `temperature` and `top_p` cannot both be specified for this model. Please use only one."
-
-
-def thinking_rules(asked):
-    """Thinking types and efforts per model, and what manual thinking rules out."""
-    request, manual, model, effort = asked.request, asked.manual, asked.model, asked.effort
-    name, types, budget = asked.thinking.get("type"), model.thinking.split(), asked.thinking.get("budget_tokens", 0)
-    yield from broken({
-        f"output_config.effort: This model does not support the effort parameter with the value {effort}.":
-            effort and effort not in model.efforts.split(),
-        f'thinking.type: "thinking.type.{name}" is not supported for this model. Use one of {model.thinking} and '
-        '"output_config.effort" to control thinking behavior.': name and not {name, name + "*"} & set(types),
-        f'thinking.type: "{name}" cannot be used with effort {effort}':
-            name and name + "*" in types and effort in ("xhigh", "max"),
-        "thinking.budget_tokens: Input should be greater than or equal to 1024": manual and budget < 1024,
-        "thinking.budget_tokens: `max_tokens` must be greater than `thinking.budget_tokens`":
-            manual and budget >= request["max_tokens"] and "interleaved-thinking-2025-05-14" not in asked.betas,
-        "temperature: may only be set to 1 when thinking is enabled": manual and request.get("temperature", 1) != 1,
-        "top_p: must be between 0.95 and 1 when thinking is enabled": manual and request.get("top_p", 1) < 0.95,
-        "top_k: must be unset when thinking is enabled": manual and "top_k" in request,
-        "tool_choice: Thinking may not be enabled when tool_choice forces tool use.": manual and asked.forced,
-        "messages: prefilling is not possible when thinking is enabled": manual and asked.prefill,
-    })
-
-
-def thinking_first(asked):
-    """Manual thinking: a turn that is in the middle of its tool calls begins with a thinking block."""
-    calling = list(takewhile(lambda message: any(block["type"] in ("tool_use", "tool_result")
-                                                 for block in blocks_of(message)), reversed(asked.messages)))
-    turn = [message for message in reversed(calling) if message["role"] == "assistant"]
-    first = blocks_of(turn[0])[0]["type"] if asked.manual and turn else "thinking"
-    if first not in ("thinking", "redacted_thinking"):
-        yield (f"messages.{asked.messages.index(turn[0])}.content.0.type: Expected `thinking` or `redacted_thinking`, "
-               f"but found `{first}`. When `thinking` is enabled, a final `assistant` message must start with a "
-               "thinking block.")
-
-
-def tool_rules(asked):
-    """Tools among each other, and the choice among them."""
-    tools, choice, names = asked.tools, asked.choice, [tool.get("name") for tool in asked.tools]
-    yield from broken({
-        "tools: Tool names must be unique.": len(set(names)) < len(names),
-        "tools: At most 20 tools can be strict.": sum(bool(tool.get("strict")) for tool in tools) > 20,
-        "tools: Requests which include `tool_use` or `tool_result` blocks must define tools.":
-            not tools and any(block["type"] in ("tool_use", "tool_result") for _, block in asked.blocks),
-        "tool_choice: tool_choice may only be specified while providing tools.": choice and not tools,
-        'tool_choice: type "tool" and "any" are not supported for this model.':
-            asked.forced and "forced" not in asked.model.accepts,
-        f"tool_choice.name: Tool '{choice.get('name')}' not found in provided tools":
-            tools and "name" in choice and choice["name"] not in names,
-    })
-    for position, tool in enumerate(tools):
-        newer = re.fullmatch(r"web_(search|fetch)_2026\d{4}", tool.get("type") or "")
-        yield from broken({
-            f"tools.{position}: only one of allowed_domains and blocked_domains can be given":
-                tool.get("allowed_domains") and tool.get("blocked_domains"),
-            f'tools.{position}.allowed_callers: this model needs ["direct"]':
-                newer and "prefill" in asked.model.accepts and tool.get("allowed_callers") != ["direct"],
-        })
-
-
-def structured_output(asked):
-    """The schemas that Claude is held to, one by one and all together."""
-    for path, schema in asked.schemas:
-        yield from chain.from_iterable(outside_subset(part, place) for place, part in schemas_in(schema, path))
-        yield from sorted(set(bad_references(schema, schema, path)))
-    parts = [part for path, schema in asked.schemas for _, part in schemas_in(schema, path)]
-    optional = sum(len(set(part.get("properties", ())) - set(part.get("required", ()))) for part in parts)
-    last, unions = asked.schemas[-1][0] if asked.schemas else "tools", sum(map(is_union, parts))
-    cited = any(block["type"] in ("document", "search_result") and (block.get("citations") or {}).get("enabled")
-                for _, block in asked.blocks)
-    yield from broken({
-        f"{last}: Schema is too complex for compilation. ({optional} optional parameters)": optional > 24,
-        f"{last}: Schema is too complex for compilation. ({unions} union types)": unions > 16,
-        "output_config.format: cannot be combined with citations": asked.format and cited,
-        "output_config.format: cannot be combined with prefill": asked.format and asked.prefill,
-    })
-
-
-def contents(asked):
-    """Everybody says something, and the last word may be Claude's only where prefill is possible."""
-    messages, last = asked.messages, len(asked.messages) - 1
-    final = blocks_of(messages[last])[-1:] if messages[last]["role"] == "assistant" else []
-    for position, message in enumerate(messages):
-        content, is_final = message["content"], position == last and message["role"] == "assistant"
-        yield from broken({
-            f"messages.{position}: all messages must have non-empty content except for the optional final assistant "
-            "message": not content and not is_final,
-            f"messages.{position}.content: text content blocks must contain non-whitespace text":
-                isinstance(content, str) and content.isspace(),
-        })
-    yield from broken({
-        f"messages.{last}: This model does not support assistant message prefill. The conversation must end with a "
-        "user message.": asked.prefill and "prefill" not in asked.model.accepts,
-        f"messages.{last}: final assistant content cannot end with trailing whitespace":
-            any(block["type"] == "text" and block["text"][-1:].isspace() for block in final),
-    })
-
-
-def order_of_roles(asked):
-    """A user begins; a system message follows a user's turn or a server tool's result, and precedes Claude's turn."""
-    if asked.messages[0]["role"] != "user":
-        yield 'messages.0: first message must use the "user" role'
-    for position in [n for n, message in enumerate(asked.messages) if n and message["role"] == "system"]:
-        before = [message for message in asked.messages[:position] if message["role"] != "system"][-1:]
-        after = [message for message in asked.messages[position:] if message["role"] != "system"][:1]
-        served = before and any(block["type"] in SERVER_RESULTS for block in blocks_of(before[0])[-1:])
-        yield from broken({
-            f"messages.{position}: role 'system' is not supported on this model": "system" not in asked.model.accepts,
-            f"messages.{position}: role 'system' must follow a user turn or a server tool result":
-                before and before[0]["role"] == "assistant" and not served,
-            f"messages.{position}: role 'system' must be last or be followed by an assistant turn":
-                after and after[0]["role"] != "assistant",
-        })
-
-
-def tool_pairs(asked):
-    """Each `tool_use` is answered in the very next message, ahead of everything else there."""
-    called = []                                         # the ids that the message before calls with
-    for position, message in enumerate(asked.messages + [{"content": []}]):
-        blocks = blocks_of(message)
-        results = takewhile(lambda block: block["type"] == "tool_result", blocks)
-        missing = sorted(set(called) - {block["tool_use_id"] for block in results})
-        if missing:
-            yield (f"messages.{position - 1}: `tool_use` ids were found without `tool_result` blocks immediately "
-                   f"after: {', '.join(missing)}. Each `tool_use` block must have a corresponding `tool_result` block "
-                   "in the next message.")
-        for place, block in enumerate(blocks):
-            if block["type"] == "tool_result" and block["tool_use_id"] not in called:
-                yield (f"messages.{position}.content.{place}: unexpected `tool_use_id` found in `tool_result` blocks: "
-                       f"{block['tool_use_id']}. Each `tool_result` block must have a corresponding `tool_use` block "
-                       "in the previous message.")
-        called = [block["id"] for block in blocks if block["type"] == "tool_use"]
-
-
-def tool_ids(asked):
-    """A call has its own id, a call has one result, and a server tool's result comes after its call."""
-    seen = set()
-    for path, block in asked.blocks:
-        name = block["type"]
-        mark = (name, block.get("id") or block.get("tool_use_id"))
-        served = any((use, mark[1]) in seen for use in SERVER_USES)
-        yield from broken({
-            f"{path}: `tool_use` ids must be unique": name == "tool_use" and mark in seen,
-            f"{path}: each tool_use must have a single result. Found multiple `tool_result` blocks with id: {mark[1]}":
-                name == "tool_result" and mark in seen,
-            f"{path}: unexpected `tool_use_id` found in `{name}` blocks: {mark[1]}. Each `{name}` block must have a "
-            "corresponding `server_tool_use` block before it.": name in SERVER_RESULTS and not served,
-        })
-        seen.add(mark)
-
-
-def cache_rules(asked):
-    """At most four cache marks, the long ones first; the top-level one stands for the last block."""
-    system = asked.request.get("system", [])
-    places = chain(((f"tools.{n}", tool) for n, tool in enumerate(asked.tools)),
-                   ((f"system.{n}", block) for n, block in enumerate(system if isinstance(system, list) else [])),
-                   asked.blocks, [("", asked.request)])
-    marks = [(at(path, "cache_control"), place["cache_control"].get("ttl", "5m"))
-             for path, place in places if place.get("cache_control")]
-    if len(marks) > 4:
-        yield f"{marks[4][0]}: A maximum of 4 blocks with cache_control may be provided. Found {len(marks)}."
-    for (_, ttl), (path, next_ttl) in zip(marks, marks[1:]):
-        if (ttl, next_ttl) == ("5m", "1h"):
-            yield f"{path}.ttl: a ttl='1h' cache_control block must not come after a ttl='5m' cache_control block"
-    ttls = {place["cache_control"].get("ttl", "5m") for place in (asked.request, *[b for _, b in asked.blocks[-1:]])
-            if place.get("cache_control")}
-    if len(ttls) > 1:
-        yield "cache_control.ttl: differs from the ttl of the last block"
-
-
-RULES = (limits, sampling, thinking_rules, tool_rules, structured_output, contents, order_of_roles, tool_pairs,
-         tool_ids, thinking_first, cache_rules)
-
-
-def unsendable(value, path: str = ""):
-    """Lone surrogates and numbers that JSON does not have, wherever they are."""
-    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
-        yield f"{path}: string is not valid Unicode (lone surrogate)"
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{path}: {value} is not a JSON number"
-    elif isinstance(value, (dict, list)):
-        for name, member in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from chain(unsendable(name, at(path, ascii(name))), unsendable(member, at(path, name)))
-
-
-VERSIONS = ("2023-01-01", "2023-06-01", "2026-10-21")    # the gateway's own requests all have the second
-
-
-def header_rules(headers: dict) -> list:
-    """What the API and our own manners ask of the headers."""
-    bearer = re.fullmatch(r"Bearer (\S+)", headers.get("authorization", ""))
-    return broken({
-        "headers.anthropic-version: must be one of Anthropic's": headers.get("anthropic-version") not in VERSIONS,
-        "headers.content-type: must be application/json":
-            headers.get("content-type", "").split(";")[0].strip() != "application/json",
-        "headers.x-api-key: exactly one of x-api-key and authorization is required":
-            bool(headers.get("x-api-key")) == ("authorization" in headers),
-        "headers.authorization: must be a bearer token": "authorization" in headers and not bearer,
-        f"headers.anthropic-beta: OAuth authentication needs {OAUTH_BETA}":
-            bearer and bearer.group(1).startswith("sk-ant-oat") and OAUTH_BETA not in betas_of(headers),
-        "headers.user-agent: must begin with claude-gateway/":
-            not headers.get("user-agent", "").startswith("claude-gateway/"),
-    })
-
-
-def violations(request: dict, headers: dict) -> list[str]:
-    """Every rule that a POST /v1/messages breaks; how fields go together is asked once each field is right."""
-    found = list(chain(header_rules(headers), unsendable(request), REQUEST(request, "")))
-    if found:
-        return found
-    asked = understood(request, headers)
-    return [sentence for rule in RULES for sentence in rule(asked)]
-
-
-# ---- Builders -----------------------------------------------------------------------------------
-
-USAGE = {"input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 7}
-ONLY_AT_START = {"cache_creation", "service_tier", "speed", "inference_geo"}
-MODEL = "claude-sonnet-5-5"
-
-
-def text(words: str) -> dict:
-    """A text block."""
-    return {"type": "text", "text": words}
-
-
-def tool_use(id: str, name: str, input: dict) -> dict:
-    """A tool call."""
-    return {"type": "tool_use", "id": id, "name": name, "input": input}
-
-
-def thinking(text: str, signature: str) -> dict:
-    """A thinking block."""
-    return {"type": "thinking", "thinking": text, "signature": signature}
-
-
-def message(*blocks: dict, stop_reason: str | None = None, model: str = MODEL, usage: dict | None = None,
-            **fields) -> dict:
-    """What Claude answers; the stop reason follows from the blocks, `usage` and `fields` are laid over the usual."""
-    called = any(block["type"] == "tool_use" for block in blocks)
-    return dict({"id": "msg_fake", "type": "message", "role": "assistant", "model": model, "content": list(blocks),
-                 "stop_reason": stop_reason or ("tool_use" if called else "end_turn"), "stop_sequence": None,
-                 "stop_details": None, "usage": dict(USAGE, **usage or {})}, **fields)
-
-
-def error_body(type: str, message: str) -> dict:
-    """The envelope of an error, also the event of one in mid-stream."""
-    return {"type": "error", "error": {"type": type, "message": message}, "request_id": "req_fake"}
-
-
-def cut_up(words: str, size: int) -> list[str]:
-    """A string in pieces of one size."""
-    return [words[start:start + size] for start in range(0, len(words), size)]
-
-
-def text_deltas(block: dict, size: int):
-    """A text block: its pieces, then its citations."""
-    citations = block.get("citations") or []
-    yield dict(block, text="", **({"citations": []} if citations else {}))
-    yield from ({"type": "text_delta", "text": piece} for piece in cut_up(block["text"], size))
-    yield from ({"type": "citations_delta", "citation": citation} for citation in citations)
-
-
-def thinking_deltas(block: dict, size: int):
-    """A thinking block: its pieces, if it shows any, then its signature."""
-    yield dict(block, thinking="", signature="")
-    yield from ({"type": "thinking_delta", "thinking": piece} for piece in cut_up(block["thinking"], size))
-    yield {"type": "signature_delta", "signature": block["signature"]}
-
-
-def input_deltas(block: dict, size: int):
-    """A tool call: an empty fragment first, and nothing more when there are no arguments."""
-    yield dict(block, input={})
-    arguments = json.dumps(block["input"]) if block["input"] else ""
-    yield from ({"type": "input_json_delta", "partial_json": piece} for piece in [""] + cut_up(arguments, size))
-
-
-DELTAS = {"text": text_deltas, "thinking": thinking_deltas, "tool_use": input_deltas, "server_tool_use": input_deltas,
-          "mcp_tool_use": input_deltas}
-
-
-def events_of(message: dict, size: int = 7) -> list[dict]:
-    """The events that add up to a message; blocks that know no deltas arrive whole."""
-    usage = message["usage"]
-    opening = dict(message, content=[], stop_reason=None, stop_sequence=None, stop_details=None,
-                   usage=dict(usage, output_tokens=min(1, usage["output_tokens"])))
-    events = [{"type": "message_start", "message": opening}]
-    for index, block in enumerate(message["content"]):
-        start, *deltas = DELTAS.get(block["type"], lambda whole, size: [whole])(block, size)
-        events.append({"type": "content_block_start", "index": index, "content_block": start})
-        events += [{"type": "ping"}] if index == 0 else []
-        events += [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
-        events.append({"type": "content_block_stop", "index": index})
-    closing = {name: message[name] for name in ("stop_reason", "stop_sequence", "stop_details", "container")
-               if name in message}
-    counted = {name: count for name, count in usage.items() if name not in ONLY_AT_START}
-    return events + [{"type": "message_delta", "delta": closing, "usage": counted}, {"type": "message_stop"}]
-
-
-def sse(events: list[dict]) -> bytes:
-    """Events as the API writes them, down to the spaces before the last brace."""
-    lines = []
-    for event in events:
-        data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-        padding = "" if event["type"] == "ping" else " " * (len(data) % 16)
-        lines.append(f"event: {event['type']}\ndata: {data[:-1]}{padding}}}\n\n")
-    return "".join(lines).encode("utf-8")
-
-
-# ---- Server -------------------------------------------------------------------------------------
-
-@dataclass
-class Reply:
-    """An answer down to its bytes.  Without `pieces` it is `body` with a Content-Length."""
-    status: int | None = 200                            # None: hang up without a status line
-    headers: dict = field(default_factory=dict)         # laid over ours; None leaves a header out
-    body: bytes | dict = b""                            # a dict goes out as JSON
-    pieces: list = field(default_factory=list)          # bytes, seconds to pause, or Events to wait for
-    chunked: bool = True                                # pieces only; False: the end of the connection is the end
-    cut: bool = False                                   # reset the connection where the end should be
-    hold: list = field(default_factory=list)            # seconds or Events before the status line
-
-
-@dataclass
-class Recorded:
-    """A request as it came."""
-    method: str
-    path: str
-    headers: dict                                       # lower-case names
-    raw: bytes
-    body: dict | None                                   # None: not a JSON object
-
-
-class PeerGone(Exception):
-    """The gateway closed the connection before its reply ended."""
-
-
-def parsed(raw: bytes):
-    """The JSON object in these bytes, or None."""
-    try:
-        body = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return body if isinstance(body, dict) else None
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection of the gateway."""
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def setup(self) -> None:
-        super().setup()
-        self.fake = self.server.fake
-        self.fake.connections.add(self.connection)
-
-    def finish(self) -> None:
-        self.fake.connections.discard(self.connection)
-        super().finish()
-
-    def log_message(self, *_) -> None:
-        """Say nothing."""
-
-    def do_POST(self) -> None:
-        """Record the request, find its route, send the reply."""
-        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        recorded = Recorded(self.command, self.path, headers, raw, parsed(raw))
-        self.fake.requests.append(recorded)
-        try:
-            self._send(self.fake.reply_to(recorded))
-        except (PeerGone, ConnectionError):
-            self.close_connection = True
-            self.fake.closed.set()
-
-    do_GET = do_DELETE = do_PUT = do_POST
-
-    def _send(self, reply: Reply) -> None:
-        """One reply, as abruptly as it asks for."""
-        self._wait_for(reply.hold)
-        if reply.status is not None:
-            body = json.dumps(reply.body).encode("utf-8") if isinstance(reply.body, dict) else reply.body
-            self._send_head(reply, len(body) + reply.cut)
-            for piece in reply.pieces or [body]:
-                self._send_piece(reply, piece)
-            if reply.pieces and reply.chunked and not reply.cut:
-                self.wfile.write(b"0\r\n\r\n")
-        if reply.cut or reply.status is None or (reply.pieces and not reply.chunked):
-            self._hang_up(reset=reply.cut)
-
-    def _send_head(self, reply: Reply, length: int) -> None:
-        """Status line and headers."""
-        framing = {"Content-Length": str(length)}
-        if reply.pieces:
-            framing = {"Transfer-Encoding": "chunked"} if reply.chunked else {"Connection": "close"}
-        usual = {"content-type": "text/event-stream; charset=utf-8" if reply.pieces else "application/json",
-                 "request-id": f"req_fake_{len(self.fake.requests)}"}
-        usual.update({name.lower(): value for name, value in reply.headers.items()})
-        self.send_response(reply.status)
-        for name, value in chain(framing.items(), usual.items()):
-            if value is not None:
-                self.send_header(name, value)
-        self.end_headers()
-
-    def _send_piece(self, reply: Reply, piece) -> None:
-        """Bytes, or a wait."""
-        if not isinstance(piece, bytes):
-            self._wait_for([piece])
-        elif piece:
-            chunked = reply.pieces and reply.chunked
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
-
-    def _wait_for(self, waits: list) -> None:
-        """Seconds or Events, as long as the gateway is there."""
-        for wait in waits:
-            if not isinstance(wait, threading.Event):
-                self._watch(wait)
-                continue
-            interval = 0.002
-            while not wait.is_set():
-                self._watch(interval)
-                interval = min(interval * 2, 0.1)       # quick for a short wait, cheap for thousands of long ones
-
-    def _watch(self, seconds: float) -> None:
-        """Let time pass, and notice when the gateway, or the test, has gone."""
-        self.connection.settimeout(seconds)             # select.select would end at descriptor 1024
-        try:
-            gone = not self.connection.recv(1, socket.MSG_PEEK)
-        except (socket.timeout, BlockingIOError):
-            return
-        finally:
-            self.connection.settimeout(None)
-        if gone or self.fake.stopped.wait(seconds):     # not gone: its next request is here already
-            raise PeerGone
-
-    def _hang_up(self, reset: bool) -> None:
-        """End the connection, in good order or with a reset."""
-        self.close_connection = True
-        if reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                       struct.pack("hh" if os.name == "nt" else "ii", 1, 0))
-            self.rfile.close()
-            self.connection.close()
-
-
-class Server(ThreadingHTTPServer):
-    """Threads that nobody waits for, and no word about connections that break."""
-    daemon_threads = True
-    request_queue_size = 1024                           # at 128 a burst of 500 waits seconds for lost SYNs
-
-    def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class FakeClaude:
-    """Claude's place on the network.  A refused request does not use up a queued reply."""
-
-    def __init__(self, strict: bool = True) -> None:
-        self.strict = strict
-        self.requests: list[Recorded] = []
-        self.violations: list[str] = []
-        self.models: list[dict] | None = None           # None: no such endpoint
-        self.token_replies: list = []
-        self.input_tokens = 11                          # what count_tokens says
-        self.closed, self.stopped = threading.Event(), threading.Event()
-        self.connections: set = set()
-        self._replies: list = []
-
-    def __enter__(self) -> FakeClaude:
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self._server.fake = self
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stopped.set()
-        self._server.shutdown()
-        self._server.server_close()
-        for connection in list(self.connections):
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:                             # it ended by itself
-                pass
-        self._thread.join()
-
-    def reset(self) -> None:
-        """Forget what was sent and what was to be played."""
-        for records in (self.requests, self.violations, self.token_replies, self._replies):
-            records.clear()
-        self.models = None
-        self.closed.clear()
-
-    @property
-    def messages(self) -> list[Recorded]:
-        """The requests to /v1/messages."""
-        return [request for request in self.requests if urlsplit(request.path).path == "/v1/messages"]
-
-    def play(self, *replies) -> None:
-        """Queue replies for the next messages: a message, a Reply, or a function of the recorded request."""
-        self._replies.extend(replies)
-
-    def wait_closed(self, timeout: float) -> bool:
-        """Whether, in this time, the gateway closes a connection whose reply has not ended."""
-        return self.closed.wait(timeout)
-
-    def reply_to(self, recorded: Recorded) -> Reply:
-        """What to say to a request."""
-        path = urlsplit(recorded.path).path
-        for method, pattern, answer in self._ROUTES:
-            match = re.fullmatch(pattern, path)
-            if match and method == recorded.method:
-                return answer(self, recorded, *match.groups())
-        return Reply(404, body=error_body("not_found_error", f"Not found: {path}"))
-
-    def _message(self, recorded: Recorded) -> Reply:
-        """The next reply in the queue, if the request is flawless."""
-        if len(recorded.raw) > 32 * MIB:
-            return Reply(413, body=error_body("request_too_large", "Request exceeds the maximum size"))
-        found = self._violations(recorded) if self.strict else []
-        self.violations.extend(found)
-        if found:
-            return Reply(400, body=error_body("invalid_request_error", found[0]))
-        asked = recorded.body or {}
-        reply = self._next(self._replies, recorded) or message(text("Hello!"), model=asked.get("model", MODEL))
-        if isinstance(reply, dict) and asked.get("stream"):
-            return Reply(pieces=[sse([event]) for event in events_of(reply)])
-        return reply if isinstance(reply, Reply) else Reply(body=reply)
-
-    @staticmethod
-    def _next(queue: list, recorded: Recorded):
-        """The next reply of a queue, or None; functions are asked for theirs."""
-        try:
-            reply = queue.pop(0)
-        except IndexError:
-            return None
-        while callable(reply):
-            reply = reply(recorded)
-        return reply
-
-    def _violations(self, recorded: Recorded) -> list[str]:
-        """What is wrong with a request, its bytes included."""
-        if recorded.body is None:
-            return ["body: the request body is not a valid JSON object"]
-        return violations(recorded.body, recorded.headers)
-
-    def _count(self, recorded: Recorded) -> Reply:
-        """As many tokens as the test likes."""
-        return Reply(body={"input_tokens": self.input_tokens})
-
-    def _token(self, recorded: Recorded) -> Reply:
-        """The next token reply, or a refusal in OAuth's shape."""
-        reply = self._next(self.token_replies, recorded) or Reply(400, body={
-            "error": "invalid_grant", "error_description": "Refresh token not found or invalid"})
-        return reply if isinstance(reply, Reply) else Reply(body=reply)
-
-    def _model_list(self, recorded: Recorded) -> Reply:
-        """One page of the models."""
-        if self.models is None:
-            return Reply(404, body=error_body("not_found_error", "Not found"))
-        query = parse_qs(urlsplit(recorded.path).query)
-        ids = [model["id"] for model in self.models]
-        start = ids.index(query["after_id"][0]) + 1 if query.get("after_id", [""])[0] in ids else 0
-        end = start + int(query.get("limit", ["20"])[0])
-        page = self.models[start:end]
-        return Reply(body={"data": page, "has_more": end < len(ids), "first_id": page[0]["id"] if page else None,
-                           "last_id": page[-1]["id"] if page else None})
-
-    def _model(self, recorded: Recorded, name: str) -> Reply:
-        """One model."""
-        found = [model for model in self.models or [] if model["id"] == name]
-        return Reply(body=found[0]) if found else Reply(404, body=error_body("not_found_error", f"model: {name}"))
-
-    _ROUTES = (
-        ("POST", r"/v1/messages", _message),
-        ("POST", r"/v1/messages/count_tokens", _count),
-        ("POST", r".*/oauth/token", _token),
-        ("GET", r"/v1/models", _model_list),
-        ("GET", r"/v1/models/(.+)", _model),
-    )
 
 
 if __name__ == "__main__":

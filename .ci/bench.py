@@ -202,7 +202,8 @@ async def many_streams(target: Target, count: int, events: int, pause: float) ->
             reader, writer = await target.connect()
             started = time.perf_counter()
             writer.write(target.request("bench:drip %d %g" % (events, pause), True))
-            body = await read_answer(reader, lambda piece: times.append(time.perf_counter()) if b"quick" in piece else 0)
+            body = await read_answer(
+                reader, lambda piece: times.append(time.perf_counter()) if b"quick" in piece else None)
             writer.close()
         except (OSError, RuntimeError, ValueError, asyncio.IncompleteReadError):
             return

@@ -45,8 +45,8 @@ def patch_call(number: int):
     """A reply that edits the file: with the custom tool apply_patch where Codex offers it, else by a command."""
     def reply(recorded):
         if any(tool["name"] == "apply_patch" for tool in recorded.body["tools"]):
-            return message(thinking("edit", "c2lnZWRpdA"), tool_use("toolu_%d" % number, "apply_patch", {"input": PATCH}),
-                           model=recorded.body["model"])
+            return message(thinking("edit", "c2lnZWRpdA"),
+                           tool_use("toolu_%d" % number, "apply_patch", {"input": PATCH}), model=recorded.body["model"])
         return shell_call(number, "apply_patch <<'EOT'\n%s\nEOT" % PATCH)(recorded)
     return reply
 
@@ -77,7 +77,8 @@ def run(codex: str, title: str, configuration: str) -> None:
         assert os.path.exists(os.path.join(folder, "size.txt")), said
         assert not claude.violations, claude.violations
         last = claude.messages[-1].body["messages"]
-        signatures = [block.get("signature") for turn in last for block in turn["content"] if block["type"] == "thinking"]
+        signatures = [block.get("signature") for turn in last for block in turn["content"]
+                      if block["type"] == "thinking"]
         assert len(signatures) == 3, "the signed thinking comes back in every turn: %s" % json.dumps(last)[:2000]
         print("codex, %s: four turns, a command, an edit, a report; thinking came back %d times" %
               (title, len(signatures)))
