@@ -6104,7 +6104,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         except GatewayError as failure:
-            self.close_connection = True
+            self.close_connection = self._body_unread = True    # whatever follows a bad head is not a request
             self._send_failure(failure)
             self._log()
             return
@@ -6122,9 +6122,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send_failure(failure if isinstance(failure, GatewayError) else unexpected(failure))
         finally:
             self.gateway.body_budget.give(self._reserved)
-            if entered:
-                self.gateway.running.leave()
             self._log()
+            if entered:
+                self.gateway.running.leave()        # last: who waits for an idle gateway finds everything counted
 
     # -- reading
 
