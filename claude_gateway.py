@@ -4406,7 +4406,11 @@ class WatchedConnection(http.client.HTTPConnection):
     last_used = 0.0
 
     def connect(self) -> None:
-        super().connect()
+        watch, self.watch = self.watch, Watch(self.watch.client, CONNECT_TIMEOUT)      # a proxy's answer to CONNECT
+        try:
+            super().connect()
+        finally:
+            self.watch = watch
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(UPSTREAM_SILENCE)
 
@@ -4480,6 +4484,7 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
         headers = dict(request.headers, **request.unredirected_hdrs)
         proxy_authorization = headers.pop("Proxy-authorization", None) if tunnel else None
         connection = self.pool.take(key)
+        replaced = False
         while True:
             reused = connection is not None
             if connection is None:
@@ -4493,9 +4498,11 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
                 response: Any = connection.getresponse()
             except (ConnectionError, http.client.BadStatusLine):
                 connection.close()
+                if replaced:                        # that was our one retry: may_pass stays False
+                    raise UpstreamFault("The upstream ended two connections in a row.") from None
                 if not reused:
                     raise
-                connection = None                   # it died of age: the request was not accepted
+                connection, replaced = None, True   # it died of age: the request was not accepted
                 continue
             except BaseException:
                 connection.close()
@@ -4927,6 +4934,7 @@ class Record:
     method: str = ""
     path: str = ""
     client: str = ""
+    tool: str = "-"
     started: float = dataclasses.field(default_factory=time.monotonic)
     status: int = 0
     asked: str = ""
@@ -6097,6 +6105,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head: Optional[Head] = None
         self._record = Record(client=self.client_address[0])
         self._body_unread = self._in_stream = self._native = False
+        self._chunked = self._event_stream = self._named_events = False
+        self._failed_events: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
         self._reserved = 0
         try:
             self._read_head()
@@ -6111,8 +6121,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         entered = self.gateway.running.enter()
         try:
             if not entered:
-                raise Busy("The gateway is busy with %d requests." % MAX_REQUESTS)
+                raise Busy("The gateway is busy with as many requests as it takes.")
             self._answer()
+        except InvalidKey as failure:
+            if entered:                             # a slowed refusal takes nobody's place
+                self.gateway.running.leave()
+                entered = False
+            time.sleep(self.gateway.failed_keys.penalty(self.client_address[0]))
+            self._send_failure(failure)
         except (ConnectionError, ClientGone, socket.timeout):
             self.close_connection = True            # nobody left to tell
             self._record.error = self._record.error or "client gone"
@@ -6147,7 +6163,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except socket.timeout:
                 raise RequestTimeout("The request head took more than %d seconds." % HEAD_TIMEOUT) from None
             size += len(line)
-            if size > MAX_HEAD or len(lines) > MAX_HEADERS:
+            if size > MAX_HEAD or len(lines) > MAX_HEADERS + 1:
                 raise HeadTooLarge("The request head has more than %d bytes or %d lines." % (MAX_HEAD, MAX_HEADERS))
             if not line.endswith(b"\n"):
                 raise Hangup
@@ -6161,6 +6177,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.head = head_from_lines(lines)
         self._record.method = self.head.method
         self._record.path = re.sub(r"[?#].*", "", self.head.target)
+        self._record.tool = tool_of(self.head.headers.get("user-agent", ""))
         connection = self.head.headers.get("connection", "").lower()
         if "close" in connection or self.head.version == "1.0" and "keep-alive" not in connection:
             self.close_connection = True
@@ -6280,7 +6297,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise InvalidRequest("The request target is not a path.", code="bad_request_line")
         if host is None:                                        # HTTP/1.0 may leave it out
             return head
-        match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?\Z", host)
+        match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
         if not match:
             raise InvalidRequest("The Host header is malformed.", code="bad_header")
         name = match.group(1).strip("[]").rstrip(".").lower()
@@ -6324,7 +6341,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     owner = known.hex()
         if owner or path in WITHOUT_KEY and head.method in ("GET", "HEAD"):
             return owner
-        time.sleep(self.gateway.failed_keys.penalty(self.client_address[0]))
         raise InvalidKey("A key of this gateway is needed (Authorization: Bearer KEY)." if not digests else
                          "This is not a key of this gateway.", headers={"www-authenticate": "Bearer"})
 
@@ -6504,17 +6520,25 @@ def unexpected(failure: Exception) -> GatewayError:
                         code="internal_error")
 
 
+def tool_of(user_agent: str) -> str:
+    """The tool that a User-Agent names, short enough for a column of the log."""
+    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", user_agent)
+    name = match.group(1) if match else "-"
+    return {"Mozilla": "browser"}.get(name, name)[:14]
+
+
 def log_request_record(record: Record, minimal: bool) -> None:
-    """One line per request, and a second one for what was changed."""
+    """One line per request, in columns, and a second one for what was changed."""
     fields = without(vars(record), "started")
-    line = "%s %s %d" % (record.method, printable(record.path), record.status)
+    line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
     if minimal:
         LOG.info("%s %d ms", line, record.total_ms, extra={"fields": fields})
         return
     if record.used:
-        line += " %s -> %s%s" % (printable(record.asked or "(none)"), record.used, " stream" if record.stream else "")
+        line += "  %-14s %-36s %-6s" % (record.tool, "%s -> %s" % (printable(record.asked or "(none)"), record.used),
+                                        "stream" if record.stream else "")
     if record.input_tokens is not None:
-        line += "  in %d (cached %d%%, %d%% in all) out %d" % (
+        line += "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
             record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
             record.output_tokens)
     line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
@@ -6590,7 +6614,7 @@ class Service:
 
     def start(self) -> None:
         for listener in self.listeners:
-            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.1}, name="listener",
+            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, name="listener",
                              daemon=True).start()
 
     def close(self, grace: float = SHUTDOWN_GRACE) -> bool:
@@ -7944,9 +7968,9 @@ class Redaction(logging.Filter):
 class LogFormatter(logging.Formatter):
     """One line per entry, as text or JSON; long base64 in payloads is cut."""
 
-    def __init__(self, redaction: Redaction, as_json: bool) -> None:
+    def __init__(self, redaction: Redaction, as_json: bool, colour: bool = False) -> None:
         super().__init__()
-        self._redaction, self._as_json = redaction, as_json
+        self._redaction, self._as_json, self._colour = redaction, as_json, colour
 
     def format(self, record: logging.LogRecord) -> str:
         payload = getattr(record, "payload", None)
@@ -7960,11 +7984,21 @@ class LogFormatter(logging.Formatter):
             message += "\n" + record.exc_text
         message = self._redaction.mask(message)
         if not self._as_json:
-            return "%s %s" % (time.strftime("%H:%M:%S", time.localtime(record.created)), message)
+            moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+            return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
+                "%s %s" % (moment, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: self._redaction.mask(value) if isinstance(value, str) else value
                   for name, value in getattr(record, "fields", {}).items()}
         return json.dumps(dict(fields, **entry))
+
+    @staticmethod
+    def _coloured(record: logging.LogRecord, message: str) -> str:
+        """Red for what broke, yellow for what was refused."""
+        status = getattr(record, "fields", {}).get("status", 0)
+        colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
+            "33" if record.levelno == logging.WARNING or status >= 400 else ""
+        return "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message
 
 
 def set_up_log(config: Config) -> Redaction:
@@ -7972,7 +8006,7 @@ def set_up_log(config: Config) -> Redaction:
     redaction = Redaction()
     redaction.known = config.secrets
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(redaction, config.log_format == "json"))
+    handler.setFormatter(LogFormatter(redaction, config.log_format == "json", wants_colour(sys.stderr)))
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
     LOG.addHandler(handler)
