@@ -2063,9 +2063,7 @@ def web_search_tool(fields: dict, draft: Draft) -> list[dict]:
         draft.changes.add("dropped", path, "%s has no web search" % draft.model.id)
         return []
     size = options.get("search_context_size") or "medium"
-    if size not in WEB_SEARCH_USES:
-        raise InvalidRequest("%s.search_context_size: expected low, medium or high." % path,
-                             path + ".search_context_size", "invalid_value")
+    one_of(*WEB_SEARCH_USES)(size, path + ".search_context_size")
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": WEB_SEARCH_USES[size]}
     location = options.get("user_location")
     if location is not None:
@@ -2091,6 +2089,8 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
 MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 INNER_SCHEMAS = ("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else")
+SCHEMA_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
+                  "minItems", "maxItems", "minProperties", "maxProperties")
 SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
@@ -2102,7 +2102,7 @@ def checked_schema(schema: Any, path: str) -> Any:
     if isinstance(schema, bool):
         return schema
     schema = {key: value for key, value in object_of(schema, path).items()
-              if value is not None or key in ("const", "default")}
+              if key in ("const", "default", "required") or value is not None and value != []}
     if isinstance(schema.get("items"), list):       # draft 4's tuples
         schema["prefixItems"] = schema.pop("items")
     for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
@@ -2124,6 +2124,8 @@ def checked_schema(schema: Any, path: str) -> Any:
             schema[key] = list(dict.fromkeys(text_of(name, where) for name in names))
         elif key == "enum":
             list_of(schema[key], where)
+        elif key in SCHEMA_NUMBERS:
+            schema[key] = number_of(schema[key], where)
         elif key == "type":
             for kind in schema[key] if isinstance(schema[key], list) else [schema[key]]:
                 one_of(*SCHEMA_TYPES)(kind, where)
@@ -2248,7 +2250,8 @@ class Subset:
         if told:
             kept["description"] = ". ".join(filter(None, [kept.get("description", "")] + told))
         self.branches(schema, kept, inside)
-        if "properties" in schema or "object" in (schema.get("type"), *listed(schema.get("type"))):
+        types = schema.get("type")
+        if {"properties", "additionalProperties"} & set(schema) or "object" in (types, *listed(types)):
             self.object(schema, kept, inside)
         if "items" in schema:
             kept["items"] = self.schema(schema["items"], inside)
@@ -2483,7 +2486,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
 def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
     """`json_schema`: enforced by Claude where the schema allows it, else asked for and cut out of the answer."""
     try:
-        if not schema:
+        if not without(schema, "$defs", "definitions"):
             raise Unsupported("there is no schema")
         if not draft.model.structured_outputs or draft.searches:
             raise Unsupported("web search excludes it" if draft.searches else "%s has no answer formats" %
@@ -2871,7 +2874,7 @@ class MessageAssembler:
         if handler:
             try:
                 handler(self, event)
-            except (KeyError, TypeError, AttributeError) as fault:
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as fault:
                 raise UpstreamFault("The upstream sent a malformed %s event." % event["type"]) from fault
 
     def resume(self) -> None:
@@ -2898,14 +2901,15 @@ class MessageAssembler:
     def _block_start(self, event: dict) -> None:
         self._join_pieces()
         self._block = dict(event["content_block"])
-        self._block["type"] += ""                   # a TypeError where there is none
+        for field in ("type", *(field for field in ("text", "thinking") if self._block.get(field) is not None)):
+            self._block[field] += ""                # a TypeError where it is no string
         self.message["content"].append(self._block)
 
     def _block_delta(self, event: dict) -> None:
         delta = event["delta"]
         field = self._DELTA_FIELDS.get(delta["type"])
         if field:
-            self._pieces.setdefault(field, []).append(delta[field])
+            self._pieces.setdefault(field, []).append(delta[field] + "")
         elif delta["type"] == "citations_delta":
             self._block["citations"] = (self._block.get("citations") or []) + [delta["citation"]]
 
