@@ -4429,6 +4429,1783 @@ class UpstreamTests(GatewayTestCase):
         self.assertEqual(seen, [])
 
 
+# ==== Replies, streams and what happens around them ===================================================
+
+ENVELOPE_OF_TESTS = {"id": "chatcmpl-1", "created": 1}
+EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8"}
+WEB_FIND = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "sky"}}
+WEB_FOUND = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [
+    {"type": "web_search_result", "url": "https://example.org", "title": "T", "encrypted_content": "e",
+     "page_age": None}]}
+
+
+def web_citation(url: str, title="A page") -> dict:
+    return {"type": "web_search_result_location", "url": url, "title": title, "cited_text": "c", "encrypted_index": "i"}
+
+
+def cited_text(words: str, *citations: dict) -> dict:
+    return {"type": "text", "text": words, "citations": list(citations)}
+
+
+def url_note(start: int, end: int, url: str, title: str = "A page") -> dict:
+    """An annotation of a chat message."""
+    return {"type": "url_citation", "url_citation": {"start_index": start, "end_index": end, "url": url,
+                                                     "title": title}}
+
+
+def plan_with(**settings) -> claude_gateway.ReplyPlan:
+    """A plan for the way back whose tools keep their names, but for one."""
+    plan = claude_gateway.ReplyPlan(claude_gateway.ToolNames(["f", "my.tool"]))
+    for name, value in settings.items():
+        setattr(plan, name, value)
+    return plan
+
+
+def whole_and_chunks(events: list, plan, include_usage: bool = True) -> tuple:
+    """The chat completion and the chunks that the same events make."""
+    assembler = claude_gateway.MessageAssembler()
+    stream = claude_gateway.ChatStream(ENVELOPE_OF_TESTS, plan, assembler, include_usage)
+    chunks = []
+    for event in events:
+        assembler.feed(event)
+        chunks += stream.feed(event)
+    completion = claude_gateway.chat_completion_from_message(assembler.whole(), ENVELOPE_OF_TESTS, plan)
+    return json.loads(json.dumps(completion)), json.loads(json.dumps(chunks + stream.finish()))
+
+
+def bytes_to_events(data: bytes, size: int) -> list:
+    decoder = claude_gateway.EventDecoder()
+    events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at:at + size])]
+    return events + decoder.close()
+
+
+def one_by_one(*events: dict, **reply) -> Reply:
+    """An event stream that arrives event by event."""
+    return Reply(pieces=[sse([event]) for event in events], **reply)
+
+
+def refusal_of_claude(status: int, kind: str, words: str, headers=None, **details) -> Reply:
+    """A refusal that names no reason to wait."""
+    body = error_body(kind, words)
+    if details:
+        body["error"]["details"] = details
+    return Reply(status, body=body, headers=dict({"retry-after": "60"}, **(headers or {})))
+
+
+# name -> message, plan: what Claude may say and how it was asked
+ODD_TEXT = "caf\u00e9 \U0001f600 a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\r\nh\ti \\ \" {}"
+SAYINGS = {
+    "text": (message(text("Hello there")), plan_with()),
+    "odd text": (message(text(ODD_TEXT)), plan_with()),
+    "nothing": (message(), plan_with()),
+    "two texts": (message(text("a"), text("b")), plan_with()),
+    "thinking, text, calls": (message(thinking("hm\u2028", "c2ln"), text("A"), tool_use("toolu_1", "f", {"\u2029": "é"}),
+                                      tool_use("toolu_2", "my_tool", {})), plan_with()),
+    "hidden and interleaved thinking": (message(thinking("", "c2ln"), tool_use("toolu_1", "f", {"a": [1, 2.5, None]}),
+                                                thinking("more", "c2l2"), tool_use("toolu_2", "f", {})), plan_with()),
+    "redacted": (message({"type": "redacted_thinking", "data": "ZGF0YQ"}, text("B")), plan_with()),
+    "search": (message(text("I look. "), WEB_FIND, WEB_FOUND, cited_text("Blue.", web_citation("https://a.example")),
+                       text(" And "), cited_text("far.", web_citation("https://b.example", None))), plan_with()),
+    "refusal": (message(text("Par"), stop_reason="refusal",
+                        stop_details={"type": "refusal", "category": None, "explanation": "Not that."}), plan_with()),
+    "refusal without words": (message(stop_reason="refusal", stop_details=None), plan_with()),
+    "cut call": (message(tool_use("toolu_1", "f", {"a": "long"}), stop_reason="max_tokens"), plan_with()),
+    "custom": (message(text("x"), tool_use("toolu_1", "c", {"input": "1 + \"1\"\n"}), tool_use("toolu_2", "f", {})),
+               plan_with(custom_tools={"c"})),
+    "custom, odd input": (message(tool_use("toolu_1", "c", {"text": "1"}), tool_use("toolu_2", "c", {})),
+                          plan_with(custom_tools={"c"})),
+    "legacy": (message(text("x"), tool_use("toolu_1", "my_tool", {"a": 1})), plan_with(legacy_functions=True)),
+    "legacy, no arguments": (message(tool_use("toolu_1", "f", {})), plan_with(legacy_functions=True)),
+    "forced": (message(thinking("hm", "c2ln"), text('{"a": "\u2028"}')), plan_with(forced_tool="my_tool")),
+    "forced, cut": (message(text('{"a": '), stop_reason="max_tokens"), plan_with(forced_tool="f")),
+    "forced, refused": (message(stop_reason="refusal", stop_details={"type": "refusal", "explanation": "No."}),
+                        plan_with(forced_tool="f")),
+    "forced custom": (message(text('{"input": "ls"}')), plan_with(forced_tool="c", custom_tools={"c"})),
+    "forced legacy": (message(text('{"a": 1}')), plan_with(forced_tool="f", legacy_functions=True)),
+    "JSON": (message(thinking("{}", "c2ln"), text('Here:\n```json\n{"a": "}\\""}\n```\nDone. {}')),
+             plan_with(bare_json=True)),
+    "JSON in two texts": (message(text("Here: "), text('{"a": [{}, "{"]} and more')), plan_with(bare_json=True)),
+    "no JSON": (message(text("I would rather not.")), plan_with(bare_json=True)),
+    "JSON and a call": (message(text("I look."), tool_use("toolu_1", "f", {})), plan_with(bare_json=True)),
+}
+
+
+class ReplyShapeTests(GatewayTestCase):
+    """What a chat completion and its stream look like."""
+
+    def both(self, whole: dict, **fields) -> list:
+        """The same answer as a completion and as a stream, each reduced to its parts."""
+        self.claude.play(whole, whole)
+        plain = self.chat(**fields)
+        streamed = self.chat(stream=True, stream_options={"include_usage": True}, **fields)
+        self.assertEqual((plain.status, streamed.status, streamed.events[-1]), (200, 200, "[DONE]"), plain.raw)
+        return [completion_parts(plain.json), completion_from_chunks(streamed.chunks)]
+
+    def test_a_completion_has_the_documented_keys_and_no_others(self):
+        completion = self.chat().json
+        self.assertEqual(sorted(completion), ["choices", "created", "id", "model", "object", "usage"])
+        self.assertEqual(sorted(completion["choices"][0]), ["finish_reason", "index", "logprobs", "message"])
+        self.assertEqual(sorted(completion["choices"][0]["message"]), ["content", "refusal", "role"])
+        self.assertLess(abs(completion["created"] - time.time()), 60)
+        self.assertNotEqual(completion["id"], self.chat().json["id"])
+
+    def test_calls_decide_the_finish_reason_unless_the_answer_was_cut_or_refused(self):
+        call = tool_use("toolu_1", "f", {})
+        for blocks, stop_reason, reason in (
+            ([call], "tool_use", "tool_calls"), ([call], "end_turn", "tool_calls"),
+            ([call], "stop_sequence", "tool_calls"), ([call], "something_new", "tool_calls"),
+            ([call], "max_tokens", "length"), ([call], "model_context_window_exceeded", "length"),
+            ([call], "refusal", "content_filter"), ([text("x")], "tool_use", "stop"), ([], "end_turn", "stop"),
+            ([text("x")], "compaction", "stop"), ([text("x"), call], "end_turn", "tool_calls"),
+        ):
+            with self.subTest(stop_reason=stop_reason, blocks=blocks):
+                for parts in self.both(message(*blocks, stop_reason=stop_reason)):
+                    self.assertEqual(parts["finish_reason"], reason)
+
+    def test_blocks_that_no_client_knows_stay_invisible(self):
+        hidden = [{"type": "redacted_thinking", "data": "ZGF0YQ"}, WEB_FIND, WEB_FOUND,
+                  {"type": "something_new", "text": "secret", "input": {}}, thinking("", "c2ln")]
+        for parts in self.both(message(*hidden, text("Hi"))):
+            self.assertEqual(parts["message"], {"role": "assistant", "content": "Hi"})
+            self.assertEqual(parts["finish_reason"], "stop")
+
+    def test_thinking_goes_into_reasoning_content_and_never_into_content(self):
+        for parts in self.both(message(thinking("First. ", "c2ln"), text("A"), thinking("Then.", "c2l2"), text("B"))):
+            self.assertEqual(parts["message"], {"role": "assistant", "content": "AB",
+                                                "reasoning_content": "First. Then."})
+
+    def test_tool_names_that_claude_refuses_come_back_as_the_client_wrote_them(self):
+        long_name = "n" * 90
+        tools = [{"type": "function", "function": {"name": name}} for name in ("my.tool", "my_tool", long_name)]
+        sent = self.sent(tools=tools)
+        names = [tool["name"] for tool in sent["tools"]]
+        uses = [tool_use("toolu_%d" % at, name, {}) for at, name in enumerate(names)]
+        for parts in self.both(message(*uses), tools=tools):
+            self.assertEqual([call["function"]["name"] for call in parts["message"]["tool_calls"]],
+                             ["my.tool", "my_tool", long_name])
+            self.assertEqual([call["id"] for call in parts["message"]["tool_calls"]],
+                             ["toolu_0", "toolu_1", "toolu_2"])
+
+    def test_a_call_without_arguments_has_an_empty_object(self):
+        bare_call = [{"type": "message_start", "message": message()}, {"type": "content_block_start", "index": 0,
+                     "content_block": tool_use("toolu_1", "f", {})}, {"type": "content_block_stop", "index": 0},
+                     {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 1}},
+                     {"type": "message_stop"}]
+        for name, reply in (("no delta", one_by_one(*bare_call)),
+                            ("an empty delta", message(tool_use("toolu_1", "f", {})))):
+            with self.subTest(name):
+                for parts in self.both(reply):
+                    self.assertEqual(parts["message"]["tool_calls"][0]["function"]["arguments"], "{}")
+
+    def test_input_that_comes_whole_with_its_block_is_not_lost(self):
+        call = tool_use("toolu_1", "f", {"a": "\u00e9"})
+        events = [{"type": "message_start", "message": message()},
+                  {"type": "content_block_start", "index": 0, "content_block": call},
+                  {"type": "content_block_stop", "index": 0},
+                  {"type": "content_block_start", "index": 1, "content_block": text("Hi")},
+                  {"type": "content_block_stop", "index": 1},
+                  {"type": "content_block_start", "index": 2, "content_block": thinking("hm", "c2ln")},
+                  {"type": "content_block_stop", "index": 2},
+                  {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {}},
+                  {"type": "message_stop"}]
+        for parts in self.both(one_by_one(*events)):
+            self.assertEqual(json.loads(parts["message"]["tool_calls"][0]["function"]["arguments"]), {"a": "\u00e9"})
+            self.assertEqual((parts["message"]["content"], parts["message"]["reasoning_content"]), ("Hi", "hm"))
+
+    def test_usage_adds_up_and_holds_no_null(self):
+        nothing = {"input_tokens": 0, "output_tokens": 0, "cache_read_input_tokens": None,
+                   "cache_creation_input_tokens": None, "output_tokens_details": None, "server_tool_use": None}
+        for usage, counts in (
+            ({}, (12, 7, 19, 0, 0, 0)), (nothing, (0, 0, 0, 0, 0, 0)),
+            ({"cache_read_input_tokens": 900, "cache_creation_input_tokens": 40, "output_tokens": 61,
+              "output_tokens_details": {"thinking_tokens": 30}}, (952, 61, 1013, 900, 40, 30)),
+            ({"output_tokens_details": {"thinking_tokens": None}}, (12, 7, 19, 0, 0, 0)),
+        ):
+            with self.subTest(usage=usage):
+                prompt, completion, total, read, written, thought = counts
+                for parts in self.both(message(text("Hi"), usage=usage)):
+                    self.assertEqual(parts["usage"], {
+                        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total,
+                        "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
+                        "completion_tokens_details": {"reasoning_tokens": thought},
+                        "cache_read_input_tokens": read, "cache_creation_input_tokens": written})
+
+    def test_later_counts_replace_earlier_ones_and_missing_ones_do_not(self):
+        start = message(usage={"input_tokens": 5, "cache_read_input_tokens": 70, "output_tokens": 1})
+        whole = one_by_one(
+            {"type": "message_start", "message": start},
+            {"type": "content_block_start", "index": 0, "content_block": text("")},
+            {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi"}},
+            {"type": "content_block_stop", "index": 0},
+            {"type": "message_delta", "delta": {"stop_reason": None}, "usage": {"output_tokens": 20}},
+            {"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+             "usage": {"output_tokens": 30, "input_tokens": 8, "cache_read_input_tokens": None}},
+            {"type": "message_stop"})
+        for parts in self.both(whole):
+            self.assertEqual([parts["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")],
+                             [78, 30, 108])
+            self.assertEqual(parts["finish_reason"], "stop")
+
+    def test_the_service_tier_is_told_in_openais_words_where_it_is_known(self):
+        for theirs, ours in (("standard", "default"), ("priority", "priority"), (None, None), ("new", None)):
+            with self.subTest(tier=theirs):
+                whole = message(text("Hi"), usage={"service_tier": theirs})
+                self.claude.play(whole, whole)
+                self.assertEqual(self.chat().json.get("service_tier"), ours)
+                self.assertEqual({chunk.get("service_tier") for chunk in self.chat(stream=True).chunks}, {ours})
+
+    def test_annotations_stand_at_their_place_in_the_text_each_once(self):
+        one, two = web_citation("https://a.example"), web_citation("https://b.example", None)
+        paper = {"type": "page_location", "cited_text": "x", "document_index": 0, "document_title": "D",
+                 "start_page_number": 1, "end_page_number": 2}
+        whole = message(text("\U0001f600: "), cited_text("Blue", one, one, two), cited_text("!", paper),
+                        cited_text("?", one))
+        for parts in self.both(whole):
+            self.assertEqual(parts["message"]["annotations"],
+                             [url_note(3, 7, "https://a.example"),
+                              url_note(3, 7, "https://b.example", "https://b.example"),
+                              url_note(8, 9, "https://a.example")])
+
+    def test_no_annotations_means_no_such_key(self):
+        for parts in self.both(message(cited_text("x", {"type": "char_location", "cited_text": "x"}))):
+            self.assertNotIn("annotations", parts["message"])
+
+    def test_annotations_of_a_cut_out_object_stand_at_their_place_in_it(self):
+        whole = message(text("Look: "), cited_text('{"a": 1}', web_citation("https://a.example")))
+        for parts in self.both(whole, response_format={"type": "json_object"}):
+            self.assertEqual(parts["message"]["content"], '{"a": 1}')
+            self.assertEqual(parts["message"]["annotations"], [url_note(0, 8, "https://a.example")])
+
+    def test_a_refusal_keeps_what_was_said_and_says_why(self):
+        details = {"type": "refusal", "category": "cyber", "explanation": "I will not."}
+        for parts in self.both(message(text("Well"), stop_reason="refusal", stop_details=details)):
+            self.assertEqual(parts["message"], {"role": "assistant", "content": "Well", "refusal": "I will not."})
+            self.assertEqual(parts["finish_reason"], "content_filter")
+        for silent in (None, {"type": "refusal", "explanation": None}):
+            for parts in self.both(message(stop_reason="refusal", stop_details=silent)):
+                self.assertNotIn("refusal", parts["message"])
+
+    def test_a_legacy_client_that_gets_two_calls_sees_the_first_one_whole(self):
+        whole = message(tool_use("toolu_1", "f", {"a": 1}), tool_use("toolu_2", "g", {"b": 2}))
+        functions = [{"name": name, "parameters": {"type": "object", "properties": {}}} for name in ("f", "g")]
+        for parts in self.both(whole, functions=functions):
+            self.assertEqual(parts["message"]["function_call"]["name"], "f")
+            self.assertEqual(json.loads(parts["message"]["function_call"]["arguments"]), {"a": 1})
+            self.assertEqual(parts["finish_reason"], "function_call")
+            self.assertNotIn("tool_calls", parts["message"])
+
+    def test_a_forced_tool_of_a_model_that_refuses_force_is_handed_back_as_its_call(self):
+        tool = {"type": "function", "function": {"name": "my.tool", "parameters": {
+            "type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
+        whole = message(thinking("hm", "c2ln"), text('{"a": 1}'))
+        for choice in ("required", {"type": "function", "function": {"name": "my.tool"}}):
+            with self.subTest(choice=choice):
+                for parts in self.both(whole, tools=[tool], tool_choice=choice):
+                    call = parts["message"]["tool_calls"][0]
+                    self.assertEqual((call["type"], call["function"]),
+                                     ("function", {"name": "my.tool", "arguments": '{"a": 1}'}))
+                    self.assertTrue(call["id"])
+                    self.assertEqual((parts["message"]["content"], parts["message"]["reasoning_content"],
+                                      parts["finish_reason"]), ("", "hm", "tool_calls"))
+        history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+                   {"role": "tool", "tool_call_id": call["id"], "content": "done"}]
+        sent = self.sent(messages=history, tools=[tool])
+        self.assertEqual(bare(sent["messages"][2]["content"][0])["tool_use_id"], call["id"])
+
+    def test_a_forced_custom_tool_is_handed_back_with_its_bare_string(self):
+        tool = {"type": "custom", "custom": {"name": "shell"}}
+        for parts in self.both(message(text('{"input": "ls -l"}')), tools=[tool], tool_choice="required"):
+            call = parts["message"]["tool_calls"][0]
+            self.assertEqual((call["type"], call["custom"]), ("custom", {"name": "shell", "input": "ls -l"}))
+            self.assertNotIn("function", call)
+            self.assertEqual(parts["finish_reason"], "tool_calls")
+
+    def test_a_forced_legacy_function_is_handed_back_as_a_function_call(self):
+        functions = [{"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}]
+        for parts in self.both(message(text('{"a": 1}')), functions=functions, function_call={"name": "f"}):
+            self.assertEqual(parts["message"]["function_call"], {"name": "f", "arguments": '{"a": 1}'})
+            self.assertEqual(parts["finish_reason"], "function_call")
+
+    def test_a_forced_tool_that_claude_refuses_to_call_is_a_refusal_and_no_call(self):
+        tool = {"type": "function", "function": {"name": "f"}}
+        details = {"type": "refusal", "category": None, "explanation": "No."}
+        for parts in self.both(message(stop_reason="refusal", stop_details=details), tools=[tool],
+                               tool_choice="required"):
+            self.assertNotIn("tool_calls", parts["message"])
+            self.assertEqual((parts["finish_reason"], parts["message"]["refusal"]), ("content_filter", "No."))
+
+    def test_custom_calls_beside_functions_keep_their_order_and_index(self):
+        tools = [{"type": "custom", "custom": {"name": "c"}}, {"type": "function", "function": {"name": "f"}}]
+        whole = message(text("x"), tool_use("toolu_1", "f", {"a": 1}), tool_use("toolu_2", "c", {"input": "s"}),
+                        tool_use("toolu_3", "f", {}))
+        for parts in self.both(whole, tools=tools):
+            self.assertEqual([call["id"] for call in parts["message"]["tool_calls"]],
+                             ["toolu_1", "toolu_2", "toolu_3"])
+            self.assertEqual([call["type"] for call in parts["message"]["tool_calls"]],
+                             ["function", "custom", "function"])
+
+    def test_a_function_whose_name_a_custom_tool_could_have_is_none(self):
+        whole = message(tool_use("toolu_1", "c", {"input": "s"}))
+        for parts in self.both(whole, tools=[{"type": "function", "function": {"name": "c"}}]):
+            self.assertEqual(parts["message"]["tool_calls"][0]["type"], "function")
+
+
+class StreamShapeTests(GatewayTestCase):
+    """The chunks one by one, as the strictest stream helpers want them."""
+
+    def test_the_stream_adds_up_to_the_full_reply_for_every_cut_of_every_saying(self):
+        for name, (whole, plan) in SAYINGS.items():
+            for size in range(1, 1 + max([len(block.get("text", "")) for block in whole["content"]] + [8])):
+                with self.subTest(name, size=size):
+                    completion, chunks = whole_and_chunks(events_of(whole, size), plan)
+                    self.assertEqual(completion_from_chunks(chunks), completion_parts(completion))
+
+    def test_every_cut_of_the_bytes_gives_the_same_events(self):
+        for name, (whole, _) in SAYINGS.items():
+            data, events = sse(events_of(whole)), events_of(whole)
+            for size in chain(range(1, 60), range(60, len(data), 97), [len(data)]):
+                with self.subTest(name, size=size):
+                    self.assertEqual(bytes_to_events(data, size), json.loads(json.dumps(events)))
+
+    def test_a_block_that_the_end_cuts_short_is_the_same_in_a_stream(self):
+        # max_tokens may end an answer inside a block, which then has no content_block_stop
+        uses = (("f", tool_use("toolu_1", "f", {"a": 1})), ("no arguments", tool_use("toolu_1", "f", {})),
+                ("custom", tool_use("toolu_1", "c", {"input": "s"})),
+                ("cited", cited_text("Blue", web_citation("https://a.example"))))
+        for name, block in uses:
+            for plan in (plan_with(custom_tools={"c"}), plan_with(custom_tools={"c"}, legacy_functions=True)):
+                if plan.legacy_functions and name == "custom":
+                    continue                        # legacy clients have no custom tools
+                with self.subTest(name, legacy=plan.legacy_functions):
+                    events = [event for event in events_of(message(block, stop_reason="max_tokens"))
+                              if event["type"] != "content_block_stop"]
+                    completion, chunks = whole_and_chunks(events, plan)
+                    self.assertEqual(completion_from_chunks(chunks), completion_parts(completion))
+
+    def test_the_server_streams_what_the_translation_says(self):
+        for name in ("odd text", "thinking, text, calls", "search", "refusal", "cut call"):
+            whole = SAYINGS[name][0]
+            data = sse(events_of(whole))
+            for size in (1, 7, 64, len(data)):
+                with self.subTest(name, size=size):
+                    self.claude.play(Reply(pieces=[data[at:at + size] for at in range(0, len(data), size)]), whole)
+                    streamed = completion_from_chunks(
+                        self.chat(stream=True, stream_options={"include_usage": True}).chunks)
+                    self.assertEqual(streamed, completion_parts(self.chat().json))
+
+    def test_the_role_comes_first_and_once(self):
+        for name, (whole, plan) in SAYINGS.items():
+            with self.subTest(name):
+                deltas = [choice["delta"] for chunk in whole_and_chunks(events_of(whole), plan)[1]
+                          for choice in chunk["choices"]]
+                self.assertEqual(deltas[0], {"role": "assistant", "content": ""})
+                self.assertFalse([delta for delta in deltas[1:] if "role" in delta])
+
+    def test_there_is_one_finish_chunk_and_it_is_empty_and_last(self):
+        for name, (whole, plan) in SAYINGS.items():
+            with self.subTest(name):
+                chunks = whole_and_chunks(events_of(whole), plan, include_usage=False)[1]
+                reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+                self.assertEqual([reason for reason in reasons[:-1] if reason is not None], [])
+                self.assertTrue(reasons[-1])
+                self.assertEqual(chunks[-1]["choices"][0]["delta"], {})
+
+    def test_every_chunk_has_the_same_envelope(self):
+        for name, (whole, plan) in SAYINGS.items():
+            with self.subTest(name):
+                for chunk in whole_and_chunks(events_of(whole), plan)[1]:
+                    self.assertEqual((chunk["id"], chunk["object"], chunk["created"], chunk["model"]),
+                                     ("chatcmpl-1", "chat.completion.chunk", 1, "claude-sonnet-5-5"))
+                    self.assertIsInstance(chunk["choices"], list)
+                    self.assertNotIn("error", chunk)
+
+    def test_calls_are_counted_from_0_and_named_once(self):
+        whole = message(thinking("hm", "c2ln"), text("x"), WEB_FIND, WEB_FOUND, tool_use("toolu_1", "f", {"a": 1}),
+                        thinking("", "c2ln"), tool_use("toolu_2", "f", {"b": 2}))
+        deltas = [choice["delta"]["tool_calls"][0] for chunk in whole_and_chunks(events_of(whole, 3), plan_with())[1]
+                  for choice in chunk["choices"] if "tool_calls" in choice["delta"]]
+        for position, call_id in enumerate(("toolu_1", "toolu_2")):
+            first, *more = [delta for delta in deltas if delta["index"] == position]
+            self.assertEqual(first, {"index": position, "id": call_id, "type": "function",
+                                     "function": {"name": "f", "arguments": ""}})
+            for delta in more:
+                self.assertEqual((sorted(delta), list(delta["function"])), (["function", "index"], ["arguments"]))
+        self.assertEqual({delta["index"] for delta in deltas}, {0, 1})
+
+    def test_lists_in_deltas_come_in_one_chunk(self):
+        # a second list of entries without an index is a RuntimeError in openai-python
+        whole = SAYINGS["search"][0]
+        chunks = whole_and_chunks(events_of(whole), plan_with())[1]
+        holding = [chunk for chunk in chunks for choice in chunk["choices"] if "annotations" in choice["delta"]]
+        self.assertEqual(len(holding), 1)
+
+    def test_nothing_empty_is_sent_and_no_usage_but_the_one_asked_for(self):
+        for name, (whole, plan) in SAYINGS.items():
+            with self.subTest(name):
+                chunks = whole_and_chunks(events_of(whole), plan, include_usage=False)[1]
+                self.assertFalse([chunk for chunk in chunks if chunk.get("usage") or not chunk["choices"]])
+                for chunk in chunks[1:]:
+                    delta = chunk["choices"][0]["delta"]
+                    for field_name in ("content", "reasoning_content", "refusal", "annotations"):
+                        self.assertNotIn(delta.get(field_name, "absent"), ("", None, []))
+
+    def test_the_usage_chunk_is_the_last_and_has_no_choice(self):
+        answer = self.chat(stream=True, stream_options={"include_usage": True})
+        self.assertEqual(answer.events[-1], "[DONE]")
+        self.assertEqual((answer.chunks[-1]["choices"], answer.chunks[-1]["usage"]["total_tokens"]), ([], 19))
+        for options in ({"include_usage": False}, {}, None, {"include_usage": None}):
+            with self.subTest(options=options):
+                self.assertNotIn(b'"total_tokens"', self.chat(stream=True, stream_options=options).raw)
+
+    def test_a_whole_reply_is_no_stream_whatever_its_options_say(self):
+        answer = self.chat(stream=False, stream_options={"include_usage": True})
+        self.assertEqual((answer.json["object"], answer.headers["content-type"]), ("chat.completion",
+                                                                                   "application/json"))
+
+    def test_pings_do_not_reach_the_client(self):
+        events = events_of(message(text("Hi")))
+        pinged = [event for each in events for event in ({"type": "ping"}, each)]
+        self.claude.play(one_by_one(*pinged))
+        answer = self.chat(stream=True)
+        self.assertNotIn(b"ping", answer.raw)
+        self.assertEqual(completion_from_chunks(answer.chunks)["message"]["content"], "Hi")
+        for line in answer.raw.decode().split("\n"):
+            self.assertTrue(line == "" or line.startswith("data: "), line)
+
+    def test_a_stream_says_that_it_is_one(self):
+        headers = self.chat(stream=True).headers
+        self.assertEqual(
+            [headers.get(name) for name in ("content-type", "cache-control", "x-accel-buffering", "content-length",
+                                            "transfer-encoding", "content-encoding")],
+            ["text/event-stream; charset=utf-8", "no-cache", "no", None, "chunked", None])
+
+    def test_the_first_chunk_does_not_wait_for_the_second_event(self):
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        events = events_of(message(text("Hello there")))
+        self.claude.play(Reply(pieces=[sse(events[:1]), go_on, sse(events[1:])]))
+        connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=20)
+        self.addCleanup(connection.close)
+        connection.request("POST", "/v1/chat/completions", json.dumps(
+            {"model": "claude-sonnet-5-5", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}))
+        response = connection.getresponse()
+        self.assertIn(b'"role": "assistant"', response.readline().replace(b'":"', b'": "'))
+        go_on.set()
+        self.assertTrue(response.read().endswith(b"data: [DONE]\n\n"))
+
+    def test_the_upstream_is_always_asked_for_a_stream(self):
+        for stream in (False, True, None):
+            self.assertIs(self.sent(stream=stream)["stream"], True)
+
+    def test_custom_calls_come_in_one_delta(self):
+        whole, plan = SAYINGS["custom"]
+        for size in (1, 5, 100):
+            deltas = [choice["delta"]["tool_calls"] for chunk in whole_and_chunks(events_of(whole, size), plan)[1]
+                      for choice in chunk["choices"] if "tool_calls" in choice["delta"]]
+            self.assertEqual(deltas[0], [{"index": 0, "id": "toolu_1", "type": "custom",
+                                          "custom": {"name": "c", "input": '1 + "1"\n'}}])
+            self.assertEqual([delta[0]["index"] for delta in deltas[1:]], [1] * (len(deltas) - 1))
+
+
+class BareJsonTests(GatewayTestCase):
+    """A JSON object alone, cut out of whatever Claude puts around it."""
+    CASES = (
+        ('{"a": 1}', '{"a": 1}'), ('  {"a": 1}\n', '{"a": 1}'), ("```json\n{}\n```", "{}"),
+        ('Sure: {"a": {"b": [1, {"c": 2}]}} {"d": 3}', '{"a": {"b": [1, {"c": 2}]}}'),
+        ('{"a": "}"}x', '{"a": "}"}'), ('{"a": "\\"}"}x', '{"a": "\\"}"}'), ('{"a": "\\\\"}x', '{"a": "\\\\"}'),
+        ('{"a": "\\\\\\"}"} x', '{"a": "\\\\\\"}"}'), ('{"{": "["}]', '{"{": "["}'),
+        ('x {"a": [1, 2', '{"a": [1, 2'), ("no object [1]", "no object [1]"), ("", ""), ("{", "{"),
+        ('"quoted" {"a": 1}', '{"a": 1}'), ("it's {\n}", "{\n}"),
+    )
+
+    def test_any_cut_into_three_gives_the_same_object(self):
+        for said_text, wanted in self.CASES:
+            for first in range(len(said_text) + 1):
+                for second in range(first, len(said_text) + 1):
+                    with self.subTest(said=said_text, first=first, second=second):
+                        cut = claude_gateway.BareJson()
+                        pieces = [cut.feed(said_text[:first]), cut.feed(said_text[first:second]),
+                                  cut.feed(said_text[second:])]
+                        self.assertEqual("".join(pieces) + cut.close(), wanted)
+
+    def test_a_brace_amid_the_talk_is_no_object(self):
+        for size in (1, 2, 100):
+            cut = claude_gateway.BareJson()
+            said_text = 'As {name} asked, {so to say}: {"a": 1} bye'
+            pieces = [cut.feed(said_text[at:at + size]) for at in range(0, len(said_text), size)]
+            self.assertEqual("".join(pieces) + cut.close(), '{"a": 1}')
+
+    def test_what_belongs_to_the_object_is_sent_at_once(self):
+        cut = claude_gateway.BareJson()
+        self.assertEqual([cut.feed(piece) for piece in ('x {"a"', ": 1", "}", "y")], ['{"a"', ": 1", "}", ""])
+
+    def test_json_mode_gives_it_in_messages_and_streams(self):
+        for said_text, wanted in (('Here you are:\n```json\n{"a": "}"}\n```', '{"a": "}"}'), ("I won't.", "I won't.")):
+            whole = message(thinking("{", "c2ln"), text(said_text))
+            self.claude.play(whole, whole)
+            plain = self.chat(response_format={"type": "json_object"})
+            self.assertEqual((plain.message["content"], plain.message["reasoning_content"]), (wanted, "{"))
+            streamed = self.chat(stream=True, response_format={"type": "json_object"})
+            self.assertEqual(completion_from_chunks(streamed.chunks)["message"]["content"], wanted)
+
+    def test_without_json_mode_nothing_is_cut(self):
+        self.claude.play(message(text('Here: {"a": 1} bye')))
+        self.assertEqual(self.chat().message["content"], 'Here: {"a": 1} bye')
+
+
+class EventDecoderTests(unittest.TestCase):
+    """Section 9.2 of the HTML standard, as far as a server may go."""
+    CASES = (
+        ("LF", b'data: {"type":"a"}\n\ndata: {"type":"b"}\n\n', "a b"),
+        ("CR", b'data: {"type":"a"}\r\rdata: {"type":"b"}\r\r', "a b"),
+        ("CRLF", b'data: {"type":"a"}\r\n\r\ndata: {"type":"b"}\r\n\r\n', "a b"),
+        ("mixed", b'data: {"type":"a"}\r\n\rdata: {"type":"b"}\n\r\n', "a b"),
+        ("CR and CRLF make two", b'data: {"type":\rdata: "a"}\r\n\n', "a"),
+        ("no space", b'data:{"type":"a"}\n\n', "a"), ("two spaces", b'data:  {"type":"a"}\n\n', "a"),
+        ("a mark", b'\xef\xbb\xbfdata: {"type":"a"}\n\n', "a"),
+        ("a mark and a comment", b'\xef\xbb\xbf: hello\n\ndata: {"type":"a"}\n\n', "a"),
+        ("comments", b': x\n:\ndata: {"type":"a"}\n: y\n\n:\n\n', "a"),
+        ("other fields", b'event: a\nid: 1\nretry: 10\ndata: {"type":"a"}\nunknown\nnonsense: 1\n\n', "a"),
+        ("the name after the data", b'data: {"type":"a"}\nevent: a\n\n', "a"),
+        ("several lines", b'data: {\ndata: "type":\ndata: "a"\ndata: }\n\n', "a"),
+        ("no data", b"event: ping\n\nevent: x\nid: 3\n\n", ""),
+        ("blank lines", b'\n\n\r\n\rdata: {"type":"a"}\n\n\n\n', "a"),
+        ("no blank line at the end", b'data: {"type":"a"}\n\ndata: {"type":"b"}\n', "a b"),
+        ("no end of line at the end", b'data: {"type":"a"}\n\ndata: {"type":"b"}', "a b"),
+        ("CR at the end", b'data: {"type":"a"}\r', "a"),
+        ("half an event at the end", b'data: {"type":"a"}\n\ndata: {"type":"b', "a"),
+        ("half a line at the end", b'data: {"type":"a"}\n\ndat', "a"),
+        ("nothing", b"", ""),
+    )
+
+    def test_every_cut_of_every_form_gives_the_same_events(self):
+        for name, data, types_of in self.CASES:
+            for size in range(1, len(data) + 1):
+                with self.subTest(name, size=size):
+                    self.assertEqual(" ".join(event["type"] for event in bytes_to_events(data, size)), types_of)
+
+    def test_only_cr_and_lf_end_lines(self):
+        odd = "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e\u00e9\U0001f600"
+        data = ('data: {"type":"a","text":%s}\n\n' % json.dumps("x", ensure_ascii=False)).encode()
+        data = data.replace(b'"x"', b'"%s"' % odd.encode()).replace(b"\x0b\x0c\x1c\x1d\x1e", b"")
+        wanted = odd.replace("\x0b\x0c\x1c\x1d\x1e", "")
+        for size in range(1, len(data) + 1):
+            self.assertEqual(bytes_to_events(data, size), [{"type": "a", "text": wanted}])
+
+    def test_empty_pieces_change_nothing(self):
+        decoder = claude_gateway.EventDecoder()
+        pieces = (b"", b'data: {"type":"a"}\r', b"", b"\n", b"", b"\r", b"", b"\n")
+        self.assertEqual([event["type"] for piece in pieces for event in decoder.feed(piece)], ["a"])
+
+    def test_what_is_no_event_of_the_api_is_the_upstreams_fault(self):
+        for data in (b"data: {oops\n\n", b"data: []\n\n", b'data: {"a": 1}\n\n', b'data: {"type": 1}\n\n',
+                     b'data: "\xff"\n\n', b"data:\n\n"):
+            with self.subTest(data=data), self.assertRaises(claude_gateway.UpstreamFault):
+                claude_gateway.EventDecoder().feed(data)
+
+
+class UpstreamBodyTests(GatewayTestCase):
+    """Answers of the upstream that are not as they should be: told as failures, never as a normal end."""
+    EVENTS = events_of(message(text("Hello there")), size=100)
+
+    def failure(self, reply, stream: bool) -> tuple:
+        """Status and error of a failure, once the reply has been played; a stream must end with it."""
+        self.claude.play(reply)
+        answer = self.chat(stream=stream)
+        if answer.status == 200 and stream:
+            self.assertNotIn("[DONE]", answer.events)
+            self.assertFalse([chunk for chunk in answer.chunks if chunk.get("choices")
+                              and chunk["choices"][0]["finish_reason"]])
+        last = json.loads(answer.events[-1]) if stream and answer.status == 200 else answer.json
+        self.assertEqual(sorted(last["error"]), ["code", "message", "param", "type"])
+        return answer, last["error"]
+
+    def test_both_kinds_of_body_serve_both_kinds_of_client(self):
+        whole = message(thinking("hm", "c2ln"), cited_text("Hi", web_citation("https://a.example")),
+                        tool_use("toolu_1", "f", {"a": 1}))
+        for name, reply in (
+            ("stream", Reply(headers=EVENT_STREAM, body=sse(events_of(whole)))), ("JSON", Reply(body=whole)),
+            ("a stream that says nothing", Reply(headers={"content-type": None}, body=sse(events_of(whole)))),
+            ("JSON that says nothing", Reply(headers={"content-type": None}, body=whole)),
+            ("JSON with a charset", Reply(headers={"content-type": "application/json; charset=utf-8"}, body=whole)),
+            ("a stream in capitals", Reply(headers={"content-type": "Text/Event-Stream"}, body=sse(events_of(whole)))),
+            ("a stream that begins with a comment",
+             Reply(headers={"content-type": None}, body=b": hi\n\n" + sse(events_of(whole)))),
+            ("a stream with a mark", Reply(headers=EVENT_STREAM, body=b"\xef\xbb\xbf" + sse(events_of(whole)))),
+        ):
+            with self.subTest(name):
+                self.claude.play(reply, reply)
+                plain = self.chat()
+                self.assertEqual(plain.status, 200, plain.raw)
+                streamed = completion_from_chunks(self.chat(stream=True, stream_options={"include_usage": True}).chunks)
+                parts = completion_parts(plain.json)
+                for each in (parts, streamed):
+                    call = each["message"]["tool_calls"][0]["function"]
+                    call["arguments"] = json.loads(call["arguments"])
+                self.assertEqual(parts, streamed)
+                self.assertEqual(parts["message"]["annotations"], [url_note(0, 2, "https://a.example")])
+
+    def test_a_stream_in_capitals_is_still_handed_on_event_by_event(self):
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        self.claude.play(Reply(headers={"content-type": "TEXT/EVENT-STREAM"},
+                               pieces=[sse(self.EVENTS[:3]), go_on, sse(self.EVENTS[3:])]))
+        connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=3)
+        self.addCleanup(connection.close)
+        connection.request("POST", "/v1/chat/completions", json.dumps(
+            {"model": "claude-sonnet-5-5", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}))
+        self.assertIn(b"assistant", connection.getresponse().readline())
+
+    def test_an_answer_without_its_end_is_502(self):
+        events = self.EVENTS
+        open_stop = dict(events[-2], delta={"stop_reason": None})
+        for name, reply in (
+            ("no message_stop", one_by_one(*events[:-1])), ("only the start", one_by_one(*events[:1])),
+            ("nothing", Reply(headers=EVENT_STREAM, body=b"")),
+            ("only pings", one_by_one({"type": "ping"}, {"type": "ping"})),
+            ("a null stop reason", one_by_one(*events[:-2], open_stop, events[-1])),
+            ("no message_delta", one_by_one(*events[:-2], events[-1])),
+            ("reset in the middle", one_by_one(*events[:4], cut=True)),
+            ("ended in the middle", one_by_one(*events[:4], chunked=False)),
+            ("too short for its length", Reply(headers=dict(EVENT_STREAM, **{"content-length": "9000"}),
+                                               body=sse(events[:4]))),
+            ("a JSON answer without a stop reason", Reply(body=dict(message(text("Hi")), stop_reason=None))),
+            ("half of a JSON answer", Reply(body=json.dumps(message(text("Hi"))).encode()[:-9])),
+            ("JSON that is no message", Reply(body={"hello": "world"})), ("an empty body", Reply(body=b"")),
+            ("a web page", Reply(headers={"content-type": "text/html"}, body=b"<html>login here</html>")),
+            ("JSON under the name of a stream", Reply(headers=EVENT_STREAM, body=message(text("Hi")))),
+            ("no event", Reply(headers=EVENT_STREAM, body=b"data: {oops\n\n")),
+            ("delta before start", one_by_one(events[-2], events[-1])),
+            ("no block in a block start", one_by_one(events[0], {"type": "content_block_start", "index": 0})),
+            ("no text in a text delta", one_by_one(events[0], events[1], {"type": "content_block_delta", "index": 0,
+                                                                          "delta": {"type": "text_delta"}})),
+            ("null in a text delta", one_by_one(events[0], events[1], {
+                "type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": None}},
+                *events[-3:])),
+            ("a call without a name", one_by_one(events[0], {
+                "type": "content_block_start", "index": 0, "content_block": {"type": "tool_use", "id": "toolu_1"}},
+                {"type": "content_block_stop", "index": 0}, *events[-2:])),
+            ("a delta outside of a block", one_by_one(events[0], {
+                "type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta",
+                                                                     "partial_json": "{}"}}, *events[-2:])),
+            ("a stop outside of a block", one_by_one(events[0], {"type": "content_block_stop", "index": 0},
+                                                     {"type": "content_block_start"})),
+        ):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    if name == "too short for its length":
+                        reply = Reply(headers=EVENT_STREAM, pieces=[sse(events[:4])], chunked=False)
+                    answer, error = self.failure(reply, stream)
+                    self.assertIn(answer.status, (200, 502) if stream else (502,))
+                    self.assertEqual((error["type"], error["code"]), ("server_error", "upstream_error"), error)
+                    self.assertNotIn("login here", error["message"])
+
+    def test_a_plain_reply_that_broke_off_is_not_asked_for_again(self):
+        self.claude.play(one_by_one(*self.EVENTS[:4], cut=True))
+        self.assertEqual((self.chat().status, len(self.claude.messages)), (502, 1))
+
+    def test_what_was_said_before_a_fault_reaches_the_client(self):
+        for name, pieces in (
+            ("pieces of their own", [sse(self.EVENTS[:4]), b"data: {oops\n\n"]),
+            ("one piece", [sse(self.EVENTS[:4]) + b"data: {oops\n\n"]),
+            ("an error in the same piece", [sse(self.EVENTS[:4] + [error_body("api_error", "x")])]),
+        ):
+            with self.subTest(name):
+                answer, _ = self.failure(Reply(pieces=pieces), stream=True)
+                self.assertIn(b"Hello there", answer.raw)
+
+    def test_what_comes_after_the_end_does_not_matter(self):
+        for tail in (b"data: [DONE]\n\n", b"data: {oops\n\n", sse([error_body("api_error", "x")])):
+            for pieces in ([sse(self.EVENTS) + tail], [sse(self.EVENTS), tail]):
+                with self.subTest(tail=tail, pieces=len(pieces)):
+                    self.claude.play(Reply(pieces=pieces), Reply(pieces=pieces))
+                    self.assertEqual(self.chat().status, 200)
+                    self.assertEqual(self.chat(stream=True).events[-1], "[DONE]")
+
+    def test_a_last_event_without_its_blank_line_counts(self):
+        data = sse(self.EVENTS)
+        for cut in (1, 2):
+            for framing in (Reply(headers=EVENT_STREAM, body=data[:-cut]), Reply(pieces=[data[:-cut]]),
+                            Reply(pieces=[data[:-cut]], chunked=False)):
+                self.claude.play(framing, framing)
+                self.assertEqual(self.chat().message["content"], "Hello there")
+                self.assertEqual(self.chat(stream=True).events[-1], "[DONE]")
+
+    def test_unknown_events_blocks_and_deltas_are_skipped(self):
+        start, block, *rest = self.EVENTS
+        new_block = {"type": "content_block_start", "index": 9, "content_block": {"type": "new"}}
+        new_delta = {"type": "content_block_delta", "index": 9, "delta": {"type": "new_delta", "text": "x"}}
+        counted = {"type": "content_block_delta", "index": 0, "delta": {"type": "compaction_delta", "content": "x"}}
+        events = [{"type": "new"}, {"type": "ping"}, start, new_block, new_delta,
+                  {"type": "content_block_stop", "index": 9}, block, counted, {"type": "new", "delta": 1}, *rest]
+        self.claude.play(one_by_one(*events), one_by_one(*events))
+        self.assertEqual(self.chat().message["content"], "Hello there")
+        self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["message"]["content"], "Hello there")
+
+    def test_an_error_event_is_a_status_for_plain_clients_and_an_event_for_streams(self):
+        for kind, status, our_kind, code in (
+            ("overloaded_error", 503, "server_error", "overloaded"),
+            ("rate_limit_error", 429, "rate_limit_error", "rate_limit_exceeded"),
+            ("api_error", 500, "server_error", None),
+            ("timeout_error", 504, "server_error", "timeout"),
+            ("invalid_request_error", 400, "invalid_request_error", None),
+        ):
+            for place in (0, 1, 4):
+                events = self.EVENTS[:place] + [error_body(kind, "Sorry.")]
+                with self.subTest(kind=kind, place=place):
+                    answer, error = self.failure(one_by_one(*events), stream=False)
+                    self.assertEqual((answer.status, error["type"], error["code"]), (status, our_kind, code))
+                    self.assertTrue(error["message"].startswith("Sorry."))
+                    answer, error = self.failure(one_by_one(*events), stream=True)
+                    self.assertEqual((answer.status, error["type"], error["code"]), (200, our_kind, code))
+                    self.assertEqual(b"Hello there" in answer.raw, place == 4)
+        self.assertEqual(len(self.claude.messages), 30, "none of them is retried")
+
+    def test_an_error_event_of_an_unknown_kind_is_the_upstreams_fault(self):
+        answer, error = self.failure(one_by_one(*self.EVENTS[:3], error_body("new_error", "Sorry.")), stream=False)
+        self.assertGreaterEqual(answer.status, 500)
+        self.assertEqual(error["type"], "server_error")
+
+    def test_an_error_under_status_200_is_an_error(self):
+        for stream in (False, True):
+            answer, error = self.failure(Reply(body=error_body("overloaded_error", "Sorry.")), stream)
+            self.assertEqual((answer.status, error["code"]), (200 if stream else 503, "overloaded"))
+
+    def test_a_malformed_error_event_is_an_error_too(self):
+        for event in ({"type": "error"}, {"type": "error", "error": "x"}, {"type": "error", "error": None},
+                      {"type": "error", "error": {}}):
+            for stream in (False, True):
+                with self.subTest(event=event, stream=stream):
+                    self.failure(one_by_one(self.EVENTS[0], event), stream)
+
+    def test_the_connection_serves_the_next_request_after_a_failed_stream(self):
+        self.failure(one_by_one(*self.EVENTS[:3], error_body("api_error", "x")), stream=True)
+        self.assertEqual(self.chat().status, 200)
+
+
+class PausedAnswerTests(GatewayTestCase):
+    """pause_turn: Claude is sent its own words and goes on, which no OpenAI client could do."""
+
+    def paused(self, *blocks: dict, **fields) -> dict:
+        return message(*blocks, WEB_FIND, WEB_FOUND, stop_reason="pause_turn", **fields)
+
+    def both_kinds(self, *answers):
+        """Each kind of client asks once; gives its parts."""
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.reset()
+                self.claude.play(*answers)
+                answer = self.chat(stream=stream, web_search_options={}, stream_options={"include_usage": True})
+                self.assertEqual(answer.status, 200, answer.raw)
+                yield completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
+
+    def test_texts_counts_and_places_go_on_where_they_were(self):
+        usage = {"cache_read_input_tokens": 100, "output_tokens": 5, "output_tokens_details": {"thinking_tokens": 2}}
+        second = message(thinking("b", "c2l2"), cited_text("Blue.", web_citation("https://a.example")), usage=usage)
+        for parts in self.both_kinds(self.paused(thinking("a", "c2ln"), text("I look. "), usage=usage), second):
+            self.assertEqual(parts["message"], {
+                "role": "assistant", "content": "I look. Blue.", "reasoning_content": "ab",
+                "annotations": [url_note(8, 13, "https://a.example")]})
+            self.assertEqual(parts["finish_reason"], "stop")
+            self.assertEqual((parts["usage"]["prompt_tokens"], parts["usage"]["completion_tokens"],
+                              parts["usage"]["total_tokens"]), (224, 10, 234))
+            self.assertEqual((parts["usage"]["prompt_tokens_details"]["cached_tokens"],
+                              parts["usage"]["completion_tokens_details"]["reasoning_tokens"]), (200, 4))
+
+    def test_claude_gets_its_words_back_unchanged_and_the_rest_of_the_request_too(self):
+        blocks = [thinking("", "c2ln"), text("I look. ")]
+        for _ in self.both_kinds(self.paused(*blocks), message(text("Blue."))):
+            first, second = [request.body for request in self.claude.messages]
+            self.assertEqual(second["messages"][:-1], first["messages"])
+            self.assertEqual(second["messages"][-1], {"role": "assistant", "content": blocks + [WEB_FIND, WEB_FOUND]})
+            for name in set(first) - {"messages"}:
+                self.assertEqual(second[name], first[name])
+            self.assertEqual(set(first), set(second))
+
+    def test_two_pauses_make_one_answer(self):
+        again = dict(WEB_FIND, id="srvtoolu_2"), dict(WEB_FOUND, tool_use_id="srvtoolu_2")
+        for parts in self.both_kinds(self.paused(text("A")), message(text("B"), *again, stop_reason="pause_turn"),
+                                     message(text("C"), tool_use("toolu_1", "f", {}))):
+            self.assertEqual((parts["message"]["content"], parts["finish_reason"]), ("ABC", "tool_calls"))
+            self.assertEqual(parts["usage"]["total_tokens"], 57)
+            last = self.claude.messages[2].body["messages"]
+            self.assertEqual([turn["role"] for turn in last], ["user", "assistant"])
+            self.assertEqual([block["type"] for block in last[1]["content"]],
+                             ["text", "server_tool_use", "web_search_tool_result"] * 2)
+
+    def test_an_empty_text_is_not_sent_back(self):
+        # Claude may open a text block and say nothing in it, but takes no such block back
+        for parts in self.both_kinds(self.paused(text(""), text("A")), message(text("B"))):
+            self.assertEqual(parts["message"]["content"], "AB")
+
+    def test_the_stream_looks_like_one(self):
+        self.claude.play(self.paused(text("A")), message(text("B"), id="msg_other"))
+        chunks = self.chat(stream=True, web_search_options={}).chunks
+        self.assertEqual(len({chunk["id"] for chunk in chunks}), 1)
+        self.assertEqual(sum("role" in chunk["choices"][0]["delta"] for chunk in chunks), 1)
+        self.assertEqual([chunk["choices"][0]["finish_reason"] for chunk in chunks if
+                          chunk["choices"][0]["finish_reason"]], ["stop"])
+
+    def test_a_refused_continuation_is_an_error(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.play(self.paused(text("A")), refusal_of_claude(429, "rate_limit_error", "Slow down."))
+                answer = self.chat(stream=stream, web_search_options={})
+                error = json.loads(answer.events[-1])["error"] if stream else answer.error
+                self.assertEqual((answer.status, error["code"]), (200 if stream else 429, "rate_limit_exceeded"))
+                self.assertNotIn("[DONE]", answer.events)
+
+    def test_nothing_is_retried_once_a_stream_has_begun(self):
+        self.claude.play(self.paused(text("A")), Reply(529, body=error_body("overloaded_error", "x"),
+                                                       headers={"retry-after": "0"}))
+        answer = self.chat(stream=True, web_search_options={})
+        self.assertEqual((json.loads(answer.events[-1]).get("error", {}).get("code"), len(self.claude.messages)),
+                         ("overloaded", 2))
+
+    def test_there_is_an_end_to_it_in_streams_too(self):
+        self.claude.strict = False                  # the same search again and again is not what Claude would say
+        self.addCleanup(setattr, self.claude, "strict", True)
+        self.claude.play(*[message(text("A"), WEB_FIND, stop_reason="pause_turn")] * 20)
+        answer = self.chat(stream=True, web_search_options={})
+        self.assertEqual((answer.events[-1], len(self.claude.messages)), ("[DONE]", 9))
+        self.assertEqual(completion_from_chunks(answer.chunks)["finish_reason"], "stop")
+
+
+class ClaudeErrorTests(GatewayTestCase):
+    """Refusals of Claude in OpenAI's envelope, in the provider's words."""
+
+    def refused(self, reply: Reply, **fields) -> Answer:
+        count = len(self.claude.messages)
+        self.claude.play(reply)
+        answer = self.chat(**fields)
+        self.assertEqual(len(self.claude.messages), count + 1, "refused once, asked once")
+        self.assertEqual(sorted(answer.error), ["code", "message", "param", "type"])
+        return answer
+
+    def test_every_status_has_its_place(self):
+        for status, kind, ours, our_kind in (
+            (404, "not_found_error", 404, "invalid_request_error"), (409, "conflict_error", 409, "server_error"),
+            (500, "api_error", 500, "server_error"), (501, "api_error", 501, "server_error"),
+            (503, "api_error", 503, "server_error"), (503, "overloaded_error", 503, "server_error"),
+            (418, "new_error", 418, None), (520, "new_error", 520, "server_error"),
+            (422, "invalid_request_error", 400, "invalid_request_error"),
+        ):
+            for stream in (False, True):
+                with self.subTest(status=status, kind=kind, stream=stream):
+                    answer = self.refused(refusal_of_claude(status, kind, "No."), stream=stream)
+                    self.assertEqual(answer.status, ours)
+                    self.assertEqual(answer.error["type"], our_kind or answer.error["type"])
+                    self.assertEqual(answer.headers["content-type"], "application/json")
+
+    def test_a_status_without_claudes_words_says_what_it_can(self):
+        page = b"<html><body>" + b"x" * 5000
+        for status, ours, code in ((400, 400, None), (401, 401, "upstream_authentication"), (403, 403, None),
+                                   (404, 404, None), (408, 408, None), (413, 413, "request_too_large"),
+                                   (429, 429, "rate_limit_exceeded"), (500, 500, None), (502, 502, None),
+                                   (503, 503, None), (504, 504, "timeout"), (529, 503, "overloaded")):
+            for body in (page, b"", b"[]", b'{"error": "x"}', b'{"error": {"message": null}}'):
+                with self.subTest(status=status, body=body[:20]):
+                    answer = self.refused(Reply(status, {"content-type": "text/html", "retry-after": "60"}, body))
+                    self.assertEqual((answer.status, answer.error["code"]), (ours, code))
+                    self.assertNotIn("<html", answer.error["message"])
+                    self.assertIn(str(status), answer.error["message"])
+
+    # the rejections of subscription tokens, as people reported them: words, our status, our code
+    REJECTIONS = (
+        (400, "invalid_request_error", "This credential is only authorized for use with Claude Code and cannot be used "
+         "for other API requests.", 400, "upstream_refused"),
+        (400, "invalid_request_error", "system: This credential is only authorized for use with Claude Code and cannot "
+         "be used for other API requests.", 400, "upstream_refused"),
+        (400, "invalid_request_error", "Third-party apps now draw from your extra usage, not your plan limits. Add "
+         "more at claude.ai/settings/usage and keep going.", 429, "insufficient_quota"),
+        (400, "invalid_request_error", "You're out of extra usage. Add more at claude.ai/settings/usage and keep "
+         "going.", 429, "insufficient_quota"),
+        (401, "authentication_error", "OAuth authentication is currently not supported.", 401,
+         "upstream_authentication"),
+        (401, "authentication_error", "OAuth token has expired. Please obtain a new token or refresh your existing "
+         "token.", 401, "upstream_authentication"),
+        (401, "authentication_error", "Invalid bearer token", 401, "upstream_authentication"),
+        (403, "permission_error", "OAuth token has been revoked. Please obtain a new token.", 401,
+         "upstream_authentication"),
+    )
+
+    def test_rejected_credentials_are_told_in_the_providers_words_with_one_hint_and_not_retried(self):
+        image = [{"type": "image_url", "image_url": {"url": "https://images.example.org/a.png"}}]
+        for status, kind, words, ours, code in self.REJECTIONS:
+            for stream, content in ((False, "Hello"), (True, "Hello"), (False, image)):
+                with self.subTest(words=words, stream=stream):
+                    answer = self.refused(refusal_of_claude(status, kind, words), stream=stream, content=content)
+                    self.assertEqual((answer.status, answer.error["code"]), (ours, code))
+                    self.assertEqual(answer.headers["x-should-retry"], "false")
+                    self.assertTrue(answer.error["message"].startswith(words + " Hint: "), answer.error["message"])
+                    self.assertEqual(answer.error["message"].count("Hint:"), 1)
+
+    def test_the_rarer_rejections_have_their_hint_too(self):
+        for reply in (
+            refusal_of_claude(403, "permission_error", "OAuth token does not meet scope requirement: user:profile"),
+            refusal_of_claude(400, "invalid_request_error", "Please update.", error_code="claude_code_version_too_old"),
+            refusal_of_claude(429, "rate_limit_error", "This request would exceed your account's rate limit. Please "
+                              "try again later.", {"anthropic-ratelimit-unified-status": "rejected"}),
+        ):
+            words = reply.body["error"]["message"]
+            with self.subTest(words=words):
+                answer = self.refused(reply)
+                self.assertTrue(answer.error["message"].startswith(words + " Hint: "), answer.error["message"])
+                self.assertEqual(answer.headers.get("x-should-retry"), "false")
+
+    def test_a_rejection_amid_a_stream_has_the_same_words(self):
+        words = self.REJECTIONS[3][2]
+        self.claude.play(one_by_one(error_body("invalid_request_error", words)))
+        error = json.loads(self.chat(stream=True).events[-1])["error"]
+        self.assertEqual((error["code"], error["message"].startswith(words + " Hint: ")), ("insufficient_quota", True))
+
+    def test_spent_money_is_no_reason_to_retry(self):
+        for status, kind, words in (
+            (400, "invalid_request_error", "Your credit balance is too low to access the Anthropic API."),
+            (400, "invalid_request_error", "You have reached your specified API usage limits. You will regain access "
+                                           "on 2026-12-01 at 00:00 UTC."),
+            (402, "billing_error", "Payment required."),
+            (429, "rate_limit_error", "Extra usage is required for long context requests."),
+        ):
+            with self.subTest(words=words):
+                answer = self.refused(refusal_of_claude(status, kind, words, {"retry-after": "1"}))
+                self.assertEqual((answer.status, answer.error["type"], answer.error["code"],
+                                  answer.headers["x-should-retry"]),
+                                 (429, "insufficient_quota", "insufficient_quota", "false"))
+
+    def test_an_ordinary_refusal_leaves_retrying_to_the_client(self):
+        for status, kind in ((429, "rate_limit_error"), (529, "overloaded_error"), (500, "api_error")):
+            headers = self.refused(refusal_of_claude(status, kind, "No.")).headers
+            self.assertEqual((headers.get("x-should-retry"), headers["retry-after"]), (None, "60"))
+
+    def test_a_prompt_that_is_too_long_is_told_as_such(self):
+        for words in ("prompt is too long: 1250000 tokens > 1000000 maximum",
+                      "input length and `max_tokens` exceed context limit: 190000 + 64000 > 200000"):
+            for stream in (False, True):
+                answer = self.refused(refusal_of_claude(400, "invalid_request_error", words), stream=stream)
+                self.assertEqual((answer.status, answer.error["type"], answer.error["code"], answer.error["message"]),
+                                 (400, "invalid_request_error", "context_length_exceeded", words))
+
+    def test_a_model_that_claude_lacks_comes_with_the_nearest(self):
+        for stream in (False, True):
+            answer = self.refused(refusal_of_claude(404, "not_found_error", "model: claude-opus-5-5"), stream=stream,
+                                  model="claude-opus-5-5")
+            self.assertEqual((answer.status, answer.error["code"], answer.error["param"]),
+                             (404, "model_not_found", "model"))
+            self.assertIn("claude-opus-5", answer.error["message"])
+        answer = self.chat(model="claude-opus-3")
+        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+        self.assertRegex(answer.error["message"], r"claude-opus-5-5.*--alias '\*=MODEL'")
+
+    def test_an_error_about_a_tool_names_it_as_the_client_does(self):
+        tools = [{"type": "function", "function": {"name": name}} for name in ("first", "my.second")]
+        for words in ("tools.1.custom.input_schema: invalid", "tools.1.input_schema.type: Field required"):
+            answer = self.refused(refusal_of_claude(400, "invalid_request_error", words), tools=tools)
+            self.assertIn("my.second", answer.error["message"])
+            self.assertIn(words, answer.error["message"])
+        answer = self.refused(refusal_of_claude(400, "invalid_request_error", "tools.9.name: odd"), tools=tools)
+        self.assertEqual(answer.error["message"], "tools.9.name: odd")
+
+    def test_headers_of_a_refusal_are_passed_on(self):
+        headers = {"request-id": "req_1", "retry-after": "7", "retry-after-ms": "7000", "x-should-retry": "true",
+                   "anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "0",
+                   "anthropic-ratelimit-tokens-limit": "1000", "anthropic-ratelimit-tokens-remaining": "10",
+                   "anthropic-ratelimit-tokens-reset": "2020-01-01T00:00:00Z", "set-cookie": "a=b",
+                   "anthropic-organization-id": "org"}
+        told = self.refused(refusal_of_claude(429, "rate_limit_error", "No.", headers)).headers
+        wanted = {"x-request-id": "req_1", "retry-after": "7", "retry-after-ms": "7000", "x-should-retry": "true",
+                  "x-ratelimit-limit-requests": "50", "x-ratelimit-remaining-requests": "0",
+                  "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "10",
+                  "x-ratelimit-reset-tokens": "0s"}
+        self.assertEqual({name: told.get(name) for name in wanted}, wanted)
+        for name in ("set-cookie", "anthropic-organization-id"):
+            self.assertNotIn(name, told)
+
+    def test_headers_of_an_answer_are_passed_on_in_streams_too(self):
+        headers = {"request-id": "req_2", "anthropic-ratelimit-requests-remaining": "3"}
+        for stream in (False, True):
+            whole = message(text("Hi"))
+            self.claude.play(one_by_one(*events_of(whole), headers=headers))
+            told = self.chat(stream=stream).headers
+            self.assertEqual((told["x-request-id"], told["x-ratelimit-remaining-requests"]), ("req_2", "3"))
+
+    def test_resets_are_told_as_a_time_from_now(self):
+        for seconds, form in ((0, r"0s"), (45, r"4[3-6]s"), (90, r"1m(2[89]|3[01])s"), (7200, r"1(19|20)m\d+s")):
+            moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+            for suffix in (moment, moment[:-1] + ".123456+00:00"):
+                self.assertRegex(claude_gateway.duration_until(suffix), "^%s$" % form)
+
+    def test_a_reset_that_is_no_time_does_no_harm(self):
+        for moment in ("2026-99-99T99:99:99Z", "soon", "1790000000", "0000-00-00T00:00:00Z"):
+            with self.subTest(moment=moment):
+                self.claude.play(Reply(body=message(text("Hi")),
+                                       headers={"anthropic-ratelimit-requests-reset": moment}))
+                self.assertEqual(self.chat().status, 200)
+
+
+class OwnRetryTests(GatewayTestCase):
+    """At most one of our own, before anything was sent."""
+    AT_ONCE = {"retry-after": "0"}
+
+    def calls_for(self, *replies, stream: bool = False, headers=None) -> tuple:
+        self.claude.reset()
+        self.claude.play(*replies)
+        answer = self.chat(stream=stream, headers=headers)
+        return answer.status, len(self.claude.messages)
+
+    def test_what_may_pass_is_asked_once_more(self):
+        for status, kind in ((500, "api_error"), (503, "api_error"), (504, "timeout_error"), (529, "overloaded_error"),
+                             (429, "rate_limit_error")):
+            for stream in (False, True):
+                with self.subTest(status=status, stream=stream):
+                    reply = Reply(status, body=error_body(kind, "x"), headers=self.AT_ONCE)
+                    self.assertEqual(self.calls_for(reply, stream=stream), (200, 2))
+                    self.assertEqual(self.calls_for(reply, reply, stream=stream)[1], 2)
+
+    def test_what_cannot_pass_is_not(self):
+        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
+                             (403, "permission_error"), (404, "not_found_error"), (413, "request_too_large")):
+            with self.subTest(status=status):
+                reply = Reply(status, body=error_body(kind, "x"), headers=self.AT_ONCE)
+                self.assertEqual(self.calls_for(reply)[1], 1)
+
+    def test_five_seconds_is_the_longest_wait(self):
+        later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
+        past = "Wed, 21 Oct 2015 07:28:00 GMT"
+        for value, calls_made in (("5.5", 1), ("6", 1), ("100000", 1), (later, 1), ("soon", 1), ("-1", 1), (None, 1),
+                                  (past, 2), ("0", 2), ("0.01", 2)):
+            with self.subTest(value=value):
+                reply = Reply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": value})
+                self.assertEqual(self.calls_for(reply)[1], calls_made)
+
+    def test_a_client_that_retries_by_itself_is_left_to_it(self):
+        for value, calls_made in (("0", 2), ("1", 1), ("2", 1)):
+            for reply in (Reply(529, body=error_body("overloaded_error", "x"), headers=self.AT_ONCE), Reply(None)):
+                if reply.status is None and calls_made == 2:
+                    continue                        # waits half a second; its success has a test of its own
+                with self.subTest(value=value, reply=reply.status):
+                    self.assertEqual(self.calls_for(reply, headers={"x-stainless-retry-count": value})[1], calls_made)
+
+    def test_claudes_veto_holds(self):
+        reply = Reply(529, body=error_body("overloaded_error", "x"), headers=dict(self.AT_ONCE,
+                                                                                  **{"x-should-retry": "false"}))
+        self.assertEqual(self.calls_for(reply), (503, 1))
+
+    def test_a_failure_after_the_status_is_not_retried(self):
+        events = events_of(message(text("Hello there")))
+        for name, reply in (("error first", one_by_one(error_body("overloaded_error", "x"))),
+                            ("error later", one_by_one(*events[:4], error_body("overloaded_error", "x"))),
+                            ("reset", one_by_one(*events[:4], cut=True)),
+                            ("JSON", Reply(body=error_body("overloaded_error", "x")))):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    self.assertEqual(self.calls_for(reply, stream=stream)[1], 1)
+
+    def test_a_correction_is_not_the_occasion_for_a_second_retry(self):
+        self.start()
+        overloaded = Reply(529, body=error_body("overloaded_error", "x"), headers=self.AT_ONCE)
+        deprecated = Reply(400, body=error_body("invalid_request_error", "`temperature` is deprecated for this model."))
+        self.claude.play(overloaded, deprecated, overloaded)
+        answer = self.chat(model="claude-sonnet-4-6", temperature=0.5)
+        self.assertEqual((answer.status, len(self.claude.messages)), (503, 3))
+
+
+class LessonKeepingTests(GatewayTestCase):
+    """A 400 teaches something about a model, if what it taught then works."""
+
+    def setUp(self):
+        super().setUp()
+        self.start()
+
+    def refuse(self, words: str) -> None:
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", words))
+
+    def test_thinking_is_learnt_in_both_directions(self):
+        self.claude.strict = False                  # its models are as documented; these have changed their mind
+        self.addCleanup(setattr, self.claude, "strict", True)
+        for model, words, before, after in (
+            ("claude-opus-4-6", "adaptive thinking is not supported on this model", "adaptive", "enabled"),
+            ("claude-haiku-4-5", '"thinking.type.enabled" is not supported for this model. Use "thinking.type.adaptive" '
+             'and "output_config.effort" to control thinking behavior.', "enabled", "adaptive"),
+        ):
+            with self.subTest(model=model):
+                self.refuse(words)
+                self.assertEqual(self.chat(model=model, reasoning_effort="high").status, 200)
+                self.assertEqual([sent.body["thinking"]["type"] for sent in self.claude.messages[-2:]], [before, after])
+                count = len(self.claude.messages)
+                self.assertEqual(self.sent(model=model, reasoning_effort="high")["thinking"]["type"], after)
+                self.assertEqual(len(self.claude.messages), count + 1)
+
+    def test_a_lesson_that_did_not_help_is_forgotten_also_when_the_retry_failed_otherwise(self):
+        for second in (refusal_of_claude(529, "overloaded_error", "x"), refusal_of_claude(400, "invalid_request_error",
+                                                                                          "y"), Reply(None)):
+            with self.subTest(second=second.status):
+                self.refuse("`temperature` is deprecated for this model.")
+                self.claude.play(second, *([second] if second.status is None else []))
+                self.assertGreaterEqual(self.chat(model="claude-opus-4-6", temperature=0.3).status, 400)
+                self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
+
+    def test_a_lesson_is_logged_once(self):
+        self.refuse("`temperature` is deprecated for this model.")
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            for _ in range(3):
+                self.chat(model="claude-sonnet-4-6", temperature=0.3)
+        self.assertEqual(len([line for line in logged.output if "learnt about claude-sonnet-4-6" in line]), 1)
+        self.assertEqual(len(self.claude.messages), 4)
+
+    def test_what_a_lesson_takes_away_is_reported(self):
+        self.refuse("`temperature` is deprecated for this model.")
+        for _ in range(2):
+            answer = self.chat(model="claude-sonnet-4-6", temperature=0.3)
+            self.assertIn("temperature", answer.headers["x-claude-gateway-changes"])
+
+    def test_a_400_that_changes_nothing_is_handed_on_at_once(self):
+        self.refuse("`temperature` is deprecated for this model.")
+        answer = self.chat(model="claude-opus-5-5")
+        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
+
+    def test_the_same_words_under_another_status_teach_nothing(self):
+        self.claude.play(refusal_of_claude(403, "permission_error", "`temperature` is deprecated for this model."))
+        self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.3).status, 403)
+        self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.3)["temperature"], 0.3)
+
+
+class ThinkingReplayTests(GatewayTestCase):
+    """Signed thinking goes back inside a tool loop as it came, or not at all."""
+    LOOP_TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    UNBOUND = ("messages.1.content.0: Invalid `signature` in `thinking` block. The block is bound to a different "
+               "conversation.")
+
+    def turn(self, *blocks: dict, history=None, headers=None, stream: bool = False, **fields) -> list:
+        """One answer of Claude's; the history with it, and with results for its calls, as a client would hold it."""
+        history = history or [{"role": "user", "content": "Hello %s" % self.id()}]
+        self.claude.play(message(*blocks))
+        answer = self.chat(messages=history, tools=self.LOOP_TOOLS, headers=headers, stream=stream, **fields)
+        self.assertEqual(answer.status, 200, answer.raw)
+        reply = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
+        return history + [reply] + [{"role": "tool", "tool_call_id": call["id"], "content": "ok"}
+                                    for call in reply.get("tool_calls", ())]
+
+    def replayed(self, history: list, headers=None, **fields) -> list:
+        """The assistant's turns of the request that this history becomes."""
+        answer = self.chat(messages=history, tools=self.LOOP_TOOLS, headers=headers, **fields)
+        self.assertEqual(answer.status, 200, answer.raw)
+        return [bare(turn["content"]) for turn in self.claude.messages[-1].body["messages"]
+                if turn["role"] == "assistant"]
+
+    def test_blocks_go_back_to_the_byte(self):
+        for name, blocks in (
+            ("plain", [thinking("hm", "c2ln"), tool_use("toolu_a", "f", {"a": 1})]),
+            ("hidden", [thinking("", "c2ln"), text("I look."), tool_use("toolu_b", "f", {})]),
+            ("redacted", [{"type": "redacted_thinking", "data": "ZGF0"}, tool_use("toolu_c", "f", {})]),
+            ("odd", [thinking(ODD_TEXT, "c2ln"), tool_use("toolu_d", "f", {"k": ODD_TEXT})]),
+            ("interleaved", [thinking("a", "c2ln"), tool_use("toolu_e", "f", {}), thinking("b", "c2l2"),
+                             tool_use("toolu_f", "g", {"b": [1.5, None, True]})]),
+            ("several", [thinking("a", "c2ln"), thinking("b", "c2l2"), text("x"), tool_use("toolu_g", "f", {})]),
+        ):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    self.assertEqual(self.replayed(self.turn(*blocks, stream=stream)), [blocks])
+
+    def test_every_turn_of_a_loop_keeps_its_own(self):
+        history, wanted = None, []
+        for number in range(3):
+            blocks = [thinking("t%d" % number, "c2ln"), tool_use("toolu_t%d" % number, "f", {"n": number})]
+            history = self.turn(*blocks, history=history)
+            wanted.append(blocks)
+        self.assertEqual(self.replayed(history), wanted)
+
+    def test_what_clients_do_to_a_turn_on_its_way_back_does_not_matter(self):
+        blocks = [thinking("hm", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"a": 1, "b": "é"})]
+        for name, change in (
+            ("spaces in arguments", lambda reply: reply["tool_calls"][0]["function"].update(
+                arguments='{ "b":"\\u00e9",\n"a": 1 }')),
+            ("parts", lambda reply: reply.update(content=[{"type": "text", "text": "I look."}])),
+            ("no reasoning", lambda reply: reply.pop("reasoning_content")),
+            ("other reasoning", lambda reply: reply.update(reasoning_content="something else")),
+            ("what SDKs add", lambda reply: reply.update(audio=None, function_call=None, annotations=[], name="x")),
+            ("an index", lambda reply: reply["tool_calls"][0].update(index=0)),
+            ("space around", lambda reply: reply.update(content="I look. ")),
+        ):
+            with self.subTest(name):
+                history = self.turn(*blocks)
+                change(history[1])
+                self.assertEqual(self.replayed(history), [blocks])
+
+    def test_an_edited_turn_goes_without_and_stays_as_edited(self):
+        blocks = [thinking("hm", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"a": 1})]
+        for name, change, wanted in (
+            ("text", lambda reply: reply.update(content="I saw."), [text("I saw."), blocks[2]]),
+            ("no text", lambda reply: reply.update(content=None), [blocks[2]]),
+            ("arguments", lambda reply: reply["tool_calls"][0]["function"].update(arguments='{"a": 2}'),
+             [blocks[1], tool_use("toolu_1", "f", {"a": 2})]),
+            ("name", lambda reply: reply["tool_calls"][0]["function"].update(name="g"),
+             [blocks[1], tool_use("toolu_1", "g", {"a": 1})]),
+        ):
+            with self.subTest(name):
+                history = self.turn(*blocks)
+                change(history[1])
+                self.assertEqual(self.replayed(history), [wanted])
+
+    def test_a_cold_start_goes_without_on_every_generation(self):
+        history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+        for model in ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-4-8",
+                      "claude-sonnet-4-6", "claude-haiku-4-5"):
+            with self.subTest(model=model):
+                self.start()
+                self.assertEqual(self.replayed(history, model=model, reasoning_effort="high"),
+                                 [[tool_use("toolu_1", "f", {})]])
+
+    def test_clients_with_different_keys_share_no_memory(self):
+        self.start(api_key=("key-one", "key-two"))
+        blocks = [thinking("hm", "c2ln"), tool_use("toolu_1", "f", {})]
+        history = self.turn(*blocks, headers={"authorization": "Bearer key-one"})
+        self.assertEqual(self.replayed(history, headers={"api-key": "key-two"}), [blocks[1:]])
+        self.assertEqual(self.replayed(history, headers={"x-api-key": "key-one"}), [blocks])
+
+    def test_an_unsigned_text_never_becomes_thinking(self):
+        call = {"id": "toolu_x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        for extra in ({"reasoning_content": "hm"}, {"reasoning": "hm"}, {"thinking_blocks": [
+                {"type": "thinking", "thinking": "hm"}]}, {"reasoning_details": [{"type": "reasoning.text",
+                                                                                  "text": "hm"}]},
+                      {"thinking_blocks": [thinking("hm", "")]}, {"thinking_blocks": "x", "reasoning_details": {}}):
+            with self.subTest(extra=extra):
+                turn = dict({"role": "assistant", "content": None, "tool_calls": [call]}, **extra)
+                self.assertEqual(self.replayed([{"role": "user", "content": "Hi"}, turn, {
+                    "role": "tool", "tool_call_id": "toolu_x", "content": "ok"}]), [[tool_use("toolu_x", "f", {})]])
+
+    def test_blocks_that_the_client_kept_win_over_the_memory(self):
+        history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+        for extra, blocks in (
+            ({"thinking_blocks": [thinking("own", "b3du")]}, [thinking("own", "b3du")]),
+            ({"reasoning_details": [{"type": "reasoning.text", "text": "own", "signature": "b3du", "index": 0},
+                                    {"type": "reasoning.encrypted", "data": "ZGF0", "index": 1}]},
+             [thinking("own", "b3du"), {"type": "redacted_thinking", "data": "ZGF0"}]),
+        ):
+            kept = [history[0], dict(history[1], **extra), history[2]]
+            self.assertEqual(self.replayed(kept), [blocks + [tool_use("toolu_1", "f", {})]])
+
+    def test_a_conversation_whose_blocks_do_not_hold_goes_on_without_for_ever(self):
+        self.start()
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                first = [{"role": "user", "content": "Begin %s" % stream}]
+                history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}), history=first)
+                self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
+                count = len(self.claude.messages)
+                self.assertEqual(self.replayed(history, stream=stream), [[tool_use("toolu_1", "f", {})]])
+                self.assertEqual(len(self.claude.messages), count + 2, "one retry")
+                history = self.turn(thinking("more", "c2l2"), tool_use("toolu_2", "g", {}), history=history)
+                count = len(self.claude.messages)
+                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})], [tool_use("toolu_2", "g",
+                                                                                                     {})]])
+                self.assertEqual(len(self.claude.messages), count + 1, "no block is tried again")
+
+    def test_only_that_conversation_goes_without(self):
+        self.start()
+        blocks = [thinking("hm", "c2ln"), tool_use("toolu_1", "f", {})]
+        history = self.turn(*blocks)
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
+        self.replayed(history)
+        other = self.turn(*blocks, history=[{"role": "user", "content": "Something else"}])
+        self.assertEqual(self.replayed(other), [blocks])
+
+    def test_blocks_that_the_client_kept_are_left_out_too_once_they_did_not_hold(self):
+        for model in ("claude-opus-5-5", "claude-haiku-4-5"):   # one decides by itself, one insists on its block
+            with self.subTest(model=model):
+                self.start()
+                turn = {"role": "assistant", "content": None, "thinking_blocks": [thinking("own", "b3du")],
+                        "tool_calls": [{"id": "toolu_1", "type": "function", "function": {"name": "f",
+                                                                                          "arguments": "{}"}}]}
+                history = [{"role": "user", "content": "Hello"}, turn, {"role": "tool", "tool_call_id": "toolu_1",
+                                                                        "content": "ok"}]
+                self.claude.play(refusal_of_claude(400, "invalid_request_error", "messages.1.content.0: Invalid "
+                                                   "`signature` in `thinking` block"))
+                self.assertEqual(self.replayed(history, model=model, reasoning_effort="high"),
+                                 [[tool_use("toolu_1", "f", {})]])
+                self.assertEqual(len(self.claude.messages), 2)
+                self.claude.reset()
+
+    def test_every_wording_about_the_blocks_leads_to_one_retry(self):
+        for words in ("messages.1.content.0: Invalid `signature` in `thinking` block",
+                      "`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be modified.",
+                      "messages.1.content.0.thinking: each thinking block must contain thinking"):
+            with self.subTest(words=words):
+                self.start()
+                history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+                self.claude.play(*[refusal_of_claude(400, "invalid_request_error", words)] * 2)
+                count = len(self.claude.messages)
+                answer = self.chat(messages=history, tools=self.LOOP_TOOLS)
+                self.assertEqual((answer.status, len(self.claude.messages)), (400, count + 2))
+                self.claude.reset()
+
+    def test_without_blocks_such_a_refusal_is_handed_on(self):
+        self.start()
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
+        answer = self.chat()
+        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
+
+    def test_an_answer_without_thinking_needs_no_memory(self):
+        blocks = [text("I look."), tool_use("toolu_1", "f", {})]
+        self.assertEqual(self.replayed(self.turn(*blocks)), [blocks])
+
+
+class PictureServer:
+    """A web server on loopback: path -> (status, headers, body); `seen` has the requests."""
+
+    def __init__(self, pictures: dict) -> None:
+        seen = self.seen = []
+
+        class Pictures(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+                status, headers, body = pictures.get(self.path, (404, {}, b""))
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(OSError):      # who refuses a large one hangs up
+                    self.wfile.write(body)
+
+            def log_message(self, *_) -> None:
+                """Say nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+        self.server.daemon_threads = True
+        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        # the gateway refuses 127.0.0.1 by its spelling, so a public name leads there
+        self.name = "http://pictures.example.org:%d" % self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def names_that_resolve(test: unittest.TestCase, names: dict) -> None:
+    """Until the end of the test these names have these addresses; no other name asks the network."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host, port, *more, **options):
+        if host in names:
+            return [entry for address in names[host] for entry in real(address, port, type=socket.SOCK_STREAM)]
+        return real(host, port, *more, **options)
+
+    socket.getaddrinfo = getaddrinfo
+    test.addCleanup(setattr, socket, "getaddrinfo", real)
+
+
+class PictureFetchTests(GatewayTestCase):
+    """Images by address: Claude fetches https itself; what it cannot is fetched here, under strict rules."""
+    SECURE = "https://pictures.example.org/a.png"
+    REFUSED = "Unable to download the file. Please verify the URL and try again."
+
+    def setUp(self):
+        super().setUp()
+        self.start()
+        self.fetcher = self.service.gateway.images
+
+    def serve(self, **pictures) -> PictureServer:
+        server = PictureServer({"/" + path.replace("_", "."): answer for path, answer in pictures.items()})
+        self.addCleanup(server.close)
+        names_that_resolve(self, {"pictures.example.org": ["127.0.0.1"], "private.example.org": ["127.0.0.1"]})
+        self.fetcher.permit = lambda address: address == "127.0.0.1"
+        return server
+
+    def look(self, *urls: str, **fields) -> Answer:
+        return self.chat([{"type": "image_url", "image_url": {"url": url}} for url in urls], **fields)
+
+    def sources(self) -> list:
+        return [block["source"] for block in self.claude.messages[-1].body["messages"][0]["content"]]
+
+    def test_an_https_address_is_handed_on_as_it_is(self):
+        for url in (self.SECURE, "https://pictures.example.org/a%20b.png?x=1&y=%2F#part", "HTTPS://Example.ORG/A.png",
+                    "https://8.8.8.8/a.png", "https://[2606:4700::1111]/a.png", "https://example.org:8443/a"):
+            with self.subTest(url=url):
+                self.assertEqual(self.look(url, detail="high").status, 200)
+                self.assertEqual(self.sources()[0]["type"], "url")
+                self.assertEqual(self.sources()[0]["url"][5:], url[5:])
+
+    def test_what_claude_cannot_fetch_is_fetched_once_and_sent_as_bytes(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                fetched = []
+                self.fetcher.fetch = lambda url: fetched.append(url) or ("image/png", PIXEL)
+                self.claude.play(refusal_of_claude(400, "invalid_request_error", self.REFUSED))
+                count = len(self.claude.messages)
+                answer = self.look(self.SECURE, "https://pictures.example.org/b.png", self.SECURE, stream=stream)
+                self.assertEqual((answer.status, len(self.claude.messages)), (200, count + 2))
+                self.assertEqual(self.sources(), [{"type": "base64", "media_type": "image/png", "data": PIXEL}] * 3)
+                self.assertEqual(fetched, [self.SECURE, "https://pictures.example.org/b.png"])
+
+    def test_a_second_refusal_is_handed_on(self):
+        self.fetcher.fetch = lambda url: ("image/png", PIXEL)
+        self.claude.play(*[refusal_of_claude(400, "invalid_request_error", self.REFUSED)] * 2)
+        answer = self.look(self.SECURE)
+        self.assertEqual((answer.status, answer.error["message"], len(self.claude.messages)), (400, self.REFUSED, 2))
+
+    def test_a_refusal_of_another_status_fetches_nothing(self):
+        self.fetcher.fetch = lambda url: self.fail("fetched")
+        self.claude.play(refusal_of_claude(403, "permission_error", self.REFUSED))
+        self.assertEqual((self.look(self.SECURE).status, len(self.claude.messages)), (403, 1))
+
+    def test_an_image_inside_a_tool_result_is_fetched_too(self):
+        self.fetcher.fetch = lambda url: ("image/png", PIXEL)
+        call = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]},
+                   {"role": "tool", "tool_call_id": "toolu_1", "content": [
+                       {"type": "image_url", "image_url": {"url": "http://pictures.example.org/a.png"}}]}]
+        sent = self.sent(messages=history, tools=[{"type": "function", "function": {"name": "f"}}])
+        self.assertEqual(sent["messages"][2]["content"][0]["content"][0]["source"]["type"], "base64")
+
+    def test_plain_http_is_fetched_at_once(self):
+        server = self.serve(a_png=(200, {"content-type": "text/plain"}, base64.b64decode(PIXEL)))
+        self.assertEqual(self.look(server.name + "/a.png", server.name + "/a.png").status, 200)
+        self.assertEqual(len(self.claude.messages), 1)
+        self.assertEqual(self.sources(), [{"type": "base64", "media_type": "image/png", "data": PIXEL}] * 2)
+        self.assertEqual([path for path, _ in server.seen], ["/a.png"])
+
+    def test_whoever_serves_the_image_learns_nothing_of_us(self):
+        server = self.serve(a_png=(200, {}, base64.b64decode(PIXEL)))
+        self.look(server.name + "/a.png", headers={"authorization": "Bearer mine", "cookie": "a=b"})
+        headers = server.seen[0][1]
+        self.assertEqual(sorted(headers), ["accept", "accept-encoding", "connection", "host", "user-agent"])
+        self.assertNotIn(SECRET, str(headers))
+
+    def test_what_is_no_fitting_image_is_400_by_url_and_rule(self):
+        png_bytes = base64.b64decode(PIXEL)
+        server = self.serve(
+            page=(200, {"content-type": "image/png"}, b"<html>"), empty=(200, {}, b""),
+            svg=(200, {"content-type": "image/svg+xml"}, b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+            big=(200, {}, png_bytes + bytes(8_000_000)), gone=(410, {}, b""), partial=(206, {}, png_bytes),
+            loop=(302, {"location": "/loop"}, b""), nowhere=(302, {}, b""),
+            pdf=(200, {}, b"%PDF-1.7\n"), file=(301, {"location": "file:///etc/passwd"}, b""),
+            data=(301, {"location": "data:image/png;base64," + PIXEL}, b""),
+            user=(301, {"location": "http://me:secret@pictures.example.org/a.png"}, b""),
+            ftp=(301, {"location": "ftp://pictures.example.org/a.png"}, b""))
+        for path, rule in (
+            ("page", "not a JPEG, PNG, GIF or WebP"), ("empty", "not a JPEG"), ("svg", "not a JPEG"),
+            ("pdf", "not a JPEG"), ("big", r"larger than 7\.\d MB"), ("gone", "status 410"), ("none", "status 404"),
+            ("partial", "status 206"), ("loop", "redirects more than"), ("nowhere", "status 302"),
+            ("file", "not a web address"), ("data", "not a web address"), ("ftp", "not a web address"),
+            ("user", "user information"),
+        ):
+            with self.subTest(path=path):
+                url = "%s/%s" % (server.name, path)
+                answer = self.look(url)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"), answer.raw)
+                self.assertIn(url, answer.error["message"])
+                self.assertRegex(answer.error["message"], rule)
+        self.assertEqual(self.claude.messages, [])
+
+    def test_three_redirects_are_followed_and_no_fourth(self):
+        hops = {"r%d" % number: (status, {"location": "/r%d" % (number - 1)}, b"")
+                for number, status in ((1, 301), (2, 303), (3, 307), (4, 308))}
+        server = self.serve(r0=(200, {}, base64.b64decode(PIXEL)), **hops)
+        self.assertEqual(self.look(server.name + "/r3").status, 200)
+        self.assertEqual(self.look(server.name + "/r4").status, 400)
+
+    def test_a_redirect_is_judged_like_a_first_address(self):
+        server = self.serve()
+        port = server.server.server_address[1]
+        self.fetcher.permit = lambda address: address == "127.0.0.1"
+        targets = ["http://127.0.0.2:%d/" % port, "http://10.0.0.1/", "http://169.254.169.254/", "http://[::1]:%d/" % port]
+        for target in targets:
+            with self.subTest(target=target):
+                other = self.serve(a=(302, {"location": target}, b""))
+                answer = self.look(other.name + "/a")
+                self.assertEqual(answer.status, 400)
+                self.assertIn("private network", answer.error["message"])
+        self.assertEqual(server.seen, [])
+
+    # spellings of loopback, private and link-local addresses
+    PRIVATE_HOSTS = (
+        "127.0.0.1", "localhost", "LOCALHOST", "localhost.", "a.localhost", "127.0.0.1.", "10.0.0.1", "10.0.0.1.",
+        "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "0", "255.255.255.255", "224.0.0.1",
+        "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1", "017700000001", "127.1", "127.0.1", "0x0a.1",
+        "3232235521", "2852039166", "[::1]", "[::]", "[fe80::1]", "[fc00::1]", "[ff02::1]", "[::ffff:127.0.0.1]",
+        "[::ffff:7f00:1]", "[::ffff:a00:1]", "[64:ff9b::7f00:1]", "[64:ff9b::10.0.0.1]", "[2002:7f00:1::]",
+        "[2002:a00:1::1]", "me@127.0.0.1", "me:secret@10.0.0.1", "example.org@127.0.0.1", "127.0.0.1:80",
+        "[0:0:0:0:0:0:0:1]", "[fe80::1%25eth0]",
+    )
+
+    def test_no_spelling_of_a_private_address_is_taken(self):
+        self.fetcher.fetch = claude_gateway.ImageFetcher(Config()).fetch
+        for host in self.PRIVATE_HOSTS:
+            for scheme in ("http", "https"):
+                with self.subTest(host=host, scheme=scheme):
+                    url = "%s://%s/a.png" % (scheme, host)
+                    answer = self.look(url)
+                    self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"), answer.raw)
+                    self.assertIn(url, answer.error["message"])
+        self.assertEqual(self.claude.messages, [])
+
+    def test_the_fetcher_by_itself_refuses_them_too(self):
+        fetcher = claude_gateway.ImageFetcher(Config())
+        for host in self.PRIVATE_HOSTS:
+            with self.subTest(host=host), self.assertRaises(claude_gateway.InvalidRequest):
+                fetcher.fetch("http://%s/a.png" % host)
+
+    def test_other_schemes_and_broken_addresses_are_refused(self):
+        for url in ("file:///etc/passwd", "ftp://example.org/a.png", "gopher://example.org/", "javascript:alert(1)",
+                    "http://", "https://", "https:///a.png", "http:a.png", "https://[::1/a.png", "https://[x]/a.png",
+                    "https://exa mple.org/", "https://example.org\\@127.0.0.1/", "//example.org/a.png",
+                    "https://example.org/\r\nHost: x", "blob:https://example.org/1"):
+            with self.subTest(url=url):
+                answer = self.look(url)
+                self.assertEqual(answer.status, 400, answer.raw)
+                self.assertIn("image", answer.error["message"])
+        self.assertEqual(self.claude.messages, [])
+
+    def test_a_name_with_one_private_address_is_refused_whatever_its_others_are(self):
+        names_that_resolve(self, {"mixed.example.org": ["8.8.8.8", "10.0.0.1"], "inside.example.org": ["192.168.1.5"],
+                                  "mapped.example.org": ["::ffff:127.0.0.1"], "nat.example.org": ["64:ff9b::7f00:1"]})
+        for name in ("mixed", "inside", "mapped", "nat"):
+            with self.subTest(name=name):
+                answer = self.look("http://%s.example.org/a.png" % name)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
+                self.assertIn("private network", answer.error["message"])
+
+    def test_the_connection_goes_to_the_address_that_was_checked(self):
+        server = self.serve(a_png=(200, {}, base64.b64decode(PIXEL)))
+        asked = []
+        real = socket.getaddrinfo
+
+        def once(host, port, *more, **options):
+            if host == "pictures.example.org":
+                asked.append(host)
+                # a second question would be answered otherwise, as a rebinding attacker does
+                return real("127.0.0.1" if len(asked) == 1 else "127.0.0.3", port, type=socket.SOCK_STREAM)
+            return real(host, port, *more, **options)
+
+        socket.getaddrinfo = once                   # `serve` puts the real one back
+        self.assertEqual(self.look(server.name + "/a.png").status, 200)
+        self.assertEqual((len(asked), server.seen[0][1]["host"]), (1, server.name[len("http://"):]))
+
+    def test_an_unreachable_server_is_400_that_names_the_url(self):
+        server = self.serve()
+        server.close()
+        self.addCleanup(lambda: None)
+        answer = self.look(server.name + "/a.png")
+        self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
+        self.assertIn(server.name + "/a.png", answer.error["message"])
+
+    def test_where_only_a_proxy_leads_out_the_400_says_so(self):
+        names_that_resolve(self, {"closed.example.org": ["127.0.0.1"]})
+        fetcher = claude_gateway.ImageFetcher(Config(https_proxy="http://proxy.example.org:3128"), lambda address: True)
+        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "proxy"):
+            fetcher.fetch("http://closed.example.org:1/a.png")
+
+
+class ChangesHeaderTests(GatewayTestCase):
+    """x-claude-gateway-changes: what was dropped, clamped, changed or repaired."""
+
+    def test_it_groups_names_by_what_was_done(self):
+        changes = claude_gateway.Changes()
+        for verb, name in (("dropped", "temperature"), ("changed", "tool_choice"), ("dropped", "seed"),
+                           ("dropped", "temperature")):
+            changes.add(verb, name, "because")
+        self.assertEqual(changes.header(), "dropped=temperature,seed; changed=tool_choice")
+
+    def test_nothing_changed_means_no_header(self):
+        for stream in (False, True):
+            self.assertNotIn("x-claude-gateway-changes", self.chat(stream=stream, n=1, store=True).headers)
+
+    def test_it_comes_with_replies_and_streams(self):
+        for stream in (False, True):
+            told = self.chat(stream=stream, seed=1, logit_bias={"1": 2}).headers["x-claude-gateway-changes"]
+            self.assertEqual(told, "dropped=seed,logit_bias")
+
+    def test_it_is_ascii_of_1_kb_at_most_and_counts_the_rest(self):
+        for names in (["field_%03d" % at for at in range(300)], ["x" * 500 + str(at) for at in range(50)],
+                      ["\u00e9\u2028, ;=\r\n" + str(at) for at in range(300)]):
+            told = self.chat(**{name: 1 for name in names}).headers["x-claude-gateway-changes"]
+            self.assertLessEqual(len(told), 1024)
+            self.assertRegex(told, r"\Adropped=[A-Za-z0-9_.\[\]-]+(,[A-Za-z0-9_.\[\]-]+)*; \+\d+ more\Z")
+            shown = len(told.split(";")[0].split(","))
+            self.assertEqual(shown + int(re.search(r"\+(\d+) more", told).group(1)), len(names))
+
+    def test_the_log_has_the_full_list_with_reasons(self):
+        names = ["field_%03d" % at for at in range(300)]
+        with self.assertLogs("claude_gateway", "INFO") as logged:
+            self.chat(**{name: 1 for name in names})
+        told = [line for line in logged.output if "field_000" in line]
+        self.assertEqual(len(told), 1)
+        self.assertTrue(all(name in told[0] for name in names))
+
+
+class ModelListTests(GatewayTestCase):
+    """GET /v1/models: Claude's list, kept for an hour; the built-in table where there is none."""
+
+    @staticmethod
+    def entry(model_id: str, **fields) -> dict:
+        return dict({"id": model_id, "type": "model", "display_name": model_id.title(), "lifecycle": "active",
+                     "created_at": "2026-09-22T00:00:00Z", "max_input_tokens": 500_000, "max_tokens": 64_000}, **fields)
+
+    def lists(self) -> list:
+        return [request for request in self.claude.requests if request.path.startswith("/v1/models")]
+
+    def ids(self, headers=None) -> list:
+        answer = self.ask("GET", "/v1/models", headers=headers)
+        self.assertEqual((answer.status, answer.json["object"]), (200, "list"))
+        return [entry["id"] for entry in answer.json["data"]]
+
+    def test_it_is_fetched_once_and_kept(self):
+        self.claude.models = [self.entry("claude-opus-7")]
+        self.start()
+        for _ in range(3):
+            self.assertEqual(self.ids(), ["claude-opus-7", "opus"])
+        self.assertEqual(self.chat(model="opus").status, 200)
+        self.assertEqual(self.claude.messages[0].body["model"], "claude-opus-7")
+        self.assertEqual(len(self.lists()), 1)
+        self.assertEqual(self.lists()[0].headers["x-api-key"], SECRET)
+
+    def test_all_its_pages_are_read(self):
+        self.claude.models = [self.entry("claude-new-%d" % number) for number in range(1_001)]
+        self.start()
+        self.assertEqual(len([name for name in self.ids() if name.startswith("claude-new-")]), 1_001)
+        self.assertEqual(len(self.lists()), 2)
+
+    def test_an_entry_has_openais_keys(self):
+        self.claude.models = [self.entry("claude-opus-7")]
+        self.start()
+        entry = self.ask("GET", "/v1/models").json["data"][0]
+        self.assertEqual({name: entry[name] for name in ("id", "object", "created", "owned_by", "context_length",
+                                                         "max_output_tokens", "display_name")},
+                         {"id": "claude-opus-7", "object": "model", "created": 1790035200, "owned_by": "anthropic",
+                          "context_length": 500_000, "max_output_tokens": 64_000, "display_name": "Claude-Opus-7"})
+        self.assertEqual(self.ask("GET", "/v1/models/claude-opus-7").json, entry)
+
+    def test_without_a_list_the_built_in_table_serves(self):
+        for status, body in ((404, error_body("not_found_error", "Not found")), (500, b"<html>"), (200, b"{}"),
+                             (200, {"data": "x"}), (200, {"data": []}), (200, {"data": [1, {}, {"id": 5}]})):
+            with self.subTest(status=status, body=body):
+                self.claude._model_list = lambda recorded, reply=Reply(status, body=body): reply
+                self.addCleanup(self.claude.__dict__.pop, "_model_list", None)
+                self.start()
+                ids = self.ids()
+                self.assertTrue({"claude-opus-5-5", "claude-haiku-4-5-20251001", "opus", "sonnet"} <= set(ids))
+                self.assertEqual(self.chat(model="sonnet").status, 200)
+
+    def test_aliases_are_listed_and_the_fallback_is_not(self):
+        self.start(alias=(("my-model", "opus"), ("*", "sonnet"), ("broken", "claude-opus-1")))
+        entries = {entry["id"]: entry for entry in self.ask("GET", "/v1/models").json["data"]}
+        self.assertEqual(entries["my-model"]["alias_of"], "claude-opus-5-5")
+        self.assertNotIn("*", entries)
+        self.assertEqual(self.ask("GET", "/v1/models/my-model").json["id"], "my-model")
+
+    def test_a_callers_own_key_asks_for_its_own_list_each_time(self):
+        self.claude.models = [self.entry("claude-opus-7")]
+        self.start()
+        self.ids()
+        self.claude.models = [self.entry("claude-fable-9")]
+        for _ in range(2):
+            self.assertEqual(self.ids({"x-api-key": "sk-ant-api03-mine"}), ["claude-fable-9", "fable"])
+        self.assertEqual(self.ids(), ["claude-opus-7", "opus"], "not shared")
+        self.assertEqual([request.headers["x-api-key"] for request in self.lists()],
+                         [SECRET, "sk-ant-api03-mine", "sk-ant-api03-mine"])
+        self.assertEqual(self.ask("GET", "/v1/models/claude-fable-9",
+                                  headers={"x-api-key": "sk-ant-api03-mine"}).json["id"], "claude-fable-9")
+
+    def test_no_other_key_of_a_caller_goes_upstream(self):
+        self.claude.models = [self.entry("claude-opus-7")]
+        self.start()
+        for headers in ({"x-api-key": "something"}, {"authorization": "Bearer sk-ant-api03-mine"},
+                        {"api-key": "sk-ant-api03-mine"}):
+            self.ids(headers)
+        self.chat(headers={"x-api-key": "sk-ant-api03-mine"})
+        self.assertEqual({request.headers["x-api-key"] for request in self.claude.requests}, {SECRET})
+
+    def test_it_needs_no_key_of_the_gateway_and_health_neither(self):
+        self.start(api_key=("the-key",))
+        self.assertTrue(self.ids())
+        self.assertEqual(self.ask("GET", "/v1/models/opus").status, 200)
+        answer = self.ask("GET", "/health")
+        self.assertEqual((answer.status, answer.json), (200, {"status": "ok", "version": claude_gateway.VERSION}))
+        self.assertEqual(self.chat().status, 401)
+
+    def test_an_unknown_one_is_404_with_the_nearest(self):
+        answer = self.ask("GET", "/v1/models/claude-oqus-5-5")
+        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+        self.assertIn("claude-opus-5-5", answer.error["message"])
+
+
+class LeavingClientTests(GatewayTestCase):
+    """Nobody pays for words that nobody reads: a client that leaves ends the call upstream."""
+
+    def setUp(self):
+        super().setUp()
+        self.held = threading.Event()
+        self.addCleanup(self.held.set)
+
+    def leave_after(self, reply: Reply, wanted: bytes, stream: bool) -> None:
+        """Sends a request, waits until Claude has it and `wanted` has come back, closes the connection."""
+        arrived = threading.Event()
+
+        def answer(recorded):
+            arrived.set()
+            return reply
+
+        self.claude.play(answer)
+        body = json.dumps({"model": "claude-sonnet-5-5", "stream": stream,
+                           "messages": [{"role": "user", "content": "Hello"}]}).encode()
+        connection = self.connect()
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
+                           (len(body), body))
+        self.assertTrue(arrived.wait(10))
+        received = b""
+        while wanted not in received:
+            piece = connection.recv(65_536)
+            self.assertTrue(piece, received)
+            received += piece
+        self.assertFalse(self.claude.closed.is_set())
+        connection.close()
+        self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+        self.assertEqual(len(self.claude.messages), 1)
+
+    def test_before_the_status(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.reset()
+                self.leave_after(Reply(body=message(text("Hi")), hold=[self.held]), b"", stream)
+
+    def test_before_the_first_token(self):
+        events = events_of(message(text("Hello there")))
+        self.leave_after(Reply(pieces=[sse(events[:1]), self.held, sse(events[1:])]), b"assistant", True)
+
+    def test_amid_the_stream(self):
+        events = events_of(message(text("Hello there")), size=100)
+        self.leave_after(Reply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
+
+    def test_during_a_plain_request(self):
+        events = events_of(message(text("Hello there")))
+        for held_back in ([sse(events[:4]), self.held, sse(events[4:])], [self.held, sse(events)]):
+            with self.subTest(pieces=len(held_back)):
+                self.claude.reset()
+                self.leave_after(Reply(pieces=held_back), b"", False)
+
+    def test_while_claude_goes_on_after_a_pause(self):
+        self.claude.play(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"),
+                         Reply(body=message(text("Hi")), hold=[self.held]))
+        body = json.dumps({"model": "claude-sonnet-5-5", "stream": True, "web_search_options": {},
+                           "messages": [{"role": "user", "content": "Hello"}]}).encode()
+        connection = self.connect()
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
+                           (len(body), body))
+        received = b""
+        while b"I look." not in received.replace(b'"}', b""):
+            received += connection.recv(65_536)
+            if received.count(b'"content"') > 3:
+                break
+        connection.close()
+        self.assertTrue(self.claude.wait_closed(10))
+
+    def test_others_go_on(self):
+        events = events_of(message(text("Hello there")))
+        self.leave_after(Reply(pieces=[sse(events[:2]), self.held, sse(events[2:])]), b"assistant", True)
+        self.assertEqual(self.chat().status, 200)
+
+
 # ==== Responses API ===================================================================================
 
 NAMESPACE = {"type": "namespace", "name": "agents", "description": "Helpers", "tools": [
@@ -4529,6 +6306,16 @@ class ResponsesRequestTests(ResponsesTestCase):
                     self.respond(fields["input"])
                 self.assertEqual(answer.status, 400, answer.raw)
                 self.assertTrue(answer.error["param"].startswith(list(fields)[0]), answer.raw)
+
+    def test_every_field_of_every_wrong_type_is_a_400_that_names_it(self):
+        """Or is taken for what it plainly means, as a number in a string is; never anything else."""
+        for name in sorted(set(claude_gateway.RESPONSES_FIELDS) - {"model", "input"}):
+            for value in (5, -1.5, "text", True, [], [1], {}, {"a": [1]}, [[]]):
+                with self.subTest(name=name, value=value):
+                    answer = self.respond(**{name: value})
+                    if answer.status != 200:
+                        self.assertEqual(answer.status, 400, answer.raw)
+                        self.assertTrue(answer.error["param"].startswith(name), answer.raw)
 
     def test_a_wrong_item_is_named_by_its_path(self):
         for item, path in (({"type": "function_call", "call_id": 5, "name": "f"}, "input[1].call_id"),

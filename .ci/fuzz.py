@@ -26,7 +26,8 @@ from test_claude_gateway import PIXEL, events_of, message, sse, text, thinking, 
 HEADERS = {"anthropic-version": "2023-06-01", "content-type": "application/json", "x-api-key": "k",
            "user-agent": "claude-gateway/0"}
 WORDS = some.sampled_from(["", " ", "a", "Hello", "call:1/x", "f", "get.weather", "user", "\u00e9\U0001f600", "auto",
-                           "none", "required", "data:image/png;base64," + PIXEL, "https://example.org/a.png", "{\"a\": 1}",
+                           "none", "required", "data:image/png;base64," + PIXEL, "https://example.org/a.png",
+                           "{\"a\": 1}",
                            "{\"a\": ", "high", "x" * 70, "object", "string", "json_schema"])
 IMAGES = some.sampled_from(["data:image/png;base64," + PIXEL, "https://example.org/a.png", PIXEL])
 SCALARS = some.one_of(some.none(), some.booleans(), some.integers(-5, 5000), some.floats(-3, 3), WORDS)
@@ -46,7 +47,8 @@ def objects(always=(), **fields):
 
 
 SCHEMAS = some.recursive(
-    objects(type=some.sampled_from(["string", "integer", "array", "object", ["string", "null"]]), enum=some.lists(WORDS),
+    objects(type=some.sampled_from(["string", "integer", "array", "object", ["string", "null"]]),
+            enum=some.lists(WORDS),
             description=WORDS, minimum=some.integers(0, 9), pattern=WORDS, format=WORDS),
     lambda inner: objects(type=some.just("object"), properties=some.dictionaries(WORDS, inner, max_size=3),
                           required=some.lists(WORDS, max_size=2), items=inner, anyOf=some.lists(inner, max_size=2),
@@ -74,7 +76,8 @@ CHAT_MESSAGES = some.one_of(
     objects(("role",), role=some.sampled_from(["tool", "function"]), tool_call_id=IDS, name=WORDS, content=CONTENT))
 FUNCTIONS = objects(("name",), name=NAMES, description=WORDS, parameters=SCHEMAS, strict=some.booleans())
 TOOLS = some.one_of(objects(("type", "function"), type=some.just("function"), function=FUNCTIONS),
-                    objects(("type", "custom"), type=some.just("custom"), custom=objects(("name",), name=NAMES)), FUNCTIONS,
+                    objects(("type", "custom"), type=some.just("custom"), custom=objects(("name",), name=NAMES)),
+                    FUNCTIONS,
                     objects(("type",), type=some.sampled_from(["web_search", "mcp"]), name=WORDS),
                     objects(("type", "name", "tools"), type=some.just("namespace"), name=NAMES,
                             tools=some.lists(FUNCTIONS, max_size=2)))
@@ -84,9 +87,11 @@ EFFORTS = some.sampled_from(["none", "minimal", "low", "medium", "high", "xhigh"
 COMMON = {"temperature": some.floats(-1, 3), "top_p": some.floats(0, 1), "tools": some.lists(mostly(TOOLS), max_size=4),
           "tool_choice": CHOICES, "parallel_tool_calls": some.booleans(), "user": WORDS, "service_tier": WORDS,
           "seed": some.integers()}
-CHATS = objects(("messages",), messages=some.lists(mostly(CHAT_MESSAGES), min_size=1, max_size=6), max_tokens=some.integers(-1, 5000),
+CHATS = objects(("messages",), messages=some.lists(mostly(CHAT_MESSAGES), min_size=1, max_size=6),
+                max_tokens=some.integers(-1, 5000),
                 reasoning_effort=EFFORTS, stop=some.one_of(WORDS, some.lists(WORDS)), n=some.just(1),
-                response_format=objects(("type", "json_schema"), type=some.sampled_from(["text", "json_object", "json_schema"]),
+                response_format=objects(("type", "json_schema"),
+                                        type=some.sampled_from(["text", "json_object", "json_schema"]),
                                         json_schema=objects(name=WORDS, schema=SCHEMAS)),
                 thinking=objects(("type",), type=some.sampled_from(["enabled", "adaptive", "disabled"]),
                                  budget_tokens=some.integers(0, 9000)),
@@ -105,7 +110,8 @@ ITEMS = some.one_of(
             call_id=IDS))
 RESPONSES = objects(("input",), input=some.one_of(WORDS, some.lists(mostly(ITEMS), max_size=6)), instructions=WORDS,
                     max_output_tokens=some.integers(-1, 5000), reasoning=objects(effort=EFFORTS, summary=WORDS),
-                    text=objects(format=objects(("type",), type=some.sampled_from(["text", "json_schema"]), schema=SCHEMAS)),
+                    text=objects(format=objects(("type",), type=some.sampled_from(["text", "json_schema"]),
+                                                schema=SCHEMAS)),
                     include=some.lists(WORDS), **COMMON)
 MODELS = some.sampled_from(sorted(gateway.BUILT_IN_MODELS))
 
