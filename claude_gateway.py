@@ -171,6 +171,21 @@ def is_loopback_host(host: str) -> bool:
         return False
 
 
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is of the public internet, also when an IPv4 address hides inside an IPv6 one."""
+    ip: Any = ipaddress.ip_address(address.split("%")[0])
+    inner = [ip]
+    if ip.version == 6:
+        inner += [found for found in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if found]
+        if ip in NAT64:
+            inner.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
+    mapped = ip.version == 6 and ip.ipv4_mapped
+    return all(each.is_global and not each.is_multicast for each in (inner[1:] if mapped else inner))
+
+
 # ---- Errors ------------------------------------------------------------------------------------------
 # Raised anywhere, rendered once (Handler._send_failure).  Each class carries what the client should learn.
 
@@ -298,7 +313,7 @@ CLAUDE_ERRORS = {
 }
 # ... and what its status alone says, where the body is not the API's own (a proxy's HTML page, say).
 CLAUDE_STATUSES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-                   403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+                   403: "permission_error", 404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
                    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
                    529: "overloaded_error"}
 
@@ -313,6 +328,7 @@ class Verdict(NamedTuple):
 
 
 KEY_HINT = "Hint: an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
+PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
 # The one table that reads the words of a refusal (lower case).  The first match wins.
 VERDICTS = (
     Verdict("prompt is too long", 400, code="context_length_exceeded"),
@@ -329,6 +345,8 @@ VERDICTS = (
     Verdict("oauth authentication is currently not supported", 401, hint=KEY_HINT),
     Verdict("oauth token has expired", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
     Verdict("invalid bearer token", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
+    Verdict("scope requirement", code="upstream_refused", hint=KEY_HINT),
+    Verdict("claude_code_version_too_old", code="upstream_refused", hint=KEY_HINT),
     Verdict("invalid x-api-key", 401, hint="Hint: check ANTHROPIC_API_KEY of the gateway."),
 )
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can mend these
@@ -343,17 +361,21 @@ class ClaudeError(GatewayError):
                                         else "api_error")
         self.claude_type = str(error.get("type") or by_status)
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
-        self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (max(upstream_status, 400), "server_error",
-                                                                            None))
+        self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (
+            upstream_status if upstream_status >= 400 else 502, "server_error", None))
         if self.claude_type == "api_error" and 500 <= upstream_status <= 511:
             self.status = upstream_status
-        verdict = next((verdict for verdict in VERDICTS if verdict.words in message.lower()), Verdict(""))
+        details = error.get("details")
+        words = "%s %s" % (message.lower(), details.get("error_code") if isinstance(details, dict) else "")
+        verdict = next((verdict for verdict in VERDICTS if verdict.words in words), Verdict(""))
         self.status = verdict.status or self.status
         self.kind = verdict.kind or self.kind
         code = verdict.code or code
+        hint = verdict.hint
         if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
             self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
-        super().__init__(" ".join(filter(None, (message, verdict.hint))), code=code,
+            hint = hint or PLAN_HINT
+        super().__init__(" ".join(filter(None, (message, hint))), code=code,
                          headers=dict(headers_from_claude(headers or {})))
         if self.code in FINAL_CODES:
             self.headers["x-should-retry"] = "false"
@@ -383,12 +405,21 @@ def headers_from_claude(headers: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 def duration_until(moment: str) -> str:
     """An RFC 3339 time as OpenAI writes resets: the time until then, such as "1m30s"."""
-    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", moment)
-    if not match:
+    then = unix_time(moment)
+    if then is None:
         return moment
-    then = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S"))
     seconds = max(0, round(then - time.time()))
     return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
+
+
+def unix_time(moment: str) -> int | None:
+    """The seconds of an RFC 3339 time or date in UTC, None where it is none."""
+    match = re.match(r"(\d{4}-\d\d-\d\d)(?:T(\d\d:\d\d:\d\d))?", moment)
+    try:
+        return calendar.timegm(time.strptime("%s %s" % (match.group(1), match.group(2) or "00:00:00"),
+                                             "%Y-%m-%d %H:%M:%S")) if match else None
+    except ValueError:
+        return None
 
 
 def printable(value: str, limit: int = 200) -> str:
@@ -597,8 +628,7 @@ def tier_of(name: str) -> str | None:
 
 def model_entry(name: str, model: Model) -> dict:
     """One entry of the model list, with OpenAI's keys, Anthropic's, and the limits that some tools read."""
-    created = calendar.timegm(time.strptime(model.released, "%Y-%m-%d")) if model.released else 0
-    entry = {"id": name, "object": "model", "created": created, "owned_by": "anthropic",
+    entry = {"id": name, "object": "model", "created": unix_time(model.released) or 0, "owned_by": "anthropic",
              "type": "model", "display_name": model.display_name or model.id,
              "created_at": (model.released or "1970-01-01") + "T00:00:00Z",
              "context_length": model.context, "max_output_tokens": model.max_output}
@@ -757,8 +787,9 @@ Recall = Callable[[Sequence[str]], Optional[List[dict]]]
 class Draft:
     """A request in the making: what the functions below share while they translate one conversation."""
 
-    def __init__(self, model: Model, recall: Recall | None) -> None:
+    def __init__(self, model: Model, recall: Recall | None, replay: bool) -> None:
         self.model = model
+        self.replay = replay                        # whether signed thinking that a client kept is sent
         self.recall = recall or (lambda call_ids: None)
         self.changes = Changes()
         self.name_tools(())
@@ -976,14 +1007,15 @@ def fields_from_chat(chat: dict) -> dict:
 # ---- the whole
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                               recall: Recall | None = None) -> Translation:
+                               recall: Recall | None = None, replay: bool = True) -> Translation:
     """A chat completion request as a Messages request.
 
     `preamble`: system blocks that go before the client's.  `recall`: looks up the content blocks, thinking and
-    all, of an earlier answer by its tool call ids.  Raises InvalidRequest, naming the field by its path.
+    all, of an earlier answer by its tool call ids.  `replay`: whether signed thinking that the client kept is sent.
+    Raises InvalidRequest, naming the field by its path.
     """
     fields = fields_from_chat(chat)
-    draft = Draft(model, recall)
+    draft = Draft(model, recall, replay)
     declared = declared_tools(tool_entries(fields), draft.changes)
     return messages_request(fields, declared, draft, preamble, cache,
                             lambda conversation: add_chat_messages(conversation, fields["messages"], draft))
@@ -1477,7 +1509,7 @@ def add_message(conversation: Conversation, role: str, chat_message: dict, path:
 
 def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
     """An assistant message: thinking, then text, then tool calls, as Claude once sent them."""
-    blocks = signed_thinking(chat_message)
+    blocks = signed_thinking(chat_message) if draft.replay else []
     blocks += blocks_from_content(chat_message.get("content"), path + ".content", draft, assistant=True)
     if chat_message.get("refusal"):
         blocks += text_blocks(text_of(chat_message["refusal"], path + ".refusal"))
@@ -1546,14 +1578,6 @@ def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
     if data and isinstance(data, str):
         return [{"type": "redacted_thinking", "data": data}]
     return []
-
-
-def without_thinking(messages: list[dict]) -> list[dict]:
-    """The same messages without any thinking block, for a conversation whose signatures do not hold."""
-    stripped = [dict(message, content=[block for block in message["content"]
-                                       if block["type"] not in ("thinking", "redacted_thinking")])
-                for message in messages]
-    return [message for message in stripped if message["content"]]
 
 
 def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
@@ -1796,18 +1820,30 @@ def checked_url(url: str, path: str) -> str:
         host = parts.hostname or ""
     except ValueError:
         host = ""
-    if not host or is_loopback_host(host) or private_literal(host):
+    in_brackets = "[" in url.partition("//")[2].partition("/")[0]
+    if not host or in_brackets and ":" not in host or is_loopback_host(host) or private_literal(host):
         raise InvalidRequest("%s: %r: addresses of this machine or a private network are not fetched." %
                              (path, url[:200]), path, "invalid_image_url")
-    return url
+    scheme, colon, rest = url.partition(":")
+    return scheme.lower() + colon + rest
 
 
 def private_literal(host: str) -> bool:
     """Whether a host is an address literal outside the public internet (names are judged when they resolve)."""
+    host = host.rstrip(".").split("%")[0]
     try:
-        return not ipaddress.ip_address(host).is_global
+        return not is_public(host)
     except ValueError:
+        pass
+    parts = host.split(".")                         # 127.1, 0x7f.1, 0177.0.0.1, 2130706433: as resolvers read them
+    if len(parts) > 4 or not all(re.match(r"(0x[0-9a-f]*|\d+)\Z", part, re.I) for part in parts):
         return False
+    try:
+        numbers = [int(part or "0", 0) if not re.match(r"0\d", part) else int(part, 8) for part in parts]
+        whole = sum(number << 8 * (3 - at) for at, number in enumerate(numbers[:-1])) + numbers[-1]
+        return not is_public(str(ipaddress.IPv4Address(whole)))
+    except ValueError:
+        return True                                 # an address that is none
 
 
 def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: Draft) -> list[dict]:
@@ -2088,6 +2124,7 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
 
 MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
+MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # said and meant nothing: as if left out
 INNER_SCHEMAS = ("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else")
 SCHEMA_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
                   "minItems", "maxItems", "minProperties", "maxProperties")
@@ -2102,7 +2139,7 @@ def checked_schema(schema: Any, path: str) -> Any:
     if isinstance(schema, bool):
         return schema
     schema = {key: value for key, value in object_of(schema, path).items()
-              if key in ("const", "default", "required") or value is not None and value != []}
+              if key in ("const", "default") or value is not None and not (value == [] and key in MAY_BE_EMPTY)}
     if isinstance(schema.get("items"), list):       # draft 4's tuples
         schema["prefixItems"] = schema.pop("items")
     for exclusive, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
@@ -2203,9 +2240,10 @@ class Unsupported(Exception):
 
 
 # Keywords of JSON Schema that Claude compiles; every other one that means something goes into the description.
-KEPT_KEYWORDS = {"type", "properties", "required", "items", "enum", "const", "anyOf", "allOf", "$defs", "definitions",
-                 "default", "description", "title", "additionalProperties", "$ref"}
-MEANINGLESS_KEYWORDS = {"$schema", "$id", "$comment", "examples", "deprecated", "readOnly", "writeOnly", "nullable"}
+KEPT_KEYWORDS = {"type", "properties", "required", "items", "enum", "const", "anyOf", "allOf", "default", "description",
+                 "title", "additionalProperties", "$ref"}
+MEANINGLESS_KEYWORDS = {"$defs", "definitions",     # those in use are gathered at the root
+                        "$schema", "$id", "$comment", "examples", "deprecated", "readOnly", "writeOnly", "nullable"}
 KEPT_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid"}
 MOST_STRICT_TOOLS, MOST_OPTIONAL, MOST_UNIONS = 20, 24, 16
 
@@ -2605,14 +2643,11 @@ SERVICE_TIERS = {"standard": "default", "priority": "priority", "batch": "batch"
 
 def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan) -> dict:
     """A whole message as a chat completion.  `envelope`: its id and created."""
-    content, annotations = text_and_annotations(message["content"])
+    content, annotations = text_and_annotations(message["content"], BareJson() if plan.bare_json else None)
     tool_calls = [tool_call_from_tool_use(block, plan) for block in message["content"] if block["type"] == "tool_use"]
     if plan.forced_tool and content:
         tool_calls.append(tool_call_from_tool_use(forced_tool_use(message.get("id"), content, plan), plan))
         content = ""
-    elif plan.bare_json:
-        json_text = BareJson()
-        content = json_text.feed(content) + json_text.close()
     chat_message: dict = {"role": "assistant", "content": content if content or not tool_calls else None,
                           "refusal": refusal_text(message)}
     reasoning = "".join(block.get("thinking") or "" for block in message["content"] if block["type"] == "thinking")
@@ -2631,22 +2666,23 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
     return with_service_tier(completion, message["usage"])
 
 
-def text_and_annotations(content: list[dict]) -> tuple[str, list[dict]]:
-    """The text of all text blocks, and their web citations as annotations with their places in that text."""
+def text_and_annotations(content: list[dict], cut: BareJson | None) -> tuple[str, list[dict]]:
+    """The text of all text blocks, or the JSON object in it, and their web citations with their places in that."""
     text, annotations = "", []                      # type: str, List[dict]
     for block in content:
         if block["type"] == "text":
-            annotations += annotations_of(block, len(text))
-            text += block["text"]
-    return text, annotations
+            piece = cut.feed(block["text"]) if cut else block["text"]
+            annotations += annotations_of(block, len(text), len(piece))
+            text += piece
+    return text + (cut.close() if cut else ""), annotations
 
 
-def annotations_of(block: dict, start: int) -> list[dict]:
-    """The citations of one text block that begins at index `start` of the whole text."""
+def annotations_of(block: dict, start: int, length: int) -> list[dict]:
+    """The citations of a text block of which `length` characters stand at index `start` of the whole text."""
     annotations: list[dict] = []
     for citation in block.get("citations") or ():
-        if citation.get("url"):
-            place = {"start_index": start, "end_index": start + len(block["text"]), "url": citation["url"],
+        if isinstance(citation, dict) and citation.get("url"):
+            place = {"start_index": start, "end_index": start + length, "url": citation["url"],
                      "title": citation.get("title") or citation["url"]}
             annotation = {"type": "url_citation", "url_citation": place}
             if annotation not in annotations:
@@ -2736,10 +2772,12 @@ class BareJson:
 
     A text without any object is handed on whole, at the end: the client should see what Claude said instead.
     """
+    START = re.compile(r'\{\s*["}]')                # a brace amid the talk is no object
     INTERESTING = re.compile(r'[{}\[\]"\\]')
 
     def __init__(self) -> None:
-        self._held: List[str] = []                  # the text before the first bracket
+        self._held: List[str] = []                  # the text before the object
+        self._tail = ""                             # the end of it, where an object may have begun
         self._depth = 0
         self._in_string = self._escaped = self._started = self._done = False
 
@@ -2748,16 +2786,20 @@ class BareJson:
         if self._done:
             return ""
         if not self._started:
-            start = text.find("{")
-            if start < 0:
-                self._held.append(text)
+            text = self._tail + text
+            start = self.START.search(text)
+            if not start:
+                unsure = re.search(r"\{\s*\Z", text)
+                cut = unsure.start() if unsure else len(text)
+                self._held.append(text[:cut])
+                self._tail = text[cut:]
                 return ""
-            text, self._started = text[start:], True
+            text, self._started = text[start.start():], True
         return text[:self._end(text)]
 
     def close(self) -> str:
         """What is left at the end."""
-        return "" if self._started else "".join(self._held)
+        return "" if self._started else "".join(self._held) + self._tail
 
     def _end(self, text: str) -> int:
         """The index behind the object's last bracket, or behind the text."""
@@ -2802,9 +2844,12 @@ class EventDecoder:
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
         self._at_start = True
+        self._fault: Optional[UpstreamFault] = None
 
     def feed(self, piece: bytes) -> list[dict]:
-        """The events that `piece` completes.  Raises UpstreamFault on data that is not JSON."""
+        """The events that `piece` completes.  Raises UpstreamFault on data that is not JSON, after what came before."""
+        if self._fault:
+            raise self._fault
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
@@ -2816,10 +2861,21 @@ class EventDecoder:
         self._skip_newline = text[-1:] == b"\r"
         lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
         self._rest = [lines.pop()]
-        return [event for line in lines for event in self._line(line)]
+        events: list[dict] = []
+        for line in lines:
+            try:
+                events += self._line(line)
+            except UpstreamFault as fault:
+                if not events:
+                    raise
+                self._fault = fault
+                break
+        return events
 
     def close(self) -> list[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
+        if self._fault:
+            raise self._fault
         rest = b"".join(self._rest)
         if rest:
             self._line(rest)
@@ -2903,10 +2959,12 @@ class MessageAssembler:
         self._block = dict(event["content_block"])
         for field in ("type", *(field for field in ("text", "thinking") if self._block.get(field) is not None)):
             self._block[field] += ""                # a TypeError where it is no string
+        if self._block["type"] == "tool_use":
+            self._block["id"] + self._block["name"] + ""
         self.message["content"].append(self._block)
 
     def _block_delta(self, event: dict) -> None:
-        delta = event["delta"]
+        delta, _ = event["delta"], self._block["type"]      # a KeyError outside of a block
         field = self._DELTA_FIELDS.get(delta["type"])
         if field:
             self._pieces.setdefault(field, []).append(delta[field] + "")
@@ -2914,7 +2972,9 @@ class MessageAssembler:
             self._block["citations"] = (self._block.get("citations") or []) + [delta["citation"]]
 
     def _block_stop(self, event: dict) -> None:
+        _ = self._block["type"]                     # a KeyError outside of a block
         self._join_pieces()
+        self._block = {}
 
     def _join_pieces(self) -> None:
         """Ends the current block; max_tokens can cut an answer inside one, which then has no stop event."""
@@ -3010,9 +3070,10 @@ class ChatStream:
         return []
 
     def _block_stop(self, event: dict) -> list[dict]:
-        block = self._assembler.message["content"][-1]
+        block, self._block = self._assembler.message["content"][-1], {}
         if block["type"] == "text":
-            self._annotations += annotations_of(block, self._block_start_length)
+            start = self._block_start_length
+            self._annotations += annotations_of(block, start, self._text_length - start)
         if block["type"] != "tool_use":
             return []
         if block["name"] in self._plan.custom_tools:
@@ -3022,7 +3083,7 @@ class ChatStream:
     def finish(self) -> list[dict]:
         """The last chunks: what was held back, citations, a refusal, the finish reason, usage if it was asked for."""
         message = self._assembler.whole()
-        chunks = []
+        chunks = self._block_stop({}) if self._block else []        # max_tokens can cut a block before its stop event
         if self._forced_input:
             use = forced_tool_use(message.get("id"), "".join(self._forced_input), self._plan)
             chunks.append(self._whole_call(use))
@@ -3043,9 +3104,9 @@ class ChatStream:
     def _text(self, text: str) -> list[dict]:
         if self._plan.forced_tool:
             return self._forced_arguments(text)
-        self._text_length += len(text)
         if self._json_text:
             text = self._json_text.feed(text)
+        self._text_length += len(text)
         return [self._chunk({"content": text})] if text else []
 
     def _forced_arguments(self, text: str) -> list[dict]:
@@ -3072,14 +3133,14 @@ class ChatStream:
 
     def _call_start(self, call_id: str, name: str) -> dict:
         self._tool_position += 1
-        if self._plan.legacy_functions:
-            return self._chunk({"function_call": {"name": name, "arguments": ""}})
+        if self._plan.legacy_functions:             # has room for one call; the full reply shows the first one too
+            return self._chunk({"function_call": {"name": name, "arguments": ""}} if not self._tool_position else {})
         return self._chunk({"tool_calls": [{"index": self._tool_position, "id": call_id, "type": "function",
                                             "function": {"name": name, "arguments": ""}}]})
 
     def _arguments(self, fragment: str) -> dict:
         if self._plan.legacy_functions:
-            return self._chunk({"function_call": {"arguments": fragment}})
+            return self._chunk({"function_call": {"arguments": fragment}} if not self._tool_position else {})
         return self._chunk({"tool_calls": [{"index": self._tool_position, "function": {"arguments": fragment}}]})
 
     def _chunk(self, delta: dict, reason: str | None = None) -> dict:
@@ -3139,10 +3200,11 @@ def items_from_input(given: Any) -> list[dict]:
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                                    recall: Recall | None = None, earlier: Sequence[dict] = ()) -> Translation:
+                                    recall: Recall | None = None, replay: bool = True,
+                                    earlier: Sequence[dict] = ()) -> Translation:
     """A Responses request as a Messages request.  `earlier`: the items of the response that it continues."""
     fields = fields_from_responses(body)
-    draft = Draft(model, recall)
+    draft = Draft(model, recall, replay)
     items = [("previous_response_id[%d]" % at, item) for at, item in enumerate(earlier)]
     items += [("input[%d]" % at, item) for at, item in enumerate(items_from_input(fields.get("input")))]
     more_tools = [("%s.tools[%d]" % (path, at), object_of(tool, "%s.tools[%d]" % (path, at)))
@@ -3224,6 +3286,8 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
     blocks = thinking_from_encrypted(item.get("encrypted_content"))
+    if blocks and not draft.replay:
+        return
     if blocks:
         conversation.say("assistant", blocks)
     elif item.get("encrypted_content"):
@@ -3308,7 +3372,8 @@ class ResponseStream:
         """The last events: the open item's end, a refusal, and the response as it ended."""
         message = self._assembler.whole()
         rest = self._json_text.close() if self._json_text else ""
-        events = self._text_delta(rest) if rest else []
+        events = self._block_stop({}) if self._block else []        # max_tokens can cut a block before its stop event
+        events += self._text_delta(rest) if rest else []
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
             finish_reason(message["stop_reason"], False, self._plan))
         refusal = refusal_text(message)
@@ -3361,7 +3426,7 @@ class ResponseStream:
         return []
 
     def _block_stop(self, event: dict) -> list[dict]:
-        block = self._assembler.message["content"][-1]
+        block, self._block = self._assembler.message["content"][-1], {}
         kind = block["type"]
         if kind == "text":
             return self._annotate(block)
@@ -3434,9 +3499,10 @@ class ResponseStream:
         """The citations of a text block, placed in the text of its whole item."""
         if not block.get("citations") or not self._item or self._item["type"] != "message":
             return []
-        start = sum(map(len, self._text)) - len(block["text"])
+        length = sum(map(len, self._text))
+        start = max(0, length - len(block["text"]))
         events = []
-        for annotation in annotations_of(block, start):
+        for annotation in annotations_of(block, start, length - start):
             flat = dict({"type": "url_citation"}, **annotation["url_citation"])
             events.append(self._in_item("response.output_text.annotation.added", content_index=0,
                                         annotation_index=len(self._annotations), annotation=flat))
@@ -4314,6 +4380,7 @@ class Watch:
     def __init__(self, client: socket.socket | None = None, patience: float = UPSTREAM_SILENCE) -> None:
         self.client = client
         self.patience = patience                    # seconds without a byte from the upstream
+        self.may_retry = True                       # our one retry is still to be had
         self.idle: Optional[Callable[[], None]] = None
         self.last_sent = time.monotonic()
 
@@ -4538,7 +4605,7 @@ class UpstreamReply:
 
     @property
     def is_stream(self) -> bool:
-        return self.headers.get("content-type", "").startswith("text/event-stream")
+        return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it arrives.  Raises UpstreamFault when it breaks off."""
@@ -4601,23 +4668,22 @@ class Upstream:
         self.credential: Optional[Credential] = None
         self.on_headers: Callable[[Dict[str, str]], None] = lambda headers: None
 
-    def messages(self, body: bytes, watch: Watch, hops: str = "", may_retry: bool = True, beta: Sequence[str] = (),
+    def messages(self, body: bytes, watch: Watch, hops: str = "", beta: Sequence[str] = (),
                  path: str = "/v1/messages", version: str = ANTHROPIC_VERSION) -> UpstreamReply:
         """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
 
         A failure that may pass is retried once, as nothing has been sent to the client yet.
         """
-        retried = not may_retry
         while True:
             try:
                 return self._with_renewal(functools.partial(self._post, path, body, watch, hops, beta, version))
             except (ClaudeError, UpstreamFault) as failure:
-                delay = None if retried else retry_delay(failure)
+                delay = retry_delay(failure) if watch.may_retry else None
                 if delay is None:
                     raise
                 LOG.info("retrying once in %g s: %s", delay, failure)
                 watch.pause(delay)
-                retried = True
+                watch.may_retry = False
 
     def _with_renewal(self, call: Callable[[Dict[str, str]], UpstreamReply]) -> UpstreamReply:
         """A call with the credential's headers; Claude's 401 to a login is answered by one renewal of its token."""
@@ -4831,19 +4897,6 @@ def fault_from(fault: Exception, what: str) -> GatewayError:
 FETCH_TIMEOUT = 20                                  # seconds for one image, redirects included
 FETCH_REDIRECTS = 3
 MAX_FETCHED = MAX_IMAGE // 4 * 3                    # bytes, so that it fits as base64
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
-
-def is_public(address: str) -> bool:
-    """Whether an address is of the public internet, also when an IPv4 address hides inside an IPv6 one."""
-    ip: Any = ipaddress.ip_address(address.split("%")[0])
-    inner = [ip]
-    if ip.version == 6:
-        inner += [found for found in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if found]
-        if ip in NAT64:
-            inner.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
-    mapped = ip.version == 6 and ip.ipv4_mapped
-    return all(each.is_global and not each.is_multicast for each in (inner[1:] if mapped else inner))
 
 
 class ImageFetcher:
@@ -4973,7 +5026,6 @@ class Incoming:
     owner: str = ""                                 # digest of the client's key: memories are not shared
     anthropic_key: str = ""                         # a caller's own key, for /models only
     hops: str = ""
-    may_retry: bool = True                          # the client has not begun to retry by itself
     watch: Watch = dataclasses.field(default_factory=Watch)
     record: Record = dataclasses.field(default_factory=Record)
     surrogates_replaced: bool = False
@@ -5026,7 +5078,7 @@ class Gateway:
         self.upstream.close()
 
 
-Translate = Callable[[Model, Sequence[dict], bool, Optional[Recall]], Translation]
+Translate = Callable[[Model, Sequence[dict], bool, Optional[Recall], bool], Translation]
 
 
 class Exchange:
@@ -5121,9 +5173,7 @@ class Exchange:
         credential = self._gateway.upstream.credential
         recall = self._gateway.answers.recall(self._incoming.owner, model.id) if self._replay else None
         translation = self._translate_body(model, credential.preamble if credential else (),
-                                           not self._gateway.config.no_cache, recall)
-        if not self._replay:
-            translation.request["messages"] = without_thinking(translation.request["messages"])
+                                           not self._gateway.config.no_cache, recall, self._replay)
         if self._incoming.surrogates_replaced:
             translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
         for source in url_sources(translation.request["messages"]):
@@ -5148,7 +5198,6 @@ class Exchange:
                            (len(body) / 1e6))
         LOG.debug("to Claude: %s", request, extra={"payload": request})
         self._reply = self._gateway.upstream.messages(body, self._incoming.watch, self._incoming.hops,
-                                                      self._incoming.may_retry,
                                                       (FAST_MODE_BETA,) if "speed" in request else ())
         broken = self._gateway.prefixes.broken_part(self._conversation, parts)
         if broken:
@@ -5208,11 +5257,13 @@ class Exchange:
 
     def _continue(self) -> None:
         """Sends an interrupted answer back unchanged, for Claude to go on with."""
-        content = [{name: value for name, value in block.items() if name != "partial_json"}
-                   for block in self.assembler.message["content"]]
+        content = [without(block, "partial_json") for block in self.assembler.message["content"]
+                   if block["type"] != "text" or block["text"].strip()]
         request = self.translation.request
         messages = request["messages"] + [{"role": "assistant", "content": content}]
         self.assembler.resume()
+        if self._incoming.record.stream:
+            self._incoming.watch.may_retry = False      # the client has begun to read
         self._send(dict(request, messages=messages))
 
 
@@ -5246,7 +5297,7 @@ def url_sources(messages: list[dict]) -> Iterator[dict]:
 
 def events_from_body(body: bytes) -> list[dict]:
     """The events of an answer that came without saying that it is a stream: JSON, or a stream after all."""
-    if re.match(rb"\s*(event|data):", body):
+    if re.match(rb"(\xef\xbb\xbf)?\s*(event|data|id|retry)?:", body):
         decoder = EventDecoder()
         return decoder.feed(body) + decoder.close()
     return events_from_message(checked_message(json_object_from(body)))
@@ -5442,7 +5493,7 @@ def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
     request = without(exchange.translate().request, "max_tokens", "stream", "temperature", "top_p", "top_k",
                       "stop_sequences", "metadata", "service_tier", "speed")
-    reply = gateway.upstream.messages(upstream_json(request), incoming.watch, incoming.hops, incoming.may_retry,
+    reply = gateway.upstream.messages(upstream_json(request), incoming.watch, incoming.hops,
                                       path="/v1/messages/count_tokens")
     try:
         return Reply({"object": "response.input_tokens",
@@ -5593,7 +5644,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
     betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(
-        upstream_json(body), incoming.watch, incoming.hops, incoming.may_retry,
+        upstream_json(body), incoming.watch, incoming.hops,
         [beta for beta in betas if beta and not beta.startswith("oauth-")], path + beta_query,
         incoming.headers.get("anthropic-version", ANTHROPIC_VERSION))
     incoming.record.request_id = reply.headers.get("request-id", "")
@@ -5710,8 +5761,7 @@ def moment_of(text: str) -> int | None:
     number = number_or_none(text)
     if number is not None:
         return int(number)
-    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", text)
-    return calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S")) if match else None
+    return unix_time(text)
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6274,8 +6324,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         endpoint = self._endpoint(head, path)
         if self.gateway.instance_id in head.headers.get(HOP_HEADER, ""):
             raise LoopDetected("This request came from this very gateway: its upstream address leads back to it.")
-        incoming = Incoming({}, argument, owner, self._anthropic_key(head), head.headers.get(HOP_HEADER, ""),
-                            head.headers.get("x-stainless-retry-count", "0") == "0", Watch(self.connection),
+        watch = Watch(self.connection)
+        watch.may_retry = head.headers.get("x-stainless-retry-count", "0") == "0"
+        incoming = Incoming({}, argument, owner, self._anthropic_key(head), head.headers.get(HOP_HEADER, ""), watch,
                             self._record, headers=head.headers, query=head.target.partition("?")[2])
         body = self._read_body() if self._body_unread else b""
         if head.method == "POST":
@@ -6550,7 +6601,7 @@ def log_request_record(record: Record, minimal: bool) -> None:
         line += "  " + printable(record.error, 500)
     LOG.log(logging.WARNING if record.status >= 500 else logging.INFO, "%s", line, extra={"fields": fields})
     if record.changes:
-        LOG.info("  changed: %s", printable(record.changes, 4_000))
+        LOG.info("  changed: %s", printable(record.changes, 100_000))
 
 
 class Listener(http.server.ThreadingHTTPServer):

@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -3268,392 +3269,11 @@ class AgentSessionTests(RequestTestCase):
         self.assertEqual(self.claude.messages[-1].raw, self.claude.messages[-2].raw)
 
 
-# ==== Replies and streams =============================================================================
-
-PLAIN_PLAN = claude_gateway.ReplyPlan(claude_gateway.ToolNames())
-CITED = {
-    "type": "text",
-    "text": "Blue.",
-    "citations": [
-        {
-            "type": "web_search_result_location",
-            "url": "https://example.org/sky",
-            "title": "Sky",
-            "cited_text": "blue",
-            "encrypted_index": "x",
-        }
-    ],
-}
+# ==== Across the rooms ================================================================================
 
 
-def through_stream(whole, plan=PLAIN_PLAN, size=7, include_usage=True):
-    """The chunks of a message, streamed in pieces of `size` characters."""
-    assembler = claude_gateway.MessageAssembler()
-    stream = claude_gateway.ChatStream({"id": "chatcmpl-1", "created": 1}, plan, assembler, include_usage)
-    chunks = []
-    for event in events_of(whole, size):
-        assembler.feed(event)
-        chunks += stream.feed(event)
-    return chunks + stream.finish()
-
-
-class ChatReplyTests(GatewayTestCase):
-    def test_a_completion_has_every_field_that_the_sdks_want(self):
-        self.claude.play(message(text("Hi"), model="claude-sonnet-5-5"))
-        completion = self.chat().json
-        self.assertTrue(completion["id"].startswith("chatcmpl-"))
-        self.assertEqual((completion["object"], completion["model"]), ("chat.completion", "claude-sonnet-5-5"))
-        self.assertIsInstance(completion["created"], int)
-        self.assertEqual(
-            completion["choices"][0],
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": "Hi", "refusal": None},
-                "logprobs": None,
-                "finish_reason": "stop",
-            },
-        )
-
-    def test_every_stop_reason_has_its_finish_reason(self):
-        for stop_reason, reason in (
-            ("end_turn", "stop"),
-            ("stop_sequence", "stop"),
-            ("max_tokens", "length"),
-            ("model_context_window_exceeded", "length"),
-            ("refusal", "content_filter"),
-            ("something_new", "stop"),
-        ):
-            with self.subTest(stop_reason=stop_reason):
-                self.claude.play(*[message(text("Hi"), stop_reason=stop_reason)] * 2)
-                self.assertEqual(self.chat().json["choices"][0]["finish_reason"], reason)
-                self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["finish_reason"], reason)
-
-    def test_usage_counts_the_cache_into_the_prompt(self):
-        usage = {
-            "input_tokens": 10,
-            "cache_read_input_tokens": 200,
-            "cache_creation_input_tokens": 30,
-            "output_tokens": 50,
-            "output_tokens_details": {"thinking_tokens": 20},
-        }
-        self.claude.play(message(text("Hi"), usage=usage))
-        told = self.chat().json["usage"]
-        self.assertEqual((told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]), (240, 50, 290))
-        self.assertEqual(told["prompt_tokens_details"], {"cached_tokens": 200, "cache_write_tokens": 30})
-        self.assertEqual(told["completion_tokens_details"], {"reasoning_tokens": 20})
-
-    def test_content_is_null_beside_calls_and_empty_where_nothing_was_said(self):
-        self.claude.play(message(tool_use("toolu_1", "f", {})), message())
-        self.assertIsNone(self.chat().message["content"])
-        silent = self.chat().message
-        self.assertEqual(silent["content"], "")
-        self.assertNotIn("tool_calls", silent)
-
-    def test_a_refusal_is_told_where_claude_explains_itself(self):
-        whole = message(
-            stop_reason="refusal", stop_details={"type": "refusal", "category": "bio", "explanation": "No."}
-        )
-        self.claude.play(whole, whole)
-        self.assertEqual(self.chat().message["refusal"], "No.")
-        self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["message"]["refusal"], "No.")
-
-    def test_citations_become_annotations_at_their_place_in_the_text(self):
-        whole = message(text("The sky: "), CITED, text(" So it is."))
-        self.claude.play(whole, whole)
-        expected = [
-            {
-                "type": "url_citation",
-                "url_citation": {"start_index": 9, "end_index": 14, "url": "https://example.org/sky", "title": "Sky"},
-            }
-        ]
-        self.assertEqual(self.chat().message["annotations"], expected)
-        self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["message"]["annotations"], expected)
-
-    def test_a_stream_adds_up_to_the_full_reply_however_it_is_cut(self):
-        wholes = (
-            message(text("Hello, \u2028 world \u00e9\U0001f600")),
-            message(),
-            message(thinking("hm \u0085", "c2ln"), text("A"), tool_use("toolu_1", "f", {"a": [1, "\u2029"]})),
-            message(tool_use("toolu_1", "f", {}), tool_use("toolu_2", "g", {"x": {"y": None}})),
-            message(text("The sky: "), CITED),
-            message(thinking("", "c2ln"), text("B"), stop_reason="max_tokens"),
-        )
-        for whole in wholes:
-            completion = claude_gateway.chat_completion_from_message(
-                whole, {"id": "chatcmpl-1", "created": 1}, PLAIN_PLAN
-            )
-            for size in (1, 3, 1000):
-                with self.subTest(whole=whole["content"], size=size):
-                    streamed = completion_from_chunks(through_stream(whole, size=size))
-                    for call in streamed["message"].get("tool_calls", ()):
-                        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-                    parts = json.loads(json.dumps(completion_parts(completion)))
-                    for call in parts["message"].get("tool_calls", ()):
-                        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-                    self.assertEqual(streamed, parts)
-
-    def test_the_chunks_come_in_the_order_that_every_helper_takes(self):
-        chunks = through_stream(message(thinking("hm", "c2ln"), text("A"), tool_use("toolu_1", "f", {"a": 1})))
-        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
-        self.assertEqual(deltas[0], {"role": "assistant", "content": ""})
-        self.assertEqual(deltas[-1], {})
-        start = next(delta for delta in deltas if "tool_calls" in delta)["tool_calls"][0]
-        self.assertEqual(
-            (start["index"], start["id"], start["type"], start["function"]),
-            (0, "toolu_1", "function", {"name": "f", "arguments": ""}),
-        )
-        self.assertEqual([chunk["choices"] for chunk in chunks if chunk.get("usage")], [[]])
-        self.assertEqual(
-            {(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks},
-            {("chatcmpl-1", 1, "claude-sonnet-5-5")},
-        )
-
-    def test_usage_comes_only_when_it_was_asked_for(self):
-        self.assertFalse(any("usage" in chunk for chunk in self.chat(stream=True).chunks))
-        asked = self.chat(stream=True, stream_options={"include_usage": True})
-        self.assertEqual(asked.chunks[-1]["usage"]["total_tokens"], 19)
-        self.assertEqual(asked.events[-1], "[DONE]")
-
-    def test_custom_tools_answer_with_their_bare_string(self):
-        asked = {"tools": [{"type": "custom", "custom": {"name": "calc"}}]}
-        self.claude.play(*[message(tool_use("toolu_1", "calc", {"input": "1+1"}))] * 2)
-        expected = {"id": "toolu_1", "type": "custom", "custom": {"name": "calc", "input": "1+1"}}
-        self.assertEqual(self.chat(**asked).message["tool_calls"], [expected])
-        deltas = [chunk["choices"][0]["delta"].get("tool_calls") for chunk in self.chat(stream=True, **asked).chunks]
-        self.assertEqual([delta for delta in deltas if delta], [[dict(expected, index=0)]])
-
-    def test_legacy_functions_are_answered_in_their_own_words(self):
-        asked = {"functions": [{"name": "f", "parameters": {"type": "object", "properties": {}}}]}
-        self.claude.play(*[message(tool_use("toolu_1", "f", {"a": 1}))] * 2)
-        plain = self.chat(**asked).json["choices"][0]
-        self.assertEqual(
-            (plain["finish_reason"], json.loads(plain["message"]["function_call"]["arguments"])),
-            ("function_call", {"a": 1}),
-        )
-        streamed = completion_from_chunks(self.chat(stream=True, **asked).chunks)
-        self.assertEqual(
-            (streamed["finish_reason"], streamed["message"]["function_call"]["name"]), ("function_call", "f")
-        )
-
-    def test_json_mode_cuts_the_object_out_wherever_the_text_is_cut(self):
-        for said, wanted in (
-            ('Sure!\n```json\n{"a": "}\\"{", "b": [{}]}\n```\nBye {', '{"a": "}\\"{", "b": [{}]}'),
-            ('{"a": 1}', '{"a": 1}'),
-            ("no object", "no object"),
-            ('{"a": ', '{"a": '),
-        ):
-            for size in range(1, len(said) + 1):
-                with self.subTest(said=said, size=size):
-                    cut = claude_gateway.BareJson()
-                    pieces = [cut.feed(said[at : at + size]) for at in range(0, len(said), size)]
-                    self.assertEqual("".join(pieces) + cut.close(), wanted)
-
-    def test_whatever_ends_without_an_end_is_an_error(self):
-        events = events_of(message(text("Hello there")))
-        cases = {
-            "no message_stop": Reply(pieces=[sse(events[:-1])]),
-            "dropped": Reply(pieces=[sse(events[:4])], cut=True),
-            "no stop reason": Reply(
-                body=message(text("Hi"), stop_reason="") and dict(message(text("Hi")), stop_reason=None)
-            ),
-            "garbage": Reply(pieces=[b"data: {oops\n\n"]),
-            "an error amid it": Reply(pieces=[sse(events[:4] + [error_body("overloaded_error", "Overloaded")])]),
-        }
-        for name, reply in cases.items():
-            with self.subTest(name=name):
-                self.claude.play(reply, reply)
-                self.assertGreaterEqual(self.chat().status, 500)
-                streamed = self.chat(stream=True)
-                if streamed.status == 200:
-                    self.assertIn("error", json.loads(streamed.events[-1]))
-                self.assertNotIn("[DONE]", streamed.events)
-
-    def test_what_came_before_a_failure_is_the_clients(self):
-        events = events_of(message(text("Hello there")), size=100)[:-2] + [error_body("overloaded_error", "Overloaded")]
-        self.claude.play(Reply(pieces=[sse(events)]))
-        self.assertIn("Hello there", self.chat(stream=True).raw.decode())
-
-    def test_the_decoder_keeps_to_the_rules_of_event_streams(self):
-        data = (
-            '\ufeff: comment\r\ndata: {"type": "a",\rdata:"b": "\u2028\u0085\u00e9"}\n\nevent: ping\nid: 5\n\n'
-            'data: {"type": "c"}\r\n\r\ndata: {"type": "last"}'
-        ).encode()
-        expected = [{"type": "a", "b": "\u2028\u0085\u00e9"}, {"type": "c"}, {"type": "last"}]
-        for size in range(1, len(data) + 1):
-            with self.subTest(size=size):
-                decoder = claude_gateway.EventDecoder()
-                events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at : at + size])]
-                self.assertEqual(events + decoder.close(), expected)
-
-    def test_a_json_answer_serves_streams_too(self):
-        self.claude.play(Reply(body=message(text("Hi"), tool_use("toolu_1", "f", {"a": 1}))))
-        streamed = completion_from_chunks(self.chat(stream=True).chunks)
-        self.assertEqual((streamed["message"]["content"], streamed["finish_reason"]), ("Hi", "tool_calls"))
-
-    def test_an_interrupted_answer_is_continued(self):
-        searched = [
-            {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "sky"}},
-            {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": []},
-        ]
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.reset()
-                self.claude.play(
-                    message(text("Let me look. "), *searched, stop_reason="pause_turn"), message(text("Blue."))
-                )
-                answer = self.chat(stream=stream, web_search_options={}, stream_options={"include_usage": True})
-                whole = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
-                self.assertEqual(
-                    (whole["message"]["content"], whole["finish_reason"], whole["usage"]["total_tokens"]),
-                    ("Let me look. Blue.", "stop", 38),
-                )
-                self.assertEqual(len(self.claude.messages), 2)
-                self.assertEqual(self.claude.messages[1].body["messages"][-1]["role"], "assistant")
-
-    def test_an_answer_that_is_interrupted_for_ever_ends_all_the_same(self):
-        searched = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "sky"}}
-        self.claude.strict = False  # the same search again and again is not what Claude would say
-        self.addCleanup(setattr, self.claude, "strict", True)
-        self.claude.play(*[message(searched, stop_reason="pause_turn")] * 20)
-        answer = self.chat(web_search_options={})
-        self.assertEqual((answer.status, len(self.claude.messages)), (200, 9))
-
-
-# ==== Endpoints =======================================================================================
-
-
-class RefusalTests(GatewayTestCase):
-    def refuse(self, status, kind, words="No.", headers=None, **fields):
-        self.claude.play(
-            Reply(status, body=error_body(kind, words), headers=dict({"retry-after": "60"}, **(headers or {})))
-        )
-        return self.chat(**fields)
-
-    def test_every_error_of_claude_has_its_place_in_openais_envelope(self):
-        for status, kind, ours, our_kind, code in (
-            (400, "invalid_request_error", 400, "invalid_request_error", None),
-            (401, "authentication_error", 401, "authentication_error", "upstream_authentication"),
-            (402, "billing_error", 429, "insufficient_quota", "insufficient_quota"),
-            (403, "permission_error", 403, "permission_error", None),
-            (413, "request_too_large", 413, "invalid_request_error", "request_too_large"),
-            (429, "rate_limit_error", 429, "rate_limit_error", "rate_limit_exceeded"),
-            (500, "api_error", 500, "server_error", None),
-            (504, "timeout_error", 504, "server_error", "timeout"),
-            (529, "overloaded_error", 503, "server_error", "overloaded"),
-        ):
-            for stream in (False, True):
-                with self.subTest(status=status, stream=stream):
-                    answer = self.refuse(status, kind, stream=stream)
-                    self.assertEqual(
-                        (answer.status, answer.error["type"], answer.error["code"]), (ours, our_kind, code)
-                    )
-                    self.assertTrue(answer.error["message"].startswith("No."))
-                    self.assertTrue(answer.headers["x-request-id"].startswith("req_fake_"))
-
-    def test_the_words_of_a_refusal_decide_where_its_type_says_too_little(self):
-        for words, status, code, final in (
-            ("prompt is too long: 250000 tokens > 200000 maximum", 400, "context_length_exceeded", False),
-            (
-                "This credential is only authorized for use with Claude Code and cannot be used for other API "
-                "requests.",
-                400,
-                "upstream_refused",
-                True,
-            ),
-            ("Third-party apps now draw from your extra usage, not your plan limits.", 429, "insufficient_quota", True),
-            ("Your credit balance is too low to access the Anthropic API.", 429, "insufficient_quota", True),
-            ("Output blocked by content filtering policy", 400, "content_filter", False),
-        ):
-            with self.subTest(words=words):
-                count = len(self.claude.messages)
-                answer = self.refuse(400, "invalid_request_error", words)
-                self.assertEqual((answer.status, answer.error["code"]), (status, code))
-                self.assertTrue(answer.error["message"].startswith(words), "in the provider's words")
-                self.assertEqual(answer.headers.get("x-should-retry"), "false" if final else None)
-                self.assertEqual(len(self.claude.messages), count + 1, "one call, no retry")
-
-    def test_a_plan_window_that_is_used_up_is_no_reason_to_retry(self):
-        answer = self.refuse(429, "rate_limit_error", headers={"anthropic-ratelimit-unified-status": "rejected"})
-        self.assertEqual(
-            (answer.error["code"], answer.headers["x-should-retry"], answer.headers["retry-after"]),
-            ("insufficient_quota", "false", "60"),
-        )
-
-    def test_an_error_about_a_tool_names_it(self):
-        answer = self.refuse(
-            400,
-            "invalid_request_error",
-            "tools.1.custom.input_schema: JSON schema is invalid",
-            tools=[{"type": "function", "function": {"name": name}} for name in ("first", "my.second")],
-        )
-        self.assertIn('Tool "my.second"', answer.error["message"])
-
-    def test_a_model_that_claude_does_not_know_is_told_with_the_nearest(self):
-        answer = self.refuse(404, "not_found_error", "model: claude-opus-9", model="claude-opus-9")
-        self.assertEqual(
-            (answer.status, answer.error["code"], answer.error["param"]), (404, "model_not_found", "model")
-        )
-        self.assertIn("claude-opus-5-5", answer.error["message"])
-
-    def test_a_web_page_instead_of_json_is_not_shown(self):
-        self.claude.play(Reply(502, {"content-type": "text/html", "retry-after": "60"}, b"<html><h1>Bad gateway</h1>"))
-        answer = self.chat()
-        self.assertEqual(answer.status, 502)
-        self.assertNotIn("<html", answer.error["message"])
-
-    def test_rate_limits_have_openais_names(self):
-        self.claude.play(
-            Reply(
-                body=message(text("Hi")),
-                headers={
-                    "anthropic-ratelimit-requests-limit": "50",
-                    "anthropic-ratelimit-requests-remaining": "49",
-                    "anthropic-ratelimit-tokens-remaining": "9000",
-                    "anthropic-ratelimit-requests-reset": "2020-01-01T00:00:00Z",
-                },
-            )
-        )
-        headers = self.chat().headers
-        self.assertEqual(
-            [
-                headers.get("x-ratelimit-" + name)
-                for name in ("limit-requests", "remaining-requests", "remaining-tokens", "reset-requests")
-            ],
-            ["50", "49", "9000", "0s"],
-        )
-
-    def test_what_may_pass_is_tried_once_more(self):
-        for name, reply in (
-            ("overloaded", Reply(529, body=error_body("overloaded_error", "x"), headers={"retry-after": "0"})),
-            ("a short wait", Reply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": "0"})),
-            ("hung up", Reply(None)),
-        ):
-            with self.subTest(name=name):
-                self.claude.reset()
-                self.claude.play(reply)
-                self.assertEqual((self.chat().status, len(self.claude.messages)), (200, 2))
-
-    def test_what_will_not_pass_or_is_the_clients_to_retry_is_not(self):
-        overloaded = error_body("overloaded_error", "x")
-        for name, reply, headers in (
-            ("a long wait", Reply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": "6"}), {}),
-            ("no wait named", Reply(429, body=error_body("rate_limit_error", "x")), {}),
-            (
-                "the client retries",
-                Reply(529, body=overloaded, headers={"retry-after": "0"}),
-                {"x-stainless-retry-count": "1"},
-            ),
-            ("told not to", Reply(529, body=overloaded, headers={"x-should-retry": "false"}), {}),
-        ):
-            with self.subTest(name=name):
-                self.claude.reset()
-                self.claude.play(reply)
-                self.assertGreaterEqual(self.chat(headers=headers).status, 429)
-                self.assertEqual(len(self.claude.messages), 1)
-
-    def test_twice_is_the_most(self):
-        self.claude.play(*[Reply(529, body=error_body("overloaded_error", "x"), headers={"retry-after": "0"})] * 5)
-        self.assertEqual((self.chat().status, len(self.claude.messages)), (503, 2))
+class AcrossTheRoomsTests(GatewayTestCase):
+    """What no single room can promise: strict mode, the report, the whole road of a strange request."""
 
     def test_a_lesson_that_did_not_help_is_not_kept(self):
         self.start()
@@ -3675,80 +3295,6 @@ class RefusalTests(GatewayTestCase):
         self.assertLess(len(report), 1100)
         self.assertRegex(report, r"^dropped=unknown_0_,.*; \+\d+ more$")
 
-
-class ThinkingMemoryTests(GatewayTestCase):
-    ANSWER = [thinking("hm", "c2ln"), text("Let me see."), tool_use("toolu_1", "f", {"a": 1})]
-    TOOLS = [{"type": "function", "function": {"name": "f"}}]
-
-    def loop(self, edit=None, headers=None, **fields):
-        """One call and its result: the assistant turn as Claude gets it back."""
-        self.claude.play(message(*self.ANSWER))
-        first = self.chat(tools=self.TOOLS, headers=headers).message
-        if edit:
-            edit(first)
-        history = [
-            {"role": "user", "content": "Hello"},
-            first,
-            {"role": "tool", "tool_call_id": "toolu_1", "content": "x"},
-        ]
-        self.assertEqual(self.chat(messages=history, tools=self.TOOLS, headers=headers, **fields).status, 200)
-        return bare(self.claude.messages[-1].body["messages"][1]["content"])
-
-    def test_thinking_goes_back_as_it_came(self):
-        self.assertEqual(self.loop(), self.ANSWER)
-
-    def test_an_edited_turn_goes_without(self):
-        self.assertEqual(
-            self.loop(lambda first: first.update(content="Something else.")), [text("Something else."), self.ANSWER[2]]
-        )
-
-    def test_another_model_gets_none_of_it(self):
-        self.assertEqual(self.loop(model="claude-opus-5-5"), self.ANSWER[1:])
-
-    def test_another_client_gets_none_of_it(self):
-        self.start(api_key=("first-key", "second-key"))
-        self.loop(headers={"x-api-key": "first-key"})
-        history = self.claude.messages[-1].body["messages"]
-        self.assertEqual(history[1]["content"][0]["type"], "thinking")
-        calls = [{"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
-        self.chat(
-            messages=[
-                {"role": "user", "content": "Hello"},
-                {"role": "assistant", "content": "Let me see.", "tool_calls": calls},
-                {"role": "tool", "tool_call_id": "toolu_1", "content": "x"},
-            ],
-            tools=self.TOOLS,
-            headers={"x-api-key": "second-key"},
-        )
-        self.assertEqual(self.claude.messages[-1].body["messages"][1]["content"][0]["type"], "text")
-
-    def test_a_conversation_whose_signatures_do_not_hold_replays_none_again(self):
-        self.start()
-        refusal = Reply(
-            400,
-            body=error_body(
-                "invalid_request_error",
-                "messages.1.content.0: Invalid `signature` in "
-                "`thinking` block. The block is bound to a different conversation.",
-            ),
-        )
-
-        def refuse(first):
-            self.claude.play(refusal)
-
-        self.assertEqual(self.loop(refuse), self.ANSWER[1:])
-        self.assertEqual(len(self.claude.messages), 3)
-        count = len(self.claude.messages)
-        self.assertEqual(self.loop(), self.ANSWER[1:])
-        self.assertEqual(len(self.claude.messages), count + 2, "refused once, not asked again")
-
-    def test_signed_blocks_that_a_client_kept_are_sent_unsigned_ones_are_not(self):
-        kept = {"role": "assistant", "content": "Hi", "thinking_blocks": [self.ANSWER[0]]}
-        unsigned = {"role": "assistant", "content": "Hi", "reasoning_content": "hm"}
-        for turn, blocks in ((kept, [self.ANSWER[0], text("Hi")]), (unsigned, [text("Hi")])):
-            self.chat(messages=[{"role": "user", "content": "Hello"}, turn, {"role": "user", "content": "More"}])
-            self.assertEqual(bare(self.claude.messages[-1].body["messages"][1]["content"]), blocks)
-
     def test_a_client_that_breaks_its_own_cache_is_told_once(self):
         self.start()
         turns = [{"role": "user", "content": "Hello"}]
@@ -3759,512 +3305,14 @@ class ThinkingMemoryTests(GatewayTestCase):
         told = [line for line in logged.output if "changed its system text" in line]
         self.assertEqual(len(told), 1)
 
-
-# ==== Image fetching ==================================================================================
-
-
-class ImageAddressTests(GatewayTestCase):
-    URL = "https://images.example.org/a.png"
-
-    def look(self, url):
-        return self.chat([{"type": "image_url", "image_url": {"url": url}}])
-
-    def picture_server(self, answers):
-        """A server on loopback that gives `answers`: path -> (status, headers, body)."""
-
-        class Pictures(BaseHTTPRequestHandler):
-            def do_GET(self):
-                status, headers, body = answers.get(self.path, (404, {}, b""))
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        self.addCleanup(server.server_close)
-        self.addCleanup(server.shutdown)
-        return "127.0.0.1", server.server_address[1]
-
-    def test_https_addresses_go_to_claude(self):
-        self.assertEqual(self.look(self.URL).status, 200)
-        self.assertEqual(
-            bare(self.claude.messages[-1].body["messages"][0]["content"]),
-            [{"type": "image", "source": {"type": "url", "url": self.URL}}],
-        )
-
-    def test_addresses_of_this_machine_and_network_are_refused_by_name_and_rule(self):
-        for url in (
-            "http://127.0.0.1/a.png",
-            "https://127.0.0.1/a",
-            "http://localhost/a",
-            "http://[::1]/a",
-            "http://10.0.0.1/a",
-            "https://192.168.1.1/a",
-            "http://169.254.169.254/latest",
-            "http://0.0.0.0/a",
-            "http://2130706433/a",
-            "http://0x7f.1/a",
-            "http://0177.0.0.1/a",
-            "http://127.1/a",
-            "http://[::ffff:127.0.0.1]/a",
-            "http://[64:ff9b::7f00:1]/a",
-            "http://[2002:7f00:1::]/a",
-            "http://localhost./a",
-            "http://a.localhost/a",
-            "http://me:secret@127.0.0.1/a",
-            "file:///etc/passwd",
-            "ftp://example.org/a",
-            "http://127.0.0.1\\@example.org/a",
-            "http://exa mple.org/a",
-            "gopher://127.0.0.1/",
-            "http://[fe80::1]/a",
-            "http:///a",
-            "javascript:1",
-        ):
-            with self.subTest(url=url):
-                answer = self.look(url)
-                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"), answer.raw)
-                self.assertEqual(self.claude.messages, [])
-
-    def test_what_claude_cannot_fetch_is_fetched_here_once(self):
-        service = self.start()
-        service.gateway.images.fetch = lambda url: ("image/png", PIXEL)
-        self.claude.play(Reply(400, body=error_body("invalid_request_error", "Unable to download the file.")))
-        self.assertEqual(self.look(self.URL).status, 200)
-        self.assertEqual(self.claude.messages[-1].body["messages"][0]["content"][0]["source"]["type"], "base64")
-        self.assertEqual(len(self.claude.messages), 2)
-
-    def test_plain_http_is_fetched_at_once_within_the_rules(self):
-        png = base64.b64decode(PIXEL)
-        host, port = self.picture_server(
-            {
-                "/a.png": (200, {"content-type": "text/plain"}, png),
-                "/to": (302, {"location": "/a.png"}, b""),
-                "/loop": (302, {"location": "/loop"}, b""),
-                "/page": (200, {}, b"<html>"),
-                "/big": (200, {}, png + bytes(8_000_000)),
-                "/file": (302, {"location": "file:///etc/passwd"}, b""),
-            }
-        )
-        fetcher = claude_gateway.ImageFetcher(Config(), permit=lambda address: address == "127.0.0.1")
-        base = "http://%s:%d" % (host, port)
-        for path in ("/a.png", "/to"):
-            self.assertEqual(fetcher.fetch(base + path), ("image/png", PIXEL))
-        for path, rule in (
-            ("/loop", "redirects more than"),
-            ("/page", "is not a JPEG"),
-            ("/big", "is larger than"),
-            ("/file", "not a web address"),
-            ("/none", "status 404"),
-        ):
-            with self.subTest(path=path), self.assertRaisesRegex(claude_gateway.InvalidRequest, rule):
-                fetcher.fetch(base + path)
-        strict = claude_gateway.ImageFetcher(Config())
-        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "private network"):
-            strict.fetch(base + "/a.png")
-
-    def test_a_redirect_into_the_network_is_judged_like_the_first_address(self):
-        host, port = self.picture_server({"/a": (302, {"location": "http://127.0.0.2:1/b"}, b"")})
-        fetcher = claude_gateway.ImageFetcher(Config(), permit=lambda address: address == "127.0.0.1")
-        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "private network"):
-            fetcher.fetch("http://%s:%d/a" % (host, port))
-
-    def test_only_addresses_of_the_public_internet_are_public(self):
-        for address, public in (
-            ("8.8.8.8", True),
-            ("2606:4700::1111", True),
-            ("127.0.0.1", False),
-            ("10.1.2.3", False),
-            ("::1", False),
-            ("::ffff:10.0.0.1", False),
-            ("64:ff9b::a00:1", False),
-            ("2002:a00:1::", False),
-            ("169.254.1.1", False),
-            ("224.0.0.1", False),
-            ("fe80::1%eth0", False),
-            ("0.0.0.0", False),
-            ("100.64.0.1", False),
-            ("fc00::1", False),
-        ):
-            with self.subTest(address=address):
-                self.assertEqual(claude_gateway.is_public(address), public)
-
-
-# ==== HTTP server =====================================================================================
-
-
-def good_request(
-    body=b'{"model": "sonnet", "messages": [{"role": "user", "content": "Hi"}]}', head=b"", version=b"1.1"
-):
-    return b"POST /v1/chat/completions HTTP/%s\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n%s" % (
-        version,
-        head,
-        len(body),
-        body,
-    )
-
-
-class HttpTests(GatewayTestCase):
-    def test_every_spelling_of_a_route_is_served(self):
-        for path in (
-            "/v1/models",
-            "/models",
-            "/v1/v1/models",
-            "//v1//models/",
-            "/v1/models?limit=5",
-            "/v1/models/opus",
-            "/models/anthropic%2Fclaude-opus-5.5",
-            "/health",
-            "/v1/health",
-            "/",
-            "/v1",
-            "/v1/",
-        ):
-            with self.subTest(path=path):
-                self.assertEqual(self.ask("GET", path).status, 200)
-                head = self.ask("HEAD", path)
-                self.assertEqual((head.status, head.raw), (200, b""))
-        body = {"model": "sonnet", "messages": [{"role": "user", "content": "Hi"}]}
-        for path in ("/chat/completions", "/v1/v1/chat/completions/", "/v1/chat/completions/chat/completions"):
-            self.assertEqual(self.ask("POST", path, body).status, 200)
-
-    def test_what_is_not_there_is_told_in_json(self):
-        answer = self.ask("GET", "/v1/nothing")
-        self.assertEqual((answer.status, answer.error["code"]), (404, "unknown_url"))
-        answer = self.ask("GET", "/v1/chat/completions")
-        self.assertEqual((answer.status, answer.headers["allow"]), (405, "POST, OPTIONS"))
-        answer = self.ask("GET", "/v1/responses", headers={"upgrade": "websocket", "connection": "upgrade"})
-        self.assertEqual(answer.status, 426)
-
-    def test_pipelined_requests_are_answered_in_order(self):
-        self.claude.play(message(text("one")), message(text("two")))
-        answers = self.raw(good_request() + good_request(head=b"Connection: close\r\n"))
-        self.assertEqual(answers.count(b"HTTP/1.1 200 OK"), 2)
-        self.assertLess(answers.index(b'"one"'), answers.index(b'"two"'))
-
-    def test_http_1_0_gets_neither_chunks_nor_a_kept_connection(self):
-        body = b'{"model": "sonnet", "stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
-        answer = self.raw(good_request(body, version=b"1.0"))
-        self.assertNotIn(b"transfer-encoding", answer)
-        self.assertTrue(answer.endswith(b"data: [DONE]\n\n"))
-
-    def test_ambiguous_and_malformed_requests_are_refused_and_the_connection_closed(self):
-        chunked = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
-        cases = {
-            "TE and CL": chunked + b"Content-Length: 5\r\n\r\n0\r\n\r\n",
-            "two lengths": good_request(head=b"Content-Length: 5\r\n"),
-            "a signed length": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +5\r\n\r\n",
-            "an odd coding": chunked.replace(b"chunked", b"chunked, gzip") + b"\r\n",
-            "a bad size": chunked + b"\r\n0x5\r\n",
-            "a chunk too long": chunked + b"\r\n2\r\nabc\r\n",
-            "no host": b"GET /health HTTP/1.1\r\n\r\n",
-            "two hosts": b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
-            "folding": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: b\r\n c\r\n\r\n",
-            "a bare CR": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: b\rc\r\n\r\n",
-            "a NUL": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: b\0\r\n\r\n",
-            "a blank before the colon": b"GET /health HTTP/1.1\r\nHost : localhost\r\n\r\n",
-            "HTTP/0.9": b"GET /\r\n\r\n",
-            "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-            "another host's target": b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            "too long": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: " + b"a" * 70_000 + b"\r\n\r\n",
-            "too many": b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: b\r\n" * 200 + b"\r\n",
-        }
-        for name, data in cases.items():
-            with self.subTest(name=name):
-                answer = self.raw(data + b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                self.assertRegex(answer, rb"\AHTTP/1\.1 (400|403|431|501) ")
-                self.assertEqual(len(re.findall(rb"HTTP/1\.1 \d\d\d ", answer)), 1, "a second answer")
-                self.assertIn(b'{"error":{"message":', answer)
-        self.assertEqual(self.ask("GET", "/health").status, 200)
-
-    def test_bodies_come_chunked_and_compressed(self):
-        body = json.dumps({"model": "sonnet", "messages": [{"role": "user", "content": "Hi"}]}).encode()
-        chunks = b"".join(
-            b"%x;ext=1\r\n%s\r\n" % (len(body[at : at + 7]), body[at : at + 7]) for at in range(0, len(body), 7)
-        )
-        answer = self.raw(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-            b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\nTrailer: x\r\n\r\n"
-        )
-        self.assertIn(b"200 OK", answer)
-        raw_deflate = zlib.compressobj(wbits=-15)
-        for encoding, data in (
-            ("gzip", gzip.compress(body)),
-            ("deflate", zlib.compress(body)),
-            ("deflate", raw_deflate.compress(body) + raw_deflate.flush()),
-        ):
-            self.assertEqual(self.ask("POST", "/v1/chat/completions", data, {"content-encoding": encoding}).status, 200)
-        for encoding, data, status in (
-            ("br", body, 415),
-            ("gzip", b"no gzip", 400),
-            ("gzip", gzip.compress(body)[:-9], 400),
-            ("gzip", gzip.compress(bytes(50_000_000)), 413),
-        ):
-            with self.subTest(encoding=encoding, status=status):
-                answer = self.ask("POST", "/v1/chat/completions", data, {"content-encoding": encoding})
-                self.assertEqual(answer.status, status, answer.raw)
-
-    def test_a_body_is_asked_for_only_when_it_is_wanted(self):
-        expecting = b"Expect: 100-continue\r\n"
-        connection = self.connect()
-        head, body = good_request(head=expecting + b"Connection: close\r\n").split(b"\r\n\r\n")
-        connection.sendall(head + b"\r\n\r\n")
-        self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
-        connection.sendall(body)
-        self.assertTrue(connection.recv(100).startswith(b"HTTP/1.1 200"))
-        refused = self.raw(head.replace(b"/v1/chat/completions", b"/nothing") + b"\r\n\r\n")
-        self.assertTrue(refused.startswith(b"HTTP/1.1 404"))
-        self.assertNotIn(b"100 Continue", refused)
-
-    def test_limits_of_the_body(self):
-        too_long = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40000001\r\n\r\n"
-        self.assertTrue(self.raw(too_long).startswith(b"HTTP/1.1 413"))
-        for body, words in (
-            (b"[" * 1_000_001, "brackets"),
-            (b'{"a":' * 300 + b"1" + b"}" * 300, "nested"),
-            (b'{"a": NaN}', "NaN"),
-            (b'{"a": 1e999}', "too large"),
-            (b'{"a": ' + b"9" * 500 + b"}", "digits"),
-            (b"\xff\xfe", "UTF-8"),
-            (b"[]", "not a JSON object"),
-            (b"", "JSON"),
-            (b'{"a": 1', "JSON"),
-        ):
-            with self.subTest(words=words):
-                answer = self.ask("POST", "/v1/chat/completions", body)
-                self.assertEqual(answer.status, 400)
-                self.assertIn(words, answer.error["message"])
-        deep_text = json.dumps(
-            {"messages": [{"role": "user", "content": "[" * 5000 + '\\"' + "{" * 5000}], "model": "opus"}
-        )
-        self.assertEqual(self.ask("POST", "/v1/chat/completions", deep_text.encode()).status, 200)
-        self.assertEqual(self.ask("POST", "/v1/chat/completions", b"\xef\xbb\xbf" + deep_text.encode()).status, 200)
-
-    def test_a_translated_body_over_claudes_limit_is_told(self):
-        answer = self.chat("x" * 33_000_000)
-        self.assertEqual((answer.status, answer.error["code"]), (413, "request_too_large"))
-
-    def test_lone_surrogates_are_replaced_and_told(self):
-        answer = self.ask(
-            "POST",
-            "/v1/chat/completions",
-            b'{"model": "opus", "messages": [{"role": "user", "content": "a\\ud83d \\ud83d\\ude00"}]}',
-        )
-        self.assertIn("repaired=lone_surrogates", answer.headers["x-claude-gateway-changes"])
-        self.assertEqual(self.claude.messages[-1].body["messages"][0]["content"][0]["text"], "a\ufffd \U0001f600")
-        self.assertIn("\U0001f600".encode(), self.claude.messages[-1].raw, "UTF-8, not escapes")
-
-    def test_names_that_are_not_ours_are_403_with_the_option_to_add(self):
-        for host, status in (
-            ("localhost", 200),
-            ("localhost:1", 200),
-            ("127.0.0.1", 200),
-            ("[::1]:5", 200),
-            ("a.localhost", 200),
-            ("192.168.1.5", 200),
-            ("host.docker.internal", 200),
-            ("evil.example", 403),
-            ("localhost.evil", 403),
-            ("127.0.0.1.nip.io", 403),
-            ("a b", 400),
-            ("", 400),
-            ("localhost:99999999", 400),
-        ):
-            with self.subTest(host=host):
-                answer = self.raw(b"GET /health HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % host.encode())
-                self.assertTrue(answer.startswith(b"HTTP/1.1 %d" % status), answer)
-                if status == 403:
-                    self.assertIn(b"--allow-host " + host.encode(), answer)
-        self.start(allow_host=("my.name",))
-        self.assertIn(b"200 OK", self.raw(b"GET /health HTTP/1.1\r\nHost: My.Name:80\r\nConnection: close\r\n\r\n"))
-
-    def test_web_pages_from_elsewhere_are_403_on_every_route(self):
-        self.start(cors_origin=("app://obsidian.md", "null"))
-        for origin, allowed in (
-            ("http://localhost:3000", True),
-            ("https://127.0.0.1", True),
-            ("http://[::1]:1", True),
-            ("app://obsidian.md", True),
-            ("null", True),
-            ("https://evil.example", False),
-            ("http://localhost.evil.example", False),
-            ("http://127.0.0.1.evil.example", False),
-        ):
-            for method, path in (
-                ("GET", "/health"),
-                ("GET", "/v1/models"),
-                ("OPTIONS", "/v1/chat/completions"),
-                ("GET", "/nothing"),
-            ):
-                with self.subTest(origin=origin, path=path):
-                    answer = self.ask(method, path, headers={"origin": origin})
-                    self.assertEqual(answer.status == 403, not allowed)
-                    self.assertEqual(answer.headers.get("access-control-allow-origin"), origin if allowed else None)
-                    if not allowed:
-                        self.assertIn("--cors-origin " + origin, answer.error["message"])
-
-    def test_preflights_get_what_they_ask_for(self):
-        answer = self.ask(
-            "OPTIONS",
-            "/v1/chat/completions",
-            headers={
-                "origin": "http://localhost:3000",
-                "access-control-request-method": "POST",
-                "access-control-request-headers": "authorization, x-stainless-arch",
-                "access-control-request-private-network": "true",
-            },
-        )
-        self.assertEqual(answer.status, 204)
-        self.assertEqual(answer.headers["access-control-allow-headers"], "authorization, x-stainless-arch")
-        self.assertEqual(answer.headers["access-control-allow-private-network"], "true")
-        stream = self.chat(stream=True, headers={"origin": "http://localhost:3000"})
-        self.assertIn("x-request-id", stream.headers["access-control-expose-headers"])
-
-    def test_client_keys_in_all_their_headers(self):
-        self.start(api_key=("first-key", "k\u00e9y"))
-        body = {"model": "sonnet", "messages": [{"role": "user", "content": "Hi"}]}
-        for headers in (
-            {"authorization": "Bearer first-key"},
-            {"authorization": "bearer  first-key"},
-            {"authorization": "first-key"},
-            {"x-api-key": "first-key"},
-            {"api-key": "first-key"},
-        ):
-            with self.subTest(headers=headers):
-                self.assertEqual(self.ask("POST", "/v1/chat/completions", body, headers).status, 200)
-        for headers in (
-            {},
-            {"authorization": "Bearer wrong-secret"},
-            {"authorization": "Bearer "},
-            {"x-api-key": "first-ke"},
-        ):
-            with self.subTest(headers=headers):
-                answer = self.ask("POST", "/v1/chat/completions", body, headers)
-                self.assertEqual(
-                    (answer.status, answer.error["code"], answer.headers["www-authenticate"]),
-                    (401, "invalid_api_key", "Bearer"),
-                )
-                self.assertNotIn("wrong-secret", answer.raw.decode())
-        self.assertEqual(self.ask("GET", "/v1/nothing").status, 401, "a key is needed wherever none is said not to be")
-        for path in ("/health", "/v1/models", "/v1/models/opus"):
-            self.assertEqual(self.ask("GET", path).status, 200)
-        sent = self.claude.messages[-1]
-        self.assertNotIn("first-key", str(sent.headers) + sent.raw.decode())
-
     def test_a_wrong_key_waits_longer_each_time_and_a_right_one_never(self):
         failed = claude_gateway.FailedKeys()
         penalties = [failed.penalty("10.0.0.1") for _ in range(12)]
         self.assertEqual((penalties[0], penalties[1], penalties[-1]), (0, 0.05, 2.0))
         self.assertEqual(failed.penalty("10.0.0.2"), 0)
 
-    def test_a_loop_is_detected(self):
-        answer = self.chat(headers={"x-claude-gateway-hop": "other," + self.service.gateway.instance_id})
-        self.assertEqual((answer.status, answer.error["code"]), (508, "loop_detected"))
-        self.chat(headers={"x-claude-gateway-hop": "other"})
-        self.assertEqual(
-            self.claude.messages[-1].headers["x-claude-gateway-hop"], "other," + self.service.gateway.instance_id
-        )
-
-    def test_too_many_requests_at_once_are_503(self):
-        service = self.start()
-        service.gateway.running = claude_gateway.Running(0)
-        answer = self.chat()
-        self.assertEqual(
-            (answer.status, answer.error["code"], answer.headers["retry-after"]), (503, "gateway_busy", "1")
-        )
-        service.gateway.running = claude_gateway.Running(1)
-        service.gateway.body_budget = claude_gateway.Budget(10)
-        self.assertEqual(self.chat().status, 503)
-
-    def test_every_event_leaves_at_once_and_what_comes_together_leaves_together(self):
-        more = threading.Event()
-        events = events_of(message(text("abcdefghijklmnopqrstuvwxyz")), size=5)
-        self.claude.play(Reply(pieces=[sse(events[:4]), more, sse(events[4:])]))
-        connection = self.connect()
-        body = b'{"model": "sonnet", "stream": true, "messages": [{"role": "user", "content": "Hi"}]}'
-        connection.sendall(good_request(body, head=b"Connection: close\r\n"))
-        received = b""
-        while b"abcde" not in received:
-            received += connection.recv(65_536)
-        more.set()  # only now: the first chunk did not wait for the rest
-        rest = b""
-        while True:
-            piece = connection.recv(65_536)
-            if not piece:
-                break
-            rest += piece
-        self.assertLessEqual(len(re.findall(rb"(?m)^[0-9a-f]+\r$", rest)), 5, "one write for all that came together")
-
-    def test_a_silent_stream_gets_comments_and_a_silent_upstream_ends(self):
-        ours, upstream = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.addCleanup(upstream.close)
-        watch, idle = claude_gateway.Watch(), []
-        watch.idle = lambda: (idle.append(1), upstream.sendall(b"x"))
-        watch.last_sent = time.monotonic() - 60
-        watch.readable(ours)
-        self.assertEqual(idle, [1])
-        self.assertEqual(ours.recv(1), b"x")
-        with self.assertRaises(claude_gateway.UpstreamTimeout):
-            claude_gateway.Watch(patience=0.01).readable(ours)
-
-    def test_a_client_that_leaves_stops_its_call_wherever_it_is(self):
-        never = threading.Event()
-        start = sse(events_of(message(text("Hello there")))[:4])
-        for name, reply, stream in (
-            ("before the first token", Reply(hold=[never]), True),
-            ("plain", Reply(hold=[never]), False),
-            ("amid the stream", Reply(pieces=[start, never]), True),
-        ):
-            for half in (False, True):
-                with self.subTest(name=name, half=half):
-                    self.claude.reset()
-                    self.claude.play(reply)
-                    connection = self.connect()
-                    connection.sendall(
-                        good_request(
-                            json.dumps(
-                                {"model": "sonnet", "stream": stream, "messages": [{"role": "user", "content": "Hi"}]}
-                            ).encode()
-                        )
-                    )
-                    if reply.pieces:
-                        connection.recv(100)
-                    else:
-                        self.wait_for(lambda: self.claude.messages)
-                    connection.shutdown(socket.SHUT_WR) if half else connection.close()
-                    self.assertTrue(self.claude.wait_closed(5))
-
-    def wait_for(self, condition):
-        until = time.monotonic() + 5
-        while not condition() and time.monotonic() < until:
-            time.sleep(0.005)
-
-    def test_headers_cannot_be_injected_by_the_upstream(self):
-        self.claude.play(Reply(body=message(text("Hi")), headers={"request-id": "req_\u00e9\x01" + "x" * 500}))
-        self.assertRegex(self.chat().headers["x-request-id"], r"\Areq_[ -~]{1,196}\Z")
-
-    def test_idle_and_vanishing_clients_leave_nothing_behind(self):
-        self.chat()
-        threads = threading.active_count()
-        idle = [self.connect() for _ in range(100)]
-        idle[0].sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
-        self.assertEqual(self.chat().status, 200)
-        for connection in idle:
-            connection.close()
-        self.wait_for(lambda: threading.active_count() <= threads + 2)
-        self.assertLessEqual(threading.active_count(), threads + 2)
-        self.assertEqual(self.service.gateway.running.count, 0)
-
     def test_no_mutation_of_a_request_gets_a_500_or_no_answer(self):
-        import random
-
-        dice, request = random.Random(5), good_request(head=b"X-A: b\r\nConnection: close\r\n")
+        dice, request = random.Random(5), chat_bytes("X-A: b", "Connection: close")
         for _ in range(300):
             data = bytearray(request)
             for _ in range(dice.randint(1, 4)):
@@ -4286,147 +3334,6 @@ class HttpTests(GatewayTestCase):
             connection.close()
         self.assertEqual(self.ask("GET", "/health").status, 200)
         self.claude.violations.clear()
-
-
-# ==== Upstream ========================================================================================
-
-
-class UpstreamTests(GatewayTestCase):
-    def test_requests_say_who_we_are_and_carry_nothing_of_the_client(self):
-        self.chat(
-            headers={
-                "authorization": "Bearer the-clients-key",
-                "openai-organization": "org",
-                "user-agent": "OpenAI/1",
-                "x-stainless-lang": "python",
-                "cookie": "a=b",
-            }
-        )
-        headers = dict(self.claude.messages[-1].headers)
-        for name in ("host", "content-length", "connection"):
-            headers.pop(name, None)
-        self.assertEqual(
-            headers,
-            {
-                "x-api-key": SECRET,
-                "anthropic-version": "2023-06-01",
-                "content-type": "application/json",
-                "user-agent": "claude-gateway/" + claude_gateway.VERSION,
-                "accept-encoding": "identity",
-                "x-claude-gateway-hop": self.service.gateway.instance_id,
-            },
-        )
-
-    def test_a_connection_is_used_again_and_a_dead_one_is_noticed(self):
-        self.start()
-        self.chat()
-        count = len(self.claude.connections)
-        for _ in range(5):
-            self.chat()
-            self.chat(stream=True)
-        self.assertEqual(len(self.claude.connections), count)
-        for connection in list(self.claude.connections):
-            connection.shutdown(socket.SHUT_RDWR)
-        self.assertEqual(self.chat().status, 200)
-
-    def test_answers_in_every_framing_and_gzip(self):
-        body = sse(events_of(message(text("Hi"))))
-        head = {"content-type": "text/event-stream"}
-        for reply in (
-            Reply(headers=head, body=body),
-            Reply(pieces=[body]),
-            Reply(pieces=[body], chunked=False),
-            Reply(headers=dict(head, **{"content-encoding": "gzip"}), body=gzip.compress(body)),
-            Reply(pieces=[body[at : at + 1] for at in range(len(body))]),
-            Reply(headers={"content-type": None}, body=body),
-        ):
-            self.claude.play(reply)
-            self.assertEqual(self.chat().message["content"], "Hi")
-        self.claude.play(Reply(headers=dict(head, **{"content-encoding": "gzip"}), body=gzip.compress(body)[:-20]))
-        self.assertEqual(self.chat().status, 502)
-
-    def test_a_redirect_is_not_followed(self):
-        self.claude.play(Reply(307, {"location": "http://127.0.0.1:1/elsewhere"}))
-        answer = self.chat()
-        self.assertEqual(answer.status, 502)
-        self.assertIn("redirect", answer.error["message"])
-
-    def test_an_upstream_that_is_not_there_is_502(self):
-        self.start(base_url="http://127.0.0.1:1")
-        answer = self.chat()
-        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
-
-    @unittest.skipUnless(shutil.which("openssl"), "no openssl command here")
-    def test_tls_is_verified_and_the_cause_of_a_failure_named(self):
-        with tempfile.TemporaryDirectory() as folder:
-            certificate = os.path.join(folder, "c.pem")
-            subprocess.run(
-                [
-                    "openssl",
-                    "req",
-                    "-x509",
-                    "-newkey",
-                    "rsa:2048",
-                    "-nodes",
-                    "-keyout",
-                    certificate,
-                    "-out",
-                    certificate + ".crt",
-                    "-days",
-                    "2",
-                    "-subj",
-                    "/CN=localhost",
-                    "-addext",
-                    "subjectAltName=IP:127.0.0.1",
-                ],
-                check=True,
-                stderr=subprocess.DEVNULL,
-            )
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate + ".crt", certificate)
-            with FakeClaude() as secure:
-                secure._server.socket = context.wrap_socket(
-                    secure._server.socket, server_side=True, do_handshake_on_connect=False
-                )
-                url = secure.url.replace("http:", "https:")
-                self.start(base_url=url)
-                answer = self.chat()
-                self.assertEqual(answer.status, 502)
-                self.assertIn("its authority is unknown here", answer.error["message"])
-                self.start(base_url=url, ca_file=certificate + ".crt")
-                self.assertEqual([self.chat().status for _ in range(3)], [200] * 3)
-
-    def test_relaxing_x509_clears_one_flag_and_keeps_verification(self):
-        strict, relaxed = claude_gateway.tls_context("", False), claude_gateway.tls_context("", True)
-        flag = getattr(ssl, "VERIFY_X509_STRICT", 0)
-        self.assertEqual(relaxed.verify_flags, strict.verify_flags & ~flag)
-        self.assertEqual((relaxed.verify_mode, relaxed.check_hostname), (ssl.CERT_REQUIRED, True))
-
-    def test_a_proxy_tunnels_https_and_only_it_sees_its_password(self):
-        seen = []
-
-        class Proxy(BaseHTTPRequestHandler):
-            def do_CONNECT(self):
-                seen.append((self.path, self.headers.get("proxy-authorization")))
-                self.send_error(403)
-
-            def log_message(self, *_):
-                pass
-
-        proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-        threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
-        self.addCleanup(proxy.server_close)
-        self.addCleanup(proxy.shutdown)
-        address = "http://someone:pass%%40word@127.0.0.1:%d" % proxy.server_address[1]
-        self.start(base_url="https://api.example.org", https_proxy=address)
-        self.assertEqual(self.chat().status, 502)
-        self.assertEqual(seen[0], ("api.example.org:443", "Basic " + base64.b64encode(b"someone:pass@word").decode()))
-        seen.clear()
-        self.start(https_proxy=address)  # a loopback upstream is never proxied
-        self.assertEqual((self.chat().status, seen), (200, []))
-        self.start(base_url="https://127.0.0.1.example.org", https_proxy=address, no_proxy="example.org")
-        self.chat()
-        self.assertEqual(seen, [])
 
 
 # ==== Replies, streams and what happens around them ===================================================
@@ -4499,7 +3406,8 @@ SAYINGS = {
     "odd text": (message(text(ODD_TEXT)), plan_with()),
     "nothing": (message(), plan_with()),
     "two texts": (message(text("a"), text("b")), plan_with()),
-    "thinking, text, calls": (message(thinking("hm\u2028", "c2ln"), text("A"), tool_use("toolu_1", "f", {"\u2029": "é"}),
+    "thinking, text, calls": (message(thinking("hm\u2028", "c2ln"), text("A"),
+                                      tool_use("toolu_1", "f", {"\u2029": "\u00e9"}),
                                       tool_use("toolu_2", "my_tool", {})), plan_with()),
     "hidden and interleaved thinking": (message(thinking("", "c2ln"), tool_use("toolu_1", "f", {"a": [1, 2.5, None]}),
                                                 thinking("more", "c2l2"), tool_use("toolu_2", "f", {})), plan_with()),
@@ -4968,6 +3876,7 @@ class EventDecoderTests(unittest.TestCase):
         ("other fields", b'event: a\nid: 1\nretry: 10\ndata: {"type":"a"}\nunknown\nnonsense: 1\n\n', "a"),
         ("the name after the data", b'data: {"type":"a"}\nevent: a\n\n', "a"),
         ("several lines", b'data: {\ndata: "type":\ndata: "a"\ndata: }\n\n', "a"),
+        ("several lines in CRLF", b'data: {\r\ndata: "type":\r\ndata: "a"}\r\n\r\n', "a"),
         ("no data", b"event: ping\n\nevent: x\nid: 3\n\n", ""),
         ("blank lines", b'\n\n\r\n\rdata: {"type":"a"}\n\n\n\n', "a"),
         ("no blank line at the end", b'data: {"type":"a"}\n\ndata: {"type":"b"}\n', "a b"),
@@ -5034,6 +3943,7 @@ class UpstreamBodyTests(GatewayTestCase):
             ("a stream with a mark", Reply(headers=EVENT_STREAM, body=b"\xef\xbb\xbf" + sse(events_of(whole)))),
         ):
             with self.subTest(name):
+                self.claude.reset()
                 self.claude.play(reply, reply)
                 plain = self.chat()
                 self.assertEqual(plain.status, 200, plain.raw)
@@ -5050,7 +3960,7 @@ class UpstreamBodyTests(GatewayTestCase):
         self.addCleanup(go_on.set)
         self.claude.play(Reply(headers={"content-type": "TEXT/EVENT-STREAM"},
                                pieces=[sse(self.EVENTS[:3]), go_on, sse(self.EVENTS[3:])]))
-        connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=3)
+        connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=2)
         self.addCleanup(connection.close)
         connection.request("POST", "/v1/chat/completions", json.dumps(
             {"model": "claude-sonnet-5-5", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}))
@@ -5118,6 +4028,7 @@ class UpstreamBodyTests(GatewayTestCase):
         for tail in (b"data: [DONE]\n\n", b"data: {oops\n\n", sse([error_body("api_error", "x")])):
             for pieces in ([sse(self.EVENTS) + tail], [sse(self.EVENTS), tail]):
                 with self.subTest(tail=tail, pieces=len(pieces)):
+                    self.claude.reset()
                     self.claude.play(Reply(pieces=pieces), Reply(pieces=pieces))
                     self.assertEqual(self.chat().status, 200)
                     self.assertEqual(self.chat(stream=True).events[-1], "[DONE]")
@@ -5235,8 +4146,9 @@ class PausedAnswerTests(GatewayTestCase):
 
     def test_an_empty_text_is_not_sent_back(self):
         # Claude may open a text block and say nothing in it, but takes no such block back
-        for parts in self.both_kinds(self.paused(text(""), text("A")), message(text("B"))):
-            self.assertEqual(parts["message"]["content"], "AB")
+        for empty in ("", "\n\n"):
+            for parts in self.both_kinds(self.paused(text(empty), text("A")), message(text("B"))):
+                self.assertEqual(parts["message"]["content"], empty + "AB")
 
     def test_the_stream_looks_like_one(self):
         self.claude.play(self.paused(text("A")), message(text("B"), id="msg_other"))
@@ -5259,8 +4171,8 @@ class PausedAnswerTests(GatewayTestCase):
         self.claude.play(self.paused(text("A")), Reply(529, body=error_body("overloaded_error", "x"),
                                                        headers={"retry-after": "0"}))
         answer = self.chat(stream=True, web_search_options={})
-        self.assertEqual((json.loads(answer.events[-1]).get("error", {}).get("code"), len(self.claude.messages)),
-                         ("overloaded", 2))
+        self.assertEqual(len(self.claude.messages), 2)
+        self.assertEqual(json.loads(answer.events[-1])["error"]["code"], "overloaded")
 
     def test_there_is_an_end_to_it_in_streams_too(self):
         self.claude.strict = False                  # the same search again and again is not what Claude would say
@@ -5300,7 +4212,7 @@ class ClaudeErrorTests(GatewayTestCase):
     def test_a_status_without_claudes_words_says_what_it_can(self):
         page = b"<html><body>" + b"x" * 5000
         for status, ours, code in ((400, 400, None), (401, 401, "upstream_authentication"), (403, 403, None),
-                                   (404, 404, None), (408, 408, None), (413, 413, "request_too_large"),
+                                   (404, 404, None), (408, 504, "timeout"), (413, 413, "request_too_large"),
                                    (429, 429, "rate_limit_exceeded"), (500, 500, None), (502, 502, None),
                                    (503, 503, None), (504, 504, "timeout"), (529, 503, "overloaded")):
             for body in (page, b"", b"[]", b'{"error": "x"}', b'{"error": {"message": null}}'):
@@ -5480,11 +4392,9 @@ class OwnRetryTests(GatewayTestCase):
 
     def test_a_client_that_retries_by_itself_is_left_to_it(self):
         for value, calls_made in (("0", 2), ("1", 1), ("2", 1)):
-            for reply in (Reply(529, body=error_body("overloaded_error", "x"), headers=self.AT_ONCE), Reply(None)):
-                if reply.status is None and calls_made == 2:
-                    continue                        # waits half a second; its success has a test of its own
-                with self.subTest(value=value, reply=reply.status):
-                    self.assertEqual(self.calls_for(reply, headers={"x-stainless-retry-count": value})[1], calls_made)
+            with self.subTest(value=value):
+                reply = Reply(529, body=error_body("overloaded_error", "x"), headers=self.AT_ONCE)
+                self.assertEqual(self.calls_for(reply, headers={"x-stainless-retry-count": value})[1], calls_made)
 
     def test_claudes_veto_holds(self):
         reply = Reply(529, body=error_body("overloaded_error", "x"), headers=dict(self.AT_ONCE,
@@ -5525,8 +4435,9 @@ class LessonKeepingTests(GatewayTestCase):
         self.addCleanup(setattr, self.claude, "strict", True)
         for model, words, before, after in (
             ("claude-opus-4-6", "adaptive thinking is not supported on this model", "adaptive", "enabled"),
-            ("claude-haiku-4-5", '"thinking.type.enabled" is not supported for this model. Use "thinking.type.adaptive" '
-             'and "output_config.effort" to control thinking behavior.', "enabled", "adaptive"),
+            ("claude-haiku-4-5", '"thinking.type.enabled" is not supported for this model. Use '
+             '"thinking.type.adaptive" and "output_config.effort" to control thinking behavior.',
+             "enabled", "adaptive"),
         ):
             with self.subTest(model=model):
                 self.refuse(words)
@@ -5616,7 +4527,7 @@ class ThinkingReplayTests(GatewayTestCase):
         self.assertEqual(self.replayed(history), wanted)
 
     def test_what_clients_do_to_a_turn_on_its_way_back_does_not_matter(self):
-        blocks = [thinking("hm", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"a": 1, "b": "é"})]
+        blocks = [thinking("hm", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"a": 1, "b": "\u00e9"})]
         for name, change in (
             ("spaces in arguments", lambda reply: reply["tool_calls"][0]["function"].update(
                 arguments='{ "b":"\\u00e9",\n"a": 1 }')),
@@ -5872,6 +4783,13 @@ class PictureFetchTests(GatewayTestCase):
         self.assertEqual(sorted(headers), ["accept", "accept-encoding", "connection", "host", "user-agent"])
         self.assertNotIn(SECRET, str(headers))
 
+    def test_the_query_is_asked_for_and_the_fragment_is_not(self):
+        server = self.serve(**{"a.png?x=1&y=%2F": (200, {}, base64.b64decode(PIXEL)),
+                               "?x": (200, {}, base64.b64decode(PIXEL))})
+        for rest in ("/a.png?x=1&y=%2F#part", "?x"):
+            self.assertEqual(self.look(server.name + rest).status, 200)
+        self.assertEqual([path for path, _ in server.seen], ["/a.png?x=1&y=%2F", "/?x"])
+
     def test_what_is_no_fitting_image_is_400_by_url_and_rule(self):
         png_bytes = base64.b64decode(PIXEL)
         server = self.serve(
@@ -5909,8 +4827,8 @@ class PictureFetchTests(GatewayTestCase):
         server = self.serve()
         port = server.server.server_address[1]
         self.fetcher.permit = lambda address: address == "127.0.0.1"
-        targets = ["http://127.0.0.2:%d/" % port, "http://10.0.0.1/", "http://169.254.169.254/", "http://[::1]:%d/" % port]
-        for target in targets:
+        for target in ("http://127.0.0.2:%d/" % port, "http://10.0.0.1/", "http://169.254.169.254/",
+                       "http://[::1]:%d/" % port):
             with self.subTest(target=target):
                 other = self.serve(a=(302, {"location": target}, b""))
                 answer = self.look(other.name + "/a")
@@ -5984,8 +4902,7 @@ class PictureFetchTests(GatewayTestCase):
 
     def test_an_unreachable_server_is_400_that_names_the_url(self):
         server = self.serve()
-        server.close()
-        self.addCleanup(lambda: None)
+        server.server.server_close()
         answer = self.look(server.name + "/a.png")
         self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
         self.assertIn(server.name + "/a.png", answer.error["message"])
@@ -6019,16 +4936,18 @@ class ChangesHeaderTests(GatewayTestCase):
     def test_it_is_ascii_of_1_kb_at_most_and_counts_the_rest(self):
         for names in (["field_%03d" % at for at in range(300)], ["x" * 500 + str(at) for at in range(50)],
                       ["\u00e9\u2028, ;=\r\n" + str(at) for at in range(300)]):
-            told = self.chat(**{name: 1 for name in names}).headers["x-claude-gateway-changes"]
+            told = self.chat(**dict.fromkeys(names, 1)).headers["x-claude-gateway-changes"]
             self.assertLessEqual(len(told), 1024)
             self.assertRegex(told, r"\Adropped=[A-Za-z0-9_.\[\]-]+(,[A-Za-z0-9_.\[\]-]+)*; \+\d+ more\Z")
             shown = len(told.split(";")[0].split(","))
             self.assertEqual(shown + int(re.search(r"\+(\d+) more", told).group(1)), len(names))
 
     def test_the_log_has_the_full_list_with_reasons(self):
+        self.start()
         names = ["field_%03d" % at for at in range(300)]
         with self.assertLogs("claude_gateway", "INFO") as logged:
-            self.chat(**{name: 1 for name in names})
+            self.chat(**dict.fromkeys(names, 1))
+            self.service.close(5)                   # the log line comes after the answer
         told = [line for line in logged.output if "field_000" in line]
         self.assertEqual(len(told), 1)
         self.assertTrue(all(name in told[0] for name in names))
@@ -6078,10 +4997,12 @@ class ModelListTests(GatewayTestCase):
 
     def test_without_a_list_the_built_in_table_serves(self):
         for status, body in ((404, error_body("not_found_error", "Not found")), (500, b"<html>"), (200, b"{}"),
-                             (200, {"data": "x"}), (200, {"data": []}), (200, {"data": [1, {}, {"id": 5}]})):
+                             (200, {"data": "x"}), (200, {"data": []}), (200, {"data": [1, {}, {"id": 5}]}),
+                             (200, {"data": [None, [], "claude-opus-7"], "has_more": True, "last_id": 5})):
             with self.subTest(status=status, body=body):
-                self.claude._model_list = lambda recorded, reply=Reply(status, body=body): reply
-                self.addCleanup(self.claude.__dict__.pop, "_model_list", None)
+                route = ("GET", r"/v1/models", lambda fake, recorded, reply=Reply(status, body=body): reply)
+                self.claude._ROUTES = (route,) + FakeClaude._ROUTES
+                self.addCleanup(self.claude.__dict__.pop, "_ROUTES", None)
                 self.start()
                 ids = self.ids()
                 self.assertTrue({"claude-opus-5-5", "claude-haiku-4-5-20251001", "opus", "sonnet"} <= set(ids))
@@ -6185,18 +5106,19 @@ class LeavingClientTests(GatewayTestCase):
                 self.leave_after(Reply(pieces=held_back), b"", False)
 
     def test_while_claude_goes_on_after_a_pause(self):
-        self.claude.play(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"),
-                         Reply(body=message(text("Hi")), hold=[self.held]))
+        arrived = threading.Event()
+
+        def go_on(recorded):
+            arrived.set()
+            return Reply(body=message(text("Hi")), hold=[self.held])
+
+        self.claude.play(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"), go_on)
         body = json.dumps({"model": "claude-sonnet-5-5", "stream": True, "web_search_options": {},
                            "messages": [{"role": "user", "content": "Hello"}]}).encode()
         connection = self.connect()
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
                            (len(body), body))
-        received = b""
-        while b"I look." not in received.replace(b'"}', b""):
-            received += connection.recv(65_536)
-            if received.count(b'"content"') > 3:
-                break
+        self.assertTrue(arrived.wait(10))
         connection.close()
         self.assertTrue(self.claude.wait_closed(10))
 
@@ -9957,8 +8879,10 @@ class TlsTests(TlsTestCase):
             gateway = Gateway(Config(base_url=raw.url, anthropic_api_key=SECRET, ca_file=self.certificate))
             self.addCleanup(gateway.close)
             threading.Timer(3, never.set).start()       # where the deadline does not hold, the test ends all the same
+            watch = claude_gateway.Watch(patience=0.1)
+            watch.may_retry = False
             with self.assertRaises(claude_gateway.UpstreamTimeout):
-                gateway.upstream.messages(b"{}", claude_gateway.Watch(patience=0.1), may_retry=False)
+                gateway.upstream.messages(b"{}", watch)
 
     def test_a_client_that_leaves_before_the_first_token_stops_claude_over_tls_too(self):
         never = threading.Event()
