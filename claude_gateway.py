@@ -5097,7 +5097,7 @@ class Exchange:
         self._conversation = conversation_key(incoming.owner, history)
         self._replay = gateway.answers.may_replay(self._conversation)
         self._images: Dict[str, Tuple[str, str]] = {}
-        self._inline = False
+        self._inline = ""                           # Claude's words, once images by address have been refused
         self._reply: Optional[UpstreamReply] = None
         self._headers: Dict[str, str] = {}
         self.assembler = MessageAssembler()
@@ -5185,7 +5185,13 @@ class Exchange:
         """An image by address becomes one by its bytes."""
         url = source["url"]
         if url not in self._images:
-            self._images[url] = self._gateway.images.fetch(url)
+            try:
+                self._images[url] = self._gateway.images.fetch(url)
+            except InvalidRequest as failure:
+                if not self._inline:
+                    raise
+                raise InvalidRequest("%s It was fetched here because Claude had answered: %s" %
+                                     (failure, self._inline), failure.param, failure.code) from failure
         media_type, data = self._images[url]
         source.clear()
         source.update(type="base64", media_type=media_type, data=data)
@@ -5219,7 +5225,7 @@ class Exchange:
             if self._lesson:
                 return True
         if not self._inline and any(url_sources(self.translation.request["messages"])):
-            self._inline = True
+            self._inline = str(refusal)
             return True
         return False
 

@@ -4755,6 +4755,17 @@ class PictureFetchTests(GatewayTestCase):
         answer = self.look(self.SECURE)
         self.assertEqual((answer.status, answer.error["message"], len(self.claude.messages)), (400, self.REFUSED, 2))
 
+    def test_claudes_words_are_not_lost_where_the_gateway_cannot_fetch_it_either(self):
+        def fetch(url):
+            raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
+        self.fetcher.fetch = fetch
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.REFUSED))
+        answer = self.look(self.SECURE)
+        self.assertEqual((answer.status, answer.error["param"], answer.error["code"]),
+                         (400, "image_url", "invalid_image_url"))
+        self.assertTrue(answer.error["message"].startswith("The image is not there. "))
+        self.assertTrue(answer.error["message"].endswith(self.REFUSED))
+
     def test_a_refusal_of_another_status_fetches_nothing(self):
         self.fetcher.fetch = lambda url: self.fail("fetched")
         self.claude.play(refusal_of_claude(403, "permission_error", self.REFUSED))
