@@ -6735,11 +6735,15 @@ def simulated_message(request: dict) -> dict:
     else:
         blocks.append({"type": "text", "text": "This is a simulated answer: claude-gateway runs in demo mode, and no "
                                                "model was asked. " + words_about(last, results)})
-    size = len(json.dumps(request["messages"])) // 4 + 1        # about four characters make a token
-    usage = {"input_tokens": size, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
-             "output_tokens": len(json.dumps(blocks)) // 4 + 1, "service_tier": "standard"}
+    usage = {"input_tokens": about_tokens(request["messages"]), "cache_creation_input_tokens": 0,
+             "cache_read_input_tokens": 0, "output_tokens": about_tokens(blocks), "service_tier": "standard"}
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
             "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+
+
+def about_tokens(value: Any) -> int:
+    """About four characters make a token."""
+    return len(json.dumps(value)) // 4 + 1
 
 
 def words_about(content: list[dict], results: list[dict]) -> str:
@@ -6799,7 +6803,7 @@ HOLD = "(simulation: begin an answer and never end it)"
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
-    """Answers every POST as /v1/messages."""
+    """Answers GET as /v1/models, POST as /v1/messages or its count_tokens."""
     server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
@@ -6811,13 +6815,28 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         self._send("application/json", json.dumps({"data": entries, "has_more": False, "last_id": None}).encode())
 
     def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])).decode())
-        if request["messages"][-1]["content"][-1].get("text") == HOLD:
-            self._hold(request)
+        body = self.rfile.read(int(self.headers["content-length"]))
+        try:
+            request = json.loads(body.decode())
+            for message in request["messages"]:
+                if isinstance(message["content"], str):
+                    message["content"] = [{"type": "text", "text": message["content"]}]
+            answer = simulated_message(request)
+        except (LookupError, TypeError, AttributeError, ValueError) as fault:
+            words = "The simulation cannot read this request: %s: %s" % (type(fault).__name__, fault)
+            error = {"type": "invalid_request_error", "message": words}
+            self._send("application/json", client_json({"type": "error", "error": error}), 400)
             return
-        events = simulated_events(simulated_message(request))
-        body = b"".join(b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event)) for event in events)
-        self._send("text/event-stream", body)
+        if self.path.endswith("/count_tokens"):
+            self._send("application/json", client_json({"input_tokens": answer["usage"]["input_tokens"]}))
+        elif not request.get("stream"):
+            self._send("application/json", client_json(answer))
+        elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
+            self._hold(request)
+        else:
+            self._send("text/event-stream", b"".join(
+                b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
+                for event in simulated_events(answer)))
 
     def _hold(self, request: dict) -> None:
         """An answer that only ends when the gateway hangs up, which is what `selftest` wants to see."""
@@ -6833,8 +6852,8 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
                 self.server.abandoned.set()
         self.close_connection = True
 
-    def _send(self, kind: str, body: bytes) -> None:
-        self.send_response(200)
+    def _send(self, kind: str, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
         self.send_header("request-id", "req_simulated_" + secrets.token_hex(6))

@@ -6482,6 +6482,27 @@ class DemoTests(CommandTestCase):
         self.assertEqual(json.loads(answer.message["content"]),
                          {"name": "simulated", "size": 1.5, "kind": "a", "tags": ["simulated"]})
 
+    def test_the_native_door_is_answered_too(self):
+        request = {"model": "sonnet", "max_tokens": 99, "messages": [{"role": "user", "content": "Hi there"}]}
+        plain = self.ask("POST", "/v1/messages", request)
+        self.assertEqual((plain.status, plain.json["type"], plain.json["stop_reason"]), (200, "message", "end_turn"))
+        self.assertIn("You wrote: Hi there", plain.json["content"][-1]["text"])
+        stream = self.ask("POST", "/v1/messages", dict(request, stream=True))
+        kinds = [json.loads(event)["type"] for event in stream.events]
+        self.assertEqual((stream.status, kinds[0], kinds[-1]), (200, "message_start", "message_stop"))
+        counted = self.ask("POST", "/v1/messages/count_tokens", {name: request[name] for name in ("model", "messages")})
+        self.assertEqual((counted.status, list(counted.json)), (200, ["input_tokens"]))
+        self.assertGreater(counted.json["input_tokens"], 5)
+        of_response = self.ask("POST", "/v1/responses/input_tokens", {"model": "sonnet", "input": "Hi there"})
+        self.assertEqual(of_response.status, 200)
+        self.assertGreater(of_response.json["input_tokens"], 5)
+
+    def test_what_it_cannot_read_is_refused_not_dropped(self):
+        for messages in ([], "Hi", [{"role": "user"}], [{"role": "user", "content": [1]}], [1]):
+            with self.subTest(messages=messages):
+                answer = self.ask("POST", "/v1/messages", {"model": "sonnet", "max_tokens": 9, "messages": messages})
+                self.assertEqual((answer.status, answer.json["error"]["type"]), (400, "invalid_request_error"))
+
     def test_no_request_is_too_odd_for_it(self):
         node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
                                                  "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
