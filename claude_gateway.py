@@ -551,7 +551,7 @@ class Catalog:
 
     def resolve(self, name: str | None) -> Model:
         """The model that a client means by `name`; ModelNotFound names the nearest ones."""
-        plain = (name or "").strip().lower()
+        plain = (name or "").strip().lower()[:200]      # the patterns are not made for more
         target = self.aliases.get(plain, plain)
         model = self._claude_model(target) or self.newest(tier_of(target))
         if model is None and "*" in self.aliases:
@@ -3594,7 +3594,7 @@ class ResponseStream:
         if not text:
             return []
         events = []
-        if not self._item or self._item["type"] != "function_call":
+        if not self._item or self._item["type"] not in ("function_call", "custom_tool_call"):
             forced = self._plan.forced_tool or ""
             call_id = forced_call_id(self._assembler.message.get("id"))
             events = self._close_item() + self._open_call(call_id, forced, self._plan.names.back(forced))
@@ -3816,7 +3816,7 @@ class FailedKeys:
             self._failures[address] = (count, now)
             while len(self._failures) > 10_000:
                 self._failures.popitem(last=False)
-        return min(2.0, 0.05 * 2 ** (count - 2)) if count > 1 else 0.0
+        return min(2.0, 0.05 * 2 ** min(count - 2, 6)) if count > 1 else 0.0
 
 
 class Budget:
@@ -3866,7 +3866,8 @@ class Counters:
         counts = {"input": usage.get("input_tokens"), "cache_read": usage.get("cache_read_input_tokens"),
                   "cache_write": usage.get("cache_creation_input_tokens"), "output": usage.get("output_tokens")}
         with self._lock:
-            tokens = self._tokens.setdefault(model_id if len(self._tokens) < 200 else "other", collections.Counter())
+            tokens = self._tokens.setdefault(model_id if model_id in self._tokens or len(self._tokens) < 200
+                                             else "other", collections.Counter())
             tokens.update({kind: count or 0 for kind, count in counts.items()})
             read = sum(tokens["cache_read"] for tokens in self._tokens.values())
             prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
@@ -7318,9 +7319,9 @@ def setup_text(name: str, config: Config) -> str:
         return SERVICE_FILES[name].replace("PYTHONW", re.sub(r"python(\.exe)?$", r"pythonw\1", python)).replace(
             "PYTHON", python).replace("FILE", os.path.abspath(__file__))
     origin = "http://localhost:%d" % config.port
-    return TOOL_SETTINGS[name].text.replace("BASE", origin + "/v1").replace("ORIGIN", origin).replace(
-        "KEY", "YOUR-GATEWAY-KEY" if config.api_key else "none").replace("MODEL", "sonnet").replace(
-        "PORT", str(config.port))
+    values = {"BASE": origin + "/v1", "ORIGIN": origin, "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
+              "MODEL": "sonnet", "PORT": str(config.port)}
+    return re.sub(r"\b(%s)\b" % "|".join(values), lambda word: values[word.group()], TOOL_SETTINGS[name].text)
 
 
 def completion_script(shell: str, commands: dict[str, list[str]]) -> str:

@@ -3310,6 +3310,18 @@ class AcrossTheRoomsTests(GatewayTestCase):
         penalties = [failed.penalty("10.0.0.1") for _ in range(12)]
         self.assertEqual((penalties[0], penalties[1], penalties[-1]), (0, 0.05, 2.0))
         self.assertEqual(failed.penalty("10.0.0.2"), 0)
+        self.assertEqual({failed.penalty("10.0.0.1") for _ in range(2_000)}, {2.0}, "however often")
+
+    def test_settings_name_their_variables_as_the_tools_do(self):
+        config = Config(port=45_554)
+        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
+        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
+                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
+            self.assertIn(line, texts)
+        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
+
+    def test_a_long_name_of_a_model_is_no_trap(self):
+        self.assertEqual(self.chat(model=":" * 400_000 + "\nx").status, 404)
 
     def test_no_mutation_of_a_request_gets_a_500_or_no_answer(self):
         dice, request = random.Random(5), chat_bytes("X-A: b", "Connection: close")
