@@ -901,6 +901,8 @@ def number_of(value: Any, path: str) -> float:
                 return parsed
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong(path, "a number", value)
+    if not abs(value) < 1e300:
+        raise InvalidRequest("%s: this number is out of range." % path, path, "invalid_value")
     return value
 
 
@@ -2895,7 +2897,7 @@ class EventDecoder:
 def event_from_data(data: bytes) -> dict:
     try:
         event = json.loads(data.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         event = None
     if not isinstance(event, dict) or not isinstance(event.get("type"), str):
         raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API.")
@@ -3628,6 +3630,9 @@ class Bounded:
         self._lock = threading.Lock()
 
     def put(self, key: Any, value: bytes) -> None:
+        if len(value) > self._size:                 # it would push out everything else, and then itself
+            self.remove(key)
+            return
         with self._lock:
             self._used += len(value) - len(self._table.pop(key, b""))
             self._table[key] = value

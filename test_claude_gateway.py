@@ -3320,6 +3320,20 @@ class AcrossTheRoomsTests(GatewayTestCase):
             self.assertIn(line, texts)
         self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
 
+    def test_a_number_beyond_floats_is_refused_by_name(self):
+        answer = self.chat(model="claude-sonnet-4-6", temperature=10 ** 350)
+        self.assertEqual((answer.status, answer.error["param"]), (400, "temperature"))
+
+    def test_an_entry_too_large_to_keep_pushes_nothing_out(self):
+        table = claude_gateway.Bounded(9, 100)
+        table.put("small", b"x")
+        table.put("large", b"x" * 101)
+        self.assertEqual((table.get("small"), table.get("large")), (b"x", None))
+
+    def test_an_event_nested_without_end_is_a_fault_of_the_upstream(self):
+        with self.assertRaises(claude_gateway.UpstreamFault):
+            claude_gateway.event_from_data(b"[" * 200_000)
+
     def test_a_long_name_of_a_model_is_no_trap(self):
         self.assertEqual(self.chat(model=":" * 400_000 + "\nx").status, 404)
 
