@@ -102,6 +102,7 @@ MAX_HEAD = 65_536                               # bytes of request line and head
 MAX_HEADERS = 100                               # header lines
 MAX_REQUESTS = 2_000                            # at once; beyond: 503
 MAX_CONNECTIONS = 4_000                         # at once, idle ones included; each holds a thread
+READ_SIZE = 65_536                              # bytes that one read of a socket may bring
 BACKLOG = 1_024                                 # connections the system queues while we accept; the default is 5
 
 IDLE_TIMEOUT = 75                               # seconds a kept-alive connection may stay silent
@@ -206,6 +207,14 @@ class GatewayError(Exception):
     def body(self) -> dict:
         """The error envelope of OpenAI's API reference."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def anthropic_status(self) -> int:
+        return self.status
+
+    @property
+    def anthropic_headers(self) -> dict[str, str]:
+        return self.headers
 
     def anthropic_body(self) -> dict:
         """The error envelope of Anthropic's API, for clients that speak it."""
@@ -379,6 +388,15 @@ class ClaudeError(GatewayError):
                          headers=dict(headers_from_claude(headers or {})))
         if self.code in FINAL_CODES:
             self.headers["x-should-retry"] = "false"
+        self._anthropic_headers = anthropic_headers(headers or {})
+
+    @property
+    def anthropic_status(self) -> int:
+        return self.upstream_status if self.upstream_status >= 400 else self.status
+
+    @property
+    def anthropic_headers(self) -> dict[str, str]:
+        return dict(self.headers, **self._anthropic_headers)
 
     def anthropic_body(self) -> dict:
         return {"type": "error", "error": {"type": self.claude_type, "message": str(self)},
@@ -401,6 +419,12 @@ def headers_from_claude(headers: dict[str, str]) -> Iterator[tuple[str, str]]:
         value = headers.get(theirs)
         if value:
             yield ours, printable(duration_until(value) if theirs.endswith("reset") else value)
+
+
+def anthropic_headers(headers: dict[str, str]) -> dict[str, str]:
+    """The headers of Claude's answer that a client of Anthropic's own API reads, as they are."""
+    return {name: printable(value, 1_000) for name, value in headers.items()
+            if name in ("request-id", "retry-after", "x-should-retry") or name.startswith("anthropic-")}
 
 
 def duration_until(moment: str) -> str:
@@ -4452,7 +4476,7 @@ class WatchedReader(io.RawIOBase):
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What http.client asks of a socket that it reads a response from."""
-        return io.BufferedReader(self, 65_536)
+        return io.BufferedReader(self, 8_192)       # for the head; what is larger goes past it
 
     def readable(self) -> bool:
         return True
@@ -4580,6 +4604,7 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
                 if not reused:
                     raise
                 connection, replaced = None, True   # it died of age: the request was not accepted
+                request.watch.may_retry = False
                 continue
             except BaseException:
                 connection.close()
@@ -4595,12 +4620,84 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
         return WatchedConnection(request.host, timeout=CONNECT_TIMEOUT)
 
 
+class BodyFraming:
+    """Where the body of an answer ends (RFC 9112, 6.3): bytes of the connection in, bytes of the body out.
+
+    http.client does this too, but with several reads for each chunk, and not where a read may find nothing yet.
+    """
+    SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\Z")
+
+    def __init__(self, chunked: bool, length: int | None) -> None:
+        self._chunked = chunked
+        self._left = 0 if chunked else length       # bytes of the chunk or body; None: until the connection ends
+        self._rest = b""                            # a line of the chunked coding that has only begun
+        self._in_chunk = self._in_trailers = False
+        self.done = length == 0 and not chunked
+        self.surplus = False                        # more came than the body: the connection is out of step
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of `data` that is body.  Raises UpstreamFault for a chunk that does not hold together."""
+        if self._chunked:
+            return self._from_chunks(data)
+        if self._left is None:
+            return data
+        self.surplus = len(data) > self._left
+        data = data[:self._left]
+        self._left -= len(data)
+        self.done = not self._left
+        return data
+
+    def end(self) -> None:
+        """The connection has ended.  Raises UpstreamFault where that cuts the body short."""
+        if self._left is not None:
+            raise UpstreamFault("The upstream broke off in the middle of its answer.")
+        self.done = self.surplus = True             # nothing can follow on this connection
+
+    def _from_chunks(self, data: bytes) -> bytes:
+        """The chunked coding (RFC 9112, 7.1), however the bytes were cut."""
+        data, at = self._rest + data if self._rest else data, 0
+        pieces: list[bytes] = []
+        while at < len(data) and not self.done:
+            if self._left:
+                piece = data[at:at + self._left]
+                pieces.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                continue
+            end = data.find(b"\n", at)
+            if end < 0:
+                break
+            self._line(data[at:end - 1] if data[end - 1:end] == b"\r" else data[at:end])
+            at = end + 1
+        self._rest = b"" if self.done else data[at:]
+        self.surplus = self.done and at < len(data)
+        if len(self._rest) > 65_536:
+            raise UpstreamFault("The upstream sent a chunk size without end.")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _line(self, line: bytes) -> None:
+        """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
+        if self._in_trailers:
+            self.done = not line
+        elif self._in_chunk:
+            if line:
+                raise UpstreamFault("The upstream sent a chunk that is longer than its size.")
+            self._in_chunk = False
+        else:
+            match = self.SIZE.match(line)
+            if not match:
+                raise UpstreamFault("The upstream sent a chunk without a size.")
+            self._left = int(match.group(1), 16)
+            self._in_chunk, self._in_trailers = self._left > 0, self._left == 0
+
+
 class UpstreamReply:
     """An answer of the upstream: status, headers (lower case), and the body in the pieces it comes in."""
 
     def __init__(self, response: Any) -> None:
         self._response = response
-        self._finished = self._closed = False
+        self._framing = BodyFraming(response.chunked, response.length)
+        self._closed = False
         self.status: int = response.status
         self.headers = {name.lower(): value for name, value in response.headers.items()}
         encoding = self.headers.get("content-encoding", "identity").lower()
@@ -4610,27 +4707,27 @@ class UpstreamReply:
         self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
 
     @property
+    def complete(self) -> bool:
+        return self._framing.done
+
+    @property
     def is_stream(self) -> bool:
         return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it arrives.  Raises UpstreamFault when it breaks off."""
-        response = self._response
-        left = response.length                      # None where the body is chunked or ends with the connection
+        framing, file = self._framing, self._response.fp
         try:
-            while left is None or left > 0:
-                piece = response.read1(65_536)
-                if not piece:
-                    if left:
-                        raise UpstreamFault("The upstream broke off in the middle of its answer.")
-                    break
-                left = None if left is None else left - len(piece)
+            while not framing.done:
+                data = file.read1(READ_SIZE)
+                if not data:
+                    framing.end()
+                piece = framing.feed(data)
                 yield self._inflate.decompress(piece) if self._inflate else piece
         except (OSError, http.client.HTTPException, zlib.error) as fault:
             raise fault_from(fault, "broke off in the middle of its answer") from fault
         if self._inflate and not self._inflate.eof:
             raise UpstreamFault("The upstream broke off in the middle of its answer.")
-        self._finished = True
 
     def read(self, limit: int = 64_000_000) -> bytes:
         """The whole body."""
@@ -4641,19 +4738,20 @@ class UpstreamReply:
                 raise UpstreamFault("The upstream's answer is larger than %d bytes." % limit)
         return bytes(body)
 
-    def drain(self) -> None:
-        """Reads what should be the last bytes of an answer that is complete, so that its connection can be kept."""
-        self._response.connection.watch = Watch(patience=0.2)
-        with contextlib.suppress(GatewayError):
-            for _ in self.pieces():
-                pass
+    def close(self, answered: bool = False) -> None:
+        """Gives the connection back if the body was read to its end; otherwise closes it, which stops Claude.
 
-    def close(self) -> None:
-        """Gives the connection back if the answer was read to its end; otherwise closes it, which stops Claude."""
+        `answered`: all that matters has been read, so the end is worth waiting for a moment.
+        """
         if self._closed:                            # given back twice, it would serve two requests at once
             return
         self._closed = True
-        reusable = self._finished and not self._response.will_close
+        if answered and not self._framing.done:
+            self._response.connection.watch = Watch(patience=0.2)
+            with contextlib.suppress(GatewayError):
+                for _ in self.pieces():
+                    pass
+        reusable = self._framing.done and not self._framing.surplus and not self._response.will_close
         self._response.close()
         (self._response.give_back if reusable else self._response.connection.close)()
 
@@ -5050,6 +5148,7 @@ class Reply:
     failure: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
     pieces: Optional[Iterator[bytes]] = None
     raw: Optional[bytes] = None                     # a body that is not JSON
+    close: Callable[[], None] = lambda: None        # to be called when the client has it all, or has gone
 
 
 class Gateway:
@@ -5106,6 +5205,7 @@ class Exchange:
         self._inline = ""                           # Claude's words, once images by address have been refused
         self._reply: Optional[UpstreamReply] = None
         self._headers: Dict[str, str] = {}
+        self._counted = False                       # the tokens of this answer
         self.assembler = MessageAssembler()
         self.translation: Translation
 
@@ -5130,10 +5230,6 @@ class Exchange:
             if told.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(told.ignored))
             return
-
-    def open_or_close(self) -> None:
-        with closed_on_failure(self):
-            self.open()
 
     def whole_message(self) -> dict:
         """Reads the answer to its end."""
@@ -5161,16 +5257,16 @@ class Exchange:
             if self.assembler.message["stop_reason"] != "pause_turn" or pause == MOST_PAUSES:
                 break
             self._continue()
-        message = self.assembler.whole()
-        record = self._incoming.record
-        record.take_usage(message["usage"])
-        record.cached_percent_of_all = self._gateway.counters.add_tokens(self._known.id, message["usage"])
-        self._gateway.answers.remember(self._incoming.owner, self._known.id, message)
+        self._count_tokens()
+        self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.whole())
+        if self._reply and self._reply.complete:    # its connection is free before the client can want another
+            self.close()
 
     def close(self) -> None:
         """Ends the upstream call, whether it was over or not."""
+        self._count_tokens()                        # also of an answer that nobody waited for
         if self._reply:
-            self._reply.close()
+            self._reply.close(answered=self.assembler.done)
             self._reply = None
 
     def translate(self) -> Translation:
@@ -5204,10 +5300,7 @@ class Exchange:
 
     def _send(self, request: dict) -> None:
         parts = upstream_parts(request)
-        body = b"".join(parts)
-        if len(body) > MAX_UPSTREAM_BODY:
-            raise TooLarge("The request has %.1f MB as Claude would get it; Claude takes up to 32 MB." %
-                           (len(body) / 1e6))
+        body = within_upstream_limit(b"".join(parts))
         LOG.debug("to Claude: %s", request, extra={"payload": request})
         self._reply = self._gateway.upstream.messages(body, self._incoming.watch, self._incoming.hops,
                                                       (FAST_MODE_BETA,) if "speed" in request else ())
@@ -5235,6 +5328,13 @@ class Exchange:
             return True
         return False
 
+    def _count_tokens(self) -> None:
+        if self.assembler.message and not self._counted:
+            self._counted = True
+            message = self.assembler.whole()
+            LOG.debug("from Claude: %s", message, extra={"payload": message})
+            count_tokens(self._gateway, self._incoming.record, self._known.id, message["usage"])
+
     def _batches_of_stream(self, translate: Callable[[dict], List[dict]]) -> Iterator[list[dict]]:
         for events in self._event_batches():
             translated: List[dict] = []
@@ -5252,9 +5352,6 @@ class Exchange:
                 break
         else:
             raise UpstreamFault("The upstream ended its answer without message_stop.")
-        assert self._reply
-        self._reply.drain()
-        self.close()
 
     def _event_batches(self) -> Iterator[list[dict]]:
         """Events as they arrive, also when the upstream answers in JSON."""
@@ -5273,10 +5370,25 @@ class Exchange:
                    if block["type"] != "text" or block["text"].strip()]
         request = self.translation.request
         messages = request["messages"] + [{"role": "assistant", "content": content}]
+        if self._reply:
+            self._reply.close(answered=True)
         self.assembler.resume()
         if self._incoming.record.stream:
             self._incoming.watch.may_retry = False      # the client has begun to read
         self._send(dict(request, messages=messages))
+
+
+def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -> None:
+    """Puts the tokens of one answer into the log, the status page and the metrics."""
+    record.take_usage(usage)
+    record.cached_percent_of_all = gateway.counters.add_tokens(model_id, usage)
+
+
+def within_upstream_limit(body: bytes) -> bytes:
+    """A body for Claude, of a size that it takes."""
+    if len(body) > MAX_UPSTREAM_BODY:
+        raise TooLarge("The request has %.1f MB as Claude would get it; Claude takes up to 32 MB." % (len(body) / 1e6))
+    return body
 
 
 def conversation_key(owner: str, history: Sequence[Any]) -> str:
@@ -5375,9 +5487,9 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
         if wants_stream(body):
             stream = ChatStream(envelope, plan, exchange.assembler, include_usage)
             return Reply(headers=exchange.headers(), batches=stream_batches(exchange, stream),
-                         closing=b"data: [DONE]\n\n")
+                         closing=b"data: [DONE]\n\n", close=exchange.close)
         message = exchange.whole_message()
-        return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
+        return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers(), close=exchange.close)
 
 
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> Exchange:
@@ -5422,12 +5534,9 @@ def closed_on_failure(exchange: Exchange) -> Iterator[None]:
 
 
 def stream_batches(exchange: Exchange, stream: ChatStream | ResponseStream) -> Iterator[list[dict]]:
-    """The batches of a stream, its last events included; ends the upstream call however it is left."""
-    try:
-        yield from exchange.batches(stream.feed)
-        yield stream.finish()
-    finally:
-        exchange.close()
+    """The batches of a stream, its last events included."""
+    yield from exchange.batches(stream.feed)
+    yield stream.finish()
 
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -5443,10 +5552,11 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
         stream = ResponseStream(envelope, exchange.translation.plan, exchange.assembler, encrypted)
         batches = response_batches(gateway, incoming, exchange, stream, earlier)
         if wants_stream(body):
-            return Reply(headers=exchange.headers(), batches=batches, named_events=True, failure=stream.fail)
+            return Reply(headers=exchange.headers(), batches=batches, named_events=True, failure=stream.fail,
+                         close=exchange.close)
         for _ in batches:
             pass
-        return Reply(stream.response, exchange.headers())
+        return Reply(stream.response, exchange.headers(), close=exchange.close)
 
 
 def response_batches(gateway: Gateway, incoming: Incoming, exchange: Exchange, stream: ResponseStream,
@@ -5505,7 +5615,7 @@ def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
     request = without(exchange.translate().request, "max_tokens", "stream", "temperature", "top_p", "top_k",
                       "stop_sequences", "metadata", "service_tier", "speed")
-    reply = gateway.upstream.messages(upstream_json(request), incoming.watch, incoming.hops,
+    reply = gateway.upstream.messages(within_upstream_limit(upstream_json(request)), incoming.watch, incoming.hops,
                                       path="/v1/messages/count_tokens")
     try:
         return Reply({"object": "response.input_tokens",
@@ -5529,12 +5639,15 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time())}
     exchanges = [exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
                  for prompt in prompts]
-    exchanges[0].open_or_close()
     text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
-    if wants_stream(body):
-        return Reply(headers=exchanges[0].headers(), batches=text.batches(include_usage),
-                     closing=b"data: [DONE]\n\n")
-    return Reply(text.whole(), exchanges[0].headers())
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(text.close)
+        exchanges[0].open()
+        headers = exchanges[0].headers()
+        reply = Reply(headers=headers, batches=text.batches(include_usage), closing=b"data: [DONE]\n\n",
+                      close=text.close) if wants_stream(body) else Reply(text.whole(), headers, close=text.close)
+        on_failure.pop_all()
+    return reply
 
 
 def prompts_of(body: dict) -> list[str]:
@@ -5570,20 +5683,18 @@ class TextCompletion:
     def batches(self, include_usage: bool) -> Iterator[list[dict]]:
         """The chunks of all answers, one prompt after the other."""
         for at, exchange in enumerate(self._exchanges):
-            try:
-                if at:
-                    exchange.open()
-                stream = ChatStream(self._envelope, exchange.translation.plan, exchange.assembler, False)
-                if self._echoes[at]:
-                    yield [self._chunk(exchange, self._choice(at, self._echoes[at], None))]
-                for batch in stream_batches(exchange, stream):
-                    choices = [choice for chunk in batch for choice in chunk["choices"]]
-                    yield [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "",
-                                                              choice["finish_reason"]))
-                           for choice in choices if choice["delta"].get("content") or choice["finish_reason"]]
-                self._usage = added_usage(self._usage, exchange.assembler.usage)
-            finally:
-                exchange.close()
+            if at:
+                self._exchanges[at - 1].close()
+                exchange.open()
+            stream = ChatStream(self._envelope, exchange.translation.plan, exchange.assembler, False)
+            if self._echoes[at]:
+                yield [self._chunk(exchange, self._choice(at, self._echoes[at], None))]
+            for batch in stream_batches(exchange, stream):
+                choices = [choice for chunk in batch for choice in chunk["choices"]]
+                yield [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "",
+                                                          choice["finish_reason"]))
+                       for choice in choices if choice["delta"].get("content") or choice["finish_reason"]]
+            self._usage = added_usage(self._usage, exchange.assembler.usage)
         if include_usage:
             yield [dict(self._envelope, model=self._model(), choices=[], usage=usage_from_message(self._usage))]
 
@@ -5595,6 +5706,10 @@ class TextCompletion:
                 choices[choice["index"]]["text"] += choice["text"]
                 choices[choice["index"]]["finish_reason"] = choice["finish_reason"]
         return dict(self._envelope, model=self._model(), choices=choices, usage=usage_from_message(self._usage))
+
+    def close(self) -> None:
+        for exchange in self._exchanges:
+            exchange.close()
 
     def _model(self) -> str:
         return self._exchanges[-1].assembler.message["model"]
@@ -5654,24 +5769,57 @@ def native_marks(value: Any) -> Iterator[dict]:
 def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> Reply:
     """The call, with the client's version and betas; what Claude answers goes back as it is."""
     betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
+    data = within_upstream_limit(upstream_json(body))
+    LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(
-        upstream_json(body), incoming.watch, incoming.hops,
-        [beta for beta in betas if beta and not beta.startswith("oauth-")], path + beta_query,
-        incoming.headers.get("anthropic-version", ANTHROPIC_VERSION))
+        data, incoming.watch, incoming.hops, [beta for beta in betas if beta and not beta.startswith("oauth-")],
+        path + beta_query, incoming.headers.get("anthropic-version", ANTHROPIC_VERSION))
     incoming.record.request_id = reply.headers.get("request-id", "")
-    headers = {name: printable(value, 1_000) for name, value in reply.headers.items()
-               if name == "request-id" or name == "retry-after" or name.startswith("anthropic-")}
-    headers["content-type"] = printable(reply.headers.get("content-type", "application/json"))
-    return Reply(headers=headers, pieces=native_pieces(reply), named_events=True,
-                 failure=lambda failure: [dict(failure.anthropic_body(), type="error")])
+    headers = dict(anthropic_headers(reply.headers),
+                   **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
+    passing = PassingUsage(reply.is_stream)
 
-
-def native_pieces(reply: UpstreamReply) -> Iterator[bytes]:
-    try:
-        yield from reply.pieces()
-    finally:
+    def close() -> None:
         reply.close()
+        usage = passing.usage()
+        if usage:
+            count_tokens(gateway, incoming.record, body["model"], usage)
+    return Reply(headers=headers, pieces=map(passing.seen, reply.pieces()), named_events=True, close=close,
+                 failure=lambda failure: [failure.anthropic_body()])
+
+
+class PassingUsage:
+    """Reads the token counts of a native answer from the bytes that pass by; whatever it cannot read it leaves."""
+
+    def __init__(self, is_stream: bool) -> None:
+        self._decoder = EventDecoder() if is_stream else None
+        self._usage: dict = {}
+        self._body: List[bytes] = []
+
+    def seen(self, piece: bytes) -> bytes:
+        if self._decoder is None:
+            self._body.append(piece)
+            return piece
+        try:
+            events = self._decoder.feed(piece)
+        except UpstreamFault:
+            events = []
+        for event in events:
+            message = event.get("message")
+            for usage in (event.get("usage"), message.get("usage") if isinstance(message, dict) else None):
+                if isinstance(usage, dict):
+                    self._usage.update({name: value for name, value in usage.items() if value is not None})
+        return piece
+
+    def usage(self) -> dict:
+        """What was told so far, {} for an answer without any."""
+        if self._body:
+            with contextlib.suppress(ValueError, RecursionError):
+                answer = json.loads(b"".join(self._body).decode("utf-8"))
+                usage = answer.get("usage") if isinstance(answer, dict) else None
+                return usage if isinstance(usage, dict) else {}
+        return self._usage
 
 
 def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6270,6 +6418,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._body_unread = False
         encoding = self.head.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):
+            self._reserve(MAX_BODY)                 # what it may become
             body = inflated(body, encoding)
         self._reserve(len(body) - self._reserved)
         return body
@@ -6346,12 +6495,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
         del body                                    # a large one need not wait for Claude's answer
         reply = endpoint(self.gateway, incoming)
-        if reply.batches is not None or reply.pieces is not None:
-            self._send_stream(reply, incoming.watch)
-        else:
-            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
-            body = client_json(reply.body) if reply.raw is None else reply.raw
-            self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
+        try:
+            if reply.batches is not None or reply.pieces is not None:
+                self._send_stream(reply, incoming.watch)
+            else:
+                self._send_whole(reply)
+        finally:
+            reply.close()
 
     def _check_host(self, head: Head) -> Head:
         """Against DNS rebinding: a web page's own name never reaches this server.  Returns the head with a path."""
@@ -6406,7 +6556,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for digest in digests:
                 if hmac.compare_digest(known, digest):
                     owner = known.hex()
-        if owner or path in WITHOUT_KEY and head.method in ("GET", "HEAD"):
+        guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
+        if owner or path in WITHOUT_KEY and head.method in ("GET", "HEAD") and not guessed:
             return owner
         raise InvalidKey("A key of this gateway is needed (Authorization: Bearer KEY)." if not digests else
                          "This is not a key of this gateway.", headers={"www-authenticate": "Bearer"})
@@ -6429,6 +6580,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return key if re.match(r"sk-ant-[\x21-\x7e]+\Z", key) else ""
 
     # -- sending
+
+    def _send_whole(self, reply: Reply) -> None:
+        if reply.raw is None:
+            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
+        body = client_json(reply.body) if reply.raw is None else reply.raw
+        self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """A whole answer in one write."""
@@ -6491,7 +6648,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._in_stream = True
             watch.last_sent = time.monotonic()
             if reply.pieces is None:                # Claude's own bytes stay as they are
-                watch.idle = lambda: self._write_piece(b": keep-alive\n\n")
+                watch.idle = self._keep_alive
             for piece in pieces:
                 if piece:
                     self._write_piece(piece)
@@ -6499,17 +6656,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._end_stream()
         finally:
             watch.idle = None
-            pieces.close()                          # type: ignore[attr-defined]
+
+    def _keep_alive(self) -> None:
+        """A comment, for a client that has heard nothing for a while.  Raises ClientGone."""
+        try:
+            self._write_piece(b": keep-alive\n\n")
+        except OSError:                             # of the client's connection: it is no fault of the upstream
+            raise ClientGone from None
 
     def _framed(self, reply: Reply) -> Iterator[bytes]:
         """Server-sent events: what arrives together leaves together."""
         assert reply.batches is not None
-        try:
-            for batch in reply.batches:
-                yield b"".join(map(self._frame, batch))
-            yield reply.closing
-        finally:
-            reply.batches.close()                   # type: ignore[attr-defined]
+        for batch in reply.batches:
+            yield b"".join(map(self._frame, batch))
+        yield reply.closing
 
     def _frame(self, event: dict) -> bytes:
         name = b"event: " + event["type"].encode() + b"\n" if self._named_events else b""
@@ -6537,9 +6697,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self._write_piece(b"".join(map(self._frame, self._failed_events(failure))))
                     self._end_stream()              # any other body is cut, so that nobody takes it for whole
             else:
-                body = failure.anthropic_body() if self._native else failure.body()
-                self._send(failure.status, client_json(body),
-                           dict(failure.headers, **{"content-type": "application/json"}))
+                status, headers, body = (
+                    (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
+                    else (failure.status, failure.headers, failure.body()))
+                self._send(status, client_json(body), dict(headers, **{"content-type": "application/json"}))
         except OSError:
             self.close_connection = True
 
@@ -6672,6 +6833,7 @@ class Service:
         self.gateway = gateway
         self.listeners = listeners_for(gateway)
         self.port: int = self.listeners[0].server_address[1]
+        self._started = False
 
     @property
     def url(self) -> str:
@@ -6680,6 +6842,7 @@ class Service:
         return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, self.port)
 
     def start(self) -> None:
+        self._started = True
         for listener in self.listeners:
             threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, name="listener",
                              daemon=True).start()
@@ -6688,7 +6851,8 @@ class Service:
         """Stops accepting, lets running requests finish for `grace` seconds; whether all of them did."""
         self.gateway.running.draining = True
         for listener in self.listeners:
-            listener.shutdown()
+            if self._started:
+                listener.shutdown()                 # would wait for ever for a loop that never ran
             listener.server_close()
         finished = self.gateway.running.wait_until_idle(grace)
         self.gateway.close()
@@ -7035,10 +7199,12 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
         incoming = Incoming({"model": "haiku", "max_tokens": 16, "messages": [
             {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]})
         try:
-            completion = chat_completions(gateway, incoming).body
+            reply = chat_completions(gateway, incoming)
         except GatewayError as fault:
             yield Finding("Live call", "failed", str(fault), "See what Claude says of it.", 5)
             return
+        reply.close()
+        completion = reply.body
         usages.append(completion["usage"])
         if len(usages) == 1:
             yield Finding("Live call", "ok", "%s answered %s" % (

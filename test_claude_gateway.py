@@ -5135,6 +5135,27 @@ class LeavingClientTests(GatewayTestCase):
         events = events_of(message(text("Hello there")), size=100)
         self.leave_after(Reply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
 
+    def test_what_was_read_until_then_is_counted(self):
+        self.start()
+        events = events_of(message(text("Hello there"), usage={"input_tokens": 40, "output_tokens": 9}), size=100)
+        self.leave_after(Reply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
+        self.service.gateway.running.wait_until_idle(5)
+        self.assertEqual(self.service.gateway.counters.totals()["tokens"]["input"], 40)
+
+    def test_before_the_head_of_its_answer_could_be_written(self):
+        arrived = threading.Event()
+        events = events_of(message(text("Hello there")))
+        self.claude.play(lambda recorded: arrived.set() or Reply(
+            hold=[self.held], pieces=[sse(events[:1]), threading.Event(), b""]))
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + b"POST")
+        self.assertTrue(arrived.wait(10))
+        # with its next request begun it cannot be watched, so that only the writing tells
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        self.held.set()
+        self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+
     def test_during_a_plain_request(self):
         events = events_of(message(text("Hello there")))
         for held_back in ([sse(events[:4]), self.held, sse(events[4:])], [self.held, sse(events)]):
@@ -5560,6 +5581,26 @@ class NativeTests(GatewayTestCase):
         self.assertEqual(answer.error, {"type": "rate_limit_error", "message": "Slow"})
         answer = self.native(model="no-such-model")
         self.assertEqual((answer.status, answer.error["type"]), (404, "not_found_error"))
+
+    def test_an_error_keeps_claudes_status_and_headers(self):
+        told = {"anthropic-ratelimit-requests-remaining": "0", "anthropic-organization-id": "org-1"}
+        for status, kind in ((529, "overloaded_error"), (402, "billing_error"), (400, "invalid_request_error")):
+            with self.subTest(status=status):
+                self.claude.play(Reply(status, body=error_body(kind, "No"), headers=told))
+                answer = self.native(NO_RETRY)
+                self.assertEqual((answer.status, answer.error["type"]), (status, kind))
+                self.assertEqual({name: answer.headers.get(name) for name in told}, told)
+                self.assertTrue(answer.headers["request-id"])
+
+    def test_its_tokens_are_counted(self):
+        self.start()
+        usage = {"input_tokens": 5, "cache_read_input_tokens": 20, "cache_creation_input_tokens": 0, "output_tokens": 3}
+        for stream in (False, True):
+            self.claude.play(message(text("Hi"), usage=usage))
+            self.native(stream=stream)
+            self.service.gateway.running.wait_until_idle(5)
+        self.assertEqual(self.service.gateway.counters.totals()["tokens"],
+                         {"input": 10, "cache_read": 40, "cache_write": 0, "output": 6})
 
     def test_count_tokens_passes(self):
         answer = self.ask("POST", "/v1/messages/count_tokens", {"model": "opus", "messages": self.BODY["messages"]})
@@ -7861,6 +7902,17 @@ class BodyTests(HttpTestCase):
         self.assertIn("32 MB", answer.error["message"])
         self.assertEqual(self.claude.messages, [])
 
+    def test_that_limit_holds_on_the_native_door_and_for_counts_too(self):
+        words = "a" * 33_000_000
+        for path, fields in (("/v1/messages", {"max_tokens": 9, "messages": [{"role": "user", "content": words}]}),
+                             ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": words}]}),
+                             ("/v1/responses/input_tokens", {"input": words})):
+            with self.subTest(path=path):
+                answer = self.ask("POST", path, dict(fields, model="claude-opus-5-5"))
+                self.assertEqual(answer.status, 413)
+                self.assertIn("32 MB", answer.error["message"])
+        self.assertEqual(self.claude.requests, [request for request in self.claude.requests if request.method == "GET"])
+
     def test_expect_is_answered_with_continue_before_the_body(self):
         connection = self.connect()
         head, _, body = chat_bytes("Expect: 100-Continue", "Connection: close").partition(b"\r\n\r\n")
@@ -7897,6 +7949,16 @@ class BodyTests(HttpTestCase):
         body = CHAT_BODY.replace(b"Hello", b"a" * 2_000_000)
         answer = self.ask("POST", "/v1/chat/completions", gzip.compress(body), {"content-encoding": "gzip"})
         self.assertEqual(answer.status, 503)
+
+    def test_a_packed_body_is_unpacked_only_where_the_budget_has_room_for_what_it_may_become(self):
+        service = self.start()
+        service.gateway.body_budget = claude_gateway.Budget(claude_gateway.MAX_BODY + 1_000)
+        packed, headers = gzip.compress(CHAT_BODY), {"content-encoding": "gzip"}
+        for _ in range(2):                              # the room is given back
+            self.assertEqual(self.ask("POST", "/v1/chat/completions", packed, headers).status, 200)
+            service.gateway.running.wait_until_idle(5)
+        service.gateway.body_budget.take(2_000)
+        self.assertEqual(self.ask("POST", "/v1/chat/completions", packed, headers).status, 503)
 
     def test_a_small_chunked_body_takes_no_more_of_the_budget_than_it_needs_while_claude_thinks(self):
         service = self.start()
@@ -8185,6 +8247,13 @@ class ClientKeyTests(HttpTestCase):
         self.assertEqual(self.ask("GET", "/").json, {"status": "ok", "version": claude_gateway.VERSION,
                                                      "key_needed": True})
         self.assertIn("requests", json.dumps(self.ask("GET", "/", headers={"x-api-key": "first-key"}).json))
+
+    def test_a_wrong_key_is_refused_at_the_status_page_too_and_slowed(self):
+        # its numbers would show at once whether a guess is right
+        for headers in ({"authorization": "Bearer no"}, {"x-api-key": "no"}):
+            answer = self.ask("GET", "/", headers=headers)
+            self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
+        self.assertGreater(self.service.gateway.failed_keys.penalty("127.0.0.1"), 0.05)
 
     def test_an_absolute_target_does_not_get_around_the_key(self):
         answer, = self.exchanged(request_bytes("POST http://localhost/v1/chat/completions HTTP/1.1", "Host: localhost",
@@ -8687,6 +8756,13 @@ class UpstreamRequestTests(UpstreamTestCase):
         self.assertEqual([self.chat(headers=NO_RETRY).status for _ in range(2)], [200, 502])
         self.assertEqual((raw.connections, len(raw.posts)), (2, 3))
 
+    def test_replacing_it_was_the_one_retry(self):
+        body = json.dumps(error_body("overloaded_error", "Later")).encode()
+        overloaded = upstream_bytes(body, status="529 Overloaded")
+        raw = self.start_before([upstream_bytes(MESSAGE_JSON), b""], [overloaded, upstream_bytes(MESSAGE_JSON)])
+        self.assertEqual([self.chat().status for _ in range(2)], [200, 503])
+        self.assertEqual(len(raw.posts), 3)
+
     def test_a_fresh_connection_that_dies_is_retried_once_unless_the_client_retries(self):
         raw = self.start_before([b""], [upstream_bytes(MESSAGE_JSON)], [b""])
         self.assertEqual(self.chat().status, 200)
@@ -8698,6 +8774,40 @@ class UpstreamRequestTests(UpstreamTestCase):
         raw = self.start_before([b""], [b""], [b""], [b""])
         self.assertEqual(self.chat().status, 502)
         self.assertEqual(len(raw.posts), 2)
+
+
+class BodyFramingTests(unittest.TestCase):
+    CHUNKED = b"5;x=y\r\nHello\r\n7\r\n, world\r\n0\r\nX-Sum: 1\r\n\r\n"
+
+    def fed(self, chunked, length, data: bytes, size: int):
+        framing = claude_gateway.BodyFraming(chunked, length)
+        body = b"".join(framing.feed(data[at:at + size]) for at in range(0, len(data), size))
+        return body, framing.done, framing.surplus
+
+    def test_any_cut_of_the_bytes_gives_the_same_body(self):
+        for size in range(1, len(self.CHUNKED) + 1):
+            self.assertEqual(self.fed(True, None, self.CHUNKED, size), (b"Hello, world", True, False))
+            self.assertEqual(self.fed(True, None, self.CHUNKED[:-1], size), (b"Hello, world", False, False))
+            self.assertEqual(self.fed(False, 5, b"Hello", size), (b"Hello", True, False))
+            self.assertEqual(self.fed(False, None, b"Hello", size), (b"Hello", False, False))
+
+    def test_what_comes_behind_the_body_is_told(self):
+        self.assertEqual(self.fed(True, None, self.CHUNKED + b"HTTP", 100), (b"Hello, world", True, True))
+        self.assertEqual(self.fed(False, 5, b"Hello, world", 100), (b"Hello", True, True))
+
+    def test_chunks_that_do_not_hold_together_are_faults(self):
+        for data in (b"zz\r\n", b"\r\n", b"-1\r\n", b"5\r\nHelloX\r\n", b"11111111111111111\r\n", b"0x5\r\nHello",
+                     b"5 5\r\nHello", b"1" * 70_000):
+            with self.subTest(data[:20]), self.assertRaises(claude_gateway.UpstreamFault):
+                self.fed(True, None, data, 100_000)
+
+    def test_only_a_body_without_any_length_may_end_with_the_connection(self):
+        framing = claude_gateway.BodyFraming(False, None)
+        framing.end()
+        self.assertTrue(framing.done)
+        for chunked, length in ((True, None), (False, 5)):
+            with self.assertRaises(claude_gateway.UpstreamFault):
+                claude_gateway.BodyFraming(chunked, length).end()
 
 
 class UpstreamAnswerTests(UpstreamTestCase):
@@ -9332,6 +9442,28 @@ class LibraryTests(GatewayTestCase):
                                                   [claude_gateway.OAUTH_SYSTEM_BLOCK])
         self.assertEqual(json.dumps(chat), before)
         self.assertEqual(set(claude_gateway.OAUTH_SYSTEM_BLOCK), {"type", "text"})
+
+    def test_a_service_that_was_never_started_closes_at_once(self):
+        service = Service(Gateway(Config(base_url=self.claude.url, anthropic_api_key=SECRET, host="127.0.0.1", port=0)))
+        closing = threading.Thread(target=service.close, args=(0,), daemon=True)
+        closing.start()
+        closing.join(10)
+        self.assertFalse(closing.is_alive())
+
+    def test_the_debug_log_shows_both_sides_of_a_stream_too(self):
+        log = claude_gateway.LOG
+        self.addCleanup(log.setLevel, log.level)
+        with self.assertLogs(log, "DEBUG") as caught:
+            self.claude.play(message(text("Wie immer")))
+            self.chat("Guten Tag", stream=True)
+            self.ask("GET", "/health")
+            self.ask("GET", "/", headers={"accept": "text/html"})
+            self.service.gateway.running.wait_until_idle(5)
+        told = {entry.msg.split(":")[0]: entry.payload for entry in caught.records if hasattr(entry, "payload")}
+        self.assertIn("Guten Tag", json.dumps(told["from the client"]))
+        self.assertIn("Guten Tag", json.dumps(told["to Claude"]))
+        self.assertIn("Wie immer", json.dumps(told["from Claude"]))
+        self.assertEqual(told["to the client"]["status"], "ok")     # of the page there is nothing to show
 
 
 # ==== Real tools ======================================================================================
