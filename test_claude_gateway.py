@@ -8380,6 +8380,14 @@ class ConnectionTests(HttpTestCase):
             return threading.active_count() <= threads and descriptors() <= files
 
         self.chat()
+        events, release = events_of(message(text("Hello"))), threading.Event()
+        self.claude.play(Reply(pieces=[sse(events[:2]), release, sse(events[2:])]))
+        connection = self.connect()
+        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
+        received_until(connection, b"assistant")        # if there is a pump it runs now, and stays
+        release.set()
+        received_until(connection, b"never")
+        connection.close()
         threads, files = 0, 0
         eventually(settled, 0.3)
         threads, files = threading.active_count(), descriptors()
@@ -9280,6 +9288,350 @@ class StatusTests(GatewayTestCase):
             self.ask("GET", "/no/such/place/%d" % at)
         self.settle()
         self.assertIn('route="other",status="404"} 5', self.ask("GET", "/metrics").raw.decode())
+
+
+# ==== Pump ============================================================================================
+
+class Pumped:
+    """Every stream goes through the pump, as they do where many run at once."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(setattr, claude_gateway, "PUMP_FROM", claude_gateway.PUMP_FROM)
+        claude_gateway.PUMP_FROM = 0
+
+
+class PumpedLeavingClientTests(Pumped, LeavingClientTests):
+    pass
+
+
+class PumpedPausedAnswerTests(Pumped, PausedAnswerTests):
+    pass
+
+
+class PumpedCompletionTests(Pumped, LegacyCompletionTests):
+    pass
+
+
+class PumpedNativeTests(Pumped, NativeTests):
+    pass
+
+
+class PumpedConnectionTests(Pumped, ConnectionTests):
+    pass
+
+
+class PumpedStreamShapeTests(Pumped, StreamShapeTests):
+    pass
+
+
+class PumpTests(unittest.TestCase):
+    """The pump between two socket pairs: Claude speaks to `upstream`, the user reads from `client`."""
+
+    def setUp(self):
+        self.pump = claude_gateway.Pump()
+        self.upstream, self.claude = socket.socketpair()
+        self.client, self.user = socket.socketpair()
+        for end in (self.upstream, self.claude, self.client, self.user):
+            end.settimeout(10)
+            self.addCleanup(end.close)
+        self.addCleanup(self.pump.close)
+        self.ended, self.failures = threading.Event(), []
+
+    def another(self, pieces):
+        """Client, pieces and watch of a stream that waits for nothing."""
+        client, user = socket.socketpair()
+        self.addCleanup(client.close)
+        self.addCleanup(user.close)
+        return client, pieces, claude_gateway.Watch(client)
+
+    def pumped(self, patience: float = 60, keep_alive: bytes = b": on\n\n"):
+        """A stream that hands on what Claude says until it says a full stop."""
+        watch = claude_gateway.Watch(self.client, patience)
+        watch.may_wait, watch.wants = False, self.upstream
+        self.upstream.settimeout(0)
+
+        def words():
+            watch.wants = None
+            while True:
+                try:
+                    heard = self.upstream.recv(1_000_000)
+                except BlockingIOError:
+                    watch.wants = self.upstream
+                    yield b""
+                    watch.wants = None
+                    continue
+                yield heard
+                if heard.endswith(b"."):
+                    return
+
+        def end(failure):
+            self.failures.append(failure)
+            self.ended.set()
+        return claude_gateway.PumpedStream(self.client, words(), watch, keep_alive, end)
+
+    def test_what_claude_says_reaches_the_client_until_the_end(self):
+        self.pump.add(self.pumped())
+        for words in (b"Hello", b", world", b"."):
+            self.claude.sendall(words)
+            self.assertEqual(received_until(self.user, words), words)
+        self.assertTrue(self.ended.wait(10))
+        self.assertEqual(self.failures, [None])
+
+    def test_a_client_that_ends_its_side_ends_the_stream(self):
+        self.pump.add(self.pumped())
+        self.user.shutdown(socket.SHUT_WR)
+        self.assertTrue(self.ended.wait(10))
+        self.assertIsInstance(self.failures[0], claude_gateway.ClientGone)
+
+    def test_a_client_that_sends_its_next_request_early_is_not_gone(self):
+        self.user.sendall(NEXT_REQUEST)
+        self.pump.add(self.pumped())
+        self.claude.sendall(b"Hello.")
+        self.assertEqual(received_until(self.user, b"."), b"Hello.")
+        self.assertTrue(self.ended.wait(10))
+        self.assertEqual((self.failures, self.client.recv(100)), ([None], NEXT_REQUEST))
+
+    def test_a_silent_upstream_is_given_up(self):
+        self.pump.add(self.pumped(patience=0.05))
+        self.assertTrue(self.ended.wait(10))
+        self.assertIsInstance(self.failures[0], claude_gateway.UpstreamTimeout)
+
+    def test_a_silent_stream_gets_signs_of_life_where_it_may_have_them(self):
+        self.addCleanup(setattr, claude_gateway, "KEEPALIVE_INTERVAL", claude_gateway.KEEPALIVE_INTERVAL)
+        claude_gateway.KEEPALIVE_INTERVAL = 0.02
+        self.pump.add(self.pumped())
+        self.assertEqual(received_until(self.user, b": on\n\n: on\n\n")[:12], b": on\n\n: on\n\n")
+        self.pump.close()
+        self.pump = claude_gateway.Pump()
+        self.addCleanup(self.pump.close)
+        self.ended.clear()
+        self.user.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            self.user.recv(1_000)
+        self.user.settimeout(10)
+        self.pump.add(self.pumped(patience=0.1, keep_alive=b""))
+        self.assertTrue(self.ended.wait(10))
+        self.user.setblocking(False)
+        self.assertRaises(BlockingIOError, self.user.recv, 100)
+
+    def test_a_client_that_does_not_read_is_waited_for_and_then_gets_everything(self):
+        much = b"x" * 5_000_000 + b"."
+        self.pump.add(self.pumped())
+        talking = threading.Thread(target=self.claude.sendall, args=(much,), daemon=True)
+        talking.start()
+        self.assertFalse(self.ended.wait(0.1))
+        self.assertEqual(received_until(self.user, b"."), much)
+        self.assertTrue(self.ended.wait(10))
+
+    def test_a_client_that_never_reads_is_given_up(self):
+        self.addCleanup(setattr, claude_gateway, "WRITE_TIMEOUT", claude_gateway.WRITE_TIMEOUT)
+        claude_gateway.WRITE_TIMEOUT = 0.05
+        self.claude.settimeout(None)
+        self.pump.add(self.pumped())
+
+        def talk():
+            with contextlib.suppress(OSError):
+                self.claude.sendall(b"x" * 10_000_000)
+        talking = threading.Thread(target=talk, daemon=True)
+        talking.start()
+        self.assertTrue(self.ended.wait(10))
+        self.assertIsInstance(self.failures[0], socket.timeout)
+        self.upstream.close()                           # lets the talker go
+        talking.join(10)
+
+    def test_a_failure_in_one_stream_is_told_to_that_stream_only(self):
+        def failing():
+            raise RuntimeError("broken")
+            yield b""
+        self.pump.add(self.pumped())
+        failures, failed = [], threading.Event()
+        self.pump.add(claude_gateway.PumpedStream(*self.another(failing()), b"",
+                                                  lambda failure: failures.append(failure) or failed.set()))
+        self.assertTrue(failed.wait(10))
+        self.assertEqual([type(failure) for failure in failures], [RuntimeError])
+        self.claude.sendall(b"Hello.")
+        self.assertEqual(received_until(self.user, b"."), b"Hello.")
+
+    def test_a_stream_that_never_pauses_lets_others_have_their_turn(self):
+        endless = threading.Event()
+
+        def always():
+            while not endless.is_set():
+                yield b""
+        self.addCleanup(endless.set)
+        self.pump.add(claude_gateway.PumpedStream(*self.another(always()), b"", lambda failure: None))
+        self.pump.add(self.pumped())
+        self.claude.sendall(b"Hello.")
+        self.assertEqual(received_until(self.user, b"."), b"Hello.")
+        endless.set()
+
+    def test_its_end_ends_every_stream(self):
+        self.pump.add(self.pumped())
+        self.pump.close()
+        self.assertTrue(self.ended.is_set())
+        self.assertIsInstance(self.failures[0], claude_gateway.Busy)
+        self.ended.clear()
+        self.pump.add(self.pumped())                    # and of one that comes too late
+        self.assertTrue(self.ended.is_set())
+
+
+class PumpedStreamTests(Pumped, UpstreamTestCase):
+    STREAM = CHAT_BODY[:-1] + b',"stream":true}'
+
+    def setUp(self):
+        super().setUp()
+        self.release = threading.Event()
+        self.addCleanup(self.release.set)
+
+    def held(self, words: str = "Hello there") -> Reply:
+        events = events_of(message(text(words)), 100)
+        return Reply(pieces=[sse(events[:2]), self.release, sse(events[2:])])
+
+    def test_streams_that_wait_share_one_thread(self):
+        self.start()
+        self.claude.play(*[self.held() for _ in range(40)])
+        connections = [self.connect() for _ in range(40)]
+        pumps = [thread.name for thread in threading.enumerate()].count("pump")
+        before = threading.active_count()               # Claude's own threads come on top, one a stream
+        for connection in connections:
+            connection.sendall(chat_bytes(body=self.STREAM))
+        for connection in connections:
+            received_until(connection, b"assistant")
+        names = lambda: [thread.name for thread in threading.enumerate()]  # noqa: E731
+        self.assertTrue(eventually(lambda: threading.active_count() <= before + 40 + 2), names())
+        self.assertEqual(names().count("pump"), pumps + 1)
+        self.release.set()
+        for connection in connections:
+            received = received_until(connection, b"0\r\n\r\n")
+            self.assertIn(b"Hello there", received)
+            self.assertIn(b"[DONE]", received)
+
+    def test_few_streams_stay_in_their_threads(self):
+        claude_gateway.PUMP_FROM = 5
+        pumps = [thread.name for thread in threading.enumerate()].count("pump")
+        self.start()
+        self.claude.play(self.held())
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=self.STREAM))
+        received_until(connection, b"assistant")
+        self.assertEqual([thread.name for thread in threading.enumerate()].count("pump"), pumps)
+        self.release.set()
+        self.assertIn(b"[DONE]", received_until(connection, b"0\r\n\r\n"))
+
+    def test_the_next_request_on_the_connection_is_served_after_a_stream(self):
+        for early in (True, False):
+            with self.subTest(early=early):
+                self.release.clear()
+                self.claude.play(self.held())
+                connection = self.connect()
+                connection.sendall(chat_bytes(body=self.STREAM) + (NEXT_REQUEST if early else b""))
+                received = received_until(connection, b"assistant")
+                self.release.set()
+                received += received_until(connection, b"0\r\n\r\n")
+                if not early:
+                    connection.sendall(NEXT_REQUEST)
+                answers = answers_in(received + received_until(connection, b"never"))
+                self.assertEqual([answer.status for answer in answers], [200, 200])
+                self.assertEqual(answers[0].events[-1], "[DONE]")
+
+    def test_a_failure_in_mid_stream_is_told_as_in_a_thread(self):
+        events = events_of(message(text("Hello there")))
+        for name, rest in (("cut", b""), ("error event", sse([error_body("overloaded_error", "Busy")])),
+                           ("junk", b"data: {nonsense\n\n")):
+            with self.subTest(name):
+                self.release.clear()
+                self.claude.play(Reply(pieces=[sse(events[:3]), self.release, rest], cut=not rest))
+                connection = self.connect()
+                connection.sendall(chat_bytes(body=self.STREAM))
+                received = received_until(connection, b"assistant")
+                self.release.set()
+                answer, = answers_in(received + received_until(connection, b"never"))
+                self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
+
+    def test_the_bytes_are_those_that_a_thread_would_send(self):
+        def bare_bytes(raw: bytes) -> bytes:
+            return re.sub(rb'"(id|created)":("[^"]*"|\d+)', b"", raw)
+        reply = message(thinking("Hm", "c2ln"), text("Gr\u00fc\u00dfe \u2028 \"so\" \\ \n"),
+                        tool_use("toolu_1", "f", {"a": 1}))
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+        raw = []
+        for most in (0, 1_000):
+            claude_gateway.PUMP_FROM = most
+            self.claude.play(Reply(pieces=[sse([event]) for event in events_of(reply, 3)]))
+            raw.append(bare_bytes(self.chat(stream=True, tools=tools, stream_options={"include_usage": True}).raw))
+        self.assertEqual(raw[0], raw[1])
+
+    def test_requests_in_the_pump_count_as_running_and_get_their_grace(self):
+        service = self.start()
+        self.claude.play(self.held())
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=self.STREAM))
+        received_until(connection, b"assistant")
+        self.assertEqual(service.gateway.running.count, 1)
+        closing = threading.Thread(target=service.close, args=(10,), daemon=True)
+        closing.start()
+        self.assertTrue(eventually(lambda: service.gateway.running.draining))
+        self.release.set()
+        self.assertIn(b"[DONE]", received_until(connection, b"0\r\n\r\n"))
+        closing.join(10)
+        self.assertEqual(service.gateway.running.count, 0)
+
+    def test_what_runs_beyond_the_grace_is_told_so(self):
+        service = self.start()
+        self.claude.play(self.held())
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=self.STREAM))
+        received = received_until(connection, b"assistant")
+        service.close(0)
+        answer, = answers_in(received + received_until(connection, b"never"))
+        self.assertEqual(json.loads(answer.events[-1])["error"]["code"], "gateway_busy")
+        self.assertTrue(self.claude.wait_closed(5))
+
+
+class HotPathTests(unittest.TestCase):
+    """What is done in a quicker way for nearly every event gives what the plain way gives."""
+    TEXTS = ("", " ", "Hello", "Gr\u00fc\u00dfe \U0001f600", 'a "quoted" word', "back\\slash", "two\nlines\t",
+             "\u2028\u2029\x85", "\ud800", "\x00\x1f\x7f", "}", '"}]', "\\u0041", "</script>", "x" * 10_000)
+
+    def test_text_deltas_are_read_as_any_json(self):
+        for words in self.TEXTS:
+            event = {"type": "content_block_delta", "index": 3, "delta": {"type": "text_delta", "text": words}}
+            for data in (json.dumps(event), json.dumps(event, separators=(",", ":")),
+                         json.dumps(event, separators=(",", ":"))[:-1] + "      }",
+                         json.dumps(event, ensure_ascii=False)):
+                with self.subTest(data=data[:100]):
+                    data = data.encode("utf-8", "surrogatepass")
+                    try:
+                        wanted = json.loads(data.decode("utf-8"))
+                    except ValueError:
+                        self.assertRaises(claude_gateway.UpstreamFault, claude_gateway.event_from_data, data)
+                        continue
+                    self.assertEqual(claude_gateway.event_from_data(data), wanted)
+
+    def test_text_deltas_that_are_no_json_are_refused(self):
+        good = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}'
+        for data in (good[:-1], good + b"}", good.replace(b"Hi", b"H\x01i"), good.replace(b"Hi", b'H"i'),
+                     good.replace(b"Hi", b"H\\i"), good.replace(b"Hi", b"\xff"), good.replace(b":0,", b":,")):
+            with self.subTest(data), self.assertRaises(claude_gateway.UpstreamFault):
+                claude_gateway.event_from_data(data)
+
+    def test_chunks_of_text_are_written_as_any_json(self):
+        assembler = claude_gateway.MessageAssembler()
+        for model in ("claude-sonnet-5-5", "", '"content":""'):
+            stream = claude_gateway.ChatStream({"id": 'chatcmpl-"1"', "created": 5}, claude_gateway.ReplyPlan(
+                claude_gateway.ToolNames()), assembler, True)
+            start = events_of(message(text("x"), model=model))[0]
+            assembler.feed(start)
+            chunks = stream.feed(start)
+            for words in self.TEXTS:
+                chunks += stream.feed({"type": "content_block_start", "index": 0,
+                                       "content_block": {"type": "text", "text": words}})
+            chunks += [dict(chunks[0], choices=[], usage={}), dict(chunks[0], choices=[
+                {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}])]
+            for chunk in chunks:
+                with self.subTest(model=model, chunk=str(chunk)[:300]):
+                    self.assertEqual(stream.json_of(chunk), claude_gateway.client_json(chunk))
 
 
 # ==== Commands of every day ===========================================================================
