@@ -596,13 +596,14 @@ class Catalog:
         return max(models, key=lambda model: (model.lifecycle == "active", model.version), default=None)
 
     def nearest(self, name: str) -> list[str]:
-        """Three names worth trying instead of `name`."""
+        """Three names worth trying instead of `name`: the newest of its line, what is spelt alike, or the tiers."""
         line = next((tier for tier in TIERS if tier in name), None)
         newest = self.newest(line)
+        short = [tier for tier in ("sonnet", "opus", "haiku") if self.newest(tier)]
         names = [newest.id] if newest else []
-        names += difflib.get_close_matches(name, list(self.models), n=3, cutoff=0.3)
-        names += [model.id for model in map(self.newest, ("opus", "sonnet", "haiku")) if model]
-        return list(dict.fromkeys(names))[:3]
+        names += difflib.get_close_matches(name, [*short, *self.aliases], n=1, cutoff=0.7)
+        names += difflib.get_close_matches(name, list(self.models), n=3, cutoff=0.6)
+        return list(dict.fromkeys(names + short))[:3] or list(self.models)[:3]
 
     def names(self) -> Iterator[tuple[str, Model]]:
         """Every listed name with its model: ids, short names, then the user's aliases."""
@@ -3921,6 +3922,7 @@ class Counters:
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
         self._tokens: Dict[str, collections.Counter] = {}
+        self._hour_writes: collections.Counter = collections.Counter()
         self._seconds = 0.0
 
     def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
@@ -3934,10 +3936,14 @@ class Counters:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         counts = {"input": usage.get("input_tokens"), "cache_read": usage.get("cache_read_input_tokens"),
                   "cache_write": usage.get("cache_creation_input_tokens"), "output": usage.get("output_tokens")}
+        written = usage.get("cache_creation")
+        hour_writes = written.get("ephemeral_1h_input_tokens") or 0 if isinstance(written, dict) else 0
         with self._lock:
             tokens = self._tokens.setdefault(model_id if model_id in self._tokens or len(self._tokens) < 200
                                              else "other", collections.Counter())
             tokens.update({kind: count or 0 for kind, count in counts.items()})
+            if model_id in self._tokens:
+                self._hour_writes[model_id] += hour_writes
             read = sum(tokens["cache_read"] for tokens in self._tokens.values())
             prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
                           for tokens in self._tokens.values())
@@ -3964,6 +3970,11 @@ class Counters:
     def tokens_by_model(self) -> dict[str, dict[str, int]]:
         with self._lock:
             return {model: {kind: tokens[kind] for kind in TOKEN_KINDS} for model, tokens in self._tokens.items()}
+
+    def hour_writes(self) -> dict[str, int]:
+        """Of the tokens written to the cache, those that stay for an hour and cost more, by model."""
+        with self._lock:
+            return dict(self._hour_writes)
 
     def totals(self) -> dict:
         tokens = self.tokens_by_model().values()
@@ -4946,7 +4957,7 @@ class Upstream:
         request: Any = urllib.request.Request(url, data=body, method=method, headers=dict(
             headers, **{"user-agent": USER_AGENT, "accept-encoding": "identity"}))
         request.watch = watch
-        opener = self._direct if self._bypasses_proxy(request.host) else self._proxied
+        opener = self._direct if bypasses_proxy(self._config, request.host) else self._proxied
         try:
             response = opener.open(request)
         except (OSError, http.client.HTTPException) as fault:
@@ -4958,11 +4969,12 @@ class Upstream:
                                 "credential elsewhere." % reply.status)
         return reply
 
-    def _bypasses_proxy(self, host: str) -> bool:
-        name = re.sub(r":\d+$", "", host)
-        return is_loopback_host(name) or bool(
-            self._config.no_proxy and urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-                host, {"no": self._config.no_proxy}))
+
+def bypasses_proxy(config: Config, host: str) -> bool:
+    """Whether a host, with or without its port, is asked directly: loopback always, others by NO_PROXY."""
+    return is_loopback_host(re.sub(r":\d+$", "", host)) or bool(
+        config.no_proxy and urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
+            host, {"no": config.no_proxy}))
 
 
 def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
@@ -5873,10 +5885,21 @@ def delete_response(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /v1/responses/{id}/input_items, newest first as OpenAI lists them."""
-    items = [dict({"id": "item_%d" % at}, **item) for at, item in enumerate(stored_response(gateway, incoming)[1])]
+    response, stored = stored_response(gateway, incoming)
+    items = [listed_item(item, "%s_%d" % (response["id"].split("_")[-1], at)) for at, item in enumerate(stored)]
     items.reverse()
     ids = [item["id"] for item in items] or [None]
     return Reply({"object": "list", "data": items, "first_id": ids[0], "last_id": ids[-1], "has_more": False})
+
+
+def listed_item(item: dict, name: str) -> dict:
+    """An input item as OpenAI lists it: with its type, an id of its own, and text as a content part."""
+    kind = item.get("type") or ("message" if "role" in item else "item")
+    listed = dict({"id": "%s_%s" % ("msg" if kind == "message" else "item", name), "type": kind}, **item)
+    if isinstance(listed.get("content"), str):
+        part = "output_text" if item.get("role") == "assistant" else "input_text"
+        listed["content"] = [{"type": part, "text": listed["content"]}]
+    return listed
 
 
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6140,7 +6163,7 @@ def status_data(gateway: Gateway) -> dict:
         "requests": {"total": totals["requests"], "running": gateway.running.count},
         "errors": counters.errors(), "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
-                  "saved_usd": round(saved_by_cache(counters.tokens_by_model()), 4)},
+                  "saved_usd": round(saved_by_cache(counters.tokens_by_model(), counters.hour_writes()), 4)},
         "limits": limits_from_headers(counters.limit_headers, time.time()),
     }
 
@@ -6149,14 +6172,16 @@ def prompt_tokens(tokens: dict) -> int:
     return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
 
 
-def saved_by_cache(tokens_by_model: dict[str, dict[str, int]]) -> float:
-    """US dollars that caching saved, by list prices: reads cost less than input, writes a quarter more."""
+def saved_by_cache(tokens_by_model: dict[str, dict[str, int]], hour_writes: dict[str, int]) -> float:
+    """US dollars that caching saved, by list prices: reads cost less than input; writes cost a quarter more, and
+    those that stay for an hour twice as much."""
     saved = 0.0
     for model_id, tokens in tokens_by_model.items():
         model = BUILT_IN_MODELS.get(model_id)
         if model and model.price:
             full, read = model.price
-            saved += (tokens["cache_read"] * (full - read) - tokens["cache_write"] * 0.25 * full) / 1e6
+            surcharges = tokens["cache_write"] * 0.25 + hour_writes.get(model_id, 0) * (1.0 - 0.25)
+            saved += (tokens["cache_read"] * (full - read) - surcharges * full) / 1e6
     return saved
 
 
@@ -6289,7 +6314,8 @@ PAGE = """<!doctype html>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
   <section id="ask" hidden><h2>Key needed</h2>
     <form id="key"><input type="password" id="secret" aria-label="A key of this gateway" autocomplete="off"
-      placeholder="A key of this gateway"><button>Show the numbers</button></form></section>
+      placeholder="A key of this gateway"><button>Show the numbers</button>
+      <span class="down" id="wrong" role="alert" hidden>That key is not right.</span></form></section>
   <div class="grid" id="data" hidden>
     <section class="wide"><h2>Paste into your tool</h2>
       <dl><dt>Base URL</dt><dd><code id="base"></code></dd><dt>API key</dt><dd><code id="keyhint"></code></dd>
@@ -6338,7 +6364,7 @@ PAGE = """<!doctype html>
   }
 
   function show(data) {
-    at("version").textContent = data.version;
+    at("version").textContent = data.version ?? "";
     at("ask").hidden = !data.key_needed; at("data").hidden = !!data.key_needed;
     if (data.key_needed) return;
     const tokens = data.tokens, facts = data.credential ?? {};
@@ -6361,16 +6387,27 @@ PAGE = """<!doctype html>
   }
 
   async function update() {
+    const sent = key;
     try {
-      const headers = { accept: "application/json", ...(key && { authorization: "Bearer " + key }) };
-      show(await (await fetch("/", { headers })).json());
+      const answer = await fetch("/", { headers: { accept: "application/json",
+        ...(sent && { authorization: "Bearer " + sent }) } });
+      if (!answer.ok && answer.status !== 401) throw new Error(answer.status);
+      const data = answer.ok ? await answer.json() : { key_needed: true };
+      if (sent !== key) return;
+      if (sent && data.key_needed) { key = ""; at("wrong").hidden = false; }
+      show(data);
       at("state").textContent = "running"; at("state").className = "up";
     } catch (problem) {
       at("state").textContent = "not reachable"; at("state").className = "down";
     }
   }
 
-  at("key").addEventListener("submit", (event) => { event.preventDefault(); key = at("secret").value; update(); });
+  at("key").addEventListener("submit", (event) => {
+    event.preventDefault();
+    key = at("secret").value.trim();
+    at("wrong").hidden = true;
+    update();
+  });
   update();
   setInterval(update, 2000);
 </script>
@@ -6845,7 +6882,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _endpoint(self, head: Head, path: str) -> Endpoint:
         methods = ROUTES.get(path)
         if methods is None:
-            raise NotFound("There is nothing at %s %s." % (head.method, printable(path)))
+            raise NotFound("There is nothing at %s %s; served are %s." % (head.method, printable(path),
+                                                                          ", ".join(ROUTES)))
         endpoint = methods.get("GET" if head.method == "HEAD" else head.method)
         if endpoint is None:
             names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
@@ -7208,6 +7246,7 @@ def simulated_message(request: dict) -> dict:
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
     choice = request.get("tool_choice", {})
     wish = request.get("output_config", {}).get("format")
+    schema = json_asked_for(request["messages"])
     blocks: list[dict] = []
     if request.get("thinking", {}).get("display") == "summarized":
         blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
@@ -7220,6 +7259,9 @@ def simulated_message(request: dict) -> dict:
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
         stop_reason = "tool_use"
+    elif schema is not None:
+        sample = sample_of(schema, schema) if schema else {"simulated": True, "answer": words_about(last, results)}
+        blocks.append({"type": "text", "text": json.dumps(sample)})
     else:
         blocks.append({"type": "text", "text": "This is a simulated answer: claude-gateway runs in demo mode, and no "
                                                "model was asked. " + words_about(last, results)})
@@ -7227,6 +7269,22 @@ def simulated_message(request: dict) -> dict:
              "cache_read_input_tokens": 0, "output_tokens": about_tokens(blocks), "service_tier": "standard"}
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
             "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+
+
+# How a request asks for JSON where no answer format enforces it (answer_format and add_schema_format say so).
+JSON_ASKED = re.compile(r"Answer with one JSON object only\b(?:.*?JSON Schema:\n(?P<schema>\{.*))?", re.S)
+
+
+def json_asked_for(messages: list[dict]) -> dict | None:
+    """The schema that the last user turn asks for in words, {} for any object, None where it asks for no JSON."""
+    said: List[dict] = next((message["content"] for message in reversed(messages) if message["role"] == "user"), [])
+    texts = [block["text"] for block in said if block["type"] == "text"]
+    asked = JSON_ASKED.match(texts[-1]) if texts else None
+    if not asked:
+        return None
+    with contextlib.suppress(ValueError):
+        return dict(json.JSONDecoder().raw_decode(asked.group("schema") or "")[0])
+    return {}
 
 
 def about_tokens(value: Any) -> int:
@@ -7366,6 +7424,11 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        failure = sys.exc_info()[1]
+        if not isinstance(failure, OSError):        # the gateway hung up
+            LOG.error("the simulation failed: %s: %s", type(failure).__name__, failure)
+
 
 def demo_config(config: Config, url: str) -> Config:
     """The same gateway in front of the simulated upstream, without any real credential or address."""
@@ -7379,25 +7442,33 @@ def demo_config(config: Config, url: str) -> Config:
 
 
 class Finding(NamedTuple):
-    """One line of a check: level is ok, warning or failed; `step` is what to do next; `code` an exit code."""
+    """One line of a check: level is ok, warning or failed; `step` is what to do next; `code` a failure's exit code."""
     name: str
     level: str
     detail: str
     step: str = ""
-    code: int = 1
+    code: int = 0
 
 
 def machine_findings(config: Config) -> Iterator[Finding]:
-    """Python, the file, the port, the token file: nothing of this needs the network."""
+    """Python, the file, the port, the settings for the network: nothing of this needs the network itself."""
     yield Finding("Python", "ok", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
     with open(os.path.abspath(__file__), "rb") as file:
         yield Finding("File", "ok", "claude-gateway %s, sha256 %s" % (VERSION, hashlib.sha256(file.read()).hexdigest()))
     yield port_finding(config)
-    proxy = urllib.parse.urlsplit(config.https_proxy)
-    yield Finding("Proxy", "ok", "%s://%s%s" % (proxy.scheme or "http", "***@" if proxy.username else "",
-                                                re.sub(r".*@", "", proxy.netloc or proxy.path))
-                  if config.https_proxy else "none")
+    yield proxy_finding(config)
     yield authorities_finding(config)
+
+
+def proxy_finding(config: Config) -> Finding:
+    """The proxy on the way to Claude, without its credentials."""
+    if not config.https_proxy:
+        return Finding("Proxy", "ok", "none")
+    proxy = urllib.parse.urlsplit(config.https_proxy if "://" in config.https_proxy else "//" + config.https_proxy)
+    shown = "%s://%s%s" % (proxy.scheme or "http", "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
+    exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
+    return Finding("Proxy", "ok", shown + (", but not for the upstream: by NO_PROXY, or as it is this machine"
+                                           if exempt else ""))
 
 
 def port_finding(config: Config) -> Finding:
@@ -7421,7 +7492,7 @@ def authorities_finding(config: Config) -> Finding:
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except UpstreamFault as fault:
-        return Finding("Certificates", "failed", str(fault), "Correct the path in SSL_CERT_FILE.")
+        return Finding("Certificates", "failed", str(fault), "Correct the path in SSL_CERT_FILE.", 1)
     strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
     return Finding("Certificates", "ok", "%d authorities%s%s" % (
         context.cert_store_stats()["x509_ca"], ", added from " + config.ca_file if config.ca_file else "",
@@ -7432,7 +7503,8 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     """The way to Claude: name, connection, certificate, clock, in this order; ends at the first that fails."""
     parts = urllib.parse.urlsplit(config.base_url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    if not config.https_proxy:
+    proxied = bool(config.https_proxy) and not bypasses_proxy(config, parts.netloc)
+    if not proxied:
         try:
             found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         except OSError as fault:
@@ -7444,9 +7516,10 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     try:
         date = upstream.probe()
     except GatewayError as fault:
-        issuer = "" if config.https_proxy or parts.scheme != "https" else issuer_of(host, port)
-        yield Finding("Upstream", "failed", "%s%s" % (fault, " The certificate shown was issued by %s." % issuer
-                                                      if issuer else ""), step_for_fault(str(fault)), 5)
+        issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
+        yield Finding("Upstream", "failed", "%s port %d%s: %s%s" % (
+            host, port, " by the proxy" if proxied else "", fault,
+            " The certificate shown was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), 5)
         return
     yield Finding("Upstream", "ok", "%s answers after %d ms" % (config.base_url, (time.monotonic() - started) * 1000))
     yield clock_finding(date)
@@ -7476,14 +7549,14 @@ def clock_finding(date: str) -> Finding:
     try:
         skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
-        return Finding("Clock", "warning", "the upstream told no time")
+        return Finding("Clock", "warning", "the upstream told no time", "Compare this machine's clock yourself.")
     if abs(skew) > 60:
         return Finding("Clock", "warning", "%+d seconds against the upstream's" % skew, "Set the clock by NTP.")
     return Finding("Clock", "ok", "within a minute of the upstream's")
 
 
 def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """Whether there is a credential, and whether Claude takes it."""
+    """Which credential there is, and what can be said of it without asking Claude."""
     try:
         upstream.credential = credential_from_config(config, upstream.post_json)
     except TokenFileDamaged as fault:
@@ -7493,19 +7566,30 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     if credential is None:
         yield Finding("Credential", "failed", "none", "Set ANTHROPIC_API_KEY, or: claude-gateway login", 3)
         return
-    kind = {"api_key": "an API key", "bearer_token": "a bearer token", "oauth": "a stored login"}[
-        credential.facts()["kind"]]
-    try:
-        models = upstream.models() or []
-    except GatewayError as fault:
-        level = "failed" if fault.status in (401, 403) else "warning"
-        yield Finding("Credential", level, "%s: %s" % (kind, fault), "Renew it, or: claude-gateway login", 3)
+    facts = credential.facts()
+    expires_at, renewed = facts.get("expires_at"), bool(facts.get("refreshable"))
+    told = ", ".join(filter(None, [
+        facts["description"], facts.get("account"),
+        "token good until %s" % time.strftime("%Y-%m-%d %H:%M", time.localtime(expires_at)) if expires_at else "",
+        "" if facts["kind"] == "api_key" else "renewed by itself" if renewed else "not renewed by itself"]))
+    if expires_at and expires_at < time.time() and not renewed:
+        yield Finding("Credential", "failed", told, "claude-gateway login", 3)
         return
-    yield Finding("Credential", "ok", "%s; Claude lists %d models for it%s" % (
-        kind, len(models), ", renewed by itself" if credential.refreshable else ""))
+    yield Finding("Credential", "ok", told)
     if credential.preamble:
         yield Finding("Terms", "warning", "Anthropic's terms keep this kind of token for its own apps",
                       "An API key is always fine.")
+
+
+def acceptance_finding(upstream: Upstream) -> Finding:
+    """Whether Claude takes the credential."""
+    try:
+        return Finding("Accepted", "ok", "Claude lists %d models for it" % len(upstream.models() or []))
+    except GatewayError as fault:
+        if fault.status in (401, 403):
+            return Finding("Accepted", "failed", str(fault), "Renew the credential, or: claude-gateway login", 3)
+        step = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault))
+        return Finding("Accepted", "warning", str(fault), step)
 
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
@@ -7529,26 +7613,35 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
                 completion["model"], json.dumps((completion["choices"][0]["message"]["content"] or "")[:40])))
     read = usages[1]["prompt_tokens_details"]["cached_tokens"]
     yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usages[1]["prompt_tokens"]),
-                  "" if read else "Claude has not cached the prompt.")
+                  "" if read else "Run it again; if it stays so, the upstream does not cache.")
     gateway.close()
 
 
+# The checks that may have to be left out, as `doctor` then says.
+LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude takes the credential"}
+
+
 def findings(config: Config, live: bool) -> Iterator[Finding]:
-    """All checks of `doctor`, in an order in which each builds on those before it."""
+    """All checks of `doctor`, in an order in which each builds on those before it; what cannot be, is told."""
     yield from machine_findings(config)
     upstream = Upstream(config, "")
+    found: Dict[str, str] = {}
     try:
-        reachable = True
-        for finding in network_findings(config, upstream):
-            reachable = reachable and finding.level != "failed"
-            yield finding
-        if reachable:
-            usable = True
-            for finding in credential_findings(config, upstream):
-                usable = usable and finding.level != "failed"
+        for checks in (network_findings, credential_findings):
+            for finding in checks(config, upstream):
+                found[finding.name] = finding.level
                 yield finding
-            if live and usable and upstream.credential:
-                yield from live_findings(config, upstream.credential)
+        if "failed" not in found.values():
+            accepted = acceptance_finding(upstream)
+            found["Accepted"] = accepted.level
+            yield accepted
+        left_out = [words for name, words in LATER_CHECKS.items() if name not in found]
+        if live and upstream.credential and found.get("Accepted") == "ok":
+            yield from live_findings(config, upstream.credential)
+        elif live:
+            left_out.append("the live calls")
+        if left_out:
+            yield Finding("Left out", "warning", ", ".join(left_out), "Mend what failed above, then run this again.")
     finally:
         upstream.close()
 
@@ -7580,14 +7673,14 @@ def selftest_findings() -> Iterator[Finding]:
         for name, body, is_right in cases:
             status, answer = post(service.port, body)
             yield Finding(name, "ok", "") if is_right(status, answer) else Finding(
-                name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.")
+                name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", 1)
         hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
         connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=5)
         connection.request("POST", "/v1/chat/completions", json.dumps(hold))
         connection.getresponse().read(1)
         connection.close()
         yield Finding("cancel", "ok", "") if simulated.abandoned.wait(5) else Finding(
-            "cancel", "failed", "a client left, and its call upstream went on", "Please report this.")
+            "cancel", "failed", "a client left, and its call upstream went on", "Please report this.", 1)
     finally:
         service.close(0)
         simulated.shutdown()
@@ -7801,6 +7894,24 @@ CMD ["start"]""",
 }
 
 
+def setup_list() -> str:
+    """Every name that `setup` knows, with what it is."""
+    lines = ["%-16s %s" % (name, tool.title) for name, tool in TOOL_SETTINGS.items()]
+    return "\n".join(lines + ["%-16s a service file for this installation" % name for name in SERVICE_FILES])
+
+
+def setup_name(text: str) -> str:
+    """The entry that a name or title means, in any case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
+    plain = re.sub(r"[ _]+", "-", text.strip().lower())
+    names = {re.sub(r"[ _]+", "-", tool.title.lower()): name for name, tool in TOOL_SETTINGS.items()}
+    names.update({name: name for name in [*TOOL_SETTINGS, *SERVICE_FILES]})
+    if plain in names:
+        return names[plain]
+    nearest = difflib.get_close_matches(plain, names, n=1)
+    raise argparse.ArgumentTypeError("there are no settings for %s. %s`claude-gateway setup` lists all names." % (
+        text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
+
+
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
     if name in SERVICE_FILES:
@@ -7846,14 +7957,22 @@ def completion_script(shell: str, commands: dict[str, list[str]]) -> str:
 
 OK, FAILURE, USAGE, NO_CREDENTIAL, PORT_IN_USE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
+MISSING = ("No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; "
+           "`claude-gateway start --demo` needs neither.")
+
 TERMS = """\
 About signing in with a Claude account (Pro, Max, Team)
-  Anthropic's published terms (page text of 2026-08-22; the same sentences were cited on 2026-09-14) keep OAuth
-  sign-in for Claude Code and Anthropic's other own apps. Using such a token in another program, like this one,
-  is against them; it may be refused, billed as extra usage, or cost you the account, without notice.
-  An API key (ANTHROPIC_API_KEY, from https://platform.claude.com) is always fine.
-  What this program takes from Claude Code: its public OAuth client id, its redirect page, and one system block
-  that such tokens are known to need. It calls itself claude-gateway and imitates nothing else."""
+
+  Anthropic's published terms (page text of 2026-08-22; the same sentences were
+  cited on 2026-09-14) keep OAuth sign-in for Claude Code and Anthropic's other
+  own apps. Using such a token in another program, like this one, is against
+  them; it may be refused, billed as extra usage, or cost you the account,
+  without notice. An API key (ANTHROPIC_API_KEY, from
+  https://platform.claude.com) is always fine.
+
+  What this program takes from Claude Code: its public OAuth client id, its
+  redirect page, and one system block that such tokens are known to need. It
+  calls itself claude-gateway and imitates nothing else."""
 
 
 class Option(NamedTuple):
@@ -7879,8 +7998,8 @@ OPTIONS = (
            "PORT"),
     Option("host", "address to listen on; any but a loopback address needs an API key (default: localhost = 127.0.0.1 "
                    "and ::1)", "", "ADDRESS"),
-    Option("api-key", "require this key of clients; better set in the environment, where others cannot see it", "",
-           "KEY", repeatable=True),
+    Option("api-key", "require this key of clients; better set in the environment, where others cannot see it; "
+                      "repeatable", "", "KEY", repeatable=True),
     Option("verbose", "log requests and answers in full, secrets masked", "V"),
     Option("minimal", "log method, path, status and time only", "m"),
     Option("quiet", "log nothing", "q"),
@@ -7889,12 +8008,12 @@ OPTIONS = (
            choices=("auto", "api-key", "oauth")),
     Option("token-file", "where the login is stored (default: claude-gateway/oauth-tokens.json in the user's "
                          "configuration directory)", "", "PATH"),
-    Option("alias", "let MODEL answer for NAME; '*=MODEL' for every other or missing name", "", "NAME=MODEL",
+    Option("alias", "let MODEL answer for NAME; '*=MODEL' for every other or missing name; repeatable", "",
+           "NAME=MODEL", repeatable=True),
+    Option("allow-host", "accept this name in the Host header, beside addresses and localhost; repeatable", "", "NAME",
            repeatable=True),
-    Option("allow-host", "accept this name in the Host header, beside addresses and localhost", "", "NAME",
-           repeatable=True),
-    Option("cors-origin", "let web pages of this origin call, beside those of this machine; '*' needs an API key", "",
-           "ORIGIN", repeatable=True),
+    Option("cors-origin", "let web pages of this origin call, beside those of this machine; '*' needs an API key; "
+                          "repeatable", "", "ORIGIN", repeatable=True),
     Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
     Option("no-cache", "set no prompt cache breakpoints of our own"),
     Option("strict", "answer 400 to whatever would be dropped, clamped or changed"),
@@ -7924,74 +8043,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = COMMANDS[parsed.command][0](parsed)
         sys.stdout.flush()
         return code
-    except UsageError as fault:
-        print("claude-gateway: %s" % fault, file=sys.stderr)
-        return USAGE
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except CredentialNeeded as fault:
-        print("claude-gateway: %s" % fault, file=sys.stderr)
-        return NO_CREDENTIAL
-    except UpstreamFault as fault:
-        print("claude-gateway: %s" % fault, file=sys.stderr)
-        return UNREACHABLE
-    except GatewayError as fault:
-        print("claude-gateway: %s" % fault, file=sys.stderr)
-        return FAILURE
+    except (UsageError, GatewayError) as fault:
+        say("claude-gateway: %s" % fault)
+        return next(code for kind, code in EXIT_CODES if isinstance(fault, kind))
     except BrokenPipeError:                         # whoever read our output has gone, `head` for instance
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
 
 
+# What ends a command, the first that fits -> its exit code
+EXIT_CODES = ((UsageError, USAGE), (CredentialNeeded, NO_CREDENTIAL), (UpstreamFault, UNREACHABLE),
+              (GatewayError, FAILURE))
+
+
+def as_typed(words: str) -> str:
+    """Our words with every command as it can be typed here: the script's own path where it is not installed."""
+    script = sys.argv[0] if sys.argv else ""
+    if not script.endswith(".py") or os.path.basename(script) != os.path.basename(__file__):
+        return words
+    script = '"%s"' % script if " " in script else script
+    typed = "%s %s " % (os.path.basename(sys.executable or "") or "python3", script)
+    return re.sub(r"\bclaude-gateway (?=(%s)\b)" % "|".join(COMMANDS), lambda match: typed, words)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's, with room for our longest command, and without breaks inside of paths and options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+        self._action_max_length = 14                # argparse counts a command's name, but not how far it is indented
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        import textwrap
+
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, with the nearest match where a command or flag is unknown."""
-    words: Sequence[str] = ()                       # every command and flag there is
+    """argparse, with the nearest match where a command or flag is unknown, and the usage of the command in use."""
+    commands: Dict[str, Parser] = {}                # of the program's own parser
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.commands.get(parsed.command, self).error("unrecognized arguments: %s" % " ".join(unknown))
+        return parsed
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (\S+)|invalid choice: '([^']+)'", message)
+        unknown = re.search(r"unrecognized arguments: (\S+)|argument COMMAND: invalid choice: '([^']+)'", message)
         if unknown:
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
-            nearest = difflib.get_close_matches(word, Parser.words, n=1, cutoff=0.5)
-            if nearest:
-                message = "unknown: %s. Did you mean %s?" % (word, nearest[0])
-        super().error(message)
+            known = {text.lstrip("-"): text for text in self._option_string_actions if text.startswith("--")}
+            known = known if word.startswith("-") else {text: text for text in self.commands}
+            nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1)
+            message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else "")
+        super().error(as_typed(message))
 
 
 def argument_parser() -> Parser:
     parser = Parser(
-        prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on http://localhost:%d/v1.\n\n"
-                    "  claude-gateway start --demo            try it: no account, no network\n"
-                    "  ANTHROPIC_API_KEY=... claude-gateway start\n"
-                    "  claude-gateway start --alias '*=sonnet'  let one model answer for every name" % DEFAULT_PORT)
+        prog="claude-gateway", formatter_class=HelpFormatter,
+        description="Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on\n"
+                    "http://localhost:%d/v1.\n\n"
+                    "  # try it, without account and network:\n  %s\n"
+                    "  # with a key of yours:\n  %s\n"
+                    "  # let one model answer for every name:\n  %s" % (
+                        DEFAULT_PORT, as_typed("claude-gateway start --demo"),
+                        as_typed("ANTHROPIC_API_KEY=... claude-gateway start"),
+                        as_typed("claude-gateway start --alias '*=sonnet'")))
     parser.add_argument("--version", action="version", version="claude-gateway " + VERSION)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     options = {option.name: option for option in OPTIONS}
     for name, (_, help_text, names) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=TERMS if name == "login" else help_text,
-                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG
-                                      if name == "start" else None)
+        command = commands.add_parser(name, help=help_text, formatter_class=HelpFormatter,
+                                      description="\n\n".join(filter(None, [help_text, DESCRIPTIONS.get(name)])),
+                                      epilog=EPILOG if name == "start" else None)
         for option in names:
             if option in options:
-                add_option(command, options[option])
+                add_option(command, options[option], HELP_ELSEWHERE.get((name, option), options[option].help))
             else:
                 flags, settings = EXTRA_ARGUMENTS[option]
                 command.add_argument(*flags, **settings)
+    parser.commands = commands.choices
     return parser
 
 
 EPILOG = """\
-Every option has a twin in the environment: CLAUDE_GATEWAY_PORT for --port, and so on. A flag wins over its
-variable."""
+Every option has a twin in the environment: CLAUDE_GATEWAY_PORT for --port, and
+so on. A flag wins over its variable."""
+DESCRIPTIONS = {"login": TERMS}
+# What an option of `start` means to another command.
+HELP_ELSEWHERE = {
+    ("status", "port"): "port of the gateway to ask (default: %d)" % DEFAULT_PORT,
+    ("status", "api-key"): "a key of that gateway, where its numbers need one",
+    ("doctor", "port"): "port that `start` would listen on (default: %d)" % DEFAULT_PORT,
+    ("doctor", "host"): "address that `start` would listen on (default: localhost)",
+    ("doctor", "api-key"): "a key of clients, to be masked in what is printed",
+    ("setup", "port"): "port of the gateway, for the settings (default: %d)" % DEFAULT_PORT,
+    ("setup", "api-key"): "clients need a key: leave a place for it in the settings",
+}
 # Arguments of other commands than `start`; they have no variables.
 EXTRA_ARGUMENTS: Dict[str, Tuple[Sequence[str], Dict[str, Any]]] = {
     "no-browser": (["--no-browser"], {"action": "store_true", "help": "only print the address to visit"}),
     "json": (["--json"], {"action": "store_true", "help": "as JSON"}),
     "live": (["--live"], {"action": "store_true", "help": "also make two tiny model calls, to see an answer and a "
                                                           "cache hit"}),
-    "tool": (["name"], {"metavar": "NAME", "choices": [*TOOL_SETTINGS, *SERVICE_FILES],
-                        "help": "one of: %s" % ", ".join([*TOOL_SETTINGS, *SERVICE_FILES])}),
+    "tool": (["name"], {"metavar": "NAME", "nargs": "?", "type": setup_name,
+                        "choices": [*TOOL_SETTINGS, *SERVICE_FILES],
+                        "help": "without it, all names are listed: %s" % ", ".join([*TOOL_SETTINGS,
+                                                                                    *SERVICE_FILES])}),
     "file": (["file"], {"nargs": "?", "metavar": "FILE", "help": "a request, or a saved answer; without it, standard "
                                                                   "input"}),
     "shell": (["shell"], {"metavar": "SHELL", "choices": ["bash", "zsh", "fish", "powershell"],
@@ -7999,18 +8162,19 @@ EXTRA_ARGUMENTS: Dict[str, Tuple[Sequence[str], Dict[str, Any]]] = {
 }
 
 
-def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+def add_option(parser: argparse.ArgumentParser, option: Option, help_text: str) -> None:
     flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
     if option.metavar:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None,
+        parser.add_argument(*flags, metavar=option.metavar, help=help_text, choices=option.choices or None,
                             action="append" if option.repeatable else "store")
     else:
-        parser.add_argument(*flags, action="store_true", default=None, help=option.help)
+        parser.add_argument(*flags, action="store_true", default=None, help=help_text)
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
     """Flags over environment over defaults.  Raises UsageError."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
+    given = without_overruled(parsed, given)
     fields: dict[str, Any] = {}
     for option in OPTIONS:
         value = getattr(parsed, option.field, None)
@@ -8018,6 +8182,9 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
             value = value_from_variable(option, given[option.variable])
         if value is not None:
             fields[option.field] = tuple(value) if option.repeatable else value
+    loud = [name for name in LOUDNESS if fields.get(name)]
+    if len(loud) > 1:
+        raise UsageError("--%s and --%s exclude each other." % tuple(loud[:2]))
     fields["port"] = port_from(fields.get("port", DEFAULT_PORT))
     fields["alias"] = tuple(alias_from(text) for text in fields.get("alias", ()))
     if any(not key.strip() for key in fields.get("api_key", ())):
@@ -8036,6 +8203,16 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
                   ca_file=next((given[name] for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
                                                          "NODE_EXTRA_CA_CERTS") if name in given), ""))
     return Config(**fields)
+
+
+LOUDNESS = ("verbose", "minimal", "quiet")          # one at most
+
+
+def without_overruled(parsed: argparse.Namespace, given: dict[str, str]) -> dict[str, str]:
+    """The variables, less those that a flag for another loudness of the log overrules."""
+    if any(getattr(parsed, name, None) for name in LOUDNESS):
+        return without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOUDNESS))
+    return given
 
 
 def credential_in(environment: dict[str, str], variable: str) -> str:
@@ -8120,6 +8297,7 @@ def start_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
     check_exposure(config)
     redaction = set_up_log(config)
+    warn_of_aliases(config)
     if parsed.api_key:
         say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
     if config.demo:
@@ -8154,6 +8332,16 @@ def check_exposure(config: Config) -> None:
                          "first.")
 
 
+def warn_of_aliases(config: Config) -> None:
+    """An alias for a model that is not known here would be found out by its first request only."""
+    for name, target in config.alias:
+        try:
+            Catalog().resolve(target)
+        except GatewayError:
+            say("Warning: --alias %s=%s: no model of that name is known here, so requests for it will fail unless "
+                "Claude's own list has it. Nearest: %s." % (name, target, ", ".join(Catalog().nearest(target.lower()))))
+
+
 def is_own_address(config: Config) -> bool:
     parts = urllib.parse.urlsplit(config.base_url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -8171,9 +8359,8 @@ def gateway_with_credential(config: Config, parsed: argparse.Namespace) -> Gatew
         gateway, damage = None, str(fault)
     if gateway and gateway.upstream.credential:
         return gateway
-    missing = "No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `start --demo` needs neither."
     if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
-        raise CredentialNeeded(" ".join(filter(None, [damage, missing])))
+        raise CredentialNeeded(" ".join(filter(None, [damage, MISSING])))
     if damage:
         say(damage)
     sign_in(config, open_browser=True)
@@ -8201,8 +8388,9 @@ def give_memory_back() -> None:
 def tell_port_trouble(config: Config, fault: OSError) -> int:
     if fault.errno == errno.EADDRINUSE:
         holder = port_holder(config)
-        say("Port %d is in use%s. Another one: claude-gateway start --port %d" %
-            (config.port, " by " + holder if holder else "", config.port % 65_535 + 1))
+        say("Port %d is in use%s. Another port: claude-gateway start --port %d" %
+            (config.port, " by " + holder if holder else ", perhaps by a connection that is just passing: try again",
+             config.port % 65_535 + 1))
         return PORT_IN_USE
     say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault))
     return FAILURE
@@ -8213,10 +8401,12 @@ def port_holder(config: Config) -> str:
     if running_status(config):
         return "another claude-gateway"
     with contextlib.suppress(OSError, ValueError):
-        with open("/proc/net/tcp", encoding="ascii") as file:
-            sockets = [line.split() for line in file.readlines()[1:]]
+        sockets: List[List[str]] = []
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+                sockets += [line.split() for line in file.readlines()[1:]]
         wanted = {"socket:[%s]" % columns[9] for columns in sockets
-                  if columns[3] == "0A" and int(columns[1].split(":")[1], 16) == config.port}
+                  if columns[3] == "0A" and int(columns[1].rsplit(":", 1)[1], 16) == config.port}
         for process in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 descriptors = "/proc/%s/fd" % process
@@ -8235,7 +8425,7 @@ def say_hello(gateway: Gateway, service: Service) -> None:
         say("Upstream: %s with %s" % (config.base_url, credential.description if credential else "no credential"))
         if credential and credential.preamble:
             say("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine. "
-                "(claude-gateway login --help says more.)")
+                "(`claude-gateway login --help` says more.)")
     say("Clients: %s" % ("one of %d keys is needed" % len(config.api_key) if config.api_key else
                          "any API key will do, it is not looked at"))
     say("Paste into your tool:  base URL %s   model sonnet" % service.url)
@@ -8341,33 +8531,41 @@ def status_command(parsed: argparse.Namespace) -> int:
     set_up_log(config)
     running = running_status(config)
     if running and running.get("key_needed") and config.api_key:
-        running = running_status(config, config.api_key[0])
+        running = running_status(config, config.api_key[0]) or running
     if running:
-        print(json.dumps(running, indent=1) if parsed.json else status_words(running))
+        print(json.dumps(dict({"running": True, "credential": None}, **running), indent=1) if parsed.json else
+              status_words(running, bool(config.api_key)))
         return OK
     credential = credential_from_config(config, Upstream(config, "").post_json)
-    facts: dict[str, Any] = credential.facts() if credential else {"kind": None}
+    facts = credential.facts() if credential else None
     if parsed.json:
-        print(json.dumps(facts, indent=1))
-    elif credential:
-        print("Credential: %s" % facts["description"])
-        for name in ("account", "organization", "scope"):
-            if facts.get(name):
-                print("%s: %s" % (name.capitalize(), facts[name]))
-        if facts.get("expires_at"):
-            print("Expires: %s" % expiry_words(facts["expires_at"], facts["refreshable"]))
-        if credential.preamble:
-            print("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine.")
+        print(json.dumps({"running": False, "port": config.port, "credential": facts}, indent=1))
     else:
-        print("No credential: set ANTHROPIC_API_KEY, or run `claude-gateway login`.")
+        print("No gateway answers on port %d." % config.port)
+        print("\n".join(credential_words(facts)) if facts else as_typed(MISSING))
+        if credential and credential.preamble:
+            print("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine.")
+        if credential:
+            print(as_typed("Start one: claude-gateway start"))
     return OK if credential else NO_CREDENTIAL
 
 
-def status_words(running: dict) -> str:
+def credential_words(facts: dict) -> Iterator[str]:
+    """What `start` would use."""
+    yield "`start` would use: %s" % facts["description"]
+    for name in ("account", "organization", "scope"):
+        if facts.get(name):
+            yield "%s: %s" % (name.capitalize(), facts[name])
+    if facts.get("expires_at"):
+        yield "Expires: %s" % expiry_words(facts["expires_at"], facts["refreshable"])
+
+
+def status_words(running: dict, had_key: bool) -> str:
     """A running gateway's status for a person at a terminal."""
     lines = ["claude-gateway %s is running." % running["version"]]
     if running.get("key_needed"):
-        return lines[0] + " Its numbers need a client key: set CLAUDE_GATEWAY_API_KEY."
+        return lines[0] + " Its numbers need one of its keys: %s CLAUDE_GATEWAY_API_KEY." % (
+            "it does not take that in" if had_key else "set")
     facts, tokens = running["credential"] or {}, running["tokens"]
     lines.append("Upstream:    %s with %s" % (running["upstream"], facts.get("description") or "no credential"))
     if facts.get("account"):
@@ -8409,11 +8607,21 @@ def models_command(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
         return OK
-    for name, model in catalog.names():
-        print("%-28s %s" % (name, "-> " + model.id if name != model.id else
-                            "%s tokens in, %s out%s" % (format(model.context, ","), format(model.max_output, ","),
-                                                        ", retires " + model.retires if model.retires else "")))
+    names = list(catalog.names())
+    short = {name: model for name, model in names if name != model.id}
+    for name in sorted(short, key=lambda name: [*SHORT_NAMES, name].index(name)):
+        print(("%-28s -> %-20s %s" % (name, short[name].id, SHORT_NAMES.get(name, ""))).rstrip())
+    for name, model in names:
+        if name == model.id:
+            print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
+                                                    ", retires " + model.retires if model.retires else ""))
     return OK
+
+
+# In the order in which `models` tells them: what to take when in doubt comes first.
+SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest Opus: for hard tasks",
+               "haiku": "the newest Haiku: quick and cheap", "fable": "the newest Fable",
+               "mythos": "the newest Mythos: limited access"}
 
 
 def doctor_command(parsed: argparse.Namespace) -> int:
@@ -8424,7 +8632,7 @@ def doctor_command(parsed: argparse.Namespace) -> int:
     redaction.known = config.secrets
     found = []
     for finding in findings(config, parsed.live):
-        finding = finding._replace(detail=redaction.mask(finding.detail))
+        finding = finding._replace(detail=redaction.mask(finding.detail), step=as_typed(finding.step))
         found.append(finding)
         if not parsed.json:
             print_finding(finding)
@@ -8441,7 +8649,7 @@ def print_finding(finding: Finding) -> None:
     level = "%-8s" % finding.level
     if wants_colour(sys.stdout):
         level = "\x1b[%sm%s\x1b[0m" % (colours[finding.level], level)
-    print("%s %-13s %s" % (level, finding.name, finding.detail))
+    print(("%s %-13s %s" % (level, finding.name, finding.detail)).rstrip())
     if finding.step and finding.level != "ok":
         print("%s-> %s" % (" " * 23, finding.step))
     sys.stdout.flush()
@@ -8461,22 +8669,21 @@ def selftest_command(parsed: argparse.Namespace) -> int:
     found = list(selftest_findings())
     for finding in found:
         print_finding(finding)
-    return FAILURE if any(finding.level == "failed" for finding in found) else OK
+    failed = sum(finding.level == "failed" for finding in found)
+    print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
+    return FAILURE if failed else OK
 
 
 def setup_command(parsed: argparse.Namespace) -> int:
-    print(setup_text(parsed.name, config_from(parsed, dict(os.environ))))
+    config = config_from(parsed, dict(os.environ))
+    print(as_typed(setup_text(parsed.name, config)) if parsed.name else setup_list())
     return OK
 
 
 def translate_command(parsed: argparse.Namespace) -> int:
     """Prints what a request would become, without sending it; a saved answer as the chat completion it becomes."""
     config = config_from(parsed, dict(os.environ))
-    try:
-        with open(parsed.file, "rb") if parsed.file else sys.stdin.buffer as file:
-            data = file.read()
-    except OSError as fault:
-        raise UsageError("%s: %s" % (parsed.file, fault.strerror or fault)) from fault
+    data = given_to_translate(parsed.file)
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
         assembler = MessageAssembler()
         for event in events_from_body(data):
@@ -8491,6 +8698,24 @@ def translate_command(parsed: argparse.Namespace) -> int:
     print(json.dumps(translation.request, indent=1, ensure_ascii=False))
     say("Changes: %s" % (translation.changes if translation.changes.told else "none"))
     return OK
+
+
+def given_to_translate(path: str | None) -> bytes:
+    """The bytes of the file, or of standard input.  Raises UsageError."""
+    if not path and sys.stdin and sys.stdin.isatty():
+        say("Reading a request from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
+    try:
+        if path:
+            with open(path, "rb") as file:
+                data = file.read()
+        else:
+            data = sys.stdin.buffer.read() if sys.stdin else b""
+    except OSError as fault:
+        raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
+    if not data.strip():
+        raise UsageError("%s; translate wants a request as JSON: claude-gateway translate FILE" % (
+            path + " is empty" if path else "Standard input is %s" % ("empty" if sys.stdin else "closed")))
+    return data
 
 
 def completion_command(parsed: argparse.Namespace) -> int:
@@ -8521,15 +8746,13 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "completion": (completion_command, "print shell completion", ["shell"]),
     "selftest": (selftest_command, "check the gateway against its own simulation", []),
 }
-Parser.words = [*COMMANDS, *("--" + option.name for option in OPTIONS), "--no-browser", "--json", "--live", "--help",
-                "--version"]
 
 
 # ---- log
 
 def say(words: str) -> None:
     """To the person at the terminal."""
-    print(words, file=sys.stderr, flush=True)
+    print(as_typed(words), file=sys.stderr, flush=True)
 
 
 class Redaction(logging.Filter):
