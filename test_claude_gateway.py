@@ -1366,7 +1366,15 @@ class ModelNameTests(RequestTestCase):
                 self.assertEqual((error["code"], error["param"], error["type"]),
                                  ("model_not_found", "model", "invalid_request_error"))
                 self.assertIn(nearest, error["message"])
-                self.assertRegex(error["message"], r"claude-\w+-\d.*--alias '\*=MODEL'")
+                self.assertRegex(error["message"], r"(claude-\w+-\d|sonnet, opus, haiku).*--alias '\*=MODEL'")
+
+    def test_the_nearest_name_is_spelt_alike_or_else_a_tier(self):
+        for name, nearest in (("sonet", ["sonnet", "opus", "haiku"]), ("hiaku", ["haiku", "sonnet", "opus"]),
+                              ("llama3", ["sonnet", "opus", "haiku"]), ("", ["sonnet", "opus", "haiku"]),
+                              ("claude-sonet-5-5", ["claude-sonnet-5-5", "claude-sonnet-5", "claude-sonnet-4-6"])):
+            with self.subTest(name=name):
+                self.assertEqual(claude_gateway.Catalog().nearest(name), nearest)
+        self.assertEqual(claude_gateway.Catalog(aliases=[("my-model", "opus")]).nearest("my-modell")[0], "my-model")
 
     def test_an_id_newer_than_this_program_is_left_to_claude(self):
         self.assertEqual(self.resolved("claude-sonnet-6"), "claude-sonnet-6")
@@ -5415,9 +5423,26 @@ class ResponsesStateTests(ResponsesTestCase):
         path = "/v1/responses/" + response["id"]
         self.assertEqual(self.ask("GET", path).json, response)
         items = self.ask("GET", path + "/input_items").json
-        self.assertEqual([item["content"] for item in items["data"]], ["First"])
+        item, = items["data"]
+        self.assertEqual({name: item[name] for name in ("type", "role", "content")}, {
+            "type": "message", "role": "user", "content": [{"type": "input_text", "text": "First"}]})
+        self.assertTrue(item["id"].startswith("msg_"))
+        self.assertEqual((items["first_id"], items["last_id"]), (item["id"], item["id"]))
         self.assertEqual(self.ask("DELETE", path).json["deleted"], True)
         self.assertEqual((self.ask("GET", path).status, self.ask("DELETE", path).status), (404, 404))
+
+    def test_listed_items_have_types_ids_and_content_parts(self):
+        given = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"},
+                 {"type": "message", "id": "msg_mine", "role": "user",
+                  "content": [{"type": "input_text", "text": "C"}]}]
+        response = self.ask("POST", "/v1/responses", {"model": "sonnet", "input": given}).json
+        listed = self.ask("GET", "/v1/responses/%s/input_items" % response["id"]).json["data"]
+        self.assertEqual([item["type"] for item in listed], ["message"] * 3)
+        self.assertEqual([item["content"][0] for item in listed], [
+            {"type": "input_text", "text": "C"}, {"type": "output_text", "text": "B"},
+            {"type": "input_text", "text": "A"}])
+        self.assertEqual(len({item["id"] for item in listed}), 3)
+        self.assertEqual(listed[0]["id"], "msg_mine")
 
     def test_a_streamed_response_is_there_before_its_end_is_told(self):
         events = self.respond(stream=True).chunks
@@ -6549,6 +6574,35 @@ class DemoTests(CommandTestCase):
         self.assertEqual(json.loads(answer.message["content"]),
                          {"name": "simulated", "size": 1.5, "kind": "a", "tags": ["simulated"]})
 
+    def test_a_json_object_asked_for_in_words_is_bare(self):
+        for fields in ({}, {"verbosity": "low"}, {"stream": True}):
+            with self.subTest(fields=fields):
+                answer = self.chat("Answer in JSON", response_format={"type": "json_object"}, **fields)
+                whole = completion_from_chunks(answer.chunks) if "stream" in fields else completion_parts(answer.json)
+                said = json.loads(whole["message"]["content"])
+                self.assertIs(said["simulated"], True)
+                self.assertIn("Answer in JSON", said["answer"])
+
+    def test_a_schema_given_in_words_is_kept_to(self):
+        schema = {"type": "object", "required": ["size"], "properties": {"size": {"type": "integer"}}}
+        answer = self.chat(response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+                           web_search_options={}, verbosity="low")          # a search excludes answer formats
+        self.assertEqual(json.loads(answer.message["content"]), {"size": 1})
+
+    def test_a_fault_of_the_simulation_is_one_line(self):
+        upstream = claude_gateway.SimulatedUpstream()
+        self.addCleanup(upstream.server_close)
+        self.addCleanup(upstream.shutdown)
+        host, port = upstream.server_address[:2]
+        shown = io.StringIO()
+        with self.assertLogs(claude_gateway.LOG, "ERROR") as logged, contextlib.redirect_stderr(shown), \
+                contextlib.closing(socket.create_connection((host, port), 5)) as connection:
+            connection.sendall(b"POST /v1/messages HTTP/1.1\r\n\r\n")    # no length: its handler crashes
+            self.assertEqual(connection.recv(100), b"")
+            self.assertTrue(eventually(lambda: logged.records))     # it hangs up just before it tells
+        self.assertEqual((len(logged.output), shown.getvalue()), (1, ""))
+        self.assertIn("the simulation failed: TypeError", logged.output[0])
+
     def test_the_native_door_is_answered_too(self):
         request = {"model": "sonnet", "max_tokens": 99, "messages": [{"role": "user", "content": "Hi there"}]}
         plain = self.ask("POST", "/v1/messages", request)
@@ -6671,6 +6725,24 @@ class StartTests(CommandTestCase):
         self.assertEqual((child.code, child.out), (4, ""))
         self.assertIn(port, child.err)
         self.assertIn("--port", child.err)
+
+    def test_a_port_in_use_by_nobody_known_may_be_free_soon(self):
+        with contextlib.closing(socket.socket()) as taken, contextlib.closing(socket.socket()) as passing:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            passing.connect(taken.getsockname())
+            port = passing.getsockname()[1]         # its own end of the connection is not listening
+            code, _, said = run_command("start", "--port", str(port), "--host", "127.0.0.1", ANTHROPIC_API_KEY="k")
+        self.assertEqual(code, 4)
+        self.assertIn("just passing: try again. Another port:", said)
+        self.assertIn("start --port %d" % (port % 65_535 + 1), said)
+
+    def test_an_alias_for_nothing_known_draws_a_warning(self):
+        child = self.child("start", "--demo", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
+                           "bar=opus", "--alias", "*=gpt-4o")
+        child.wait_for("Paste into your tool")
+        self.assertEqual(re.findall("Warning: (.*?):", child.err), ["--alias foo=sonet"])
+        self.assertIn("Nearest: sonnet,", child.err)
 
     def test_what_cannot_be_started_says_why_with_its_exit_code(self):
         key = {"ANTHROPIC_API_KEY": SECRET}
@@ -6910,6 +6982,15 @@ class OptionTests(unittest.TestCase):
                     config_of(**variables)
                 self.assertNotIn("user:word", str(raised.exception))
 
+    def test_the_log_has_one_loudness(self):
+        for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
+                                 ((), {"CLAUDE_GATEWAY_VERBOSE": "1", "CLAUDE_GATEWAY_QUIET": "1"})):
+            with self.subTest(flags=flags):
+                with self.assertRaisesRegex(claude_gateway.UsageError, r"--\w+ and --\w+ exclude each other"):
+                    config_of(*flags, **variables)
+        config = config_of("-q", CLAUDE_GATEWAY_VERBOSE="1")               # a flag wins over a variable
+        self.assertEqual((config.quiet, config.verbose), (True, False))
+
     def test_blanks_around_a_credential_do_not_count(self):
         config = config_of(ANTHROPIC_API_KEY=" sk-ant-k\n", ANTHROPIC_AUTH_TOKEN="t \r\n",
                            CLAUDE_CODE_OAUTH_TOKEN="\to")
@@ -7094,8 +7175,9 @@ class OtherCommandTests(CommandTestCase):
         none, key, bearer = self.commands((["status"], {}), (["status"], {"ANTHROPIC_API_KEY": SECRET}),
                                           (["status"], {"CLAUDE_CODE_OAUTH_TOKEN": SECRET}))
         self.assertEqual((none.code, key.code, bearer.code), (3, 0, 0))
-        self.assertIn("login", none.out + none.err)
-        self.assertIn("ANTHROPIC_API_KEY", key.out)
+        self.assertEqual(none.out, "No gateway answers on port 9.\nNo credential. Set ANTHROPIC_API_KEY, or run "
+                         "`claude-gateway login`; `claude-gateway start --demo` needs neither.\n")
+        self.assertIn("No gateway answers on port 9.\n`start` would use: API key from ANTHROPIC_API_KEY\n", key.out)
         self.assertIn("CLAUDE_CODE_OAUTH_TOKEN", bearer.out)
         self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example Ltd"})
         login = self.command("status")
@@ -7106,11 +7188,11 @@ class OtherCommandTests(CommandTestCase):
 
     def test_status_as_json_is_one_object(self):
         none, key = self.commands((["status", "--json"], {}), (["status", "--json"], {"ANTHROPIC_API_KEY": SECRET}))
-        self.assertEqual((none.code, json.loads(none.out)["kind"]), (3, None))
-        self.assertEqual((key.code, json.loads(key.out)["kind"]), (0, "api_key"))
+        self.assertEqual((none.code, json.loads(none.out)), (3, {"running": False, "port": 9, "credential": None}))
+        self.assertEqual((key.code, json.loads(key.out)["credential"]["kind"]), (0, "api_key"))
         self.sign_in(account={"email_address": "me@example.org"})
         login = self.command("status", "--json")
-        told = json.loads(login.out)
+        told = json.loads(login.out)["credential"]
         self.assertEqual((login.code, told["kind"], told["account"], told["refreshable"]),
                          (0, "oauth", "me@example.org", True))
         self.assertAlmostEqual(told["expires_at"], time.time() + 3_600, delta=60)
@@ -7137,6 +7219,9 @@ class OtherCommandTests(CommandTestCase):
         self.assertEqual([child.code for child in (plain, as_json, built_in, down)], [0] * 4)
         self.assertRegex(plain.out, r"(?m)^claude-sonnet-5-5 ")
         self.assertRegex(plain.out, r"(?m)^mine +-> claude-sonnet-5-5$")
+        self.assertRegex(plain.out, r"\Asonnet +-> claude-sonnet-5-5 +\w")
+        self.assertEqual(re.findall(r"(?m)^(\w+) +->", down.out), ["sonnet", "opus", "haiku", "fable", "mythos"])
+        self.assertGreater(down.out.index("\nclaude-opus-5-5 "), down.out.index("\nmythos "))
         self.assertNotIn("claude-opus-4-8", plain.out)
         entries = json.loads(as_json.out)
         self.assertEqual({entry["object"] for entry in entries}, {"model"})
@@ -7173,9 +7258,21 @@ class OtherCommandTests(CommandTestCase):
             self.assertRegex(start.out, r"(?m)^ +(-\w,? ?\S* ?,? )?%s\b" % re.escape(option))
         self.assertIn("CLAUDE_GATEWAY_PORT", start.out)
         self.assertIn("usage:", nothing.err)
+        for command, (_, words, _) in claude_gateway.COMMANDS.items():      # also the long names keep to their line
+            self.assertRegex(general.out, r"(?m)^    %s +%s$" % (command, re.escape(words)))
+        self.assertIn("claude-gateway/oauth-tokens.json", start.out)        # is not broken at its hyphen
+        self.assertLess(max(map(len, general.out.splitlines())), 80)
         for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
             self.assertEqual(child.code, 0)
             self.assertIn("--token-file", child.out)
+
+    def test_an_option_says_what_it_means_to_its_command(self):
+        for command, words in (("status", "port of the gateway to ask"), ("setup", "port of the gateway, for the"),
+                               ("doctor", "port that `start` would listen on")):
+            self.assertIn(words, self.command(command, "--help", COLUMNS="200").out)
+        login = self.command("login", "--help").out
+        self.assertLess(login.index("sign in with a Claude account"), login.index("Anthropic's published terms"))
+        self.assertLess(max(map(len, login.splitlines())), 80)
 
     def test_a_terminal_that_knows_only_ascii_stops_nothing(self):
         self.sign_in(account={"email_address": "j\u00fcrgen@example.org"}, organization={"name": "Fuchs \U0001f98a"})
@@ -7548,6 +7645,7 @@ class RouteTests(HttpTestCase):
                     self.assertEqual(answer.status, 200)
                     continue
                 self.assertEqual((answer.status, answer.error["code"]), (404, "unknown_url"))
+                self.assertIn("served are /chat/completions, /responses,", answer.error["message"])
                 self.assert_envelope(answer)
 
     def test_a_wrong_method_is_405_with_allow(self):
@@ -9194,6 +9292,42 @@ class ProxyTests(TlsTestCase):
 
 # ==== Status page =====================================================================================
 
+# The page's script in front of a document and a server that are made up: each step is a status, a body, and
+# what is typed into the form before (if anything is).
+PAGE_HARNESS = r"""
+const steps = %s, told = [], elements = {};
+function element() {
+  return { hidden: true, style: {}, listeners: {}, append() {}, replaceChildren() {},
+           addEventListener(name, on) { this.listeners[name] = on; } };
+}
+globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element };
+globalThis.location = { origin: "http://localhost" };
+let tick, sent;
+globalThis.setInterval = (update) => { tick = update; };
+globalThis.fetch = async (path, { headers }) => {
+  const [status, body] = steps[told.length];
+  sent = headers.authorization ?? null;
+  if (!status) throw new TypeError("refused");
+  return { status, ok: status === 200, json: async () => JSON.parse(body) };
+};
+async function run() {
+  for (let at = 0; at < steps.length; at += 1) {
+    const typed = steps[at][2], form = elements.key;
+    if (typed) {
+      document.getElementById("secret").value = typed;
+      form.listeners.submit({ preventDefault() {} });
+    } else if (at) tick();
+    await new Promise((next) => setImmediate(next));
+    const [ask, wrong, data, state] = ["ask", "wrong", "data", "state"].map(document.getElementById);
+    told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
+  }
+  console.log(JSON.stringify(told));
+}
+run();
+%s
+"""
+
+
 class StatusTests(GatewayTestCase):
     def setUp(self):
         super().setUp()
@@ -9220,6 +9354,17 @@ class StatusTests(GatewayTestCase):
         self.assertEqual(data["errors"], {"model_not_found": 1})
         # sonnet 5.5: $2 fresh, $0.10 read; 1600 reads save 1.90 each, 200 writes cost 0.50 more each, per million
         self.assertEqual(data["cache"], {"share_percent": 80, "saved_usd": round((1600 * 1.9 - 200 * 0.5) / 1e6, 4)})
+
+    def test_what_is_written_for_an_hour_costs_as_much_again(self):
+        self.claude.play(message(text("A"), usage={
+            "input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 1_000_000,
+            "cache_creation": {"ephemeral_5m_input_tokens": 400_000, "ephemeral_1h_input_tokens": 600_000},
+            "output_tokens": 1}))
+        self.chat()
+        data = self.status()
+        self.assertEqual(data["tokens"]["cache_write"], 1_000_000)
+        # sonnet 5.5: $2 a million; 0.4 million cost 25 % more, 0.6 million 100 %
+        self.assertEqual(data["cache"]["saved_usd"], -(0.4 * 0.5 + 0.6 * 2))
 
     def test_plan_windows_and_rate_limits_come_from_the_latest_answer(self):
         reset = int(time.time()) + 3600
@@ -9259,6 +9404,24 @@ class StatusTests(GatewayTestCase):
         self.assertIn("tokens", self.status(authorization="Bearer the-client-key"))
         self.assertEqual(self.ask("GET", "/metrics").status, 401)
         self.assertEqual(self.ask("GET", "/metrics", headers={"x-api-key": "the-client-key"}).status, 200)
+
+    @unittest.skipUnless(shutil.which("node"), "no node here")
+    def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(self):
+        data = json.dumps(self.status())
+        needed = json.dumps({"status": "ok", "version": "1", "key_needed": True})
+        refused = json.dumps({"error": {"message": "wrong", "code": "invalid_api_key"}})
+        steps = ((200, needed, ""), (401, refused, "wrong"), (200, needed, ""), (200, needed, "older"),
+                 (200, data, "right"), (200, data, ""), (503, "{}", ""), (0, "", ""))
+        script = re.search(r"<script[^>]*>(.*)</script>", claude_gateway.PAGE, re.S).group(1)
+        ended = subprocess.run(["node", "-e", PAGE_HARNESS % (json.dumps(steps), script)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, timeout=30)
+        self.assertEqual(ended.stderr.decode(), "")
+        self.assertEqual(json.loads(ended.stdout.decode()), [   # form, "not right", numbers, state, the key sent
+            [True, False, False, "running", None], [True, True, False, "running", "Bearer wrong"],
+            [True, True, False, "running", None], [True, True, False, "running", "Bearer older"],
+            [False, False, True, "running", "Bearer right"], [False, False, True, "running", "Bearer right"],
+            [False, False, True, "not reachable", "Bearer right"],
+            [False, False, True, "not reachable", "Bearer right"]])
 
     def test_metrics_keep_to_prometheus_text_format(self):
         self.chat()
@@ -9661,7 +9824,22 @@ class DailyCommandTests(GatewayTestCase):
         self.assertIn("is running.", said)
         self.assertIn("Requests:    1, 0 running", said)
         code, said, _ = run_command("status", "--json", CLAUDE_GATEWAY_PORT=str(self.service.port))
-        self.assertEqual((code, json.loads(said)["requests"]["total"]), (0, 1))
+        told = json.loads(said)
+        self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
+                         (0, 1, True, "api_key"))
+
+    def test_status_of_a_gateway_with_keys(self):
+        self.start(api_key=("the-client-key",))
+        port = str(self.service.port)
+        for key, words in (("", "set CLAUDE_GATEWAY_API_KEY"), ("the-client-key", "Requests:"),
+                           ("wrong", "does not take that in CLAUDE_GATEWAY_API_KEY")):
+            with self.subTest(key=key):
+                code, said, _ = run_command("status", "--port", port, CLAUDE_GATEWAY_API_KEY=key)
+                self.assertEqual(code, 0)
+                self.assertIn("is running.", said)
+                self.assertIn(words, said)
+        told = json.loads(run_command("status", "--json", "--port", port)[1])
+        self.assertEqual((told["running"], told["key_needed"], told["credential"]), (True, True, None))
 
     def test_doctor_finds_nothing_wrong_on_a_healthy_machine(self):
         self.claude.models = [{"id": "claude-haiku-5-5", "type": "model", "lifecycle": "active"}]
@@ -9669,7 +9847,7 @@ class DailyCommandTests(GatewayTestCase):
                                     ANTHROPIC_API_KEY=SECRET)
         self.assertEqual(code, 0, said)
         for name in ("Python", "File", "Port", "Proxy", "Certificates", "DNS", "Upstream", "Clock", "Credential",
-                     "Live call"):
+                     "Accepted", "Live call"):
             self.assertRegex(said, r"(?m)^ok +%s " % name)
         with open(PROGRAM, "rb") as file:
             self.assertIn(hashlib.sha256(file.read()).hexdigest(), said)
@@ -9694,16 +9872,53 @@ class DailyCommandTests(GatewayTestCase):
                     self.assertEqual((code, finding["name"]), (wanted, name), said)
                     self.assertIn(step, finding["step"])
 
+    def test_doctor_goes_on_without_the_network(self):
+        with contextlib.closing(socket.socket()) as unused, tempfile.TemporaryDirectory() as folder:
+            unused.bind(("127.0.0.1", 0))           # bound, and nobody listens
+            port = unused.getsockname()[1]
+            path = os.path.join(folder, "tokens.json")
+            expiry = int(time.time()) + 600
+            claude_gateway.TokenFile(path).write(stored_token(expires_at=expiry, account={"email_address": "me@x.org"}))
+            code, said, _ = run_command("doctor", "--json", "--live", "--port", self.free_port(), "--token-file", path,
+                                        ANTHROPIC_BASE_URL="http://127.0.0.1:%d" % port)
+        found = {finding["name"]: finding for finding in json.loads(said)}
+        self.assertEqual(code, 5)
+        self.assertIn("127.0.0.1 port %d: " % port, found["Upstream"]["detail"])
+        self.assertEqual(found["Credential"]["level"], "ok")
+        for words in (path, "me@x.org", "renewed by itself",
+                      time.strftime("%Y-%m-%d %H:%M", time.localtime(expiry))):
+            self.assertIn(words, found["Credential"]["detail"])
+        self.assertEqual((found["Left out"]["level"], found["Left out"]["detail"]),
+                         ("warning", "the clock, whether Claude takes the credential, the live calls"))
+        for finding in found.values():
+            self.assertEqual(bool(finding["step"]), finding["level"] != "ok", finding)
+            self.assertEqual(bool(finding["code"]), finding["level"] == "failed", finding)
+
+    def test_doctor_tells_a_login_that_is_over(self):
+        for token, level, code in (({"refresh_token": ""}, "failed", 3), ({}, "ok", 0)):
+            with self.subTest(token=token), tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "tokens.json")
+                claude_gateway.TokenFile(path).write(stored_token(expires_at=1_700_000_000, **token))
+                config = Config(token_file=path)
+                finding = next(claude_gateway.credential_findings(config, SimpleNamespace(post_json=None)))
+                self.assertEqual((finding.level, finding.code), (level, code))
+
     def test_doctor_masks_the_proxys_credentials(self):
         code, said, _ = run_command("doctor", "--port", self.free_port(),
                                     HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:1")
         self.assertIn("***@127.0.0.1:1", said)
         self.assertNotIn("proxy-password", said)
+        for proxy, shown in (("someone:proxy-password@127.0.0.1:1", "http://***@127.0.0.1:1"),
+                             ("http://proxy.test:1", "http://proxy.test:1, but not for the upstream: by NO_PROXY")):
+            self.assertIn(shown, claude_gateway.proxy_finding(Config(https_proxy=proxy, no_proxy=(
+                "api.anthropic.com" if "test" in proxy else ""))).detail)
 
     def test_selftest_passes_without_network_and_credential(self):
         code, said, _ = run_command("selftest", HTTPS_PROXY="http://127.0.0.1:1")
         self.assertEqual((code, re.findall(r"(?m)^ok +(\w+)", said)),
                          (0, ["plain", "streaming", "tools", "image", "error", "cancel"]))
+        self.assertTrue(said.endswith("\nAll 6 checks passed.\n"))
+        self.assertNotRegex(said, r"(?m) $")
 
     def test_translate_shows_the_request_and_sends_nothing(self):
         chat = {"model": "gpt-4o", "seed": 1, "messages": [{"role": "user", "content": "Hi"}]}
@@ -9714,6 +9929,18 @@ class DailyCommandTests(GatewayTestCase):
         self.assertEqual(json.loads(said)["messages"][0]["content"][0]["text"], "Hi")
         self.assertEqual(run_command("translate", given=b"{")[0], 1)
         self.assertEqual(run_command("translate", "/no/such/file")[0], 2)
+
+    @POSIX_ONLY
+    def test_translate_of_nothing_is_wrong_usage(self):
+        with tempfile.NamedTemporaryFile() as empty:
+            for redirection, words in (("<&-", "Standard input is closed"), ("</dev/null", "Standard input is empty"),
+                                       (empty.name, "%s is empty" % empty.name)):
+                with self.subTest(redirection=redirection):
+                    ended = subprocess.run(["sh", "-c", '"$0" "$1" translate ' + redirection, sys.executable, PROGRAM],
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+                    self.assertEqual((ended.returncode, ended.stdout), (2, b""))
+                    self.assertIn("claude-gateway: %s; translate wants a request" % words, ended.stderr.decode())
+                    self.assertEqual(ended.stderr.decode().count("\n"), 1)
 
     def test_translate_reads_a_saved_answer_backwards(self):
         whole = message(text("Hi"))
@@ -9759,18 +9986,48 @@ class DailyCommandTests(GatewayTestCase):
                                stdout=subprocess.PIPE, timeout=20)
         self.assertEqual(ended.stdout.decode().splitlines(), ["doctor", "--log-format"])
 
-    def test_unknown_words_are_answered_with_the_nearest(self):
-        for arguments, nearest in ((["stat"], "start"), (["start", "--prot", "1"], "--port"), (["docter"], "doctor"),
-                                   (["setup", "open-webi"], "")):
+    def test_unknown_words_are_answered_with_the_nearest_if_one_is_near(self):
+        for arguments, nearest, usage in (
+                (["stat"], "start", ""), (["start", "--prot", "1"], "--port", "start "), (["docter"], "doctor", ""),
+                (["setup", "open-webi"], "open-webui", "setup "), (["start", "--bogus"], "", "start "),
+                (["status", "--jsn"], "--json", "status "), (["status", "--demoo"], "", "status "),
+                (["what"], "", ""), (["completion", "basch"], "", "completion ")):
             with self.subTest(arguments=arguments):
                 code, _, said = run_command(*arguments)
                 self.assertEqual(code, 2)
-                self.assertIn("Did you mean %s?" % nearest if nearest else "invalid choice", said)
+                self.assertTrue(said.startswith("usage: claude-gateway %s[-h]" % usage), said)
+                self.assertEqual(re.findall(r"Did you mean (\S+)\?", said), [nearest] if nearest else [])
+                self.assertIn("unknown: %s." % arguments[-1] if arguments[-1].startswith("--") else "error: ", said)
 
+    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
+        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
+                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
+            with self.subTest(given=given):
+                self.assertEqual(run_command("setup", given)[1], run_command("setup", name)[1])
+        code, said, _ = run_command("setup")
+        self.assertEqual(code, 0)
+        for name, tool in claude_gateway.TOOL_SETTINGS.items():
+            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
+        for name in claude_gateway.SERVICE_FILES:
+            self.assertRegex(said, r"(?m)^%s " % name)
+
+    def test_commands_are_named_as_they_can_be_typed(self):
+        kept = sys.argv
+        self.addCleanup(setattr, sys, "argv", kept)
+        python = os.path.basename(sys.executable)
+        for script, typed in (("/usr/bin/claude-gateway", "claude-gateway start"),
+                              ("claude_gateway.py", python + " claude_gateway.py start"),
+                              ("/my files/claude_gateway.py", python + ' "/my files/claude_gateway.py" start'),
+                              ("other.py", "claude-gateway start"), ("", "claude-gateway start")):
+            with self.subTest(script=script):
+                sys.argv = [script]
+                self.assertEqual(claude_gateway.as_typed("`claude-gateway start`, the claude-gateway"),
+                                 "`%s`, the claude-gateway" % typed)
     def test_a_port_in_use_says_by_whom_and_what_to_do(self):
         code, _, said = run_command("start", "--port", str(self.service.port), ANTHROPIC_API_KEY="k")
         self.assertEqual(code, 4)
-        self.assertIn("in use by another claude-gateway. Another one: claude-gateway start --port", said)
+        self.assertIn("in use by another claude-gateway. Another port: %s %s start --port %d\n" % (
+            os.path.basename(sys.executable), PROGRAM, self.service.port % 65_535 + 1), said)
 
 
 # ==== As a library ====================================================================================
