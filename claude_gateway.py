@@ -6293,10 +6293,11 @@ PAGE = """<!doctype html>
   .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
   section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
             min-width: 0; }
-  .wide { grid-column: 1 / -1; }
+  .wide { grid-column: 1 / -1; } .wide dd { text-align: left; }
   dl { display: grid; grid-template-columns: auto 1fr; gap: .25rem 1rem; margin: 0; }
   dt { color: var(--soft); }
   dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+  #credential dd { font-size: .88rem; }
   code { font: 13px/1.5 ui-monospace, monospace; }
   .big { font-size: 2rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
   .note { color: var(--soft); font-size: .9rem; }
@@ -6882,8 +6883,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _endpoint(self, head: Head, path: str) -> Endpoint:
         methods = ROUTES.get(path)
         if methods is None:
-            raise NotFound("There is nothing at %s %s; served are %s." % (head.method, printable(path),
-                                                                          ", ".join(ROUTES)))
+            raise NotFound("There is nothing at %s %s; served are %s." % (
+                head.method, printable(path), ", ".join(route for route in ROUTES if "{" not in route)))
         endpoint = methods.get("GET" if head.method == "HEAD" else head.method)
         if endpoint is None:
             names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
@@ -7569,7 +7570,7 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     facts = credential.facts()
     expires_at, renewed = facts.get("expires_at"), bool(facts.get("refreshable"))
     told = ", ".join(filter(None, [
-        facts["description"], facts.get("account"),
+        facts["description"],
         "token good until %s" % time.strftime("%Y-%m-%d %H:%M", time.localtime(expires_at)) if expires_at else "",
         "" if facts["kind"] == "api_key" else "renewed by itself" if renewed else "not renewed by itself"]))
     if expires_at and expires_at < time.time() and not renewed:
@@ -8573,15 +8574,15 @@ def status_words(running: dict, had_key: bool) -> str:
     if facts.get("expires_at"):
         lines.append("Token:       %s" % expiry_words(facts["expires_at"], bool(facts.get("refreshable"))))
     lines.append("Requests:    %d, %d running" % (running["requests"]["total"], running["requests"]["running"] - 1))
-    lines.append("Tokens:      %d in, %d from the cache, %d out" % (prompt_tokens(tokens), tokens["cache_read"],
-                                                                    tokens["output"]))
+    lines.append("Tokens:      %s in, %s of them from the cache, %s out" % tuple(
+        format(count, ",") for count in (prompt_tokens(tokens), tokens["cache_read"], tokens["output"])))
     lines.append("Cache:       %d %% of all input, which saved $%.2f by list prices" % (
         running["cache"]["share_percent"], running["cache"]["saved_usd"]))
     for code, count in running["errors"].items():
         lines.append("Errors:      %d of %s" % (count, code))
     for limit in running["limits"]:
         filled = round(20 * min(1.0, limit["used"]))
-        resets = limit["resets_at"] and " reset %s" % time.strftime("%a %H:%M", time.localtime(limit["resets_at"]))
+        resets = limit["resets_at"] and ", reset %s" % time.strftime("%a %H:%M", time.localtime(limit["resets_at"]))
         lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
                                                 round(100 * limit["used"]), resets or ""))
     return "\n".join(lines)
@@ -8630,6 +8631,7 @@ def doctor_command(parsed: argparse.Namespace) -> int:
     set_up_log(replace(config, quiet=True))
     redaction = Redaction()
     redaction.known = config.secrets
+    home = os.path.expanduser("~")
     found = []
     for finding in findings(config, parsed.live):
         finding = finding._replace(detail=redaction.mask(finding.detail), step=as_typed(finding.step))
@@ -8639,8 +8641,9 @@ def doctor_command(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
-        print("\nTo paste into a bug report:\n\n```\n%s\n```" % "\n".join(
-            "%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found))
+        block = "\n".join("%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found)
+        block = block.replace(home, "~") if len(home) > 1 else block       # it tells who the user is
+        print("\nTo paste into a bug report:\n\n```\n%s\n```" % block)
     return next((finding.code for finding in found if finding.level == "failed"), OK)
 
 

@@ -7208,6 +7208,15 @@ class OtherCommandTests(CommandTestCase):
             with self.subTest(fields):
                 self.assertIn(child.code, (0, 1, 3))
 
+    @POSIX_ONLY
+    def test_the_block_for_a_bug_report_does_not_tell_who_the_user_is(self):
+        self.sign_in(account={"email_address": "me@example.org"})
+        above, block = self.command("doctor", ANTHROPIC_BASE_URL="http://127.0.0.1:9").out.split("```")[:2]
+        self.assertIn("login from %s," % self.token_path, above)
+        self.assertIn("login from ~/.config/claude-gateway/oauth-tokens.json,", block)
+        for words in (self.home, "me@example.org"):
+            self.assertNotIn(words, block)
+
     def test_models_lists_names_and_aliases(self):
         self.claude.models = [{"type": "model", "id": "claude-sonnet-5-5", "display_name": "Claude Sonnet 5.5",
                                "created_at": "2026-06-01T00:00:00Z"}]
@@ -9885,9 +9894,9 @@ class DailyCommandTests(GatewayTestCase):
         self.assertEqual(code, 5)
         self.assertIn("127.0.0.1 port %d: " % port, found["Upstream"]["detail"])
         self.assertEqual(found["Credential"]["level"], "ok")
-        for words in (path, "me@x.org", "renewed by itself",
-                      time.strftime("%Y-%m-%d %H:%M", time.localtime(expiry))):
+        for words in (path, "renewed by itself", time.strftime("%Y-%m-%d %H:%M", time.localtime(expiry))):
             self.assertIn(words, found["Credential"]["detail"])
+        self.assertNotIn("me@x.org", said)
         self.assertEqual((found["Left out"]["level"], found["Left out"]["detail"]),
                          ("warning", "the clock, whether Claude takes the credential, the live calls"))
         for finding in found.values():
@@ -10567,8 +10576,8 @@ class ReadmeTests(unittest.TestCase):
             environment = {"PATH": folder + os.pathsep + os.environ["PATH"], "HOME": folder,
                            "CLAUDE_GATEWAY_PORT": port, "PYTHONDONTWRITEBYTECODE": "1"}
             commands = [block.replace("45554", port) for block in readme_blocks("sh") if "unittest" not in block]
-            # the gateway is started in the background by the first block; its own shell ends it
-            script = "trap 'kill $(jobs -p); wait' EXIT\n" + "\necho; echo ----\n".join(commands)
+            self.assertIn("`kill %1`", README)      # how the gateway that the first block starts is to be stopped
+            script = "trap 'kill %1; wait' EXIT\n" + "\necho; echo ----\n".join(commands)
             ended = subprocess.run(["bash", "-ec", script], cwd=HERE, env=environment, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
         said = ended.stdout.decode()
@@ -10605,6 +10614,24 @@ class ReadmeTests(unittest.TestCase):
                 for name, tool in claude_gateway.TOOL_SETTINGS.items()]
         table = README.split("<!-- tools -->")[1].split("<!-- /tools -->")[0].strip().split("\n")[2:]
         self.assertEqual(table, rows)
+
+    def test_its_line_of_the_log_is_one_of_ours(self):
+        shown = next(block for block in readme_blocks("text") if " cached (" in block).strip().split(" ", 1)[1]
+        record = claude_gateway.Record(
+            "POST", "/v1/chat/completions", tool="aider", status=200, asked="opus", used="claude-opus-5-5", stream=True,
+            first_byte_ms=521, total_ms=1682, input_tokens=18918, cached_tokens=18010, cached_percent_of_all=48,
+            output_tokens=388, request_id="req_011CV...")
+        with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
+            claude_gateway.log_request_record(record, minimal=False)
+        self.assertEqual(logged.records[0].getMessage(), shown)
+
+    def test_every_variable_that_it_names_is_read(self):
+        with open(PROGRAM, encoding="utf-8") as file:
+            source = file.read()
+        twins = {option.variable for option in claude_gateway.OPTIONS}
+        for name in set(re.findall(r"`(?:\$env:)?([A-Z]+_[A-Z_]+)\b", README)) - twins - {"HTTP_PROXY"}:
+            with self.subTest(name):
+                self.assertIn('"%s"' % name, source)
 
     def test_its_pictures_are_there(self):
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
