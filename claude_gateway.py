@@ -7093,9 +7093,11 @@ def tool_of(user_agent: str) -> str:
 def log_request_record(record: Record, minimal: bool) -> None:
     """One line per request, in columns, and a second one for what was changed."""
     fields = without(vars(record), "started")
+    looked = record.route in WATCHING and record.status < 400      # a page that is open looks every other second
+    level = logging.WARNING if record.status >= 500 else logging.DEBUG if looked else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
     if minimal:
-        LOG.info("%s %d ms", line, record.total_ms, extra={"fields": fields})
+        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": fields})
         return
     if record.used:
         line += "  %-14s %-36s %-6s" % (record.tool, "%s -> %s" % (printable(record.asked or "(none)"), record.used),
@@ -7107,7 +7109,7 @@ def log_request_record(record: Record, minimal: bool) -> None:
     line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
     if record.error:
         line += "  " + printable(record.error, 500)
-    LOG.log(logging.WARNING if record.status >= 500 else logging.INFO, "%s", line, extra={"fields": fields})
+    LOG.log(level, "%s", line, extra={"fields": fields})
     if record.changes:
         LOG.info("  changed: %s", printable(record.changes, 100_000))
 
@@ -8257,7 +8259,7 @@ def default_token_file(environment: dict[str, str]) -> str:
     if os.name == "nt":
         base = environment.get("APPDATA", "")
     else:
-        home = os.path.expanduser("~")
+        home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
         base = environment.get("XDG_CONFIG_HOME", "")
         if not os.path.isabs(base):                 # relative ones do not count (XDG base directory specification)
             base = os.path.join(home, ".config")
@@ -8475,6 +8477,7 @@ def sign_in(config: Config, open_browser: bool) -> None:
     file = TokenFile(config.token_file)
     if not config.token_file:
         raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
+    check_writable(config.token_file)
     say(TERMS)
     login = Login()
     say("\nVisit this address, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
@@ -8487,7 +8490,8 @@ def sign_in(config: Config, open_browser: bool) -> None:
     sys.stderr.flush()
     pasted = sys.stdin.readline() if sys.stdin else ""
     if not pasted.strip():
-        raise CredentialNeeded("No code was pasted.")
+        say("")
+        raise CredentialNeeded("No code was pasted; `claude-gateway login` asks again.")
     code, checked = login.parse(pasted)
     if not checked:
         say("Warning: this code came without its state, so it cannot be checked that it belongs to this sign-in.")
@@ -8506,6 +8510,19 @@ def sign_in(config: Config, open_browser: bool) -> None:
     say("Signed in%s. Stored in %s" % (" as " + account if account else "", file.path))
 
 
+def check_writable(path: str) -> None:
+    """Finds out before the sign-in what would be a pity after it: that the login cannot be stored."""
+    directory = os.path.dirname(os.path.realpath(path))
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        reason = "" if os.access(directory, os.W_OK) else "its directory cannot be written to"
+    except OSError as fault:
+        reason = fault.strerror or str(fault)
+    if reason:
+        raise GatewayError("A login cannot be stored in %s: %s. --token-file PATH names another place." %
+                           (path, reason))
+
+
 def has_browser() -> bool:
     """Whether opening a browser makes sense: not over SSH, where it would open elsewhere or take the terminal."""
     if os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY"):
@@ -8517,9 +8534,11 @@ def has_browser() -> bool:
 def logout_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
     file = TokenFile(config.token_file)
+    removed = False
     try:
-        with file.lock():
-            removed = file.remove()
+        if os.path.lexists(file.path):
+            with file.lock():                       # whose own file stays: another process may be waiting at it
+                removed = file.remove()
     except OSError as fault:
         raise GatewayError("The login in %s could not be removed: %s" % (file.path, fault.strerror or fault)) from fault
     say("Forgot the login in %s" % file.path if removed else "There was no stored login.")
@@ -8568,7 +8587,8 @@ def status_words(running: dict, had_key: bool) -> str:
         return lines[0] + " Its numbers need one of its keys: %s CLAUDE_GATEWAY_API_KEY." % (
             "it does not take that in" if had_key else "set")
     facts, tokens = running["credential"] or {}, running["tokens"]
-    lines.append("Upstream:    %s with %s" % (running["upstream"], facts.get("description") or "no credential"))
+    paid_with = "%s with %s" % (running["upstream"], facts.get("description") or "no credential")
+    lines.append("Upstream:    %s" % ("the built-in simulation" if running["upstream"] == "simulated" else paid_with))
     if facts.get("account"):
         lines.append("Account:     %s" % facts["account"])
     if facts.get("expires_at"):

@@ -6435,11 +6435,16 @@ class CommandTestCase(GatewayTestCase):
         if os.name == "nt":
             self.token_path = os.path.join(self.home, "claude-gateway", "oauth-tokens.json")
         self.token_url = self.claude.url + "/v1/oauth/token"
+        bound = socket.socket()                     # and never listens, so nobody else does
+        self.addCleanup(bound.close)
+        bound.bind(("127.0.0.1", 0))
+        self.closed_port = bound.getsockname()[1]
 
     def environment(self, variables) -> dict:
         kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "TEMP", "TMP") if name in os.environ}
-        # port 9: `status` shall find no gateway that happens to run on this machine
-        usual = {"HOME": self.home, "APPDATA": self.home, "PYTHONDONTWRITEBYTECODE": "1", "CLAUDE_GATEWAY_PORT": "9"}
+        # `status` shall find no gateway that happens to run on this machine
+        usual = {"HOME": self.home, "APPDATA": self.home, "PYTHONDONTWRITEBYTECODE": "1",
+                 "CLAUDE_GATEWAY_PORT": str(self.closed_port)}
         return {name: value for name, value in dict(kept, **dict(usual, **variables)).items() if value is not None}
 
     def child(self, *arguments, stdin=subprocess.PIPE, **variables) -> Child:
@@ -6655,6 +6660,10 @@ class DemoTests(CommandTestCase):
         child = self.child("start", "--demo", "-p", "0", ANTHROPIC_BASE_URL="http://example.com")
         self.assertGreater(child.port, 0)
 
+    def test_its_status_says_what_it_is(self):
+        said = self.command("status", "--port", str(self.demo.port)).out
+        self.assertIn("Upstream:    the built-in simulation\n", said)
+
     def test_it_has_models(self):
         ids = [entry["id"] for entry in self.ask("GET", "/v1/models").json["data"]]
         self.assertIn("claude-sonnet-5-5", ids)
@@ -6820,6 +6829,19 @@ class StartTests(CommandTestCase):
         release.set()
         self.assertEqual((child.end(), child.err), (0, ""))
         self.assertIn("http://127.0.0.1:", child.out)
+
+    def test_looking_at_the_gateway_is_logged_in_full_only(self):
+        for level in ((), ("-m",), ("-V",)):
+            with self.subTest(level=level):
+                child = self.serve(*level)
+                for path in ("/", "/metrics", "/health?why=not", "/nowhere"):
+                    self.ask("GET", path)
+                self.ask("GET", "/", headers={"host": "elsewhere.example"})
+                child.end(signal.SIGTERM)
+                self.assertEqual(bool(re.search(r"GET +/(metrics)? +200|GET +/health +200", child.err)),
+                                 level == ("-V",))
+                self.assertRegex(child.err, r"GET +/nowhere +404")
+                self.assertRegex(child.err, r"GET +/ +403")         # but not what was refused
 
     def test_each_level_logs_what_it_promises(self):
         levels = ((), ("-m",), ("-V",), ("--log-format", "json"))
@@ -7171,13 +7193,29 @@ class OtherCommandTests(CommandTestCase):
             self.assertIn(child.code, (0, 1))
         self.assertTrue(os.path.isdir(self.home))
 
+    def test_logout_without_a_login_writes_nothing(self):
+        self.assertIn("no stored login", self.command("logout").err)
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_a_place_that_cannot_hold_a_login_is_told_before_the_sign_in(self):
+        child = self.command("login", "--no-browser", "--token-file", os.path.join(PROGRAM, "tokens.json"))
+        self.assertEqual(child.code, 1)
+        self.assertIn("A login cannot be stored in %s: " % os.path.join(PROGRAM, "tokens.json"), child.err)
+        self.assertNotIn("Visit", child.err)
+
+    def test_an_empty_home_is_none(self):
+        child = self.command("login", "--no-browser", HOME="", APPDATA="")
+        self.assertEqual(child.code, 2)
+        self.assertIn("There is no home directory", child.err)
+
     def test_status_tells_which_credential_and_whose(self):
         none, key, bearer = self.commands((["status"], {}), (["status"], {"ANTHROPIC_API_KEY": SECRET}),
                                           (["status"], {"CLAUDE_CODE_OAUTH_TOKEN": SECRET}))
         self.assertEqual((none.code, key.code, bearer.code), (3, 0, 0))
-        self.assertEqual(none.out, "No gateway answers on port 9.\nNo credential. Set ANTHROPIC_API_KEY, or run "
+        nobody = "No gateway answers on port %d.\n" % self.closed_port
+        self.assertEqual(none.out, nobody + "No credential. Set ANTHROPIC_API_KEY, or run "
                          "`claude-gateway login`; `claude-gateway start --demo` needs neither.\n")
-        self.assertIn("No gateway answers on port 9.\n`start` would use: API key from ANTHROPIC_API_KEY\n", key.out)
+        self.assertIn(nobody + "`start` would use: API key from ANTHROPIC_API_KEY\n", key.out)
         self.assertIn("CLAUDE_CODE_OAUTH_TOKEN", bearer.out)
         self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example Ltd"})
         login = self.command("status")
@@ -7188,7 +7226,8 @@ class OtherCommandTests(CommandTestCase):
 
     def test_status_as_json_is_one_object(self):
         none, key = self.commands((["status", "--json"], {}), (["status", "--json"], {"ANTHROPIC_API_KEY": SECRET}))
-        self.assertEqual((none.code, json.loads(none.out)), (3, {"running": False, "port": 9, "credential": None}))
+        self.assertEqual((none.code, json.loads(none.out)),
+                         (3, {"running": False, "port": self.closed_port, "credential": None}))
         self.assertEqual((key.code, json.loads(key.out)["credential"]["kind"]), (0, "api_key"))
         self.sign_in(account={"email_address": "me@example.org"})
         login = self.command("status", "--json")
