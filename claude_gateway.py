@@ -5895,7 +5895,8 @@ def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
 def listed_item(item: dict, name: str) -> dict:
     """An input item as OpenAI lists it: with its type, an id of its own, and text as a content part."""
     kind = item.get("type") or ("message" if "role" in item else "item")
-    listed = dict({"id": "%s_%s" % ("msg" if kind == "message" else "item", name), "type": kind}, **item)
+    new_id = "%s_%s" % ("msg" if kind == "message" else "item", name)
+    listed = dict(item, id=item.get("id") or new_id, type=kind)
     if isinstance(listed.get("content"), str):
         part = "output_text" if item.get("role") == "assistant" else "input_text"
         listed["content"] = [{"type": part, "text": listed["content"]}]
@@ -7285,7 +7286,7 @@ def json_asked_for(messages: list[dict]) -> dict | None:
     asked = JSON_ASKED.match(texts[-1]) if texts else None
     if not asked:
         return None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         return dict(json.JSONDecoder().raw_decode(asked.group("schema") or "")[0])
     return {}
 

@@ -5432,7 +5432,7 @@ class ResponsesStateTests(ResponsesTestCase):
         self.assertEqual((self.ask("GET", path).status, self.ask("DELETE", path).status), (404, 404))
 
     def test_listed_items_have_types_ids_and_content_parts(self):
-        given = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"},
+        given = [{"role": "user", "content": "A", "id": None}, {"role": "assistant", "content": "B"},
                  {"type": "message", "id": "msg_mine", "role": "user",
                   "content": [{"type": "input_text", "text": "C"}]}]
         response = self.ask("POST", "/v1/responses", {"model": "sonnet", "input": given}).json
@@ -5442,6 +5442,7 @@ class ResponsesStateTests(ResponsesTestCase):
             {"type": "input_text", "text": "C"}, {"type": "output_text", "text": "B"},
             {"type": "input_text", "text": "A"}])
         self.assertEqual(len({item["id"] for item in listed}), 3)
+        self.assertTrue(all(item["id"].startswith("msg_") for item in listed), listed)
         self.assertEqual(listed[0]["id"], "msg_mine")
 
     def test_a_streamed_response_is_there_before_its_end_is_told(self):
