@@ -834,9 +834,10 @@ class Draft:
 def json_within_bounds(text: str) -> Any:
     """JSON text as a value.  Raises ValueError for what JSON cannot tell, and for what would cost too much."""
     data = text.encode("utf-8", "surrogatepass")
-    if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+    brackets = data.count(b"[") + data.count(b"{")
+    if brackets > MAX_BRACKETS:
         raise ValueError("more than %d brackets" % MAX_BRACKETS)
-    if nests_deeper(data, MAX_NESTING):
+    if brackets > MAX_NESTING and nests_deeper(data, MAX_NESTING):
         raise ValueError("nested more than %d deep" % MAX_NESTING)
     return json.loads(text, parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int)
 
@@ -863,8 +864,6 @@ def bounded_int(digits: str) -> int:
 
 def nests_deeper(body: bytes, limit: int) -> bool:
     """Whether brackets outside strings nest more than `limit` deep.  A few passes in C, not a scan in Python."""
-    if body.count(b"[") + body.count(b"{") <= limit:
-        return False
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"").translate(BRACKET_KINDS, NOT_BRACKETS)
     brackets = b"".join(plain.split(b'"')[::2])
     for _ in range(limit):
@@ -2889,9 +2888,8 @@ class EventDecoder:
         self._fault: Optional[UpstreamFault] = None
 
     def feed(self, piece: bytes) -> list[dict]:
-        """The events that `piece` completes.  Raises UpstreamFault on data that is not JSON, after what came before."""
-        if self._fault:
-            raise self._fault
+        """The events that `piece` completes.  Data that is not JSON ends them: `check` tells of it."""
+        self.check()
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
@@ -2911,19 +2909,18 @@ class EventDecoder:
                 try:
                     events.append(self._event())
                 except UpstreamFault as fault:
-                    if not events:
-                        raise
                     self._fault = fault
                     break
         return events
 
-    def close(self) -> list[dict]:
-        """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
+    def check(self) -> None:
+        """Raises UpstreamFault once something was not JSON; what came before it has been handed out."""
         if self._fault:
             raise self._fault
-        with contextlib.suppress(UpstreamFault):
-            return self.feed(b"\n\n")
-        return []
+
+    def close(self) -> list[dict]:
+        """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
+        return self.feed(b"\n\n")
 
     def _event(self) -> dict:
         data, self._data = b"\n".join(self._data), []
@@ -3104,7 +3101,7 @@ class ChatStream:
         if block["type"] == "thinking":
             return self._reasoning(block.get("thinking") or "")
         if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
-            return [self._call_start(block["id"], self._plan.names.back(block["name"]))]
+            return self._call_start(block["id"], self._plan.names.back(block["name"]))
         return []
 
     def _block_delta(self, event: dict) -> list[dict]:
@@ -3117,7 +3114,7 @@ class ChatStream:
         if kind == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"] \
                 and self._block["name"] not in self._plan.custom_tools:
             self._sent_arguments = True
-            return [self._arguments(delta["partial_json"])]
+            return self._arguments(delta["partial_json"])
         return []
 
     def _block_stop(self, event: dict) -> list[dict]:
@@ -3129,7 +3126,7 @@ class ChatStream:
             return []
         if block["name"] in self._plan.custom_tools:
             return [self._whole_call(block)]
-        return [] if self._sent_arguments else [self._arguments(arguments_of(block))]
+        return [] if self._sent_arguments else self._arguments(arguments_of(block))
 
     def json_of(self, chunk: dict) -> bytes:
         """`client_json` of a chunk of this stream.
@@ -3186,8 +3183,8 @@ class ChatStream:
         chunks = []
         if self._tool_position < 0:
             call_id = forced_call_id(self._assembler.message.get("id"))
-            chunks.append(self._call_start(call_id, self._plan.names.back(self._plan.forced_tool or "")))
-        return chunks + [self._arguments(text)]
+            chunks += self._call_start(call_id, self._plan.names.back(self._plan.forced_tool or ""))
+        return chunks + self._arguments(text)
 
     def _reasoning(self, thinking: str) -> list[dict]:
         return [self._chunk({"reasoning_content": thinking})] if thinking else []
@@ -3198,17 +3195,22 @@ class ChatStream:
         call = tool_call_from_tool_use(block, self._plan)
         return self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})
 
-    def _call_start(self, call_id: str, name: str) -> dict:
+    def _call_start(self, call_id: str, name: str) -> list[dict]:
         self._tool_position += 1
-        if self._plan.legacy_functions:             # has room for one call; the full reply shows the first one too
-            return self._chunk({"function_call": {"name": name, "arguments": ""}} if not self._tool_position else {})
-        return self._chunk({"tool_calls": [{"index": self._tool_position, "id": call_id, "type": "function",
-                                            "function": {"name": name, "arguments": ""}}]})
+        call = {"name": name, "arguments": ""}
+        return self._call_delta(call, {"index": self._tool_position, "id": call_id, "type": "function",
+                                       "function": call})
 
-    def _arguments(self, fragment: str) -> dict:
-        if self._plan.legacy_functions:
-            return self._chunk({"function_call": {"arguments": fragment}} if not self._tool_position else {})
-        return self._chunk({"tool_calls": [{"index": self._tool_position, "function": {"arguments": fragment}}]})
+    def _arguments(self, fragment: str) -> list[dict]:
+        call = {"arguments": fragment}
+        return self._call_delta(call, {"index": self._tool_position, "function": call})
+
+    def _call_delta(self, function_call: dict, tool_call: dict) -> list[dict]:
+        if not self._plan.legacy_functions:
+            return [self._chunk({"tool_calls": [tool_call]})]
+        if self._tool_position:                     # there is room for one call; the full reply shows the first one too
+            return []
+        return [self._chunk({"function_call": function_call})]
 
     def _chunk(self, delta: dict, reason: str | None = None) -> dict:
         return dict(self._envelope, choices=[{"index": 0, "delta": delta, "finish_reason": reason}])
@@ -3780,7 +3782,7 @@ class Prefixes:
     The cache reads a prompt only as far as it is the same as before, so a client that changes its tools, system
     text or early messages pays for everything behind that point again, and sees nothing of it but the bill.
     """
-    MARK = re.compile(rb',"cache_control":\{"type":"ephemeral"(,"ttl":"1h")?\}')
+    MARKS = (b',"cache_control":{"type":"ephemeral"}', b',"cache_control":{"type":"ephemeral","ttl":"1h"}')
 
     def __init__(self) -> None:
         self._seen = Bounded(5_000, 8_000_000)
@@ -3791,7 +3793,8 @@ class Prefixes:
 
         `parts`: parameters, tools, system, then every message, as JSON.
         """
-        checks = [zlib.crc32(self.MARK.sub(b"", part)) for part in parts[1:]]
+        checks = [zlib.crc32(functools.reduce(lambda plain, mark: plain.replace(mark, b""), self.MARKS, part))
+                  for part in parts[1:]]
         stored = self._seen.get(conversation) or b""
         earlier = struct.unpack("%dI" % (len(stored) // 4), stored)
         if len(earlier) > len(checks):
@@ -5641,6 +5644,7 @@ class Exchange:
             decoder = EventDecoder()
             for piece in self._reply.pieces():
                 yield decoder.feed(piece)
+                decoder.check()
             yield decoder.close()
         else:
             yield events_from_body(self._reply.read())
@@ -5704,7 +5708,9 @@ def events_from_body(body: bytes) -> list[dict]:
     """The events of an answer that came without saying that it is a stream: JSON, or a stream after all."""
     if re.match(rb"(\xef\xbb\xbf)?\s*(event|data|id|retry)?:", body):
         decoder = EventDecoder()
-        return decoder.feed(body) + decoder.close()
+        events = decoder.feed(body)
+        decoder.check()
+        return events + decoder.close()
     return events_from_message(checked_message(json_object_from(body)))
 
 
@@ -8311,7 +8317,6 @@ def start_command(parsed: argparse.Namespace) -> int:
     gateway = gateway_with_credential(config, parsed)
     redaction.known = gateway.secrets
     raise_descriptor_limit()
-    give_memory_back()
     try:
         service = Service(gateway)
     except OSError as fault:
@@ -8379,14 +8384,6 @@ def raise_descriptor_limit() -> None:
         wanted = 3 * MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, 3 * MAX_CONNECTIONS)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def give_memory_back() -> None:
-    """Python took 20 MB to compile this file, and glibc would keep them for ever: 45 MB after the start, not 28."""
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(ImportError, OSError, AttributeError):
-            import ctypes
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def tell_port_trouble(config: Config, fault: OSError) -> int:

@@ -3635,6 +3635,10 @@ class ReplyShapeTests(GatewayTestCase):
             self.assertEqual(json.loads(parts["message"]["function_call"]["arguments"]), {"a": 1})
             self.assertEqual(parts["finish_reason"], "function_call")
             self.assertNotIn("tool_calls", parts["message"])
+        self.claude.play(whole)
+        deltas = [choice["delta"] for chunk in self.chat(functions=functions, stream=True).chunks
+                  for choice in chunk["choices"] if not choice["finish_reason"]]
+        self.assertNotIn({}, deltas)                    # nothing is told of the second call
 
     def test_a_forced_tool_of_a_model_that_refuses_force_is_handed_back_as_its_call(self):
         tool = {"type": "function", "function": {"name": "my.tool", "parameters": {
@@ -3943,8 +3947,12 @@ class EventDecoderTests(unittest.TestCase):
     def test_what_is_no_event_of_the_api_is_the_upstreams_fault(self):
         for data in (b"data: {oops\n\n", b"data: []\n\n", b'data: {"a": 1}\n\n', b'data: {"type": 1}\n\n',
                      b'data: "\xff"\n\n', b"data:\n\n"):
-            with self.subTest(data=data), self.assertRaises(claude_gateway.UpstreamFault):
-                claude_gateway.EventDecoder().feed(data)
+            with self.subTest(data=data):
+                decoder = claude_gateway.EventDecoder()
+                good = b'data: {"type":"a"}\n\n'
+                self.assertEqual(decoder.feed(good + data + good), [{"type": "a"}])
+                for tell in (decoder.check, decoder.close, lambda decoder=decoder: decoder.feed(good)):
+                    self.assertRaises(claude_gateway.UpstreamFault, tell)
 
 
 class UpstreamBodyTests(GatewayTestCase):
@@ -8594,6 +8602,14 @@ class StreamFramingTests(HttpTestCase):
         self.assertIn(b'"content":"one "', received_until(connection, b'"content":"one "'))
         second.set()
         self.assertIn(b"data: [DONE]\n\n\r\n0\r\n\r\n", received_until(connection, b"0\r\n\r\n"))
+
+    def test_junk_in_mid_stream_is_told_at_once_though_the_upstream_stays(self):
+        never = threading.Event()
+        self.addCleanup(never.set)
+        begun = sse(events_of(message(text("Hello")))[:4])
+        answer, = answers_in(self.streamed([begun + b"data: {junk\n\n", never]))
+        self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
+        self.assertIn("Hello", completion_from_chunks(answer.chunks[:-1])["message"]["content"])
 
     def test_http_1_1_gets_chunks_and_http_1_0_the_end_of_the_connection(self):
         pieces = [sse(events_of(message(text("Hello"))))]
