@@ -9165,6 +9165,21 @@ class TlsTests(TlsTestCase):
         release.set()
         self.assertIn(b"[DONE]", received_until(connection, b"[DONE]"))
 
+    def test_a_burst_after_a_pause_comes_through_tls_whole(self):
+        words = "word " * 50_000                        # many records, of which TLS holds what nobody asked for yet
+        events = events_of(message(text(words)), 50)
+        release = threading.Event()
+        self.addCleanup(release.set)
+        head = upstream_bytes(b"", "content-type: text/event-stream", "transfer-encoding: chunked", length=False)
+        self.start_before([[head, in_chunks(sse(events[:2]))[:-5], release, in_chunks(sse(events[2:]))]],
+                          context=self.context, ca_file=self.certificate)
+        connection = self.connect()
+        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
+        received = received_until(connection, b"assistant")
+        release.set()
+        answer, = answers_in(received + received_until(connection, b"never"))
+        self.assertEqual(completion_from_chunks(answer.chunks)["message"]["content"], words)
+
     def test_every_framing_works_over_tls_and_with_answers_larger_than_a_record(self):
         words = "word " * 20_000
         whole = json.dumps(message(text(words))).encode()
@@ -9550,6 +9565,10 @@ class PumpedConnectionTests(Pumped, ConnectionTests):
 
 
 class PumpedStreamShapeTests(Pumped, StreamShapeTests):
+    pass
+
+
+class PumpedTlsTests(Pumped, TlsTests):
     pass
 
 
