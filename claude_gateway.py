@@ -7215,14 +7215,18 @@ class Service:
 
     def close(self, grace: float = SHUTDOWN_GRACE) -> bool:
         """Stops accepting, lets running requests finish for `grace` seconds; whether all of them did."""
+        self.stop_accepting()
+        finished = self.gateway.running.wait_until_idle(grace)
+        self.gateway.close()
+        return finished
+
+    def stop_accepting(self) -> None:
+        """The first half of `close`: no new connections, no new requests on those that are there."""
         self.gateway.running.draining = True
         for listener in self.listeners:
             if self._started:
                 listener.shutdown()                 # would wait for ever for a loop that never ran
             listener.server_close()
-        finished = self.gateway.running.wait_until_idle(grace)
-        self.gateway.close()
-        return finished
 
 
 def listeners_for(gateway: Gateway) -> list[Listener]:
@@ -8452,8 +8456,9 @@ class StopSignals:
 
     def serve(self, service: Service) -> int:
         """Waits for the signal and lets running requests finish; the exit code."""
-        while not self._stop.wait(3_600):           # a bare wait would not let signals through on Windows
+        while not self._stop.wait(1):               # a signal just before a wait does not end it; on Windows none does
             pass
+        service.stop_accepting()
         running = service.gateway.running.count
         if running and not service.gateway.config.quiet:
             say("Stopping: %d running requests get up to %d seconds." % (running, SHUTDOWN_GRACE))
