@@ -92,6 +92,7 @@ OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's 
 REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
 LOCK_PATIENCE = 60                              # seconds to wait for another process to refresh; one call may take 40
 REFRESH_BACKOFF = 2                             # seconds between attempts while the sign-in endpoint fails
+RENEWAL_HOLDS = 60                              # seconds: a new token that is refused within them is not the trouble
 
 MAX_BODY = 40_000_000                           # bytes, raw and decoded: Claude's 32 MB plus JSON overhead
 MAX_UPSTREAM_BODY = 32_000_000                  # bytes: what the Messages API accepts
@@ -4208,9 +4209,12 @@ class StoredLogin:
         self._lock = threading.Lock()
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
-        self._unsaved = False                       # the newest tokens could not be stored yet
+        self._unsaved = False                       # the newest tokens could not be stored yet ...
+        self._told_unsaved = False                  # ... which has been told
+        self._outdated = ""                         # the access token that the file holds as long as that is so
         self._spent: set = set()                    # refresh tokens that we used, or that were refused
         self._retry_at = 0.0
+        self._renewed_at = float("-inf")
 
     @property
     def description(self) -> str:
@@ -4222,20 +4226,23 @@ class StoredLogin:
         return {"authorization": "Bearer " + token, "anthropic-beta": OAUTH_BETA}
 
     def access_token(self, rejected: str | None = None) -> str:
-        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now."""
-        self._read_if_changed()
-        if self._usable(rejected) and not self._unsaved:
-            return self._token["access_token"]
+        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now.
+
+        A rejected token comes back if it is so new that the account must be what Claude refuses.
+        """
+        token = self._token                         # the attribute changes under the lock only: a logout may empty it
+        if self._usable(rejected, token) and not self._unsaved and self._stamp == self._file_stamp():
+            return token["access_token"]            # nobody waits here while another call renews
         with self._lock:
+            self._read_if_changed()
             if self._unsaved:
                 self._save()
-            if self._usable(rejected):
-                return self._token["access_token"]
-            with self._file.lock():
-                self._stamp = None
-                self._read_if_changed()
-                if not self._usable(rejected):
-                    self._renew(rejected)
+            if not self._usable(rejected):
+                with self._file.lock():
+                    self._stamp = None
+                    self._read_if_changed()
+                    if not self._usable(rejected) and not self._just_renewed(rejected):
+                        self._renew(rejected)
             return self._token["access_token"]
 
     def facts(self) -> dict:
@@ -4253,15 +4260,21 @@ class StoredLogin:
     def secrets(self) -> list[str]:
         return [text_in(self._token, name) or "" for name in ("access_token", "refresh_token")]
 
-    def _usable(self, rejected: str | None) -> bool:
+    def _usable(self, rejected: str | None, token: dict | None = None) -> bool:
         """Good for five minutes more; or good at all, while the sign-in endpoint fails."""
-        if not self._token or self._token["access_token"] == rejected:
+        token = self._token if token is None else token
+        if not token or token["access_token"] == rejected:
             return False
-        left = expiry_of(self._token) - time.time()
+        left = expiry_of(token) - time.time()
         return left > (0 if time.monotonic() < self._retry_at else REFRESH_EARLY)
 
+    def _just_renewed(self, rejected: str | None) -> bool:
+        """Whether the rejected token has just been given to us: another one would be rejected as well."""
+        return rejected is not None and rejected == self._token.get("access_token") and \
+            time.monotonic() - self._renewed_at < RENEWAL_HOLDS
+
     def _read_if_changed(self) -> None:
-        """Takes over what another process stored; tokens that we have spent ourselves are older than ours."""
+        """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
         stamp = self._file_stamp()
         if stamp == self._stamp and stamp is not None:
             return
@@ -4277,7 +4290,8 @@ class StoredLogin:
         self._stamp = stamp
         if token is None:
             self._token = self._token if self._unsaved else {}
-        elif not (self._unsaved and text_in(token, "refresh_token") in self._spent):
+        elif not (self._unsaved and (token["access_token"] == self._outdated
+                                     or text_in(token, "refresh_token") in self._spent)):
             self._token, self._unsaved = token, False
 
     def _file_stamp(self) -> Any:
@@ -4302,7 +4316,9 @@ class StoredLogin:
             self._put_off(str(fault), rejected)
             return
         if status == 200 and isinstance(answer.get("access_token"), str):
-            self._token = token_from_answer(answer, self._token)
+            if not self._unsaved:
+                self._outdated = self._token["access_token"]
+            self._token, self._renewed_at = token_from_answer(answer, self._token), time.monotonic()
             if self._token["refresh_token"] != refresh_token:
                 self._spent.add(refresh_token)
             self._unsaved = True
@@ -4336,16 +4352,15 @@ class StoredLogin:
 
     def _save(self) -> None:
         """Stores the newest tokens; a failure is told once, and tried again with the next call."""
-        told = self._stamp == "unsaved"
         try:
             self._file.write(self._token)
         except OSError as fault:
-            if not told:
+            if not self._told_unsaved:
                 LOG.warning("the renewed tokens could not be stored in %s (%s): keeping them in memory",
                             self._file.path, fault.strerror or fault)
-            self._stamp = "unsaved"
+            self._told_unsaved = True
             return
-        self._unsaved = False
+        self._unsaved = self._told_unsaved = False
         self._stamp = self._file_stamp()
 
 
@@ -4876,7 +4891,10 @@ class Upstream:
             renewable = self.credential is not None and self.credential.refreshable
             if refusal.upstream_status != 401 or not renewable:
                 raise
-        return call(self._credential_headers(headers["authorization"]))
+            renewed = self._credential_headers(headers["authorization"])
+            if renewed == headers:                  # there is no better token: Claude's words go to the client
+                raise
+        return call(renewed)
 
     def _post(self, path: str, body: bytes, watch: Watch, hops: str, beta: Sequence[str], version: str,
               headers: dict[str, str]) -> UpstreamReply:

@@ -5866,6 +5866,11 @@ class LoginStoreTestCase(GatewayTestCase):
         self.addCleanup(upstream.close)
         return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json)
 
+    def renewals_are_long_ago(self) -> None:
+        """Until the end of the test a token is never too new to be renewed."""
+        self.addCleanup(setattr, claude_gateway, "RENEWAL_HOLDS", claude_gateway.RENEWAL_HOLDS)
+        claude_gateway.RENEWAL_HOLDS = 0
+
     def serve_login(self, **settings):
         """The gateway with the login in the file."""
         return self.start(**dict({"anthropic_api_key": "", "token_file": self.token_path,
@@ -5922,6 +5927,7 @@ class RefreshTests(LoginStoreTestCase):
         self.assertAlmostEqual(self.stored()["expires_at"], time.time() + 3_600, delta=60)
 
     def test_rotation_goes_on_with_the_refresh_token_that_came_last(self):
+        self.renewals_are_long_ago()
         self.file.write(stored_token(0))
         for turn in (1, 2, 3):
             self.claude.token_replies.append(token_answer(access_token="a-%d" % turn, refresh_token="r-%d" % turn))
@@ -5960,6 +5966,22 @@ class RefreshTests(LoginStoreTestCase):
                          (401, "upstream_authentication", "false"))
         self.assertIn("Invalid bearer token", answer.error["message"])
         self.assertEqual((len(self.claude.messages), len(self.token_requests())), (2, 1))
+
+    def test_an_account_that_is_refused_is_not_helped_by_ever_more_tokens(self):
+        self.file.write(stored_token())
+        self.serve_login()
+        self.claude.token_replies += [token_answer(access_token="a-%d" % turn, refresh_token="r-%d" % turn)
+                                      for turn in range(5)]
+        self.claude.play(*[Reply(401, body=error_body("authentication_error", "This account is on hold."))] * 5)
+        for _ in range(4):
+            answer = self.chat()
+            self.assertEqual((answer.status, answer.error["code"]), (401, "upstream_authentication"))
+            self.assertIn("This account is on hold.", answer.error["message"])
+        self.assertEqual((len(self.claude.messages), len(self.token_requests())), (5, 1))
+        self.file.write(stored_token(access_token="of-another-account", refresh_token="another"))
+        self.claude.play(message(text("Hi")))
+        self.assertEqual(self.chat().status, 200, "a new login helps at once")
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer of-another-account")
 
     def test_a_401_to_the_model_list_is_answered_by_a_renewal_too(self):
         self.file.write(stored_token())
@@ -6028,6 +6050,24 @@ class RefreshTests(LoginStoreTestCase):
         answer = self.chat()
         self.assertEqual((answer.status, answer.error["code"]), (401, "upstream_authentication"))
         self.assertIn("claude-gateway login", answer.error["message"])
+
+    def test_a_logout_amid_a_call_is_no_defect(self):
+        self.file.write(stored_token())
+        login = self.login()
+        login.access_token()
+        clock = time.time
+
+        def log_out():                              # while the call asks whether its token is still good
+            claude_gateway.time.time = clock
+            self.file.remove()
+            with self.assertRaises(claude_gateway.CredentialNeeded):
+                login.access_token()
+            return clock()
+        self.addCleanup(setattr, claude_gateway.time, "time", clock)
+        claude_gateway.time.time = log_out
+        self.assertEqual(login.access_token(), OLD_ACCESS)
+        with self.assertRaises(claude_gateway.CredentialNeeded):
+            login.access_token()
 
     def test_a_failing_endpoint_does_not_matter_while_the_token_is_good(self):
         failures = (None, Reply(500, body=b"oops"), Reply(429, body=error_body("rate_limit_error", "Slow down")),
@@ -6274,8 +6314,26 @@ class TokenFileTests(LoginStoreTestCase):
         login.access_token()
         self.assertEqual(self.stored()["refresh_token"], NEW_REFRESH, "a restart would find the spent one")
 
+    @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
+    def test_unsaved_tokens_whose_refresh_token_stays_are_used_and_told_of_once(self):
+        self.renewals_are_long_ago()
+        self.file.write(stored_token(0))
+        login = self.login()
+        answers = [token_answer(access_token="a-%d" % turn, refresh_token=OLD_REFRESH) for turn in (1, 2, 3)]
+        self.claude.token_replies += answers
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            with no_room_on_disk():
+                self.assertEqual([login.access_token() for _ in range(3)], ["a-1"] * 3)
+                self.assertEqual([login.access_token(rejected="a-1"), login.access_token()], ["a-2"] * 2)
+            self.assertEqual((len(self.token_requests()), len(logged.output)), (2, 1), logged.output)
+            self.assertEqual((login.access_token(), self.stored()["access_token"]), ("a-2", "a-2"))
+            with no_room_on_disk():
+                self.assertEqual([login.access_token(rejected="a-2"), login.access_token()], ["a-3"] * 2)
+            self.assertEqual((len(self.token_requests()), len(logged.output)), (3, 2), logged.output)
+
     def test_a_directory_that_goes_and_comes_back_does_not_bring_old_tokens_back(self):
         # a home that is unmounted for a while; a file stands where the directory should be, which stops root as well
+        self.renewals_are_long_ago()
         self.file.write(stored_token())
         login = self.login()
         self.assertEqual(login.access_token(), OLD_ACCESS)
