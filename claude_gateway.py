@@ -42,6 +42,7 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -340,7 +341,8 @@ class Verdict(NamedTuple):
 
 KEY_HINT = "Hint: an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
 PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
-# The one table that reads the words of a refusal (lower case).  The first match wins.
+# What the words of a refusal (lower case) mean for the client; the first match wins.  What they say about the
+# request is read by LESSONS and the patterns beside it.  Nothing else goes by the words of Claude.
 VERDICTS = (
     Verdict("prompt is too long", 400, code="context_length_exceeded"),
     Verdict("exceed context limit", 400, code="context_length_exceeded"),
@@ -538,9 +540,10 @@ OPENAI_TIERS = ((re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d
 
 def model_from_info(info: dict) -> Model | None:
     """A `data` entry of Claude's model list over what the table says of that model."""
-    if not isinstance(info.get("id"), str):
+    model_id = info.get("id")
+    if not isinstance(model_id, str) or not re.match(r"[\x21-\x7e]{1,200}\Z", model_id):
         return None
-    known = BUILT_IN_MODELS.get(info["id"]) or Model(info["id"])
+    known = BUILT_IN_MODELS.get(model_id) or Model(model_id)
     capabilities = info.get("capabilities") or {}
 
     def supported(*path: str) -> bool | None:
@@ -553,11 +556,19 @@ def model_from_info(info: dict) -> Model | None:
         told = {name: supported(*path, name) for name in all_names}
         return tuple(name for name in all_names if (name in known_names if told[name] is None else told[name]))
 
+    def text(name: str, limit: int = 200) -> str | None:
+        value = info.get(name)
+        return value[:limit] or None if isinstance(value, str) else None
+
+    def tokens(name: str) -> int | None:
+        value = info.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    released = text("created_at", 10)
     says: dict[str, Any] = {
-        "context": info.get("max_input_tokens"), "max_output": info.get("max_tokens"),
-        "lifecycle": info.get("lifecycle"), "retires": (info.get("retires_at") or "")[:10] or None,
-        "released": (info.get("created_at") or "")[:10].replace("1970-01-01", "") or None,
-        "display_name": info.get("display_name"),
+        "context": tokens("max_input_tokens"), "max_output": tokens("max_tokens"),
+        "lifecycle": text("lifecycle"), "retires": text("retires_at", 10),
+        "released": released if released != "1970-01-01" else None, "display_name": text("display_name"),
         "structured_outputs": supported("structured_outputs"), "web_search": supported("server_tools", "web_search"),
         "thinking": names(("thinking", "types"), known.thinking, ("adaptive", "enabled", "disabled", "between_tools")),
         "efforts": names(("effort",), known.efforts, EFFORTS) if supported("effort") is not False else (),
@@ -665,14 +676,21 @@ def model_entry(name: str, model: Model) -> dict:
     return entry
 
 
-# What a 400 teaches about a model: the pattern of its words, and what is changed in the model's row.  Only a
-# corrected retry that succeeded makes a lesson (Memory.learn).
+# What a refusal is about, by its words, where a correction or an explanation needs to know.
+ABOUT_TOOL = re.compile(r"tools\.(\d+)\.")
+ABOUT_MODEL = re.compile(r"model")
+ABOUT_LIMIT = re.compile(r"max_tokens: \d+ > (\d+)")
+ABOUT_THINKING = re.compile(r"(?=.*thinking).*(signature|bound to a different conversation|cannot be modified|"
+                            r"must contain thinking)", re.S)
+# What a 400 teaches about a model: the pattern of its words, and what is changed in the model's row.  Only what
+# changes the refused request, and then a corrected retry that succeeded, makes a lesson (Lessons.learn).
 LESSONS = (
     (re.compile(r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)"), {"sampling": False}),
     (re.compile(r"not support(ed)?[^.]*prefill|must end with a user message"), {"prefill": False}),
     (re.compile(r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use"), {"forced_tools": False}),
     (re.compile(r"does not support the effort|output_config.*effort.*not supported"), {"efforts": ()}),
-    (re.compile(r"\bspeed\b"), {"fast": False}),
+    (re.compile(r"^`?speed\b|not support[^.]*(`speed`|speed parameter|fast mode)|fast mode[^.]* not ", re.I),
+     {"fast": False}),
     (re.compile(r"role 'system' is not supported"), {"late_system": False}),
     (re.compile(r"does not support (structured|output)|output_config.*format.*not supported"),
      {"structured_outputs": False}),
@@ -687,7 +705,7 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
     if refusal.upstream_status != 400:
         return None
     words = str(refusal)
-    match = re.search(r"max_tokens: \d+ > (\d+)", words)
+    match = ABOUT_LIMIT.search(words)
     lesson: dict = {"max_output": int(match.group(1))} if match else {}
     for pattern, change in LESSONS:
         if pattern.search(words):
@@ -851,7 +869,7 @@ def refuse_constant(name: str) -> float:
 def finite_float(digits: str) -> float:
     """json's hook for numbers: 1e400 would become infinity."""
     number = float(digits)
-    if number - number != 0:
+    if not math.isfinite(number):
         raise ValueError("%s is too large for a number" % digits[:20])
     return number
 
@@ -922,7 +940,7 @@ def number_of(value: Any, path: str) -> float:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             parsed = float(value)
-            if parsed - parsed == 0:                # neither infinite nor NaN
+            if math.isfinite(parsed):
                 return parsed
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong(path, "a number", value)
@@ -1881,6 +1899,7 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
     start = base64.b64decode(data[:400_000 // 4 * 4])          # enough to find the size of any image
     found = media_type_of(start)
+    declared = {"image/jpg": "image/jpeg"}.get(declared, declared)      # a common spelling, not a mistake
     if found == "application/pdf":
         source = {"type": "base64", "media_type": found, "data": data}
         return [titled({"type": "document", "source": source}, title)]
@@ -2174,9 +2193,9 @@ def checked_schema(schema: Any, path: str) -> Any:
             if schema.pop(exclusive) and bound in schema:
                 schema[exclusive] = schema.pop(bound)
     for key in schema:
-        where = "%s.%s" % (path, key)
+        where = path_in_schema(path, key)
         if key in MAPS_OF_SCHEMAS:
-            schema[key] = {name: checked_schema(value, "%s.%s" % (where, name))
+            schema[key] = {name: checked_schema(value, path_in_schema(where, name))
                            for name, value in object_of(schema[key], where).items()}
         elif key in LISTS_OF_SCHEMAS:
             schema[key] = [checked_schema(value, "%s[%d]" % (where, at))
@@ -2196,6 +2215,11 @@ def checked_schema(schema: Any, path: str) -> Any:
         elif key in ("$ref", "description", "title", "pattern", "format"):
             text_of(schema[key], where)
     return schema
+
+
+def path_in_schema(path: str, name: str) -> str:
+    """The path of a member, cut to what people read: with long names inside long names it would be quadratic."""
+    return "%s.%s" % (path[-500:], name[:100])
 
 
 def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
@@ -2432,8 +2456,9 @@ def wished_choice(fields: dict, changes: Changes) -> Choice | None:
     if kind == "allowed_tools":
         allowed = object_of(wish.get("allowed_tools", wish), path + ".allowed_tools")
         mode = modes.get(str(allowed.get("mode", "auto")), "auto")
-        listed = list_of(allowed.get("tools"), path + ".allowed_tools.tools")
-        names = [choice_name(tool, "%s.allowed_tools.tools[%d]" % (path, at)) for at, tool in enumerate(listed)]
+        path += ".allowed_tools.tools"
+        tools = list_of(allowed.get("tools"), path)
+        names = [choice_name(tool, "%s[%d]" % (path, at)) for at, tool in enumerate(tools)]
         return Choice(mode, allowed=names)
     if kind not in (None, "function", "custom", "tool") and "name" not in wish:
         changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
@@ -2484,13 +2509,13 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     is handed back as the tool call); where that cannot be, an instruction.
     """
     tools = request.get("tools", [])
+    kind, schema, path = wished_format(fields)
     if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
-        if wished_format(fields)[0] != "text":
-            draft.changes.add("dropped", wished_format(fields)[2].split(".json")[0], "a forced tool excludes it")
-        return force_by_format(request, named, choice, draft)
-    kind, schema, path = wished_format(fields)
-    if kind == "json_schema":
+        if kind != "text":
+            draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
+        choice = force_by_format(request, named, choice, draft)
+    elif kind == "json_schema":
         add_schema_format(request, schema, path, draft)
     elif kind == "json_object":
         draft.plan.bare_json = True
@@ -3762,15 +3787,15 @@ class StoredResponses:
         self._stored = Bounded(1_000, 64_000_000)
 
     def put(self, owner: str, response: dict, items: Sequence[dict]) -> None:
-        stored = json.dumps({"response": response, "items": list(items)}).encode("ascii")
-        self._stored.put((owner, response["id"]), stored)
+        stored = json.dumps({"response": response, "items": list(items)}, ensure_ascii=False)
+        self._stored.put((owner, response["id"]), stored.encode("utf-8", "surrogatepass"))
 
     def get(self, owner: str, response_id: str) -> tuple[dict, list[dict]] | None:
         """A response and its input items; None where it is not known, or somebody else's."""
         stored = self._stored.get((owner, response_id))
         if stored is None:
             return None
-        entry = json.loads(stored.decode("ascii"))
+        entry = json.loads(stored.decode("utf-8", "surrogatepass"))
         return entry["response"], entry["items"]
 
     def remove(self, owner: str, response_id: str) -> bool:
@@ -3817,10 +3842,9 @@ class Lessons:
         self._lessons: Dict[str, dict] = {}
         self._lock = threading.Lock()
 
-    def apply(self, model: Model, more: dict | None = None) -> Model:
+    def apply(self, model: Model) -> Model:
         with self._lock:
-            learnt = dict(self._lessons.get(model.id, {}), **(more or {}))
-        return replace(model, **learnt) if learnt else model
+            return replace(model, **self._lessons.get(model.id, {}))
 
     def learn(self, model: Model, lesson: dict) -> None:
         with self._lock:
@@ -3864,6 +3888,9 @@ class ModelList:
         except GatewayError as fault:
             self._next_fetch = time.monotonic() + 60
             LOG.info("no model list from the upstream (%s): using the built-in table", fault)
+        except Exception as failure:                # nobody is above this thread to tell it
+            self._next_fetch = time.monotonic() + 60
+            LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
             self._first.set()
 
@@ -4507,13 +4534,16 @@ class Watch:
                 self.idle()
 
     def pause(self, seconds: float) -> None:
-        """Sleeps, unless the client leaves meanwhile."""
+        """Sleeps, unless the client leaves meanwhile; for 0 seconds it only looks.  Raises ClientGone."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        while True:
+            left = max(0.0, deadline - time.monotonic())
             if not self.client:
-                time.sleep(max(0, deadline - time.monotonic()))
-            elif wait_readable([self.client], deadline - time.monotonic()):
+                time.sleep(left)
+            elif wait_readable([self.client], left):
                 self.check_client()
+            if time.monotonic() >= deadline:
+                return
 
     def check_client(self) -> None:
         """A client whose read side has ended is gone; one that sends early (pipelining) is left alone."""
@@ -5313,6 +5343,8 @@ class ImageFetcher:
             try:
                 status, location, body = self._get(here, url, deadline)
             except (OSError, http.client.HTTPException, ValueError) as fault:
+                if time.monotonic() >= deadline:
+                    raise self._late(url) from fault
                 hint = " (images are fetched directly, but here only a proxy may lead out)" if self._proxied else ""
                 raise self._refusal(url, "could not be fetched: %s%s" % (fault, hint)) from fault
             if status in (301, 302, 303, 307, 308) and location:
@@ -5339,15 +5371,24 @@ class ImageFetcher:
         connection = http.client.HTTPConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
         sock = socket.create_connection((address, port), timeout=max(0.1, min(CONNECT_TIMEOUT,
                                                                               deadline - time.monotonic())))
+        left = max(0.1, deadline - time.monotonic())
+        sock.settimeout(left)
+        alarm = threading.Timer(left, lambda: shut_down(sock))      # the timeout starts again with every byte
+        alarm.daemon = True
+        alarm.start()
         try:
-            sock = connection.sock = self._tls().wrap_socket(sock, server_hostname=host) if secure else sock
+            if secure:
+                sock = self._tls().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                sock.do_handshake()
+            connection.sock = sock
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
             connection.request("GET", urllib.parse.quote(target, safe="/%?=&;:@!$'()*+,~"), headers={
                 "User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"})
             response = connection.getresponse()
-            body = self._read(response, sock, url, deadline) if response.status == 200 else b""
+            body = self._read(response, url, deadline) if response.status == 200 else b""
             return response.status, response.getheader("Location"), body
         finally:
+            alarm.cancel()
             connection.close()
             sock.close()
 
@@ -5358,23 +5399,32 @@ class ImageFetcher:
             raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
         return str(found[0])
 
-    def _read(self, response: http.client.HTTPResponse, sock: socket.socket, url: str, deadline: float) -> bytes:
+    def _read(self, response: http.client.HTTPResponse, url: str, deadline: float) -> bytes:
         body = bytearray()
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise self._refusal(url, "took longer than %d seconds" % FETCH_TIMEOUT)
-            sock.settimeout(left)
             piece = response.read1(65_536)
+            if time.monotonic() >= deadline:
+                raise self._late(url)
             body += piece
             if len(body) > MAX_FETCHED:
                 raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
+            if not piece and response.length:
+                raise self._refusal(url, "broke off in the middle")
             if not piece:
                 return bytes(body)
+
+    def _late(self, url: str) -> InvalidRequest:
+        return self._refusal(url, "took longer than %g seconds" % FETCH_TIMEOUT)
 
     @staticmethod
     def _refusal(url: str, what: str) -> InvalidRequest:
         return InvalidRequest("The image %r %s." % (url[:200], what), "image_url", "invalid_image_url")
+
+
+def shut_down(sock: socket.socket) -> None:
+    """Ends whatever waits for a socket, in another thread; a TLS layer above it is left alone."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 # ---- Endpoints ---------------------------------------------------------------------------------------
@@ -5573,17 +5623,31 @@ class Exchange:
 
     def translate(self) -> Translation:
         """The request as it would be sent now."""
-        model = replace(self._known, **self._lesson) if self._lesson else self._known
+        translation = self._translated(replace(self._known, **(self._lesson or {})))
+        self._inline_images(translation.request["messages"])
+        return translation
+
+    def _translated(self, model: Model) -> Translation:
+        """The request for a model, images by address still by their address."""
         credential = self._gateway.upstream.credential
         recall = self._gateway.answers.recall(self._incoming.owner, model.id) if self._replay else None
         translation = self._translate_body(model, credential.preamble if credential else (),
                                            not self._gateway.config.no_cache, recall, self._replay)
         if self._incoming.surrogates_replaced:
             translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
-        for source in url_sources(translation.request["messages"]):
-            if self._inline or source["url"].lower().startswith("http:"):
-                self._inline_image(source)
         return translation
+
+    def _inline_images(self, messages: list[dict]) -> None:
+        """Fetches the images that Claude cannot, as long as they fit into a request and the client is there."""
+        size = 0
+        for source in url_sources(messages):
+            if self._inline or source["url"].lower().startswith("http:"):
+                self._incoming.watch.pause(0)       # a client that has left wants no more of them
+                self._inline_image(source)
+                size += len(source["data"])
+                if size > MAX_UPSTREAM_BODY:
+                    raise TooLarge("The images by address have more than 32 MB together; Claude takes up to 32 MB in "
+                                   "one request.")
 
     def _inline_image(self, source: dict) -> None:
         """An image by address becomes one by its bytes."""
@@ -5617,18 +5681,22 @@ class Exchange:
         """Whether something about the request was changed that the refusal names."""
         if refusal.upstream_status != 400 or refusal.code in FINAL_CODES | {"context_length_exceeded"}:
             return False
-        if self._replay and is_thinking_refusal(refusal) and has_thinking(self.translation.request["messages"]):
+        if ABOUT_THINKING.match(str(refusal)) and has_thinking(self.translation.request["messages"]):
             self._replay = False
             self._gateway.answers.forget_thinking(self._conversation)
             return True
-        if self._lesson is None:
-            self._lesson = lesson_from_refusal(self._known, refusal)
-            if self._lesson:
-                return True
+        lesson = lesson_from_refusal(self._known, refusal) if self._lesson is None else None
+        if lesson and self._matters(lesson):
+            self._lesson = lesson
+            return True
         if not self._inline and any(url_sources(self.translation.request["messages"])):
             self._inline = str(refusal)
             return True
         return False
+
+    def _matters(self, lesson: dict) -> bool:
+        """Whether a lesson would make another request of this one; if not, the refusal's words mean something else."""
+        return self._translated(replace(self._known, **lesson)).request != self._translated(self._known).request
 
     def _count_tokens(self) -> None:
         if self.assembler.message and not self._counted:
@@ -5701,12 +5769,6 @@ def conversation_key(owner: str, history: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps([owner, content]).encode()).hexdigest()
 
 
-def is_thinking_refusal(refusal: ClaudeError) -> bool:
-    words = str(refusal)
-    return "thinking" in words and re.search(r"signature|bound to a different conversation|cannot be modified"
-                                             r"|must contain thinking", words) is not None
-
-
 def has_thinking(messages: list[dict]) -> bool:
     return any(block["type"] in ("thinking", "redacted_thinking") for message in messages
                for block in message["content"])
@@ -5744,13 +5806,13 @@ def checked_message(message: dict) -> dict:
 def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) -> ClaudeError:
     """A refusal in terms of what the client sent: tools by their names, models with the nearest ones."""
     words = str(refusal)
-    match = re.search(r"tools\.(\d+)\.", words)
+    match = ABOUT_TOOL.search(words)
     tools = translation.request.get("tools", [])
     if match and int(match.group(1)) < len(tools):
         name = translation.plan.names.back(tools[int(match.group(1))]["name"])
         refusal.args = ("Tool %s: %s" % (json.dumps(name), words),)
         refusal.param = "tools"
-    if refusal.claude_type == "not_found_error" and "model" in words:
+    if refusal.claude_type == "not_found_error" and ABOUT_MODEL.search(words):
         refusal.args = ("%s (nearest: %s)" % (words, ", ".join(catalog.nearest(translation.request["model"]))),)
         refusal.code, refusal.param = "model_not_found", "model"
     return refusal
@@ -5822,6 +5884,11 @@ def wants_stream(body: dict) -> bool:
     return stream is not None and boolean_of(stream, "stream")
 
 
+def wants_storing(body: dict) -> bool:
+    store = body.get("store")
+    return store is None or boolean_of(store, "store")
+
+
 def wants_usage(body: dict) -> bool:
     options = body.get("stream_options")
     options = object_of(options, "stream_options") if options is not None else {}
@@ -5869,7 +5936,7 @@ def response_batches(gateway: Gateway, incoming: Incoming, exchange: Exchange, s
     """The events of a response, which is stored before its end is told: a client may continue it at once."""
     body = incoming.body
     for batch in stream_batches(exchange, stream):
-        if stream.response["status"] in ("completed", "incomplete") and body.get("store") is not False \
+        if stream.response["status"] in ("completed", "incomplete") and wants_storing(body) \
                 and is_responses_body(body):
             gateway.responses.put(incoming.owner, stream.response, [*earlier, *items_from_input(body.get("input"))])
         yield batch
@@ -5943,6 +6010,7 @@ def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
 
 # ---- legacy completions
 
+MOST_PROMPTS = 128                                  # of one request: OpenAI takes 2,048, but every one is a call here
 COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
                      "only: no comment, no repetition of the text, no code fence.")
 INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
@@ -5973,6 +6041,9 @@ def prompts_of(body: dict) -> list[str]:
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
     prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
+    if len(prompts) > MOST_PROMPTS:
+        raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
+                             "prompt", "invalid_value")
     for name in ("best_of", "logprobs"):
         if body.get(name) is not None and integer_of(body[name], name) > (name == "best_of"):
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
@@ -6233,7 +6304,7 @@ def number_or_none(text: str | None) -> float | None:
         number = float(text or "")
     except ValueError:
         return None
-    return number if number - number == 0 else None
+    return number if math.isfinite(number) else None
 
 
 def moment_of(text: str) -> int | None:
@@ -8336,7 +8407,7 @@ def start_command(parsed: argparse.Namespace) -> int:
         config = demo_config(config, SimulatedUpstream().url)
     elif is_own_address(config):
         raise UsageError("ANTHROPIC_BASE_URL is this gateway's own address.")
-    gateway = gateway_with_credential(config, parsed)
+    gateway = gateway_with_credential(config)
     redaction.known = gateway.secrets
     raise_descriptor_limit()
     try:
@@ -8380,7 +8451,7 @@ def is_own_address(config: Config) -> bool:
     return port == config.port and (is_loopback_host(host) or host == config.host.lower())
 
 
-def gateway_with_credential(config: Config, parsed: argparse.Namespace) -> Gateway:
+def gateway_with_credential(config: Config) -> Gateway:
     """A gateway that has a credential; on a first run with a terminal it signs in.  Raises CredentialNeeded."""
     gateway: Optional[Gateway]
     try:

@@ -1460,6 +1460,21 @@ class LiveModelListTests(RequestTestCase):
         self.listed(live_model("claude-opus-5-5", capabilities=[], max_tokens=None, created_at=None, retires_at=None,
                                lifecycle=None), live_model("claude-sonnet-5-5", created_at=""))
         self.assertEqual(self.sent(model="opus")["max_tokens"], 128_000)
+        good = live_model("claude-opus-7", max_tokens=32_000)
+        for odd in ({"retires_at": 5}, {"created_at": ["2026"]}, {"max_tokens": "128000"}, {"max_tokens": True},
+                    {"max_tokens": 0}, {"max_input_tokens": {}}, {"lifecycle": 5}, {"lifecycle": []},
+                    {"display_name": {"a": 1}}, {"capabilities": {"thinking": {"types": {"adaptive": 5}}, "effort": 5}},
+                    {"id": "claude-opus-\u00b2"}, {"id": "claude opus 9"}, {"id": ["x"]}, {"id": ""}):
+            with self.subTest(odd=odd):
+                catalog = claude_gateway.catalog_from_entries([live_model("claude-opus-5-5", **odd), good], ())
+                self.assertEqual(catalog.newest("opus").id, "claude-opus-7")
+                for name, model in catalog.names():
+                    entry = claude_gateway.model_entry(name, model)
+                    self.assertEqual({key: type(value) for key, value in entry.items() if key in (
+                        "context_length", "max_output_tokens", "display_name", "created", "created_at")},
+                        {"context_length": int, "max_output_tokens": int, "display_name": str, "created": int,
+                         "created_at": str})
+                    self.assertGreater(model.max_output, 0)
 
     def test_the_models_on_offer_have_the_shape_of_openai(self):
         self.start(alias=(("my/model", "haiku"), ("*", "opus")))
@@ -1771,6 +1786,17 @@ class RequestDoorTests(RequestTestCase):
                 with self.subTest(fields=fields):
                     answer = self.chat(**fields)
                     self.assertIn(answer.status, (200, 400), answer.raw)
+
+
+    def test_long_names_in_a_schema_do_not_pile_up_in_its_paths(self):
+        schema: dict = {"type": "wrong"}
+        for _ in range(80):
+            schema = {"type": "object", "properties": {"x" * 10_000: schema}}
+        error = self.refused(tools=[a_tool("f", schema)])
+        self.assertRegex(error["param"], r"x\.type$")
+        self.assertLess(len(error["param"]), 1_000)
+        error = self.refused(tools=[a_tool("f", {"properties": {"a": {"items": {"properties": {"b": {"type": 1}}}}}})])
+        self.assertEqual(error["param"], "tools[0].function.parameters.properties.a.items.properties.b.type")
 
 
 class ParameterTests(RequestTestCase):
@@ -2335,8 +2361,11 @@ class ContentPartTests(RequestTestCase):
                                  (webp(5, 5), "image/webp")):
             with self.subTest(media_type=media_type):
                 self.assertEqual(self.block(image_url("data:image/jpg;base64," + data)), image_block(data, media_type))
-        self.assertEqual(self.changes(messages=[user([image_url("data:image/jpg;base64," + jpeg(5, 5))])])[:9],
-                         "repaired=")
+        for declared, data, told in (("image/png", jpeg(5, 5), "repaired="), ("image/jpg", png(5, 5), "repaired="),
+                                     ("image/jpg", jpeg(5, 5), ""), ("IMAGE/JPG", jpeg(5, 5), "")):
+            with self.subTest(declared=declared):
+                url = "data:%s;base64,%s" % (declared, data)
+                self.assertEqual(self.changes(messages=[user([image_url(url)])])[:9], told)
 
     def test_a_web_address_is_left_to_claude(self):
         for part in (image_url("https://example.com/a.png"),
@@ -3012,6 +3041,12 @@ class ThinkingTests(RequestTestCase):
         for verbosity, count in (("low", 2), ("medium", 1), ("high", 2)):
             with self.subTest(verbosity=verbosity):
                 self.assertEqual(len(self.sent(verbosity=verbosity)["messages"][0]["content"]), count)
+
+    def test_verbosity_holds_beside_a_forced_tool_too(self):
+        for model in ("claude-opus-5-5", "claude-haiku-5-5"):       # one that cannot be forced, one that can
+            with self.subTest(model=model):
+                request = self.sent(model=model, verbosity="low", tools=[a_tool("f")], tool_choice="required")
+                self.assertIn("Keep the answer short.", request["messages"][0]["content"][-1]["text"])
 
 
 # ---- cache breakpoints
@@ -4517,6 +4552,37 @@ class LessonKeepingTests(GatewayTestCase):
         answer = self.chat(model="claude-opus-5-5")
         self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
 
+    def test_words_that_are_not_about_the_request_teach_nothing(self):
+        for words, fields in (
+            ("tools.0.custom.input_schema.properties.speed: this type is not supported", {"speed": "fast"}),
+            ("messages.0: the speed of light is not supported.", {"speed": "fast"}),
+            ("`speed` is not supported for this model.", {}),
+            ("`temperature` is deprecated for this model.", {}),
+            ("This model does not support the effort parameter.", {}),
+            ("role 'system' is not supported on this model", {}),
+            ("max_tokens: 200000 > 64000, which is the maximum", {"max_tokens": 2_000}),
+        ):
+            with self.subTest(words=words):
+                self.claude.reset()
+                self.refuse(words)
+                answer = self.chat(model="claude-opus-4-6", tools=[{"type": "function", "function": {"name": "f"}}],
+                                   **fields)
+                self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
+                self.assertIn(words, answer.error["message"])
+        sent = self.sent(model="claude-opus-4-6", speed="fast", temperature=0.3)
+        self.assertEqual((sent["speed"], sent["temperature"], sent["max_tokens"]), ("fast", 0.3, 128_000))
+
+    def test_a_model_without_a_fast_mode_is_learnt_about(self):
+        for model, words in (("claude-opus-4-6", "`speed` is not supported for this model."),
+                             ("claude-opus-4-7", "This model does not support the `speed` parameter."),
+                             ("claude-opus-4-8", "speed: Fast mode is not available"),
+                             ("claude-opus-5", "Fast mode is not available for this model")):
+            with self.subTest(words=words):
+                self.refuse(words)
+                answer = self.chat(model=model, speed="fast")
+                self.assertEqual((answer.status, answer.headers["x-claude-gateway-changes"]), (200, "dropped=speed"))
+                self.assertNotIn("speed", self.sent(model=model, speed="fast"))
+
     def test_the_same_words_under_another_status_teach_nothing(self):
         self.claude.play(refusal_of_claude(403, "permission_error", "`temperature` is deprecated for this model."))
         self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.3).status, 403)
@@ -4869,6 +4935,80 @@ class PictureFetchTests(GatewayTestCase):
                 self.assertRegex(answer.error["message"], rule)
         self.assertEqual(self.claude.messages, [])
 
+    def trickle(self, start: bytes, piece: bytes) -> str:
+        """The address, without its scheme, of a server that says `start` and then `piece` over and over."""
+        listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+        self.addCleanup(listener.close)
+        self.addCleanup(over.set)
+        self.serve()
+
+        def answer():
+            with contextlib.suppress(OSError), listener.accept()[0] as connection:
+                connection.sendall(start)
+                while not over.wait(0.02):
+                    connection.sendall(piece)
+        threading.Thread(target=answer, daemon=True).start()
+        return "://pictures.example.org:%d/a.png" % listener.getsockname()[1]
+
+    def test_a_server_that_trickles_is_given_up_whatever_it_trickles(self):
+        self.addCleanup(setattr, claude_gateway, "FETCH_TIMEOUT", claude_gateway.FETCH_TIMEOUT)
+        claude_gateway.FETCH_TIMEOUT = 0.2
+        picture = base64.b64decode(PIXEL)
+        for name, scheme, start, piece in (         # each would come to an end of its own, but later
+            ("a header", "http", b"HTTP/1.1 200 OK\r\nX: ", b"y" * 3_000),
+            ("headers", "http", b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 4),
+            ("a body", "http", b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + picture, b"y" * 5_000),
+            ("a body without an end", "http", b"HTTP/1.1 200 OK\r\n\r\n" + picture, b"y" * 400_000),
+            ("chunks", "http", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\ny\r\n"),
+            ("a handshake", "https", b"\x16\x03\x03\x3f\xff\x02", b"y" * 500),
+        ):
+            with self.subTest(name=name):
+                url = scheme + self.trickle(start, piece)
+                with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.2 seconds"):
+                    self.fetcher.fetch(url)
+
+    def test_an_image_that_broke_off_is_not_taken_for_whole(self):
+        server = self.serve(a_png=(200, {"content-length": "1000"}, base64.b64decode(PIXEL)))
+        answer = self.look(server.name + "/a.png")
+        self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
+        self.assertIn("broke off", answer.error["message"])
+
+    def test_images_are_fetched_only_as_far_as_one_request_can_hold_them(self):
+        fetched = []
+        self.fetcher.fetch = lambda url: fetched.append(url) or ("image/png", "A" * 10_000_000)
+        for urls, calls in ((["http://pictures.example.org/%d.png" % at for at in range(10)], 4),
+                            (["http://pictures.example.org/same.png"] * 10, 1)):
+            with self.subTest(calls=calls):
+                fetched.clear()
+                answer = self.look(*urls)
+                self.assertEqual((answer.status, answer.error["code"]), (413, "request_too_large"))
+                self.assertEqual(len(fetched), calls)
+
+    def test_nothing_is_fetched_for_a_client_that_has_left(self):
+        fetched = []
+        client = self.connect()
+
+        def fetch(url):
+            fetched.append(url)
+            client.close()
+            return "image/png", PIXEL
+        self.fetcher.fetch = fetch
+        parts = [{"type": "image_url", "image_url": {"url": "http://pictures.example.org/%d.png" % at}}
+                 for at in range(3)]
+        body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": parts}]}).encode()
+        with self.assertLogs("claude_gateway", "INFO") as logged:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
+                           (len(body), body))
+            self.wait_for_line(logged, "client gone")
+        self.assertEqual((len(fetched), self.claude.messages), (1, []))
+
+    def wait_for_line(self, logged, words: str) -> None:
+        for _ in range(1_000):
+            if any(words in line for line in logged.output):
+                return
+            time.sleep(0.01)
+        self.fail("no line of the log says: " + words)
+
     def test_three_redirects_are_followed_and_no_fourth(self):
         hops = {"r%d" % number: (status, {"location": "/r%d" % (number - 1)}, b"")
                 for number, status in ((1, 301), (2, 303), (3, 307), (4, 308))}
@@ -5060,6 +5200,21 @@ class ModelListTests(GatewayTestCase):
                 ids = self.ids()
                 self.assertTrue({"claude-opus-5-5", "claude-haiku-4-5-20251001", "opus", "sonnet"} <= set(ids))
                 self.assertEqual(self.chat(model="sonnet").status, 200)
+
+    def test_whatever_happens_to_the_fetch_it_is_one_line_of_the_log_and_the_table_serves(self):
+        def fetch():
+            raise TypeError("no such thing")
+        models, torn = claude_gateway.ModelList(fetch, ()), []
+        self.addCleanup(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = torn.append
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            self.assertEqual(models.catalog().resolve("opus").id, "claude-opus-5-5")
+            models.catalog()
+            for thread in threading.enumerate():
+                if thread.name == "models":
+                    thread.join(10)
+        self.assertEqual((torn, len(logged.output)), ([], 1))
+        self.assertIn("TypeError: no such thing", logged.output[0])
 
     def test_aliases_are_listed_and_the_fallback_is_not(self):
         self.start(alias=(("my-model", "opus"), ("*", "sonnet"), ("broken", "claude-opus-1")))
@@ -5458,8 +5613,18 @@ class ResponsesStateTests(ResponsesTestCase):
         self.assertEqual(self.ask("GET", "/v1/responses/" + events[-1]["response"]["id"]).status, 200)
 
     def test_store_false_keeps_nothing(self):
-        response = self.respond(store=False).json
-        self.assertEqual(self.ask("GET", "/v1/responses/" + response["id"]).status, 404)
+        for store, status in ((False, 404), ("false", 404), ("False", 404), ("true", 200), (True, 200), (None, 200)):
+            with self.subTest(store=store):
+                response = self.respond(store=store).json
+                self.assertEqual(self.ask("GET", "/v1/responses/" + response["id"]).status, status)
+
+    def test_what_is_stored_takes_the_room_of_its_utf_8(self):
+        stored = claude_gateway.StoredResponses()
+        stored.put("", {"id": "resp_1"}, [{"content": "\U0001f600" * 6_000_000}])     # 24 MB; 72 MB as escapes
+        self.assertIsNotNone(stored.get("", "resp_1"))
+        odd = [{"content": "half a pair: \ud83d, caf\u00e9, \u2028"}]
+        stored.put("", {"id": "resp_2"}, odd)
+        self.assertEqual(stored.get("", "resp_2"), ({"id": "resp_2"}, odd))
 
     def test_another_clients_key_finds_nothing(self):
         self.start(api_key=("first-key", "second-key"))
@@ -5543,12 +5708,17 @@ class LegacyCompletionTests(GatewayTestCase):
 
     def test_what_cannot_be_is_a_400_that_names_it(self):
         for fields, param in (({"prompt": None}, "prompt"), ({"prompt": [1, 2]}, "prompt[0]"),
-                              ({"prompt": 5}, "prompt"),
+                              ({"prompt": 5}, "prompt"), ({"prompt": ["x"] * 129}, "prompt"),
                               ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"logprobs": 3}, "logprobs"),
                               ({"suffix": 3}, "suffix")):
             with self.subTest(fields=fields):
                 answer = self.complete(**fields)
                 self.assertEqual((answer.status, answer.error["param"]), (400, param))
+
+    def test_the_number_of_prompts_has_a_limit_which_is_told(self):
+        self.assertIn("128", self.complete(prompt=["x"] * 129).error["message"])
+        self.assertEqual(self.claude.messages, [])
+        self.assertEqual(len(self.complete(prompt=["x"] * 128).json["choices"]), 128)
 
     def test_an_upstream_refusal_is_an_http_status_also_for_streams(self):
         self.claude.play(Reply(429, body=error_body("rate_limit_error", "no"), headers={"retry-after": "30"}))
@@ -9262,6 +9432,17 @@ class TlsTests(TlsTestCase):
                     self.assertEqual(answer.status, 502)
                     self.assertIn("another host name", answer.error["message"])
         self.assertEqual(raw.posts, [])
+
+    def test_an_image_comes_over_tls_from_the_name_that_was_asked_for(self):
+        server = PictureServer({"/a.png": (200, {}, base64.b64decode(PIXEL))})
+        self.addCleanup(server.close)
+        server.server.socket = self.context.wrap_socket(server.server.socket, server_side=True)
+        names_that_resolve(self, {"upstream.test": ["127.0.0.1"], "other.test": ["127.0.0.1"]})
+        fetcher = claude_gateway.ImageFetcher(Config(ca_file=self.certificate), lambda address: True)
+        address = ":%d/a.png" % server.server.server_address[1]
+        self.assertEqual(fetcher.fetch("https://upstream.test" + address), ("image/png", PIXEL))
+        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "could not be fetched.*CERTIFICATE_VERIFY_FAILED"):
+            fetcher.fetch("https://other.test" + address)
 
     def test_plain_http_where_tls_was_expected_is_502(self):
         with RawUpstream(banner=b"HTTP/1.1 400 Bad Request\r\n\r\n") as raw:
