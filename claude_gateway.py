@@ -917,6 +917,11 @@ def wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
     return InvalidRequest("%s: expected %s, got %s." % (path, wanted, got), path, "invalid_type")
 
 
+def optional(check: Callable[[Any, str], Any], value: Any, path: str, otherwise: Any = None) -> Any:
+    """A checked value, or `otherwise` where there is none: null is the same as leaving it out."""
+    return otherwise if value is None else check(value, path)
+
+
 def text_of(value: Any, path: str) -> str:
     if not isinstance(value, str):
         raise wrong(path, "a string", value)
@@ -986,7 +991,7 @@ def one_of(*words: str) -> Callable[[Any, str], str]:
 def effort_of(value: Any, path: str) -> str | None:
     """An effort wish: one of Claude's five or "none"; None where the client leaves it to the model."""
     if isinstance(value, dict):                     # {"effort": ..., "summary": ...}, as bridges send it
-        return effort_of(value["effort"], path + ".effort") if value.get("effort") is not None else None
+        return optional(effort_of, value.get("effort"), path + ".effort")
     effort = text_of(value, path).lower()
     if effort not in EFFORTS + ("none", "minimal", "default", "auto", ""):
         raise InvalidRequest("%s: expected none, minimal, low, medium, high, xhigh or max." % path, path,
@@ -1204,8 +1209,7 @@ def wish_from_chat(fields: dict) -> ReasoningWish:
     thinking = fields.get("thinking")
     if thinking is not None:
         thinking = object_of(thinking, "thinking")
-        budget = thinking.get("budget_tokens")
-        budget = integer_of(budget, "thinking.budget_tokens") if budget is not None else None
+        budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
         display = thinking.get("display")
         if display not in (None, "summarized", "omitted"):
             raise InvalidRequest("thinking.display: expected summarized or omitted.", "thinking.display")
@@ -1222,9 +1226,8 @@ def wish_from_chat(fields: dict) -> ReasoningWish:
     reasoning = fields.get("reasoning")
     if reasoning is not None:
         reasoning = object_of(reasoning, "reasoning")
-        effort = effort_of(reasoning["effort"], "reasoning.effort") if reasoning.get("effort") is not None else None
-        budget = reasoning.get("max_tokens")
-        budget = integer_of(budget, "reasoning.max_tokens") if budget is not None else None
+        effort = optional(effort_of, reasoning.get("effort"), "reasoning.effort")
+        budget = optional(integer_of, reasoning.get("max_tokens"), "reasoning.max_tokens")
         if reasoning.get("enabled") is False:
             effort = "none"
         if effort is None and budget:
@@ -1536,8 +1539,7 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
         if role == "assistant":
             add_assistant_message(conversation, chat_message, path, draft)
         elif role in ("tool", "function"):
-            raw_id = chat_message.get("tool_call_id")
-            raw_id = text_of(raw_id, path + ".tool_call_id") if raw_id is not None else ""
+            raw_id = optional(text_of, chat_message.get("tool_call_id"), path + ".tool_call_id", "")
             conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path,
                                 mark_from(chat_message))
         else:
@@ -1560,12 +1562,10 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
         blocks += text_blocks(text_of(chat_message["refusal"], path + ".refusal"))
     conversation.say("assistant", blocks)
     last = blocks[-1] if blocks else None
-    chat_calls = chat_message.get("tool_calls")
-    for at, chat_call in enumerate(list_of(chat_calls, path + ".tool_calls") if chat_calls is not None else ()):
+    for at, chat_call in enumerate(optional(list_of, chat_message.get("tool_calls"), path + ".tool_calls", ())):
         where = "%s.tool_calls[%d]" % (path, at)
         chat_call = object_of(chat_call, where)
-        raw_id = chat_call.get("id")
-        raw_id = text_of(raw_id, where + ".id") if raw_id is not None else ""
+        raw_id = optional(text_of, chat_call.get("id"), where + ".id", "")
         function, where = function_of_call(chat_call, where)
         if not raw_id:                              # legacy calls have none by right
             draft.changes.add("repaired", where, "a call without an id")
@@ -1776,8 +1776,7 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
     file = part
     if part.get("file") is not None:
         file, path = object_of(part["file"], path + ".file"), path + ".file"
-    title = file.get("filename")
-    title = text_of(title, path + ".filename") if title is not None else ""
+    title = optional(text_of, file.get("filename"), path + ".filename", "")
     if file.get("file_data") is not None:
         data, path = text_of(file["file_data"], path + ".file_data"), path + ".file_data"
         if data.startswith("data:"):
@@ -2081,8 +2080,7 @@ def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     name = text_of(function.get("name"), path + ".name")
     if not name.strip():
         raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
-    strict = function.get("strict", strict)
-    strict = boolean_of(strict, path + ".strict") if strict is not None else False
+    strict = optional(boolean_of, function.get("strict", strict), path + ".strict", False)
     return Declared(path, name, described(function, path), function.get("parameters", function.get("input_schema")),
                     strict, False, tool, namespace)
 
@@ -2095,8 +2093,7 @@ def declared_custom(tool: dict, path: str, namespace: str) -> Declared:
         custom = object_of(tool["custom"], path)
     name = text_of(custom.get("name"), path + ".name")
     description = described(custom, path)
-    shape = custom.get("format")
-    shape = object_of(shape, path + ".format") if shape is not None else {}
+    shape = optional(object_of, custom.get("format"), path + ".format", {})
     grammar = shape.get("grammar", shape) if shape.get("type") == "grammar" else {}
     if isinstance(grammar, dict) and grammar.get("definition"):
         description += "\n\nThe input must follow this %s grammar:\n%s" % (grammar.get("syntax"), grammar["definition"])
@@ -2106,8 +2103,7 @@ def declared_custom(tool: dict, path: str, namespace: str) -> Declared:
 
 
 def described(function: dict, path: str) -> str:
-    description = function.get("description")
-    return text_of(description, path + ".description") if description is not None else ""
+    return optional(text_of, function.get("description"), path + ".description", "")
 
 
 def tools_from_declared(fields: dict, declared: list[Declared], draft: Draft) -> list[dict]:
@@ -2237,8 +2233,7 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
                              "invalid_value")
-    properties = schema.get("properties")
-    properties = object_of(properties, path + ".properties") if properties is not None else {}
+    properties = optional(object_of, schema.get("properties"), path + ".properties", {})
     required = schema.pop("required", None)
     rest = {key: value for key, value in schema.items() if key not in ("type", "properties")}
     rooted = dict({"type": "object", "properties": properties}, **rest)
@@ -3362,13 +3357,11 @@ def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draf
 
 
 def namespace_of(item: dict, path: str) -> str:
-    namespace = item.get("namespace")
-    return text_of(namespace, path + ".namespace") if namespace is not None else ""
+    return optional(text_of, item.get("namespace"), path + ".namespace", "")
 
 
 def call_id_of(item: dict, path: str) -> str:
-    call_id = item.get("call_id")
-    return text_of(call_id, path + ".call_id") if call_id is not None else ""
+    return optional(text_of, item.get("call_id"), path + ".call_id", "")
 
 
 def add_output_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
@@ -5885,8 +5878,7 @@ def wants_stream(body: dict) -> bool:
 
 
 def wants_storing(body: dict) -> bool:
-    store = body.get("store")
-    return store is None or boolean_of(store, "store")
+    return optional(boolean_of, body.get("store"), "store", True)
 
 
 def wants_usage(body: dict) -> bool:
