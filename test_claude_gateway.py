@@ -15,6 +15,7 @@ import collections
 import contextlib
 import gzip
 import hashlib
+import hmac
 import http.client
 import io
 import json
@@ -4999,15 +5000,8 @@ class PictureFetchTests(GatewayTestCase):
         with self.assertLogs("claude_gateway", "INFO") as logged:
             client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
                            (len(body), body))
-            self.wait_for_line(logged, "client gone")
+            self.assertTrue(eventually(lambda: "client gone" in str(logged.output), 10))
         self.assertEqual((len(fetched), self.claude.messages), (1, []))
-
-    def wait_for_line(self, logged, words: str) -> None:
-        for _ in range(1_000):
-            if any(words in line for line in logged.output):
-                return
-            time.sleep(0.01)
-        self.fail("no line of the log says: " + words)
 
     def test_three_redirects_are_followed_and_no_fourth(self):
         hops = {"r%d" % number: (status, {"location": "/r%d" % (number - 1)}, b"")
@@ -6396,6 +6390,19 @@ class TokenFileTests(LoginStoreTestCase):
         os.chmod(self.directory, 0o755)
         self.file.write(stored_token())
         self.assertEqual(oct(os.stat(self.directory).st_mode & 0o777), "0o700")
+
+    @POSIX_ONLY
+    def test_the_new_content_is_on_the_disk_before_it_gets_the_name(self):
+        steps = []
+
+        def recorded(name, real):
+            return lambda *args, **options: (steps.append(name), real(*args, **options))[1]
+        for name in ("fsync", "replace"):
+            real = getattr(os, name)
+            self.addCleanup(setattr, os, name, real)
+            setattr(os, name, recorded(name, real))
+        self.file.write(stored_token())
+        self.assertEqual(steps[:2], ["fsync", "replace"])
 
     @POSIX_ONLY
     def test_a_symlink_stays_one(self):
@@ -8644,6 +8651,15 @@ class ClientKeyTests(HttpTestCase):
                                                body=CHAT_BODY))
         self.assertEqual(answer.status, 401)
 
+    def test_every_key_is_compared_as_a_digest_in_constant_time(self):
+        compare, compared = hmac.compare_digest, []
+        self.addCleanup(setattr, hmac, "compare_digest", compare)
+        hmac.compare_digest = lambda one, other: compared.append((len(one), len(other))) or compare(one, other)
+        for key in ("first-key", "zweiter-schl\u00fcssel", "x", "y" * 500):
+            compared.clear()
+            self.ask("GET", "/metrics", headers={"x-api-key": key.encode("utf-8")})
+            self.assertEqual(compared, [(32, 32)] * 2, "no key ends the search early")
+
     def test_failures_are_slowed_per_address_and_bounded(self):
         failed = claude_gateway.FailedKeys()
         self.assertEqual([failed.penalty("10.0.0.1") for _ in range(8)], [0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0])
@@ -8804,6 +8820,51 @@ class ConnectionTests(HttpTestCase):
                 self.assertLessEqual(getattr(claude_gateway, name), most)
         # a server that closes an idle connection earlier than clients expect loses their next request
         self.assertGreaterEqual(claude_gateway.IDLE_TIMEOUT, 60)
+
+
+class SlowClientTests(HttpTestCase):
+    """Whoever dawdles costs one thread for a bounded time, here a short one."""
+
+    def limit(self, name: str, seconds: float) -> socket.socket:
+        """A connection to a gateway whose limit of this name is short."""
+        self.addCleanup(setattr, claude_gateway, name, getattr(claude_gateway, name))
+        setattr(claude_gateway, name, seconds)
+        self.start()
+        connection = self.connect()
+        connection.settimeout(3)
+        return connection
+
+    def assert_ended(self, connection: socket.socket, status: bytes) -> None:
+        """The answer of this status, and then the end."""
+        received = b"".join(iter(lambda: connection.recv(65_536), b""))
+        self.assertEqual(received[9:12], status)
+
+    def test_a_connection_that_says_nothing_is_closed(self):
+        self.assert_ended(self.limit("IDLE_TIMEOUT", 0.2), b"")
+
+    def test_a_head_has_so_much_time_in_all_however_steadily_it_comes(self):
+        connection = self.limit("HEAD_TIMEOUT", 0.3)
+        connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        connection.settimeout(0.02)
+        for _ in range(100):
+            connection.sendall(b"y")
+            with contextlib.suppress(socket.timeout):
+                connection.recv(1, socket.MSG_PEEK)
+                break
+        self.assert_ended(connection, b"408")
+
+    def test_a_body_that_stops_is_given_up(self):
+        connection = self.limit("BODY_TIMEOUT", 0.2)
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+        self.assert_ended(connection, b"408")
+
+    def test_a_client_that_does_not_read_its_answer_is_given_up(self):
+        connection = self.limit("WRITE_TIMEOUT", 0.2)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        self.claude.play(Reply(body=message(text("x" * 20_000_000))))
+        connection.sendall(chat_bytes())
+        self.assertTrue(eventually(lambda: self.claude.messages, 5))
+        self.assertTrue(self.service.gateway.running.wait_until_idle(5))
 
 
 class StreamFramingTests(HttpTestCase):

@@ -1,0 +1,362 @@
+#!/usr/bin/env python3
+"""Shows that every defence has a test: takes each out of a copy of the project and runs the tests that should notice.
+
+    python3 .ci/mutants.py               all of them; takes some minutes
+    python3 .ci/mutants.py framing key   those whose name contains one of these words
+
+Prints `caught` or `SURVIVED` for each.  Exit code 1 if one survived, or if its text is not in the program any more.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PATIENCE = 120                                      # seconds for one run of tests; a mutant that hangs is noticed too
+
+
+class Mutant(NamedTuple):
+    """A defence, the text that makes it, what stands there without it, and the tests that defend the defence."""
+    name: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    # ---- HTTP framing
+    Mutant("framing: HTTP/2 and 0.9 request lines", r'HTTP/(1\.[01])\Z")', r'HTTP/([0-9.]+)\Z")', "FramingTests"),
+    Mutant("framing: control characters in headers",
+           r":[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\Z", r":[ \t]*(.*?)[ \t]*\Z",
+           "FramingTests"),
+    Mutant("framing: blank before the colon", r"""A-Za-z-]+):[ \t]*([^""", r"""A-Za-z-]+)[ \t]*:[ \t]*([^""",
+           "FramingTests"),
+    Mutant("framing: folded headers", "found = HEADER_LINE.match(line)", "found = HEADER_LINE.match(line.strip())",
+           "FramingTests"),
+    Mutant("framing: headers that come twice", "if name in headers and name in SINGLE_HEADERS:", "if False:",
+           "FramingTests"),
+    Mutant("framing: HTTP/1.1 without Host", 'if version == "1.1" and "host" not in headers:', "if False:",
+           "FramingTests"),
+    Mutant("framing: Transfer-Encoding with Content-Length", 'if length is not None or head.version == "1.0":',
+           'if head.version == "1.0":', "FramingTests"),
+    Mutant("framing: Transfer-Encoding in HTTP/1.0", 'if length is not None or head.version == "1.0":',
+           "if length is not None:", "FramingTests"),
+    Mutant("framing: unknown transfer codings",
+           'if coding.lower() != "chunked":', 'if "chunked" not in coding.lower():',
+           "FramingTests"),
+    Mutant("framing: malformed Content-Length", r'if not re.match(r"[0-9]{1,19}\Z", length):',
+           r'if not re.match(r"[-+_0-9]{1,19}\Z", length):', "FramingTests"),
+    Mutant("framing: endless Content-Length", r'if not re.match(r"[0-9]{1,19}\Z", length):',
+           r'if not re.match(r"[0-9]+\Z", length):', "FramingTests"),
+    Mutant("framing: malformed chunk sizes", r'rb"([0-9A-Fa-f]{1,8})[ \t]*(;', r'rb"([-+_0-9A-Fa-fxX]{1,9})[ \t]*(;',
+           "FramingTests"),
+    Mutant("framing: control characters in chunk extensions", r"(;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z", r"(;.*)?\Z",
+           "FramingTests"),
+    Mutant("framing: chunks longer than their size", "            if self._chunk_line():\n                raise",
+           "            self._chunk_line()\n            if False:\n                raise", "FramingTests"),
+    Mutant("framing: bare line feeds in chunks", r'if not line.endswith(b"\r\n"):', r'if not line.endswith(b"\n"):',
+           "FramingTests"),
+    Mutant("framing: endless trailers", "for _ in range(MAX_HEADERS):", "for _ in range(10 ** 9):", "FramingTests"),
+    Mutant("framing: endless heads", "if size > MAX_HEAD or len(lines) > MAX_HEADERS + 1:",
+           "if len(lines) > MAX_HEADERS + 1:", "FramingTests"),
+    Mutant("framing: too many header lines", "if size > MAX_HEAD or len(lines) > MAX_HEADERS + 1:",
+           "if size > MAX_HEAD:", "FramingTests"),
+    Mutant("framing: targets that are no path", 'elif not head.target.startswith("/") and not', "elif False and not",
+           "RouteTests FramingTests"),
+    Mutant("framing: malformed Host", r'|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)', r'|[A-Za-z0-9._-]+)", host)',
+           "FramingTests AccessTests"),
+    Mutant("framing: the end of the connection after a bad head", "self.close_connection = self._body_unread = True",
+           "self._body_unread = False", "FramingTests"),
+    Mutant("framing: the end of the connection after an unread body",
+           "        if self._body_unread:\n            self.close_connection = True\n", "", "FramingTests"),
+    Mutant("framing: reading on after a refusal", "            self._linger()\n", "            pass\n", "FramingTests"),
+    Mutant("framing: line ends in response headers", r're.sub(r"[\x00-\x1f\x7f]", " ", value)', "value",
+           "StreamFramingTests"),
+    Mutant("framing: a broken answer does not look whole", "                if self._event_stream:\n",
+           "                if not self._event_stream:\n                    self._end_stream()\n"
+           "                if self._event_stream:\n", "UpstreamAnswerTests"),
+    # ---- bounds of requests
+    Mutant("body: declared size", "if length is not None and length > MAX_BODY:", "if False:", "BodyTests"),
+    Mutant("body: size in chunks", "if len(body) + size > MAX_BODY:", "if False:", "BodyTests FramingTests"),
+    Mutant("body: unpacked size", "inflate.decompress(body, MAX_BODY + 1)", "inflate.decompress(body)", "BodyTests"),
+    Mutant("body: compression that is cut short", "if not inflate.eof and len(plain) <= MAX_BODY:", "if False:",
+           "BodyTests"),
+    Mutant("body: unknown codings", 'elif encoding == "zstd" and sys.version_info', "elif sys.version_info",
+           "BodyTests"),
+    Mutant("body: size as Claude would get it", "if len(body) > MAX_UPSTREAM_BODY:", "if False:", "BodyTests"),
+    Mutant("body: budget of all bodies", "if not self.gateway.body_budget.take(amount):", "if False:", "BodyTests"),
+    Mutant("body: budget counts what was unpacked", "        self._reserve(len(body) - self._reserved)\n", "",
+           "BodyTests"),
+    Mutant("body: budget is given back", "            self.gateway.body_budget.give(self._reserved)\n", "",
+           "BodyTests"),
+    Mutant("load: requests at once", "if self.count >= self._most:", "if False:", "ConnectionTests"),
+    Mutant("load: connections at once", "if self._connections.take(1):", "if self._connections.take(0):",
+           "ConnectionTests"),
+    Mutant("load: connections are counted down", "            self._connections.give(1)\n\n    def handle_error",
+           "            pass\n\n    def handle_error", "ConnectionTests"),
+    Mutant("slow client: the whole head", "self._reader.allow(HEAD_TIMEOUT, HEAD_TIMEOUT)",
+           "self._reader.allow(HEAD_TIMEOUT)", "SlowClientTests"),
+    Mutant("slow client: an idle connection", "self._reader.allow(IDLE_TIMEOUT)", "self._reader.allow(1e6)",
+           "SlowClientTests"),
+    Mutant("slow client: a body that stops", "self._reader.allow(BODY_TIMEOUT)", "self._reader.allow(1e6)",
+           "SlowClientTests"),
+    Mutant("slow client: one that does not read", "self.connection.settimeout(WRITE_TIMEOUT)",
+           "self.connection.settimeout(None)", "SlowClientTests"),
+    Mutant("schema: paths that grow", '"%s.%s" % (path[-500:], name[:100])', '"%s.%s" % (path, name)',
+           "RequestDoorTests"),
+    Mutant("completions: number of prompts", "if len(prompts) > MOST_PROMPTS:", "if False:", "LegacyCompletionTests"),
+    # ---- JSON
+    Mutant("json: NaN and Infinity", "parse_constant=refuse_constant, ", "", "JsonDoorTests"),
+    Mutant("json: numbers beyond floats", "parse_float=finite_float, ", "", "JsonDoorTests"),
+    Mutant("json: digits", ", parse_int=bounded_int)", ")", "JsonDoorTests"),
+    Mutant("json: brackets", 'if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:', "if False:", "JsonDoorTests"),
+    Mutant("json: nesting", "if nests_deeper(data, MAX_NESTING):", "if False:", "JsonDoorTests"),
+    Mutant("json: bytes that are not UTF-8", 'body.decode("utf-8-sig")', 'body.decode("utf-8-sig", "replace")',
+           "JsonDoorTests"),
+    Mutant("json: lone surrogates", r'if re.search(rb"\\u[dD][89a-fA-F]", body):', "if False:", "JsonDoorTests"),
+    Mutant("json: numbers out of range", "if not abs(value) < 1e300:", "if False:",
+           "AcrossTheRoomsTests JsonDoorTests"),
+    # ---- browsers
+    Mutant("browser: Host", "if not (is_loopback_host(name) or is_address(name) or name in allowed):", "if False:",
+           "AccessTests"),
+    Mutant("browser: the authority of an absolute target", "host, path = absolute.group(1), head", "path = head",
+           "RouteTests AccessTests"),
+    Mutant("browser: Origin", "if origin is not None and not self._origin_allowed(origin):", "if False:",
+           "AccessTests"),
+    Mutant("browser: Origin to its end", r'\[::1\])(:\d+)?\Z")', r'\[::1\])(:\d+)?")', "AccessTests"),
+    Mutant("browser: CORS headers for allowed origins only", "if origin is None or not self._origin_allowed(origin):",
+           "if origin is None:", "AccessTests"),
+    # ---- keys of clients
+    Mutant("key: needed", 'if owner or path in WITHOUT_KEY and head.method in ("GET", "HEAD"):', "if True:",
+           "ClientKeyTests"),
+    Mutant("key: needed for what is not a GET", ' and head.method in ("GET", "HEAD"):', ":", "ClientKeyTests"),
+    Mutant("key: compared whole, in constant time", "if hmac.compare_digest(known, digest):", "if known == digest:",
+           "ClientKeyTests"),
+    Mutant("key: refusals are slowed",
+           "            time.sleep(self.gateway.failed_keys.penalty(self.client_address[0]))\n",
+           "", "ClientKeyTests AcrossTheRoomsTests"),
+    Mutant("key: slowed for a bounded time", "return min(2.0, 0.05 *", "return max(0.0, 0.05 *",
+           "ClientKeyTests AcrossTheRoomsTests"),
+    Mutant("key: slowed addresses are forgotten", "while len(self._failures) > 10_000:", "while False:",
+           "ClientKeyTests AcrossTheRoomsTests"),
+    Mutant("key: a slowed refusal takes no place",
+           "                self.gateway.running.leave()\n                entered",
+           "                pass\n                entered", "ClientKeyTests"),
+    Mutant("key: memories belong to one", "owner = known.hex()", 'owner = "all"',
+           "ThinkingReplayTests ResponsesStateTests"),
+    Mutant("key: needed on other than loopback addresses",
+           "if not is_loopback_host(config.host) and not config.api_key:", "if False:", "StartTests OptionTests"),
+    Mutant("key: needed for every origin", 'if "*" in config.cors_origin and not config.api_key:', "if False:",
+           "StartTests OptionTests"),
+    Mutant("key: a caller's own key goes up only if it is Anthropic's",
+           r'return key if re.match(r"sk-ant-[\x21-\x7e]+\Z", key) else ""', "return key", "ModelListTests"),
+    # ---- image fetching
+    Mutant("image: every address of a name", "not all(self.permit(str(address)) for address in found)",
+           "not any(self.permit(str(address)) for address in found)", "PictureFetchTests"),
+    Mutant("image: the address that was checked", "socket.create_connection((address, port)",
+           "socket.create_connection((host, port)", "PictureFetchTests"),
+    Mutant("image: NAT64", "if ip in NAT64:", "if False:", "PictureFetchTests"),
+    Mutant("image: IPv6 that maps IPv4", "(ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ()))",
+           "(ip.sixtofour, *(ip.teredo or ()))", "PictureFetchTests"),
+    Mutant("image: multicast", " and not each.is_multicast", "", "PictureFetchTests"),
+    Mutant("image: schemes of redirects", "if not HTTP_URL.match(here):", "if False:", "PictureFetchTests"),
+    Mutant("image: user information", "if parts.username or parts.password or not host:", "if not host:",
+           "PictureFetchTests"),
+    Mutant("image: number of redirects", "for _ in range(FETCH_REDIRECTS + 1):", "for _ in range(100):",
+           "PictureFetchTests"),
+    Mutant("image: size", "if len(body) > MAX_FETCHED:", "if False:", "PictureFetchTests"),
+    Mutant("image: type", "if media_type not in IMAGE_TYPES:", "if False:", "PictureFetchTests"),
+    Mutant("image: status", '            if status != 200:\n                raise self._refusal(url, "answered',
+           '            if False:\n                raise self._refusal(url, "answered', "PictureFetchTests"),
+    Mutant("image: time in all", "        alarm.start()\n", "", "PictureFetchTests"),
+    Mutant("image: whole", "if not piece and response.length:", "if False:", "PictureFetchTests"),
+    Mutant("image: size of all", "                if size > MAX_UPSTREAM_BODY:", "                if False:",
+           "PictureFetchTests"),
+    Mutant("image: nothing for a client that has left", "                self._incoming.watch.check()\n", "",
+           "PictureFetchTests"),
+    Mutant("image: other schemes", '    if not HTTP_URL.match(url):\n        raise InvalidRequest("%s: %r: only http',
+           '    if False:\n        raise InvalidRequest("%s: %r: only http', "PictureFetchTests ContentPartTests"),
+    Mutant("image: names of this machine", "is_loopback_host(host) or private_literal(host):", "private_literal(host):",
+           "PictureFetchTests ContentPartTests"),
+    Mutant("image: private addresses by their spelling", "is_loopback_host(host) or private_literal(host):",
+           "is_loopback_host(host):", "PictureFetchTests ContentPartTests"),
+    Mutant("image: decimal, octal and hexadecimal addresses", "if len(parts) > 4 or not all(", "if True or not all(",
+           "PictureFetchTests ContentPartTests"),
+    Mutant("image: dots behind a host", 'host = host.rstrip(".").split("%")[0]', 'host = host.split("%")[0]',
+           "PictureFetchTests ContentPartTests"),
+    # ---- the way upstream
+    Mutant("upstream: redirects are not followed", "            opener.add_handler(self._handler)\n",
+           "            opener.add_handler(self._handler)\n"
+           "            opener.add_handler(urllib.request.HTTPErrorProcessor())\n"
+           "            opener.add_handler(urllib.request.HTTPRedirectHandler())\n", "UpstreamAnswerTests"),
+    Mutant("upstream: plain http on loopback only", 'if parts.scheme == "http" and not is_loopback_host(host):',
+           "if False:", "StartTests OptionTests"),
+    Mutant("upstream: not its own address", "    elif is_own_address(config):", "    elif False:", "StartTests"),
+    Mutant("upstream: loops", 'if self.gateway.instance_id in head.headers.get(HOP_HEADER, ""):', "if False:",
+           "AccessTests"),
+    Mutant("upstream: certificates are verified", "context = ssl.create_default_context()",
+           "context = ssl._create_unverified_context()", "TlsTests"),
+    Mutant("upstream: names in certificates", "    if relax_x509:\n",
+           "    context.check_hostname = False\n    if relax_x509:\n", "TlsTests"),
+    Mutant("upstream: loopback is never proxied", "return is_loopback_host(name) or bool(", "return bool(",
+           "ProxyTests"),
+    Mutant("upstream: a dead idle connection is not used",
+           "if time.monotonic() - connection.last_used < POOL_AGE and not wait_readable([connection.sock], 0):",
+           "if time.monotonic() - connection.last_used < POOL_AGE:", "UpstreamRequestTests"),
+    Mutant("upstream: a half-read connection is not used",
+           "reusable = self._finished and not self._response.will_close",
+           "reusable = not self._response.will_close", "UpstreamRequestTests LeavingClientTests"),
+    Mutant("upstream: given back once", "        if self._closed:                            # given",
+           "        if False:                                   # given", "UpstreamRequestTests NativeTests"),
+    Mutant("upstream: truncated gzip", "if self._inflate and not self._inflate.eof:", "if False:",
+           "UpstreamAnswerTests"),
+    Mutant("upstream: bodies shorter than their length",
+           "                    if left:\n", "                    if False:\n",
+           "UpstreamAnswerTests"),
+    Mutant("upstream: encodings that nobody asked for", 'if encoding not in ("identity", "gzip"):', "if False:",
+           "UpstreamAnswerTests"),
+    Mutant("upstream: size of an answer", "            if len(body) > limit:", "            if False:",
+           "UpstreamAnswerTests"),
+    Mutant("upstream: missing message_stop",
+           'raise UpstreamFault("The upstream ended its answer without message_stop.")', "self.assembler.done = True",
+           "UpstreamBodyTests UpstreamAnswerTests"),
+    Mutant("upstream: nothing after message_stop counts",
+           "                    if self.assembler.done:\n                        break\n", "", "UpstreamBodyTests"),
+    Mutant("upstream: silence", "            if time.monotonic() >= deadline:\n                raise UpstreamTimeout",
+           "            if False:\n                raise UpstreamTimeout", "WatchTests UpstreamAnswerTests"),
+    # ---- retries
+    Mutant("retry: one in all", "                watch.may_retry = False\n", "", "OwnRetryTests UpstreamRequestTests"),
+    Mutant("retry: one replaced connection",
+           "                if replaced:                        # that was our one retry: may_pass stays False\n",
+           "                if False:\n", "UpstreamRequestTests"),
+    Mutant("retry: none for clients that retry",
+           'watch.may_retry = head.headers.get("x-stainless-retry-count", "0") == "0"',
+           "watch.may_retry = True", "OwnRetryTests"),
+    Mutant("retry: no long waits after 429",
+           "return named if named is not None and named <= LONGEST_RETRY_AFTER else None",
+           "return named", "OwnRetryTests"),
+    Mutant("retry: no long waits after 5xx", "return delay if delay <= LONGEST_RETRY_AFTER else None", "return delay",
+           "OwnRetryTests"),
+    Mutant("retry: Claude's veto", 'if failure.headers.get("x-should-retry") == "false":', "if False:",
+           "OwnRetryTests"),
+    Mutant("retry: none once a stream has begun", "self._incoming.watch.may_retry = False", "pass",
+           "PausedAnswerTests"),
+    Mutant("retry: lessons that change nothing", "if lesson and self._matters(lesson):", "if lesson:",
+           "LessonKeepingTests"),
+    Mutant("retry: lessons that did not help",
+           "            if self._lesson:\n                self._gateway.lessons.learn",
+           "            if True:\n                self._gateway.lessons.learn", "LessonKeepingTests"),
+    # ---- clients that leave
+    Mutant("watch: a client that leaves", "            if self.client and self.client in ready:\n",
+           "            if False:\n", "LeavingClientTests WatchTests ConnectionTests"),
+    Mutant("watch: a client that sends early stays", "        if gone:\n            raise ClientGone",
+           "        if True:\n            raise ClientGone", "WatchTests FramingTests"),
+    Mutant("watch: a left stream ends the call",
+           "            watch.idle = None\n            pieces.close()                          # type: ignore[attr-defined]\n",
+           "            watch.idle = None\n            self.kept = pieces\n", "LeavingClientTests ConnectionTests"),
+    Mutant("watch: signs of life", "                self.idle()\n", "                pass\n", "WatchTests"),
+    # ---- secrets
+    Mutant("secret: known ones in the log", 'text = text.replace(secret, "***")', "pass", "SecrecyTests"),
+    Mutant("secret: shapes in the log", 'return self.SHAPES.sub("***", text)', "return text", "SecrecyTests"),
+    Mutant("secret: fields of the JSON log", "{name: self._redaction.mask(value) if isinstance(value, str) else value",
+           "{name: value", "SecrecyTests"),
+    Mutant("secret: keys in a shown config",
+           "api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)", "api_key: Tuple[str, ...] = ()",
+           "OptionTests SecrecyTests"),
+    Mutant("secret: a client's key does not go upstream", '        return {"x-api-key": self._key}',
+           '        return {"x-api-key": self._key, "authorization": "Bearer client"}',
+           "ClientKeyTests UpstreamRequestTests"),
+    # ---- the stored login
+    Mutant("login: state of the sign-in", "if state and not hmac.compare_digest(state.encode(), self._state.encode()):",
+           "if False:", "SignInTests"),
+    Mutant("token file: mode", 'getattr(os, "O_NOFOLLOW", 0), 0o600)', 'getattr(os, "O_NOFOLLOW", 0), 0o644)',
+           "TokenFileTests"),
+    Mutant("token file: mode of its directory", "os.makedirs(directory, mode=0o700, exist_ok=True)\n        if os.path",
+           "os.makedirs(directory, exist_ok=True)\n        if False and os.path", "TokenFileTests"),
+    Mutant("token file: loose modes are repaired", "if stat.S_IMODE(os.stat(self.path).st_mode) & 0o077:", "if False:",
+           "TokenFileTests"),
+    Mutant("token file: replaced in one step", 'temporary = target + ".tmp"', "temporary = target", "TokenFileTests"),
+    Mutant("token file: synced before it replaces", "                os.fsync(file.fileno())\n", "", "TokenFileTests"),
+    Mutant("token file: symlinks", "target = os.path.realpath(self.path)", "target = self.path", "TokenFileTests"),
+    Mutant("token file: damaged ones are kept", "        self._keep_damaged(target)\n", "", "TokenFileTests"),
+    Mutant("token file: what a failed write leaves", "            with contextlib.suppress(OSError):\n"
+           "                os.unlink(temporary)\n            raise\n", "            raise\n", "TokenFileTests"),
+    Mutant("refresh: locked across processes", "            with self._file.lock():\n                    self._stamp",
+           "            with contextlib.suppress():\n                    self._stamp", "ProcessRaceTests"),
+    Mutant("refresh: reads again inside the lock",
+           "                    self._stamp = None\n                    self._read_if_changed()\n", "",
+           "ProcessRaceTests"),
+    Mutant("refresh: a spent token is not sent again", "if not refresh_token or refresh_token in self._spent:",
+           "if not refresh_token:", "RefreshTests"),
+    Mutant("refresh: the loser of a race reads again",
+           "        self._spent.add(refresh_token)\n        self._stamp = None\n        self._read_if_changed()\n",
+           "        self._spent.add(refresh_token)\n", "RefreshTests"),
+    Mutant("refresh: a pause after faults",
+           "        if time.monotonic() < self._retry_at:\n            raise", "        if False:\n            raise",
+           "RefreshTests"),
+    Mutant("refresh: an account that is refused", "if not self._usable(rejected) and not self._just_renewed(rejected):",
+           "if not self._usable(rejected):", "RefreshTests"),
+    Mutant("refresh: unsaved tokens stay", 'token["access_token"] == self._outdated', "False", "TokenFileTests"),
+    Mutant("refresh: unsaved tokens stay, rotated ones too", 'or text_in(token, "refresh_token") in self._spent)', ")",
+           "TokenFileTests"),
+    Mutant("refresh: unsaved tokens are saved later",
+           "            if self._unsaved:\n                self._save()\n", "",
+           "TokenFileTests"),
+    Mutant("refresh: a logout amid a call", '            return token["access_token"]            # nobody',
+           '            return self._token["access_token"]      # nobody', "RefreshTests"),
+    # ---- the end
+    Mutant("shutdown: running requests finish",
+           "finished = self.gateway.running.wait_until_idle(grace)", "finished = True",
+           "StartTests"),
+    Mutant("shutdown: a second signal", "        if len(self._received) > 1:", "        if False:", "StartTests"),
+    Mutant("shutdown: connections close after their answer", "        if self.gateway.running.draining:\n",
+           "        if False:\n", "StartTests ConnectionTests"),
+    Mutant("shutdown: the port is free at once",
+           'allow_reuse_address = os.name == "posix"', "allow_reuse_address = False",
+           "StartTests"),
+)
+
+
+def main(words: list[str]) -> int:
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    with open(os.path.join(PROJECT, "claude_gateway.py"), encoding="utf-8", newline="") as file:
+        program = file.read()
+    failed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        copy = os.path.join(directory, "project")
+        shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "*_cache"))
+        tests = sorted({test for mutant in chosen for test in mutant.tests.split()})
+        if outcome_of(copy, program, tests, 600) != "SURVIVED":
+            print("The tests fail as it is: %s" % " ".join(tests))
+            return 1
+        for mutant in chosen:
+            started = time.monotonic()
+            outcome = "DOES NOT APPLY: its text is there %d times" % program.count(mutant.old)
+            if program.count(mutant.old) == 1:
+                outcome = outcome_of(copy, program.replace(mutant.old, mutant.new), mutant.tests.split())
+            failed += not outcome.startswith("caught")
+            print("%-60s %s  %.1f s" % (mutant.name, outcome, time.monotonic() - started), flush=True)
+    print("%d of %d caught" % (len(chosen) - failed, len(chosen)))
+    return 1 if failed else 0
+
+
+def outcome_of(copy: str, program: str, tests: list[str], patience: int = PATIENCE) -> str:
+    """What these tests say of this program."""
+    with open(os.path.join(copy, "claude_gateway.py"), "w", encoding="utf-8", newline="") as file:
+        file.write(program)
+    try:
+        names = ["test_claude_gateway." + test for test in tests]
+        run = subprocess.run([sys.executable, "-B", "-m", "unittest", "-f", *names], cwd=copy, timeout=patience,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return "caught (it hangs)"
+    return "caught" if run.returncode else "SURVIVED"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
