@@ -4937,17 +4937,23 @@ class PictureFetchTests(GatewayTestCase):
         self.assertEqual(self.claude.messages, [])
 
     def trickle(self, start: bytes, piece: bytes) -> str:
-        """The address, without its scheme, of a server that says `start` and then `piece` over and over."""
+        """The address, without its scheme, of a server that says `start` and then `piece` over and over.
+
+        Who listens for more than a second makes `patient` true.
+        """
         listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
         self.addCleanup(listener.close)
         self.addCleanup(over.set)
         self.serve()
+        self.patient = False
 
         def answer():
             with contextlib.suppress(OSError), listener.accept()[0] as connection:
                 connection.sendall(start)
-                while not over.wait(0.02):
+                for _ in range(60):
+                    over.wait(0.02)
                     connection.sendall(piece)
+                self.patient = True
         threading.Thread(target=answer, daemon=True).start()
         return "://pictures.example.org:%d/a.png" % listener.getsockname()[1]
 
@@ -4955,18 +4961,19 @@ class PictureFetchTests(GatewayTestCase):
         self.addCleanup(setattr, claude_gateway, "FETCH_TIMEOUT", claude_gateway.FETCH_TIMEOUT)
         claude_gateway.FETCH_TIMEOUT = 0.2
         picture = base64.b64decode(PIXEL)
-        for name, scheme, start, piece in (         # each would come to an end of its own, but later
-            ("a header", "http", b"HTTP/1.1 200 OK\r\nX: ", b"y" * 3_000),
-            ("headers", "http", b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 4),
-            ("a body", "http", b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + picture, b"y" * 5_000),
-            ("a body without an end", "http", b"HTTP/1.1 200 OK\r\n\r\n" + picture, b"y" * 400_000),
+        for name, scheme, start, piece in (
+            ("a header", "http", b"HTTP/1.1 200 OK\r\nX: ", b"y"),
+            ("headers", "http", b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+            ("a body", "http", b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + picture, b"y"),
+            ("a body without an end", "http", b"HTTP/1.1 200 OK\r\n\r\n" + picture, b"y"),
             ("chunks", "http", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\ny\r\n"),
-            ("a handshake", "https", b"\x16\x03\x03\x3f\xff\x02", b"y" * 500),
+            ("a handshake", "https", b"\x16\x03\x03\x3f\xff\x02", b"y"),
         ):
             with self.subTest(name=name):
                 url = scheme + self.trickle(start, piece)
                 with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.2 seconds"):
                     self.fetcher.fetch(url)
+                self.assertFalse(self.patient, "it waited for the end")
 
     def test_an_image_that_broke_off_is_not_taken_for_whole(self):
         server = self.serve(a_png=(200, {"content-length": "1000"}, base64.b64decode(PIXEL)))
@@ -8625,6 +8632,7 @@ class ClientKeyTests(HttpTestCase):
                 ("POST", "/v1/responses", 401), ("GET", "/v1/responses/resp_1", 401),
                 ("DELETE", "/v1/responses/resp_1", 401), ("GET", "/v1/responses/resp_1/input_items", 401),
                 ("POST", "/v1/responses/input_tokens", 401), ("POST", "/v1/completions", 401),
+                ("POST", "/v1/models", 401), ("DELETE", "/v1/models/claude-opus-5-5", 401), ("POST", "/", 401),
                 ("POST", "//v1//chat/completions/", 401), ("POST", "/v1/v1/chat/completions", 401),
                 ("POST", "/v1/messages/count_tokens", 401), ("POST", "/v1/messages", 401), ("GET", "/nowhere", 401),
                 ("POST", "/v1/chat/completions/chat/completions", 401)):
@@ -8664,6 +8672,17 @@ class ClientKeyTests(HttpTestCase):
         failed = claude_gateway.FailedKeys()
         self.assertEqual([failed.penalty("10.0.0.1") for _ in range(8)], [0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0])
         self.assertEqual(failed.penalty("10.0.0.2"), 0.0)
+        for number in range(10_000):
+            failed.penalty("10.1.%d.%d" % divmod(number, 250))
+        self.assertEqual(failed.penalty("10.0.0.1"), 0.0, "no more than 10,000 addresses are kept in mind")
+
+    def test_a_refusal_waits_and_a_success_does_not(self):
+        sleep, slept = time.sleep, []
+        self.addCleanup(setattr, time, "sleep", sleep)
+        time.sleep = slept.append
+        for key in ("no", "no", "first-key", "no", "first-key"):
+            self.chat(headers={"x-api-key": key})
+        self.assertEqual(slept, [0.0, 0.05, 0.1])
 
     def test_a_slowed_refusal_takes_no_place_from_a_correct_key(self):
         service = self.start(api_key=("first-key",))
@@ -8970,6 +8989,13 @@ class StreamFramingTests(HttpTestCase):
                         self.assertNotIn("x-evil", answers[0].headers)
                         self.assertLess(max(len(value) for value in answers[0].headers.values()), 1_000)
 
+    def test_no_header_of_an_answer_can_inject_another(self):
+        self.addCleanup(claude_gateway.ROUTES["/health"].update, claude_gateway.ROUTES["/health"])
+        claude_gateway.ROUTES["/health"]["GET"] = lambda *_: claude_gateway.Reply({}, {"x-odd": "a\r\nx-evil: b\0"})
+        answer = self.ask("GET", "/health")
+        self.assertEqual((answer.status, answer.headers["x-odd"]), (200, "a  x-evil: b "))
+        self.assertNotIn("x-evil", answer.headers)
+
     def test_the_clients_request_id_and_path_cannot_inject_headers(self):
         answer = self.ask("GET", "/v1/models/x%0d%0aX-Evil:%201", headers={"x-request-id": "mine"})
         self.assertEqual(answer.status, 404)
@@ -9176,6 +9202,26 @@ class UpstreamRequestTests(UpstreamTestCase):
         raw = self.start_before([refusal, upstream_bytes(MESSAGE_JSON)], [upstream_bytes(MESSAGE_JSON)])
         self.assertEqual([self.chat().status for _ in range(2)], [400, 200])
         self.assertEqual(raw.connections, 1)
+
+    SMALL_BODY = b'{"model": "claude-opus-5-5", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}'
+
+    def test_an_answer_has_a_largest_size(self):
+        self.claude.play(Reply(body=message(text("x" * 2_000_000))))
+        reply = self.service.gateway.upstream.messages(self.SMALL_BODY, claude_gateway.Watch())
+        self.addCleanup(reply.close)
+        with self.assertRaisesRegex(claude_gateway.UpstreamFault, "larger than 1000000 bytes"):
+            reply.read(1_000_000)
+
+    def test_an_answer_that_is_closed_twice_gives_its_connection_back_once(self):
+        upstream, body = self.service.gateway.upstream, self.SMALL_BODY
+        reply = upstream.messages(body, claude_gateway.Watch())
+        reply.read()
+        reply.close()
+        reply.close()
+        two = [upstream.messages(body, claude_gateway.Watch()) for _ in range(2)]       # under way at the same time
+        self.assertEqual([json.loads(reply.read().decode())["type"] for reply in two], ["message"] * 2)
+        for reply in two:
+            reply.close()
 
     def test_a_connection_whose_answer_was_not_read_to_its_end_is_not_used_again(self):
         events = events_of(message(text("Hello, world")))
