@@ -4467,6 +4467,10 @@ class OwnRetryTests(GatewayTestCase):
             with self.subTest(value=value):
                 reply = Reply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": value})
                 self.assertEqual(self.calls_for(reply)[1], calls_made)
+        for status, kind in ((503, "api_error"), (529, "overloaded_error")):
+            with self.subTest(status=status):
+                reply = Reply(status, body=error_body(kind, "x"), headers={"retry-after": "5.5"})
+                self.assertEqual(self.calls_for(reply)[1], 1)
 
     def test_a_client_that_retries_by_itself_is_left_to_it(self):
         for value, calls_made in (("0", 2), ("1", 1), ("2", 1)):
@@ -6515,6 +6519,22 @@ class TokenFileTests(LoginStoreTestCase):
                 self.assertEqual([login.access_token(rejected="a-2"), login.access_token()], ["a-3"] * 2)
             self.assertEqual((len(self.token_requests()), len(logged.output)), (3, 2), logged.output)
 
+    @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
+    def test_tokens_older_than_the_unsaved_ones_do_not_come_back(self):
+        self.renewals_are_long_ago()
+        for refresh_token, old_access in ((OLD_REFRESH, OLD_ACCESS), (NEW_REFRESH, "from an even older copy")):
+            with self.subTest(refresh_token=refresh_token), self.assertLogs("claude_gateway", "WARNING"):
+                self.claude.reset()
+                self.file.write(stored_token())
+                login = self.login()
+                self.claude.token_replies += [token_answer(access_token="a-%d" % turn, refresh_token=refresh_token)
+                                              for turn in (1, 2)]
+                with no_room_on_disk():
+                    self.assertEqual(login.access_token(rejected=login.access_token()), "a-1")
+                    self.assertEqual(login.access_token(rejected="a-1"), "a-2")
+                self.file.write(stored_token(access_token=old_access))
+                self.assertEqual((login.access_token(), self.stored()["access_token"]), ("a-2", "a-2"))
+
     def test_a_directory_that_goes_and_comes_back_does_not_bring_old_tokens_back(self):
         # a home that is unmounted for a while; a file stands where the directory should be, which stops root as well
         self.renewals_are_long_ago()
@@ -6963,10 +6983,12 @@ class StartTests(CommandTestCase):
             with self.subTest(number):
                 child = self.serve()
                 self.slow_answer()
-                self.in_flight()
+                thread, answers = self.in_flight()
                 child.process.send_signal(number)
                 child.wait_for("(?i)stopping")
-                self.assertEqual(child.end(number), code)
+                child.process.send_signal(number)
+                thread.join(10)                     # it would wait for its answer twice as long
+                self.assertEqual((thread.is_alive(), answers, child.end()), (False, [], code))
                 self.assertNotIn("Traceback", child.err)
 
     def test_it_can_be_restarted_on_the_same_port_at_once(self):
@@ -8724,6 +8746,17 @@ class AnyKeyTests(HttpTestCase):
 
 
 class ConnectionTests(HttpTestCase):
+    def test_an_answer_amid_the_shutdown_ends_its_connection(self):
+        service = self.start()
+        connection, release = self.held_chat()
+        closing = threading.Thread(target=service.close, args=(10,))
+        closing.start()
+        self.assertTrue(eventually(lambda: service.gateway.running.draining))
+        release.set()
+        answer, = answers_in(b"".join(iter(lambda: connection.recv(65_536), b"")))
+        closing.join(10)
+        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
     def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
         service = self.start()
         service.gateway.running = claude_gateway.Running(1)
@@ -9202,6 +9235,15 @@ class UpstreamRequestTests(UpstreamTestCase):
         raw = self.start_before([refusal, upstream_bytes(MESSAGE_JSON)], [upstream_bytes(MESSAGE_JSON)])
         self.assertEqual([self.chat().status for _ in range(2)], [400, 200])
         self.assertEqual(raw.connections, 1)
+
+    def test_a_connection_that_says_more_than_its_answer_is_not_used_again(self):
+        for name, answer in (("length", upstream_bytes(MESSAGE_JSON)),
+                             ("chunks", upstream_bytes(in_chunks(MESSAGE_JSON), "transfer-encoding: chunked",
+                                                       length=False))):
+            with self.subTest(name):
+                raw = self.start_before([answer + b"HTTP/1.1 200 OK\r\n", answer], [answer])
+                self.assertEqual([self.chat().status for _ in range(2)], [200] * 2)
+                self.assertEqual(raw.connections, 2)
 
     SMALL_BODY = b'{"model": "claude-opus-5-5", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}'
 
