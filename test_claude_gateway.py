@@ -7265,6 +7265,8 @@ class OptionTests(unittest.TestCase):
                  ({"CLAUDE_GATEWAY_API_KEY": ","}, "(?i)key"),
                  ({"ANTHROPIC_BASE_URL": "https://user:word@example.com"}, "ANTHROPIC_BASE_URL"),
                  ({"ANTHROPIC_BASE_URL": "http://[::1"}, "ANTHROPIC_BASE_URL"),
+                 ({"ANTHROPIC_BASE_URL": "http://example.com"}, "ANTHROPIC_BASE_URL"),
+                 ({"CLAUDE_GATEWAY_TOKEN_URL": "http://example.com/token"}, "CLAUDE_GATEWAY_TOKEN_URL"),
                  ({"ANTHROPIC_BASE_URL": "http://localhost:99999"}, "ANTHROPIC_BASE_URL"),
                  ({"HTTPS_PROXY": "socks5h://127.0.0.1:1"}, "(?i)proxy"),
                  ({"HTTPS_PROXY": "http:/user:word@proxy"}, "(?i)proxy"),
@@ -7320,6 +7322,19 @@ class OptionTests(unittest.TestCase):
             claude_gateway.check_exposure(config_of("--host", host, CLAUDE_GATEWAY_API_KEY="k"))
         for host in ("localhost", "127.0.0.1", "::1", "127.1.2.3", "gateway.localhost"):
             claude_gateway.check_exposure(config_of("--host", host))
+
+    def test_without_a_key_only_this_machine_can_be_listened_to(self):
+        for flags in (("--host", "0.0.0.0"), ("--host", "::"), ("--host", "192.0.2.7"),
+                      ("--host", "gateway.example.com"), ("--cors-origin", "*")):
+            with self.subTest(flags), self.assertRaisesRegex(claude_gateway.UsageError, "CLAUDE_GATEWAY_API_KEY"):
+                claude_gateway.check_exposure(config_of(*flags))
+
+    def test_its_own_address_is_known_in_every_spelling(self):
+        for url, own in (("http://127.0.0.1:5123/v1", True), ("http://[::1]:5123", True),
+                         ("http://localhost:5123", True), ("http://127.0.0.1:5124", False),
+                         ("https://example.com:5123", False)):
+            with self.subTest(url):
+                self.assertEqual(claude_gateway.is_own_address(config_of("-p", "5123", ANTHROPIC_BASE_URL=url)), own)
 
     def test_a_config_does_not_show_its_secrets(self):
         shown = repr(config_of(ANTHROPIC_API_KEY="secret-1", ANTHROPIC_AUTH_TOKEN="secret-2",
