@@ -18,7 +18,7 @@ import time
 from typing import NamedTuple
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PATIENCE = 120                                      # seconds for one run of tests; a mutant that hangs is noticed too
+PATIENCE = 60                                       # seconds for one run of tests; a mutant that hangs is noticed too
 
 
 class Mutant(NamedTuple):
