@@ -18,8 +18,8 @@ One request on its way:
         chat_completion_from_message           or: the assembled message -> chat completion (pure)
     Handler._send_failure                  any error, in OpenAI's shape
 
-Rooms, in order, each using only those above it: Configuration, Errors, Models, Requests, Replies,
-Streams, Responses API, Memory, Credentials, Upstream, Pump, Image fetching, Endpoints, Status page,
+Rooms, in order, each using only those above it: Configuration, Small tools, Errors, Models, Requests,
+Replies, Streams, Responses API, Memory, Credentials, Upstream, Pump, Image fetching, Endpoints, Status page,
 HTTP server, Simulated upstream, Diagnosis, Tool settings, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
@@ -162,6 +162,53 @@ class Config:
         proxy = urllib.parse.urlsplit(self.https_proxy)
         return [*self.api_key, self.anthropic_api_key, self.anthropic_auth_token, self.claude_code_oauth_token,
                 proxy.password or ""]
+
+
+# ---- Small tools -------------------------------------------------------------------------------------
+# What several rooms need and none of them owns.
+
+
+def without(mapping: dict, *names: str) -> dict:
+    """A copy of a dict without some of its keys."""
+    return {name: value for name, value in mapping.items() if name not in names}
+
+
+def listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else ()
+
+
+def percent(part: int, whole: int) -> int:
+    return round(100 * part / whole) if whole else 0
+
+
+def printable(value: str, limit: int = 200) -> str:
+    """Text that may stand in a header: printable ASCII, of bounded length."""
+    return re.sub(r"[^\x20-\x7e]", "?", value)[:limit]
+
+
+def unix_time(moment: str) -> int | None:
+    """The seconds of an RFC 3339 time or date in UTC, None where it is none."""
+    match = re.match(r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d):(\d\d))?", moment)
+    try:                                            # four of them come with every answer; strptime takes 15 us each
+        return calendar.timegm(tuple(int(part or 0) for part in match.groups())) if match else None
+    except ValueError:
+        return None
+
+
+def duration_until(moment: str) -> str:
+    """An RFC 3339 time as OpenAI writes resets: the time until then, such as "1m30s"."""
+    then = unix_time(moment)
+    if then is None:
+        return moment
+    seconds = max(0, round(then - time.time()))
+    return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
+
+
+def is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return False
 
 
 def is_loopback_host(host: str) -> bool:
@@ -429,29 +476,6 @@ def anthropic_headers(headers: dict[str, str]) -> dict[str, str]:
     """The headers of Claude's answer that a client of Anthropic's own API reads, as they are."""
     return {name: printable(value, 1_000) for name, value in headers.items()
             if name in ("request-id", "retry-after", "x-should-retry") or name.startswith("anthropic-")}
-
-
-def duration_until(moment: str) -> str:
-    """An RFC 3339 time as OpenAI writes resets: the time until then, such as "1m30s"."""
-    then = unix_time(moment)
-    if then is None:
-        return moment
-    seconds = max(0, round(then - time.time()))
-    return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
-
-
-def unix_time(moment: str) -> int | None:
-    """The seconds of an RFC 3339 time or date in UTC, None where it is none."""
-    match = re.match(r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d):(\d\d))?", moment)
-    try:                                            # four of them come with every answer; strptime takes 15 us each
-        return calendar.timegm(tuple(int(part or 0) for part in match.groups())) if match else None
-    except ValueError:
-        return None
-
-
-def printable(value: str, limit: int = 200) -> str:
-    """Text that may stand in a header: printable ASCII, of bounded length."""
-    return re.sub(r"[^\x20-\x7e]", "?", value)[:limit]
 
 
 # ---- Models ------------------------------------------------------------------------------------------
@@ -1613,10 +1637,6 @@ def signed_thinking(chat_message: dict) -> list[dict]:
     return blocks
 
 
-def listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
-
-
 def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
     if signature and isinstance(signature, str) and isinstance(thinking or "", str):
         return [{"type": "thinking", "thinking": thinking or "", "signature": signature}]
@@ -2274,11 +2294,6 @@ def resolved(reference: str, root: dict) -> dict:
         step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
         value = value.get(step) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else {}
-
-
-def without(mapping: dict, *names: str) -> dict:
-    """A copy of a dict without some of its keys."""
-    return {name: value for name, value in mapping.items() if name not in names}
 
 
 class Unsupported(Exception):
@@ -4004,10 +4019,6 @@ class Counters:
         tokens = self.tokens_by_model().values()
         return {"requests": sum(count for (route, _), count in self.requests() if route not in WATCHING),
                 "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
-
-
-def percent(part: int, whole: int) -> int:
-    return round(100 * part / whole) if whole else 0
 
 
 class Running:
@@ -7155,13 +7166,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
                                               self._record.error_code)
             log_request_record(self._record, self.gateway.config.minimal)
-
-
-def is_address(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(name)
-        return True
-    return False
 
 
 def unexpected(failure: Exception) -> GatewayError:
