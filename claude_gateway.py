@@ -222,19 +222,20 @@ def is_loopback_host(host: str) -> bool:
         return False
 
 
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
     """Whether an address is of the public internet, also when an IPv4 address hides inside an IPv6 one."""
     ip: Any = ipaddress.ip_address(address.split("%")[0])
-    inner = [ip]
-    if ip.version == 6:
-        inner += [found for found in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if found]
-        if ip in NAT64:
-            inner.append(ipaddress.ip_address(int(ip) & 0xFFFFFFFF))
-    mapped = ip.version == 6 and ip.ipv4_mapped
-    return all(each.is_global and not each.is_multicast for each in (inner[1:] if mapped else inner))
+    if ip.version == 4:
+        return ip.is_global and not ip.is_multicast
+    hidden = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+    if ip in NAT64:
+        hidden.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    if not all(is_public(str(each)) for each in hidden if each):
+        return False
+    return bool(ip.ipv4_mapped) or ip in NAT64 or ip in GLOBAL_UNICAST and ip.is_global
 
 
 # ---- Errors ------------------------------------------------------------------------------------------

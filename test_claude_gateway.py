@@ -5042,8 +5042,13 @@ class PictureFetchTests(GatewayTestCase):
         "3232235521", "2852039166", "[::1]", "[::]", "[fe80::1]", "[fc00::1]", "[ff02::1]", "[::ffff:127.0.0.1]",
         "[::ffff:7f00:1]", "[::ffff:a00:1]", "[64:ff9b::7f00:1]", "[64:ff9b::10.0.0.1]", "[2002:7f00:1::]",
         "[2002:a00:1::1]", "me@127.0.0.1", "me:secret@10.0.0.1", "example.org@127.0.0.1", "127.0.0.1:80",
-        "[0:0:0:0:0:0:0:1]", "[fe80::1%25eth0]",
+        "[0:0:0:0:0:0:0:1]", "[fe80::1%25eth0]", "[::7f00:1]", "[::ffff:0:7f00:1]", "[64:ff9b:1::7f00:1]", "[fec0::1]",
     )
+
+    def test_addresses_of_the_public_internet_are_taken(self):
+        for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"):
+            with self.subTest(address=address):
+                self.assertTrue(claude_gateway.is_public(address))
 
     def test_no_spelling_of_a_private_address_is_taken(self):
         self.fetcher.fetch = claude_gateway.ImageFetcher(Config()).fetch
