@@ -1652,12 +1652,12 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
         return arguments or {}
     if not text_of(arguments, path).strip():
         return {}
-    for candidate, repaired in ((arguments, False), (closed(arguments), True)):
+    for repair in (str, closed):
         try:
-            value = json_within_bounds(candidate)
+            value = json_within_bounds(repair(arguments))
         except (ValueError, RecursionError):
             continue
-        if repaired:
+        if repair is closed:
             draft.changes.add("repaired", path, "brackets closed")
         if "\\ud" in arguments.lower():             # halves of pairs can hide in a string inside a string
             whole = without_lone_surrogates(value)

@@ -6,6 +6,7 @@
     python3 .ci/bench.py --tls               the upstream speaks TLS (needs the openssl command)
     python3 .ci/bench.py --against URL       any other OpenAI-compatible server, in front of an upstream of its own
     python3 .ci/bench.py --json
+    python3 .ci/bench.py --growth            what twice the work costs: time and memory of the translations
 
 The load generator, the fake upstream and the gateway are processes of their own.  "direct" is the same load sent
 straight to the fake upstream, in the Messages API's own format, so that a column can be read as a ratio: times move
@@ -307,6 +308,96 @@ def measure(target: Target, pid: int | None, upstream_port: int, context, quick:
     return results
 
 
+# ---- growth
+
+def growth_cases(gateway):
+    """Name, size, and a function that does work of that size: each should cost twice as much at twice the size."""
+    model = gateway.BUILT_IN_MODELS["claude-opus-5-5"]
+    tool = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+
+    def chat(**fields):
+        translation = gateway.messages_request_from_chat(dict({"messages": [{"role": "user", "content": "Hi"}]},
+                                                              **fields), model)
+        gateway.Prefixes().broken_part("x", gateway.upstream_parts(translation.request))
+
+    def turns(count):
+        chat(messages=[{"role": ("user", "assistant")[at % 2], "content": "Word %d" % at} for at in range(count)])
+
+    def calls(count):
+        chat(messages=[{"role": "user", "content": "Go"}] + [each for at in range(count) for each in (
+            {"role": "assistant", "tool_calls": [{"id": "call_%d" % at, "type": "function", "function": {
+                "name": "f", "arguments": '{"a": "b"}'}}]},
+            {"role": "tool", "tool_call_id": "call_%d" % at, "content": "done"})])
+
+    def tools(count):
+        chat(tools=[{"type": "function", "function": {"name": "tool %d" % at, "parameters": tool, "strict": True}}
+                    for at in range(count)])
+
+    def arguments(size):
+        chat(messages=[{"role": "user", "content": "Go"}, {"role": "assistant", "tool_calls": [{
+            "id": "call_1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": "b" * size})}}]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "done"}])
+
+    def items(count):
+        gateway.messages_request_from_responses({"input": [{"type": "message", "role": "user", "content": "Word"}
+                                                           for _ in range(count)]}, model)
+
+    def stream(kind, block, delta):
+        def run(count):
+            events = START.replace(b'{"type": "text", "text": ""}', json.dumps(block).encode())
+            events += event("content_block_delta", index=0, delta=delta) * count + END
+            assembler = gateway.MessageAssembler()
+            plan = gateway.ReplyPlan(gateway.ToolNames())
+            chunks = kind({"id": "x", "created": 1}, plan, assembler, False)
+            for at in range(0, len(events), 60_000):
+                for each in decoder.feed(events[at:at + 60_000]):
+                    assembler.feed(each)
+                    chunks.feed(each)
+            chunks.finish()
+        decoder = gateway.EventDecoder()
+        return run
+
+    text = ({"type": "text", "text": ""}, {"type": "text_delta", "text": "word "})
+    call = ({"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}},
+            {"type": "input_json_delta", "partial_json": " "})
+    yield "messages", 2_000, turns
+    yield "tool calls and results", 1_000, calls
+    yield "tools", 500, tools
+    yield "bytes of one call's arguments", 4_000_000, arguments
+    yield "items of a Responses request", 2_000, items
+    yield "text events, chat", 20_000, stream(gateway.ChatStream, *text)
+    yield "text events, Responses", 20_000, stream(gateway.ResponseStream, *text)
+    yield "fragments of arguments, chat", 20_000, stream(gateway.ChatStream, *call)
+    yield "fragments of arguments, Responses", 20_000, stream(gateway.ResponseStream, *call)
+
+
+def growth_table() -> str:
+    """Time and peak memory at a size and at twice that size."""
+    import tracemalloc
+    sys.path.insert(0, os.path.dirname(GATEWAY))
+    import claude_gateway
+    lines = ["%-36s %10s %10s %10s %7s %10s %7s" % ("what", "size", "time", "twice", "ratio", "memory", "ratio")]
+    for name, size, work in growth_cases(claude_gateway):
+        seconds, peaks = [], []
+        for count in (size, 2 * size):
+            work(count)
+            seconds.append(min(timed(work, count) for _ in range(5)))
+            tracemalloc.start()
+            work(count)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        lines.append("%-36s %10d %7.1f ms %7.1f ms %7.2f %7.1f MB %7.2f" % (
+            name, size, seconds[0] * 1e3, seconds[1] * 1e3, seconds[1] / seconds[0], peaks[0] / 1e6,
+            peaks[1] / peaks[0]))
+    return "\n".join(lines)
+
+
+def timed(work, count: int) -> float:
+    started = time.process_time()
+    work(count)
+    return time.process_time() - started
+
+
 # ---- the table
 
 ROWS = (("plain reply p50, 1 client", "plain_p50", "ms"), ("first token p50, 1 client", "first_p50", "ms"),
@@ -343,11 +434,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--against", metavar="URL")
     parser.add_argument("--upstream", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.upstream is not None:
         asyncio.run(upstream(parsed.upstream or None))
+        return
+    if parsed.growth:
+        print("Python %s\n%s" % (sys.version.split()[0], growth_table()))
         return
     with tempfile.TemporaryDirectory() as folder:
         certificate = context = None
