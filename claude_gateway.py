@@ -4598,7 +4598,7 @@ class WatchedReader(io.RawIOBase):
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What http.client asks of a socket that it reads a response from."""
-        return io.BufferedReader(self, 8_192)       # for the head; what is larger goes past it
+        return io.BufferedReader(self, 4_096)       # for the head; what is larger goes past it
 
     def readable(self) -> bool:
         return True
@@ -6706,7 +6706,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.gateway = self.server.gateway
         self._reader = TimedReader(self.connection)
-        self.rfile: io.BufferedReader = io.BufferedReader(self._reader, 8_192)
+        self.rfile: io.BufferedReader = io.BufferedReader(self._reader, 4_096)     # for heads; a body goes past it
         self.close_connection = False
         self.pumped: Optional[PumpedStream] = None  # for the pump, once this thread is done
 
