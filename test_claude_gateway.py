@@ -10289,6 +10289,89 @@ class HotPathTests(unittest.TestCase):
                     self.assertEqual(stream.json_of(chunk), claude_gateway.client_json(chunk))
 
 
+def work_of(work) -> int:
+    """How many functions, Python's own included, are called by some work: no clock, so the same each time."""
+    count = [0]
+
+    def on_call(frame, event, argument):
+        count[0] += event in ("call", "c_call")
+    sys.setprofile(on_call)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count[0]
+
+
+class GrowthTests(unittest.TestCase):
+    """Twice the work takes twice the steps."""
+    MODEL = BUILT_IN_MODELS["claude-opus-5-5"]
+
+    def assert_linear(self, work, size: int = 60) -> None:
+        work(size)                                      # what is made once is made now
+        once, twice = work_of(lambda: work(size)), work_of(lambda: work(2 * size))
+        self.assertGreater(once, size)
+        self.assertLess(twice, 2.1 * once + 50)
+
+    def chat(self, **fields) -> None:
+        translation = claude_gateway.messages_request_from_chat(dict({"messages": [ASKED]}, **fields), self.MODEL)
+        claude_gateway.upstream_parts(translation.request)
+
+    def test_requests(self):
+        def calls(count, **ids):
+            return [{"id": ids.get("same", "call_%d" % at), "type": "function",
+                     "function": {"name": "f %d" % at, "arguments": '{"a": 1'}} for at in range(count)]
+        kinds = {
+            "messages": lambda count: self.chat(messages=[ASKED, {"role": "assistant", "content": "Hm"}] * count),
+            "system messages": lambda count: self.chat(messages=[ASKED, {"role": "system", "content": "Hm"}] * count),
+            "calls of one turn": lambda count: self.chat(messages=[ASKED, {
+                "role": "assistant", "tool_calls": calls(count)}]),
+            "calls of one id": lambda count: self.chat(messages=[ASKED, {
+                "role": "assistant", "tool_calls": calls(count, same="x")}] + [
+                    {"role": "tool", "tool_call_id": "x", "content": "y"}] * count),
+            "results without calls": lambda count: self.chat(messages=[ASKED] + [
+                {"role": "tool", "tool_call_id": "x%d" % at, "content": "y"} for at in range(count)]),
+            "turns with calls": lambda count: self.chat(messages=[ASKED] + [each for at in range(count) for each in (
+                {"role": "assistant", "tool_calls": [dict(call, id="%d" % at) for call in calls(1)]},
+                {"role": "tool", "tool_call_id": str(at), "content": "y"})]),
+            "parts": lambda count: self.chat(messages=[{"role": "user", "content": [
+                {"type": "text", "text": "Hm"}, {"type": "new", "x": 1}] * count}]),
+            "tools": lambda count: self.chat(tools=[{"type": "function", "function": {
+                "name": "f %d" % at, "strict": True, "parameters": {"type": "object"}}} for at in range(count)]),
+            "properties": lambda count: self.chat(response_format={"type": "json_schema", "json_schema": {
+                "name": "x", "schema": {"type": "object", "properties": {
+                    "p%d" % at: {"type": "string", "minLength": 1} for at in range(count)}}}}),
+            "unknown fields": lambda count: self.chat(**{"field_%d" % at: 1 for at in range(count)}),
+            "items": lambda count: claude_gateway.messages_request_from_responses({"input": [
+                {"type": "message", "role": "user", "content": "Hm"},
+                {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"}] * count}, self.MODEL),
+        }
+        for name, work in kinds.items():
+            with self.subTest(name):
+                self.assert_linear(work)
+
+    def test_streams(self):
+        def streamed(kind, content):
+            def work(count):
+                assembler = claude_gateway.MessageAssembler()
+                stream = kind({"id": "x", "created": 1}, claude_gateway.ReplyPlan(claude_gateway.ToolNames()),
+                              assembler, False)
+                decoder = claude_gateway.EventDecoder()
+                for event in events_of(message(*content(count)), 1):
+                    for each in decoder.feed(sse([event])):
+                        assembler.feed(each)
+                        stream.feed(each)
+                stream.finish()
+            return work
+        contents = {"text": lambda count: [text("x" * count)], "blocks": lambda count: [text("x")] * count,
+                    "arguments": lambda count: [tool_use("toolu_1", "f", {"a": "x" * count})],
+                    "calls": lambda count: [tool_use("toolu_%d" % at, "f", {"a": 1}) for at in range(count)]}
+        for kind in (claude_gateway.ChatStream, claude_gateway.ResponseStream):
+            for name, content in contents.items():
+                with self.subTest(kind=kind.__name__, content=name):
+                    self.assert_linear(streamed(kind, content))
+
+
 # ==== Commands of every day ===========================================================================
 
 def run_command(*arguments, given=b"", **variables):

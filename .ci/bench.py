@@ -335,7 +335,8 @@ def growth_cases(gateway):
 
     def arguments(size):
         chat(messages=[{"role": "user", "content": "Go"}, {"role": "assistant", "tool_calls": [{
-            "id": "call_1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": "b" * size})}}]},
+            "id": "call_1", "type": "function", "function": {
+                "name": "f", "arguments": json.dumps({"a": "b" * size})}}]},
             {"role": "tool", "tool_call_id": "call_1", "content": "done"}])
 
     def items(count):
