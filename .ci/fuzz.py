@@ -3,8 +3,9 @@
 
     python3 .ci/fuzz.py [SECONDS]        default 20
 
-The request head, the event-stream decoder and both request translators.  A translator may refuse, naming a field, or
-give a request that breaks none of Claude's rules; anything else is a finding, and ends the run with the input.
+The request head, the framing of answers, the event-stream decoder, both reply streams and both request translators.
+A translator may refuse, naming a field, or give a request that breaks none of Claude's rules; a stream may call the
+upstream faulty; anything else is a finding, and ends the run with the input.
 """
 from __future__ import annotations
 
@@ -163,7 +164,54 @@ def streams(cuts, noise):
         pass
 
 
+def answers(events, searching):
+    """Events in an order that Claude would not use, some of them damaged, through both kinds of stream."""
+    plan = gateway.ReplyPlan(gateway.ToolNames())
+    plan.bare_json = searching
+    for kind in (gateway.ChatStream, gateway.ResponseStream):
+        assembler = gateway.MessageAssembler()
+        stream = kind({"id": "x_1", "created": 1}, plan, assembler, True)
+        told = []
+        try:
+            for event in events:
+                assembler.feed(event)
+                told += stream.feed(event)
+                if assembler.done:
+                    told += stream.finish()
+                    gateway.responses_usage(assembler.usage)
+                    break
+        except gateway.GatewayError:
+            pass
+        encode = getattr(stream, "json_of", gateway.client_json)
+        for event in told:
+            assert json.loads(encode(event).decode()) == json.loads(gateway.client_json(event).decode())
+
+
+def framings(chunks, cuts, noise):
+    body = b"".join(chunks)
+    wire = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks if chunk) + b"0\r\n\r\n"
+    framing, at, read = gateway.BodyFraming(True, None), 0, b""
+    for cut in sorted(min(cut, len(wire)) for cut in cuts) + [len(wire)]:
+        read += framing.feed(wire[at:cut])
+        at = cut
+    assert read == body and framing.done and not framing.surplus
+    try:
+        gateway.BodyFraming(True, None).feed(noise)
+    except gateway.GatewayError:
+        pass
+
+
+def damaged(event):
+    """An event, or one with some field replaced by junk."""
+    return some.one_of(some.just(event), some.tuples(some.sampled_from(sorted(event)), JUNK).map(
+        lambda change: event if change[0] == "type" else dict(event, **{change[0]: change[1]})))
+
+
 TARGETS = (
+    (answers, (some.lists(some.sampled_from(EVENTS).flatmap(damaged), max_size=12).map(
+        lambda events: EVENTS[:1] + events + EVENTS[-2:]), some.booleans())),
+    (framings, (some.lists(some.binary(max_size=20), max_size=6), some.lists(some.integers(0, 60), max_size=6),
+                some.one_of(some.binary(), some.text("0123456789abcdefx;\r\n ", max_size=40).map(str.encode)))),
     (chats, (CHATS, MODELS)), (responses, (RESPONSES, MODELS)),
     (heads, (some.lists(some.one_of(some.binary(max_size=40), some.sampled_from([
         b"GET /v1/models HTTP/1.1", b"Host: a", b"Content-Length: 5", b"Transfer-Encoding: chunked"])), min_size=1),)),
