@@ -181,9 +181,12 @@ def percent(part: int, whole: int) -> int:
     return round(100 * part / whole) if whole else 0
 
 
+UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
+
+
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
-    return re.sub(r"[^\x20-\x7e]", "?", value)[:limit]
+    return UNPRINTABLE.sub("?", value)[:limit]
 
 
 def unix_time(moment: str) -> int | None:
@@ -883,7 +886,7 @@ def json_within_bounds(text: str) -> Any:
         raise ValueError("more than %d brackets" % MAX_BRACKETS)
     if brackets > MAX_NESTING and nests_deeper(data, MAX_NESTING):
         raise ValueError("nested more than %d deep" % MAX_NESTING)
-    return json.loads(text, parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int)
+    return BOUNDED_JSON.decode(text)
 
 
 def refuse_constant(name: str) -> float:
@@ -904,6 +907,9 @@ def bounded_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError("a number of %d digits" % len(digits))
     return int(digits)
+
+
+BOUNDED_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int)
 
 
 def nests_deeper(body: bytes, limit: int) -> bool:
@@ -5770,8 +5776,16 @@ def within_upstream_limit(body: bytes) -> bytes:
 def conversation_key(owner: str, history: Sequence[Any]) -> str:
     """What stays the same from turn to turn: the client and its first user message."""
     first = next((each for each in history if isinstance(each, dict) and each.get("role") == "user"), {})
-    content = first.get("content")
-    return hashlib.sha256(json.dumps([owner, content]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([owner, excerpt_of(first.get("content"))]).encode()).hexdigest()
+
+
+def excerpt_of(value: Any) -> Any:
+    """Enough of a value to tell it from others: megabytes of text or image need not be hashed for that."""
+    if isinstance(value, str):
+        return value[:2_000], len(value)
+    if isinstance(value, dict):
+        return {name: excerpt_of(member) for name, member in value.items()}
+    return [excerpt_of(member) for member in value[:50]] if isinstance(value, list) else value
 
 
 def has_thinking(messages: list[dict]) -> bool:
@@ -5837,10 +5851,13 @@ def upstream_parts(request: dict) -> list[bytes]:
     return parts
 
 
+UPSTREAM_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def upstream_json(value: Any) -> bytes:
     """JSON for Claude: UTF-8 as it is, and the same bytes for the same value."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+        return UPSTREAM_JSON.encode(value).encode("utf-8")
     except ValueError as fault:
         raise InvalidRequest("The request holds a number that JSON cannot tell: %s" % fault) from fault
 
@@ -6550,6 +6567,7 @@ HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a
 # Headers that must not come twice: they decide about framing, identity or access.
 SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
                   "x-api-key", "api-key", "origin", "expect"}
+CONTROLS = re.compile(r"[\x00-\x1f\x7f]")          # none of them leaves in a header
 EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "x-should-retry",
                              *RATE_LIMIT_HEADERS.values()])
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
@@ -7028,7 +7046,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lines.update(self._cors_headers())
         lines["connection"] = "close" if self.close_connection else "keep-alive"
         head = ["HTTP/1.1 %d %s" % (status, phrase)]
-        head += ["%s: %s" % (name, re.sub(r"[\x00-\x1f\x7f]", " ", value)) for name, value in lines.items()]
+        head += ["%s: %s" % (name, CONTROLS.sub(" ", value)) for name, value in lines.items()]
         return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
 
     def _cors_headers(self) -> dict[str, str]:

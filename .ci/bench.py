@@ -5,6 +5,7 @@
     python3 .ci/bench.py --quick             under a minute
     python3 .ci/bench.py --tls               the upstream speaks TLS (needs the openssl command)
     python3 .ci/bench.py --against URL       any other OpenAI-compatible server, in front of an upstream of its own
+    python3 .ci/bench.py --nginx             nginx as a plain proxy beside them (needs the nginx command)
     python3 .ci/bench.py --json
     python3 .ci/bench.py --growth            what twice the work costs: time and memory of the translations
 
@@ -20,6 +21,7 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
 import statistics
 import subprocess
@@ -274,6 +276,37 @@ def start_gateway(upstream_url: str, certificate: str | None) -> tuple[subproces
     return process, url, time.perf_counter() - started
 
 
+NGINX = """daemon off; pid %(folder)s/pid; error_log stderr crit; worker_processes 1; worker_rlimit_nofile 8192;
+events { worker_connections 4096; }
+http { access_log off; client_body_temp_path %(folder)s/body; proxy_temp_path %(folder)s/proxy;
+  fastcgi_temp_path %(folder)s/f; uwsgi_temp_path %(folder)s/u; scgi_temp_path %(folder)s/s;
+  client_max_body_size 50m; client_body_buffer_size 16m; keepalive_requests 1000000;
+  upstream claude { server 127.0.0.1:%(upstream)d; keepalive 64; keepalive_requests 1000000; }
+  server { listen 127.0.0.1:%(port)d backlog=2048;
+    location / {
+      proxy_pass http://claude; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; } } }
+"""
+
+
+def start_nginx(upstream: int, folder: str) -> tuple[subprocess.Popen, str, int]:
+    """nginx in front of the upstream: the process, its URL, and the worker whose figures count."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = os.path.join(folder, "nginx.conf")
+    with open(place, "w") as file:
+        file.write(NGINX % {"folder": folder, "upstream": upstream, "port": port})
+    process = subprocess.Popen(["nginx", "-e", "stderr", "-c", place])
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    with open("/proc/%d/task/%d/children" % (process.pid, process.pid)) as file:
+        worker = int(file.read().split()[0])
+    return process, "http://127.0.0.1:%d" % port, worker
+
+
 def measure(target: Target, pid: int | None, upstream_port: int, context, quick: bool) -> dict:
     """All scenarios against one target; CPU, memory and threads where its process is ours."""
     run = asyncio.run
@@ -421,11 +454,11 @@ def value_at(results: dict, path: str):
 
 def table(columns: dict[str, dict]) -> str:
     names = list(columns)
-    lines = ["%-38s" % "" + "".join("%16s" % name for name in names) + ("%12s" % "ratio" if len(names) == 2 else "")]
+    lines = ["%-38s" % "" + "".join("%16s" % name for name in names) + "%12s" % "last/first"]
     for title, path, unit in ROWS:
         values = [value_at(columns[name], path) for name in names]
         cells = ["-" if value is None else "%.4g %s" % (value * SCALES.get(unit, 1), unit) for value in values]
-        ratio = "%.2f" % (values[1] / values[0]) if len(values) == 2 and all(values) else ""
+        ratio = "%.2f" % (values[-1] / values[0]) if len(values) > 1 and values[0] and values[-1] else ""
         lines.append("%-38s" % title + "".join("%16s" % cell for cell in cells) + "%12s" % ratio)
     return "\n".join(lines)
 
@@ -436,6 +469,7 @@ def main() -> None:
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--nginx", action="store_true")
     parser.add_argument("--against", metavar="URL")
     parser.add_argument("--upstream", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
@@ -457,9 +491,12 @@ def main() -> None:
             context = ssl.create_default_context(cafile=certificate)
         fake, port = start_upstream(certificate)
         base = "%s://127.0.0.1:%d" % ("https" if certificate else "http", port)
-        gateway = None
+        gateway = nginx = None
         try:
             columns = {"direct": measure(Target(base, True, context), None, port, context, parsed.quick)}
+            if parsed.nginx:
+                nginx, url, worker = start_nginx(port, folder)
+                columns["nginx"] = measure(Target(url, True), worker, port, context, parsed.quick)
             if parsed.against:
                 columns["other"] = measure(Target(parsed.against.rstrip("/"), False), None, port, context, parsed.quick)
             else:
@@ -468,7 +505,7 @@ def main() -> None:
                 columns["gateway"] = dict(measure(Target(url, False), gateway.pid, port, context, parsed.quick),
                                           ready=ready)
         finally:
-            for process in filter(None, (gateway, fake)):
+            for process in filter(None, (gateway, nginx, fake)):
                 process.send_signal(signal.SIGTERM)
                 process.wait(10)
     print(json.dumps(columns, indent=1) if parsed.json else "Python %s\n%s" % (sys.version.split()[0], table(columns)))
