@@ -7314,7 +7314,7 @@ class Service:
     def start(self) -> None:
         self._started = True
         for listener in self.listeners:
-            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, name="listener",
+            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.5}, name="listener",
                              daemon=True).start()
 
     def close(self, grace: float = SHUTDOWN_GRACE) -> bool:
@@ -7328,6 +7328,8 @@ class Service:
         """The first half of `close`: no new connections, no new requests on those that are there."""
         self.gateway.running.draining = True
         for listener in self.listeners:
+            with contextlib.suppress(OSError):
+                listener.socket.shutdown(socket.SHUT_RDWR)      # wakes its loop, where the system does so
             if self._started:
                 listener.shutdown()                 # would wait for ever for a loop that never ran
             listener.server_close()
