@@ -111,6 +111,7 @@ BACKLOG = 1_024                                 # connections the system queues 
 IDLE_TIMEOUT = 75                               # seconds a kept-alive connection may stay silent
 HEAD_TIMEOUT = 30                               # seconds for a whole request head
 BODY_TIMEOUT = 60                               # seconds between two reads of a body
+SLOWEST_BODY = 50_000                           # bytes a second of a whole body, beyond the first BODY_TIMEOUT
 WRITE_TIMEOUT = 60                              # seconds a client may refuse to read
 KEEPALIVE_INTERVAL = 10                         # seconds of silence before a stream gets a comment line
 SHUTDOWN_GRACE = 30                             # seconds that running requests get to finish
@@ -187,6 +188,18 @@ UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
     return UNPRINTABLE.sub("?", value)[:limit]
+
+
+SECRET_SHAPES = re.compile(r"sk-ant-[A-Za-z0-9_-]{8,}|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}")
+
+
+def masked(text: str, secrets_known: Iterable[str]) -> str:
+    """Text without any known secret, as it is or as JSON tells it, and without what looks like a credential."""
+    for secret in secrets_known:
+        if len(secret) >= 4:
+            for form in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]):
+                text = text.replace(form, "***")
+    return SECRET_SHAPES.sub("***", text)
 
 
 def unix_time(moment: str) -> int | None:
@@ -2817,6 +2830,17 @@ def usage_from_message(usage: dict) -> dict:
             "cache_read_input_tokens": read, "cache_creation_input_tokens": written}
 
 
+def counts_from(usage: Any) -> dict:
+    """Claude's `usage` without nulls, and without counts that are none: only whole numbers can be added up."""
+    told = {}
+    for name, value in usage.items() if isinstance(usage, dict) else ():
+        if isinstance(value, dict):
+            told[name] = counts_from(value)
+        elif isinstance(value, str) if not name.endswith("_tokens") else type(value) is int and value >= 0:
+            told[name] = value
+    return told
+
+
 def with_service_tier(reply: dict, usage: dict) -> dict:
     tier = SERVICE_TIERS.get(usage.get("service_tier") or "")
     return dict(reply, service_tier=tier) if tier else reply
@@ -3038,7 +3062,7 @@ class MessageAssembler:
 
     def _message_start(self, event: dict) -> None:
         message = event["message"]
-        self.message = dict(message, content=self._content, usage=dict(message.get("usage") or {}),
+        self.message = dict(message, content=self._content, usage=counts_from(message.get("usage")),
                             model=str(message.get("model", "")))
 
     def _block_start(self, event: dict) -> None:
@@ -3075,9 +3099,7 @@ class MessageAssembler:
 
     def _message_delta(self, event: dict) -> None:
         self.message.update({name: value for name, value in event["delta"].items() if value is not None})
-        for name, value in (event.get("usage") or {}).items():
-            if value is not None:                   # cumulative, and without what did not change
-                self.message["usage"][name] = value
+        self.message["usage"].update(counts_from(event.get("usage")))       # cumulative, without what did not change
 
     def _message_stop(self, event: dict) -> None:
         self._join_pieces()
@@ -4185,8 +4207,9 @@ class TokenFile:
             yield
             return
         try:
-            os.makedirs(os.path.dirname(os.path.abspath(self.path)), mode=0o700, exist_ok=True)
-            descriptor = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+            target = os.path.realpath(self.path)    # by whatever name a process knows the file: one lock
+            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+            descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError:
             yield
             return
@@ -4523,6 +4546,7 @@ class Watch:
         self.may_retry = True                       # our one retry is still to be had
         self.may_wait = True                        # otherwise nobody waits here: `wants` tells for what it would be
         self.wants: Any = None                      # an upstream socket with nothing to read yet, or A_THREAD
+        self.early: Optional[bytearray] = None      # takes what the client sends before its turn
         self.idle: Optional[Callable[[], None]] = None
         self.last_sent = time.monotonic()
 
@@ -4557,14 +4581,23 @@ class Watch:
                 return
 
     def check_client(self) -> None:
-        """A client whose read side has ended is gone; one that sends early (pipelining) is left alone."""
+        """A client whose read side has ended is gone; one that sends early (pipelining) is not.
+
+        Early bytes are put aside, or nothing behind them could be seen; what would be too much is left where it is,
+        and the client is not watched any more.
+        """
+        assert self.client
+        keep = self.early is not None and len(self.early) < READ_SIZE
         try:
-            gone = not self.client or self.client.recv(1, socket.MSG_PEEK) == b""
+            data = self.client.recv(4_096, 0 if keep else socket.MSG_PEEK)
         except OSError:
-            gone = True
-        if gone:
+            data = b""
+        if not data:
             raise ClientGone
-        self.client = None                          # its next request lies there: it cannot be watched any more
+        if keep:
+            self.early += data                      # type: ignore[operator]
+        else:
+            self.client = None
 
 
 A_THREAD = object()                                 # what a stream wants that has something longer to do
@@ -4631,6 +4664,17 @@ class WatchedReader(io.RawIOBase):
         super().close()
 
 
+class FinalResponse(http.client.HTTPResponse):
+    """An answer without the interim ones before it (RFC 9110, 15.2): http.client takes a 103 for the answer itself."""
+
+    def _read_status(self) -> Any:
+        while True:
+            version, status, reason = super()._read_status()    # type: ignore[misc]
+            if not 102 <= status < 200:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+
 class WatchedConnection(http.client.HTTPConnection):
     """A kept-alive connection to the upstream; `watch` belongs to the request that uses it at the time."""
     watch = Watch()
@@ -4646,7 +4690,7 @@ class WatchedConnection(http.client.HTTPConnection):
         self.sock.settimeout(UPSTREAM_SILENCE)
 
     def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        return http.client.HTTPResponse(WatchedReader(sock, self), **options)   # type: ignore[arg-type]
+        return FinalResponse(WatchedReader(sock, self), **options)      # type: ignore[arg-type]
 
 
 class WatchedTlsConnection(WatchedConnection, http.client.HTTPSConnection):
@@ -4725,8 +4769,14 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
                                           if proxy_authorization else {})
             connection.watch = request.watch
             try:
-                connection.request(request.get_method(), request.selector, request.data, headers)
-                response: Any = connection.getresponse()
+                if connection.sock is None:
+                    connection.connect()
+                sent = False
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    connection.request(request.get_method(), request.selector, request.data, headers)
+                    sent = True
+                response: Any = connection.getresponse()    # there may be one before all of the request was read
+                response.will_close |= not sent
             except (ConnectionError, http.client.BadStatusLine):
                 connection.close()
                 if replaced:                        # that was our one retry: may_pass stays False
@@ -4763,7 +4813,8 @@ class BodyFraming:
         self._rest = b""                            # a line of the chunked coding that has only begun
         self._in_chunk = self._in_trailers = False
         self.done = length == 0 and not chunked
-        self.surplus = False                        # more came than the body: the connection is out of step
+        # more came than the body, or might have where nothing is read: the connection may be out of step
+        self.surplus = self.done
 
     def feed(self, data: bytes) -> bytes:
         """The part of `data` that is body.  Raises UpstreamFault for a chunk that does not hold together."""
@@ -4882,10 +4933,13 @@ class UpstreamReply:
         self._closed = True
         if answered and not self._framing.done:
             self._response.connection.watch = Watch(patience=0.2)
+            deadline = time.monotonic() + 0.2
             with contextlib.suppress(GatewayError):
                 for _ in self.pieces():
-                    pass
-        reusable = self._framing.done and not self._framing.surplus and not self._response.will_close
+                    if time.monotonic() >= deadline:
+                        break
+        reusable = self._framing.done and not self._framing.surplus and not self._response.will_close \
+            and self.status >= 200
         self._response.close()
         (self._response.give_back if reusable else self._response.connection.close)()
 
@@ -5189,14 +5243,18 @@ class Pump:
 
     def add(self, stream: PumpedStream) -> None:
         """Takes a stream over; from here on it belongs to the pump's thread."""
+        reason = "The gateway stops."
         with self._lock:
-            if not self._closing:
-                self._new.append(stream)
-                if self._thread is None:
-                    self._start()
-                self._ring()
-                return
-        stream.ended(Busy("The gateway stops."))
+            try:
+                if not self._closing:
+                    if self._thread is None:
+                        self._start()
+                    self._new.append(stream)
+                    self._ring()
+                    return
+            except (OSError, RuntimeError) as fault:
+                reason = "The gateway is out of threads or descriptors: %s." % fault
+        stream.ended(Busy(reason))
 
     def close(self) -> None:
         """Stops; streams that still run fail."""
@@ -5216,8 +5274,9 @@ class Pump:
         self._bell, self._button = socket.socketpair()
         self._button.setblocking(False)
         self._selector.register(self._bell, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="pump", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="pump", daemon=True)
+        thread.start()
+        self._thread = thread                       # now that there is one
 
     def _ring(self) -> None:
         with contextlib.suppress(BlockingIOError):  # then it has been rung often enough
@@ -5238,6 +5297,7 @@ class Pump:
             while self._new:
                 stream = self._new.popleft()
                 self._streams.add(stream)
+                self._check_at = min(self._check_at, stream.due_at())
                 self._with(stream, self._move)      # something may have come meanwhile
             if time.monotonic() >= self._check_at:
                 self._check()
@@ -5266,6 +5326,7 @@ class Pump:
             if stream.unsent or stream.watch.wants:
                 self._wait(stream)
                 return
+        self._wait(stream, {})                      # by its next turn the upstream's socket may be another's
         self._ready.append(stream)
 
     def _send(self, stream: PumpedStream, data: bytes) -> None:
@@ -5275,10 +5336,12 @@ class Pump:
             stream.unsent = data[stream.client.send(data):]
         except BlockingIOError:
             stream.unsent = data
+        except OSError:
+            raise ClientGone from None
 
     def _look_after_client(self, stream: PumpedStream, events: int) -> None:
         """The client reads again, or has sent something, or has gone."""
-        if events & selectors.EVENT_READ:
+        if events & selectors.EVENT_READ and stream.watch.client:
             stream.watch.check_client()
         if events & selectors.EVENT_WRITE:
             self._send(stream, stream.unsent)
@@ -5293,11 +5356,12 @@ class Pump:
         if wanted == stream.registered:
             return
         for sock in set(stream.registered) - set(wanted):
+            del stream.registered[sock]
             self._selector.unregister(sock)
         for sock, events in wanted.items():
             change = self._selector.modify if sock in stream.registered else self._selector.register
             change(sock, events, stream)
-        stream.registered = wanted
+            stream.registered[sock] = events        # one by one: what has failed here may not stay behind
         self._check_at = min(self._check_at, stream.due_at())
 
     def _seconds_to_check(self) -> float:
@@ -5318,7 +5382,8 @@ class Pump:
         if now >= stream.heard_at + stream.watch.patience:
             raise UpstreamTimeout(SILENCE % stream.watch.patience)
         self._send(stream, stream.keep_alive)
-        self._wait(stream)
+        if stream.registered or stream.unsent:      # otherwise its next turn comes by itself
+            self._wait(stream)
 
     def _end(self, stream: PumpedStream, failure: BaseException | None) -> None:
         """Gives a stream back to a thread."""
@@ -5627,10 +5692,10 @@ class Exchange:
 
     def close(self) -> None:
         """Ends the upstream call, whether it was over or not."""
+        reply, self._reply = self._reply, None
+        if reply:
+            reply.close(answered=self.assembler.done)
         self._count_tokens()                        # also of an answer that nobody waited for
-        if self._reply:
-            self._reply.close(answered=self.assembler.done)
-            self._reply = None
 
     def translate(self) -> Translation:
         """The request as it would be sent now."""
@@ -5959,6 +6024,7 @@ def response_batches(gateway: Gateway, incoming: Incoming, exchange: Exchange, s
     for batch in stream_batches(exchange, stream):
         if stream.response["status"] in ("completed", "incomplete") and wants_storing(body) \
                 and is_responses_body(body):
+            yield from in_a_thread(incoming.watch)  # a long history takes a while to write down
             gateway.responses.put(incoming.owner, stream.response, [*earlier, *items_from_input(body.get("input"))])
         yield batch
 
@@ -6206,10 +6272,13 @@ class PassingUsage:
         self._decoder = EventDecoder() if is_stream else None
         self._usage: dict = {}
         self._body: List[bytes] = []
+        self._size = 0
 
     def seen(self, piece: bytes) -> bytes:
         if self._decoder is None:
-            self._body.append(piece)
+            self._size += len(piece)
+            if self._size <= MAX_UPSTREAM_BODY:
+                self._body.append(piece)
             return piece
         try:
             events = self._decoder.feed(piece)
@@ -6217,9 +6286,8 @@ class PassingUsage:
             events = []
         for event in events:
             message = event.get("message")
-            for usage in (event.get("usage"), message.get("usage") if isinstance(message, dict) else None):
-                if isinstance(usage, dict):
-                    self._usage.update({name: value for name, value in usage.items() if value is not None})
+            self._usage.update(counts_from(message.get("usage") if isinstance(message, dict) else None))
+            self._usage.update(counts_from(event.get("usage")))
         return piece
 
     def usage(self) -> dict:
@@ -6227,8 +6295,7 @@ class PassingUsage:
         if self._body:
             with contextlib.suppress(ValueError, RecursionError):
                 answer = json.loads(b"".join(self._body).decode("utf-8"))
-                usage = answer.get("usage") if isinstance(answer, dict) else None
-                return usage if isinstance(usage, dict) else {}
+                return counts_from(answer.get("usage") if isinstance(answer, dict) else None)
         return self._usage
 
 
@@ -6694,6 +6761,7 @@ class TimedReader(io.RawIOBase):
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self.early = bytearray()                    # has come already, and goes before what the socket has
         self.deadline = time.monotonic() + HEAD_TIMEOUT
         self.pause = float(HEAD_TIMEOUT)
 
@@ -6705,6 +6773,11 @@ class TimedReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        if self.early:
+            count = min(len(buffer), len(self.early))
+            buffer[:count] = self.early[:count]
+            del self.early[:count]
+            return count
         left = min(self.pause, self.deadline - time.monotonic())
         if left <= 0:
             raise socket.timeout("timed out")
@@ -6786,8 +6859,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._end_request()
 
     def _end_request(self) -> None:
-        if self._reply:
-            self._reply.close()
+        try:
+            if self._reply:
+                self._reply.close()
+        except Exception as failure:                # whatever it is, this request gives its place back
+            self.close_connection = True
+            unexpected(failure)
         self.gateway.body_budget.give(self._reserved)
         self._log()
         if self._entered:
@@ -6841,17 +6918,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expectation = self.head.headers.get("expect", "").lower()
         if length is not None and length > MAX_BODY:
             raise TooLarge("The body has more than %d MB." % (MAX_BODY // 1_000_000))
-        self._reserve(MAX_BODY // 10 if length is None else length)
         if expectation == "100-continue" and self.head.version == "1.1":
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._reader.allow(BODY_TIMEOUT)
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._reader.allow(BODY_TIMEOUT, BODY_TIMEOUT + (length or MAX_BODY) / SLOWEST_BODY)
         try:
-            body = self._read_chunks() if length is None else self.rfile.read(length)
+            body = self._read_chunks() if length is None else self._read_bytes(length)
         except socket.timeout:
             self.close_connection = True
-            raise RequestTimeout("The body stopped for more than %d seconds." % BODY_TIMEOUT) from None
-        if length is not None and len(body) < length:
-            raise ConnectionResetError
+            raise RequestTimeout("The body stopped for more than %d seconds, or came slower than %d bytes a second." %
+                                 (BODY_TIMEOUT, SLOWEST_BODY)) from None
         self._body_unread = False
         encoding = self.head.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):
@@ -6866,6 +6941,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Busy("The gateway holds too many large requests at the moment.")
         self._reserved += amount
 
+    def _read_bytes(self, length: int) -> bytes:
+        """Bytes of a body, counted as they arrive: who only promises megabytes takes no room from others."""
+        pieces: list[bytes] = []
+        while length > 0:
+            piece = self.rfile.read1(min(length, READ_SIZE))
+            if not piece:
+                raise ConnectionResetError
+            self._reserve(len(piece))
+            pieces.append(piece)
+            length -= len(piece)
+        return b"".join(pieces)
+
     def _read_chunks(self) -> bytes:
         """A chunked body (RFC 9112, 7.1); chunk extensions and trailers are read and ignored."""
         body = bytearray()
@@ -6879,12 +6966,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 break
             if len(body) + size > MAX_BODY:
                 raise TooLarge("The body has more than %d MB." % (MAX_BODY // 1_000_000))
-            if len(body) + size > self._reserved:
-                self._reserve(max(size, self._reserved))
-            chunk = self.rfile.read(size)
-            if len(chunk) < size:
-                raise ConnectionResetError
-            body += chunk
+            body += self._read_bytes(size)
             if self._chunk_line():
                 raise InvalidRequest("A chunk is longer than its size.", code="bad_framing")
         for _ in range(MAX_HEADERS):
@@ -6926,6 +7008,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise LoopDetected("This request came from this very gateway: its upstream address leads back to it.")
         watch = Watch(self.connection)
         watch.may_retry = head.headers.get("x-stainless-retry-count", "0") == "0"
+        watch.early = self._reader.early
         incoming = Incoming({}, argument, owner, self._anthropic_key(head), head.headers.get(HOP_HEADER, ""), watch,
                             self._record, headers=head.headers, query=head.target.partition("?")[2])
         body = self._read_body() if self._body_unread else b""
@@ -7107,11 +7190,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         watch.idle = None
 
     def _keep_alive(self) -> None:
-        """A comment, for a client that has heard nothing for a while.  Raises ClientGone."""
-        try:
-            self._write(self._wire(KEEP_ALIVE))
-        except OSError:                             # of the client's connection: it is no fault of the upstream
-            raise ClientGone from None
+        """A comment, for a client that has heard nothing for a while."""
+        self._write(self._wire(KEEP_ALIVE))
 
     def _wire_pieces(self, reply: Reply) -> Iterator[bytes]:
         """A stream as it goes over the wire, its end included; an empty piece where there is nothing to tell."""
@@ -7135,11 +7215,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return b"%x\r\n%s\r\n" % (len(data), data) if self._chunked and data else data
 
     def _write(self, data: bytes) -> None:
-        self.connection.settimeout(WRITE_TIMEOUT)
-        self.connection.sendall(data)
+        """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
+        try:
+            self.connection.settimeout(WRITE_TIMEOUT)
+            self.connection.sendall(data)
+        except OSError:
+            raise ClientGone from None
 
     def _send_failure(self, failure: GatewayError) -> None:
         """An error as a status and body or, once a stream has begun, as an event that SDKs raise."""
+        failure.args = (masked(str(failure), self.gateway.secrets()),)      # whoever's words it repeats
         self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
         try:
             if self._in_stream:
@@ -7154,12 +7239,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
                     else (failure.status, failure.headers, failure.body()))
                 self._send(status, client_json(body), dict(headers, **{"content-type": "application/json"}))
-        except OSError:
+        except ClientGone:
             self.close_connection = True
 
     def _settle_body(self) -> None:
         """Before an early answer: reads a small body away, so that it is not taken for the next request."""
-        if not self._body_unread or not self.head:
+        if not self._body_unread or not self.head or self.close_connection:
             return
         length = self.head.headers.get("content-length", "")
         if re.match(r"[0-9]{1,5}\Z", length) and "expect" not in self.head.headers \
@@ -7244,6 +7329,14 @@ class Listener(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         socketserver.TCPServer.server_bind(self)    # HTTPServer's own would ask DNS for our name
 
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError as fault:
+            if fault.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.05)                    # asking again at once would not bring descriptors
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._connections.take(1):
             try:
@@ -7273,6 +7366,7 @@ class Listener(http.server.ThreadingHTTPServer):
             threading.Thread(target=self._serve, args=arguments, name="connection", daemon=True).start()
         except RuntimeError:                        # no thread to be had: the pump itself ends this one
             handler.close_connection = True
+            failure = failure or Busy("The gateway is out of threads.")
             self._serve(*arguments)
 
     def _serve(self, request: Any, client_address: Any, work: Callable[[], Handler]) -> None:
@@ -8889,14 +8983,10 @@ def say(words: str) -> None:
 
 class Redaction(logging.Filter):
     """Masks every known secret, and everything that looks like an Anthropic credential, in what is logged."""
-    SHAPES = re.compile(r"sk-ant-[A-Za-z0-9_-]{8,}|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}")
     known: Callable[[], List[str]] = staticmethod(list)
 
     def mask(self, text: str) -> str:
-        for secret in self.known():
-            if len(secret) >= 4:
-                text = text.replace(secret, "***")
-        return self.SHAPES.sub("***", text)
+        return masked(text, self.known())
 
 
 class LogFormatter(logging.Formatter):
@@ -8910,13 +9000,13 @@ class LogFormatter(logging.Formatter):
         payload = getattr(record, "payload", None)
         message = record.getMessage() if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
-        if payload is not None:
-            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
         if record.exc_info and not record.exc_text:
             record.exc_text = self.formatException(record.exc_info)
         if record.exc_text:
             message += "\n" + record.exc_text
         message = self._redaction.mask(message)
+        if payload is not None:                     # last: the beginning of a secret is not known for what it is
+            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
         if not self._as_json:
             moment = time.strftime("%H:%M:%S", time.localtime(record.created))
             return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \

@@ -4120,6 +4120,27 @@ class UpstreamBodyTests(GatewayTestCase):
                 self.assertEqual(self.chat().message["content"], "Hello there")
                 self.assertEqual(self.chat(stream=True).events[-1], "[DONE]")
 
+    def test_counts_that_are_none_cost_nobody_his_answer(self):
+        self.start()
+        odd = {"input_tokens": "ten", "output_tokens": None, "cache_read_input_tokens": [1], "server_tool_use": 5,
+               "cache_creation_input_tokens": -4, "output_tokens_details": {"thinking_tokens": "many"}}
+        whole = dict(message(text("Hi")), usage=odd)
+        events = [{"type": "message_start", "message": dict(whole, content=[], stop_reason=None)}] + \
+            events_of(message(text("Hi")))[1:-2] + [{"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+                                                     "usage": odd}, {"type": "message_stop"}]
+        native = {"model": "opus", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+        for reply in (Reply(body=whole), Reply(headers={"content-type": "text/event-stream"}, body=sse(events))):
+            for stream in (False, True):
+                with self.subTest(reply=reply.headers, stream=stream):
+                    self.claude.play(reply, reply, reply)
+                    answers = [self.chat(stream=stream),
+                               self.ask("POST", "/v1/responses", {"model": "opus", "input": "Hi", "stream": stream}),
+                               self.ask("POST", "/v1/messages", dict(native, stream=stream))]
+                    self.assertEqual([answer.status for answer in answers], [200] * 3, answers[0].raw)
+                    self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+                    if not stream:
+                        self.assertEqual(answers[0].json["usage"]["total_tokens"], 0)
+
     def test_unknown_events_blocks_and_deltas_are_skipped(self):
         start, block, *rest = self.EVENTS
         new_block = {"type": "content_block_start", "index": 9, "content_block": {"type": "new"}}
@@ -4271,6 +4292,13 @@ class ClaudeErrorTests(GatewayTestCase):
         self.assertEqual(len(self.claude.messages), count + 1, "refused once, asked once")
         self.assertEqual(sorted(answer.error), ["code", "message", "param", "type"])
         return answer
+
+    def test_an_error_that_repeats_the_key_reaches_nobody_with_it(self):
+        for ask in (self.chat, lambda **headers: self.ask("POST", "/v1/messages", {
+                "model": "opus", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}, **headers)):
+            self.claude.play(Reply(403, body=error_body("permission_error", "The key %s may not." % SECRET)))
+            answer = ask(headers=NO_RETRY)
+            self.assertEqual(answer.error["message"], "The key *** may not.")
 
     def test_every_status_has_its_place(self):
         for status, kind, ours, our_kind in (
@@ -5329,13 +5357,31 @@ class LeavingClientTests(GatewayTestCase):
         self.claude.play(lambda recorded: arrived.set() or Reply(
             hold=[self.held], pieces=[sse(events[:1]), threading.Event(), b""]))
         connection = self.connect()
-        connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + b"POST")
+        connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + b"POST" * 100_000)
         self.assertTrue(arrived.wait(10))
-        # with its next request begun it cannot be watched, so that only the writing tells
+        # with so much sent early it cannot be watched any more, so that only the writing tells
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
         self.held.set()
         self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+
+    def test_after_bytes_that_nobody_asked_for(self):
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            for stream in (b"false", b"true"):
+                with self.subTest(path=path, stream=stream):
+                    self.claude.reset()
+                    arrived = threading.Event()
+                    self.claude.play(lambda recorded, arrived=arrived: arrived.set() or Reply(
+                        body=message(text("Hi")), hold=[self.held]))
+                    body = CHAT_BODY[:-1] + b',"max_tokens":9,"stream":%s}' % stream
+                    connection = self.connect()
+                    connection.sendall(request_bytes("POST %s HTTP/1.1" % path, "Host: localhost",
+                                                     "Content-Length: %d" % len(body), body=body))
+                    self.assertTrue(arrived.wait(10))
+                    connection.sendall(b"\r\n")
+                    connection.sendall(b"GET")
+                    connection.close()
+                    self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
 
     def test_during_a_plain_request(self):
         events = events_of(message(text("Hello there")))
@@ -6365,6 +6411,16 @@ class ProcessRaceTests(LoginStoreTestCase):
 
 
 class TokenFileTests(LoginStoreTestCase):
+    @POSIX_ONLY
+    def test_there_is_one_lock_by_whatever_name_the_file_is_known(self):
+        self.addCleanup(setattr, claude_gateway, "LOCK_PATIENCE", claude_gateway.LOCK_PATIENCE)
+        claude_gateway.LOCK_PATIENCE = 0.05
+        self.file.write(stored_token())
+        link = os.path.join(self.directory, "link.json")
+        os.symlink(self.file.path, link)
+        with self.file.lock(), self.assertRaises(claude_gateway.UpstreamFault), claude_gateway.TokenFile(link).lock():
+            pass
+
     def test_where_there_is_no_file_nobody_is_signed_in(self):
         self.assertIsNone(self.file.read())
         self.assertFalse(os.path.exists(self.directory), "asking made a directory")
@@ -7643,6 +7699,18 @@ class SecrecyTests(CommandTestCase):
             for form in forms_of(secret):
                 self.assertNotIn(form, text, "%s shows %s" % (where, secret))
 
+    def test_a_secret_is_masked_before_anything_is_cut_and_in_every_spelling(self):
+        redaction = claude_gateway.Redaction()
+        redaction.known = lambda: ["long" * 200, 'quo"te\\d', "schl\u00fcssel"]
+        for as_json in (False, True):
+            formatter = claude_gateway.LogFormatter(redaction, as_json)
+            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", ("shown",), None)
+            record.payload = {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500}
+            told = formatter.format(record)
+            for part in ("longlong", "quo", "schl"):
+                self.assertNotIn(part, told)
+            self.assertIn("A" * 60 + "...", told)
+
     def test_no_secret_is_in_any_log_or_answer(self):
         planted = ["sk-ant-oat01-planted-old", "sk-ant-ort01-planted-old", "sk-ant-oat01-planted-new",
                    "sk-ant-ort01-planted-new", "planted-client-key-1", "planted-client-key-2", "planted-proxy-word"]
@@ -8382,6 +8450,18 @@ class BodyTests(HttpTestCase):
         for _ in range(3):                              # what was taken is given back, just after the answer
             self.assertTrue(eventually(lambda: self.chat("a" * 600).status == 200))
 
+    def test_who_only_promises_a_large_body_takes_no_room_from_others(self):
+        for framing in ("Content-Length: 900000", "Transfer-Encoding: chunked"):
+            with self.subTest(framing):
+                service = self.start()
+                service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+                for _ in range(5):
+                    waiting = self.connect()
+                    waiting.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", framing,
+                                                  body=b"dbba0\r\n{" if "chunked" in framing else b"{"))
+                self.assertTrue(eventually(lambda service=service: service.gateway.running.count == 5))
+                self.assertEqual(self.chat("a" * 100_000).status, 200)
+
     def test_an_unpacked_body_counts_against_the_budget_with_its_real_size(self):
         service = self.start()
         service.gateway.body_budget = claude_gateway.Budget(1_000_000)
@@ -8930,6 +9010,18 @@ class SlowClientTests(HttpTestCase):
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
         self.assert_ended(connection, b"408")
 
+    def test_a_body_has_so_much_time_in_all_however_steadily_it_comes(self):
+        connection = self.limit("BODY_TIMEOUT", 0.3)
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n")
+        connection.settimeout(0.02)
+        for _ in range(90):
+            connection.sendall(b" ")
+            with contextlib.suppress(socket.timeout):
+                connection.recv(1, socket.MSG_PEEK)
+                break
+        connection.settimeout(5)
+        self.assert_ended(connection, b"408")
+
     def test_a_client_that_does_not_read_its_answer_is_given_up(self):
         connection = self.limit("WRITE_TIMEOUT", 0.2)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
@@ -9299,6 +9391,53 @@ class UpstreamRequestTests(UpstreamTestCase):
         self.assertEqual(self.chat().status, 200)
         self.assertEqual(raw.connections, 2)
 
+    def test_an_answer_nobody_waits_for_is_not_taken_for_the_next_one(self):
+        foreign = upstream_bytes(json.dumps(message(text("for somebody else"))).encode())
+        for name, first in (("behind an empty one", upstream_bytes(b"", status="400 Bad") + foreign),
+                            ("behind a whole one", upstream_bytes(MESSAGE_JSON) + foreign),
+                            ("behind an interim one", b"HTTP/1.1 101 Switching\r\n\r\n" + foreign)):
+            with self.subTest(name):
+                raw = self.start_before([first, foreign], [upstream_bytes(MESSAGE_JSON)])
+                self.chat(headers=NO_RETRY)
+                self.assertEqual(self.chat(headers=NO_RETRY).message["content"], "Hello!")
+                self.assertEqual(raw.connections, 2)
+
+    def test_an_answer_that_comes_before_the_request_was_read_is_the_answer(self):
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        refusal = upstream_bytes(json.dumps(error_body("request_too_large", "Too much")).encode(),
+                                 "connection: close", status="413 Too Large")
+
+        def refuse():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection = listener.accept()[0]
+                    asked = connection.recv(1_000)
+                    connection.sendall(refusal if asked.startswith(b"POST") else upstream_bytes(
+                        b"{}", "connection: close", status="404 Not Found"))
+                    connection.close()                  # with most of the request unread: a reset
+        threading.Thread(target=refuse, daemon=True).start()
+        self.start(base_url="http://127.0.0.1:%d" % listener.getsockname()[1])
+        answer = self.chat("x" * 20_000_000, headers=NO_RETRY)
+        self.assertEqual((answer.status, answer.error["message"]), (413, "Too much"))
+        listener.shutdown(socket.SHUT_RDWR)
+
+    def test_an_upstream_that_goes_on_after_the_end_does_not_hold_up_the_client(self):
+        told, never = [], threading.Event()
+        self.addCleanup(never.set)
+
+        def trickle():
+            told.append(never.wait(0.02))
+        head = upstream_bytes(b"", "transfer-encoding: chunked", "content-type: text/event-stream", length=False)
+        self.start_before([[head + in_chunks(MESSAGE_EVENTS)[:-5]] + [trickle, b"2\r\n:\n\r\n"] * 300])
+        connection = self.connect()
+        connection.sendall(chat_bytes() + NEXT_REQUEST)
+        answers = answers_in(received_until(connection, b"never"))
+        self.assertEqual([answer.status for answer in answers], [200, 200])
+        self.assertLess(len(told), 200)
+
     def test_a_pooled_connection_that_died_meanwhile_is_replaced(self):
         # the upstream ends the first one right behind its answer, without having announced it
         raw = self.start_before([upstream_bytes(MESSAGE_JSON)], [upstream_bytes(MESSAGE_JSON)])
@@ -9396,6 +9535,7 @@ class UpstreamAnswerTests(UpstreamTestCase):
                                              "transfer-encoding: chunked", length=False),
             "identity": upstream_bytes(MESSAGE_JSON, "content-encoding: identity"),
             "continue first": b"HTTP/1.1 100 Continue\r\n\r\n" + upstream_bytes(MESSAGE_JSON),
+            "hints first": b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 2 + upstream_bytes(MESSAGE_JSON),
             "stream": upstream_bytes(in_chunks(MESSAGE_EVENTS), stream, "transfer-encoding: chunked", length=False),
             "stream with a length": upstream_bytes(MESSAGE_EVENTS, stream),
             "stream to the end": upstream_bytes(MESSAGE_EVENTS, stream, length=False),
@@ -10121,6 +10261,59 @@ class PumpTests(unittest.TestCase):
         self.assertEqual(received_until(self.user, b"."), b"Hello.")
         endless.set()
 
+    def test_a_stream_that_is_due_for_a_sign_of_life_between_two_turns_gets_it_and_goes_on(self):
+        self.addCleanup(setattr, claude_gateway, "KEEPALIVE_INTERVAL", claude_gateway.KEEPALIVE_INTERVAL)
+        claude_gateway.KEEPALIVE_INTERVAL = 0.01
+        registered, stop = [], threading.Event()
+
+        def pieces():
+            while not stop.is_set():
+                registered.append(len(stream.registered))
+                yield b""
+            yield b"."
+        client, user = socket.socketpair()
+        self.addCleanup(client.close)
+        self.addCleanup(user.close)
+        user.settimeout(10)
+        failures, ended = [], threading.Event()
+        stream = claude_gateway.PumpedStream(client, pieces(), claude_gateway.Watch(client), b": on\n\n",
+                                             lambda failure: failures.append(failure) or ended.set())
+        self.pump.add(stream)
+        received_until(user, b": on\n\n: on\n\n")
+        stop.set()
+        self.assertTrue(ended.wait(10))
+        self.assertEqual((failures, set(registered)), ([None], {0}))    # between its turns it waits for no socket
+
+    def test_a_stream_whose_sockets_cannot_be_watched_leaves_nothing_behind(self):
+        self.pump.add(self.pumped())                    # its upstream is registered ...
+        watch = claude_gateway.Watch(self.another(())[0])
+        watch.wants = self.upstream                     # ... so that this stream cannot have it, too
+        failures, failed = [], threading.Event()
+
+        def waiting():
+            while True:
+                yield b""
+        self.pump.add(claude_gateway.PumpedStream(watch.client, waiting(), watch, b"",
+                                                  lambda failure: failures.append(failure) or failed.set()))
+        self.assertTrue(failed.wait(10))
+        self.assertIsInstance(failures[0], KeyError)
+        self.assertEqual(len(self.pump._selector.get_map()), 3)         # the bell, and the first stream's two
+
+    @unittest.skipUnless(resource, "limits of POSIX")
+    def test_where_there_is_no_descriptor_for_it_a_stream_is_refused_and_a_later_one_served(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        stream = self.pumped()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            self.pump.add(stream)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        self.assertIsInstance(self.failures[0], claude_gateway.Busy)
+        self.ended.clear()
+        self.pump.add(self.pumped())
+        self.claude.sendall(b"Hello.")
+        self.assertEqual(received_until(self.user, b"."), b"Hello.")
+
     def test_its_end_ends_every_stream(self):
         self.pump.add(self.pumped())
         self.pump.close()
@@ -10180,8 +10373,10 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
                 self.release.clear()
                 self.claude.play(self.held())
                 connection = self.connect()
-                connection.sendall(chat_bytes(body=self.STREAM) + (NEXT_REQUEST if early else b""))
+                connection.sendall(chat_bytes(body=self.STREAM) + (NEXT_REQUEST[:20] if early else b""))
                 received = received_until(connection, b"assistant")
+                if early:                               # the rest of it, while the stream is in the pump
+                    connection.sendall(NEXT_REQUEST[20:])
                 self.release.set()
                 received += received_until(connection, b"0\r\n\r\n")
                 if not early:
