@@ -160,9 +160,13 @@ class Config:
 
     def secrets(self) -> list[str]:
         """Every secret in here, for the log's redaction."""
-        proxy = urllib.parse.urlsplit(self.https_proxy)
         return [*self.api_key, self.anthropic_api_key, self.anthropic_auth_token, self.claude_code_oauth_token,
-                proxy.password or ""]
+                self.proxy.password or ""]
+
+    @property
+    def proxy(self) -> urllib.parse.SplitResult:
+        """The parts of the proxy's address, which may come without its scheme."""
+        return urllib.parse.urlsplit(self.https_proxy if "://" in self.https_proxy else "http://" + self.https_proxy)
 
 
 # ---- Small tools -------------------------------------------------------------------------------------
@@ -180,6 +184,25 @@ def listed(value: Any) -> Sequence[Any]:
 
 def percent(part: int, whole: int) -> int:
     return round(100 * part / whole) if whole else 0
+
+
+def value_in(value: Any, *path: str) -> Any:
+    """The value at a path of keys, None where there is none."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def text_in(value: Any, *path: str) -> str | None:
+    """The string at a path of keys, None where there is none."""
+    found = value_in(value, *path)
+    return found if isinstance(found, str) else None
+
+
+def count_in(value: Any, *path: str) -> int:
+    """The count at a path of keys, 0 where there is none."""
+    found = value_in(value, *path)
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
 
 
 UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
@@ -285,7 +308,8 @@ class GatewayError(Exception):
 
     def anthropic_body(self) -> dict:
         """The error envelope of Anthropic's API, for clients that speak it."""
-        kind = next((name for name, (status, _, _) in CLAUDE_ERRORS.items() if status == self.status), "api_error")
+        kind = next((name for name, (status, _, _) in CLAUDE_ERRORS.items() if status == self.status),
+                    type_of_status(self.status))
         return {"type": "error", "error": {"type": kind, "message": str(self)}, "request_id": None}
 
 
@@ -394,6 +418,11 @@ CLAUDE_STATUSES = {400: "invalid_request_error", 401: "authentication_error", 40
                    529: "overloaded_error"}
 
 
+def type_of_status(status: int) -> str:
+    """The type of an error of which only the status is known."""
+    return CLAUDE_STATUSES.get(status, "invalid_request_error" if status // 100 == 4 else "api_error")
+
+
 class Verdict(NamedTuple):
     """What the words of a refusal tell beyond its type; None leaves what the type says."""
     words: str
@@ -434,9 +463,7 @@ class ClaudeError(GatewayError):
 
     def __init__(self, upstream_status: int, error: dict, headers: dict[str, str] | None = None) -> None:
         self.upstream_status = upstream_status
-        by_status = CLAUDE_STATUSES.get(upstream_status, "invalid_request_error" if upstream_status // 100 == 4
-                                        else "api_error")
-        self.claude_type = str(error.get("type") or by_status)
+        self.claude_type = str(error.get("type") or type_of_status(upstream_status))
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
         self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (
             upstream_status if upstream_status >= 400 else 502, "server_error", None))
@@ -534,7 +561,7 @@ class Model:
     @property
     def version(self) -> tuple[int, ...]:
         """(5, 5) for claude-opus-5-5; a date is not part of it."""
-        return tuple(int(part) for part in self.id.split("-") if part.isdigit() and len(part) < 3)
+        return tuple(int(part) for part in self.id.split("-") if re.match(r"[0-9]{1,2}\Z", part))
 
 
 def _models() -> Iterator[Model]:
@@ -659,16 +686,14 @@ class Catalog:
         return list(dict.fromkeys(names + short))[:3] or list(self.models)[:3]
 
     def names(self) -> Iterator[tuple[str, Model]]:
-        """Every listed name with its model: ids, short names, then the user's aliases."""
-        yield from self.models.items()
-        for tier in TIERS:
-            newest = self.newest(tier)
-            if newest:
-                yield tier, newest
+        """Every listed name once, with its model: ids, short names, then the user's aliases, which win."""
+        named = dict(self.models)
+        named.update((tier, newest) for tier in TIERS for newest in [self.newest(tier)] if newest)
         for alias in self.aliases:
             if alias != "*":
                 with contextlib.suppress(GatewayError):
-                    yield alias, self.resolve(alias)
+                    named[alias] = self.resolve(alias)
+        yield from named.items()
 
     def _claude_model(self, name: str) -> Model | None:
         """The model of a Claude id in any of its spellings: provider prefixes, dots, suffixes, dates."""
@@ -735,10 +760,11 @@ LESSONS = (
     (re.compile(r"role 'system' is not supported"), {"late_system": False}),
     (re.compile(r"does not support (structured|output)|output_config.*format.*not supported"),
      {"structured_outputs": False}),
-    (re.compile(r"thinking.type.enabled"), {"thinking": "-enabled"}),
-    (re.compile(r"thinking.type.disabled|between_tools"), {"thinking": "-disabled"}),
-    (re.compile(r"adaptive thinking is not supported"), {"thinking": "-adaptive"}),
 )
+# ... and the type of thinking that it does not take, with the one that stands in for it.
+THINKING_LESSONS = ((re.compile(r"thinking.type.enabled"), "enabled", "adaptive"),
+                    (re.compile(r"thinking.type.disabled|between_tools"), "disabled", ""),
+                    (re.compile(r"adaptive thinking is not supported"), "adaptive", "enabled"))
 
 
 def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
@@ -751,17 +777,11 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
     for pattern, change in LESSONS:
         if pattern.search(words):
             lesson.update(change)
-    removed = str(lesson.get("thinking", ""))
-    if removed:
-        kept = tuple(kind for kind in model.thinking if kind != removed[1:])
-        lesson["thinking"] = kept or {"-adaptive": ("enabled",)}.get(removed, ("adaptive",))
-        if removed == "-adaptive" and "enabled" not in lesson["thinking"]:
-            lesson["thinking"] += ("enabled",)
-        if removed == "-enabled" and "adaptive" not in lesson["thinking"]:
-            lesson["thinking"] += ("adaptive",)
-    known = dataclasses.asdict(model)
-    lesson = {name: value for name, value in lesson.items() if known[name] != value}
-    return lesson or None
+    for pattern, refused, instead in THINKING_LESSONS:
+        if pattern.search(words):
+            kinds = [*model.thinking, *([instead] if instead else [])]
+            lesson["thinking"] = tuple(dict.fromkeys(kind for kind in kinds if kind != refused)) or ("adaptive",)
+    return {name: value for name, value in lesson.items() if getattr(model, name) != value} or None
 
 
 # ---- Requests ----------------------------------------------------------------------------------------
@@ -1126,12 +1146,13 @@ def messages_request(fields: dict, declared: list[Declared], draft: Draft, pream
     conversation = Conversation(draft)
     tell(conversation)
     system, messages = conversation.system, conversation.messages()
-    tools = tools or tools_from_history(messages, draft)
+    wish = wished_choice(fields, draft.changes)
+    tools = allowed_tools(tools, wish, draft) or tools_from_history(messages, draft)
     request: dict = {"model": model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
     request.update(parameters_from_chat(fields, draft))
     if tools:
         request["tools"] = tools
-    choice = choice_from_chat(fields, tools, declared, draft)
+    choice = choice_from_wish(wish or Choice(), fields, tools, declared, draft)
     choice = answer_format(request, fields, choice, draft)
     if choice:
         request["tool_choice"] = choice
@@ -1244,6 +1265,7 @@ class ReasoningWish(NamedTuple):
     field: str = "reasoning_effort"
 
 
+LEAST_BUDGET = 1_024                                # tokens: Claude takes no smaller budget for thinking
 # Tokens of thinking for an effort, on models that want a budget.
 BUDGETS = {"low": 4_096, "medium": 10_000, "high": 20_000, "xhigh": 32_000, "max": 48_000}
 
@@ -1293,64 +1315,65 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
     Where they exclude each other, a forced tool, a temperature and a prefill win over thinking: the client
     asked for them in so many words.
     """
-    model, wish = draft.model, wish_from_chat(fields)
-    limit = explicit_max_tokens(fields)
-    forced = request.get("tool_choice", {}).get("type") in ("any", "tool")
-    wanted = wish.effort not in (None, "none")
-    if limit is not None and limit < 1024 and model.thinks_by_default and wish.effort is None:
-        think_little(request, limit, draft)
-    elif wish.effort == "none":
-        switch_off_thinking(request, wish, draft)
-        if limit is not None and limit < 1024 and model.thinks_by_default and "disabled" not in model.thinking:
-            add_room_for_thinking(request, limit, draft)
-    elif "adaptive" in model.thinking:
-        if forced and not model.thinks_by_default:
-            wanted = tell_unthought(wanted, wish, draft, "a forced tool excludes thinking")
-        if wanted and {"temperature", "top_p", "top_k"} & set(request):
-            wanted = tell_unthought(wanted, wish, draft, "a temperature excludes thinking")
-        if wanted or model.thinks_by_default:
+    model, wish, limit = draft.model, wish_from_chat(fields), explicit_max_tokens(fields)
+    tight = limit is not None and limit < LEAST_BUDGET
+    if wish.effort == "none" or wish.effort is None and tight:
+        if model.thinks_by_default:
+            (switch_off_thinking if wish.effort else think_little)(request, wish, draft)
+            if tight and "disabled" not in model.thinking:
+                add_room_for_thinking(request, limit or 0, draft)
+        return
+    obstacle = ""
+    if wish.effort is not None:
+        set_effort(request, wish, draft)
+        obstacle = obstacle_to_thinking(request, messages, model)
+    if obstacle:
+        draft.changes.add("dropped", wish.field, obstacle)
+    thinks = wish.effort is not None and not obstacle
+    if "adaptive" in model.thinking:
+        if thinks or model.thinks_by_default:
             request["thinking"] = {"type": "adaptive", "display": wish.display or "summarized"}
         if wish.budget:
             draft.changes.add("changed", wish.field, "a budget of %d to effort %s" % (wish.budget, wish.effort))
-        set_effort(request, wish, draft)
-        if wanted and limit is not None and limit < 1024:
-            add_room_for_thinking(request, limit, draft)
-    elif wanted and "enabled" in model.thinking:
-        set_effort(request, wish, draft)
-        obstacle = ("a forced tool" if forced else "a temperature" if {"temperature", "top_k"} & set(request)
-                    else "a prefill" if model.prefill and messages[-1]["role"] == "assistant"
-                    else "a tool loop without its thinking" if in_unthought_loop(messages) else "")
-        if obstacle:
-            tell_unthought(wanted, wish, draft, obstacle + " excludes thinking")
-        else:
-            think_within_budget(request, wish, limit, draft)
-    elif wanted:
-        tell_unthought(wanted, wish, draft, "%s does not think" % model.id)
+        if thinks and tight:
+            add_room_for_thinking(request, limit or 0, draft)
+    elif thinks:
+        think_within_budget(request, wish, limit, draft)
 
 
-def think_little(request: dict, limit: int, draft: Draft) -> None:
-    """A small output limit on a model that thinks unasked: no thinking, or room for it (decided for < 1,024)."""
-    effort = draft.model.efforts[:1]
-    if effort:
-        request.setdefault("output_config", {})["effort"] = effort[0]
+def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> str:
+    """What excludes the thinking that a client asks for; "" for nothing."""
+    forced = request.get("tool_choice", {}).get("type") in ("any", "tool")
+    if "adaptive" in model.thinking:
+        return "a forced tool excludes thinking" if forced and not model.thinks_by_default else \
+            "a temperature excludes thinking" if {"temperature", "top_p", "top_k"} & set(request) else ""
+    if "enabled" not in model.thinking:
+        return "%s does not think" % model.id
+    obstacle = ("a forced tool" if forced else "a temperature" if {"temperature", "top_k"} & set(request)
+                else "a prefill" if model.prefill and messages[-1]["role"] == "assistant"
+                else "a tool loop without its thinking" if in_unthought_loop(messages) else "")
+    return obstacle and obstacle + " excludes thinking"
+
+
+def think_little(request: dict, wish: ReasoningWish, draft: Draft) -> None:
+    """A small output limit on a model that thinks unasked: no thinking where that can be, else little of it."""
+    if draft.model.efforts:
+        request.setdefault("output_config", {})["effort"] = draft.model.efforts[0]
     if "disabled" in draft.model.thinking:
         request["thinking"] = {"type": "disabled"}
         draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
     else:
-        request["thinking"] = {"type": "adaptive", "display": "summarized"}
-        add_room_for_thinking(request, limit, draft)
+        request["thinking"] = {"type": "adaptive", "display": wish.display or "summarized"}
 
 
 def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
-    request["max_tokens"] = min(limit + 1024, draft.model.max_output)
+    request["max_tokens"] = min(limit + LEAST_BUDGET, draft.model.max_output)
     draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
 
 
 def switch_off_thinking(request: dict, wish: ReasoningWish, draft: Draft) -> None:
     """No reasoning: off where the model can switch it off, else as little as it can."""
     model = draft.model
-    if not model.thinks_by_default:
-        return
     if "disabled" in model.thinking:
         request["thinking"] = {"type": "disabled"}
         return
@@ -1374,8 +1397,8 @@ def set_effort(request: dict, wish: ReasoningWish, draft: Draft) -> None:
 
 def think_within_budget(request: dict, wish: ReasoningWish, limit: int | None, draft: Draft) -> None:
     """Thinking with a budget: at least 1,024 tokens, less than max_tokens, which is raised to make room."""
-    budget = max(1024, wish.budget or BUDGETS.get(wish.effort or "medium", 1024))
-    if limit is not None and limit < budget + 1024:
+    budget = max(LEAST_BUDGET, wish.budget or BUDGETS.get(wish.effort or "medium", LEAST_BUDGET))
+    if limit is not None and limit < budget + LEAST_BUDGET:
         request["max_tokens"] = min(draft.model.max_output, limit + budget)
         draft.changes.add("changed", "max_tokens", "%d added for thinking, which counts as output" % budget)
     budget = min(budget, request["max_tokens"] - 1)
@@ -1385,12 +1408,6 @@ def think_within_budget(request: dict, wish: ReasoningWish, limit: int | None, d
     request["thinking"] = {"type": "enabled", "budget_tokens": budget}
     if wish.display:
         request["thinking"]["display"] = wish.display
-
-
-def tell_unthought(wanted: bool, wish: ReasoningWish, draft: Draft, why: str) -> bool:
-    if wanted:
-        draft.changes.add("dropped", wish.field, why)
-    return False
 
 
 def in_unthought_loop(messages: list[dict]) -> bool:
@@ -1489,22 +1506,19 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
-        if not turns or turns[0].role != "user":
+        if turns and turns[0].role == "assistant":
+            self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
+        if not turns or turns[0].role == "assistant":
             turns.insert(0, Turn("user"))
-            if len(turns) > 1:
-                self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
+        if turns[-1].calls:
+            turns.append(Turn("user"))              # for the results, which are all missing
         messages: list[dict] = []
-        calls: list[Call] = []                      # of the turn before
         for at, turn in enumerate(turns):
-            before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
             if turn.role == "assistant":
                 messages.append({"role": "assistant", "content": self._replayed(turn)})
-                calls = turn.calls
-                if calls and before_assistant:
-                    messages.append({"role": "user", "content": self._results(calls)})
-                    calls = []
                 continue
-            results, calls = self._results(calls), []
+            results = self._results(turns[at - 1].calls) if at else []
+            before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
             late = self._late_system(turn.blocks, bool(results), before_assistant)
             rest = turn.blocks[:len(turn.blocks) - len(late)]
             if any(block.get("late_system") for block in rest):
@@ -2148,7 +2162,7 @@ def described(function: dict, path: str) -> str:
 
 def tools_from_declared(fields: dict, declared: list[Declared], draft: Draft) -> list[dict]:
     """The client's tools as `tools` of the Messages request, in its order."""
-    draft.plan.legacy_functions = bool(fields.get("functions"))
+    draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
     tools, strict_budget = [], StrictBudget()
     for entry in declared:
         name = draft.names.there(entry.full_name)
@@ -2284,26 +2298,23 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
 
 def merged_root(schema: dict, composition: str) -> dict:
     """A root union as one object: every branch's properties; required is what all branches (allOf: any) require."""
-    branches = [branch for branch in schema[composition] if isinstance(branch, dict)]
-    branches = [dict(resolved(branch["$ref"], schema)) if isinstance(branch.get("$ref"), str) else branch
-                for branch in branches]
-    objects = [branch for branch in branches if branch.get("type", "object") == "object"
-               and isinstance(branch.get("properties", {}), dict)]
-    rooted = {key: value for key, value in schema.items() if key != composition}
-    properties = dict(rooted.get("properties") or {})
-    required = list(rooted.get("required") or [])
+    branches = [resolved(branch["$ref"], schema) if "$ref" in branch else branch
+                for branch in schema[composition] if isinstance(branch, dict)]
+    objects = [branch for branch in branches if "object" in listed(branch.get("type")) or
+               branch.get("type", "object") == "object"]
+    rooted = dict(without(schema, composition), type="object")
+    properties, required = dict(schema.get("properties", {})), list(schema.get("required", ()))
     for branch in objects:
-        for key, value in (branch.get("properties") or {}).items():
-            properties.setdefault(key, value)
-    demands = [set(branch.get("required") or ()) for branch in objects]
-    shared = (set.union if composition == "allOf" else set.intersection)(*demands) if demands else set()
-    rooted.update(type="object", properties=properties,
-                  required=required + sorted(name for name in shared if name not in required))
+        for name, value in branch.get("properties", {}).items():
+            properties.setdefault(name, value)
+    demands = [set(branch.get("required", ())) for branch in objects] or [set()]
+    shared = set.union(*demands) if composition == "allOf" else set.intersection(*demands)
+    rooted.update(properties=properties, required=required + sorted(shared - set(required)))
     if composition != "allOf":
-        note = "Exactly one of these shapes: " if composition == "oneOf" else "One of these shapes: "
-        rooted["description"] = (str(rooted.get("description") or "") + "\n" + note +
-                                 json.dumps([{"properties": list(branch.get("properties") or {}),
-                                              "required": branch.get("required") or []} for branch in objects])).strip()
+        shapes = [{"properties": list(branch.get("properties", {})), "required": branch.get("required", [])}
+                  for branch in objects]
+        note = "%s of these shapes: %s" % ("Exactly one" if composition == "oneOf" else "One", json.dumps(shapes))
+        rooted["description"] = (schema.get("description", "") + "\n" + note).strip()
     return rooted
 
 
@@ -2505,29 +2516,33 @@ def choice_name(wish: Any, path: str) -> str:
     return text_of(wish.get("name"), path + ".name")
 
 
-def choice_from_chat(fields: dict, tools: list[dict], declared: list[Declared], draft: Draft) -> dict | None:
-    """`tool_choice` of the Messages request; takes tools off the list that the client does not allow."""
-    wish = wished_choice(fields, draft.changes)
+def allowed_tools(tools: list[dict], wish: Choice | None, draft: Draft) -> list[dict]:
+    """The tools that the client's choice leaves; web search is no function, and stays."""
+    if wish is None or wish.allowed is None:
+        return tools
+    allowed = {draft.names.there(name) for name in wish.allowed}
+    kept = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
+    if tools and not kept:
+        raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
+                             "invalid_value")
+    return kept
+
+
+def choice_from_wish(wish: Choice, fields: dict, tools: list[dict], declared: list[Declared],
+                     draft: Draft) -> dict | None:
+    """`tool_choice` of the Messages request; None where it would say nothing."""
     if not tools:
         return None
     if not declared and not any(tool.get("type") for tool in tools):
         return {"type": "none"}                     # stand-ins for a history's tools: not to be called
-    wish = wish or Choice()
-    if wish.allowed is not None:
-        allowed = {draft.names.there(name) for name in wish.allowed}
-        tools[:] = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
-        if not tools:
-            raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
-                                 "invalid_value")
     choice: dict = {"type": {"required": "any"}.get(wish.mode, wish.mode)}
     if wish.name:
-        if wish.name not in [name for entry in declared for name in (entry.name, entry.full_name)]:
+        named = next((entry for entry in declared if wish.name in (entry.name, entry.full_name)), None)
+        if named is None:
             raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(wish.name),
                                  "tool_choice", "invalid_value")
-        full_name = next(entry.full_name for entry in declared if wish.name in (entry.name, entry.full_name))
-        choice = {"type": "tool", "name": draft.names.there(full_name)}
-    single = fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions
-    if single and choice["type"] != "none":
+        choice = {"type": "tool", "name": draft.names.there(named.full_name)}
+    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
     return None if choice == {"type": "auto"} else choice
 
@@ -2689,10 +2704,12 @@ def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
     asked = next((at for at in range(last, 0, -1) if messages[at]["role"] == "assistant"), 0)
     for at in dict.fromkeys((last, asked - 1)):
         if at >= 0:
-            yield from (block for block in messages[at]["content"][:-2:-1]
-                        if block["type"] not in ("thinking", "redacted_thinking"))
+            block = messages[at]["content"][-1]
+            if block["type"] not in ("thinking", "redacted_thinking"):
+                yield block
     for name in ("system", "tools"):
-        yield from request.get(name, [])[:-2:-1]
+        if request.get(name):
+            yield request[name][-1]
 
 
 def cacheable_blocks(request: dict) -> Iterator[dict]:
@@ -2815,34 +2832,22 @@ def finish_reason(stop_reason: str | None, has_tool_calls: bool, plan: ReplyPlan
 
 def refusal_text(message: dict) -> str | None:
     """Why Claude refused, where it says so."""
-    details = message.get("stop_details") or {}
-    return details.get("explanation") if message.get("stop_reason") == "refusal" else None
+    return text_in(message, "stop_details", "explanation") if message.get("stop_reason") == "refusal" else None
 
 
 def usage_from_message(usage: dict) -> dict:
     """Claude's counts as OpenAI's: there, the prompt includes what was read from and written to the cache."""
-    read, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
-    prompt, completion = (usage.get("input_tokens") or 0) + read + written, usage.get("output_tokens") or 0
-    thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+    read, written = count_in(usage, "cache_read_input_tokens"), count_in(usage, "cache_creation_input_tokens")
+    prompt, completion = count_in(usage, "input_tokens") + read + written, count_in(usage, "output_tokens")
+    thinking = count_in(usage, "output_tokens_details", "thinking_tokens")
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
             "completion_tokens_details": {"reasoning_tokens": thinking},
             "cache_read_input_tokens": read, "cache_creation_input_tokens": written}
 
 
-def counts_from(usage: Any) -> dict:
-    """Claude's `usage` without nulls, and without counts that are none: only whole numbers can be added up."""
-    told = {}
-    for name, value in usage.items() if isinstance(usage, dict) else ():
-        if isinstance(value, dict):
-            told[name] = counts_from(value)
-        elif isinstance(value, str) if not name.endswith("_tokens") else type(value) is int and value >= 0:
-            told[name] = value
-    return told
-
-
 def with_service_tier(reply: dict, usage: dict) -> dict:
-    tier = SERVICE_TIERS.get(usage.get("service_tier") or "")
+    tier = SERVICE_TIERS.get(text_in(usage, "service_tier") or "")
     return dict(reply, service_tier=tier) if tier else reply
 
 
@@ -3046,8 +3051,8 @@ class MessageAssembler:
 
     def resume(self) -> None:
         """Another stream follows, which continues this message."""
-        self._content = self.message["content"]
-        self._earlier_usage = added_usage(self._earlier_usage, self.message["usage"])
+        self._content, self._earlier_usage = self.message["content"], self.usage
+        self.message = dict(self.message, usage={})     # its tokens are counted, also if no other stream comes
         self.done = False
 
     @property
@@ -3062,20 +3067,22 @@ class MessageAssembler:
 
     def _message_start(self, event: dict) -> None:
         message = event["message"]
-        self.message = dict(message, content=self._content, usage=counts_from(message.get("usage")),
+        self.message = dict(message, content=self._content, usage=dict(message.get("usage") or {}),
                             model=str(message.get("model", "")))
 
     def _block_start(self, event: dict) -> None:
         self._join_pieces()
-        self._block = dict(event["content_block"])
-        for field in ("type", *(field for field in ("text", "thinking") if self._block.get(field) is not None)):
-            self._block[field] += ""                # a TypeError where it is no string
-        if self._block["type"] == "tool_use":
-            self._block["id"] + self._block["name"] + ""
-        self.message["content"].append(self._block)
+        block = self._block = dict(event["content_block"])
+        must_be = ("type", "id", "name") if block["type"] == "tool_use" else ("type",)
+        may_be = (field for field in ("text", "thinking") if block.get(field) is not None)
+        if not all(isinstance(block[field], str) for field in (*must_be, *may_be)):
+            raise TypeError("a field of a block is no string")
+        self.message["content"].append(block)
 
     def _block_delta(self, event: dict) -> None:
-        delta, _ = event["delta"], self._block["type"]      # a KeyError outside of a block
+        if not self._block:
+            raise ValueError("a delta outside of a block")
+        delta = event["delta"]
         field = self._DELTA_FIELDS.get(delta["type"])
         if field:
             self._pieces.setdefault(field, []).append(delta[field] + "")
@@ -3083,7 +3090,8 @@ class MessageAssembler:
             self._block["citations"] = (self._block.get("citations") or []) + [delta["citation"]]
 
     def _block_stop(self, event: dict) -> None:
-        _ = self._block["type"]                     # a KeyError outside of a block
+        if not self._block:
+            raise ValueError("the end of a block that has not begun")
         self._join_pieces()
         self._block = {}
 
@@ -3099,11 +3107,13 @@ class MessageAssembler:
 
     def _message_delta(self, event: dict) -> None:
         self.message.update({name: value for name, value in event["delta"].items() if value is not None})
-        self.message["usage"].update(counts_from(event.get("usage")))       # cumulative, without what did not change
+        for name, value in (event.get("usage") or {}).items():
+            if value is not None:                   # cumulative, and without what did not change
+                self.message["usage"][name] = value
 
     def _message_stop(self, event: dict) -> None:
         self._join_pieces()
-        if not self.message.get("stop_reason"):
+        if not text_in(self.message, "stop_reason"):
             raise UpstreamFault("The upstream ended its answer without a stop reason.")
         self.done = True
 
@@ -3448,10 +3458,12 @@ def thinking_from_encrypted(encrypted: Any) -> list[dict]:
     if not isinstance(encrypted, str) or not encrypted.startswith(OUR_ENCODING):
         return []
     try:
-        block = json.loads(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):].encode()).decode("utf-8"))
-        return thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
-    except (ValueError, AttributeError):
+        block = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):].encode()).decode("utf-8"))
+    except (ValueError, RecursionError):
         return []
+    block = without_lone_surrogates(block)
+    return thinking_block(block.get("thinking"), block.get("signature"), block.get("data")) \
+        if isinstance(block, dict) else []
 
 
 # ---- the response and its events
@@ -4002,14 +4014,14 @@ class Counters:
 
     def add_tokens(self, model_id: str, usage: dict) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
-        counts = {"input": usage.get("input_tokens"), "cache_read": usage.get("cache_read_input_tokens"),
-                  "cache_write": usage.get("cache_creation_input_tokens"), "output": usage.get("output_tokens")}
-        written = usage.get("cache_creation")
-        hour_writes = written.get("ephemeral_1h_input_tokens") or 0 if isinstance(written, dict) else 0
+        counts = {"input": count_in(usage, "input_tokens"), "cache_read": count_in(usage, "cache_read_input_tokens"),
+                  "cache_write": count_in(usage, "cache_creation_input_tokens"),
+                  "output": count_in(usage, "output_tokens")}
+        hour_writes = count_in(usage, "cache_creation", "ephemeral_1h_input_tokens")
         with self._lock:
             tokens = self._tokens.setdefault(model_id if model_id in self._tokens or len(self._tokens) < 200
                                              else "other", collections.Counter())
-            tokens.update({kind: count or 0 for kind, count in counts.items()})
+            tokens.update(counts)
             if model_id in self._tokens:
                 self._hour_writes[model_id] += hour_writes
             read = sum(tokens["cache_read"] for tokens in self._tokens.values())
@@ -4061,7 +4073,7 @@ class Running:
 
     def enter(self) -> bool:
         with self._changed:
-            if self.count >= self._most:
+            if self.draining or self.count >= self._most:
                 return False
             self.count += 1
             return True
@@ -4296,12 +4308,12 @@ class StoredLogin:
             return token["access_token"]            # nobody waits here while another call renews
         with self._lock:
             self._read_if_changed()
-            if self._unsaved:
-                self._save()
-            if not self._usable(rejected):
-                with self._file.lock():
+            if self._unsaved or not self._usable(rejected):
+                with self._file.lock():             # for the writing, too: another process may be at it
                     self._stamp = None
                     self._read_if_changed()
+                    if self._unsaved:
+                        self._save()
                     if not self._usable(rejected) and not self._just_renewed(rejected):
                         self._renew(rejected)
             return self._token["access_token"]
@@ -4423,13 +4435,6 @@ class StoredLogin:
             return
         self._unsaved = self._told_unsaved = False
         self._stamp = self._file_stamp()
-
-
-def text_in(value: Any, *path: str) -> str | None:
-    """The string at a path of keys, None where there is none: token files are written by others too."""
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else None
 
 
 def expiry_of(token: dict) -> float:
@@ -5131,21 +5136,17 @@ def error_from_reply(reply: UpstreamReply) -> ClaudeError:
     return ClaudeError(reply.status, error, reply.headers)
 
 
-def retry_delay(failure: GatewayError) -> float | None:
+def retry_delay(failure: ClaudeError | UpstreamFault) -> float | None:
     """Seconds until one retry makes sense; None where it makes none or is better left to the client."""
-    if isinstance(failure, UpstreamTimeout) or not isinstance(failure, (ClaudeError, UpstreamFault)):
-        return None
-    if not isinstance(failure, ClaudeError):
+    if isinstance(failure, UpstreamFault):
         return RETRY_PAUSE if failure.may_pass else None
     if failure.headers.get("x-should-retry") == "false":
         return None
-    named = retry_after(failure.headers)
-    if failure.upstream_status == 429:
-        return named if named is not None and named <= LONGEST_RETRY_AFTER else None
-    if failure.upstream_status >= 500:
-        delay = RETRY_PAUSE if named is None else named
-        return delay if delay <= LONGEST_RETRY_AFTER else None
-    return None
+    delay = retry_after(failure.headers)
+    if delay is None and failure.upstream_status >= 500:
+        delay = RETRY_PAUSE
+    passes = failure.upstream_status == 429 or failure.upstream_status >= 500
+    return delay if passes and delay is not None and delay <= LONGEST_RETRY_AFTER else None
 
 
 def retry_after(headers: dict[str, str]) -> float | None:
@@ -5159,12 +5160,12 @@ def retry_after(headers: dict[str, str]) -> float | None:
 
 
 TLS_CAUSES = (
-    ("CERTIFICATE_VERIFY_FAILED", "missing authority key id|does not include key usage|basic constraints",
+    ("missing authority key id|does not include key usage|basic constraints",
      "the certificate breaks a strict rule of Python 3.13+; --relax-x509 clears that rule alone"),
-    ("CERTIFICATE_VERIFY_FAILED", "self.signed|unable to get|unknown ca",
+    ("self.signed|unable to get|unknown ca",
      "its authority is unknown here (a company's inspection, perhaps): name its file in SSL_CERT_FILE"),
-    ("CERTIFICATE_VERIFY_FAILED", "expired|not yet valid", "its dates do not fit this machine's clock"),
-    ("CERTIFICATE_VERIFY_FAILED", "mismatch|doesn't match", "it is for another host name"),
+    ("expired|not yet valid", "its dates do not fit this machine's clock"),
+    ("mismatch|doesn't match", "it is for another host name"),
 )
 
 
@@ -5177,8 +5178,8 @@ def fault_from(fault: Exception, what: str) -> GatewayError:
         return UpstreamTimeout("The upstream %s: no answer in time." % what)
     words = str(reason) or type(reason).__name__
     if isinstance(reason, ssl.SSLError):
-        cause = next((advice for code, pattern, advice in TLS_CAUSES
-                      if code in words and re.search(pattern, words, re.I)), "")
+        cause = next((advice for pattern, advice in TLS_CAUSES if "CERTIFICATE_VERIFY_FAILED" in words
+                      and re.search(pattern, words, re.I)), "")
         return UpstreamFault("The upstream %s: TLS failed (%s)%s." % (what, words, ": " + cause if cause else ""))
     failure = UpstreamFault("The upstream %s: %s." % (what, words))
     failure.may_pass = True
@@ -5536,10 +5537,12 @@ class Record:
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
 
-    def take_usage(self, usage: dict) -> None:
+    def add_usage(self, usage: dict) -> None:
+        """Counts one answer of Claude; a legacy completion of several prompts has several."""
         counts = usage_from_message(usage)
-        self.input_tokens, self.output_tokens = counts["prompt_tokens"], counts["completion_tokens"]
-        self.cached_tokens = counts["prompt_tokens_details"]["cached_tokens"]
+        self.input_tokens = (self.input_tokens or 0) + counts["prompt_tokens"]
+        self.cached_tokens += counts["prompt_tokens_details"]["cached_tokens"]
+        self.output_tokens += counts["completion_tokens"]
 
 
 @dataclasses.dataclass
@@ -5827,7 +5830,7 @@ class Exchange:
 
 def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
-    record.take_usage(usage)
+    record.add_usage(usage)
     record.cached_percent_of_all = gateway.counters.add_tokens(model_id, usage)
 
 
@@ -5933,7 +5936,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
     body = incoming.body
     include_usage = wants_usage(body)
-    exchange = exchange_for(gateway, incoming)
+    exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
     with closed_on_failure(exchange):
         exchange.open()
         plan = exchange.translation.plan
@@ -5949,8 +5952,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> Exchange:
     """The exchange for a body in either of OpenAI's shapes: some tools post one to the other's door."""
     body, record = incoming.body, incoming.record
-    asked = body.get("model")
-    asked = text_of(asked, "model") if asked is not None else None
+    asked = optional(text_of, body.get("model"), "model")
     model = gateway.models.catalog().resolve(asked)
     record.asked, record.used, record.stream = asked or "", model.id, wants_stream(body)
     if is_responses_body(body):
@@ -5967,8 +5969,7 @@ def is_responses_body(body: dict) -> bool:
 
 
 def wants_stream(body: dict) -> bool:
-    stream = body.get("stream")
-    return stream is not None and boolean_of(stream, "stream")
+    return optional(boolean_of, body.get("stream"), "stream", False)
 
 
 def wants_storing(body: dict) -> bool:
@@ -5976,10 +5977,8 @@ def wants_storing(body: dict) -> bool:
 
 
 def wants_usage(body: dict) -> bool:
-    options = body.get("stream_options")
-    options = object_of(options, "stream_options") if options is not None else {}
-    usage = options.get("include_usage")
-    return usage is not None and boolean_of(usage, "stream_options.include_usage")
+    options = optional(object_of, body.get("stream_options"), "stream_options", {})
+    return optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
 
 
 @contextlib.contextmanager
@@ -6032,7 +6031,7 @@ def response_batches(gateway: Gateway, incoming: Incoming, exchange: Exchange, s
 def earlier_items(gateway: Gateway, incoming: Incoming) -> list[dict]:
     """The items of the response that `previous_response_id` names: what led to it, and what it said."""
     response_id = incoming.body.get("previous_response_id")
-    if response_id is None:
+    if response_id is None or not is_responses_body(incoming.body):
         return []
     stored = gateway.responses.get(incoming.owner, text_of(response_id, "previous_response_id"))
     if stored is None:
@@ -6074,11 +6073,11 @@ def listed_item(item: dict, name: str) -> dict:
     """An input item as OpenAI lists it: with its type, an id of its own, and text as a content part."""
     kind = item.get("type") or ("message" if "role" in item else "item")
     new_id = "%s_%s" % ("msg" if kind == "message" else "item", name)
-    listed = dict(item, id=item.get("id") or new_id, type=kind)
-    if isinstance(listed.get("content"), str):
+    whole = dict(item, id=item.get("id") or new_id, type=kind)
+    if isinstance(item.get("content"), str):
         part = "output_text" if item.get("role") == "assistant" else "input_text"
-        listed["content"] = [{"type": part, "text": listed["content"]}]
-    return listed
+        whole["content"] = [{"type": part, "text": item["content"]}]
+    return whole
 
 
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6131,8 +6130,8 @@ def prompts_of(body: dict) -> list[str]:
     if len(prompts) > MOST_PROMPTS:
         raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
                              "prompt", "invalid_value")
-    for name in ("best_of", "logprobs"):
-        if body.get(name) is not None and integer_of(body[name], name) > (name == "best_of"):
+    for name, most in (("best_of", 1), ("logprobs", 0)):
+        if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
                                  "unsupported_value")
     return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
@@ -6140,8 +6139,7 @@ def prompts_of(body: dict) -> list[str]:
 
 def chat_from_completion(body: dict, prompt: str) -> dict:
     """The chat completion request that asks for the continuation of one prompt."""
-    suffix = body.get("suffix")
-    suffix = text_of(suffix, "suffix") if suffix is not None else ""
+    suffix = optional(text_of, body.get("suffix"), "suffix", "")
     chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs", "stream_options")
     chat["messages"] = [{"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM},
                         {"role": "user", "content": prompt + "<gap/>" + suffix if suffix else prompt}]
@@ -6285,17 +6283,17 @@ class PassingUsage:
         except UpstreamFault:
             events = []
         for event in events:
-            message = event.get("message")
-            self._usage.update(counts_from(message.get("usage") if isinstance(message, dict) else None))
-            self._usage.update(counts_from(event.get("usage")))
+            for usage in (value_in(event, "message", "usage"), event.get("usage")):
+                if isinstance(usage, dict):
+                    self._usage.update({name: value for name, value in usage.items() if value is not None})
         return piece
 
     def usage(self) -> dict:
         """What was told so far, {} for an answer without any."""
         if self._body:
             with contextlib.suppress(ValueError, RecursionError):
-                answer = json.loads(b"".join(self._body).decode("utf-8"))
-                return counts_from(answer.get("usage") if isinstance(answer, dict) else None)
+                usage = value_in(json.loads(b"".join(self._body).decode("utf-8")), "usage")
+                return usage if isinstance(usage, dict) else {}
         return self._usage
 
 
@@ -6859,16 +6857,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._end_request()
 
     def _end_request(self) -> None:
-        try:
+        """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
+        with contextlib.ExitStack() as steps:       # they run from the last to the first
+            if self._entered:                       # who waits for an idle gateway finds everything counted
+                steps.callback(self.gateway.running.leave)
+            steps.callback(self._log)
+            steps.callback(self.gateway.body_budget.give, self._reserved)
             if self._reply:
-                self._reply.close()
-        except Exception as failure:                # whatever it is, this request gives its place back
-            self.close_connection = True
-            unexpected(failure)
-        self.gateway.body_budget.give(self._reserved)
-        self._log()
-        if self._entered:
-            self.gateway.running.leave()            # last: who waits for an idle gateway finds everything counted
+                steps.callback(self._reply.close)
 
     # -- reading
 
@@ -6987,7 +6983,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
         if not self._entered:
-            raise Busy("The gateway is busy with as many requests as it takes.")
+            raise Busy("The gateway stops." if self.gateway.running.draining else
+                       "The gateway is busy with as many requests as it takes.")
         assert self.head
         head = self.head
         body_length(head)
@@ -7678,8 +7675,8 @@ def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
     if not config.https_proxy:
         return Finding("Proxy", "ok", "none")
-    proxy = urllib.parse.urlsplit(config.https_proxy if "://" in config.https_proxy else "//" + config.https_proxy)
-    shown = "%s://%s%s" % (proxy.scheme or "http", "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
+    proxy = config.proxy
+    shown = "%s://%s%s" % (proxy.scheme, "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
     exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
     return Finding("Proxy", "ok", shown + (", but not for the upstream: by NO_PROXY, or as it is this machine"
                                            if exempt else ""))
@@ -7808,27 +7805,26 @@ def acceptance_finding(upstream: Upstream) -> Finding:
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     """One tiny answer, and one cache round trip: the second of two equal prompts must read what the first wrote."""
-    gateway = Gateway(config, credential)
     filler = "This sentence stands here so that the prompt is long enough to be cached. " * 400
-    usages = []
-    for _ in range(2):
-        incoming = Incoming({"model": "haiku", "max_tokens": 16, "messages": [
-            {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]})
-        try:
-            reply = chat_completions(gateway, incoming)
-        except GatewayError as fault:
-            yield Finding("Live call", "failed", str(fault), "See what Claude says of it.", 5)
-            return
-        reply.close()
-        completion = reply.body
-        usages.append(completion["usage"])
-        if len(usages) == 1:
-            yield Finding("Live call", "ok", "%s answered %s" % (
-                completion["model"], json.dumps((completion["choices"][0]["message"]["content"] or "")[:40])))
+    body = {"model": "haiku", "max_tokens": 16, "messages": [
+        {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
+    with contextlib.closing(Gateway(config, credential)) as gateway:
+        usages = []
+        for _ in range(2):
+            try:
+                reply = chat_completions(gateway, Incoming(body))
+            except GatewayError as fault:
+                yield Finding("Live call", "failed", str(fault), "See what Claude says of it.", 5)
+                return
+            reply.close()
+            completion = reply.body
+            usages.append(completion["usage"])
+            if len(usages) == 1:
+                yield Finding("Live call", "ok", "%s answered %s" % (
+                    completion["model"], json.dumps((completion["choices"][0]["message"]["content"] or "")[:40])))
     read = usages[1]["prompt_tokens_details"]["cached_tokens"]
     yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usages[1]["prompt_tokens"]),
                   "" if read else "Run it again; if it stays so, the upstream does not cache.")
-    gateway.close()
 
 
 # The checks that may have to be left out, as `doctor` then says.
@@ -7911,9 +7907,14 @@ def post(port: int, body: dict) -> tuple[int, str]:
         connection.close()
 
 
+def own_address(config: Config) -> str:
+    """Where this machine reaches the gateway that has this configuration."""
+    return {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+
+
 def running_status(config: Config, key: str = "") -> dict | None:
     """The status of the gateway on this machine's port; None where none answers.  The key is sent only on demand."""
-    connection = http.client.HTTPConnection("127.0.0.1", config.port, timeout=2)
+    connection = http.client.HTTPConnection(own_address(config), config.port, timeout=2)
     headers = {"accept": "application/json"}
     if key:
         headers["authorization"] = "Bearer " + key
@@ -8129,13 +8130,14 @@ def setup_name(text: str) -> str:
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
     if name in SERVICE_FILES:
-        python = sys.executable or "python3"
-        return SERVICE_FILES[name].replace("PYTHONW", re.sub(r"python(\.exe)?$", r"pythonw\1", python)).replace(
-            "PYTHON", python).replace("FILE", os.path.abspath(__file__))
-    origin = "http://localhost:%d" % config.port
-    values = {"BASE": origin + "/v1", "ORIGIN": origin, "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
-              "MODEL": "sonnet", "PORT": str(config.port)}
-    return re.sub(r"\b(%s)\b" % "|".join(values), lambda word: values[word.group()], TOOL_SETTINGS[name].text)
+        python, text = sys.executable or "python3", SERVICE_FILES[name]
+        values = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
+                  "FILE": os.path.abspath(__file__)}
+    else:
+        origin, text = "http://localhost:%d" % config.port, TOOL_SETTINGS[name].text
+        values = {"BASE": origin + "/v1", "ORIGIN": origin, "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
+                  "MODEL": "sonnet", "PORT": str(config.port)}
+    return re.sub(r"\b(%s)\b" % "|".join(values), lambda word: values[word.group()], text)
 
 
 def completion_script(shell: str, commands: dict[str, list[str]]) -> str:
@@ -8585,9 +8587,14 @@ def raise_descriptor_limit() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 3 * MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else min(hard, 3 * MAX_CONNECTIONS)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        for wanted in (3 * MAX_CONNECTIONS, 10_240, 4_096):     # macOS says there is no limit, and refuses its 10,241st
+            if hard != resource.RLIM_INFINITY:
+                wanted = min(hard, wanted)
+            if soft == resource.RLIM_INFINITY or soft >= wanted:
+                return
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                return
 
 
 def tell_port_trouble(config: Config, fault: OSError) -> int:
@@ -8709,7 +8716,7 @@ def sign_in(config: Config, open_browser: bool) -> None:
         except OSError as fault:
             raise GatewayError("The login could not be stored in %s: %s" %
                                (file.path, fault.strerror or fault)) from fault
-    account = (token.get("account") or {}).get("email_address")
+    account = text_in(token, "account", "email_address")
     say("Signed in%s. Stored in %s" % (" as " + account if account else "", file.path))
 
 
@@ -8833,8 +8840,9 @@ def models_command(parsed: argparse.Namespace) -> int:
         return OK
     names = list(catalog.names())
     short = {name: model for name, model in names if name != model.id}
-    for name in sorted(short, key=lambda name: [*SHORT_NAMES, name].index(name)):
-        print(("%-28s -> %-20s %s" % (name, short[name].id, SHORT_NAMES.get(name, ""))).rstrip())
+    for name in dict.fromkeys([*SHORT_NAMES, *short]):
+        if name in short:
+            print(("%-28s -> %-20s %s" % (name, short[name].id, SHORT_NAMES.get(name, ""))).rstrip())
     for name, model in names:
         if name == model.id:
             print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
@@ -8918,7 +8926,7 @@ def translate_command(parsed: argparse.Namespace) -> int:
                                                       ReplyPlan(ToolNames())), indent=1, ensure_ascii=False))
         return OK
     body, _ = json_from_body(data)
-    model = Catalog(aliases=config.alias).resolve(body.get("model"))
+    model = Catalog(aliases=config.alias).resolve(optional(text_of, body.get("model"), "model"))
     translator = messages_request_from_responses if is_responses_body(body) else messages_request_from_chat
     translation = translator(body, model, cache=not config.no_cache)
     print(json.dumps(translation.request, indent=1, ensure_ascii=False))
@@ -8945,14 +8953,17 @@ def given_to_translate(path: str | None) -> bytes:
 
 
 def completion_command(parsed: argparse.Namespace) -> int:
-    words = {name: ["--" + option for option in names if option in {each.name for each in OPTIONS}] +
-             [flag for option in names if option in EXTRA_ARGUMENTS for flag in EXTRA_ARGUMENTS[option][0]
-              if flag.startswith("--")] +
-             [choice for option in names if option in EXTRA_ARGUMENTS
-              for choice in EXTRA_ARGUMENTS[option][1].get("choices", ())]
-             for name, (_, _, names) in COMMANDS.items()}
+    words = {name: list(words_to_complete(names)) for name, (_, _, names) in COMMANDS.items()}
     print(completion_script(parsed.shell, words))
     return OK
+
+
+def words_to_complete(names: Sequence[str]) -> Iterator[str]:
+    """What may be typed behind a command with these arguments: flags, and the words that a place takes."""
+    for name in names:
+        flags, settings = EXTRA_ARGUMENTS.get(name, (["--" + name], {}))
+        yield from (flag for flag in flags if flag.startswith("--"))
+        yield from settings.get("choices", ())
 
 
 Command = Callable[[argparse.Namespace], int]
@@ -8981,7 +8992,7 @@ def say(words: str) -> None:
     print(as_typed(words), file=sys.stderr, flush=True)
 
 
-class Redaction(logging.Filter):
+class Redaction:
     """Masks every known secret, and everything that looks like an Anthropic credential, in what is logged."""
     known: Callable[[], List[str]] = staticmethod(list)
 
