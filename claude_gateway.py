@@ -104,7 +104,7 @@ MAX_DIGITS = 400                                # no number of either API is lon
 MAX_HEAD = 65_536                               # bytes of request line and headers together
 MAX_HEADERS = 100                               # header lines
 MAX_REQUESTS = 2_000                            # at once; beyond: 503
-MAX_CONNECTIONS = 4_000                         # at once, idle ones included; each holds a thread
+MAX_CONNECTIONS = 4_000                         # at once, idle ones included; most of them hold a thread
 READ_SIZE = 65_536                              # bytes that one read of a socket may bring
 BACKLOG = 1_024                                 # connections the system queues while we accept; the default is 5
 
@@ -121,7 +121,7 @@ LONGEST_RETRY_AFTER = 5                         # seconds: a longer wait is left
 RETRY_PAUSE = 0.5                               # seconds before our one retry when nobody names a time
 POOL_SIZE = 32                                  # idle upstream connections that are kept
 POOL_AGE = 50                                   # seconds: servers and middleboxes drop idle ones at 60
-TOKEN_TIMEOUT = 30                              # seconds for one call of the sign-in endpoint
+TOKEN_TIMEOUT = 30                              # seconds without a byte from the sign-in endpoint
 MODELS_TIMEOUT = 10                             # seconds for the upstream's model list
 MODELS_LIFETIME = 3_600                         # seconds that a fetched model list stays good
 MODELS_PATIENCE = 3                             # seconds that a first request waits for that list
@@ -5399,7 +5399,7 @@ class Pump:
 # at its own network: every address of the host must be public, the connection goes to the address that was
 # checked, and each redirect starts over.
 
-FETCH_TIMEOUT = 20                                  # seconds for one image, redirects included
+FETCH_TIMEOUT = 20                                  # seconds for one image, redirects included, looking up names not
 FETCH_REDIRECTS = 3
 MAX_FETCHED = MAX_IMAGE // 4 * 3                    # bytes, so that it fits as base64
 
@@ -5927,7 +5927,7 @@ def upstream_json(value: Any) -> bytes:
     try:
         return UPSTREAM_JSON.encode(value).encode("utf-8")
     except ValueError as fault:
-        raise InvalidRequest("The request holds a number that JSON cannot tell: %s" % fault) from fault
+        raise InvalidRequest("The request holds something that JSON cannot tell: %s" % fault) from fault
 
 
 # ---- the routes

@@ -3508,6 +3508,110 @@ SAYINGS = {
 }
 
 
+class OddCornerTests(GatewayTestCase):
+    """Small rules, each of which was broken once."""
+
+    def test_digits_that_are_none_make_no_version(self):
+        answer = self.chat(model="claude-opus-\u00b2")
+        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+
+    def test_reasoning_that_a_client_made_up_is_left_out(self):
+        for inner in ("[" * 200_000, "[1]", '{"thinking": 5, "signature": "c2ln"}', "1" * 5_000, "\ud800", "{"):
+            with self.subTest(inner=inner[:20]):
+                packed = base64.urlsafe_b64encode(inner.encode("utf-8", "surrogatepass")).decode()
+                answer = self.ask("POST", "/v1/responses", {"model": "opus", "input": [
+                    {"type": "reasoning", "encrypted_content": claude_gateway.OUR_ENCODING + packed},
+                    {"role": "user", "content": "Hi"}]})
+                self.assertEqual(answer.status, 200, answer.raw)
+                self.assertEqual(len(self.claude.messages[-1].body["messages"]), 1)
+
+    def test_half_a_character_in_packed_thinking_is_replaced(self):
+        packed = base64.urlsafe_b64encode(b'{"thinking": "\\ud800", "signature": "c2ln"}').decode()
+        self.assertEqual(claude_gateway.thinking_from_encrypted(claude_gateway.OUR_ENCODING + packed),
+                         [{"type": "thinking", "thinking": "\ufffd", "signature": "c2ln"}])
+
+    def test_a_responses_body_at_the_other_door_keeps_what_it_continues(self):
+        first = self.ask("POST", "/v1/responses", {"model": "opus", "input": "I am Bob"}).json
+        asked = {"model": "opus", "input": "Who am I?", "previous_response_id": first["id"]}
+        self.assertEqual(self.ask("POST", "/v1/chat/completions", asked).status, 200)
+        self.assertIn("I am Bob", json.dumps(self.claude.messages[-1].body))
+        answer = self.ask("POST", "/v1/chat/completions", dict(asked, previous_response_id="resp_none"))
+        self.assertEqual((answer.status, answer.error["code"]), (400, "previous_response_not_found"))
+
+    def test_functions_beside_tools_are_answered_as_tools(self):
+        fields = {"functions": [{"name": "f", "parameters": {"type": "object"}}],
+                  "tools": [{"type": "custom", "custom": {"name": "g"}}]}
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.play(message(tool_use("toolu_1", "g", {"input": "x"})))
+                answer = self.chat(stream=stream, **fields)
+                parts = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
+                self.assertEqual(parts["message"]["tool_calls"][0]["custom"], {"name": "g", "input": "x"})
+                self.assertEqual(parts["finish_reason"], "tool_calls")
+
+    def test_an_alias_of_a_short_name_is_listed_once_and_means_what_it_says(self):
+        self.start(alias=(("sonnet", "claude-sonnet-4-6"),))
+        listed = [entry for entry in self.ask("GET", "/v1/models").json["data"] if entry["id"] == "sonnet"]
+        self.assertEqual([entry["alias_of"] for entry in listed], ["claude-sonnet-4-6"])
+
+    def test_the_log_adds_up_the_prompts_of_one_completion(self):
+        usage = {"input_tokens": 5, "cache_read_input_tokens": 20, "output_tokens": 3}
+        self.claude.play(*[message(text("x"), usage=usage) for _ in range(3)])
+        with self.assertLogs(claude_gateway.LOG, "INFO") as caught:
+            self.ask("POST", "/v1/completions", {"model": "opus", "prompt": ["a", "b", "c"]})
+            self.service.gateway.running.wait_until_idle(5)
+        fields = next(record.fields for record in caught.records
+                      if getattr(record, "fields", {}).get("path") == "/v1/completions")
+        self.assertEqual([fields[name] for name in ("input_tokens", "cached_tokens", "output_tokens")], [75, 60, 9])
+
+    def test_hidden_reasoning_stays_hidden_whatever_the_limit(self):
+        for limit in (100, 2_000):
+            with self.subTest(limit=limit):
+                request = self.sent(model="claude-opus-5-5", max_tokens=limit, reasoning={"exclude": True})
+                self.assertEqual(request["thinking"]["display"], "omitted")
+
+    def test_a_nullable_branch_of_a_root_union_keeps_its_properties(self):
+        schema = {"anyOf": [{"type": ["object", "null"], "properties": {"a": {"type": "string"}}, "required": ["a"]},
+                            {"type": "object", "properties": {"b": {"type": "string"}}}]}
+        request = self.sent(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}])
+        self.assertEqual(sorted(request["tools"][0]["input_schema"]["properties"]), ["a", "b"])
+
+    def test_a_refused_continuation_counts_what_came_before_it_once(self):
+        self.start()
+        paused = message(text("a"), WEB_FIND, WEB_FOUND, stop_reason="pause_turn",
+                         usage={"input_tokens": 100, "output_tokens": 10})
+        self.claude.play(paused, Reply(400, body=error_body("invalid_request_error", "No")))
+        self.chat(stream=True, web_search_options={})
+        self.service.gateway.running.wait_until_idle(5)
+        tokens = self.service.gateway.counters.totals()["tokens"]
+        self.assertEqual((tokens["input"], tokens["output"]), (100, 10))
+
+    def test_a_gateway_that_stops_takes_no_request_on_an_open_connection(self):
+        service = self.start()
+        connection = self.connect()
+        connection.sendall(request_bytes("GET /health HTTP/1.1", "Host: localhost"))
+        self.assertIn(b" 200 ", received_until(connection, b"}"))
+        service.stop_accepting()
+        connection.sendall(chat_bytes())
+        answer, = answers_in(received_until(connection, b"never"))
+        self.assertEqual((answer.status, answer.error["code"], answer.headers["connection"]),
+                         (503, "gateway_busy", "close"))
+        self.assertEqual(self.claude.messages, [])
+
+    def test_the_gateways_own_refusals_have_the_type_of_their_status_on_the_native_door(self):
+        for method, headers, body, status in (("PUT", {}, b"{}", 405),
+                                              ("POST", {"content-encoding": "br"}, b"{}", 415),
+                                              ("POST", {"upgrade": "websocket"}, b"", 426),
+                                              ("POST", {"authorization": "x"}, b"{", 400)):
+            with self.subTest(status=status):
+                answer = self.ask(method, "/v1/messages", body, headers)
+                self.assertEqual((answer.status, answer.error["type"]), (status, "invalid_request_error"))
+
+    def test_a_proxys_password_is_known_for_redaction_also_without_a_scheme(self):
+        for address in ("http://me:planted@proxy.example:8080", "me:planted@proxy.example:8080"):
+            self.assertIn("planted", Config(https_proxy=address).secrets())
+
+
 class ReplyShapeTests(GatewayTestCase):
     """What a chat completion and its stream look like."""
 
@@ -6412,6 +6516,20 @@ class ProcessRaceTests(LoginStoreTestCase):
 
 class TokenFileTests(LoginStoreTestCase):
     @POSIX_ONLY
+    def test_tokens_that_could_not_be_saved_are_saved_under_the_lock(self):
+        self.addCleanup(setattr, claude_gateway, "LOCK_PATIENCE", claude_gateway.LOCK_PATIENCE)
+        claude_gateway.LOCK_PATIENCE = 0.05
+        self.file.write(stored_token(-10))
+        login = self.login()
+        self.claude.token_replies += [token_answer()]
+        with no_room_on_disk():
+            self.assertEqual(login.access_token(), NEW_ACCESS)
+        with self.file.lock(), self.assertRaises(claude_gateway.UpstreamFault):
+            login.access_token()                        # somebody else may be writing
+        self.assertEqual(login.access_token(), NEW_ACCESS)
+        self.assertEqual(self.file.read()["access_token"], NEW_ACCESS)
+
+    @POSIX_ONLY
     def test_there_is_one_lock_by_whatever_name_the_file_is_known(self):
         self.addCleanup(setattr, claude_gateway, "LOCK_PATIENCE", claude_gateway.LOCK_PATIENCE)
         claude_gateway.LOCK_PATIENCE = 0.05
@@ -8879,7 +8997,7 @@ class ConnectionTests(HttpTestCase):
                     self.claude.closed.clear()
                     connection, _ = self.held_chat(stream=stream)
                     leave(connection)
-                    self.assertTrue(self.claude.wait_closed(2))
+                    self.assertTrue(self.claude.wait_closed(10))
 
     def test_a_client_that_leaves_stops_claude_in_the_middle_of_a_stream(self):
         for name, leave in (("closes", lambda connection: connection.close()),
@@ -8897,7 +9015,7 @@ class ConnectionTests(HttpTestCase):
                     if stream == b"true":
                         received_until(connection, b"Hello")
                     leave(connection)
-                    self.assertTrue(self.claude.wait_closed(2))
+                    self.assertTrue(self.claude.wait_closed(10))
 
     def test_idle_and_stalled_connections_do_not_delay_a_working_one(self):
         idle = [self.connect() for _ in range(100)]
@@ -9387,7 +9505,7 @@ class UpstreamRequestTests(UpstreamTestCase):
         connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}'))
         received_until(connection, b"Hello")
         connection.close()
-        self.assertTrue(raw.closed.wait(2))
+        self.assertTrue(raw.closed.wait(10))
         self.assertEqual(self.chat().status, 200)
         self.assertEqual(raw.connections, 2)
 
@@ -9794,7 +9912,7 @@ class TlsTests(TlsTestCase):
         connection.sendall(chat_bytes())
         self.assertTrue(eventually(lambda: raw.posts))
         connection.close()
-        self.assertTrue(raw.closed.wait(2))
+        self.assertTrue(raw.closed.wait(10))
 
 
 class TinyProxy:
