@@ -2218,12 +2218,6 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
 
 # ---- tool schemas
 
-MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
-MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # said and meant nothing: as if left out
-INNER_SCHEMAS = ("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else")
-SCHEMA_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
-                  "minItems", "maxItems", "minProperties", "maxProperties")
 SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
@@ -2242,29 +2236,40 @@ def checked_schema(schema: Any, path: str) -> Any:
         if isinstance(schema.get(exclusive), bool):     # draft 4's flags
             if schema.pop(exclusive) and bound in schema:
                 schema[exclusive] = schema.pop(bound)
-    for key in schema:
-        where = path_in_schema(path, key)
-        if key in MAPS_OF_SCHEMAS:
-            schema[key] = {name: checked_schema(value, path_in_schema(where, name))
-                           for name, value in object_of(schema[key], where).items()}
-        elif key in LISTS_OF_SCHEMAS:
-            schema[key] = [checked_schema(value, "%s[%d]" % (where, at))
-                           for at, value in enumerate(list_of(schema[key], where))]
-        elif key in INNER_SCHEMAS:
-            schema[key] = checked_schema(schema[key], where)
-        elif key == "required":
-            names = [] if isinstance(schema[key], bool) else list_of(schema[key], where)      # draft 3's flags
-            schema[key] = list(dict.fromkeys(text_of(name, where) for name in names))
-        elif key == "enum":
-            list_of(schema[key], where)
-        elif key in SCHEMA_NUMBERS:
-            schema[key] = number_of(schema[key], where)
-        elif key == "type":
-            for kind in schema[key] if isinstance(schema[key], list) else [schema[key]]:
-                one_of(*SCHEMA_TYPES)(kind, where)
-        elif key in ("$ref", "description", "title", "pattern", "format"):
-            text_of(schema[key], where)
-    return schema
+    return {key: SCHEMA_CHECKS.get(key, anything)(value, path_in_schema(path, key)) for key, value in schema.items()}
+
+
+def map_of_schemas(value: Any, path: str) -> dict:
+    return {name: checked_schema(schema, path_in_schema(path, name)) for name, schema in object_of(value, path).items()}
+
+
+def list_of_schemas(value: Any, path: str) -> list:
+    return [checked_schema(schema, "%s[%d]" % (path, at)) for at, schema in enumerate(list_of(value, path))]
+
+
+def required_of(value: Any, path: str) -> list[str]:
+    names = [] if isinstance(value, bool) else list_of(value, path)         # draft 3's flags
+    return list(dict.fromkeys(text_of(name, path) for name in names))
+
+
+def types_of(value: Any, path: str) -> Any:
+    for kind in value if isinstance(value, list) else [value]:
+        one_of(*SCHEMA_TYPES)(kind, path)
+    return value
+
+
+LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
+MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # said and meant nothing: as if left out
+# keyword -> the shape of its value
+SCHEMA_CHECKS: Dict[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"), map_of_schemas),
+    **dict.fromkeys(LISTS_OF_SCHEMAS, list_of_schemas),
+    **dict.fromkeys(("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else"),
+                    checked_schema),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+                     "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), number_of),
+    **dict.fromkeys(("$ref", "description", "title", "pattern", "format"), text_of),
+    "required": required_of, "enum": list_of, "type": types_of}
 
 
 def path_in_schema(path: str, name: str) -> str:

@@ -8597,20 +8597,26 @@ class BodyTests(HttpTestCase):
         service.gateway.body_budget.take(2_000)
         self.assertEqual(self.ask("POST", "/v1/chat/completions", packed, headers).status, 503)
 
-    def test_a_small_chunked_body_takes_no_more_of_the_budget_than_it_needs_while_claude_thinks(self):
-        service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(5_000_000)
-        arrived, release = threading.Event(), threading.Event()
-        self.addCleanup(release.set)
-        reply = Reply(pieces=[sse(events_of(message(text("late"))))], hold=[release])
-        self.claude.play(lambda recorded: arrived.set() or reply)
-        first = self.connect()
-        first.sendall(chunked_chat_bytes(in_chunks(CHAT_BODY), "Connection: close"))
-        self.assertTrue(arrived.wait(5))
-        answer, = self.exchanged(chunked_chat_bytes(in_chunks(CHAT_BODY), "Connection: close"))
-        self.assertEqual(answer.status, 200, answer.raw)
-        release.set()
-        self.assertEqual(answers_in(received_until(first, b"never"))[0].status, 200)
+    def test_a_small_body_takes_no_more_of_the_budget_than_it_needs_while_claude_thinks(self):
+        packed = gzip.compress(CHAT_BODY)
+        for name, asked, room in (
+                ("chunked", chunked_chat_bytes(in_chunks(CHAT_BODY), "Connection: close"), 1_000),
+                ("packed", chat_bytes("Content-Encoding: gzip", "Connection: close", body=packed),
+                 claude_gateway.MAX_BODY + 1_000)):
+            with self.subTest(name):
+                service = self.start()
+                service.gateway.body_budget = claude_gateway.Budget(room)
+                arrived, release = threading.Event(), threading.Event()
+                self.addCleanup(release.set)
+                reply = Reply(pieces=[sse(events_of(message(text("late"))))], hold=[release])
+                self.claude.play(lambda recorded, arrived=arrived, reply=reply: arrived.set() or reply)
+                first = self.connect()
+                first.sendall(asked)
+                self.assertTrue(arrived.wait(5))
+                answer, = self.exchanged(asked)
+                self.assertEqual(answer.status, 200, answer.raw)
+                release.set()
+                self.assertEqual(answers_in(received_until(first, b"never"))[0].status, 200)
 
     def test_a_body_may_come_in_many_pieces(self):
         connection = self.connect()
