@@ -4562,18 +4562,26 @@ class Watch:
 
     def readable(self, upstream: socket.socket, deadline: float | None = None) -> None:
         """Returns when the upstream has something to read.  Raises ClientGone, or UpstreamTimeout."""
+        self._wait(upstream, [upstream], (), SILENCE, deadline)
+
+    def writable(self, upstream: socket.socket) -> None:
+        """Returns when the upstream takes more of the request.  Raises ClientGone, or UpstreamTimeout."""
+        self._wait(upstream, [], [upstream], "The upstream has read nothing for %g seconds.", None)
+
+    def _wait(self, upstream: socket.socket, readers: Sequence[socket.socket], writers: Sequence[socket.socket],
+              words: str, deadline: float | None) -> None:
         deadline = time.monotonic() + self.patience if deadline is None else deadline
         while True:
             until = deadline
             if self.idle:
                 until = min(until, self.last_sent + KEEPALIVE_INTERVAL)
-            ready = wait_readable([upstream] + ([self.client] if self.client else []), until - time.monotonic())
+            ready = wait_ready([*readers, *([self.client] if self.client else [])], until - time.monotonic(), writers)
             if self.client and self.client in ready:
                 self.check_client()
             if upstream in ready:
                 return
             if time.monotonic() >= deadline:
-                raise UpstreamTimeout(SILENCE % self.patience)
+                raise UpstreamTimeout(words % self.patience)
             if self.idle and time.monotonic() >= self.last_sent + KEEPALIVE_INTERVAL:
                 self.last_sent = time.monotonic()
                 self.idle()
@@ -4585,7 +4593,7 @@ class Watch:
             left = max(0.0, deadline - time.monotonic())
             if not self.client:
                 time.sleep(left)
-            elif wait_readable([self.client], left):
+            elif wait_ready([self.client], left):
                 self.check_client()
             if time.monotonic() >= deadline:
                 return
@@ -4621,19 +4629,22 @@ def in_a_thread(watch: Watch) -> Iterator[list]:
     watch.wants = None
 
 
-def wait_readable(sockets: list[socket.socket], seconds: float) -> list[socket.socket]:
-    """Those of a few sockets that have something to read, or have ended; [] when the time is up."""
+def wait_ready(readers: Sequence[socket.socket], seconds: float,
+               writers: Sequence[socket.socket] = ()) -> list[socket.socket]:
+    """Those of a few sockets that have something to read, take something, or have ended; [] when the time is up."""
     seconds = max(0.0, seconds)
-    waiting: list[socket.socket] = [sock for sock in sockets if isinstance(sock, ssl.SSLSocket) and sock.pending()]
+    waiting: list[socket.socket] = [sock for sock in readers if isinstance(sock, ssl.SSLSocket) and sock.pending()]
     if waiting:
         return waiting
     if not hasattr(select, "poll"):                 # Windows
-        return select.select(sockets, [], [], seconds)[0]
+        readable, writable, _ = select.select(readers, writers, [], seconds)
+        return readable + writable
     poll = select.poll()
-    for sock in sockets:
-        poll.register(sock, select.POLLIN)
+    for sockets, event in ((readers, select.POLLIN), (writers, select.POLLOUT)):
+        for sock in sockets:
+            poll.register(sock, event)
     ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-    return [sock for sock in sockets if sock.fileno() in ready]
+    return [sock for sock in [*readers, *writers] if sock.fileno() in ready]
 
 
 class WatchedReader(io.RawIOBase):
@@ -4699,6 +4710,25 @@ class WatchedConnection(http.client.HTTPConnection):
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(UPSTREAM_SILENCE)
 
+    def send(self, data: Any) -> None:
+        """Sends a part of the request, for as long as the client waits for the answer and the upstream goes on reading.
+
+        An upstream that does not read would otherwise hold on to a request that nobody wants any more.
+        """
+        sock, left = self.sock, memoryview(data)
+        timeout = sock.gettimeout()
+        sock.settimeout(0)
+        try:
+            while left:
+                try:
+                    left = left[sock.send(left):]
+                except ssl.SSLWantReadError:
+                    self.watch.readable(sock)
+                except (BlockingIOError, ssl.SSLWantWriteError):
+                    self.watch.writable(sock)
+        finally:
+            sock.settimeout(timeout)
+
     def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
         return FinalResponse(WatchedReader(sock, self), **options)      # type: ignore[arg-type]
 
@@ -4722,7 +4752,7 @@ class ConnectionPool:
             if connection is None:
                 return None
             # an idle connection with something to read has been closed, or speaks out of turn
-            if time.monotonic() - connection.last_used < POOL_AGE and not wait_readable([connection.sock], 0):
+            if time.monotonic() - connection.last_used < POOL_AGE and not wait_ready([connection.sock], 0):
                 return connection
             connection.close()
 

@@ -5440,6 +5440,27 @@ class LeavingClientTests(GatewayTestCase):
                 self.claude.reset()
                 self.leave_after(Reply(body=message(text("Hi")), hold=[self.held]), b"", stream)
 
+    def test_while_the_request_goes_out_to_an_upstream_that_does_not_read(self):
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        listener.settimeout(10)
+        self.start(base_url="http://127.0.0.1:%d" % listener.getsockname()[1])
+        self.service.gateway.models._first.set()        # the model list is of no interest here
+        body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "x" * 20_000_000}]}).encode()
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=body))
+        while True:
+            upstream = listener.accept()[0]
+            self.addCleanup(upstream.close)
+            upstream.settimeout(10)
+            if upstream.recv(4).startswith(b"POST"):
+                break
+        connection.close()
+        self.assertTrue(self.service.gateway.running.wait_until_idle(10), "the request goes on")
+
     def test_before_the_first_token(self):
         events = events_of(message(text("Hello there")))
         self.leave_after(Reply(pieces=[sse(events[:1]), self.held, sse(events[1:])]), b"assistant", True)
@@ -9299,6 +9320,17 @@ class WatchTests(unittest.TestCase):
         self.claude.sendall(b"event")
         watch.readable(self.upstream)
 
+    def test_an_upstream_that_does_not_read_is_given_up(self):
+        self.upstream.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.upstream.send(b"x" * 65_536)
+        with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
+            claude_gateway.Watch(self.client, patience=0.01).writable(self.upstream)
+        self.assertIn("read nothing", str(caught.exception))
+        self.claude.recv(10_000_000)
+        claude_gateway.Watch(self.client, patience=5).writable(self.upstream)
+
     def test_a_silent_upstream_is_given_up(self):
         for client in (self.client, None):
             with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
@@ -9825,6 +9857,12 @@ class TlsTests(TlsTestCase):
         self.assertIn(b'"content":"Hello!"', received_until(connection, b'"content":"Hello!"'))
         release.set()
         self.assertIn(b"[DONE]", received_until(connection, b"[DONE]"))
+
+    def test_a_large_request_goes_out_over_tls_whole(self):
+        words = "word " * 2_000_000
+        raw = self.start_before([upstream_bytes(MESSAGE_JSON)], context=self.context, ca_file=self.certificate)
+        self.assertEqual(self.chat(words, headers=NO_RETRY).status, 200)
+        self.assertEqual(json.loads(raw.posts[0][1])["messages"][0]["content"][0]["text"], words)
 
     def test_a_burst_after_a_pause_comes_through_tls_whole(self):
         words = "word " * 50_000                        # many records, of which TLS holds what nobody asked for yet

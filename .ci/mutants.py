@@ -219,7 +219,7 @@ MUTANTS = (
     Mutant("upstream: loopback is never proxied", r'return is_loopback_host(re.sub(r":\d+$", "", host)) or bool(',
            "return bool(", "ProxyTests"),
     Mutant("upstream: a dead idle connection is not used",
-           "if time.monotonic() - connection.last_used < POOL_AGE and not wait_readable([connection.sock], 0):",
+           "if time.monotonic() - connection.last_used < POOL_AGE and not wait_ready([connection.sock], 0):",
            "if time.monotonic() - connection.last_used < POOL_AGE:", "UpstreamRequestTests"),
     Mutant("upstream: a half-read connection is not used", "reusable = self._framing.done and not", "reusable = not",
            "UpstreamRequestTests LeavingClientTests"),
@@ -339,6 +339,8 @@ MUTANTS = (
     Mutant("shutdown: the port is free at once",
            'allow_reuse_address = os.name == "posix"', "allow_reuse_address = False",
            "StartTests"),
+    Mutant("watch: a client that leaves while its request goes out", "                    self.watch.writable(sock)\n",
+           "                    wait_ready((), 60, [sock])\n", "LeavingClientTests"),
     # ---- the pump, the upstream's oddities, early bytes
     Mutant("upstream: interim answers are skipped", "            if not 102 <= status < 200:\n",
            "            if True:\n", "UpstreamAnswerTests"),
