@@ -6517,9 +6517,9 @@ class ProcessRaceTests(LoginStoreTestCase):
                 number = len(self.token_requests())
                 valid[0] = "r-%d" % number
                 return token_answer(access_token="a-%d" % number, refresh_token=valid[0], expires_in=1)
-        self.claude.token_replies += [rotate] * 500
+        self.claude.token_replies += [rotate] * 1_000
         children = [subprocess.Popen([sys.executable, "-c", REFRESHING_CHILD, HERE, self.token_path, self.token_url,
-                                      "20"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                      "100"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                     for _ in range(2)]
         self.addCleanup(lambda: [child.kill() for child in children])
         for child in children:
@@ -6531,7 +6531,7 @@ class ProcessRaceTests(LoginStoreTestCase):
             out, err = child.communicate(timeout=30)
             self.assertEqual((out.strip(), err, child.returncode), (b"done", b"", 0))
         self.assertEqual(twice, [])
-        self.assertGreaterEqual(len(self.token_requests()), 40)
+        self.assertGreaterEqual(len(self.token_requests()), 200)
         self.assertEqual(self.stored()["refresh_token"], valid[0])
 
 
@@ -9045,14 +9045,21 @@ class ConnectionTests(HttpTestCase):
                     self.assertTrue(self.claude.wait_closed(10))
 
     def test_idle_and_stalled_connections_do_not_delay_a_working_one(self):
-        idle = [self.connect() for _ in range(100)]
+        if resource:                                    # both ends of each are ours
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4_096)), hard))
+        idle = [self.connect() for _ in range(500)]
         for connection in idle[:50]:
             connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n")
         self.assertEqual(self.chat().status, 200)
         idle[0].sendall(b"\r\n" + b" " * 50)            # and each of them still works
         self.assertIn(b"HTTP/1.1 400 ", received_until(idle[0], b"\r\n\r\n"))
-        idle[99].sendall(NEXT_REQUEST)
-        self.assertIn(b"HTTP/1.1 200 ", received_until(idle[99], b"\r\n\r\n"))
+        idle[499].sendall(NEXT_REQUEST)
+        self.assertIn(b"HTTP/1.1 200 ", received_until(idle[499], b"\r\n\r\n"))
+        for connection in idle:                         # before the limit is what it was
+            connection.close()
+        self.assertTrue(eventually(lambda: threading.active_count() < 400))
 
     def test_connections_beyond_the_cap_are_told_so(self):
         service = self.start()
