@@ -2362,6 +2362,8 @@ class Subset:
             converted = self.schema(without(self.root, "$defs", "definitions"))
         except RecursionError:
             raise Unsupported("a chain of references that is too long") from None
+        if not converted:
+            raise Unsupported("a schema that says nothing")
         for reference, definition in self._definitions.items():
             group, name = reference[2:].split("/", 1)
             converted.setdefault(group, {})[name] = definition
@@ -4978,8 +4980,7 @@ class UpstreamReply:
                 for _ in self.pieces():
                     if time.monotonic() >= deadline:
                         break
-        reusable = self._framing.done and not self._framing.surplus and not self._response.will_close \
-            and self.status >= 200
+        reusable = self._framing.done and not self._framing.surplus and not self._response.will_close
         self._response.close()
         (self._response.give_back if reusable else self._response.connection.close)()
 

@@ -2631,6 +2631,13 @@ class ToolTests(RequestTestCase):
 
 
 class SchemaSubsetTests(RequestTestCase):
+    def test_a_schema_that_says_nothing_is_asked_for_in_words(self):
+        for schema in ({"allOf": [{}]}, {"$comment": "x"}, {"allOf": [{"allOf": [{"$defs": {}}]}]}):
+            with self.subTest(schema=schema):
+                request = self.sent(response_format={"type": "json_schema",
+                                                     "json_schema": {"name": "x", "schema": schema}})
+                self.assertNotIn("format", request.get("output_config", {}))
+
     """`response_format` of type json_schema: the schema in what Claude compiles, or the schema in words."""
 
     def format(self, schema, **fields):
@@ -7849,6 +7856,9 @@ class SecrecyTests(CommandTestCase):
             for part in ("longlong", "quo", "schl"):
                 self.assertNotIn(part, told)
             self.assertIn("A" * 60 + "...", told)
+        record = claude_gateway.LOG.makeRecord("x", 20, "x", 1, "a line", (), None)
+        record.fields = {"error": 'it said quo"te\\d', "status": 500}
+        self.assertEqual(json.loads(formatter.format(record))["error"], "it said ***")
 
     def test_no_secret_is_in_any_log_or_answer(self):
         planted = ["sk-ant-oat01-planted-old", "sk-ant-ort01-planted-old", "sk-ant-oat01-planted-new",
@@ -8601,6 +8611,19 @@ class BodyTests(HttpTestCase):
                 self.assertTrue(eventually(lambda service=service: service.gateway.running.count == 5))
                 self.assertEqual(self.chat("a" * 100_000).status, 200)
 
+    def test_bodies_count_while_they_arrive(self):
+        for framing, body in (("Content-Length: 950000", b"x" * 900_000),
+                              ("Transfer-Encoding: chunked", b"e7ef0\r\n" + b"x" * 900_000)):
+            with self.subTest(framing):
+                service = self.start()
+                service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+                waiting = self.connect()
+                waiting.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", framing,
+                                              body=body))
+                budget = service.gateway.body_budget
+                self.assertTrue(eventually(lambda budget=budget: budget._left == 100_000))
+                self.assertEqual(self.chat("a" * 150_000).status, 503)
+
     def test_an_unpacked_body_counts_against_the_budget_with_its_real_size(self):
         service = self.start()
         service.gateway.body_budget = claude_gateway.Budget(1_000_000)
@@ -9171,6 +9194,8 @@ class SlowClientTests(HttpTestCase):
             with contextlib.suppress(socket.timeout):
                 connection.recv(1, socket.MSG_PEEK)
                 break
+        else:
+            self.fail("nearly all of it was waited for")
         connection.settimeout(5)
         self.assert_ended(connection, b"408")
 
@@ -10436,22 +10461,23 @@ class PumpTests(unittest.TestCase):
         registered, stop = [], threading.Event()
 
         def pieces():
+            yield b""                                   # waits for its upstream first
+            watch.wants = None
             while not stop.is_set():
                 registered.append(len(stream.registered))
                 yield b""
             yield b"."
-        client, user = socket.socketpair()
-        self.addCleanup(client.close)
-        self.addCleanup(user.close)
-        user.settimeout(10)
-        failures, ended = [], threading.Event()
-        stream = claude_gateway.PumpedStream(client, pieces(), claude_gateway.Watch(client), b": on\n\n",
-                                             lambda failure: failures.append(failure) or ended.set())
+        watch = claude_gateway.Watch(self.client)
+        watch.wants = self.upstream
+        stream = claude_gateway.PumpedStream(self.client, pieces(), watch, b": on\n\n",
+                                             lambda failure: self.failures.append(failure) or self.ended.set())
         self.pump.add(stream)
-        received_until(user, b": on\n\n: on\n\n")
+        self.claude.sendall(b"!")
+        received_until(self.user, b": on\n\n: on\n\n: on\n\n")
         stop.set()
-        self.assertTrue(ended.wait(10))
-        self.assertEqual((failures, set(registered)), ([None], {0}))    # between its turns it waits for no socket
+        self.assertTrue(self.ended.wait(10))
+        # in its later turns it waits for no socket: that of the upstream may be another stream's by then
+        self.assertEqual((self.failures, set(registered[claude_gateway.PUMP_STEPS:])), ([None], {0}))
 
     def test_a_stream_whose_sockets_cannot_be_watched_leaves_nothing_behind(self):
         self.pump.add(self.pumped())                    # its upstream is registered ...
