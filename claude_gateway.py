@@ -40,6 +40,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -157,6 +158,7 @@ class Config:
     https_proxy: str = dataclasses.field(default="", repr=False)
     no_proxy: str = ""
     ca_file: str = ""
+    ca_variable: str = ""                           # where that comes from
 
     def secrets(self) -> list[str]:
         """Every secret in here, for the log's redaction."""
@@ -479,7 +481,8 @@ class ClaudeError(GatewayError):
         if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
             self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
             hint = hint or PLAN_HINT
-        super().__init__(" ".join(filter(None, (message, hint))), code=code,
+        stop = "" if message.endswith((".", "!", "?")) else "."
+        super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
                          headers=dict(headers_from_claude(headers or {})))
         if self.code in FINAL_CODES:
             self.headers["x-should-retry"] = "false"
@@ -1967,8 +1970,10 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
             return text_document(base64.b64decode(data).decode("utf-8"), title)
         except UnicodeDecodeError:
             pass
-    raise InvalidRequest("%s: Claude takes JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." %
-                         (path, declared or "none of them"), path, "unsupported_file")
+    taken = declared in ("application/pdf", "image/jpeg", "image/png", "image/gif", "image/webp")
+    raise InvalidRequest("%s: Claude takes JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
+        path, "declared %s, but its bytes are none of these" % declared if taken else declared or "none of them"),
+        path, "unsupported_file")
 
 
 def count_image(block: dict, path: str, draft: Draft) -> list[dict]:
@@ -5118,13 +5123,19 @@ class Upstream:
         try:
             response = opener.open(request)
         except (OSError, http.client.HTTPException) as fault:
-            raise fault_from(fault, "could not be reached") from fault
+            raise fault_before_answer(fault, request) from fault
         reply = UpstreamReply(response)
         if 300 <= reply.status < 400:
             reply.close()
             raise UpstreamFault("The upstream answered with a redirect (%d), which is not followed: it would take the "
                                 "credential elsewhere." % reply.status)
         return reply
+
+
+def shown_proxy(config: Config) -> str:
+    """The proxy's address without its credentials."""
+    proxy = config.proxy
+    return "%s://%s%s" % (proxy.scheme, "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
 
 
 def bypasses_proxy(config: Config, host: str) -> bool:
@@ -5138,6 +5149,10 @@ def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
     """Verifying TLS, with more certificate authorities where the environment names some."""
     context = ssl.create_default_context()
     if ca_file:
+        usual = ssl.get_default_verify_paths()      # OpenSSL takes $SSL_CERT_FILE instead of these, not as well
+        for kind, path in (("cafile", usual.openssl_cafile), ("capath", usual.openssl_capath)):
+            with contextlib.suppress(OSError):
+                context.load_verify_locations(**{kind: path})
         place = {"capath": ca_file} if os.path.isdir(ca_file) else {"cafile": ca_file}
         try:
             context.load_verify_locations(**place)
@@ -5205,19 +5220,33 @@ TLS_CAUSES = (
 )
 
 
-def fault_from(fault: Exception, what: str) -> GatewayError:
+def fault_before_answer(fault: Exception, request: Any) -> GatewayError:
+    """A call that failed before there was an answer: who could not be reached, the upstream or the proxy."""
+    who, what = "The upstream", "could not be reached"
+    if request._tunnel_host:                        # then `host` is the proxy's, without its credentials
+        if isinstance(fault, (ConnectionRefusedError, socket.gaierror)):
+            who = "The proxy " + request.host
+        else:
+            what += " through the proxy " + request.host
+    if isinstance(fault, socket.gaierror):
+        what += ", as its host name %s is not known here (`claude-gateway doctor` checks the way there)" % re.sub(
+            r":\d+\Z", "", request.host)
+    return fault_from(fault, what, who)
+
+
+def fault_from(fault: Exception, what: str, who: str = "The upstream") -> GatewayError:
     """Any exception of sockets, TLS or http.client as an UpstreamFault whose words name the cause."""
     reason: Any = getattr(fault, "reason", None) if isinstance(fault, urllib.error.URLError) else fault
     if isinstance(reason, GatewayError):
         return reason
     if isinstance(reason, (socket.timeout, TimeoutError)):
-        return UpstreamTimeout("The upstream %s: no answer in time." % what)
+        return UpstreamTimeout("%s %s: no answer in time." % (who, what))
     words = str(reason) or type(reason).__name__
     if isinstance(reason, ssl.SSLError):
         cause = next((advice for pattern, advice in TLS_CAUSES if "CERTIFICATE_VERIFY_FAILED" in words
                       and re.search(pattern, words, re.I)), "")
-        return UpstreamFault("The upstream %s: TLS failed (%s)%s." % (what, words, ": " + cause if cause else ""))
-    failure = UpstreamFault("The upstream %s: %s." % (what, words))
+        return UpstreamFault("%s %s: TLS failed (%s)%s." % (who, what, words, ": " + cause if cause else ""))
+    failure = UpstreamFault("%s %s: %s." % (who, what, words))
     failure.may_pass = True
     return failure
 
@@ -7711,11 +7740,9 @@ def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
     if not config.https_proxy:
         return Finding("Proxy", "ok", "none")
-    proxy = config.proxy
-    shown = "%s://%s%s" % (proxy.scheme, "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
     exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
-    return Finding("Proxy", "ok", shown + (", but not for the upstream: by NO_PROXY, or as it is this machine"
-                                           if exempt else ""))
+    return Finding("Proxy", "ok", shown_proxy(config) + (
+        ", but not for the upstream: by NO_PROXY, or as it is this machine" if exempt else ""))
 
 
 def port_finding(config: Config) -> Finding:
@@ -7739,10 +7766,12 @@ def authorities_finding(config: Config) -> Finding:
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except UpstreamFault as fault:
-        return Finding("Certificates", "failed", str(fault), "Correct the path in SSL_CERT_FILE.", 1)
+        return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable, 1)
     strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
-    return Finding("Certificates", "ok", "%d authorities%s%s" % (
-        context.cert_store_stats()["x509_ca"], ", added from " + config.ca_file if config.ca_file else "",
+    count = context.cert_store_stats()["x509_ca"]
+    return Finding("Certificates", "ok", "%d authorit%s%s%s" % (
+        count, "y" if count == 1 else "ies",
+        ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
         ", strict X.509 rules" if strict else ""))
 
 
@@ -7815,11 +7844,14 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
         return
     facts = credential.facts()
     expires_at, renewed = facts.get("expires_at"), bool(facts.get("refreshable"))
+    over = bool(expires_at) and expires_at < time.time()
     told = ", ".join(filter(None, [
         facts["description"],
-        "token good until %s" % time.strftime("%Y-%m-%d %H:%M", time.localtime(expires_at)) if expires_at else "",
-        "" if facts["kind"] == "api_key" else "renewed by itself" if renewed else "not renewed by itself"]))
-    if expires_at and expires_at < time.time() and not renewed:
+        "token %s %s" % ("expired" if over else "good until", time.strftime(
+            "%Y-%m-%d %H:%M", time.localtime(expires_at))) if expires_at else "",
+        "" if facts["kind"] == "api_key" else "not renewed by itself" if not renewed else
+        "renewed at the next request" if over else "renewed by itself"]))
+    if over and not renewed:
         yield Finding("Credential", "failed", told, "claude-gateway login", 3)
         return
     yield Finding("Credential", "ok", told)
@@ -7828,13 +7860,18 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
                       "An API key is always fine.")
 
 
+REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.com",
+                 "bearer_token": "Renew the token in the variable, or take it away.", "oauth": "claude-gateway login"}
+
+
 def acceptance_finding(upstream: Upstream) -> Finding:
     """Whether Claude takes the credential."""
     try:
         return Finding("Accepted", "ok", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
         if fault.status in (401, 403):
-            return Finding("Accepted", "failed", str(fault), "Renew the credential, or: claude-gateway login", 3)
+            kind = upstream.credential.facts()["kind"] if upstream.credential else ""
+            return Finding("Accepted", "failed", str(fault), REFUSED_STEPS.get(kind, ""), 3)
         step = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault))
         return Finding("Accepted", "warning", str(fault), step)
 
@@ -8274,7 +8311,11 @@ OPTIONS = (
 
 
 class UsageError(Exception):
-    """Wrong flags or environment; exit code 2."""
+    """Wrong flags or environment; exit code 2.  `setting` is the flag or variable that is wrong, if it is one."""
+
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__("%s: %s" % (setting, message) if setting else message)
+        self.setting = setting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -8283,9 +8324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("claude-gateway needs Python 3.8 or newer; this is %s. Try python3.9, python3.11 or python3.12." %
               sys.version.split()[0], file=sys.stderr)
         return USAGE
-    for stream in (sys.stdout, sys.stderr):         # a character that a terminal lacks must not stop a print
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_output()
     parser = argument_parser()
     parsed = parser.parse_args(arguments)
     if not parsed.command:
@@ -8309,6 +8348,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # What ends a command, the first that fits -> its exit code
 EXIT_CODES = ((UsageError, USAGE), (CredentialNeeded, NO_CREDENTIAL), (UpstreamFault, UNREACHABLE),
               (GatewayError, FAILURE))
+
+
+def prepare_output() -> None:
+    """Standard output and error that take whatever is printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:                          # closed by who started us; pythonw on Windows has neither
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):        # a character that a terminal lacks must not stop a print
+            stream.reconfigure(errors="backslashreplace")
 
 
 def as_typed(words: str) -> str:
@@ -8424,40 +8473,43 @@ def add_option(parser: argparse.ArgumentParser, option: Option, help_text: str) 
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError."""
+    """Flags over environment over defaults.  Raises UsageError.  A command that calls nobody reads its own alone."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     given = without_overruled(parsed, given)
+    offline = parsed.command in OFFLINE
     fields: dict[str, Any] = {}
     for option in OPTIONS:
-        value = getattr(parsed, option.field, None)
-        if value is None and option.variable in given:
-            value = value_from_variable(option, given[option.variable])
+        value, setting = getattr(parsed, option.field, None), "--" + option.name
+        if value is None and option.variable in given and not (offline and option.name not in OFFLINE[parsed.command]):
+            setting = option.variable
+            value = value_from_variable(option, given[setting])
         if value is not None:
-            fields[option.field] = tuple(value) if option.repeatable else value
+            value = tuple(value) if option.repeatable else value
+            fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
     loud = [name for name in LOUDNESS if fields.get(name)]
     if len(loud) > 1:
         raise UsageError("--%s and --%s exclude each other." % tuple(loud[:2]))
-    fields["port"] = port_from(fields.get("port", DEFAULT_PORT))
-    fields["alias"] = tuple(alias_from(text) for text in fields.get("alias", ()))
-    if any(not key.strip() for key in fields.get("api_key", ())):
-        raise UsageError("--api-key: an empty key protects nothing.")
     fields["token_file"] = os.path.expanduser(fields.get("token_file") or default_token_file(given))
-    if fields.get("demo"):                          # ignores credentials, addresses and proxies, also bad ones
+    if fields.get("demo") or offline:               # ignores credentials, addresses and proxies, also bad ones
         return Config(**fields)
+    ca_variable = next((name for name in CA_VARIABLES if name in given), "")
+    proxy_variable = next((name for name in ("https_proxy", "HTTPS_PROXY") if name in given), "")
     fields.update(anthropic_api_key=credential_in(given, "ANTHROPIC_API_KEY"),
                   anthropic_auth_token=credential_in(given, "ANTHROPIC_AUTH_TOKEN"),
                   claude_code_oauth_token=credential_in(given, "CLAUDE_CODE_OAUTH_TOKEN"),
                   base_url=checked_base_url("ANTHROPIC_BASE_URL", given.get("ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
                   token_url=checked_base_url("CLAUDE_GATEWAY_TOKEN_URL",
                                              given.get("CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL)),
-                  https_proxy=checked_proxy(given.get("https_proxy") or given.get("HTTPS_PROXY", "")),
+                  https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
                   no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
-                  ca_file=next((given[name] for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
-                                                         "NODE_EXTRA_CA_CERTS") if name in given), ""))
+                  ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
     return Config(**fields)
 
 
 LOUDNESS = ("verbose", "minimal", "quiet")          # one at most
+CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+# Commands that call nobody -> the options whose variables they read
+OFFLINE = {"setup": ("port", "host", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",)}
 
 
 def without_overruled(parsed: argparse.Namespace, given: dict[str, str]) -> dict[str, str]:
@@ -8471,7 +8523,7 @@ def credential_in(environment: dict[str, str], variable: str) -> str:
     """A key or token without the blanks that pasting leaves around it; it must fit into a header."""
     value = environment.get(variable, "").strip()
     if not re.match(r"[\x21-\x7e]*\Z", value):
-        raise UsageError("%s: has characters that no key or token has." % variable)
+        raise UsageError("has characters that no key or token has.", variable)
     return value
 
 
@@ -8481,26 +8533,40 @@ def value_from_variable(option: Option, text: str) -> Any:
         return [entry.strip() for entry in text.split(",")]
     if option.metavar:
         if option.choices and text not in option.choices:
-            raise UsageError("%s: expected one of %s." % (option.variable, ", ".join(option.choices)))
+            raise UsageError("expected one of %s, got %r." % (", ".join(option.choices), text), option.variable)
         return text
     if text.lower() in ("1", "true", "yes", "on"):
         return True
     if text.lower() in ("0", "false", "no", "off"):
         return None
-    raise UsageError("%s: expected 1, true, yes or on, or 0, false, no or off." % option.variable)
+    raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
 
 
-def port_from(value: Any) -> int:
+def port_from(setting: str, value: Any) -> int:
     if not re.match(r"\d{1,5}\Z", str(value)) or int(value) > 65_535:
-        raise UsageError("--port: expected a number from 0 to 65535.")
+        raise UsageError("expected a number from 0 to 65535, got %r." % value, setting)
     return int(value)
 
 
-def alias_from(text: str) -> tuple[str, str]:
+def aliases_from(setting: str, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple(alias_from(setting, text) for text in texts)
+
+
+def alias_from(setting: str, text: str) -> tuple[str, str]:
     name, equals, model = text.partition("=")
     if not equals or not name.strip() or not model.strip():
-        raise UsageError("--alias: expected NAME=MODEL, got %r." % text)
+        raise UsageError("expected NAME=MODEL, got %r." % text, setting)
     return name.strip(), model.strip()
+
+
+def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not key.strip() for key in keys):
+        raise UsageError("an empty key protects nothing.", setting)
+    return keys
+
+
+# Options whose values need more than choosing -> how they are read
+CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from}
 
 
 def default_token_file(environment: dict[str, str]) -> str:
@@ -8523,23 +8589,24 @@ def checked_base_url(variable: str, url: str) -> str:
     except ValueError:
         parts, host = urllib.parse.urlsplit(""), ""
     if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
-        raise UsageError("%s: expected an https address." % variable)
+        shown = "" if "@" in url else ", got %r" % url.split("?")[0]       # not a password
+        raise UsageError("expected an https address%s." % shown, variable)
     if parts.scheme == "http" and not is_loopback_host(host):
-        raise UsageError("%s: plain http would show the credential to the network; only loopback may." % variable)
+        raise UsageError("plain http would show the credential to the network; only loopback may.", variable)
     return url
 
 
-def checked_proxy(url: str) -> str:
+def checked_proxy(variable: str, url: str) -> str:
     """The address of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may hold a password."""
     if re.match(r"socks", url, re.I):
-        raise UsageError("HTTPS_PROXY: SOCKS proxies are beyond Python's standard library; name an HTTP proxy.")
+        raise UsageError("SOCKS proxies are beyond Python's standard library; name an HTTP proxy.", variable)
     try:
         parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
         usable = bool(parts.hostname) and (parts.port or 1) and parts.scheme in ("http", "https")
     except ValueError:
         usable = False
     if url and not usable or re.match(r"https?:/[^/]", url):
-        raise UsageError("HTTPS_PROXY: expected an address like http://proxy.example.com:8080.")
+        raise UsageError("expected an address like http://proxy.example.com:8080.", variable)
     return url
 
 
@@ -8559,11 +8626,14 @@ def start_command(parsed: argparse.Namespace) -> int:
     gateway = gateway_with_credential(config)
     redaction.known = gateway.secrets
     raise_descriptor_limit()
-    try:
-        service = Service(gateway)
-    except OSError as fault:
-        return tell_port_trouble(config, fault)
     stop = StopSignals()                            # before the address is out: who reads it may stop us at once
+    try:
+        service = service_on_its_port(gateway, parsed, stop)
+    except OSError as fault:
+        return tell_port_trouble(config, parsed, fault)
+    if not service:                                 # stopped while it waited
+        gateway.close()
+        return stop.exit_code()
     service.start()
     print("claude-gateway %s on %s" % (VERSION, service.url), flush=True)
     if not config.quiet:
@@ -8610,12 +8680,28 @@ def gateway_with_credential(config: Config) -> Gateway:
         gateway, damage = None, str(fault)
     if gateway and gateway.upstream.credential:
         return gateway
+    missing = " ".join(filter(None, [damage, missing_words(config)]))
     if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
-        raise CredentialNeeded(" ".join(filter(None, [damage, MISSING])))
-    if damage:
-        say(damage)
+        raise CredentialNeeded(missing)
+    sys.stderr.write("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential."))
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise CredentialNeeded(missing)
     sign_in(config, open_browser=True)
     return Gateway(config)
+
+
+def missing_words(config: Config) -> str:
+    """What is missing, within what --auth allows, and how to come by it."""
+    if config.auth == "auto":
+        return MISSING
+    wanted, remedy, kept = {
+        "api-key": ("API key", "Set ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN" if config.claude_code_oauth_token else
+                    "a stored login" if os.path.exists(config.token_file) else ""),
+        "oauth": ("login", "Run `claude-gateway login`", "ANTHROPIC_API_KEY" if config.anthropic_api_key else
+                  "ANTHROPIC_AUTH_TOKEN" if config.anthropic_auth_token else "")}[config.auth]
+    return "No %s, and --auth %s takes nothing else%s. %s, or leave --auth %s out." % (
+        wanted, config.auth, " (there is %s)" % kept if kept else "", remedy, config.auth)
 
 
 def raise_descriptor_limit() -> None:
@@ -8633,15 +8719,71 @@ def raise_descriptor_limit() -> None:
                 return
 
 
-def tell_port_trouble(config: Config, fault: OSError) -> int:
+def service_on_its_port(gateway: Gateway, parsed: argparse.Namespace, stop: StopSignals) -> Service | None:
+    """The service, bound; waits for a port that a connection has just left, None if stopped then.  Raises OSError."""
+    deadline, port = time.monotonic() + TIME_WAIT_PATIENCE, gateway.config.port
+    told = False
+    while True:
+        try:
+            return Service(gateway)
+        except OSError as fault:
+            if fault.errno != errno.EADDRINUSE or not is_passing(port) or time.monotonic() > deadline:
+                raise
+        if not told:
+            say("Port %d is held by a connection that has just closed; waiting up to a minute. Or: %s" %
+                (port, typed_again(parsed, port % 65_535 + 1)))
+            told = True
+        if stop.wait(TIME_WAIT_PAUSE):
+            return None
+
+
+def typed_again(parsed: argparse.Namespace, port: int) -> str:
+    """The `start` for another port, with the flags of the command in use as they were given, less the keys."""
+    words = []
+    for option in OPTIONS:
+        value = str(port) if option.name == "port" else getattr(parsed, option.field, None)
+        if option.name == "api-key" or value is None:       # the key may stand in the environment: no hint shows it
+            continue
+        if not option.metavar:
+            words.append("--" + option.name)
+            continue
+        for each in value if option.repeatable else [value]:
+            words += ["--" + option.name, each if re.match(r"[\w./:@%+=,-]+\Z", each) else "'%s'" % each]
+    keys = " --api-key KEY" if getattr(parsed, "api_key", None) else ""
+    return "claude-gateway start %s%s" % (" ".join(words), keys)
+
+
+def tell_port_trouble(config: Config, parsed: argparse.Namespace, fault: OSError) -> int:
     if fault.errno == errno.EADDRINUSE:
         holder = port_holder(config)
-        say("Port %d is in use%s. Another port: claude-gateway start --port %d" %
-            (config.port, " by " + holder if holder else ", perhaps by a connection that is just passing: try again",
-             config.port % 65_535 + 1))
+        say("Port %d is in use%s. Another port: %s" %
+            (config.port, " by " + holder if holder else ", perhaps by a connection that is just passing: it may be "
+             "free again within a minute", typed_again(parsed, config.port % 65_535 + 1)))
         return PORT_IN_USE
     say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault))
     return FAILURE
+
+
+TIME_WAIT_PATIENCE = 65                             # seconds: Linux keeps the port of a closed connection for 60
+TIME_WAIT_PAUSE = 1                                 # seconds between two attempts
+LISTENING, ESTABLISHED = "0A", "01"                 # states of /proc/net/tcp
+
+
+def sockets_on(port: int) -> dict[str, str]:
+    """The TCP sockets of a port of this machine: inode of a listener, or else the far end -> state.  Linux only."""
+    found: Dict[str, str] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError, ValueError, IndexError), open(table, encoding="ascii") as file:
+            for columns in map(str.split, file.readlines()[1:]):
+                if int(columns[1].rsplit(":", 1)[1], 16) == port:
+                    found[columns[9] if columns[3] == LISTENING else columns[2]] = columns[3]
+    return found
+
+
+def is_passing(port: int) -> bool:
+    """Whether nobody listens on a port or talks through it any more: what holds it are closed connections."""
+    states = set(sockets_on(port).values())
+    return bool(states) and not states & {LISTENING, ESTABLISHED}
 
 
 def port_holder(config: Config) -> str:
@@ -8649,12 +8791,7 @@ def port_holder(config: Config) -> str:
     if running_status(config):
         return "another claude-gateway"
     with contextlib.suppress(OSError, ValueError):
-        sockets: List[List[str]] = []
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-                sockets += [line.split() for line in file.readlines()[1:]]
-        wanted = {"socket:[%s]" % columns[9] for columns in sockets
-                  if columns[3] == "0A" and int(columns[1].rsplit(":", 1)[1], 16) == config.port}
+        wanted = {"socket:[%s]" % inode for inode, state in sockets_on(config.port).items() if state == LISTENING}
         for process in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 descriptors = "/proc/%s/fd" % process
@@ -8671,12 +8808,28 @@ def say_hello(gateway: Gateway, service: Service) -> None:
         say("Demo: answers are simulated, nothing is sent anywhere.")
     else:
         say("Upstream: %s with %s" % (config.base_url, credential.description if credential else "no credential"))
+        if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
+            say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
             say("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine. "
                 "(`claude-gateway login --help` says more.)")
-    say("Clients: %s" % ("one of %d keys is needed" % len(config.api_key) if config.api_key else
-                         "any API key will do, it is not looked at"))
-    say("Paste into your tool:  base URL %s   model sonnet" % service.url)
+    say("Clients: %s" % ("a key is needed" if len(config.api_key) == 1 else "one of %d keys is needed" %
+                         len(config.api_key) if config.api_key else "any API key will do, it is not looked at"))
+    say("Paste into your tool:  base URL %s   model sonnet" % pasted_url(service))
+    if config.host in EVERY_ADDRESS and not config.allow_host:
+        say("Tools that call this machine by a name, for instance %s, need it named: --allow-host NAME" %
+            printable(socket.gethostname()))
+
+
+EVERY_ADDRESS = ("0.0.0.0", "::")                   # to listen on; nobody can call them
+
+
+def pasted_url(service: Service) -> str:
+    """The base URL for tools; where we listen on all addresses, a name that is allowed or a place for one."""
+    config = service.gateway.config
+    if config.host not in EVERY_ADDRESS:
+        return service.url
+    return "http://%s:%d/v1" % (config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)
 
 
 class StopSignals:
@@ -8693,6 +8846,10 @@ class StopSignals:
         self._stop.set()
         if len(self._received) > 1:
             os._exit(self.exit_code())
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is time to stop; waits this long for it."""
+        return self._stop.wait(seconds)
 
     def exit_code(self) -> int:
         return INTERRUPTED if self._received[0] == signal.SIGINT else OK
@@ -8799,20 +8956,26 @@ def status_command(parsed: argparse.Namespace) -> int:
     if running and running.get("key_needed") and config.api_key:
         running = running_status(config, config.api_key[0]) or running
     if running:
+        given = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
         print(json.dumps(dict({"running": True, "credential": None}, **running), indent=1) if parsed.json else
-              status_words(running, bool(config.api_key)))
+              status_words(running, given))
         return OK
-    credential = credential_from_config(config, Upstream(config, "").post_json)
+    try:
+        credential = credential_from_config(config, Upstream(config, "").post_json)
+    except TokenFileDamaged as fault:
+        raise GatewayError("%s `claude-gateway login` replaces it and keeps it aside, `claude-gateway logout` removes "
+                           "it." % fault) from fault
     facts = credential.facts() if credential else None
     if parsed.json:
         print(json.dumps({"running": False, "port": config.port, "credential": facts}, indent=1))
     else:
         print("No gateway answers on port %d." % config.port)
-        print("\n".join(credential_words(facts)) if facts else as_typed(MISSING))
+        print("\n".join(credential_words(facts)) if facts else as_typed(missing_words(config)))
         if credential and credential.preamble:
             print("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine.")
         if credential:
-            print(as_typed("Start one: claude-gateway start"))
+            print(as_typed("Start one: " + (typed_again(parsed, config.port) if config.port != DEFAULT_PORT
+                                            else "claude-gateway start")))
     return OK if credential else NO_CREDENTIAL
 
 
@@ -8826,12 +8989,12 @@ def credential_words(facts: dict) -> Iterator[str]:
         yield "Expires: %s" % expiry_words(facts["expires_at"], facts["refreshable"])
 
 
-def status_words(running: dict, had_key: bool) -> str:
+def status_words(running: dict, given: str) -> str:
     """A running gateway's status for a person at a terminal."""
     lines = ["claude-gateway %s is running." % running["version"]]
     if running.get("key_needed"):
-        return lines[0] + " Its numbers need one of its keys: %s CLAUDE_GATEWAY_API_KEY." % (
-            "it does not take that in" if had_key else "set")
+        return lines[0] + (" The key %s is none of its keys." % given if given else
+                           " Its numbers need one of its keys: set CLAUDE_GATEWAY_API_KEY.")
     facts, tokens = running["credential"] or {}, running["tokens"]
     paid_with = "%s with %s" % (running["upstream"], facts.get("description") or "no credential")
     lines.append("Upstream:    %s" % ("the built-in simulation" if running["upstream"] == "simulated" else paid_with))
@@ -8855,10 +9018,19 @@ def status_words(running: dict, had_key: bool) -> str:
 
 
 def expiry_words(expires_at: float, refreshable: bool) -> str:
-    left = expires_at - time.time()
+    """When a token expires, and what then."""
+    left = round(expires_at - time.time())
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(expires_at))
-    words = "%s (%s)" % (when, "in %d minutes" % (left // 60) if left > 0 else "over")
-    return words + (", renewed by itself" if refreshable else "")
+    if left > 0:
+        return "%s (in %s)%s" % (when, duration_words(left), ", renewed by itself" if refreshable else "")
+    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
+
+
+def duration_words(seconds: float) -> str:
+    """Two units of a time: 2 d 3 h, 7 h 59 min, 4 min, 30 s."""
+    days, hours, minutes = int(seconds // 86_400), int(seconds // 3_600 % 24), int(seconds // 60 % 60)
+    told = [(days, "d"), (hours, "h")] if days else [(hours, "h"), (minutes, "min")]
+    return " ".join("%d %s" % pair for pair in told if pair[0]) or "%d s" % seconds
 
 
 def models_command(parsed: argparse.Namespace) -> int:
@@ -8894,13 +9066,13 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
 
 def doctor_command(parsed: argparse.Namespace) -> int:
     """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
-    config = config_from(parsed, dict(os.environ))
+    config, wrong = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
     redaction = Redaction()
     redaction.known = config.secrets
     home = os.path.expanduser("~")
     found = []
-    for finding in findings(config, parsed.live):
+    for finding in itertools.chain(wrong, findings(config, parsed.live)):
         finding = finding._replace(detail=redaction.mask(finding.detail), step=as_typed(finding.step))
         found.append(finding)
         if not parsed.json:
@@ -8912,6 +9084,28 @@ def doctor_command(parsed: argparse.Namespace) -> int:
         block = block.replace(home, "~") if len(home) > 1 else block       # it tells who the user is
         print("\nTo paste into a bug report:\n\n```\n%s\n```" % block)
     return next((finding.code for finding in found if finding.level == "failed"), OK)
+
+
+def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
+    """The settings, and a finding for each that cannot be used; its default stands in for it."""
+    found = []
+    while True:
+        try:
+            config = config_from(parsed, environment)
+            break
+        except UsageError as fault:
+            found.append(Finding("Settings", "failed", str(fault), "Correct %s; the default stands in for it here." % (
+                fault.setting or "it"), USAGE))
+            if not fault.setting:                   # two that exclude each other
+                environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOUDNESS))
+            environment = without(environment, fault.setting)
+            if fault.setting.startswith("--"):
+                setattr(parsed, fault.setting[2:].replace("-", "_"), None)
+    unused = next((name for name in ("all_proxy", "ALL_PROXY") if environment.get(name)), "")
+    if unused and not config.https_proxy:
+        found.append(Finding("Settings", "warning", "%s is set, and not used here" % unused,
+                             "Where an HTTP proxy leads out, set HTTPS_PROXY; SOCKS is beyond Python's library."))
+    return config, found
 
 
 def print_finding(finding: Finding) -> None:
@@ -8958,16 +9152,22 @@ def translate_command(parsed: argparse.Namespace) -> int:
         assembler = MessageAssembler()
         for event in events_from_body(data):
             assembler.feed(event)
-        print(json.dumps(chat_completion_from_message(assembler.whole(), {"id": "chatcmpl-0", "created": 0},
-                                                      ReplyPlan(ToolNames())), indent=1, ensure_ascii=False))
+        print_json(chat_completion_from_message(assembler.whole(), {"id": "chatcmpl-0", "created": 0},
+                                                ReplyPlan(ToolNames())))
         return OK
     body, _ = json_from_body(data)
     model = Catalog(aliases=config.alias).resolve(optional(text_of, body.get("model"), "model"))
     translator = messages_request_from_responses if is_responses_body(body) else messages_request_from_chat
     translation = translator(body, model, cache=not config.no_cache)
-    print(json.dumps(translation.request, indent=1, ensure_ascii=False))
+    print_json(translation.request)
     say("Changes: %s" % (translation.changes if translation.changes.told else "none"))
     return OK
+
+
+def print_json(value: Any) -> None:
+    """Readable where the output takes every character, escaped elsewhere: valid JSON in both cases."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-")
+    print(json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8")))
 
 
 def given_to_translate(path: str | None) -> bytes:

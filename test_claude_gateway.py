@@ -2333,6 +2333,14 @@ class ContentPartTests(RequestTestCase):
     def refused_part(self, part: dict) -> dict:
         return self.refused(messages=[user([{"type": "text", "text": "See:"}, part])])
 
+    def test_an_image_that_is_none_is_told_what_it_claimed_to_be(self):
+        for declared, words in (("image/png", "this is declared image/png, but its bytes are none of these."),
+                                ("image/bmp", "this is image/bmp."),
+                                ("application/pdf", "is declared application/pdf, ")):
+            with self.subTest(declared), self.assertRaises(claude_gateway.InvalidRequest) as raised:
+                claude_gateway.blocks_from_base64("AAAA", declared, "", "image", None)
+            self.assertIn(words, str(raised.exception))
+
     def test_an_image_is_understood_in_all_its_spellings(self):
         url_safe = PIXEL.replace("+", "-").replace("/", "_").rstrip("=")
         spaced = "\r\n ".join(PIXEL[start:start + 20] for start in range(0, len(PIXEL), 20))
@@ -4466,7 +4474,7 @@ class ClaudeErrorTests(GatewayTestCase):
                     answer = self.refused(refusal_of_claude(status, kind, words), stream=stream, content=content)
                     self.assertEqual((answer.status, answer.error["code"]), (ours, code))
                     self.assertEqual(answer.headers["x-should-retry"], "false")
-                    self.assertTrue(answer.error["message"].startswith(words + " Hint: "), answer.error["message"])
+                    self.assertIn(words.rstrip(".") + ". Hint: ", answer.error["message"])
                     self.assertEqual(answer.error["message"].count("Hint:"), 1)
 
     def test_the_rarer_rejections_have_their_hint_too(self):
@@ -4479,14 +4487,15 @@ class ClaudeErrorTests(GatewayTestCase):
             words = reply.body["error"]["message"]
             with self.subTest(words=words):
                 answer = self.refused(reply)
-                self.assertTrue(answer.error["message"].startswith(words + " Hint: "), answer.error["message"])
+                self.assertIn(words.rstrip(".") + ". Hint: ", answer.error["message"])
                 self.assertEqual(answer.headers.get("x-should-retry"), "false")
 
     def test_a_rejection_amid_a_stream_has_the_same_words(self):
         words = self.REJECTIONS[3][2]
         self.claude.play(one_by_one(error_body("invalid_request_error", words)))
         error = json.loads(self.chat(stream=True).events[-1])["error"]
-        self.assertEqual((error["code"], error["message"].startswith(words + " Hint: ")), ("insufficient_quota", True))
+        self.assertEqual(error["code"], "insufficient_quota")
+        self.assertIn(words.rstrip(".") + ". Hint: ", error["message"])
 
     def test_spent_money_is_no_reason_to_retry(self):
         for status, kind, words in (
@@ -7223,8 +7232,117 @@ class StartTests(CommandTestCase):
             port = passing.getsockname()[1]         # its own end of the connection is not listening
             code, _, said = run_command("start", "--port", str(port), "--host", "127.0.0.1", ANTHROPIC_API_KEY="k")
         self.assertEqual(code, 4)
-        self.assertIn("just passing: try again. Another port:", said)
-        self.assertIn("start --port %d" % (port % 65_535 + 1), said)
+        self.assertIn("just passing: it may be free again within a minute. Another port:", said)
+        self.assertIn("start --port %d --host 127.0.0.1" % (port % 65_535 + 1), said)
+
+    def connection(self):
+        """A connection of ours: its end, whose port it is about, and the other end."""
+        with contextlib.closing(socket.socket()) as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen(1)
+            mine = socket.create_connection(server.getsockname())
+            self.addCleanup(mine.close)
+            theirs = server.accept()[0]
+            self.addCleanup(theirs.close)
+        return mine, theirs
+
+    @unittest.skipUnless(sys.platform == "linux", "no /proc/net/tcp here")
+    def test_a_port_that_a_connection_has_just_left_is_waited_for(self):
+        mine, theirs = self.connection()
+        port = mine.getsockname()[1]
+        mine.shutdown(socket.SHUT_WR)               # who closes first keeps the port in TIME-WAIT
+        theirs.close()
+        mine.recv(1)
+        mine.close()
+        child = self.child("start", "-p", str(port), "--host", "127.0.0.1", "--alias", "my model=opus",
+                           "--api-key", "the-client-key", ANTHROPIC_API_KEY=SECRET)
+        child.wait_for("waiting up to a minute.*\n")
+        self.assertIn("Port %d is held by a connection that has just closed" % port, child.err)
+        self.assertRegex(child.err, r"Or: \S+ \S+ start --port %d --host 127.0.0.1 --alias 'my model=opus' "
+                                    r"--api-key KEY\n" % (port % 65_535 + 1))
+        self.assertNotIn("the-client-key", child.err)
+        self.assertEqual((child.end(signal.SIGTERM), child.out), (0, ""))
+
+    @unittest.skipUnless(sys.platform == "linux", "no /proc/net/tcp here")
+    def test_a_port_is_taken_as_soon_as_it_is_free(self):
+        parsed = claude_gateway.argument_parser().parse_args(["start"])
+        kept = claude_gateway.TIME_WAIT_PATIENCE
+        self.addCleanup(setattr, claude_gateway, "TIME_WAIT_PATIENCE", kept)
+        for patience, closing, taken in ((kept, True, True), (kept, False, False), (-1, True, False)):
+            with self.subTest(patience=patience, closing=closing):
+                mine, theirs = self.connection()
+                gateway = Gateway(Config(host="127.0.0.1", port=mine.getsockname()[1], anthropic_api_key="k"))
+                self.addCleanup(gateway.close)
+                if closing:                         # half closed: nobody can use it any more
+                    mine.shutdown(socket.SHUT_WR)
+                claude_gateway.TIME_WAIT_PATIENCE = patience
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                # whoever waits here frees the port: a reset leaves no TIME-WAIT behind
+                stop = SimpleNamespace(wait=lambda seconds, ends=(theirs, mine): [end.close() for end in ends] and None)
+                with contextlib.redirect_stderr(io.StringIO()):
+                    if taken:
+                        service = claude_gateway.service_on_its_port(gateway, parsed, stop)
+                        self.assertEqual(service.port, gateway.config.port)
+                        service.stop_accepting()
+                    else:
+                        with self.assertRaises(OSError):
+                            claude_gateway.service_on_its_port(gateway, parsed, stop)
+
+    @POSIX_ONLY
+    def test_it_runs_without_standard_output_and_error(self):
+        ended = subprocess.Popen(["sh", "-c", 'exec "$0" "$1" start --demo -p "$2" --host 127.0.0.1 >&- 2>&-',
+                                  sys.executable, PROGRAM, str(self.free_port())], env=self.environment({}))
+        self.addCleanup(ended.kill)
+        for _ in range(1_000):
+            with contextlib.suppress(OSError):
+                if self.ask("GET", "/health").status == 200:
+                    break
+            self.assertIsNone(ended.poll())
+            time.sleep(0.01)
+        ended.send_signal(signal.SIGTERM)
+        self.assertEqual(ended.wait(20), 0)
+
+    def free_port(self) -> int:
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.service = SimpleNamespace(port=probe.getsockname()[1])
+        return self.service.port
+
+    def test_on_all_addresses_the_pasted_one_is_no_address_of_this_page(self):
+        for flags, pasted, named in (((), "ADDRESS-OF-THIS-MACHINE", True),
+                                     (("--allow-host", "gateway.lan"), "gateway.lan", False)):
+            with self.subTest(flags):
+                child = self.child("start", "--demo", "-p", "0", "--host", "0.0.0.0", *flags,
+                                   CLAUDE_GATEWAY_API_KEY="k")
+                port = child.wait_for(r"on http://0\.0\.0\.0:(\d+)/v1", "out").group(1)
+                child.wait_for("base URL http://%s:%s/v1 " % (pasted, port))
+                self.assertEqual(child.end(signal.SIGTERM), 0)
+                self.assertIn("Clients: a key is needed\n", child.err)
+                self.assertEqual("--allow-host NAME" in child.err, named)
+
+    def test_the_proxy_in_use_is_named_without_its_credentials(self):
+        child = self.serve(ANTHROPIC_BASE_URL="https://upstream.test",
+                           HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:9")
+        answer = self.chat(headers={"x-stainless-retry-count": "1"})
+        child.end(signal.SIGTERM)
+        self.assertIn("Proxy: http://***@127.0.0.1:9\n", child.err)
+        self.assertIn("The proxy 127.0.0.1:9 could not be reached: ", answer.error["message"])
+        self.assertNotIn("proxy-password", child.err)
+
+    def test_on_a_terminal_a_first_start_asks_first(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("no pseudo terminals here")
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        child = self.child("start", "--port", "0", stdin=slave)
+        os.close(slave)
+        child.wait_for(r"No credential\. Sign in with a Claude account now\? \[y/N\] ")
+        os.write(master, b"\n")
+        self.assertEqual(child.end(), 3)
+        self.assertRegex(child.err, r"No credential\. Set ANTHROPIC_API_KEY, or run")
+        self.assertNotIn("claude.ai", child.err)
 
     def test_an_alias_for_nothing_known_draws_a_warning(self):
         child = self.child("start", "--demo", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
@@ -7398,6 +7516,8 @@ class StartTests(CommandTestCase):
         child = self.child("start", "--port", "0", stdin=slave, BROWSER="true", ANTHROPIC_BASE_URL=self.claude.url,
                            CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
         os.close(slave)
+        child.wait_for(r"\[y/N\]")
+        os.write(master, b"y\n")
         state = parse_qs(child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)").group(1))["state"][0]
         child.wait_for("2026-08-22")
         child.wait_for("Code: ")
@@ -7715,7 +7835,7 @@ class OtherCommandTests(CommandTestCase):
         self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example Ltd"})
         login = self.command("status")
         self.assertEqual(login.code, 0)
-        for words in ("me@example.org", "Example Ltd", self.token_path, "59 minutes"):
+        for words in ("me@example.org", "Example Ltd", self.token_path, "in 59 min)"):
             self.assertIn(words, login.out)
         self.assertEqual(self.claude.requests, [])
 
@@ -9843,6 +9963,14 @@ class UpstreamAnswerTests(UpstreamTestCase):
             gateway.close()
 
 
+def make_certificate(path: str, key: str) -> None:
+    """A certificate for upstream.test that is its own authority."""
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+               "-keyout", key, "-out", path, "-days", "2", "-subj", "/CN=upstream.test", "-addext",
+               "subjectAltName=DNS:upstream.test,IP:127.0.0.1", "-addext", "keyUsage=digitalSignature,keyCertSign"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20)
+
+
 class TlsTestCase(UpstreamTestCase):
     @classmethod
     def setUpClass(cls) -> None:
@@ -9850,11 +9978,8 @@ class TlsTestCase(UpstreamTestCase):
         folder = tempfile.mkdtemp()
         cls.addClassCleanup(shutil.rmtree, folder)
         cls.certificate, key = os.path.join(folder, "certificate.pem"), os.path.join(folder, "key.pem")
-        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                   "-keyout", key, "-out", cls.certificate, "-days", "2", "-subj", "/CN=upstream.test", "-addext",
-                   "subjectAltName=DNS:upstream.test,IP:127.0.0.1", "-addext", "keyUsage=digitalSignature,keyCertSign"]
         try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20)
+            make_certificate(cls.certificate, key)
         except (OSError, subprocess.SubprocessError):
             raise unittest.SkipTest("no openssl command that makes certificates") from None
         cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -9960,6 +10085,29 @@ class TlsTests(TlsTestCase):
         self.assertEqual(relaxed.verify_flags, plain.verify_flags & ~strict)
         for context in (plain, relaxed):
             self.assertEqual((context.verify_mode, context.check_hostname), (ssl.CERT_REQUIRED, True))
+
+    def test_a_named_authority_is_added_to_those_of_the_system(self):
+        real = ssl.get_default_verify_paths
+        self.addCleanup(setattr, ssl, "get_default_verify_paths", real)
+        ssl.get_default_verify_paths = lambda: real()._replace(openssl_cafile=self.certificate, openssl_capath="/none")
+        named = self.certificate + ".named"
+        make_certificate(named, self.certificate + ".key")
+        self.addCleanup(os.environ.pop, "SSL_CERT_FILE", None)
+        for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            with self.subTest(variable):
+                os.environ.pop("SSL_CERT_FILE", None)
+                if variable == "SSL_CERT_FILE":
+                    os.environ["SSL_CERT_FILE"] = named             # OpenSSL itself reads it, instead of the system's
+                serials = {each["serialNumber"] for each in claude_gateway.tls_context(named, False).get_ca_certs()}
+                for path in (named, self.certificate):
+                    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                    context.load_verify_locations(path)
+                    self.assertIn(context.get_ca_certs()[0]["serialNumber"], serials)
+        os.environ["SSL_CERT_FILE"] = named
+        finding = claude_gateway.authorities_finding(Config(ca_file=named, ca_variable="SSL_CERT_FILE"))
+        self.assertIn("2 authorities, with those of %s (SSL_CERT_FILE)" % named, finding.detail)
+        ssl.get_default_verify_paths = lambda: real()._replace(openssl_cafile="/none", openssl_capath="/none")
+        self.assertTrue(claude_gateway.authorities_finding(Config(ca_file=named)).detail.startswith("1 authority, "))
 
     def test_a_missing_file_of_authorities_is_named(self):
         self.start(base_url="https://127.0.0.1:1", ca_file=self.certificate + ".missing")
@@ -10093,6 +10241,20 @@ class ProxyTests(TlsTestCase):
             answer = self.chat(headers=NO_RETRY)
         self.assertEqual(answer.status, 502)
         self.assertNotIn("pw-secret", answer.error["message"])
+
+    def test_who_could_not_be_reached_is_said_plainly(self):
+        refused, unknown = ConnectionRefusedError(111, "Connection refused"), socket.gaierror(-2, "Name or service")
+        for fault, tunnel, words in (
+                (refused, None, "The upstream could not be reached: "),
+                (refused, "upstream.test", "The proxy proxy.test:1 could not be reached: "),
+                (OSError("Tunnel connection failed: 407 No"), "upstream.test",
+                 "The upstream could not be reached through the proxy proxy.test:1: Tunnel connection failed: 407 No."),
+                (unknown, "upstream.test", "The proxy proxy.test:1 could not be reached, as its host name proxy.test "
+                                           "is not known here (`claude-gateway doctor` checks the way there): "),
+                (unknown, None, "The upstream could not be reached, as its host name proxy.test is not known here")):
+            with self.subTest(words):
+                request = SimpleNamespace(host="proxy.test:1", _tunnel_host=tunnel)
+                self.assertIn(words, str(claude_gateway.fault_before_answer(fault, request)))
 
     def test_loopback_is_never_proxied(self):
         raw, proxy = self.start_behind_proxy([upstream_bytes(MESSAGE_JSON)])
@@ -10797,12 +10959,14 @@ class DailyCommandTests(GatewayTestCase):
         self.start(api_key=("the-client-key",))
         port = str(self.service.port)
         for key, words in (("", "set CLAUDE_GATEWAY_API_KEY"), ("the-client-key", "Requests:"),
-                           ("wrong", "does not take that in CLAUDE_GATEWAY_API_KEY")):
+                           ("wrong", "The key in CLAUDE_GATEWAY_API_KEY is none of its keys.")):
             with self.subTest(key=key):
                 code, said, _ = run_command("status", "--port", port, CLAUDE_GATEWAY_API_KEY=key)
                 self.assertEqual(code, 0)
                 self.assertIn("is running.", said)
                 self.assertIn(words, said)
+        self.assertIn("The key given with --api-key is none of",
+                      outcome_of(["status", "--port", port, "--api-key", "wrong"], {}, "").out)
         told = json.loads(run_command("status", "--json", "--port", port)[1])
         self.assertEqual((told["running"], told["key_needed"], told["credential"]), (True, True, None))
 
@@ -10867,6 +11031,98 @@ class DailyCommandTests(GatewayTestCase):
                 config = Config(token_file=path)
                 finding = next(claude_gateway.credential_findings(config, SimpleNamespace(post_json=None)))
                 self.assertEqual((finding.level, finding.code), (level, code))
+
+    def doctor(self, **variables):
+        """The findings of `doctor --json`, by name, and the exit code; nothing of it leaves this machine."""
+        done = outcome_of(["doctor", "--json", "-p", self.free_port()], dict({
+            "HOME": "/nowhere", "ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, **variables), "")
+        return {finding["name"]: finding for finding in json.loads(done.out)}, done.code
+
+    def test_doctor_goes_on_with_settings_that_are_wrong(self):
+        found, code = self.doctor(CLAUDE_GATEWAY_PORT="", CLAUDE_GATEWAY_AUTH="x", HTTPS_PROXY="socks5://u:word@h:1")
+        self.assertEqual((code, found["Settings"]["level"], found["Upstream"]["level"]), (2, "failed", "failed"))
+        for variables, words in (({"HTTPS_PROXY": "socks5://u:word@h:1"}, "HTTPS_PROXY: SOCKS proxies"),
+                                 ({"https_proxy": "http://u:word@h:x"}, "https_proxy: expected an address"),
+                                 ({"CLAUDE_GATEWAY_AUTH": "x"}, "CLAUDE_GATEWAY_AUTH: expected one of auto, api-key, "
+                                                                "oauth, got 'x'."),
+                                 ({"CLAUDE_GATEWAY_ALIAS": "a=b,c"}, "CLAUDE_GATEWAY_ALIAS: expected NAME=MODEL, got "
+                                                                     "'c'."),
+                                 ({"CLAUDE_GATEWAY_MINIMAL": "1", "CLAUDE_GATEWAY_QUIET": "1"}, "exclude each other")):
+            with self.subTest(variables):
+                parsed = claude_gateway.argument_parser().parse_args(["doctor"])
+                config, wrong = claude_gateway.usable_config(parsed, variables)
+                self.assertEqual([finding.level for finding in wrong], ["failed"])
+                self.assertIn(words, wrong[0].detail)
+                self.assertNotIn("word", wrong[0].detail.replace("password", ""))
+        parsed = claude_gateway.argument_parser().parse_args(["doctor", "--port", "x"])
+        self.assertEqual(claude_gateway.usable_config(parsed, {})[0].port, 45554)
+        _, wrong = claude_gateway.usable_config(parsed, {"ALL_PROXY": "socks5://u:word@h:1"})
+        self.assertEqual([(finding.level, finding.detail) for finding in wrong],
+                         [("warning", "ALL_PROXY is set, and not used here")])
+
+    def test_commands_that_call_nobody_are_not_stopped_by_the_way_out(self):
+        bad = {"HTTPS_PROXY": "socks5://h:1", "ANTHROPIC_BASE_URL": "x", "CLAUDE_GATEWAY_LOG_FORMAT": "xml",
+               "HOME": "/nowhere"}
+        for arguments in (["setup", "codex"], ["translate"], ["logout"], ["completion", "bash"]):
+            with self.subTest(arguments):
+                done = outcome_of(arguments, bad, "")
+                self.assertNotIn("socks", done.err.lower() + done.out.lower().replace("bash", ""))
+                self.assertNotIn("expected", done.err)
+
+    def test_doctor_says_what_to_do_with_a_refused_credential(self):
+        def refuse():
+            raise claude_gateway.ClaudeError(401, {"type": "authentication_error", "message": "invalid x-api-key"})
+        for credential, step in ((claude_gateway.ApiKey("k", "ANTHROPIC_API_KEY"), "Check ANTHROPIC_API_KEY at https"),
+                                 (claude_gateway.BearerToken("t", "X", True), "Renew the token")):
+            finding = claude_gateway.acceptance_finding(SimpleNamespace(credential=credential, models=refuse))
+            self.assertTrue(finding.step.startswith(step), finding)
+            self.assertIn("invalid x-api-key. Hint:", finding.detail)
+
+    def test_what_is_missing_depends_on_what_auth_allows(self):
+        key = {"ANTHROPIC_API_KEY": SECRET, "CLAUDE_CODE_OAUTH_TOKEN": ""}
+        for auth, variables, words, not_this in (
+                ("oauth", key, r"No login, .*\(there is ANTHROPIC_API_KEY\).*Run `claude-gateway login`", "Set ANTH"),
+                ("oauth", {}, "No login, and --auth oauth takes nothing else. Run", "there is"),
+                ("api-key", {"CLAUDE_CODE_OAUTH_TOKEN": "t"}, r"No API key, .*CLAUDE_CODE_OAUTH_TOKEN", "login`")):
+            for command in (["start"], ["status", "-p", self.free_port()]):
+                with self.subTest(auth=auth, command=command):
+                    done = outcome_of([*command, "--auth", auth], dict({"HOME": "/nowhere"}, **variables), "")
+                    self.assertEqual(done.code, 3)
+                    self.assertRegex(done.err + done.out, words)
+                    self.assertNotIn(not_this, done.err + done.out)
+
+    def test_a_token_that_is_over_is_renewed_at_the_next_request(self):
+        self.assertRegex(claude_gateway.expiry_words(1_700_000_000, True), "expired; it is renewed at the next request")
+        self.assertTrue(claude_gateway.expiry_words(1_700_000_000, False).endswith("(expired)"))
+        for seconds, words in ((30, "30 s"), (28_799, "7 h 59 min"), (7_200, "2 h"), (200_000, "2 d 7 h"),
+                               (90, "1 min")):
+            self.assertEqual(claude_gateway.duration_words(seconds), words)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "tokens.json")
+            with open(path, "wb") as file:
+                file.write(b"{ torn")
+            done = outcome_of(["status", "-p", self.free_port(), "--token-file", path], {}, "")
+        self.assertRegex(done.err, "login` replaces it.*logout` removes it")
+
+    def test_translate_prints_valid_json_in_any_locale(self):
+        chat = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "\U0001f98a\u00fc"}]}).encode()
+        for encoding, shown in (("ascii", False), ("utf-8", True)):
+            with self.subTest(encoding), tempfile.NamedTemporaryFile() as file:
+                file.write(chat)
+                file.flush()
+                raw = io.BytesIO()
+                with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding)) as out, \
+                        contextlib.redirect_stderr(io.StringIO()):
+                    self.assertEqual(claude_gateway.main(["translate", file.name]), 0)
+                    out.flush()
+                told = raw.getvalue().decode(encoding)
+                self.assertEqual(json.loads(told)["messages"][0]["content"][0]["text"], "\U0001f98a\u00fc")
+                self.assertEqual("\U0001f98a" in told, shown)
+
+    def test_a_hint_keeps_the_users_own_port(self):
+        port = self.free_port()
+        done = outcome_of(["status", "-p", port, "--auth", "api-key"], {"ANTHROPIC_API_KEY": "k"}, "")
+        self.assertIn("Start one: claude-gateway start --port %s --auth api-key\n" % port, done.out)
 
     def test_doctor_masks_the_proxys_credentials(self):
         code, said, _ = run_command("doctor", "--port", self.free_port(),
