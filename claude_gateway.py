@@ -8009,7 +8009,7 @@ def running_status(config: Config, key: str = "") -> dict | None:
 
 
 class ToolSettings(NamedTuple):
-    """`where`: one line for the table; `text`: the settings themselves, BASE, KEY and MODEL to be filled in."""
+    """`where`: one line for the table; `text`: the settings themselves, with the words of `filled` to be filled in."""
     title: str
     where: str
     text: str
@@ -8047,6 +8047,9 @@ API Key:      KEY
 Model:        MODEL
 (switch on image support and prompt caching)"""),
     "continue": ToolSettings("Continue", "~/.continue/config.yaml", """\
+name: Claude Gateway
+version: 1.0.0
+schema: v1
 models:
   - name: Claude
     provider: openai
@@ -8061,7 +8064,8 @@ model_provider = "gateway"
 [model_providers.gateway]
 name = "gateway"
 base_url = "BASE"
-wire_api = "responses\""""),
+wire_api = "responses"
+ENV_KEY"""),
     "opencode": ToolSettings("opencode", "opencode.json", """\
 { "provider": { "gateway": {
     "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
@@ -8075,10 +8079,13 @@ export OPENAI_BASE_PATH=v1/chat/completions
 export OPENAI_API_KEY=KEY"""),
     "open-webui": ToolSettings("Open WebUI", "Settings, Connections, OpenAI API", """\
 Admin settings > Connections > OpenAI API > add a connection
-URL: BASE          (from a container: http://host.docker.internal:PORT/v1)
+URL: BASE
 Key: KEY
-Models are listed by themselves."""),
+Models are listed by themselves.
+
+CONTAINER"""),
     "librechat": ToolSettings("LibreChat", "librechat.yaml, endpoints.custom", """\
+# CONTAINER
 endpoints:
   custom:
     - name: Claude
@@ -8092,7 +8099,7 @@ endpoints:
     "api_url": "BASE",
     "available_models": [{ "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
       "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
-and the key in the environment: GATEWAY_API_KEY=KEY"""),
+// the key goes into the environment: GATEWAY_API_KEY=KEY"""),
     "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, third-party providers", """\
 Settings > Tools > AI Assistant > Models & API keys > OpenAI-compatible
 URL: BASE
@@ -8101,91 +8108,110 @@ Model: MODEL"""),
     "n8n": ToolSettings("n8n", "OpenAI credential, base URL", """\
 Credentials > OpenAI
 API Key:  KEY
-Base URL: BASE     (n8n in a container: http://host.docker.internal:PORT/v1)
-Then choose MODEL by its id in the OpenAI Chat Model node."""),
+Base URL: BASE
+Then choose MODEL by its id in the OpenAI Chat Model node.
+
+CONTAINER"""),
     "home-assistant": ToolSettings("Home Assistant", "integration LiteLLM (2026.6 or newer)", """\
 Settings > Devices & services > Add integration > LiteLLM
-URL: BASE          (the gateway must be reachable from Home Assistant: see --host and CLAUDE_GATEWAY_API_KEY)
-API key: KEY
+URL: http://ADDRESS-OF-THIS-MACHINE:PORT/v1
+API key: YOUR-GATEWAY-KEY
+and a gateway that Home Assistant can reach:
+CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
 The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
     "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
+# this file is in the folder that this names: dirname "$(llm logs path)"
 - model_id: claude
   model_name: MODEL
   api_base: BASE
   supports_tools: true
   supports_schema: true
   vision: true
-# the file is at: dirname "$(llm logs path)"; the key: llm keys set openai --value KEY"""),
+# and the key, in a shell: llm keys set openai --value KEY"""),
     "obsidian": ToolSettings("Obsidian plugins", "custom OpenAI-compatible provider", """\
 Provider: OpenAI compatible / custom
 Base URL: BASE
 API key:  KEY
 Model:    MODEL
 If the plugin reports a network or CORS error, start the gateway with:
-  claude-gateway start --cors-origin app://obsidian.md"""),
+  claude-gateway START --cors-origin app://obsidian.md"""),
     "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
 Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
 public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
 your credential to the internet."""),
 }
 
+# Told with the settings of what usually runs in a container: there, localhost is the container itself.
+CONTAINER = """\
+In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name takes
+docker run --add-host=host.docker.internal:host-gateway, and a gateway that listens to containers:
+CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 172.17.0.1"""
+
 SERVICE_FILES = {
-    "systemd": """\
-# ~/.config/systemd/user/claude-gateway.service
+    "systemd": ToolSettings("Linux: a service of your user", "~/.config/systemd/user/claude-gateway.service", """\
 # then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway
+# to have it run while you are not signed in: loginctl enable-linger
 [Unit]
 Description=Claude Gateway
 After=network-online.target
 
 [Service]
-ExecStart="PYTHON" "FILE" start
-# a key, if no login is stored: put ANTHROPIC_API_KEY=... into this file, mode 600
+ExecStart="PYTHON" "FILE" START
+# keys go into this file, mode 600: ANTHROPIC_API_KEY=... if no login is stored, CLAUDE_GATEWAY_API_KEY=... for clients
 EnvironmentFile=-%h/.config/claude-gateway/environment
 Restart=on-failure
+RestartPreventExitStatus=2 3
 TimeoutStopSec=35
 NoNewPrivileges=yes
 PrivateTmp=yes
 
 [Install]
-WantedBy=default.target""",
-    "launchd": """\
+WantedBy=default.target"""),
+    "launchd": ToolSettings("macOS: an agent of your user", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
-<!-- ~/Library/LaunchAgents/local.claude-gateway.plist
-     then: launchctl load ~/Library/LaunchAgents/local.claude-gateway.plist -->
+<!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
+     to end it: launchctl bootout gui/$(id -u)/local.claude-gateway
+     launchd cannot tell a missing credential (exit 3) from other failures: it tries again every minute -->
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
 <plist version="1.0">
 <dict>
   <key>Label</key><string>local.claude-gateway</string>
   <key>ProgramArguments</key>
-  <array><string>PYTHON</string><string>FILE</string><string>start</string></array>
+  <array><string>PYTHON</string><string>FILE</string>START</array>
+  <!-- keys, if no login is stored or clients need one; then: chmod 600 this file
+  <key>EnvironmentVariables</key>
+  <dict><key>ANTHROPIC_API_KEY</key><string>...</string><key>CLAUDE_GATEWAY_API_KEY</key><string>...</string></dict> -->
   <key>RunAtLoad</key><true/>
   <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
-  <key>StandardErrorPath</key><string>/tmp/claude-gateway.log</string>
+  <key>ThrottleInterval</key><integer>60</integer>
+  <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
 </dict>
-</plist>""",
-    "windows": """\
-:: in a terminal; starts the gateway, without a window, whenever you sign in
-schtasks /Create /TN "Claude Gateway" /SC ONLOGON /TR "\\"PYTHONW\\" \\"FILE\\" start"
-schtasks /Run /TN "Claude Gateway\"""",
-    "docker": """\
-# docker build -t claude-gateway .
-# docker run -p 127.0.0.1:45554:45554 -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
+</plist>"""),
+    "windows": ToolSettings("Windows: a task that runs when you sign in", "a terminal (cmd)", """\
+:: keys, if no login is stored or clients need one:
+:: setx ANTHROPIC_API_KEY sk-ant-...
+:: setx CLAUDE_GATEWAY_API_KEY ...
+schtasks /Create /TN "Claude Gateway" /SC ONLOGON /TR "\\"PYTHONW\\" \\"FILE\\" START"
+schtasks /Run /TN "Claude Gateway\""""),
+    "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
+# cp "FILE" . && docker build -t claude-gateway .
+# docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
 # In a container the gateway listens on all addresses, so it wants a key for clients (CLAUDE_GATEWAY_API_KEY).
 FROM python:3-slim
 COPY claude_gateway.py /
 USER nobody
 ENV CLAUDE_GATEWAY_HOST=0.0.0.0
-EXPOSE 45554
-HEALTHCHECK CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:45554/health')"]
+EXPOSE PORT
+HEALTHCHECK CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:PORT/health')"]
 ENTRYPOINT ["python3", "/claude_gateway.py"]
-CMD ["start"]""",
+CMD [START]"""),
 }
 
 
 def setup_list() -> str:
     """Every name that `setup` knows, with what it is."""
-    lines = ["%-16s %s" % (name, tool.title) for name, tool in TOOL_SETTINGS.items()]
-    return "\n".join(lines + ["%-16s a service file for this installation" % name for name in SERVICE_FILES])
+    lines = ["%-16s %s" % (name, tool.title) for name, tool in [*TOOL_SETTINGS.items(), *SERVICE_FILES.items()]]
+    return "\n".join(lines + ["", "claude-gateway setup NAME prints its settings."])
 
 
 def setup_name(text: str) -> str:
@@ -8202,15 +8228,30 @@ def setup_name(text: str) -> str:
 
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
-    if name in SERVICE_FILES:
-        python, text = sys.executable or "python3", SERVICE_FILES[name]
-        values = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
-                  "FILE": os.path.abspath(__file__)}
-    else:
-        origin, text = "http://localhost:%d" % config.port, TOOL_SETTINGS[name].text
-        values = {"BASE": origin + "/v1", "ORIGIN": origin, "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
-                  "MODEL": "sonnet", "PORT": str(config.port)}
-    return re.sub(r"\b(%s)\b" % "|".join(values), lambda word: values[word.group()], text)
+    tool = (TOOL_SETTINGS if name in TOOL_SETTINGS else SERVICE_FILES)[name]
+    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), tool.text)
+    values = filled(config, *SERVICE_FORMS.get(name, (str, "%s", " ")))
+    return re.sub(r"(?<![\w-])(%s)\b" % "|".join(values), lambda word: values[word.group()], text).rstrip()
+
+
+# How a path is written in a service file, how an argument, and what stands between two
+SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
+    "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
+    "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
+    "docker": (str, '"%s"', ", ")}
+
+
+def filled(config: Config, path_form: Callable[[str], str], argument_form: str, between: str) -> dict[str, str]:
+    """The words that settings leave open -> what they mean here."""
+    origin, python = "http://localhost:%d" % config.port, sys.executable or "python3"
+    arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
+    paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
+             "FILE": os.path.abspath(__file__), "HOME": os.path.expanduser("~")}
+    return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
+            "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
+            "ENV_KEY": 'env_key = "CLAUDE_GATEWAY_API_KEY"' if config.api_key else "",
+            "START": between.join(argument_form % argument for argument in arguments),
+            **{word: path_form(path) for word, path in paths.items()}}
 
 
 def completion_script(shell: str, commands: dict[str, list[str]]) -> str:
@@ -8509,7 +8550,7 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
 LOUDNESS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 # Commands that call nobody -> the options whose variables they read
-OFFLINE = {"setup": ("port", "host", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",)}
+OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",)}
 
 
 def without_overruled(parsed: argparse.Namespace, given: dict[str, str]) -> dict[str, str]:
@@ -9140,7 +9181,13 @@ def selftest_command(parsed: argparse.Namespace) -> int:
 
 def setup_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
-    print(as_typed(setup_text(parsed.name, config)) if parsed.name else setup_list())
+    if not parsed.name:
+        print(as_typed(setup_list()))
+        return OK
+    tool = (TOOL_SETTINGS if parsed.name in TOOL_SETTINGS else SERVICE_FILES)[parsed.name]
+    say("%s, %s:" % (tool.title, tool.where))       # not for pasting, so not on standard output
+    sys.stderr.flush()
+    print(as_typed(setup_text(parsed.name, config)))
     return OK
 
 

@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import plistlib
 import random
 import re
 import shutil
@@ -11173,7 +11174,8 @@ class DailyCommandTests(GatewayTestCase):
         for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
             with self.subTest(name=name):
                 said = claude_gateway.setup_text(name, Config(port=45999))
-                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE"):
+                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE", "START", "CONTAINER", "ENV_KEY",
+                                    "PORT", "HOME"):
                     self.assertNotRegex(said, r"(?<![A-Z_-])%s(?![A-Z_-])" % placeholder)
                 if name not in ("cursor", "systemd", "launchd", "windows", "docker"):
                     self.assertIn("45999", said)
@@ -11186,8 +11188,61 @@ class DailyCommandTests(GatewayTestCase):
         for name in ("systemd", "launchd", "windows"):
             said = claude_gateway.setup_text(name, Config())
             self.assertIn(os.path.abspath(claude_gateway.__file__), said)
-        __import__("xml.dom.minidom").dom.minidom.parseString(claude_gateway.setup_text("launchd", Config()).split(
-            "?>", 1)[1].split("-->", 1)[1].strip().split("\n", 1)[1])
+        plist = plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())
+        self.assertEqual(plist["ProgramArguments"], [sys.executable, os.path.abspath(claude_gateway.__file__), "start"])
+        self.assertEqual(plist["StandardErrorPath"], os.path.expanduser("~/Library/Logs/claude-gateway.log"))
+
+    def test_service_files_carry_the_port(self):
+        config = Config(port=45999, api_key=("the-client-key",))
+        systemd, launchd, windows, docker = (claude_gateway.setup_text(name, config)
+                                             for name in ("systemd", "launchd", "windows", "docker"))
+        self.assertRegex(systemd, r'(?m)^ExecStart=".*" ".*" start --port 45999$')
+        self.assertEqual(plistlib.loads(launchd.encode())["ProgramArguments"][2:], ["start", "--port", "45999"])
+        self.assertIn('\\" start --port 45999"', windows)
+        for words in ('CMD ["start", "--port", "45999"]', "EXPOSE 45999\n", "127.0.0.1:45999/health",
+                      "-p 127.0.0.1:45999:45999", 'cp "%s" .' % os.path.abspath(claude_gateway.__file__)):
+            self.assertIn(words, docker)
+        for said in (systemd, launchd, windows, docker):
+            self.assertIn("CLAUDE_GATEWAY_API_KEY", said)
+            self.assertNotIn("the-client-key", said)
+        self.assertIn("RestartPreventExitStatus=2 3\n", systemd)
+
+    def test_paths_are_written_as_each_service_file_takes_them(self):
+        kept = sys.executable
+        self.addCleanup(setattr, sys, "executable", kept)
+        sys.executable = '/a "b"/100% $PORT & <c>/python'
+        self.assertIn(r'ExecStart="/a \"b\"/100%% $$PORT & <c>/python" "',
+                      claude_gateway.setup_text("systemd", Config()))
+        self.assertEqual(plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())["ProgramArguments"][0],
+                         sys.executable)
+
+    def test_settings_fit_the_gateway_that_they_are_for(self):
+        plain, keyed = Config(port=45999), Config(port=45999, api_key=("the-client-key",))
+        for name in claude_gateway.TOOL_SETTINGS:
+            self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
+        self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
+        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('\nenv_key = "CLAUDE_GATEWAY_API_KEY"'))
+        for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
+                      "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
+            self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
+        for name in ("open-webui", "n8n", "librechat"):
+            said = claude_gateway.setup_text(name, plain)
+            for words in ("http://host.docker.internal:45999/v1", "--add-host=host.docker.internal:host-gateway",
+                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 172.17.0.1"):
+                self.assertIn(words, said)
+        for line in said.split("\n")[:3]:           # librechat's settings are a file
+            self.assertTrue(line.startswith("# "))
+        self.assertTrue(claude_gateway.setup_text("continue", plain).startswith("name: "))
+        self.assertIn("\nversion: 1.0.0\nschema: v1\nmodels:\n", claude_gateway.setup_text("continue", plain))
+
+    def test_setup_says_where_they_go_and_prints_what_can_be_pasted(self):
+        done = outcome_of(["setup", "codex"], {}, "")
+        self.assertEqual((done.code, done.err), (0, "Codex CLI, ~/.codex/config.toml:\n"))
+        self.assertTrue(done.out.startswith('model = "claude-opus-5-5"\n'))
+        self.assertIn("a terminal (cmd):", outcome_of(["setup", "windows"], {}, "").err)
+        listed = outcome_of(["setup"], {}, "").out
+        self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
+        self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your user$")
 
     def test_completion_knows_every_command_and_option(self):
         for shell in ("bash", "zsh", "fish", "powershell"):
