@@ -552,7 +552,7 @@ class Model:
     efforts: Tuple[str, ...] = EFFORTS          # () = no effort parameter
     structured_outputs: bool = True
     web_search: bool = True
-    price: Optional[Tuple[float, float]] = None # US dollars per million input tokens: fresh, read from the cache
+    price: Optional[Tuple[float, float, float]] = None      # US dollars per million tokens: in, in from the cache, out
     fast: bool = True                           # whether `speed` may be "fast"; no source says, so a refusal tells
     display_name: str = ""
 
@@ -570,33 +570,33 @@ class Model:
 def _models() -> Iterator[Model]:
     """The built-in table, newest first (facts of November 2026)."""
     can_disable = ("adaptive", "disabled")
-    yield Model("claude-fable-5-2", "2026-11-09", price=(8, 0.2))
+    yield Model("claude-fable-5-2", "2026-11-09", price=(8, 0.2, 40))
     yield Model("claude-mythos-5-2")
-    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01), forced_tools=True, thinking=can_disable)
-    yield Model("claude-sonnet-5-5", "2026-09-28", price=(2, 0.1), thinking=("adaptive", "between_tools"))
-    yield Model("claude-opus-5-5", "2026-09-22", price=(4, 0.2))
-    yield Model("claude-fable-5-1", "2026-08-28", price=(10, 0.25))
-    yield Model("claude-mythos-5-1", price=(10, 0.25))
-    yield Model("claude-opus-5", "2026-07-24", price=(5, 0.5), forced_tools=True, thinking=can_disable)
-    yield Model("claude-sonnet-5", "2026-06-30", price=(2, 0.2), forced_tools=True, thinking=can_disable,
+    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01, 0.5), forced_tools=True, thinking=can_disable)
+    yield Model("claude-sonnet-5-5", "2026-09-28", price=(2, 0.1, 10), thinking=("adaptive", "between_tools"))
+    yield Model("claude-opus-5-5", "2026-09-22", price=(4, 0.2, 20))
+    yield Model("claude-fable-5-1", "2026-08-28", price=(10, 0.25, 50))
+    yield Model("claude-mythos-5-1", price=(10, 0.25, 50))
+    yield Model("claude-opus-5", "2026-07-24", price=(5, 0.5, 25), forced_tools=True, thinking=can_disable)
+    yield Model("claude-sonnet-5", "2026-06-30", price=(2, 0.2, 10), forced_tools=True, thinking=can_disable,
                 late_system=False)
-    yield Model("claude-fable-5", "2026-06-09", price=(10, 1), forced_tools=True)
-    yield Model("claude-mythos-5", "2026-06-09", price=(10, 1), forced_tools=True)
+    yield Model("claude-fable-5", "2026-06-09", price=(10, 1, 50), forced_tools=True)
+    yield Model("claude-mythos-5", "2026-06-09", price=(10, 1, 50), forced_tools=True)
 
-    quiet = Model("", price=(5, 0.5), forced_tools=True, thinks_by_default=False, thinking=can_disable)
+    quiet = Model("", price=(5, 0.5, 25), forced_tools=True, thinks_by_default=False, thinking=can_disable)
     yield replace(quiet, id="claude-opus-4-8", released="2026-05-28")
     yield replace(quiet, id="claude-opus-4-7", released="2026-04-16", late_system=False)
 
     both = replace(quiet, sampling=True, late_system=False, thinking=("adaptive", "enabled", "disabled"),
                    efforts=("low", "medium", "high", "max"))
-    yield replace(both, id="claude-sonnet-4-6", released="2026-02-17", price=(3, 0.3))
+    yield replace(both, id="claude-sonnet-4-6", released="2026-02-17", price=(3, 0.3, 15))
     yield replace(both, id="claude-opus-4-6", released="2026-02-05")
 
     budgets = replace(both, context=200_000, max_output=64_000, prefill=True, thinking=("enabled", "disabled"),
                       efforts=())
     yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"))
-    yield replace(budgets, id="claude-haiku-4-5-20251001", released="2025-10-15", price=(1, 0.1))
-    yield replace(budgets, id="claude-sonnet-4-5-20250929", released="2025-09-29", price=(3, 0.3),
+    yield replace(budgets, id="claude-haiku-4-5-20251001", released="2025-10-15", price=(1, 0.1, 5))
+    yield replace(budgets, id="claude-sonnet-4-5-20250929", released="2025-09-29", price=(3, 0.3, 15),
                   lifecycle="deprecated", retires="2026-11-30")
 
 
@@ -6018,8 +6018,9 @@ def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] =
     """The exchange for a body in either of OpenAI's shapes: some tools post one to the other's door."""
     body, record = incoming.body, incoming.record
     asked = optional(text_of, body.get("model"), "model")
+    record.asked, record.stream = asked or "", wants_stream(body)
     model = gateway.models.catalog().resolve(asked)
-    record.asked, record.used, record.stream = asked or "", model.id, wants_stream(body)
+    record.used = model.id
     if is_responses_body(body):
         history = [*earlier, *items_from_input(body.get("input"))]
         return Exchange(gateway, incoming, model, functools.partial(messages_request_from_responses, body,
@@ -6280,8 +6281,9 @@ def native_body(gateway: Gateway, incoming: Incoming) -> dict:
     """The client's body with the id of its model, and the system block that a subscription token needs, once."""
     body = dict(incoming.body)
     asked = text_of(body.get("model"), "model")
+    incoming.record.asked, incoming.record.stream = asked, body.get("stream") is True
     model = gateway.models.catalog().resolve(asked)
-    incoming.record.asked, incoming.record.used, incoming.record.stream = asked, model.id, body.get("stream") is True
+    incoming.record.used = model.id
     body["model"] = model.id
     credential = gateway.upstream.credential
     preamble = [dict(block) for block in credential.preamble] if credential else []
@@ -6401,52 +6403,74 @@ WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requ
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; nothing in it is secret."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals = counters.totals()
+    totals, costs = counters.totals(), costs_of(counters)
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
         "upstream": "simulated" if gateway.config.demo else gateway.config.base_url,
         "credential": credential.facts() if credential else None,
-        "models": {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS},
-        "requests": {"total": totals["requests"], "running": gateway.running.count},
+        "models": short_names(gateway.models.catalog()),
+        "requests": {"total": totals["requests"], "running": running_besides(gateway)},
         "errors": counters.errors(), "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
-                  "saved_usd": round(saved_by_cache(counters.tokens_by_model(), counters.hour_writes()), 4)},
+                  "saved_usd": round(sum(saved for _, saved in costs.values()), 4)},
+        "cost": {"usd": round(sum(cost for cost, _ in costs.values()), 4),
+                 "without_price": sorted(set(counters.tokens_by_model()) - set(costs))},
         "limits": limits_from_headers(counters.limit_headers, time.time()),
     }
+
+
+def short_names(catalog: Catalog) -> dict[str, str]:
+    """The names of the tiers -> the models they mean; what to take when in doubt comes first."""
+    found = {tier: model.id for tier, model in catalog.names() if tier in TIERS}
+    return {tier: found[tier] for tier in sorted(found, key=lambda tier: tier != "sonnet")}
+
+
+def running_besides(gateway: Gateway) -> int:
+    """The requests that run now, besides the one that asks."""
+    return max(0, gateway.running.count - 1)
 
 
 def prompt_tokens(tokens: dict) -> int:
     return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
 
 
-def saved_by_cache(tokens_by_model: dict[str, dict[str, int]], hour_writes: dict[str, int]) -> float:
-    """US dollars that caching saved, by list prices: reads cost less than input; writes cost a quarter more, and
-    those that stay for an hour twice as much."""
-    saved = 0.0
-    for model_id, tokens in tokens_by_model.items():
+def costs_of(counters: Counters) -> dict[str, tuple[float, float]]:
+    """US dollars by list prices, for each model that has one: what its tokens cost, and what caching saved.
+
+    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
+    """
+    costs, hour_writes = {}, counters.hour_writes()
+    for model_id, tokens in counters.tokens_by_model().items():
         model = BUILT_IN_MODELS.get(model_id)
         if model and model.price:
-            full, read = model.price
-            surcharges = tokens["cache_write"] * 0.25 + hour_writes.get(model_id, 0) * (1.0 - 0.25)
-            saved += (tokens["cache_read"] * (full - read) - surcharges * full) / 1e6
-    return saved
+            full, read, output = model.price
+            written = tokens["cache_write"] * 1.25 + hour_writes.get(model_id, 0) * (2 - 1.25)
+            prompt = (tokens["input"] + written) * full + tokens["cache_read"] * read
+            costs[model_id] = ((prompt + tokens["output"] * output) / 1e6,
+                               (prompt_tokens(tokens) * full - prompt) / 1e6)
+    return costs
 
 
 def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
-    """Plan windows and rate limits, as the latest answer of Claude told them: used share and time of reset."""
+    """Plan windows and rate limits, as the latest answer of Claude told them: used share and time of reset.
+
+    Windows that are new to us go by the name that Claude gives them.
+    """
     limits = []
-    for window, title in WINDOWS.items():
-        unified = "anthropic-ratelimit-unified-%s-" % window
+    unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
+    others = {match.group(1): match.group(1) for match in unified if match}
+    for window, title in dict(WINDOWS, **without(others, *WINDOWS)).items():
+        of_plan = "anthropic-ratelimit-unified-%s-" % window
         plain = "anthropic-ratelimit-%s-" % window
-        used = number_or_none(headers.get(unified + "utilization"))
-        resets_at = moment_of(headers.get(unified + "reset") or headers.get(plain + "reset") or "")
+        used = number_or_none(headers.get(of_plan + "utilization"))
+        resets_at = moment_of(headers.get(of_plan + "reset") or headers.get(plain + "reset") or "")
         limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
         if used is None and limit and left is not None:
             used = 1 - left / limit
         if used is not None:
             limits.append({"window": window, "title": title, "used": round(max(0.0, used), 4), "resets_at": resets_at,
                            "over": resets_at is not None and resets_at < now,
-                           "status": headers.get(unified + "status")})
+                           "status": headers.get(of_plan + "status")})
     return limits
 
 
@@ -6501,13 +6525,18 @@ def metrics_text(gateway: Gateway) -> str:
     family("start_time_seconds", "gauge", "Unix time of the start.", [({}, round(counters.started, 3))])
     family("requests_total", "counter", "Requests answered, by route and status.",
            [({"route": route, "status": code}, count) for (route, code), count in counters.requests()])
-    family("requests_running", "gauge", "Requests that run now.", [({}, gateway.running.count)])
+    family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
     family("request_duration_seconds_total", "counter", "Time spent on all requests.", [({}, counters.seconds())])
     family("errors_total", "counter", "Requests that failed, by code.",
            [({"code": code}, count) for code, count in counters.errors().items()])
     family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
            [({"model": model, "kind": kind}, count) for model, tokens in counters.tokens_by_model().items()
             for kind, count in tokens.items()])
+    costs = costs_of(counters)
+    family("cost_usd_total", "counter", "US dollars by list prices, by model.",
+           [({"model": model}, round(cost, 6)) for model, (cost, _) in costs.items()])
+    family("cache_saved_usd", "gauge", "US dollars that caching saved of them; below 0 while it is only written.",
+           [({"model": model}, round(saved, 6)) for model, (_, saved) in costs.items()])
     limits = limits_from_headers(counters.limit_headers, time.time())
     family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last told.",
            [({"window": limit["window"]}, limit["used"]) for limit in limits])
@@ -6530,7 +6559,7 @@ PAGE = """<!doctype html>
             --good: #6cc090; --bad: #f2857c; } }
   * { box-sizing: border-box; }
   body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-  main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+  main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
   h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase;
        color: var(--soft); margin: 0 0 .6rem; font-weight: 600; }
   header { display: flex; gap: .75rem; align-items: baseline; flex-wrap: wrap; margin-bottom: 1.2rem; }
@@ -6541,10 +6570,13 @@ PAGE = """<!doctype html>
   section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
             min-width: 0; }
   .wide { grid-column: 1 / -1; } .wide dd { text-align: left; }
-  dl { display: grid; grid-template-columns: auto 1fr; gap: .25rem 1rem; margin: 0; }
-  dt { color: var(--soft); }
-  dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-  #credential dd { font-size: .88rem; }
+  dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
+  dt { color: var(--soft); white-space: nowrap; }
+  dd { margin: 0; text-align: right; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
+  #credential { grid-template-columns: minmax(0, 1fr); gap: 0; } #credential dd { text-align: left; margin: 0 0 .5rem; }
+  #credential dt, #names span { font-size: .88rem; } #names { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
+  #names span { color: var(--soft); white-space: nowrap; } #names code { color: var(--ink); }
+  #demo { border-color: var(--accent); margin-bottom: 1rem; } #demo b { color: var(--accent); }
   code { font: 13px/1.5 ui-monospace, monospace; }
   .big { font-size: 2rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
   .note { color: var(--soft); font-size: .9rem; }
@@ -6560,6 +6592,8 @@ PAGE = """<!doctype html>
 <body>
 <main>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
+  <section id="demo" hidden><b>DEMO</b> Nothing is sent to Claude: answers, tokens, costs and limits are
+    simulated.</section>
   <section id="ask" hidden><h2>Key needed</h2>
     <form id="key"><input type="password" id="secret" aria-label="A key of this gateway" autocomplete="off"
       placeholder="A key of this gateway"><button>Show the numbers</button>
@@ -6567,14 +6601,15 @@ PAGE = """<!doctype html>
   <div class="grid" id="data" hidden>
     <section class="wide"><h2>Paste into your tool</h2>
       <dl><dt>Base URL</dt><dd><code id="base"></code></dd><dt>API key</dt><dd><code id="keyhint"></code></dd>
-          <dt>Model</dt><dd><code id="names"></code></dd></dl></section>
+          <dt>Model</dt><dd id="names"></dd></dl></section>
     <section><h2>Requests</h2><div class="big" id="requests"></div><div class="note" id="running"></div>
       <dl id="errors"></dl></section>
-    <section><h2>Cache</h2><div class="big" id="share"></div><div class="note" id="saved"></div></section>
+    <section><h2>Cost</h2><div class="big" id="cost"></div><div class="note" id="saved"></div></section>
+    <section><h2>Cache</h2><div class="big" id="share"></div><div class="note">of all prompt tokens were read from
+      Claude's cache</div></section>
     <section><h2>Tokens</h2><dl id="tokens"></dl></section>
     <section><h2>Limits</h2><div id="limits"></div></section>
     <section><h2>Credential</h2><dl id="credential"></dl></section>
-    <section><h2>Models</h2><dl id="models"></dl></section>
   </div>
 </main>
 <script nonce="NONCE">
@@ -6591,10 +6626,23 @@ PAGE = """<!doctype html>
     }));
   }
 
-  function ago(seconds) {
-    const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
-    const [size, name] = units.find(([size]) => seconds >= size) ?? [1, "s"];
-    return Math.floor(seconds / size) + " " + name;
+  function duration(seconds) {                      // in two units
+    const units = [[86400, "d"], [3600, "h"], [60, "min"]], at = units.findIndex(([size]) => seconds >= size);
+    if (at < 0) return Math.floor(seconds) + " s";
+    const [[size, name], [small, smaller]] = [units[at], units[at + 1] ?? [1, "s"]];
+    const rest = name === "min" ? 0 : Math.floor(seconds % size / small);
+    return Math.floor(seconds / size) + " " + name + (rest ? " " + rest + " " + smaller : "");
+  }
+
+  const dollars = (value) => (value < 0 ? "-$" : "$") + Math.abs(value).toFixed(2);
+
+  function modelNames(models) {
+    at("names").replaceChildren(...Object.entries(models).map(([name, id]) => {
+      const [whole, short] = ["span", "code"].map((kind) => document.createElement(kind));
+      short.textContent = name;
+      whole.append(short, " " + id);
+      return whole;
+    }));
   }
 
   function limitBars(limits) {
@@ -6604,7 +6652,7 @@ PAGE = """<!doctype html>
       const left = limit.resets_at ? limit.resets_at - Date.now() / 1000 : 0;
       row.className = "row"; rest.className = "note"; bar.className = "bar";
       title.textContent = limit.title;
-      rest.textContent = Math.round(limit.used * 100) + " %" + (left > 0 ? ", reset in " + ago(left) : "");
+      rest.textContent = Math.round(limit.used * 100) + " %" + (left > 0 ? ", reset in " + duration(left) : "");
       fill.style.width = Math.min(100, limit.used * 100) + "%";
       row.append(title, rest); bar.append(fill);
       return [row, bar];
@@ -6615,23 +6663,26 @@ PAGE = """<!doctype html>
     at("version").textContent = data.version ?? "";
     at("ask").hidden = !data.key_needed; at("data").hidden = !!data.key_needed;
     if (data.key_needed) return;
-    const tokens = data.tokens, facts = data.credential ?? {};
+    const tokens = data.tokens, facts = data.credential ?? {}, demo = data.upstream === "simulated";
+    at("demo").hidden = !demo;
     at("base").textContent = location.origin + "/v1";
     at("keyhint").textContent = key ? "your key" : "anything";
-    at("names").textContent = Object.keys(data.models).join(", ");
+    modelNames(data.models);
     at("requests").textContent = number(data.requests.total);
-    at("running").textContent = data.requests.running - 1 + " running, up for " + ago(data.uptime_seconds);
+    at("running").textContent = data.requests.running + " running, up for " + duration(data.uptime_seconds);
     pairs("errors", Object.entries(data.errors).map(([code, count]) => [code, number(count)]));
     at("share").textContent = data.cache.share_percent + " %";
-    at("saved").textContent = "of all prompt tokens came from Claude's cache, which saved $" +
-      data.cache.saved_usd.toFixed(2) + " by list prices";
+    at("cost").textContent = dollars(data.cost.usd);
+    at("saved").textContent = "by list prices; caching saved " + dollars(data.cache.saved_usd) +
+      data.cost.without_price.map((model) => "; without " + model).join("");
     pairs("tokens", [["In, not cached", number(tokens.input)], ["In, read from cache", number(tokens.cache_read)],
       ["In, written to cache", number(tokens.cache_write)], ["Out", number(tokens.output)]]);
     limitBars(data.limits);
+    const expiry = facts.expires_at ? new Date(facts.expires_at * 1000) : 0;
     pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
-      ["Token renews", facts.expires_at ? new Date(facts.expires_at * 1000).toLocaleTimeString() : ""]]
+      [facts.refreshable ? "Token renews" : "Token expires",
+        expiry && expiry.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })]]
       .filter(([, value]) => value));
-    pairs("models", Object.entries(data.models));
   }
 
   async function update() {
@@ -7300,6 +7351,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 status, headers, body = (
                     (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
                     else (failure.status, failure.headers, failure.body()))
+                LOG.debug("to the client: %s", body, extra={"payload": body})
                 self._send(status, client_json(body), dict(headers, **{"content-type": "application/json"}))
         except ClientGone:
             self.close_connection = True
@@ -7331,7 +7383,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self._record.method:
             self.gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
                                               self._record.error_code)
-            log_request_record(self._record, self.gateway.config.minimal)
+            log_request_record(self._record, self.gateway.config)
 
 
 def unexpected(failure: Exception) -> GatewayError:
@@ -7348,18 +7400,18 @@ def tool_of(user_agent: str) -> str:
     return {"Mozilla": "browser"}.get(name, name)[:14]
 
 
-def log_request_record(record: Record, minimal: bool) -> None:
-    """One line per request, in columns, and a second one for what was changed."""
+def log_request_record(record: Record, config: Config) -> None:
+    """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
     fields = without(vars(record), "started")
     looked = record.route in WATCHING and record.status < 400      # a page that is open looks every other second
-    level = logging.WARNING if record.status >= 500 else logging.DEBUG if looked else logging.INFO
+    level = logging.WARNING if record.status >= 400 else logging.DEBUG if looked else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
-    if minimal:
+    if config.minimal:
         LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": fields})
         return
-    if record.used:
-        line += "  %-14s %-36s %-6s" % (record.tool, "%s -> %s" % (printable(record.asked or "(none)"), record.used),
-                                        "stream" if record.stream else "")
+    models = "%s -> %s" % (printable(record.asked or "(none)"), record.used or "-")
+    line += "  %-14s %-36s %-6s" % (record.tool, models if record.asked or record.used else "-",
+                                    "stream" if record.stream else "")
     if record.input_tokens is not None:
         line += "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
             record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
@@ -7368,7 +7420,7 @@ def log_request_record(record: Record, minimal: bool) -> None:
     if record.error:
         line += "  " + printable(record.error, 500)
     LOG.log(level, "%s", line, extra={"fields": fields})
-    if record.changes:
+    if record.changes and config.log_format != "json":
         LOG.info("  changed: %s", printable(record.changes, 100_000))
 
 
@@ -7541,10 +7593,29 @@ def simulated_message(request: dict) -> dict:
     else:
         blocks.append({"type": "text", "text": "This is a simulated answer: claude-gateway runs in demo mode, and no "
                                                "model was asked. " + words_about(last, results)})
-    usage = {"input_tokens": about_tokens(request["messages"]), "cache_creation_input_tokens": 0,
-             "cache_read_input_tokens": 0, "output_tokens": about_tokens(blocks), "service_tier": "standard"}
+    usage = dict(simulated_usage(request), output_tokens=about_tokens(blocks), service_tier="standard")
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
             "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+
+
+def simulated_usage(request: dict) -> dict:
+    """Made-up counts of a prompt: where it has cache marks, all but the last turn is as if read from the cache."""
+    prompt = [request.get("tools", ()), request.get("system", ()), *request["messages"]]
+    total, marked = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
+    read = sum(map(about_tokens, prompt[:-1])) if marked and len(request["messages"]) > 1 else 0
+    written = total - read if marked else 0
+    return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": read}
+
+
+def simulated_limits(now: float) -> dict[str, str]:
+    """Made-up plan windows, so that the status page has some to show."""
+    headers = {}
+    for window, seconds, used in (("5h", 18_000, "0.37"), ("7d", 604_800, "0.61")):
+        prefix = "anthropic-ratelimit-unified-%s-" % window
+        headers.update({prefix + "utilization": used, prefix + "status": "allowed",
+                        prefix + "reset": "%d" % ((now // seconds + 1) * seconds)})
+    return headers
 
 
 # How a request asks for JSON where no answer format enforces it (answer_format and add_schema_format say so).
@@ -7650,7 +7721,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
             self._send("application/json", client_json({"type": "error", "error": error}), 400)
             return
         if self.path.endswith("/count_tokens"):
-            self._send("application/json", client_json({"input_tokens": answer["usage"]["input_tokens"]}))
+            self._send("application/json", client_json({"input_tokens": sum(simulated_usage(request).values())}))
         elif not request.get("stream"):
             self._send("application/json", client_json(answer))
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
@@ -7679,6 +7750,8 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
         self.send_header("request-id", "req_simulated_" + secrets.token_hex(6))
+        for name, value in simulated_limits(time.time()).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -8379,7 +8452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return INTERRUPTED
     except (UsageError, GatewayError) as fault:
-        say("claude-gateway: %s" % fault)
+        say("claude-gateway: %s" % fault, logging.ERROR)
         return next(code for kind, code in EXIT_CODES if isinstance(fault, kind))
     except BrokenPipeError:                         # whoever read our output has gone, `head` for instance
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -8655,8 +8728,8 @@ def checked_proxy(variable: str, url: str) -> str:
 
 def start_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
-    check_exposure(config)
     redaction = set_up_log(config)
+    check_exposure(config)
     warn_of_aliases(config)
     if parsed.api_key:
         say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
@@ -8799,9 +8872,9 @@ def tell_port_trouble(config: Config, parsed: argparse.Namespace, fault: OSError
         holder = port_holder(config)
         say("Port %d is in use%s. Another port: %s" %
             (config.port, " by " + holder if holder else ", perhaps by a connection that is just passing: it may be "
-             "free again within a minute", typed_again(parsed, config.port % 65_535 + 1)))
+             "free again within a minute", typed_again(parsed, config.port % 65_535 + 1)), logging.ERROR)
         return PORT_IN_USE
-    say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault))
+    say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault), logging.ERROR)
     return FAILURE
 
 
@@ -8846,7 +8919,7 @@ def say_hello(gateway: Gateway, service: Service) -> None:
     """What a user wants to know at once: who pays, who may call, what to paste."""
     config, credential = gateway.config, gateway.upstream.credential
     if config.demo:
-        say("Demo: answers are simulated, nothing is sent anywhere.")
+        say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
     else:
         say("Upstream: %s with %s" % (config.base_url, credential.description if credential else "no credential"))
         if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
@@ -9043,18 +9116,23 @@ def status_words(running: dict, given: str) -> str:
         lines.append("Account:     %s" % facts["account"])
     if facts.get("expires_at"):
         lines.append("Token:       %s" % expiry_words(facts["expires_at"], bool(facts.get("refreshable"))))
-    lines.append("Requests:    %d, %d running" % (running["requests"]["total"], running["requests"]["running"] - 1))
+    lines.append("Up for:      %s" % duration_words(running["uptime_seconds"]))
+    lines.append("Models:      %s" % ", ".join("%s = %s" % pair for pair in running["models"].items()))
+    lines.append("Requests:    %d, %d running" % (running["requests"]["total"], running["requests"]["running"]))
     lines.append("Tokens:      %s in, %s of them from the cache, %s out" % tuple(
         format(count, ",") for count in (prompt_tokens(tokens), tokens["cache_read"], tokens["output"])))
-    lines.append("Cache:       %d %% of all input, which saved $%.2f by list prices" % (
+    lines.append("Cost:        $%.2f by list prices%s" % (running["cost"]["usd"], "".join(
+        ", without %s" % model for model in running["cost"]["without_price"])))
+    lines.append("Cache:       %d %% of all input, which saved $%.2f" % (
         running["cache"]["share_percent"], running["cache"]["saved_usd"]))
     for code, count in running["errors"].items():
         lines.append("Errors:      %d of %s" % (count, code))
     for limit in running["limits"]:
         filled = round(20 * min(1.0, limit["used"]))
-        resets = limit["resets_at"] and ", reset %s" % time.strftime("%a %H:%M", time.localtime(limit["resets_at"]))
+        left = (limit["resets_at"] or 0) - time.time()
+        resets = ", reset in " + duration_words(left) if left > 0 else ""
         lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
-                                                round(100 * limit["used"]), resets or ""))
+                                                round(100 * limit["used"]), resets))
     return "\n".join(lines)
 
 
@@ -9270,9 +9348,15 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
 
 # ---- log
 
-def say(words: str) -> None:
-    """To the person at the terminal."""
-    print(as_typed(words), file=sys.stderr, flush=True)
+def say(words: str, level: int = logging.INFO) -> None:
+    """To the person at the terminal; where the log is made of JSON objects, one of these."""
+    words = as_typed(words)
+    level = logging.WARNING if words.startswith("Warning: ") else level
+    for handler in LOG.handlers:
+        if isinstance(handler.formatter, LogFormatter) and handler.formatter.as_json:
+            handler.handle(LOG.makeRecord(LOG.name, level, "", 0, "%s", (words,), None))
+            return
+    print(words, file=sys.stderr, flush=True)
 
 
 class Redaction:
@@ -9288,7 +9372,7 @@ class LogFormatter(logging.Formatter):
 
     def __init__(self, redaction: Redaction, as_json: bool, colour: bool = False) -> None:
         super().__init__()
-        self._redaction, self._as_json, self._colour = redaction, as_json, colour
+        self._redaction, self.as_json, self._colour = redaction, as_json, colour
 
     def format(self, record: logging.LogRecord) -> str:
         payload = getattr(record, "payload", None)
@@ -9301,7 +9385,7 @@ class LogFormatter(logging.Formatter):
         message = self._redaction.mask(message)
         if payload is not None:                     # last: the beginning of a secret is not known for what it is
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
-        if not self._as_json:
+        if not self.as_json:
             moment = time.strftime("%H:%M:%S", time.localtime(record.created))
             return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
                 "%s %s" % (moment, message)

@@ -7016,6 +7016,18 @@ class DemoTests(CommandTestCase):
         self.assertEqual(self.claude.requests, [], "the demo asked a real address")
         super().tearDown()
 
+    def test_it_has_limits_and_cached_tokens_to_show(self):
+        turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user",
+                                                                                          "content": "C"}]
+        usage = self.ask("POST", "/v1/chat/completions", {"model": "sonnet", "messages": turns}).json["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        self.assertTrue(0 < cached < usage["prompt_tokens"], usage)
+        data = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        self.assertEqual((data["upstream"], [limit["window"] for limit in data["limits"]]), ("simulated", ["5h", "7d"]))
+        for limit in data["limits"]:
+            self.assertGreater(limit["resets_at"], time.time() - 60)
+        self.assertIn("Demo: answers, tokens, costs and limits are simulated", self.demo.err)
+
     def test_it_says_at_the_start_that_it_is_a_demo(self):
         self.demo.wait_for("(?i)demo.*simulated")
 
@@ -7443,7 +7455,7 @@ class StartTests(CommandTestCase):
                 self.assertRegex(child.err, r"POST +/ +405")        # what was refused is told
 
     def test_each_level_logs_what_it_promises(self):
-        levels = ((), ("-m",), ("-V",), ("--log-format", "json"))
+        levels = ((), ("-m",), ("-V",), ("--log-format", "json", "--alias", "foo=sonet"))
         children = [self.child("start", "-p", "0", "--host", "127.0.0.1", *level, ANTHROPIC_API_KEY=SECRET,
                                ANTHROPIC_BASE_URL=self.claude.url) for level in levels]
         for child in children:
@@ -7467,10 +7479,14 @@ class StartTests(CommandTestCase):
                 elif level == ("-m",):
                     self.assertRegex(lines[about[0]], r"POST /v1/chat/completions 200 \d+ ms\Z")
                     self.assertNotIn("seed", child.err)
-                elif level == ("--log-format", "json"):
+                elif "json" in level:
                     entry = json.loads(lines[about[0]])
                     self.assertEqual((entry["level"], entry["status"], entry["path"]),
                                      ("info", 200, "/v1/chat/completions"))
+                    entries = [json.loads(line) for line in child.err.strip().split("\n")]     # all of them
+                    self.assertEqual(sum("seed" in json.dumps(entry) for entry in entries), 1)
+                    self.assertEqual([entry["level"] for entry in entries if "foo" in entry["message"]], ["warning"])
+                    self.assertTrue(any(entry["message"].startswith("Paste into your tool") for entry in entries))
 
     def test_without_a_home_keys_work_and_logins_say_what_is_missing(self):
         # a home that is no absolute path is what a process without a home looks like
@@ -10282,12 +10298,14 @@ class ProxyTests(TlsTestCase):
 PAGE_HARNESS = r"""
 const steps = %s, told = [], elements = {};
 function element() {
-  return { hidden: true, style: {}, listeners: {}, append() {}, replaceChildren() {},
+  return { hidden: true, style: {}, listeners: {}, children: [],
+           append(...more) { this.children.push(...more); }, replaceChildren(...all) { this.children = all; },
+           get all() { return (this.textContent ?? "") + this.children.map((one) => one.all ?? one).join("|"); },
            addEventListener(name, on) { this.listeners[name] = on; } };
 }
 globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element };
 globalThis.location = { origin: "http://localhost" };
-let tick, sent;
+let tick, sent, shown;
 globalThis.setInterval = (update) => { tick = update; };
 globalThis.fetch = async (path, { headers }) => {
   const [status, body] = steps[told.length];
@@ -10304,9 +10322,11 @@ async function run() {
     } else if (at) tick();
     await new Promise((next) => setImmediate(next));
     const [ask, wrong, data, state] = ["ask", "wrong", "data", "state"].map(document.getElementById);
+    shown = Object.fromEntries(Object.entries(elements).map(([id, one]) => [id, one.all]));
+    shown.hidden = Object.keys(elements).filter((id) => elements[id].hidden);
     told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
   }
-  console.log(JSON.stringify(told));
+  console.log(JSON.stringify([told, shown]));
 }
 run();
 %s
@@ -10334,11 +10354,43 @@ class StatusTests(GatewayTestCase):
         self.chat(stream=True)
         self.chat(model="no-such-model")
         data = self.status()
-        self.assertEqual(data["requests"], {"total": 3, "running": 1})
+        self.assertEqual(data["requests"], {"total": 3, "running": 0})      # besides the one that asks
         self.assertEqual(data["tokens"], {"input": 200, "cache_read": 1600, "cache_write": 200, "output": 100})
         self.assertEqual(data["errors"], {"model_not_found": 1})
         # sonnet 5.5: $2 fresh, $0.10 read; 1600 reads save 1.90 each, 200 writes cost 0.50 more each, per million
         self.assertEqual(data["cache"], {"share_percent": 80, "saved_usd": round((1600 * 1.9 - 200 * 0.5) / 1e6, 4)})
+        # and $10 out: 200 fresh, 200 written for a quarter more, 1600 read, 100 out
+        self.assertEqual(data["cost"], {"usd": round((200 * 2 + 200 * 2.5 + 1600 * 0.1 + 100 * 10) / 1e6, 4),
+                                        "without_price": []})
+        told = self.ask("GET", "/metrics").raw.decode()
+        self.assertIn('claude_gateway_cost_usd_total{model="claude-sonnet-5-5"} 0.00206\n', told)
+        self.assertIn('claude_gateway_cache_saved_usd{model="claude-sonnet-5-5"} 0.00294\n', told)
+        self.assertIn('claude_gateway_requests_running 0\n', told)
+
+    def test_list_prices_are_those_of_november_2026(self):
+        # US dollars per million tokens: in, in from the cache, out; no price of mythos 5.2 is known
+        prices = {"fable-5-2": (8, 0.2, 40), "mythos-5-2": None, "haiku-5-5": (0.1, 0.01, 0.5),
+                  "sonnet-5-5": (2, 0.1, 10), "opus-5-5": (4, 0.2, 20), "fable-5-1": (10, 0.25, 50),
+                  "mythos-5-1": (10, 0.25, 50), "opus-5": (5, 0.5, 25), "sonnet-5": (2, 0.2, 10),
+                  "fable-5": (10, 1, 50), "mythos-5": (10, 1, 50), "opus-4-8": (5, 0.5, 25), "opus-4-7": (5, 0.5, 25),
+                  "sonnet-4-6": (3, 0.3, 15), "opus-4-6": (5, 0.5, 25), "opus-4-5-20251101": (5, 0.5, 25),
+                  "haiku-4-5-20251001": (1, 0.1, 5), "sonnet-4-5-20250929": (3, 0.3, 15)}
+        self.assertEqual({model.id[len("claude-"):]: model.price for model in BUILT_IN_MODELS.values()}, prices)
+
+    def test_a_model_without_a_price_is_named(self):
+        self.claude.play(message(text("A"), model="claude-mythos-5-2"))
+        self.chat(model="claude-mythos-5-2")
+        self.assertEqual(self.status()["cost"], {"usd": 0, "without_price": ["claude-mythos-5-2"]})
+
+    def test_a_window_that_is_new_goes_by_its_own_name(self):
+        self.claude.play(Reply(body=message(text("A")), headers={
+            "anthropic-ratelimit-unified-30d-utilization": "0.1", "anthropic-ratelimit-unified-5h-utilization": "0.2"}))
+        self.chat()
+        self.assertEqual([(limit["title"], limit["used"]) for limit in self.status()["limits"]],
+                         [("5 hours", 0.2), ("30d", 0.1)])
+
+    def test_the_names_begin_with_the_one_to_take(self):
+        self.assertEqual(list(self.status()["models"]), ["sonnet", "opus", "haiku", "fable", "mythos"])
 
     def test_what_is_written_for_an_hour_costs_as_much_again(self):
         self.claude.play(message(text("A"), usage={
@@ -10390,6 +10442,32 @@ class StatusTests(GatewayTestCase):
         self.assertEqual(self.ask("GET", "/metrics").status, 401)
         self.assertEqual(self.ask("GET", "/metrics", headers={"x-api-key": "the-client-key"}).status, 200)
 
+    def page(self, steps) -> list:
+        """What the page's script did at each step, and what it showed in the end."""
+        script = re.search(r"<script[^>]*>(.*)</script>", claude_gateway.PAGE, re.S).group(1)
+        ended = subprocess.run(["node", "-e", PAGE_HARNESS % (json.dumps(steps), script)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, TZ="UTC"))
+        self.assertEqual(ended.stderr.decode(), "")
+        return json.loads(ended.stdout.decode())
+
+    @unittest.skipUnless(shutil.which("node"), "no node here")
+    def test_the_page_shows_what_it_cost_and_how_long_things_last(self):
+        data = self.status()
+        data.update(upstream="simulated", uptime_seconds=97_200, cost={"usd": 1.234, "without_price": ["x"]})
+        data["cache"]["saved_usd"] = -0.5
+        data["credential"] = {"description": "login", "expires_at": 1_893_456_000, "refreshable": True}
+        data["limits"] = [{"title": "5 hours", "used": 0.5, "resets_at": time.time() + 28_770}]
+        shown = self.page([(200, json.dumps(data), "")])[1]
+        self.assertEqual((shown["cost"], shown["saved"]),
+                         ("$1.23", "by list prices; caching saved -$0.50; without x"))
+        self.assertEqual(shown["running"], "0 running, up for 1 d 3 h")
+        self.assertIn("50 %, reset in 7 h 59 min", shown["limits"])
+        self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
+        self.assertTrue(shown["names"].startswith("sonnet| claude-sonnet-5-5|"), shown["names"])
+        self.assertNotIn("demo", shown["hidden"])
+        data["upstream"] = "https://api.anthropic.com"
+        self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
+
     @unittest.skipUnless(shutil.which("node"), "no node here")
     def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(self):
         data = json.dumps(self.status())
@@ -10397,11 +10475,7 @@ class StatusTests(GatewayTestCase):
         refused = json.dumps({"error": {"message": "wrong", "code": "invalid_api_key"}})
         steps = ((200, needed, ""), (401, refused, "wrong"), (200, needed, ""), (200, needed, "older"),
                  (200, data, "right"), (200, data, ""), (503, "{}", ""), (0, "", ""))
-        script = re.search(r"<script[^>]*>(.*)</script>", claude_gateway.PAGE, re.S).group(1)
-        ended = subprocess.run(["node", "-e", PAGE_HARNESS % (json.dumps(steps), script)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, timeout=30)
-        self.assertEqual(ended.stderr.decode(), "")
-        self.assertEqual(json.loads(ended.stdout.decode()), [   # form, "not right", numbers, state, the key sent
+        self.assertEqual(self.page(steps)[0], [    # form, "not right", numbers, state, the key sent
             [True, False, False, "running", None], [True, True, False, "running", "Bearer wrong"],
             [True, True, False, "running", None], [True, True, False, "running", "Bearer older"],
             [False, False, True, "running", "Bearer right"], [False, False, True, "running", "Bearer right"],
@@ -10425,6 +10499,20 @@ class StatusTests(GatewayTestCase):
         self.assertEqual({kind for name, kind in families.items() if name.endswith("_total")}, {"counter"})
         self.assertIn('claude_gateway_requests_total{route="/chat/completions",status="200"} 1', answer.raw.decode())
         self.assertIn('claude_gateway_tokens_total{model="claude-sonnet-5-5",kind="output"} 7', answer.raw.decode())
+
+    def test_a_line_of_a_failure_has_its_columns(self):
+        with self.assertLogs(claude_gateway.LOG, "DEBUG") as logged:
+            self.chat(model="no-such-model", headers={"user-agent": "aider/1"})
+            self.ask("POST", "/v1/messages", {"model": "none-either", "messages": []})
+            self.ask("GET", "/v1/no-such-route")
+            self.settle()
+        lines = {record.fields["asked"]: record for record in logged.records if hasattr(record, "fields")}
+        self.assertEqual({(asked, record.levelname) for asked, record in lines.items()},
+                         {("no-such-model", "WARNING"), ("none-either", "WARNING"), ("", "WARNING")})
+        self.assertRegex(lines["no-such-model"].getMessage(), r" 404  aider {10}no-such-model -> - {27}\d+/\d+ ms")
+        self.assertRegex(lines[""].getMessage(), r" 404  - {14}- {44}\d+/\d+ ms")
+        said = [record.payload for record in logged.records if str(record.msg).startswith("to the client")]
+        self.assertEqual([body.get("error", {}).get("code") for body in said][::2], ["model_not_found", "unknown_url"])
 
     def test_no_secret_is_in_any_of_it(self):
         self.chat()
@@ -10950,7 +11038,9 @@ class DailyCommandTests(GatewayTestCase):
         code, said, _ = run_command("status", "--port", str(self.service.port))
         self.assertEqual(code, 0)
         self.assertIn("is running.", said)
-        self.assertIn("Requests:    1, 0 running", said)
+        self.assertRegex(said, r"\nUp for: +\d+ s\nModels: +sonnet = claude-sonnet-5-5, opus = ")
+        self.assertIn("\nRequests:    1, 0 running\n", said)
+        self.assertIn("\nCost:        $0.00 by list prices\n", said)
         code, said, _ = run_command("status", "--json", CLAUDE_GATEWAY_PORT=str(self.service.port))
         told = json.loads(said)
         self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
@@ -11889,7 +11979,7 @@ class ReadmeTests(unittest.TestCase):
             first_byte_ms=521, total_ms=1682, input_tokens=18918, cached_tokens=18010, cached_percent_of_all=48,
             output_tokens=388, request_id="req_011CV...")
         with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
-            claude_gateway.log_request_record(record, minimal=False)
+            claude_gateway.log_request_record(record, Config())
         self.assertEqual(logged.records[0].getMessage(), shown)
 
     def test_every_variable_that_it_names_is_read(self):
