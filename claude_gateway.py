@@ -8327,32 +8327,122 @@ def filled(config: Config, path_form: Callable[[str], str], argument_form: str, 
             **{word: path_form(path) for word, path in paths.items()}}
 
 
-def completion_script(shell: str, commands: dict[str, list[str]]) -> str:
-    """Shell completion for the commands and their options, as the parser has them."""
-    names = " ".join(commands)
-    if shell == "bash":
-        cases = "\n".join('    %s) words="%s" ;;' % (name, " ".join(options)) for name, options in commands.items())
-        return ('_claude_gateway() {\n  local words="%s"\n  [ "$COMP_CWORD" -gt 1 ] && case "${COMP_WORDS[1]}" in\n%s\n'
-                '  esac\n  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n}\n'
-                "complete -o default -F _claude_gateway claude-gateway" % (names, cases))
-    if shell == "zsh":
-        cases = "\n".join("      %s) candidates=(%s) ;;" % (name, " ".join(options))
-                          for name, options in commands.items())
-        return ("#compdef claude-gateway\n_claude_gateway() {\n  local -a candidates\n  candidates=(%s)\n"
-                "  if (( CURRENT > 2 )); then\n    case $words[2] in\n%s\n    esac\n  fi\n"
-                "  compadd -- $candidates\n  _files\n}\ncompdef _claude_gateway claude-gateway" % (names, cases))
-    if shell == "fish":
-        lines = ["complete -c claude-gateway -f -n __fish_use_subcommand -a '%s'" % names]
-        lines += ["complete -c claude-gateway -n '__fish_seen_subcommand_from %s' -l %s" % (name, option[2:])
-                  for name, options in commands.items() for option in options if option.startswith("--")]
-        return "\n".join(lines)
-    cases = "\n".join("    '%s' { @(%s) }" % (name, ", ".join("'%s'" % option for option in options))
-                      for name, options in commands.items())
-    return ("Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {\n  param($word, $ast, $at)\n"
-            "  $before = @($ast.CommandElements | ForEach-Object { $_.ToString() })\n  $words = switch ($before[1]) {\n"
-            "%s\n    default { @(%s) }\n  }\n  $words | Where-Object { $_ -like \"$word*\" } | ForEach-Object {\n"
-            "    [System.Management.Automation.CompletionResult]::new($_) }\n}" %
-            (cases, ", ".join("'%s'" % name for name in commands)))
+class Completable(NamedTuple):
+    """What can follow a command: options, and words (None: files)."""
+    options: Sequence[str]
+    words: Optional[Sequence[str]]
+
+
+def completion_script(shell: str, commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
+    """Shell completion as the parser has it; `choices`: options that take a value -> which (None: any file or word)."""
+    return COMPLETIONS[shell](commands, choices)
+
+
+def bash_completion(commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
+    after = ["    %s) words='%s' options='%s' ;;" % (name, " ".join(command.words or ()), " ".join(command.options))
+             for name, command in commands.items()]
+    values = ["    %s) COMPREPLY=($(compgen -W '%s' -- \"$word\")); return ;;" % (option, " ".join(values or ()))
+              for option, values in choices.items()]
+    return """\
+# To load it, in ~/.bashrc: source <(claude-gateway completion bash)
+# It completes the command claude-gateway, not python3 claude_gateway.py.
+_claude_gateway() {
+  local word="${COMP_WORDS[COMP_CWORD]}" words='%s' options='--help --version'
+  if [ "$COMP_CWORD" -gt 1 ]; then
+    case "${COMP_WORDS[1]}" in
+%s
+    esac
+    case "${COMP_WORDS[COMP_CWORD-1]}" in
+%s
+    esac
+  fi
+  case "$word" in -*) words="$options" ;; esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}
+complete -o default -F _claude_gateway claude-gateway""" % (" ".join(commands), "\n".join(after), "\n".join(values))
+
+
+def zsh_completion(commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
+    after = ["      %s) plain=(%s) options=(%s) ;;" % (name, " ".join(command.words or ()), " ".join(command.options))
+             for name, command in commands.items()]
+    values = ["      %s) %s; return ;;" % (option, "compadd -- " + " ".join(values) if values else "_files")
+              for option, values in choices.items()]
+    return """\
+#compdef claude-gateway
+# To load it, in ~/.zshrc after compinit: source <(claude-gateway completion zsh)
+# Or save it as _claude-gateway in a directory of $fpath.
+# It completes the command claude-gateway, not python3 claude_gateway.py.
+_claude_gateway() {
+  local -a plain options
+  plain=(%s) options=(--help --version)
+  if (( CURRENT > 2 )); then
+    case $words[2] in
+%s
+    esac
+    case $words[CURRENT-1] in
+%s
+    esac
+  fi
+  if [[ $PREFIX == -* ]]; then
+    compadd -- $options
+  elif (( $#plain )); then
+    compadd -- $plain
+  else
+    _files
+  fi
+}
+if [[ $funcstack[1] == _claude-gateway ]]; then
+  _claude_gateway "$@"
+else
+  compdef _claude_gateway claude-gateway
+fi""" % (" ".join(commands), "\n".join(after), "\n".join(values))
+
+
+def fish_completion(commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
+    lines = ["# To load it: claude-gateway completion fish > ~/.config/fish/completions/claude-gateway.fish",
+             "# It completes the command claude-gateway, not python3 claude_gateway.py.",
+             "complete -c claude-gateway -f",
+             "complete -c claude-gateway -n __fish_use_subcommand -a '%s'" % " ".join(commands)]
+    for name, command in commands.items():
+        begin = "complete -c claude-gateway -n '__fish_seen_subcommand_from %s'" % name
+        lines.append(begin + (" -F" if command.words is None else " -a '%s'" % " ".join(
+            word for word in command.words if not word.startswith("-"))))
+        for option in command.options:
+            values = choices.get(option)
+            lines.append("%s -l %s%s" % (begin, option[2:], " -x -a '%s'" % " ".join(values) if values else
+                                         " -r" if option in choices else ""))
+    return "\n".join(lines)
+
+
+def powershell_completion(commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
+    def listed_words(words: Iterable[str]) -> str:
+        return "@(%s)" % ", ".join("'%s'" % word for word in words)
+
+    after = ["    '%s' { %s, %s }" % (name, listed_words(command.words or ()), listed_words(command.options))
+             for name, command in commands.items()]
+    values = ["    '%s' { %s }" % (option, listed_words(values or ())) for option, values in choices.items()]
+    return """\
+# To load it, in $PROFILE: claude-gateway completion powershell | Out-String | Invoke-Expression
+# It completes the command claude-gateway, not python claude_gateway.py.
+Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
+  param($word, $ast, $at)
+  $typed = @($ast.CommandElements | ForEach-Object { $_.ToString() })
+  $before = if ($word) { $typed[-2] } else { $typed[-1] }
+  $plain, $options = switch ($typed[1]) {
+%s
+    default { %s, @('--help', '--version') }
+  }
+  $words = switch ($before) {
+%s
+    default { if ($word -like '-*') { $options } else { $plain } }
+  }
+  $words | Where-Object { $_ -like "$word*" } | ForEach-Object {
+    [System.Management.Automation.CompletionResult]::new($_) }
+}""" % ("\n".join(after), listed_words(commands), "\n".join(values))
+
+
+COMPLETIONS: Dict[str, Callable[[Dict[str, Completable], Dict[str, Optional[Sequence[str]]]], str]] = {
+    "bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion, "powershell": powershell_completion}
 
 
 # ---- Command line ------------------------------------------------------------------------------------
@@ -8572,7 +8662,7 @@ EXTRA_ARGUMENTS: Dict[str, Tuple[Sequence[str], Dict[str, Any]]] = {
                                                                                     *SERVICE_FILES])}),
     "file": (["file"], {"nargs": "?", "metavar": "FILE", "help": "a request, or a saved answer; without it, standard "
                                                                   "input"}),
-    "shell": (["shell"], {"metavar": "SHELL", "choices": ["bash", "zsh", "fish", "powershell"],
+    "shell": (["shell"], {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
                           "help": "bash, zsh, fish or powershell"}),
 }
 
@@ -9314,17 +9404,22 @@ def given_to_translate(path: str | None) -> bytes:
 
 
 def completion_command(parsed: argparse.Namespace) -> int:
-    words = {name: list(words_to_complete(names)) for name, (_, _, names) in COMMANDS.items()}
-    print(completion_script(parsed.shell, words))
+    commands = {name: completable(names) for name, (_, _, names) in COMMANDS.items()}
+    values = {"--" + option.name: option.choices or None for option in OPTIONS if option.metavar}
+    print(completion_script(parsed.shell, commands, values))
     return OK
 
 
-def words_to_complete(names: Sequence[str]) -> Iterator[str]:
+def completable(names: Sequence[str]) -> Completable:
     """What may be typed behind a command with these arguments: flags, and the words that a place takes."""
+    options: List[str] = []
+    words: List[str] = []
     for name in names:
         flags, settings = EXTRA_ARGUMENTS.get(name, (["--" + name], {}))
-        yield from (flag for flag in flags if flag.startswith("--"))
-        yield from settings.get("choices", ())
+        options += [flag for flag in flags if flag.startswith("--")]
+        words += settings.get("choices", ())
+    options.append("--help")
+    return Completable(options, None if "file" in names else words or options)
 
 
 Command = Callable[[argparse.Namespace], int]

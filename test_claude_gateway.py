@@ -11335,22 +11335,28 @@ class DailyCommandTests(GatewayTestCase):
         self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your user$")
 
     def test_completion_knows_every_command_and_option(self):
-        for shell in ("bash", "zsh", "fish", "powershell"):
+        for shell in ("bash", "zsh", "fish", "PowerShell"):
             with self.subTest(shell=shell):
-                code, said, _ = run_command("completion", shell)
-                self.assertEqual(code, 0)
-                for name in claude_gateway.COMMANDS:
-                    self.assertIn(name, said)
-                for option in claude_gateway.OPTIONS:
-                    self.assertIn(option.name, said)
+                done = outcome_of(["completion", shell], {}, "")
+                self.assertEqual(done.code, 0)
+                for name in [*claude_gateway.COMMANDS, "open-webui", "api-key oauth" if shell != "PowerShell" else
+                             "'api-key', 'oauth'", *(option.name for option in claude_gateway.OPTIONS)]:
+                    self.assertIn(name, done.out)
+                self.assertRegex(done.out, r"\A(#compdef claude-gateway\n)?# To load it.*: .*claude-gateway compl")
+                self.assertIn("not python", done.out)
+
+    COMPLETIONS = (("do", "doctor"), ("-", "--help --version"), ("start --log", "--log-format"),
+                   ("start --auth ", "auto api-key oauth"), ("start --log-format j", "json"), ("start --port ", ""),
+                   ("setup open", "openai opencode open-webui"), ("setup --j", ""), ("completion z", "zsh"),
+                   ("translate ", ""), ("logout ", "--token-file --help"))
 
     @unittest.skipUnless(shutil.which("bash"), "no bash here")
     def test_the_bash_completion_completes(self):
-        script = run_command("completion", "bash")[1]
-        ask = 'COMP_WORDS=(claude-gateway %s); COMP_CWORD=%d; _claude_gateway; echo "${COMPREPLY[@]}"\n'
-        ended = subprocess.run(["bash", "-c", script + "\n" + ask % ("do", 1) + ask % ("start --log", 2)],
-                               stdout=subprocess.PIPE, timeout=20)
-        self.assertEqual(ended.stdout.decode().splitlines(), ["doctor", "--log-format"])
+        script = outcome_of(["completion", "bash"], {}, "").out
+        asks = ['COMP_WORDS=(claude-gateway %s%s); COMP_CWORD=%d; COMPREPLY=(); _claude_gateway; echo "${COMPREPLY[*]}"'
+                % (typed, " ''" if typed.endswith(" ") else "", len(typed.split(" "))) for typed, _ in self.COMPLETIONS]
+        ended = subprocess.run(["bash", "-c", script + "\n" + "\n".join(asks)], stdout=subprocess.PIPE, timeout=20)
+        self.assertEqual(ended.stdout.decode().splitlines(), [completed for _, completed in self.COMPLETIONS])
 
     def test_unknown_words_are_answered_with_the_nearest_if_one_is_near(self):
         for arguments, nearest, usage in (
