@@ -5079,11 +5079,11 @@ class Upstream:
             after = "&after_id=" + urllib.parse.quote(str(page["last_id"]))
         return entries
 
-    def probe(self) -> str:
-        """Asks the upstream for anything at all, without a credential; the Date header of what it answers."""
+    def probe(self) -> dict[str, str]:
+        """Asks the upstream for anything at all, without a credential; the headers of what it answers."""
         reply = self._open("GET", self._base_url + "/", None, {}, Watch(patience=MODELS_TIMEOUT))
         reply.close()
-        return reply.headers.get("date", "")
+        return reply.headers
 
     def post_json(self, url: str, body: dict, headers: dict[str, str]) -> tuple[int, dict]:
         """POST to the sign-in endpoint: the status and the JSON object it answers with ({} if it is none)."""
@@ -7863,15 +7863,20 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
         yield Finding("DNS", "ok", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
     started = time.monotonic()
     try:
-        date = upstream.probe()
+        headers = upstream.probe()
     except GatewayError as fault:
         issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
         yield Finding("Upstream", "failed", "%s port %d%s: %s%s" % (
             host, port, " by the proxy" if proxied else "", fault,
             " The certificate shown was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), 5)
         return
-    yield Finding("Upstream", "ok", "%s answers after %d ms" % (config.base_url, (time.monotonic() - started) * 1000))
-    yield clock_finding(date)
+    told = "%s answers after %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
+    if headers.get("server", "").startswith("claude-gateway"):
+        yield Finding("Upstream", "warning", told + ", and is a claude-gateway itself",
+                      "Take ANTHROPIC_BASE_URL away, unless one gateway is meant to call another.")
+    else:
+        yield Finding("Upstream", "ok", told)
+    yield clock_finding(headers.get("date", ""))
 
 
 def step_for_fault(words: str) -> str:
@@ -8592,10 +8597,23 @@ class Parser(argparse.ArgumentParser):
     commands: Dict[str, Parser] = {}                # of the program's own parser
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._stop_at_misplaced(sys.argv[1:] if args is None else list(args))
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.commands.get(parsed.command, self).error("unrecognized arguments: %s" % " ".join(unknown))
         return parsed
+
+    def _stop_at_misplaced(self, words: list[str]) -> None:
+        """An option of a command that stands before any command: says where it belongs."""
+        flag = words[0].split("=")[0] if words else ""
+        if not flag.startswith("-") or flag in self._option_string_actions:
+            return
+        owner = next((name for name, parser in self.commands.items() if flag in parser._option_string_actions), "")
+        if owner:
+            more = [word for word in words[1:2] if not word.startswith("-") and word not in self.commands]
+            shown = " KEY" if flag == "--api-key" else " ".join(["", *more])
+            self.error("%s belongs to %s: claude-gateway %s %s%s" % (flag, owner, owner, flag if shown == " KEY" else
+                                                                     words[0], shown))
 
     def error(self, message: str) -> NoReturn:
         unknown = re.search(r"unrecognized arguments: (\S+)|argument COMMAND: invalid choice: '([^']+)'", message)
@@ -8603,6 +8621,8 @@ class Parser(argparse.ArgumentParser):
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
             known = {text.lstrip("-"): text for text in self._option_string_actions if text.startswith("--")}
             known = known if word.startswith("-") else {text: text for text in self.commands}
+            if "--" + word in self._option_string_actions:      # `help`, `version`
+                known = {word: "--" + word}
             nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1)
             message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else "")
         super().error(as_typed(message))
@@ -8821,6 +8841,9 @@ def start_command(parsed: argparse.Namespace) -> int:
     redaction = set_up_log(config)
     check_exposure(config)
     warn_of_aliases(config)
+    if config.ca_file and not os.path.exists(config.ca_file):
+        say("Warning: %s names %s, which is not there, so no certificate can be verified." % (
+            config.ca_variable, config.ca_file))
     if parsed.api_key:
         say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
     if config.demo:
@@ -9333,7 +9356,7 @@ def wants_colour(stream: Any) -> bool:
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR"):
-        return True
+        return os.environ["FORCE_COLOR"].lower() not in ("0", "false")
     return bool(getattr(stream, "isatty", bool)()) and os.environ.get("TERM") != "dumb" and os.name != "nt"
 
 
@@ -9386,7 +9409,8 @@ def print_json(value: Any) -> None:
 
 
 def given_to_translate(path: str | None) -> bytes:
-    """The bytes of the file, or of standard input.  Raises UsageError."""
+    """The bytes of the file, or of standard input, also called "-".  Raises UsageError."""
+    path = None if path == "-" else path
     if not path and sys.stdin and sys.stdin.isatty():
         say("Reading a request from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
     try:

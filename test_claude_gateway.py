@@ -7358,10 +7358,12 @@ class StartTests(CommandTestCase):
         self.assertNotIn("claude.ai", child.err)
 
     def test_an_alias_for_nothing_known_draws_a_warning(self):
-        child = self.child("start", "--demo", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
-                           "bar=opus", "--alias", "*=gpt-4o")
+        child = self.child("start", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
+                           "bar=opus", "--alias", "*=gpt-4o", ANTHROPIC_API_KEY="k",
+                           ANTHROPIC_BASE_URL=self.claude.url, REQUESTS_CA_BUNDLE="/nowhere.pem")
         child.wait_for("Paste into your tool")
         self.assertEqual(re.findall("Warning: (.*?):", child.err), ["--alias foo=sonet"])
+        self.assertIn("Warning: REQUESTS_CA_BUNDLE names /nowhere.pem, which is not there", child.err)
         self.assertIn("Nearest: sonnet,", child.err)
 
     def test_what_cannot_be_started_says_why_with_its_exit_code(self):
@@ -11363,19 +11365,56 @@ class DailyCommandTests(GatewayTestCase):
                 (["stat"], "start", ""), (["start", "--prot", "1"], "--port", "start "), (["docter"], "doctor", ""),
                 (["setup", "open-webi"], "open-webui", "setup "), (["start", "--bogus"], "", "start "),
                 (["status", "--jsn"], "--json", "status "), (["status", "--demoo"], "", "status "),
-                (["what"], "", ""), (["completion", "basch"], "", "completion ")):
+                (["what"], "", ""), (["completion", "basch"], "", "completion "), (["help"], "--help", ""),
+                (["version"], "--version", "")):
             with self.subTest(arguments=arguments):
-                code, _, said = run_command(*arguments)
-                self.assertEqual(code, 2)
+                done = outcome_of(arguments, {}, "")
+                said = done.err
+                self.assertEqual(done.code, 2)
                 self.assertTrue(said.startswith("usage: claude-gateway %s[-h]" % usage), said)
                 self.assertEqual(re.findall(r"Did you mean (\S+)\?", said), [nearest] if nearest else [])
                 self.assertIn("unknown: %s." % arguments[-1] if arguments[-1].startswith("--") else "error: ", said)
+
+    def test_an_option_before_its_command_is_told_where_it_belongs(self):
+        for arguments, words in ((["--demo"], "--demo belongs to start: claude-gateway start --demo"),
+                                 (["-p", "1"], "-p belongs to start: claude-gateway start -p 1"),
+                                 (["--port=1", "status"], "--port belongs to start: claude-gateway start --port=1"),
+                                 (["--live", "doctor"], "--live belongs to doctor: claude-gateway doctor --live"),
+                                 (["--api-key=secret"], "claude-gateway start --api-key KEY"),
+                                 (["--api-key", "secret"], "claude-gateway start --api-key KEY")):
+            with self.subTest(arguments):
+                done = outcome_of(arguments, {}, "")
+                self.assertEqual(done.code, 2)
+                self.assertTrue(done.err.endswith(words + "\n"), done.err)
+                self.assertNotIn("secret", done.err)
+
+    def test_colours_can_be_switched_off_by_force(self):
+        kept = dict(os.environ)
+        self.addCleanup(os.environ.update, kept)
+        for value, wanted in (("1", True), ("true", True), ("0", False), ("false", False), ("", False)):
+            os.environ["FORCE_COLOR"] = value
+            self.addCleanup(os.environ.pop, "FORCE_COLOR", None)
+            self.assertIs(claude_gateway.wants_colour(io.StringIO()), wanted)
+
+    def test_doctor_notices_a_gateway_upstream(self):
+        config = Config(base_url="http://127.0.0.1:%d" % self.service.port)
+        upstream = claude_gateway.Upstream(config, "")
+        self.addCleanup(upstream.close)
+        found = {finding.name: finding for finding in claude_gateway.network_findings(config, upstream)}
+        self.assertEqual((found["Upstream"].level, found["Clock"].level), ("warning", "ok"))
+        self.assertIn("is a claude-gateway itself", found["Upstream"].detail)
+
+    def test_a_dash_means_standard_input(self):
+        stdin = SimpleNamespace(buffer=io.BytesIO(b'{"model": "opus", "input": "Hi"}'), isatty=lambda: False)
+        self.addCleanup(setattr, sys, "stdin", sys.stdin)
+        sys.stdin = stdin
+        self.assertIn(b"opus", claude_gateway.given_to_translate("-"))
 
     def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
         for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
                             ("DOCKER", "docker"), ("roo_code", "roo-code")):
             with self.subTest(given=given):
-                self.assertEqual(run_command("setup", given)[1], run_command("setup", name)[1])
+                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
         code, said, _ = run_command("setup")
         self.assertEqual(code, 0)
         for name, tool in claude_gateway.TOOL_SETTINGS.items():
