@@ -9251,7 +9251,7 @@ def status_words(running: dict, given: str) -> str:
 
 def expiry_words(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and what then."""
-    left = round(expires_at - time.time())
+    left = expires_at - time.time()
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(expires_at))
     if left > 0:
         return "%s (in %s)%s" % (when, duration_words(left), ", renewed by itself" if refreshable else "")

@@ -6815,7 +6815,7 @@ def outcome_of(arguments, environment, typed) -> SimpleNamespace:
     kept = dict(os.environ), sys.stdin, log.handlers[:], log.level, log.propagate
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdin = io.StringIO(typed)
+    sys.stdin = io.TextIOWrapper(io.BytesIO(typed.encode()), "utf-8")
     watchdog = threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM))  # a `start` that should not have started
     watchdog.start()
     try:
@@ -7253,8 +7253,10 @@ class StartTests(CommandTestCase):
         with contextlib.closing(socket.socket()) as server:
             server.bind(("127.0.0.1", 0))
             server.listen(1)
-            mine = socket.create_connection(server.getsockname())
+            mine = socket.socket()
             self.addCleanup(mine.close)
+            mine.bind(("127.0.0.1", 0))             # a port that no closed connection of an earlier test holds as well
+            mine.connect(server.getsockname())
             theirs = server.accept()[0]
             self.addCleanup(theirs.close)
         return mine, theirs
@@ -7291,7 +7293,8 @@ class StartTests(CommandTestCase):
                 claude_gateway.TIME_WAIT_PATIENCE = patience
                 theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 # whoever waits here frees the port: a reset leaves no TIME-WAIT behind
-                stop = SimpleNamespace(wait=lambda seconds, ends=(theirs, mine): [end.close() for end in ends] and None)
+                ends = [mine, theirs]
+                stop = SimpleNamespace(wait=lambda seconds, ends=ends: (ends.pop().close(), ends.pop().close())[0])
                 with contextlib.redirect_stderr(io.StringIO()):
                     if taken:
                         service = claude_gateway.service_on_its_port(gateway, parsed, stop)
@@ -11018,13 +11021,23 @@ class GrowthTests(unittest.TestCase):
 # ==== Commands of every day ===========================================================================
 
 def run_command(*arguments, given=b"", **variables):
-    """A command in a process of its own with a bare environment: (exit code, standard output, standard error)."""
+    """A command with a bare environment: (exit code, standard output, standard error)."""
     with tempfile.TemporaryDirectory() as home:
-        environment = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TEMP")}
-        environment.update(HOME=home, PYTHONDONTWRITEBYTECODE="1", **variables)
-        ended = subprocess.run([sys.executable, PROGRAM, *arguments], input=given, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=environment, cwd=home, timeout=60)
+        done = outcome_of(arguments, bare_environment(home, variables), given.decode())
+    return done.code, done.out, done.err
+
+
+def run_process(*arguments, **variables):
+    """The same in a process of its own."""
+    with tempfile.TemporaryDirectory() as home:
+        ended = subprocess.run([sys.executable, PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=bare_environment(home, variables), cwd=home, timeout=60)
     return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
+
+
+def bare_environment(home: str, variables: dict) -> dict:
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TEMP")}
+    return dict(kept, HOME=home, PYTHONDONTWRITEBYTECODE="1", **variables)
 
 
 class DailyCommandTests(GatewayTestCase):
@@ -11065,7 +11078,7 @@ class DailyCommandTests(GatewayTestCase):
 
     def test_doctor_finds_nothing_wrong_on_a_healthy_machine(self):
         self.claude.models = [{"id": "claude-haiku-5-5", "type": "model", "lifecycle": "active"}]
-        code, said, _ = run_command("doctor", "--port", self.free_port(), "--live", ANTHROPIC_BASE_URL=self.claude.url,
+        code, said, _ = run_process("doctor", "--port", self.free_port(), "--live", ANTHROPIC_BASE_URL=self.claude.url,
                                     ANTHROPIC_API_KEY=SECRET)
         self.assertEqual(code, 0, said)
         for name in ("Python", "File", "Port", "Proxy", "Certificates", "DNS", "Upstream", "Clock", "Credential",
@@ -11078,21 +11091,19 @@ class DailyCommandTests(GatewayTestCase):
 
     def test_doctor_names_the_step_for_what_fails(self):
         taken = self.connect().getpeername()[1]     # the class's own gateway: told apart from a stranger
-        with contextlib.closing(socket.socket()) as stranger:
-            stranger.bind(("127.0.0.1", 0))
-            stranger.listen(1)
-            cases = (
-                ({"ANTHROPIC_BASE_URL": self.claude.url}, ["--port", str(taken)], 3, "Credential", "login"),
-                ({"ANTHROPIC_BASE_URL": "http://127.0.0.1:1", "ANTHROPIC_API_KEY": "k"}, ["--port", str(taken)], 5,
-                 "Upstream", "Check the network"),
-                ({"ANTHROPIC_BASE_URL": self.claude.url, "ANTHROPIC_API_KEY": "k"},
-                 ["--port", str(stranger.getsockname()[1])], 4, "Port", "start --port"))
-            for variables, arguments, wanted, name, step in cases:
-                with self.subTest(name=name):
-                    code, said, _ = run_command("doctor", "--json", *arguments, **variables)
-                    finding = next(each for each in json.loads(said) if each["level"] == "failed")
-                    self.assertEqual((code, finding["name"]), (wanted, name), said)
-                    self.assertIn(step, finding["step"])
+        stranger = str(urlsplit(self.claude.url).port)
+        cases = (
+            ({"ANTHROPIC_BASE_URL": self.claude.url}, ["--port", str(taken)], 3, "Credential", "login"),
+            ({"ANTHROPIC_BASE_URL": "http://127.0.0.1:1", "ANTHROPIC_API_KEY": "k"}, ["--port", str(taken)], 5,
+             "Upstream", "Check the network"),
+            ({"ANTHROPIC_BASE_URL": self.claude.url, "ANTHROPIC_API_KEY": "k"}, ["--port", stranger], 4, "Port",
+             "start --port"))
+        for variables, arguments, wanted, name, step in cases:
+            with self.subTest(name=name):
+                code, said, _ = run_command("doctor", "--json", *arguments, **variables)
+                finding = next(each for each in json.loads(said) if each["level"] == "failed")
+                self.assertEqual((code, finding["name"]), (wanted, name), said)
+                self.assertIn(step, finding["step"])
 
     def test_doctor_goes_on_without_the_network(self):
         with contextlib.closing(socket.socket()) as unused, tempfile.TemporaryDirectory() as folder:
@@ -11435,7 +11446,7 @@ class DailyCommandTests(GatewayTestCase):
                 self.assertEqual(claude_gateway.as_typed("`claude-gateway start`, the claude-gateway"),
                                  "`%s`, the claude-gateway" % typed)
     def test_a_port_in_use_says_by_whom_and_what_to_do(self):
-        code, _, said = run_command("start", "--port", str(self.service.port), ANTHROPIC_API_KEY="k")
+        code, _, said = run_process("start", "--port", str(self.service.port), ANTHROPIC_API_KEY="k")
         self.assertEqual(code, 4)
         self.assertIn("in use by another claude-gateway. Another port: %s %s start --port %d\n" % (
             os.path.basename(sys.executable), PROGRAM, self.service.port % 65_535 + 1), said)
