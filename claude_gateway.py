@@ -7818,6 +7818,26 @@ def proxy_finding(config: Config) -> Finding:
         ", but not for the upstream: by NO_PROXY, or as it is this machine" if exempt else ""))
 
 
+LISTENING, ESTABLISHED = "0A", "01"                 # states of /proc/net/tcp
+
+
+def sockets_on(port: int) -> dict[str, str]:
+    """The TCP sockets of a port of this machine: inode of a listener, or else the far end -> state.  Linux only."""
+    found: Dict[str, str] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError, ValueError, IndexError), open(table, encoding="ascii") as file:
+            for columns in map(str.split, file.readlines()[1:]):
+                if int(columns[1].rsplit(":", 1)[1], 16) == port:
+                    found[columns[9] if columns[3] == LISTENING else columns[2]] = columns[3]
+    return found
+
+
+def is_passing(port: int) -> bool:
+    """Whether nobody listens on a port or talks through it any more: what holds it are closed connections."""
+    states = set(sockets_on(port).values())
+    return bool(states) and not states & {LISTENING, ESTABLISHED}
+
+
 def port_finding(config: Config) -> Finding:
     """Whether the port can be had; a gateway that runs there already is fine too."""
     if running_status(config):
@@ -7830,8 +7850,12 @@ def port_finding(config: Config) -> Finding:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, config.port))
     except OSError as fault:
+        if fault.errno == errno.EADDRINUSE and is_passing(config.port):
+            return Finding("Port", "warning", "%d: held by a connection that has just closed" % config.port,
+                           "Wait; `start` does so too, up to a minute.")
+        host = "" if config.host == "localhost" else " --host " + config.host
         return Finding("Port", "failed", "%d: %s" % (config.port, fault.strerror or fault),
-                       "claude-gateway start --port %d" % (config.port % 65_535 + 1), 4)
+                       "claude-gateway start --port %d%s" % (config.port % 65_535 + 1, host), 4)
     return Finding("Port", "ok", "%d is free" % config.port)
 
 
@@ -8993,24 +9017,6 @@ def tell_port_trouble(config: Config, parsed: argparse.Namespace, fault: OSError
 
 TIME_WAIT_PATIENCE = 65                             # seconds: Linux keeps the port of a closed connection for 60
 TIME_WAIT_PAUSE = 1                                 # seconds between two attempts
-LISTENING, ESTABLISHED = "0A", "01"                 # states of /proc/net/tcp
-
-
-def sockets_on(port: int) -> dict[str, str]:
-    """The TCP sockets of a port of this machine: inode of a listener, or else the far end -> state.  Linux only."""
-    found: Dict[str, str] = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError, ValueError, IndexError), open(table, encoding="ascii") as file:
-            for columns in map(str.split, file.readlines()[1:]):
-                if int(columns[1].rsplit(":", 1)[1], 16) == port:
-                    found[columns[9] if columns[3] == LISTENING else columns[2]] = columns[3]
-    return found
-
-
-def is_passing(port: int) -> bool:
-    """Whether nobody listens on a port or talks through it any more: what holds it are closed connections."""
-    states = set(sockets_on(port).values())
-    return bool(states) and not states & {LISTENING, ESTABLISHED}
 
 
 def port_holder(config: Config) -> str:

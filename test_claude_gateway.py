@@ -7290,6 +7290,10 @@ class StartTests(CommandTestCase):
                 self.addCleanup(gateway.close)
                 if closing:                         # half closed: nobody can use it any more
                     mine.shutdown(socket.SHUT_WR)
+                finding = claude_gateway.port_finding(gateway.config)
+                self.assertEqual(finding.level, "warning" if closing else "failed")
+                self.assertIn("Wait" if closing else "claude-gateway start --port %d --host 127.0.0.1" % (
+                    gateway.config.port % 65_535 + 1), finding.step)
                 claude_gateway.TIME_WAIT_PATIENCE = patience
                 theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 # whoever waits here frees the port: a reset leaves no TIME-WAIT behind
