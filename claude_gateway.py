@@ -8698,7 +8698,7 @@ HELP_ELSEWHERE = {
 EXTRA_ARGUMENTS: Dict[str, Tuple[Sequence[str], Dict[str, Any]]] = {
     "no-browser": (["--no-browser"], {"action": "store_true", "help": "only print the address to visit"}),
     "json": (["--json"], {"action": "store_true", "help": "as JSON"}),
-    "live": (["--live"], {"action": "store_true", "help": "also make two tiny model calls, to see an answer and a "
+    "live": (["--live"], {"action": "store_true", "help": "also make two small model calls, to see an answer and a "
                                                           "cache hit"}),
     "tool": (["name"], {"metavar": "NAME", "nargs": "?", "type": setup_name,
                         "choices": [*TOOL_SETTINGS, *SERVICE_FILES],
