@@ -4615,6 +4615,8 @@ class Watch:
         keep = self.early is not None and len(self.early) < READ_SIZE
         try:
             data = self.client.recv(4_096, 0 if keep else socket.MSG_PEEK)
+        except BlockingIOError:                     # nothing after all
+            return
         except OSError:
             data = b""
         if not data:
@@ -4660,8 +4662,9 @@ class WatchedReader(io.RawIOBase):
     def __init__(self, sock: socket.socket, connection: Any) -> None:
         self._sock, self._connection = sock, connection
         self._raw = sock.makefile("rb", buffering=0)        # keeps the socket open when http.client closes it
-        self._timeout = sock.gettimeout()
-        sock.settimeout(0)
+        self._timeout = sock.gettimeout()           # of a connection in the making, for the answer to CONNECT
+        if self._timeout:
+            sock.settimeout(0)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         """What http.client asks of a socket that it reads a response from."""
@@ -4686,8 +4689,9 @@ class WatchedReader(io.RawIOBase):
             watch.readable(self._sock, deadline)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.settimeout(self._timeout)
+        if self._timeout:
+            with contextlib.suppress(OSError):
+                self._sock.settimeout(self._timeout)
         self._raw.close()
         super().close()
 
@@ -4715,7 +4719,7 @@ class WatchedConnection(http.client.HTTPConnection):
         finally:
             self.watch = watch
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.settimeout(UPSTREAM_SILENCE)
+        self.sock.settimeout(0)                     # from here on it is the watch that waits
 
     def send(self, data: Any) -> None:
         """Sends a part of the request, for as long as the client waits for the answer and the upstream goes on reading.
@@ -4724,7 +4728,8 @@ class WatchedConnection(http.client.HTTPConnection):
         """
         sock, left = self.sock, memoryview(data)
         timeout = sock.gettimeout()
-        sock.settimeout(0)
+        if timeout:
+            sock.settimeout(0)
         try:
             while left:
                 try:
@@ -4734,7 +4739,8 @@ class WatchedConnection(http.client.HTTPConnection):
                 except (BlockingIOError, ssl.SSLWantWriteError):
                     self.watch.writable(sock)
         finally:
-            sock.settimeout(timeout)
+            if timeout:
+                sock.settimeout(timeout)
 
     def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
         return FinalResponse(WatchedReader(sock, self), **options)      # type: ignore[arg-type]
@@ -6875,6 +6881,7 @@ class TimedReader(io.RawIOBase):
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        sock.settimeout(0)                          # once; for every read it would be one more call of the system
         self.early = bytearray()                    # has come already, and goes before what the socket has
         self.deadline = time.monotonic() + HEAD_TIMEOUT
         self.pause = float(HEAD_TIMEOUT)
@@ -6893,10 +6900,12 @@ class TimedReader(io.RawIOBase):
             del self.early[:count]
             return count
         left = min(self.pause, self.deadline - time.monotonic())
-        if left <= 0:
-            raise socket.timeout("timed out")
-        self._sock.settimeout(left)
-        return self._sock.recv_into(buffer)
+        while left > 0:
+            with contextlib.suppress(BlockingIOError):
+                return self._sock.recv_into(buffer)
+            if not wait_ready([self._sock], left):
+                break
+        raise socket.timeout("timed out")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -7285,7 +7294,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _go_on(self, failure: BaseException | None) -> None:
         """Sends what there is of a stream; where that has not reached its end yet, the rest is for the pump."""
         watch, pump = self._watch, self.gateway.pump
-        self.connection.settimeout(WRITE_TIMEOUT)
         if failure:
             raise failure
         while True:
@@ -7329,11 +7337,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _write(self, data: bytes) -> None:
         """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
-        try:
-            self.connection.settimeout(WRITE_TIMEOUT)
-            self.connection.sendall(data)
-        except OSError:
-            raise ClientGone from None
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self.connection.send(left):]
+            except BlockingIOError:
+                if not wait_ready((), WRITE_TIMEOUT, [self.connection]):
+                    raise ClientGone from None
+            except OSError:
+                raise ClientGone from None
 
     def _send_failure(self, failure: GatewayError) -> None:
         """An error as a status and body or, once a stream has begun, as an event that SDKs raise."""
