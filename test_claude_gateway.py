@@ -9387,6 +9387,25 @@ class StreamFramingTests(HttpTestCase):
         self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
         self.assertIn("Hello", completion_from_chunks(answer.chunks[:-1])["message"]["content"])
 
+    def test_events_that_tell_the_client_nothing_do_not_put_off_its_sign_of_life(self):
+        self.addCleanup(setattr, claude_gateway, "KEEPALIVE_INTERVAL", claude_gateway.KEEPALIVE_INTERVAL)
+        claude_gateway.KEEPALIVE_INTERVAL = 0.3
+        events, ping, told = events_of(message(text("Hello"))), sse([{"type": "ping"}]), threading.Event()
+        self.addCleanup(told.set)
+
+        def pings():                                    # much more often than a sign of life is due
+            yield sse(events[:1])
+            while not told.wait(0.02):
+                yield ping
+            yield sse(events[1:])
+        self.claude.play(Reply(pieces=pings()))
+        connection = self.connect()
+        connection.settimeout(5)
+        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
+        self.assertIn(b": keep-alive", received_until(connection, b": keep-alive\n\n"))
+        told.set()
+        self.assertIn(b"[DONE]", received_until(connection, b"never"))
+
     def test_http_1_1_gets_chunks_and_http_1_0_the_end_of_the_connection(self):
         pieces = [sse(events_of(message(text("Hello"))))]
         new, old = answers_in(self.streamed(pieces))[0], answers_in(self.streamed(pieces, version="1.0"))[0]
@@ -10881,6 +10900,33 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
         self.assertIn(b"[DONE]", received_until(connection, b"0\r\n\r\n"))
         closing.join(10)
         self.assertEqual(service.gateway.running.count, 0)
+
+    def test_where_no_thread_is_to_be_had_a_stream_ends_all_the_same(self):
+        start = threading.Thread.start
+
+        def start_no_more(thread):
+            if thread.name == "connection":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+        self.addCleanup(setattr, threading.Thread, "start", start)
+        paused = events_of(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"))
+        for name, reply, last in (("whole", self.held(), "[DONE]"),
+                                  ("to be continued", Reply(pieces=[sse(paused[:2]), self.release, sse(paused[2:])]),
+                                   "gateway_busy")):
+            with self.subTest(name):
+                self.release.clear()
+                self.claude.play(reply)
+                connection = self.connect()
+                connection.sendall(chat_bytes(body=self.STREAM[:-1] + b',"web_search_options":{}}'))
+                received = received_until(connection, b"assistant")
+                threading.Thread.start = start_no_more
+                self.release.set()
+                received += received_until(connection, b"never")
+                threading.Thread.start = start
+                self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+                answer, = answers_in(received)
+                self.assertIn(last, answer.events[-1])
+                self.assertTrue(received.endswith(b"0\r\n\r\n"))
 
     def test_what_runs_beyond_the_grace_is_told_so(self):
         service = self.start()
