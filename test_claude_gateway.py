@@ -9678,6 +9678,23 @@ class UpstreamRequestTests(UpstreamTestCase):
         self.assertIn("Gr\u00fc\u00dfe \U0001f600 \u2028".encode("utf-8"), raw)
         self.assertNotIn(b"\\u", raw)
 
+    def test_what_a_header_cannot_carry_is_told_without_its_value(self):
+        for value in ("sk-ant-two\nlines", "sk-ant-\u20ac", "sk-ant-\x00"):
+            with self.subTest(value):
+                self.start(anthropic_api_key=value)
+                answer = self.chat(headers=NO_RETRY)
+                self.assertEqual(answer.status, 502)
+                self.assertIn("x-api-key", answer.error["message"].lower())
+                self.assertNotIn("sk-ant", answer.error["message"])
+        self.start(base_url=self.claude.url + "/a b")
+        self.assertIn("/a b/v1/messages", self.chat(headers=NO_RETRY).error["message"])
+
+    def test_large_and_small_requests_arrive_whole(self):
+        for size in (1, 60_000, 70_000, 3_000_000):
+            with self.subTest(size):
+                self.chat("x" * size)
+                self.assertEqual(self.claude.messages[-1].body["messages"][0]["content"][0]["text"], "x" * size)
+
     def test_the_path_of_the_base_url_stays(self):
         self.start(base_url=self.claude.url + "/proxy/claude/")
         answer = self.chat(headers=NO_RETRY)
@@ -9888,6 +9905,12 @@ class UpstreamAnswerTests(UpstreamTestCase):
                                              "transfer-encoding: chunked", length=False),
             "identity": upstream_bytes(MESSAGE_JSON, "content-encoding: identity"),
             "continue first": b"HTTP/1.1 100 Continue\r\n\r\n" + upstream_bytes(MESSAGE_JSON),
+            "bare line ends": upstream_bytes(MESSAGE_JSON).replace(b"\r\n", b"\n"),
+            "status without words": upstream_bytes(MESSAGE_JSON, status="200"),
+            "folded header": upstream_bytes(MESSAGE_JSON, "x-note: one,", "  content-encoding: br"),
+            "space before a colon": upstream_bytes(MESSAGE_JSON, "content-encoding : br"),
+            "the first of two": upstream_bytes(MESSAGE_JSON, "content-encoding: identity", "Content-Encoding: br"),
+            "a line that is no header": upstream_bytes(MESSAGE_JSON, "this is none"),
             "hints first": b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n" * 2 + upstream_bytes(MESSAGE_JSON),
             "stream": upstream_bytes(in_chunks(MESSAGE_EVENTS), stream, "transfer-encoding: chunked", length=False),
             "stream with a length": upstream_bytes(MESSAGE_EVENTS, stream),
@@ -9909,6 +9932,8 @@ class UpstreamAnswerTests(UpstreamTestCase):
         packed = gzip.compress(MESSAGE_JSON)
         cases = {
             "nothing": b"", "garbage": b"\0\xff\0\r\n\r\n", "another protocol": b"SSH-2.0-OpenSSH_9.9\r\n",
+            "another version": b"HTTP/2.0 200 OK\r\n\r\n",
+            "endless head": b"HTTP/1.1 200 OK\r\nx-test: " + b"a" * 70_000,
             "no status": b"HTTP/1.1 abc OK\r\n\r\n", "half a head": b"HTTP/1.1 200 OK\r\ncontent-",
             "cut at a length": upstream_bytes(MESSAGE_JSON)[:-9],
             "cut in a chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-20], chunked, length=False),
@@ -9940,6 +9965,27 @@ class UpstreamAnswerTests(UpstreamTestCase):
                 self.assert_envelope(answer)
                 self.assertNotIn("<html>", answer.error["message"])
         self.assertEqual(self.ask("GET", "/health").status, 200)
+
+    def test_a_head_without_end_is_not_read_for_ever(self):
+        asked = threading.Event()
+        self.start_before([[b"HTTP/1.1 200 OK\r\nx-test: " + b"a" * 70_000, asked]])
+        self.addCleanup(asked.set)
+        self.assertIn("more than 65536 bytes", self.chat(headers=NO_RETRY).error["message"])
+
+    def test_who_speaks_another_protocol_is_found_out_at_once(self):
+        asked = threading.Event()
+        self.start_before([[b"SSH-2.0-OpenSSH_9.9", asked]])
+        self.addCleanup(asked.set)
+        self.assertIn("SSH-2.0", self.chat(headers=NO_RETRY).error["message"])
+
+    def test_what_an_answer_says_of_its_connection_holds(self):
+        """RFC 9112, 9.3: version 1.1 stays unless it says close, version 1.0 ends unless it says keep-alive."""
+        old = upstream_bytes(MESSAGE_JSON, "connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+        new = upstream_bytes(MESSAGE_JSON)
+        raw = self.start_before([old, upstream_bytes(MESSAGE_JSON, "Connection: Close"), new],
+                                [new.replace(b"HTTP/1.1", b"HTTP/1.0", 1), new], [new])
+        self.assertEqual([self.chat().status for _ in range(4)], [200] * 4)
+        self.assertEqual((raw.connections, len(raw.posts)), (3, 4))
 
     def test_the_same_faults_after_the_first_byte_end_a_stream_with_an_error(self):
         begun = sse(events_of(message(text("Hello, world")))[:5])
