@@ -39,7 +39,6 @@ import hashlib
 import hmac
 import http.client
 import http.server
-import io
 import ipaddress
 import itertools
 import json
@@ -6808,8 +6807,9 @@ ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
 WITHOUT_KEY = {"/models", "/models/{id}", "/health", "/"}       # for every other path a configured key is needed
 NATIVE = {"/messages", "/messages/count_tokens"}                # whose errors are in Anthropic's shape
 
-REQUEST_LINE = re.compile(rb"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\Z")
+REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
+HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\Z")
+BLANK_LINES = re.compile(rb"(?:\r?\n)*")
 # Headers that must not come twice: they decide about framing, identity or access.
 SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
                   "x-api-key", "api-key", "origin", "expect"}
@@ -6839,24 +6839,29 @@ class Head(NamedTuple):
         return "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
 
 
-def head_from_lines(lines: list[bytes]) -> Head:
-    """Request line and header lines, without their line ends, as a Head.  Raises InvalidRequest."""
-    match = REQUEST_LINE.match(lines[0])
+def request_line(line: str) -> tuple[str, str, str]:
+    """Method, target and version of a request line.  Raises InvalidRequest."""
+    match = REQUEST_LINE.match(line)
     if not match:
         raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
+    return match.group(1).upper(), match.group(2), match.group(3)
+
+
+def head_from_lines(lines: list[str]) -> Head:
+    """Request line and header lines, without their line ends, as a Head.  Raises InvalidRequest."""
+    method, target, version = request_line(lines[0])
     headers: dict[str, str] = {}
     for line in lines[1:]:
         found = HEADER_LINE.match(line)
         if not found:
             raise InvalidRequest("A header line is malformed.", code="bad_header")
-        name, value = found.group(1).decode("ascii").lower(), found.group(2).decode("latin-1")
+        name, value = found.group(1).lower(), found.group(2).strip(" \t")
         if name in headers and name in SINGLE_HEADERS:
             raise InvalidRequest("The header %s came twice." % name, code="bad_header")
         headers[name] = headers[name] + ", " + value if name in headers else value
-    method, target, version = (part.decode("ascii") for part in match.groups())
     if version == "1.1" and "host" not in headers:
         raise InvalidRequest("HTTP/1.1 needs a Host header.", code="bad_header")
-    return Head(method.upper(), target, version, headers)
+    return Head(method, target, version, headers)
 
 
 def body_length(head: Head) -> int | None:
@@ -6935,36 +6940,51 @@ def inflated(body: bytes, encoding: str) -> bytes:
     return plain
 
 
-class TimedReader(io.RawIOBase):
-    """The reading side of a client connection: each read ends by `deadline`, and `pause` seconds at most."""
+class ClientReader:
+    """What a client sends, as it comes: each wait ends by `deadline`, and after `pause` seconds at most."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         sock.settimeout(0)                          # once; for every read it would be one more call of the system
-        self.early = bytearray()                    # has come already, and goes before what the socket has
-        self.deadline = time.monotonic() + HEAD_TIMEOUT
-        self.pause = float(HEAD_TIMEOUT)
+        self.early = bytearray()                    # has come, and nobody has asked for it yet
+        self._drained = True                        # the last read brought all there was
+        self.allow(HEAD_TIMEOUT, HEAD_TIMEOUT)
 
     def allow(self, pause: float, total: float | None = None) -> None:
         self.pause = pause
         self.deadline = time.monotonic() + total if total is not None else float("inf")
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
+    def read(self, limit: int) -> bytes:
+        """At least one byte and at most `limit`; b"" at the end of the connection.  Raises socket.timeout."""
         if self.early:
-            count = min(len(buffer), len(self.early))
-            buffer[:count] = self.early[:count]
-            del self.early[:count]
-            return count
-        left = min(self.pause, self.deadline - time.monotonic())
-        while left > 0:
+            data = bytes(self.early[:limit])
+            del self.early[:limit]
+            return data
+        return self._receive(limit)
+
+    def more(self) -> bool:
+        """Waits for more, which becomes part of `early`; False at the end of the connection."""
+        data = self._receive(READ_SIZE)
+        self.early += data
+        return bool(data)
+
+    def line(self, limit: int) -> bytes:
+        """A line with its end; without one where the connection ends, or behind `limit` bytes."""
+        while True:
+            end = self.early.find(b"\n", 0, limit) + 1
+            if end or len(self.early) >= limit or not self.more():
+                return self.read(end or limit)
+
+    def _receive(self, limit: int) -> bytes:
+        while True:
+            left = min(self.pause, self.deadline - time.monotonic())
+            if left <= 0 or self._drained and not wait_ready([self._sock], left):
+                raise socket.timeout("timed out")
+            self._drained = True
             with contextlib.suppress(BlockingIOError):
-                return self._sock.recv_into(buffer)
-            if not wait_ready([self._sock], left):
-                break
-        raise socket.timeout("timed out")
+                data = self._sock.recv(limit)
+                self._drained = len(data) < limit
+                return data
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -6978,8 +6998,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.gateway = self.server.gateway
-        self._reader = TimedReader(self.connection)
-        self.rfile: io.BufferedReader = io.BufferedReader(self._reader, 4_096)     # for heads; a body goes past it
+        self._reader = ClientReader(self.connection)
         self.close_connection = False
         self.pumped: Optional[PumpedStream] = None  # for the pump, once this thread is done
 
@@ -7056,33 +7075,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Waits for a request and reads its head.  Raises Hangup where the connection just ends."""
         self._reader.allow(IDLE_TIMEOUT)
         try:
-            first = self.rfile.peek(1)[:1]
+            if not self._reader.early and not self._reader.more():
+                raise Hangup
         except OSError:
             raise Hangup from None
-        if not first:
-            raise Hangup
         self._record.started = time.monotonic()
         self._reader.allow(HEAD_TIMEOUT, HEAD_TIMEOUT)
-        lines: list[bytes] = []
-        size = 0
-        while True:
-            try:
-                line = self.rfile.readline(MAX_HEAD + 1)
-            except socket.timeout:
-                raise RequestTimeout("The request head took more than %d seconds." % HEAD_TIMEOUT) from None
-            size += len(line)
-            if size > MAX_HEAD or len(lines) > MAX_HEADERS + 1:
-                raise HeadTooLarge("The request head has more than %d bytes or %d lines." % (MAX_HEAD, MAX_HEADERS))
-            if not line.endswith(b"\n"):
-                raise Hangup
-            line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
-            if line and not lines and not REQUEST_LINE.match(line):
-                raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
-            if line:
-                lines.append(line)
-            elif lines:
-                break                               # blank lines before a request are skipped (RFC 9112, 2.2)
-        self.head = head_from_lines(lines)
+        try:
+            self.head = head_from_lines(self._head_lines())
+        except socket.timeout:
+            raise RequestTimeout("The request head took more than %d seconds." % HEAD_TIMEOUT) from None
         self._record.method = self.head.method
         self._record.path = re.sub(r"[?#].*", "", self.head.target)
         self._record.tool = tool_of(self.head.headers.get("user-agent", ""))
@@ -7090,6 +7092,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "close" in connection or self.head.version == "1.0" and "keep-alive" not in connection:
             self.close_connection = True
         self._body_unread = self.head.has_body
+
+    def _head_lines(self) -> list[str]:
+        """Request line and header lines, once all are there; what cannot become a request is refused before."""
+        early = self._reader.early
+        while True:
+            blank = BLANK_LINES.match(early)        # skipped before a request (RFC 9112, 2.2)
+            if blank:
+                del early[:blank.end()]
+            end = END_OF_HEAD.search(early)
+            size = end.end() if end else early.find(b"\n") + 1      # of the head, or of its first line
+            lines = early[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
+            if (size if end else len(early)) > MAX_HEAD or len(lines) > MAX_HEADERS + 3:
+                raise HeadTooLarge("The request head has more than %d bytes or %d lines." % (MAX_HEAD, MAX_HEADERS))
+            if end:
+                del early[:size]
+                return lines[:-2]
+            if lines[0]:
+                request_line(lines[0])
+            if not self._reader.more():
+                raise Hangup
 
     def _read_body(self) -> bytes:
         """The body: framed, bounded, counted against the budget, unpacked."""
@@ -7125,7 +7147,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Bytes of a body, counted as they arrive: who only promises megabytes takes no room from others."""
         pieces: list[bytes] = []
         while length > 0:
-            piece = self.rfile.read1(min(length, READ_SIZE))
+            piece = self._reader.read(min(length, READ_SIZE))
             if not piece:
                 raise ConnectionResetError
             self._reserve(len(piece))
@@ -7155,7 +7177,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         raise InvalidRequest("The body has too many trailers.", code="bad_framing")
 
     def _chunk_line(self) -> bytes:
-        line = self.rfile.readline(1_025)
+        line = self._reader.line(1_025)
         if not line:
             raise ConnectionResetError
         if not line.endswith(b"\r\n"):
@@ -7436,9 +7458,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if re.match(r"[0-9]{1,5}\Z", length) and "expect" not in self.head.headers \
                 and "transfer-encoding" not in self.head.headers:
             self._reader.allow(2, 2)
-            with contextlib.suppress(OSError):
-                if len(self.rfile.read(int(length))) == int(length):
-                    self._body_unread = False
+            with contextlib.suppress(OSError, Busy):
+                self._read_bytes(int(length))
+                self._body_unread = False
         if self._body_unread:
             self.close_connection = True
 
@@ -7447,7 +7469,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self._reader.allow(2, 2)
-            while self.rfile.read1(65_536):
+            while self._reader.read(READ_SIZE):
                 pass
 
     def _log(self) -> None:

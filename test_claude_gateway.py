@@ -9276,16 +9276,31 @@ class ConnectionTests(HttpTestCase):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
         self.addCleanup(theirs.close)
-        reader = claude_gateway.TimedReader(ours)
+        reader = claude_gateway.ClientReader(ours)
         theirs.sendall(b"early")
         reader.allow(5)
-        self.assertEqual(reader.readinto(bytearray(2)), 2)
+        self.assertEqual(reader.read(2), b"ea")
         reader.allow(60, 0)                             # the total is used up, although there is something to read
-        self.assertRaises(socket.timeout, reader.readinto, bytearray(2))
+        self.assertRaises(socket.timeout, reader.read, 2)
         reader.allow(5, 5)
-        self.assertEqual(reader.readinto(bytearray(9)), 3)
+        self.assertEqual(reader.read(9), b"rly")
         reader.allow(0.01, 60)                          # silence for longer than a pause
-        self.assertRaises(socket.timeout, reader.readinto, bytearray(2))
+        self.assertRaises(socket.timeout, reader.read, 2)
+
+    def test_a_reader_of_client_bytes_gives_them_in_order_however_they_came(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        reader = claude_gateway.ClientReader(ours)
+        with theirs:
+            theirs.sendall(b"one\ntwo")
+            self.assertEqual(reader.line(99), b"one\n")
+            theirs.sendall(b"\nthree\nfour")
+            self.assertEqual(reader.line(99), b"two\n")
+            self.assertEqual(reader.read(2), b"th")
+            self.assertEqual(reader.line(2), b"re")
+            self.assertEqual(reader.line(99), b"e\n")
+        self.assertEqual(reader.line(99), b"four")
+        self.assertEqual([reader.read(9), reader.line(9), reader.more()], [b"", b"", False])
 
     def test_no_wait_for_a_client_is_without_an_end(self):
         for name, most in (("IDLE_TIMEOUT", 120), ("HEAD_TIMEOUT", 60), ("BODY_TIMEOUT", 60), ("WRITE_TIMEOUT", 120)):

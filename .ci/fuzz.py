@@ -139,7 +139,7 @@ def responses(body, model):
 
 def heads(lines):
     try:
-        head = gateway.head_from_lines(lines)
+        head = gateway.head_from_lines([line.decode("latin-1") for line in lines])
         gateway.body_length(head)
         gateway.route_of(head.target)
     except gateway.GatewayError:
