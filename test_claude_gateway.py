@@ -8866,6 +8866,7 @@ class JsonDoorTests(HttpTestCase):
         for name, body, words in (
                 ("100,000 lists", b"[" * 100_000, "nested"), ("closed", b"[" * 100_000 + b"]" * 100_000, "nested"),
                 ("objects", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested"),
+                ("201", b"[" * 201 + b"]" * 201, "nested"),
                 ("201 inside", CHAT_BODY[:-1] + b',"metadata":{"a":' + b"[" * 200 + b"]" * 200 + b"}}", "nested"),
                 ("hidden behind quotes", b'{"a\\"[[":"\\\\","b":' + b"[" * 300 + b"]" * 300 + b"}", "nested"),
                 ("a million flat ones", MANY_BRACKETS, "1000000 brackets"),
@@ -8875,9 +8876,21 @@ class JsonDoorTests(HttpTestCase):
                 self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
                 self.assertIn(words, answer.error["message"])
 
+    def test_depth_is_the_same_of_a_value_and_of_its_text(self):
+        """The text is looked at where the parser would go too deep for the stack: there it has to be right."""
+        for name, value in (("nothing", None), ("a string", '[[[["{{'), ("a list", [1, [], [2, [3, []]], "["]),
+                            ("objects", {"a\\": {"[": {"\"{": []}}}), ("both", [{"a": [{"b": {}}, "]]]"]}, {}]),
+                            ("ends of strings", ["\\", "\\\"", "\"\\", {"\\\"[": [[]]}])):
+            with self.subTest(name):
+                text = json.dumps(value).encode()
+                deeper = [claude_gateway.nests_deeper(value, limit) for limit in range(9)]
+                self.assertEqual(deeper, sorted(deeper, reverse=True))
+                self.assertEqual([claude_gateway.text_nests_deeper(text, limit) for limit in range(9)], deeper)
+        self.assertEqual([claude_gateway.nests_deeper([[]], limit) for limit in (0, 1, 2)], [True, True, False])
+
     def test_nesting_within_reason_and_brackets_in_strings_are_no_matter(self):
         for name, content in (("brackets", "[" * 5_000), ("escaped quotes", '\\"[{' * 1_000), ("braces", "{" * 5_000),
-                              ("backslashes", "\\" * 999 + '"' + "[" * 300)):
+                              ("backslashes", "\\" * 999 + '"' + "[" * 300), ("code", "f([{1: 2}])" * 5_000)):
             with self.subTest(name):
                 request = self.sent(content=content)
                 self.assertEqual(bare(request["messages"][0]["content"]), [{"type": "text", "text": content}])
