@@ -207,6 +207,26 @@ def count_in(value: Any, *path: str) -> int:
     return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
 
 
+class GrowingText:
+    """A text that grows at its end.  Its pieces are joined now and then: one of four letters takes 53 bytes."""
+    AT_ONCE = 200
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._joined: List[str] = []
+        self._pieces: List[str] = []
+
+    def append(self, piece: str) -> None:
+        self.length += len(piece)
+        self._pieces.append(piece)
+        if len(self._pieces) == self.AT_ONCE:
+            self._joined.append("".join(self._pieces))
+            self._pieces.clear()
+
+    def __str__(self) -> str:
+        return "".join(self._joined + self._pieces)
+
+
 UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 
 
@@ -3073,7 +3093,8 @@ class MessageAssembler:
         self.message: dict = {}
         self.done = False
         self._block: dict = {}
-        self._pieces: Dict[str, List[str]] = {}
+        self._grown: Dict[str, GrowingText] = collections.defaultdict(GrowingText)
+        self._citations: List[Any] = []
         self._content: List[dict] = []
         self._earlier_usage: dict = {}
 
@@ -3122,9 +3143,9 @@ class MessageAssembler:
         delta = event["delta"]
         field = self._DELTA_FIELDS.get(delta["type"])
         if field:
-            self._pieces.setdefault(field, []).append(delta[field] + "")
+            self._grown[field].append(delta[field] + "")
         elif delta["type"] == "citations_delta":
-            self._block["citations"] = (self._block.get("citations") or []) + [delta["citation"]]
+            self._citations.append(delta["citation"])
 
     def _block_stop(self, event: dict) -> None:
         if not self._block:
@@ -3134,13 +3155,16 @@ class MessageAssembler:
 
     def _join_pieces(self) -> None:
         """Ends the current block; max_tokens can cut an answer inside one, which then has no stop event."""
-        for field, pieces in self._pieces.items():
-            self._block[field] = (self._block.get(field) or "") + "".join(pieces)
+        for field, text in self._grown.items():
+            self._block[field] = (self._block.get(field) or "") + str(text)
+        if self._citations:
+            self._block["citations"] = [*(self._block.get("citations") or ()), *self._citations]
         partial = self._block.get("partial_json")
         if partial:
             with contextlib.suppress(ValueError, RecursionError):       # cut by max_tokens: the text stays
                 self._block["input"] = json.loads(partial)
-        self._pieces = {}
+        self._grown.clear()
+        self._citations = []
 
     def _message_delta(self, event: dict) -> None:
         self.message.update({name: value for name, value in event["delta"].items() if value is not None})
@@ -3540,7 +3564,7 @@ class ResponseStream:
         self._json_text = BareJson() if plan.bare_json else None
         self._sequence = -1
         self._item: Optional[dict] = None           # the output item that is being sent
-        self._text: List[str] = []                  # of the open item: text, thinking or arguments
+        self._text = GrowingText()                  # of the open item: text, thinking or arguments
         self._annotations: List[dict] = []
         self._block: dict = {}
 
@@ -3622,7 +3646,7 @@ class ResponseStream:
     # -- items
 
     def _open(self, item: dict) -> dict:
-        self._item, self._text, self._annotations = item, [], []
+        self._item, self._text, self._annotations = item, GrowingText(), []
         return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
 
     def _done(self, item: dict) -> dict:
@@ -3680,7 +3704,7 @@ class ResponseStream:
         """The citations of a text block, placed in the text of its whole item."""
         if not block.get("citations") or not self._item or self._item["type"] != "message":
             return []
-        length = sum(map(len, self._text))
+        length = self._text.length
         start = max(0, length - len(block["text"]))
         events = []
         for annotation in annotations_of(block, start, length - start):
@@ -3691,7 +3715,7 @@ class ResponseStream:
         return events
 
     def _end_message(self, status: str) -> list[dict]:
-        text = "".join(self._text)
+        text = str(self._text)
         part = {"type": "output_text", "text": text, "annotations": self._annotations, "logprobs": []}
         item = dict(self._item or {}, status=status, content=[part])
         return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
@@ -3728,7 +3752,7 @@ class ResponseStream:
             if not encrypted:
                 return []
             events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
-        text = "".join(self._text)
+        text = str(self._text)
         part = {"type": "summary_text", "text": text}
         if text:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
@@ -3759,14 +3783,14 @@ class ResponseStream:
 
     def _end_call(self, status: str) -> list[dict]:
         item = dict(self._item or {})
-        arguments = "".join(self._text)
+        arguments = str(self._text)
         if not arguments:
             arguments = arguments_of(self._assembler.message["content"][-1])
         if item["type"] == "custom_tool_call":
             item["input"] = input_of_custom(arguments)
             return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
                     self._in_item("response.custom_tool_call_input.done", input=item["input"]), self._done(item)]
-        events = [] if self._text else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
+        events = [] if self._text.length else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
         item.update(arguments=arguments, status=status)
         return events + [self._in_item("response.function_call_arguments.done", arguments=arguments,
                                        name=item["name"]), self._done(item)]
@@ -3929,7 +3953,8 @@ class Lessons:
 
     def apply(self, model: Model) -> Model:
         with self._lock:
-            return replace(model, **self._lessons.get(model.id, {}))
+            lesson = self._lessons.get(model.id)
+        return replace(model, **lesson) if lesson else model
 
     def learn(self, model: Model, lesson: dict) -> None:
         with self._lock:
@@ -5855,7 +5880,7 @@ class Exchange:
 
     def translate(self) -> Translation:
         """The request as it would be sent now."""
-        translation = self._translated(replace(self._known, **(self._lesson or {})))
+        translation = self._translated(replace(self._known, **self._lesson) if self._lesson else self._known)
         self._inline_images(translation.request["messages"])
         return translation
 

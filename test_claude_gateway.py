@@ -11074,7 +11074,7 @@ def work_of(work) -> int:
 
 
 class GrowthTests(unittest.TestCase):
-    """Twice the work takes twice the steps."""
+    """Twice the work takes twice the steps, and memory goes by what is kept."""
     MODEL = BUILT_IN_MODELS["claude-opus-5-5"]
 
     def assert_linear(self, work, size: int = 60) -> None:
@@ -11119,6 +11119,32 @@ class GrowthTests(unittest.TestCase):
         for name, work in kinds.items():
             with self.subTest(name):
                 self.assert_linear(work)
+
+    def test_a_text_that_grows_is_the_text_at_any_time_and_keeps_few_strings(self):
+        grown, plain = claude_gateway.GrowingText(), ""
+        for number in range(1_000):
+            piece = "\u00fc" * (number % 4)
+            grown.append(piece)
+            plain += piece
+            self.assertEqual((str(grown), grown.length), (plain, len(plain)))
+        self.assertLess(sum(len(held) for held in vars(grown).values() if isinstance(held, list)), 250)
+
+    def test_the_citations_of_a_block_are_all_kept_in_their_order(self):
+        cited = [{"type": "web_search_result_location", "url": "https://%d.example" % at} for at in range(5)]
+        for first in ({}, {"citations": None}, {"citations": cited[:2]}):
+            with self.subTest(first):
+                assembler = claude_gateway.MessageAssembler()
+                given = dict({"type": "text", "text": ""}, **first)
+                untouched = json.loads(json.dumps(given))
+                for event in ({"type": "message_start", "message": {}},
+                              {"type": "content_block_start", "index": 0, "content_block": given},
+                              *({"type": "content_block_delta", "index": 0, "delta": {
+                                  "type": "citations_delta", "citation": each}}
+                                for each in cited[len(first.get("citations") or ()):]),
+                              {"type": "content_block_stop", "index": 0}):
+                    assembler.feed(event)
+                self.assertEqual(assembler.message["content"][0]["citations"], cited)
+                self.assertEqual(given, untouched)
 
     def test_streams(self):
         def streamed(kind, content):
