@@ -4718,7 +4718,7 @@ class UpstreamHead(NamedTuple):
     @property
     def length(self) -> int | None:
         """Bytes of a body that is not chunked, None for one that ends with the connection (RFC 9112, 6.3)."""
-        if self.status in (204, 304):
+        if self.status < 200 or self.status in (204, 304):
             return 0
         length = self.headers.get("content-length", "")
         return int(length) if re.match(r"[0-9]{1,19}\Z", length) else None

@@ -9636,8 +9636,8 @@ class RawUpstream:
             reader = stack.enter_context(connection.makefile("rb"))
             script = None
             while script is None or script:
-                head = list(iter(reader.readline, b"\r\n"))
-                if not head or not head[0]:
+                head = list(takewhile(lambda line: line not in (b"", b"\r\n"), iter(reader.readline, None)))
+                if not head:
                     return
                 if head[0].startswith(b"GET"):          # the model list: there is none
                     connection.sendall(upstream_bytes(b"{}", "connection: close", status="404 Not Found"))
