@@ -4787,6 +4787,7 @@ class WatchedConnection(http.client.HTTPConnection):
             raise UpstreamFault("The upstream's address is not one of HTTP: %s" % printable(target))
         lines = ["%s %s HTTP/1.1" % (method, target), *["%s: %s" % each for each in headers.items()], "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
+        self._drained = True                        # nothing comes before it has the request
         if len(body) <= READ_SIZE:
             self.send(head + body)
         else:
@@ -4850,7 +4851,8 @@ class WatchedConnection(http.client.HTTPConnection):
             except (BlockingIOError, ssl.SSLWantReadError):     # TLS may have read something of its own
                 self._drained = True
                 continue
-            self._drained = len(data) < READ_SIZE and not (isinstance(sock, ssl.SSLSocket) and sock.pending())
+            # TLS gives one record at a time, and the next may be there
+            self._drained = len(data) < READ_SIZE and not isinstance(sock, ssl.SSLSocket)
             break
         return data
 
