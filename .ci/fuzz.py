@@ -9,6 +9,8 @@ upstream faulty; anything else is a finding, and ends the run with the input.
 """
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import random
@@ -146,6 +148,18 @@ def heads(lines):
         pass
 
 
+def upstream_heads(lines):
+    with contextlib.suppress(gateway.GatewayError, http.client.BadStatusLine):
+        head = gateway.upstream_head(b"\r\n".join([b"HTTP/1.1 200 OK", *lines]))
+        gateway.BodyFraming(head.chunked, head.length)
+        assert head.last in (True, False)
+
+
+def depths(value, limit):
+    text = json.dumps(value).encode()
+    assert gateway.nests_deeper(value, limit) == gateway.text_nests_deeper(text, limit)
+
+
 ANSWER = sse(events_of(message(thinking("hm", "c2ln"), text("Hello \u2028 there"), tool_use("toolu_1", "f", {"a": 1}))))
 EVENTS = gateway.EventDecoder().feed(ANSWER)
 
@@ -215,6 +229,10 @@ TARGETS = (
     (chats, (CHATS, MODELS)), (responses, (RESPONSES, MODELS)),
     (heads, (some.lists(some.one_of(some.binary(max_size=40), some.sampled_from([
         b"GET /v1/models HTTP/1.1", b"Host: a", b"Content-Length: 5", b"Transfer-Encoding: chunked"])), min_size=1),)),
+    (upstream_heads, (some.lists(some.one_of(some.binary(max_size=40), some.sampled_from([
+        b"Content-Length: 5", b"content-length: -1", b"Transfer-Encoding: chunked", b"Connection: close",
+        b" folded"]))),)),
+    (depths, (JUNK, some.integers(0, 5))),
     (streams, (some.lists(some.integers(0, len(ANSWER)), max_size=8), some.one_of(some.binary(), some.builds(
         lambda event: b"data: " + json.dumps(event).encode() + b"\n\n", objects(
             type=some.sampled_from(["message_start", "content_block_start", "content_block_delta", "message_delta",
