@@ -235,6 +235,7 @@ def printable(value: str, limit: int = 200) -> str:
     return UNPRINTABLE.sub("?", value)[:limit]
 
 
+SAME_IN_JSON = re.compile(r"[ !#-\[\]-~]+\Z")
 SECRET_SHAPES = re.compile(r"sk-ant-[A-Za-z0-9_-]{8,}|(?<=[Bb]earer )[A-Za-z0-9._~+/=-]{8,}")
 
 
@@ -242,8 +243,10 @@ def masked(text: str, secrets_known: Iterable[str]) -> str:
     """Text without any known secret, as it is or as JSON tells it, and without what looks like a credential."""
     for secret in secrets_known:
         if len(secret) >= 4:
-            for form in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]):
-                text = text.replace(form, "***")
+            text = text.replace(secret, "***")
+            if not SAME_IN_JSON.match(secret):
+                for form in (json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
+                    text = text.replace(form[1:-1], "***")
     return SECRET_SHAPES.sub("***", text)
 
 
@@ -7320,13 +7323,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
         Digests are compared, so that neither length nor content shows in the time it takes.
         """
+        keys = self.gateway.config.api_key
+        if not keys:
+            return ""
         authorization = head.headers.get("authorization", "")
         sent = [re.sub(r"^bearer\s+", "", authorization, flags=re.I), head.headers.get("x-api-key", ""),
                 head.headers.get("api-key", "")]
         digests = [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
-        keys = self.gateway.config.api_key
-        if not keys:
-            return ""
         owner = ""
         for key in keys:
             known = hashlib.sha256(key.encode("utf-8")).digest()
