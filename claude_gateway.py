@@ -1001,8 +1001,8 @@ def text_nests_deeper(data: bytes, limit: int) -> bool:
     return brackets.count(b"{") > limit or b"{}" in brackets
 
 
-# 3.13 lets its parser recurse 10,000 deep, which a thread's stack of 1 MB (as on Alpine Linux) does not hold
-OVERFLOWS = sys.version_info[:2] == (3, 13)
+# 3.12.3 to 3.13 let their parser recurse 10,000 deep, which a thread's stack of 1 MB (as on Alpine Linux) does not hold
+OVERFLOWS = (3, 12) <= sys.version_info < (3, 14)
 NOT_OPENING = bytes(set(range(256)) - set(b"{["))
 NOT_BRACKETS = bytes(set(range(256)) - set(b'{}[]"'))
 BRACKET_KINDS = bytes.maketrans(b"[]", b"{}")
@@ -4726,34 +4726,49 @@ class UpstreamHead(NamedTuple):
         length = self.headers.get("content-length", "")
         return int(length) if re.match(r"[0-9]{1,19}\Z", length) else None
 
-    @property
-    def last(self) -> bool:
-        """Whether the connection ends with this answer (RFC 9112, 9.3)."""
-        connection = self.headers.get("connection", "").lower()
-        return "close" in connection or self.version == "1.0" and "keep-alive" not in connection
-
 
 UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")   # in a header (RFC 9110, 5.5)
-STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-9][0-9][0-9])(?: |\r?\Z)")
+STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-9][0-9][0-9])(?: |\Z)")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
-LONG_HEAD = "The head of the upstream's answer has more than %d bytes or %d lines." % (MAX_HEAD, MAX_HEADERS)
-NO_HTTP = "it speaks another protocol than HTTP (%s)"
 
 
-def upstream_head(data: bytes) -> UpstreamHead:
-    """The head of an answer.  Raises BadStatusLine or UpstreamFault; a line that is no header is passed over."""
-    lines = data.decode("latin-1").split("\n")
-    if len(data) > MAX_HEAD or len(lines) > MAX_HEADERS + 1:
-        raise UpstreamFault(LONG_HEAD)
+def head_within(received: bytearray, too_large: Callable[[str], GatewayError]) -> list[str]:
+    """Takes the head that `received` begins with, as its lines; [] where it has not come to its end yet.
+
+    Both sides' heads are read here, within the same bounds.
+    """
+    end = END_OF_HEAD.search(received)
+    size = end.end() if end else len(received)
+    if size > MAX_HEAD or received.count(b"\n", 0, size) > MAX_HEADERS + 2:
+        raise too_large("has more than %d bytes or %d header lines." % (MAX_HEAD, MAX_HEADERS))
+    if not end:
+        return []
+    lines = received[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
+    del received[:size]
+    return lines[:-2]
+
+
+def ends_connection(version: str, headers: dict[str, str]) -> bool:
+    """Whether a connection ends with the message of this head (RFC 9112, 9.3)."""
+    connection = headers.get("connection", "").lower()
+    return "close" in connection or version == "1.0" and "keep-alive" not in connection
+
+
+def upstream_head(lines: list[str]) -> UpstreamHead:
+    """The head of an answer.  Raises BadStatusLine; a line that is no header is passed over."""
     match = STATUS_LINE.match(lines[0])
     if not match:
-        raise http.client.BadStatusLine(NO_HTTP % printable(lines[0].strip()))
+        raise not_http(lines[0])
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
         if colon:                                   # a folded line makes a name that nobody asks for
             headers.setdefault(name.lower(), value.strip())
     return UpstreamHead(match.group(1), int(match.group(2)), headers)
+
+
+def not_http(begin: str) -> http.client.BadStatusLine:
+    return http.client.BadStatusLine("it does not answer in HTTP/1.1 (%s)" % printable(begin.strip()))
 
 
 class WatchedConnection(http.client.HTTPConnection):
@@ -4777,7 +4792,7 @@ class WatchedConnection(http.client.HTTPConnection):
         self.sock.settimeout(0)                     # from here on it is the watch that waits
 
     def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """A proxy's answer to CONNECT."""
+        """A proxy's answer to CONNECT; until it begins, the client may leave."""
         self.watch.readable(sock)
         return http.client.HTTPResponse(sock, **options)
 
@@ -4786,12 +4801,12 @@ class WatchedConnection(http.client.HTTPConnection):
         if UNSENDABLE.search("".join(headers.values())):
             raise UpstreamFault("HTTP cannot carry the value of this header to the upstream: %s." % ", ".join(
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
-        if UNPRINTABLE.search(target) or " " in target:
+        if re.search(r"[^\x21-\x7e]", target):
             raise UpstreamFault("The upstream's address is not one of HTTP: %s" % printable(target))
         lines = ["%s %s HTTP/1.1" % (method, target), *["%s: %s" % each for each in headers.items()], "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
         self._drained = True                        # nothing comes before it has the request
-        if len(body) <= READ_SIZE:
+        if len(body) <= READ_SIZE:                  # to copy more would cost more than a second call
             self.send(head + body)
         else:
             self.send(head)
@@ -4820,19 +4835,17 @@ class WatchedConnection(http.client.HTTPConnection):
 
     def answer(self) -> UpstreamHead:
         """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2)."""
-        received = b""
+        received = bytearray()
         while True:
-            end = END_OF_HEAD.search(received)
-            if end:
-                head, received = upstream_head(received[:end.start()]), received[end.end():]
+            lines = head_within(received, lambda words: UpstreamFault("The head of the upstream's answer " + words))
+            if lines:
+                head = upstream_head(lines)
                 if head.status >= 200 or head.status == 101:
-                    self.unread = received
+                    self.unread = bytes(received)
                     return head
                 continue
             if not b"HTTP/".startswith(received[:5]):
-                raise http.client.BadStatusLine(NO_HTTP % printable(received.decode("latin-1").strip()))
-            if len(received) > MAX_HEAD:
-                raise UpstreamFault(LONG_HEAD)
+                raise not_http(received.decode("latin-1"))
             data = self.receive()
             if not data:
                 raise http.client.RemoteDisconnected("it ended the connection instead of an answer")
@@ -4840,24 +4853,23 @@ class WatchedConnection(http.client.HTTPConnection):
 
     def receive(self) -> bytes | None:
         """What has come; b"" at the end; None where there is nothing yet and the watch may not wait for it."""
-        data, self.unread = self.unread, b""
-        watch, sock, deadline = self.watch, self.sock, None
-        while not data:
+        if self.unread:
+            data, self.unread = self.unread, b""
+            return data
+        sock, deadline = self.sock, time.monotonic() + self.watch.patience
+        while True:
             if self._drained:                       # the system need not be asked
-                deadline = time.monotonic() + watch.patience if deadline is None else deadline
-                if not watch.may_wait:
-                    watch.wants, self._drained = sock, False
+                if not self.watch.may_wait:
+                    self.watch.wants, self._drained = sock, False
                     return None
-                watch.readable(sock, deadline)
+                self.watch.readable(sock, deadline)
             try:
                 data = sock.recv(READ_SIZE)
             except (BlockingIOError, ssl.SSLWantReadError):     # TLS may have read something of its own
                 self._drained = True
-                continue
-            # TLS gives one record at a time, and the next may be there
-            self._drained = len(data) < READ_SIZE and not isinstance(sock, ssl.SSLSocket)
-            break
-        return data
+            else:                                   # TLS gives one record at a time, and the next may be there
+                self._drained = len(data) < READ_SIZE and not isinstance(sock, ssl.SSLSocket)
+                return data
 
 
 class WatchedTlsConnection(WatchedConnection, http.client.HTTPSConnection):
@@ -4939,12 +4951,12 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
                 if connection.sock is None:
                     connection.connect()
                 sent = False
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                with contextlib.suppress(ConnectionError):
                     connection.ask(request.get_method(), request.selector, headers, request.data or b"")
                     sent = True
                 head = connection.answer()          # there may be one before all of the request was read
                 return UpstreamReply(connection, head, functools.partial(self.pool.give, key, connection)
-                                     if sent and not head.last else None)
+                                     if sent and not ends_connection(head.version, head.headers) else None)
             except (ConnectionError, http.client.BadStatusLine):
                 connection.close()
                 if replaced:                        # that was our one retry: may_pass stays False
@@ -5049,6 +5061,7 @@ class UpstreamReply:
         self.status, self.headers = head.status, head.headers
         encoding = self.headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip"):
+            # who has opened the connection closes it
             raise UpstreamFault("The upstream answered in an encoding that nobody asked for: %s." % encoding)
         self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
 
@@ -5240,7 +5253,7 @@ class Upstream:
         request.watch = watch
         opener = self._direct if bypasses_proxy(self._config, request.host) else self._proxied
         try:
-            reply: Any = opener.open(request)
+            reply: UpstreamReply = opener.open(request)
         except (OSError, http.client.HTTPException) as fault:
             raise fault_before_answer(fault, request) from fault
         if 300 <= reply.status < 400:
@@ -6954,7 +6967,7 @@ def route_of(target: str) -> tuple[str, str]:
 def json_from_body(body: bytes) -> tuple[dict, bool]:
     """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest.
 
-    Bounded before it is parsed: brackets cost 60 times their size in memory, nesting costs stack.
+    Brackets are counted before it is parsed, as they cost 60 times their size in memory.
     """
     try:
         text = body.decode("utf-8-sig")
@@ -7004,43 +7017,46 @@ class ClientReader:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         sock.settimeout(0)                          # once; for every read it would be one more call of the system
-        self.early = bytearray()                    # has come, and nobody has asked for it yet
+        # has come, and nobody has asked for it yet; always this object, as a Watch adds to it
+        self.unread = bytearray()
         self._drained = True                        # the last read brought all there was
-        self.allow(HEAD_TIMEOUT, HEAD_TIMEOUT)
+        self.allow(IDLE_TIMEOUT)
 
     def allow(self, pause: float, total: float | None = None) -> None:
-        self.pause = pause
-        self.deadline = time.monotonic() + total if total is not None else float("inf")
+        self._pause = pause
+        self._deadline = time.monotonic() + total if total is not None else float("inf")
 
     def read(self, limit: int) -> bytes:
         """At least one byte and at most `limit`; b"" at the end of the connection.  Raises socket.timeout."""
-        if self.early:
-            data = bytes(self.early[:limit])
-            del self.early[:limit]
+        if self.unread:
+            data = bytes(self.unread[:limit])
+            del self.unread[:limit]
             return data
         return self._receive(limit)
 
     def more(self) -> bool:
-        """Waits for more, which becomes part of `early`; False at the end of the connection."""
+        """Waits for more, which becomes part of `unread`; False at the end of the connection."""
         data = self._receive(READ_SIZE)
-        self.early += data
+        self.unread += data
         return bool(data)
 
     def line(self, limit: int) -> bytes:
         """A line with its end; without one where the connection ends, or behind `limit` bytes."""
         while True:
-            end = self.early.find(b"\n", 0, limit) + 1
-            if end or len(self.early) >= limit or not self.more():
+            end = self.unread.find(b"\n", 0, limit) + 1
+            if end or len(self.unread) >= limit or not self.more():
                 return self.read(end or limit)
 
     def _receive(self, limit: int) -> bytes:
         while True:
-            left = min(self.pause, self.deadline - time.monotonic())
+            left = min(self._pause, self._deadline - time.monotonic())
             if left <= 0 or self._drained and not wait_ready([self._sock], left):
                 raise socket.timeout("timed out")
-            self._drained = True
-            with contextlib.suppress(BlockingIOError):
+            try:
                 data = self._sock.recv(limit)
+            except BlockingIOError:
+                self._drained = True
+            else:
                 self._drained = len(data) < limit
                 return data
 
@@ -7133,7 +7149,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Waits for a request and reads its head.  Raises Hangup where the connection just ends."""
         self._reader.allow(IDLE_TIMEOUT)
         try:
-            if not self._reader.early and not self._reader.more():
+            if not self._reader.unread and not self._reader.more():
                 raise Hangup
         except OSError:
             raise Hangup from None
@@ -7146,28 +7162,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._record.method = self.head.method
         self._record.path = re.sub(r"[?#].*", "", self.head.target)
         self._record.tool = tool_of(self.head.headers.get("user-agent", ""))
-        connection = self.head.headers.get("connection", "").lower()
-        if "close" in connection or self.head.version == "1.0" and "keep-alive" not in connection:
-            self.close_connection = True
+        self.close_connection = ends_connection(self.head.version, self.head.headers)
         self._body_unread = self.head.has_body
 
     def _head_lines(self) -> list[str]:
         """Request line and header lines, once all are there; what cannot become a request is refused before."""
-        early = self._reader.early
+        unread = self._reader.unread
         while True:
-            blank = BLANK_LINES.match(early)        # skipped before a request (RFC 9112, 2.2)
-            if blank:
-                del early[:blank.end()]
-            end = END_OF_HEAD.search(early)
-            size = end.end() if end else early.find(b"\n") + 1      # of the head, or of its first line
-            lines = early[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
-            if (size if end else len(early)) > MAX_HEAD or len(lines) > MAX_HEADERS + 3:
-                raise HeadTooLarge("The request head has more than %d bytes or %d lines." % (MAX_HEAD, MAX_HEADERS))
-            if end:
-                del early[:size]
-                return lines[:-2]
-            if lines[0]:
-                request_line(lines[0])
+            blank = BLANK_LINES.match(unread)        # skipped before a request (RFC 9112, 2.2)
+            del unread[:blank.end() if blank else 0]
+            lines = head_within(unread, lambda words: HeadTooLarge("The request head " + words))
+            if lines:
+                return lines
+            first = unread[:unread.find(b"\n") + 1].decode("latin-1")
+            if first:
+                request_line(first.replace("\r\n", "\n")[:-1])
             if not self._reader.more():
                 raise Hangup
 
@@ -7269,7 +7278,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise LoopDetected("This request came from this very gateway: its upstream address leads back to it.")
         watch = Watch(self.connection)
         watch.may_retry = head.headers.get("x-stainless-retry-count", "0") == "0"
-        watch.early = self._reader.early
+        watch.early = self._reader.unread
         incoming = Incoming({}, argument, owner, self._anthropic_key(head), head.headers.get(HOP_HEADER, ""), watch,
                             self._record, headers=head.headers, query=head.target.partition("?")[2])
         body = self._read_body() if self._body_unread else b""

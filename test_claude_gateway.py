@@ -8511,6 +8511,20 @@ class FramingTests(HttpTestCase):
                                                "Cookie: " + "a" * 30_000, *["X-Test-%d: 1" % n for n in range(80)]))
         self.assertEqual(answer.status, 200)
 
+    def test_a_head_without_end_is_refused_before_it_ends(self):
+        for data in (b"GET /health HTTP/1.1\r\nX-Test: " + b"a" * 70_000, b"a" * 70_000):
+            with self.subTest(data[:20]):
+                connection = self.connect()
+                connection.sendall(data)
+                self.assertEqual(answers_in(received_until(connection, b"never"))[0].status, 431)
+
+    def test_a_hundred_header_lines_are_taken_and_no_more(self):
+        for count, status in ((100, 200), (101, 431)):
+            with self.subTest(count):
+                answer, = self.exchanged(request_bytes("GET /health HTTP/1.1", "Host: localhost", "Connection: close",
+                                                       *["X-Test: 1"] * (count - 2)))
+                self.assertEqual(answer.status, status)
+
     def test_a_refused_head_with_a_big_body_behind_it_is_answered_without_a_reset(self):
         answers = self.exchanged(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost",
                                                "Content-Length: 2000000", "Content-Length: 2000000",
@@ -8745,6 +8759,13 @@ class BodyTests(HttpTestCase):
         for _ in range(3):                              # what was taken is given back, just after the answer
             self.assertTrue(eventually(lambda: self.chat("a" * 600).status == 200))
 
+    def test_an_early_refusal_is_told_although_there_is_no_room_for_its_body(self):
+        service = self.start()
+        service.gateway.body_budget = claude_gateway.Budget(10)
+        answer, = self.exchanged(request_bytes("POST /nowhere HTTP/1.1", "Host: localhost", "Content-Length: 50",
+                                               body=b"a" * 50))
+        self.assertEqual((answer.status, answer.headers["connection"]), (404, "close"))
+
     def test_who_only_promises_a_large_body_takes_no_room_from_others(self):
         for framing in ("Content-Length: 900000", "Transfer-Encoding: chunked"):
             with self.subTest(framing):
@@ -8887,6 +8908,21 @@ class JsonDoorTests(HttpTestCase):
                 self.assertEqual(deeper, sorted(deeper, reverse=True))
                 self.assertEqual([claude_gateway.text_nests_deeper(text, limit) for limit in range(9)], deeper)
         self.assertEqual([claude_gateway.nests_deeper([[]], limit) for limit in (0, 1, 2)], [True, True, False])
+
+    def test_no_depth_is_too_much_for_a_small_stack(self):
+        """A thread has 1 MB of it on Alpine Linux; some versions of the parser recurse further than that."""
+        done = subprocess.run([sys.executable, "-c", "import sys, threading; sys.path.insert(0, %r)\n"
+                               "import claude_gateway\n"
+                               "def parse():\n"
+                               "    for text in '[', '{\"a\":', '[{\"a\":':\n"
+                               "        try:\n"
+                               "            claude_gateway.json_within_bounds(text * 100000)\n"
+                               "        except ValueError as refusal:\n"
+                               "            print(refusal)\n"
+                               "threading.stack_size(1 << 20)\n"
+                               "threading.Thread(target=parse).start()" % os.path.dirname(PROGRAM)],
+                              stdout=subprocess.PIPE, timeout=60, check=False)
+        self.assertEqual(done.stdout.decode().splitlines(), ["nested more than 200 deep"] * 3)
 
     def test_nesting_within_reason_and_brackets_in_strings_are_no_matter(self):
         for name, content in (("brackets", "[" * 5_000), ("escaped quotes", '\\"[{' * 1_000), ("braces", "{" * 5_000),
@@ -9714,8 +9750,10 @@ class UpstreamRequestTests(UpstreamTestCase):
                 self.assertEqual(answer.status, 502)
                 self.assertIn("x-api-key", answer.error["message"].lower())
                 self.assertNotIn("sk-ant", answer.error["message"])
-        self.start(base_url=self.claude.url + "/a b")
-        self.assertIn("/a b/v1/messages", self.chat(headers=NO_RETRY).error["message"])
+        for path in ("/a b", "/\u00fc", "/a\x00"):
+            with self.subTest(path):
+                self.start(base_url=self.claude.url + path)
+                self.assertIn("is not one of HTTP", self.chat(headers=NO_RETRY).error["message"])
 
     def test_large_and_small_requests_arrive_whole(self):
         for size in (1, 60_000, 70_000, 3_000_000):
@@ -9960,9 +9998,8 @@ class UpstreamAnswerTests(UpstreamTestCase):
         packed = gzip.compress(MESSAGE_JSON)
         cases = {
             "nothing": b"", "garbage": b"\0\xff\0\r\n\r\n", "another protocol": b"SSH-2.0-OpenSSH_9.9\r\n",
-            "another version": b"HTTP/2.0 200 OK\r\n\r\n",
             "endless head": b"HTTP/1.1 200 OK\r\nx-test: " + b"a" * 70_000,
-            "no status": b"HTTP/1.1 abc OK\r\n\r\n", "half a head": b"HTTP/1.1 200 OK\r\ncontent-",
+            "half a head": b"HTTP/1.1 200 OK\r\ncontent-",
             "cut at a length": upstream_bytes(MESSAGE_JSON)[:-9],
             "cut in a chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-20], chunked, length=False),
             "cut before the last chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-5], chunked, length=False),
@@ -9994,16 +10031,44 @@ class UpstreamAnswerTests(UpstreamTestCase):
                 self.assertNotIn("<html>", answer.error["message"])
         self.assertEqual(self.ask("GET", "/health").status, 200)
 
+    def test_an_answer_is_one_of_http_1(self):
+        for status_line in (b"HTTP/2.0 200 OK", b"HTTP/1.1 2000 OK", b"HTTP/1.1 abc OK", b"HTTP/1.1 20"):
+            with self.subTest(status_line):
+                self.start_before([upstream_bytes(MESSAGE_JSON).replace(b"HTTP/1.1 200 OK", status_line)])
+                self.assertEqual(self.chat(headers=NO_RETRY).status, 502)
+
+    def test_a_hundred_header_lines_of_an_answer_are_taken_and_no_more(self):
+        for count, status in ((100, 200), (101, 502)):
+            with self.subTest(count):
+                extra = count - upstream_bytes(MESSAGE_JSON).partition(b"\r\n\r\n")[0].count(b"\r\n")
+                self.start_before([upstream_bytes(MESSAGE_JSON, *["x-test: 1"] * extra)])
+                self.assertEqual(self.chat(headers=NO_RETRY).status, status)
+
+    def test_an_answer_that_has_no_body_is_not_waited_for(self):
+        for status in ("204 No Content", "304 Not Modified", "101 Switching"):
+            with self.subTest(status):
+                never = threading.Event()
+                self.addCleanup(never.set)
+                self.start_before([[upstream_bytes(b"", status=status, length=False), never]])
+                self.assertGreaterEqual(self.chat(headers=NO_RETRY).status, 500)
+
+    def test_an_encoding_that_nobody_asked_for_ends_the_connection(self):
+        never = threading.Event()
+        self.addCleanup(never.set)
+        raw = self.start_before([[upstream_bytes(MESSAGE_JSON, "content-encoding: br"), never]])
+        self.assertEqual(self.chat(headers=NO_RETRY).status, 502)
+        self.assertTrue(raw.closed.wait(5))
+
     def test_a_head_without_end_is_not_read_for_ever(self):
-        asked = threading.Event()
-        self.start_before([[b"HTTP/1.1 200 OK\r\nx-test: " + b"a" * 70_000, asked]])
-        self.addCleanup(asked.set)
+        never = threading.Event()
+        self.start_before([[b"HTTP/1.1 200 OK\r\nx-test: " + b"a" * 70_000, never]])
+        self.addCleanup(never.set)
         self.assertIn("more than 65536 bytes", self.chat(headers=NO_RETRY).error["message"])
 
     def test_who_speaks_another_protocol_is_found_out_at_once(self):
-        asked = threading.Event()
-        self.start_before([[b"SSH-2.0-OpenSSH_9.9", asked]])
-        self.addCleanup(asked.set)
+        never = threading.Event()
+        self.start_before([[b"SSH-2.0-OpenSSH_9.9", never]])
+        self.addCleanup(never.set)
         self.assertIn("SSH-2.0", self.chat(headers=NO_RETRY).error["message"])
 
     def test_what_an_answer_says_of_its_connection_holds(self):
@@ -10351,6 +10416,20 @@ class ProxyTests(TlsTestCase):
         self.assertIn("407", answer.error["message"])
         self.assertNotIn("pass", answer.error["message"])
         self.assertEqual(raw.posts, [])
+
+    def test_a_client_that_leaves_while_the_proxy_thinks_ends_the_call(self):
+        with contextlib.closing(socket.socket()) as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(5)
+            self.start(base_url="https://upstream.test", https_proxy="http://127.0.0.1:%d" % silent.getsockname()[1])
+            client = self.connect()
+            client.sendall(chat_bytes())
+            silent.accept()[0].close()                  # that was for the model list
+            with contextlib.closing(silent.accept()[0]) as proxy:
+                proxy.settimeout(5)
+                received_until(proxy, b"\r\n\r\n")
+                client.close()
+                self.assertEqual(proxy.recv(1), b"")
 
     def test_a_proxy_that_is_not_there_is_502(self):
         with contextlib.closing(socket.socket()) as unused:

@@ -150,9 +150,9 @@ def heads(lines):
 
 def upstream_heads(lines):
     with contextlib.suppress(gateway.GatewayError, http.client.BadStatusLine):
-        head = gateway.upstream_head(b"\r\n".join([b"HTTP/1.1 200 OK", *lines]))
+        head = gateway.upstream_head(["HTTP/1.1 200 OK", *[line.decode("latin-1") for line in lines]])
         gateway.BodyFraming(head.chunked, head.length)
-        assert head.last in (True, False)
+        gateway.ends_connection(head.version, head.headers)
 
 
 def depths(value, limit):
