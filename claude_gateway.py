@@ -39,6 +39,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -58,6 +59,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -980,13 +982,13 @@ BOUNDED_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=fini
 
 def nests_deeper(value: Any, limit: int) -> bool:
     """Whether lists and objects nest more than `limit` deep."""
-    level = [value]
-    for _ in range(limit + 1):
-        level = [each for each in level if isinstance(each, (dict, list))]
+    level = [each for each in [value] if type(each) in (dict, list)]
+    for _ in range(limit):
         if not level:
             return False
-        level = [member for each in level for member in (each.values() if isinstance(each, dict) else each)]
-    return True
+        level = [member for each in level for member in (each.values() if type(each) is dict else each)
+                 if type(member) in (dict, list)]
+    return bool(level)
 
 
 def text_nests_deeper(data: bytes, limit: int) -> bool:
@@ -3138,6 +3140,8 @@ class MessageAssembler:
         may_be = (field for field in ("text", "thinking") if block.get(field) is not None)
         if not all(isinstance(block[field], str) for field in (*must_be, *may_be)):
             raise TypeError("a field of a block is no string")
+        if not isinstance(block.get("citations") or [], list):
+            raise TypeError("the citations of a block are no list")
         self.message["content"].append(block)
 
     def _block_delta(self, event: dict) -> None:
@@ -4600,6 +4604,7 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
 
 
 SILENCE = "The upstream has sent nothing for %g seconds."
+BROKE_OFF = "The upstream broke off in the middle of its answer."
 
 
 class Watch:
@@ -4708,44 +4713,60 @@ def wait_ready(readers: Sequence[socket.socket], seconds: float,
     return [sock for sock in [*readers, *writers] if sock.fileno() in ready]
 
 
+class GrowingHead:
+    """The head of a request or an answer, as it comes; for both sides the same bounds.
+
+    `check_first` gets the first line as soon as there is one, for what need not be waited for; `too_large` makes the
+    error of a head beyond the bounds.
+    """
+    END = re.compile(rb"\n\r?\n")
+
+    def __init__(self, received: bytearray, check_first: Callable[[str], Any],
+                 too_large: Callable[[str], GatewayError]) -> None:
+        self._received, self._check_first, self._too_large = received, check_first, too_large
+        self._searched = self._line_ends = 0
+
+    def lines(self) -> list[str]:
+        """Takes the head from the bytes that have come once it is whole, as its lines; [] until then."""
+        received, before = self._received, self._line_ends
+        end = self.END.search(received, max(0, self._searched - 2))
+        size = end.end() if end else len(received)
+        self._line_ends += received.count(b"\n", self._searched, size)
+        self._searched = size
+        if size > MAX_HEAD or self._line_ends > MAX_HEADERS + 2:
+            raise self._too_large("has more than %d bytes or %d header lines." % (MAX_HEAD, MAX_HEADERS))
+        if end:
+            lines = received[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
+            del received[:size]
+            return lines[:-2]
+        if self._line_ends and not before:
+            self._check_first(received[:received.index(b"\n") + 1].decode("latin-1").replace("\r\n", "\n")[:-1])
+        return []
+
+
 class UpstreamHead(NamedTuple):
     """Status line and headers (names in lower case; of two with the same name the first counts) of an answer."""
     version: str
     status: int
+    reason: str
     headers: Dict[str, str]
 
-    @property
-    def chunked(self) -> bool:
-        return self.headers.get("transfer-encoding", "").lower() == "chunked"
-
-    @property
-    def length(self) -> int | None:
-        """Bytes of a body that is not chunked, None for one that ends with the connection (RFC 9112, 6.3)."""
+    def framing(self) -> BodyFraming:
+        """Where its body ends (RFC 9112, 6.3).  Raises UpstreamFault for a length that is none."""
+        length = self.headers.get("content-length")
         if self.status < 200 or self.status in (204, 304):
-            return 0
-        length = self.headers.get("content-length", "")
-        return int(length) if re.match(r"[0-9]{1,19}\Z", length) else None
+            return BodyFraming(False, 0)
+        if self.headers.get("transfer-encoding", "").lower() == "chunked":
+            return BodyFraming(True, None)
+        if length is None:
+            return BodyFraming(False, None)
+        if not re.match(r"[0-9]{1,40}\Z", length):
+            raise UpstreamFault("The upstream sent a length that is none: %s." % printable(length, 40))
+        return BodyFraming(False, int(length))
 
 
 UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")   # in a header (RFC 9110, 5.5)
-STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-9][0-9][0-9])(?: |\Z)")
-END_OF_HEAD = re.compile(rb"\n\r?\n")
-
-
-def head_within(received: bytearray, too_large: Callable[[str], GatewayError]) -> list[str]:
-    """Takes the head that `received` begins with, as its lines; [] where it has not come to its end yet.
-
-    Both sides' heads are read here, within the same bounds.
-    """
-    end = END_OF_HEAD.search(received)
-    size = end.end() if end else len(received)
-    if size > MAX_HEAD or received.count(b"\n", 0, size) > MAX_HEADERS + 2:
-        raise too_large("has more than %d bytes or %d header lines." % (MAX_HEAD, MAX_HEADERS))
-    if not end:
-        return []
-    lines = received[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
-    del received[:size]
-    return lines[:-2]
+STATUS_LINE = re.compile(r"HTTP/(1\.[0-9])[ \t]+([1-9][0-9][0-9])(?:[ \t]+(.*))?\Z")
 
 
 def ends_connection(version: str, headers: dict[str, str]) -> bool:
@@ -4754,21 +4775,22 @@ def ends_connection(version: str, headers: dict[str, str]) -> bool:
     return "close" in connection or version == "1.0" and "keep-alive" not in connection
 
 
+def status_line(line: str) -> tuple[str, int, str]:
+    """Version, status and reason of a status line.  Raises BadStatusLine."""
+    match = STATUS_LINE.match(line)
+    if not match:
+        raise http.client.BadStatusLine("it does not answer in HTTP/1.1 (%s)" % printable(line.strip()))
+    return match.group(1), int(match.group(2)), match.group(3) or ""
+
+
 def upstream_head(lines: list[str]) -> UpstreamHead:
     """The head of an answer.  Raises BadStatusLine; a line that is no header is passed over."""
-    match = STATUS_LINE.match(lines[0])
-    if not match:
-        raise not_http(lines[0])
     headers: dict[str, str] = {}
     for line in lines[1:]:
         name, colon, value = line.partition(":")
         if colon:                                   # a folded line makes a name that nobody asks for
             headers.setdefault(name.lower(), value.strip())
-    return UpstreamHead(match.group(1), int(match.group(2)), headers)
-
-
-def not_http(begin: str) -> http.client.BadStatusLine:
-    return http.client.BadStatusLine("it does not answer in HTTP/1.1 (%s)" % printable(begin.strip()))
+    return UpstreamHead(*status_line(lines[0]), headers)
 
 
 class WatchedConnection(http.client.HTTPConnection):
@@ -4791,10 +4813,18 @@ class WatchedConnection(http.client.HTTPConnection):
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(0)                     # from here on it is the watch that waits
 
+    def _tunnel(self) -> None:
+        """http.client asks the proxy for a way through; waiting for it is the watch's, too."""
+        self.sock.settimeout(0)
+        super()._tunnel()                           # type: ignore[misc]
+        self.sock.settimeout(CONNECT_TIMEOUT)       # for the TLS handshake
+
     def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """A proxy's answer to CONNECT; until it begins, the client may leave."""
-        self.watch.readable(sock)
-        return http.client.HTTPResponse(sock, **options)
+        """The proxy's answer to CONNECT, read like any other, in the form that http.client wants."""
+        head = self.answer()
+        answer = ("HTTP/1.1 %d %s\r\n\r\n" % (head.status, head.reason)).encode("latin-1")
+        like_a_socket: Any = types.SimpleNamespace(makefile=lambda mode: io.BytesIO(answer))
+        return http.client.HTTPResponse(like_a_socket, **options)
 
     def ask(self, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
         """Sends a request; one of usual size in a single piece."""
@@ -4818,37 +4848,43 @@ class WatchedConnection(http.client.HTTPConnection):
         An upstream that does not read would otherwise hold on to a request that nobody wants any more.
         """
         sock, left = self.sock, memoryview(data)
-        timeout = sock.gettimeout()
-        if timeout:
-            sock.settimeout(0)
-        try:
-            while left:
-                try:
-                    left = left[sock.send(left):]
-                except ssl.SSLWantReadError:
-                    self.watch.readable(sock)
-                except (BlockingIOError, ssl.SSLWantWriteError):
-                    self.watch.writable(sock)
-        finally:
-            if timeout:
-                sock.settimeout(timeout)
+        while left:
+            try:
+                left = left[sock.send(left):]
+            except ssl.SSLWantReadError:
+                self.watch.readable(sock)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self.watch.writable(sock)
 
     def answer(self) -> UpstreamHead:
         """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2)."""
         received = bytearray()
+        head = upstream_head(self._head_lines(received, begun=False))
+        while head.status < 200 and head.status != 101:
+            head = upstream_head(self._head_lines(received, begun=True))
+        self.unread = bytes(received)
+        return head
+
+    def _head_lines(self, received: bytearray, begun: bool) -> list[str]:
+        """Takes the lines of a head.  Without `begun` the connection may turn out to have died before the request."""
+        head = GrowingHead(received, status_line,
+                           lambda words: UpstreamFault("The head of the upstream's answer " + words))
         while True:
-            lines = head_within(received, lambda words: UpstreamFault("The head of the upstream's answer " + words))
+            lines = head.lines()
             if lines:
-                head = upstream_head(lines)
-                if head.status >= 200 or head.status == 101:
-                    self.unread = bytes(received)
-                    return head
-                continue
+                return lines
+            begun = begun or bool(received)
             if not b"HTTP/".startswith(received[:5]):
-                raise not_http(received.decode("latin-1"))
-            data = self.receive()
+                status_line(received.decode("latin-1"))
+            try:
+                data = self.receive()
+            except OSError:
+                if not begun:
+                    raise
+                data = b""
             if not data:
-                raise http.client.RemoteDisconnected("it ended the connection instead of an answer")
+                raise UpstreamFault(BROKE_OFF) if begun else http.client.RemoteDisconnected(
+                    "it ended the connection instead of an answer")
             received += data
 
     def receive(self) -> bytes | None:
@@ -4874,6 +4910,9 @@ class WatchedConnection(http.client.HTTPConnection):
 
 class WatchedTlsConnection(WatchedConnection, http.client.HTTPSConnection):
     pass
+
+
+LOST = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)      # a connection that the other side has ended
 
 
 class ConnectionPool:
@@ -4951,13 +4990,13 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
                 if connection.sock is None:
                     connection.connect()
                 sent = False
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(*LOST):
                     connection.ask(request.get_method(), request.selector, headers, request.data or b"")
                     sent = True
                 head = connection.answer()          # there may be one before all of the request was read
                 return UpstreamReply(connection, head, functools.partial(self.pool.give, key, connection)
                                      if sent and not ends_connection(head.version, head.headers) else None)
-            except (ConnectionError, http.client.BadStatusLine):
+            except (*LOST, http.client.BadStatusLine):
                 connection.close()
                 if replaced:                        # that was our one retry: may_pass stays False
                     raise UpstreamFault("The upstream ended two connections in a row.") from None
@@ -5006,7 +5045,7 @@ class BodyFraming:
     def end(self) -> None:
         """The connection has ended.  Raises UpstreamFault where that cuts the body short."""
         if self._left is not None:
-            raise UpstreamFault("The upstream broke off in the middle of its answer.")
+            raise UpstreamFault(BROKE_OFF)
         self.done = self.surplus = True             # nothing can follow on this connection
 
     def _from_chunks(self, data: bytes) -> bytes:
@@ -5056,7 +5095,7 @@ class UpstreamReply:
     def __init__(self, connection: WatchedConnection, head: UpstreamHead,
                  give_back: Callable[[], None] | None) -> None:
         self._connection, self._give_back = connection, give_back
-        self._framing = BodyFraming(head.chunked, head.length)
+        self._framing = head.framing()
         self._closed = False
         self.status, self.headers = head.status, head.headers
         encoding = self.headers.get("content-encoding", "identity").lower()
@@ -5090,7 +5129,7 @@ class UpstreamReply:
         except (OSError, http.client.HTTPException, zlib.error) as fault:
             raise fault_from(fault, "broke off in the middle of its answer") from fault
         if self._inflate and not self._inflate.eof:
-            raise UpstreamFault("The upstream broke off in the middle of its answer.")
+            raise UpstreamFault(BROKE_OFF)
 
     def read(self, limit: int = 64_000_000) -> bytes:
         """The whole body."""
@@ -7168,15 +7207,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _head_lines(self) -> list[str]:
         """Request line and header lines, once all are there; what cannot become a request is refused before."""
         unread = self._reader.unread
+        head = GrowingHead(unread, request_line, lambda words: HeadTooLarge("The request head " + words))
         while True:
-            blank = BLANK_LINES.match(unread)        # skipped before a request (RFC 9112, 2.2)
+            blank = BLANK_LINES.match(unread)       # skipped before a request (RFC 9112, 2.2)
             del unread[:blank.end() if blank else 0]
-            lines = head_within(unread, lambda words: HeadTooLarge("The request head " + words))
+            lines = head.lines()
             if lines:
                 return lines
-            first = unread[:unread.find(b"\n") + 1].decode("latin-1")
-            if first:
-                request_line(first.replace("\r\n", "\n")[:-1])
             if not self._reader.more():
                 raise Hangup
 
@@ -7196,6 +7233,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             raise RequestTimeout("The body stopped for more than %d seconds, or came slower than %d bytes a second." %
                                  (BODY_TIMEOUT, SLOWEST_BODY)) from None
+        except GatewayError:
+            self.close_connection = True            # part of it has been read: what follows is out of step
+            raise
         self._body_unread = False
         encoding = self.head.headers.get("content-encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):

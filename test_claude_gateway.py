@@ -8518,6 +8518,25 @@ class FramingTests(HttpTestCase):
                 connection.sendall(data)
                 self.assertEqual(answers_in(received_until(connection, b"never"))[0].status, 431)
 
+    def test_too_many_header_lines_are_refused_before_their_end(self):
+        connection = self.connect()
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X-Test: 1\r\n" * 102)
+        self.assertEqual(answers_in(received_until(connection, b"never"))[0].status, 431)
+
+    def test_a_head_is_the_same_however_it_is_cut(self):
+        head = b"\r\n\nGET /health HTTP/1.1\r\nHost: localhost\nX-Test: 1\r\n\r\nrest"
+        for cut in range(len(head)):
+            for twice in range(cut, len(head), 7):
+                received, lines = bytearray(), []
+                growing = claude_gateway.GrowingHead(received, claude_gateway.request_line, ValueError)
+                for piece in (head[:cut], head[cut:twice], head[twice:]):
+                    received += piece
+                    blank = claude_gateway.BLANK_LINES.match(received)
+                    del received[:blank.end()]
+                    lines = lines or growing.lines()
+                self.assertEqual((lines, bytes(received)), ([
+                    "GET /health HTTP/1.1", "Host: localhost", "X-Test: 1"], b"rest"))
+
     def test_a_hundred_header_lines_are_taken_and_no_more(self):
         for count, status in ((100, 200), (101, 431)):
             with self.subTest(count):
@@ -8765,6 +8784,13 @@ class BodyTests(HttpTestCase):
         answer, = self.exchanged(request_bytes("POST /nowhere HTTP/1.1", "Host: localhost", "Content-Length: 50",
                                                body=b"a" * 50))
         self.assertEqual((answer.status, answer.headers["connection"]), (404, "close"))
+
+    def test_a_body_that_found_no_room_is_not_read_twice(self):
+        """It was read in part, or whole: bytes of the next request would be taken for its own."""
+        service = self.start()
+        service.gateway.body_budget = claude_gateway.Budget(10)
+        answer, = self.exchanged(chat_bytes() + request_bytes("GET /health HTTP/1.1", "Host: localhost"))
+        self.assertEqual((answer.status, answer.headers["connection"]), (503, "close"))
 
     def test_who_only_promises_a_large_body_takes_no_room_from_others(self):
         for framing in ("Content-Length: 900000", "Transfer-Encoding: chunked"):
@@ -9973,6 +9999,11 @@ class UpstreamAnswerTests(UpstreamTestCase):
             "continue first": b"HTTP/1.1 100 Continue\r\n\r\n" + upstream_bytes(MESSAGE_JSON),
             "bare line ends": upstream_bytes(MESSAGE_JSON).replace(b"\r\n", b"\n"),
             "status without words": upstream_bytes(MESSAGE_JSON, status="200"),
+            "two blanks in the status line": upstream_bytes(MESSAGE_JSON, status=" 200  OK"),
+            "a tab in the status line": upstream_bytes(MESSAGE_JSON, status="200\tOK"),
+            "HTTP/1.2": upstream_bytes(MESSAGE_JSON).replace(b"HTTP/1.1", b"HTTP/1.2", 1),
+            "length with many zeros": upstream_bytes(MESSAGE_JSON, "content-length: %030d" % len(MESSAGE_JSON),
+                                                     length=False),
             "folded header": upstream_bytes(MESSAGE_JSON, "x-note: one,", "  content-encoding: br"),
             "space before a colon": upstream_bytes(MESSAGE_JSON, "content-encoding : br"),
             "the first of two": upstream_bytes(MESSAGE_JSON, "content-encoding: identity", "Content-Encoding: br"),
@@ -10045,11 +10076,12 @@ class UpstreamAnswerTests(UpstreamTestCase):
                 self.assertEqual(self.chat(headers=NO_RETRY).status, status)
 
     def test_an_answer_that_has_no_body_is_not_waited_for(self):
-        for status in ("204 No Content", "304 Not Modified", "101 Switching"):
-            with self.subTest(status):
+        for status, *more in (["204 No Content"], ["304 Not Modified", "content-length: 9"], ["101 Switching"],
+                              ["204 No Content", "transfer-encoding: chunked"]):
+            with self.subTest(status, more=more):
                 never = threading.Event()
                 self.addCleanup(never.set)
-                self.start_before([[upstream_bytes(b"", status=status, length=False), never]])
+                self.start_before([[upstream_bytes(b"", *more, status=status, length=False), never]])
                 self.assertGreaterEqual(self.chat(headers=NO_RETRY).status, 500)
 
     def test_an_encoding_that_nobody_asked_for_ends_the_connection(self):
@@ -10065,11 +10097,46 @@ class UpstreamAnswerTests(UpstreamTestCase):
         self.addCleanup(never.set)
         self.assertIn("more than 65536 bytes", self.chat(headers=NO_RETRY).error["message"])
 
-    def test_who_speaks_another_protocol_is_found_out_at_once(self):
-        never = threading.Event()
-        self.start_before([[b"SSH-2.0-OpenSSH_9.9", never]])
-        self.addCleanup(never.set)
-        self.assertIn("SSH-2.0", self.chat(headers=NO_RETRY).error["message"])
+    def test_what_cannot_become_an_answer_is_not_waited_for(self):
+        for begin, words in ((b"SSH-2.0-OpenSSH_9.9", "SSH-2.0"), (b"HTTP/1.1 2000 OK\r\n", "2000"),
+                             (b"HTTP/2 200\r\nx-test: 1\r\n", "HTTP/2"),
+                             (b"HTTP/1.1 200 OK\r\n" + b"x-test: 1\r\n" * 102, "100 header lines"),
+                             *((upstream_bytes(MESSAGE_JSON, "content-length:" + length, length=False), "length")
+                               for length in (" +2", " -1", " 2, 2", " 0x2", "\r\n 2", " " + "9" * 50))):
+            with self.subTest(begin[:40]):
+                never = threading.Event()
+                self.addCleanup(never.set)
+                self.start_before([[begin, never]])
+                answer = self.chat(headers=NO_RETRY)
+                self.assertEqual(answer.status, 502)
+                self.assertIn(words, answer.error["message"])
+
+    def test_what_has_begun_to_answer_is_not_asked_again(self):
+        for begin in (b"HTTP/1.1 200 OK\r\nrequest-id: r\r\n", b"HTTP/1.1 2", b"HTTP/1.1 100 Continue\r\n\r\n",
+                      b"HTTP/1.1 500 Oh\r\nx-should-retry: false\r\n"):
+            with self.subTest(begin):
+                raw = self.start_before([upstream_bytes(MESSAGE_JSON), begin], [upstream_bytes(MESSAGE_JSON)])
+                self.assertEqual([self.chat().status for _ in range(2)], [200, 502])
+                self.assertEqual(len(raw.posts), 2)
+
+    def test_tls_has_words_of_its_own_for_a_connection_that_has_ended(self):
+        connection = claude_gateway.WatchedConnection
+        for name in ("ask", "answer"):
+            for failure in (ConnectionResetError(), ssl.SSLEOFError(8, "EOF"), ssl.SSLZeroReturnError(6, "closed")):
+                with self.subTest(name, failure=failure):
+                    raw = self.start_before(*[[upstream_bytes(MESSAGE_JSON)] * 3] * 2)
+                    self.assertEqual(self.chat().status, 200)
+                    original = getattr(connection, name)
+
+                    def failing(*arguments, name=name, original=original, failure=failure):
+                        setattr(connection, name, original)
+                        original(*arguments)
+                        raise failure
+                    setattr(connection, name, failing)
+                    self.addCleanup(setattr, connection, name, original)
+                    self.assertEqual(self.chat().status, 200)   # by the answer it gave before, or on another connection
+                    self.assertEqual(self.chat().status, 200)
+                    self.assertEqual(raw.connections, 2)
 
     def test_what_an_answer_says_of_its_connection_holds(self):
         """RFC 9112, 9.3: version 1.1 stays unless it says close, version 1.0 ends unless it says keep-alive."""
@@ -10326,9 +10393,9 @@ class TlsTests(TlsTestCase):
 class TinyProxy:
     """An HTTP proxy that knows CONNECT, and leads everything to one port."""
 
-    def __init__(self, target_port: int, refusal: bytes = b"") -> None:
+    def __init__(self, target_port: int, refusal: bytes, greeting: bytes) -> None:
         self.heads, self.after = [], []                 # what a CONNECT said; the first bytes inside each tunnel
-        self._target, self._refusal = target_port, refusal
+        self._target, self._refusal, self._greeting = target_port, refusal, greeting
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(20)
@@ -10356,7 +10423,7 @@ class TinyProxy:
                 client.sendall(self._refusal)
                 return
             with contextlib.closing(socket.create_connection(("127.0.0.1", self._target))) as server:
-                client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                client.sendall(self._greeting)
                 threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
                 self._pump(client, server, self.after)
 
@@ -10374,11 +10441,11 @@ class TinyProxy:
 
 class ProxyTests(TlsTestCase):
     def start_behind_proxy(self, *scripts, refusal: bytes = b"", address: str = "http://user:pass%%20word@127.0.0.1:%d",
-                           **settings):
+                           greeting: bytes = b"HTTP/1.1 200 Connection established\r\n\r\n", **settings):
         raw = RawUpstream(*scripts, context=self.context)
         raw.__enter__()
         self.addCleanup(raw.__exit__)
-        proxy = TinyProxy(raw.port, refusal)
+        proxy = TinyProxy(raw.port, refusal, greeting)
         proxy.__enter__()
         self.addCleanup(proxy.__exit__)
         self.start(**dict({"base_url": "https://upstream.test:8443", "https_proxy": address % proxy.port,
@@ -10418,18 +10485,30 @@ class ProxyTests(TlsTestCase):
         self.assertEqual(raw.posts, [])
 
     def test_a_client_that_leaves_while_the_proxy_thinks_ends_the_call(self):
-        with contextlib.closing(socket.socket()) as silent:
-            silent.bind(("127.0.0.1", 0))
-            silent.listen(5)
-            self.start(base_url="https://upstream.test", https_proxy="http://127.0.0.1:%d" % silent.getsockname()[1])
-            client = self.connect()
-            client.sendall(chat_bytes())
-            silent.accept()[0].close()                  # that was for the model list
-            with contextlib.closing(silent.accept()[0]) as proxy:
-                proxy.settimeout(5)
-                received_until(proxy, b"\r\n\r\n")
-                client.close()
-                self.assertEqual(proxy.recv(1), b"")
+        for begin in (b"", b"HTTP/1.1 2", b"HTTP/1.1 103 Early Hints\r\n\r\n"):
+            with self.subTest(begin), contextlib.closing(socket.socket()) as listener:
+                listener.bind(("127.0.0.1", 0))
+                listener.listen(5)
+                self.start(base_url="https://upstream.test",
+                           https_proxy="http://127.0.0.1:%d" % listener.getsockname()[1])
+                client = self.connect()
+                client.sendall(chat_bytes())
+                listener.accept()[0].close()            # that was for the model list
+                with contextlib.closing(listener.accept()[0]) as proxy:
+                    proxy.settimeout(5)
+                    received_until(proxy, b"\r\n\r\n")
+                    proxy.sendall(begin)
+                    client.close()
+                    with contextlib.suppress(ConnectionResetError):     # that is gone, too
+                        self.assertEqual(proxy.recv(1), b"")
+
+    def test_a_proxy_may_say_more_before_and_in_its_answer(self):
+        for greeting in (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nvia: x\r\n\r\nHTTP/1.0 200 OK\r\n\r\n",
+                         b"HTTP/1.1 200 Fine\r\nvia: 1.1 proxy\r\ncontent-length: 0\r\n\r\n"):
+            with self.subTest(greeting):
+                raw, _ = self.start_behind_proxy([upstream_bytes(MESSAGE_JSON)], greeting=greeting)
+                self.assertEqual(self.chat(headers=NO_RETRY).status, 200)
+                self.assertEqual(len(raw.posts), 1)
 
     def test_a_proxy_that_is_not_there_is_502(self):
         with contextlib.closing(socket.socket()) as unused:
@@ -11224,6 +11303,13 @@ class GrowthTests(unittest.TestCase):
                     assembler.feed(event)
                 self.assertEqual(assembler.message["content"][0]["citations"], cited)
                 self.assertEqual(given, untouched)
+        for odd in (5, "abc", {"a": 1}, True):
+            with self.subTest(odd):
+                assembler = claude_gateway.MessageAssembler()
+                assembler.feed({"type": "message_start", "message": {}})
+                self.assertRaises(claude_gateway.UpstreamFault, assembler.feed, {
+                    "type": "content_block_start", "index": 0, "content_block": {
+                        "type": "text", "text": "", "citations": odd}})
 
     def test_streams(self):
         def streamed(kind, content):
