@@ -4920,6 +4920,7 @@ class ConnectionPool:
 
     def __init__(self) -> None:
         self._idle: Dict[Any, List[WatchedConnection]] = {}
+        self._size = POOL_SIZE                      # for each destination
         self._lock = threading.Lock()
 
     def take(self, key: Any) -> WatchedConnection | None:
@@ -4939,12 +4940,14 @@ class ConnectionPool:
         with self._lock:
             connections = self._idle.setdefault(key, [])
             connections.append(connection)
-            surplus = connections.pop(0) if len(connections) > POOL_SIZE else None
+            surplus = connections.pop(0) if len(connections) > self._size else None
         if surplus:
             surplus.close()
 
     def close(self) -> None:
+        """Closes all; one that is given back later is closed, too."""
         with self._lock:
+            self._size = 0
             for connections in self._idle.values():
                 for connection in connections:
                     connection.close()

@@ -9839,6 +9839,15 @@ class UpstreamRequestTests(UpstreamTestCase):
         for reply in two:
             reply.close()
 
+    def test_a_connection_that_comes_back_after_the_end_is_closed(self):
+        pool, connection = claude_gateway.ConnectionPool(), claude_gateway.WatchedConnection("localhost")
+        connection.sock, theirs = socket.socketpair()
+        pool.close()
+        pool.give("key", connection)
+        with theirs:
+            self.assertEqual(theirs.recv(1), b"")
+        self.assertIsNone(pool.take("key"))
+
     def test_a_connection_whose_answer_was_not_read_to_its_end_is_not_used_again(self):
         events = events_of(message(text("Hello, world")))
         never = threading.Event()
