@@ -4822,6 +4822,7 @@ class WatchedConnection(http.client.HTTPConnection):
     def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
         """The proxy's answer to CONNECT, read like any other, in the form that http.client wants."""
         head = self.answer()
+        self.unread = b""                           # or the proxy could put an answer before what TLS protects
         answer = ("HTTP/1.1 %d %s\r\n\r\n" % (head.status, head.reason)).encode("latin-1")
         like_a_socket: Any = types.SimpleNamespace(makefile=lambda mode: io.BytesIO(answer))
         return http.client.HTTPResponse(like_a_socket, **options)
@@ -4999,7 +5000,7 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
                 head = connection.answer()          # there may be one before all of the request was read
                 return UpstreamReply(connection, head, functools.partial(self.pool.give, key, connection)
                                      if sent and not ends_connection(head.version, head.headers) else None)
-            except (*LOST, http.client.BadStatusLine):
+            except LOST:
                 connection.close()
                 if replaced:                        # that was our one retry: may_pass stays False
                     raise UpstreamFault("The upstream ended two connections in a row.") from None
@@ -5420,7 +5421,7 @@ def fault_from(fault: Exception, what: str, who: str = "The upstream") -> Gatewa
                       and re.search(pattern, words, re.I)), "")
         return UpstreamFault("%s %s: TLS failed (%s)%s." % (who, what, words, ": " + cause if cause else ""))
     failure = UpstreamFault("%s %s: %s." % (who, what, words))
-    failure.may_pass = True
+    failure.may_pass = isinstance(reason, OSError)  # who has answered nonsense would do it again
     return failure
 
 

@@ -10122,7 +10122,7 @@ class UpstreamAnswerTests(UpstreamTestCase):
 
     def test_what_has_begun_to_answer_is_not_asked_again(self):
         for begin in (b"HTTP/1.1 200 OK\r\nrequest-id: r\r\n", b"HTTP/1.1 2", b"HTTP/1.1 100 Continue\r\n\r\n",
-                      b"HTTP/1.1 500 Oh\r\nx-should-retry: false\r\n"):
+                      b"HTTP/1.1 500 Oh\r\nx-should-retry: false\r\n", b"SSH-2.0-OpenSSH_9.9\r\n"):
             with self.subTest(begin):
                 raw = self.start_before([upstream_bytes(MESSAGE_JSON), begin], [upstream_bytes(MESSAGE_JSON)])
                 self.assertEqual([self.chat().status for _ in range(2)], [200, 502])
@@ -10510,6 +10510,13 @@ class ProxyTests(TlsTestCase):
                     client.close()
                     with contextlib.suppress(ConnectionResetError):     # that is gone, too
                         self.assertEqual(proxy.recv(1), b"")
+
+    def test_a_proxy_cannot_answer_in_place_of_the_upstream(self):
+        forged = upstream_bytes(json.dumps(message(text("forged"))).encode())
+        raw, _ = self.start_behind_proxy([upstream_bytes(MESSAGE_JSON)],
+                                         greeting=b"HTTP/1.1 200 OK\r\n\r\n" + forged)
+        self.assertEqual(self.chat(headers=NO_RETRY).message["content"], "Hello!")
+        self.assertEqual(len(raw.posts), 1)
 
     def test_a_proxy_may_say_more_before_and_in_its_answer(self):
         for greeting in (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nvia: x\r\n\r\nHTTP/1.0 200 OK\r\n\r\n",
