@@ -8787,9 +8787,11 @@ class BodyTests(HttpTestCase):
 
     def test_a_body_that_found_no_room_is_not_read_twice(self):
         """It was read in part, or whole: bytes of the next request would be taken for its own."""
-        service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(10)
-        answer, = self.exchanged(chat_bytes() + request_bytes("GET /health HTTP/1.1", "Host: localhost"))
+        service, refusals = self.start(), [False]
+        service.gateway.body_budget = SimpleNamespace(give=lambda amount: None, take=lambda amount: not refusals or
+                                                      refusals.pop())
+        following = request_bytes("GET /health HTTP/1.1", "X-Test: " + "a" * 2_000, "Host: localhost")
+        answer, = self.exchanged(chat_bytes() + following)
         self.assertEqual((answer.status, answer.headers["connection"]), (503, "close"))
 
     def test_who_only_promises_a_large_body_takes_no_room_from_others(self):
