@@ -27,7 +27,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import timeit
 import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -307,6 +309,12 @@ def start_nginx(upstream: int, folder: str) -> tuple[subprocess.Popen, str, int]
     return process, "http://127.0.0.1:%d" % port, worker
 
 
+def json_seconds(text: str) -> float:
+    """What nobody can do without who looks into a body with this text."""
+    body = json.dumps({"content": text})
+    return min(timeit.repeat(lambda: json.dumps(json.loads(body)), number=1, repeat=5))
+
+
 def measure(target: Target, pid: int | None, upstream_port: int, context, quick: bool) -> dict:
     """All scenarios against one target; CPU, memory and threads where its process is ours."""
     run = asyncio.run
@@ -322,20 +330,27 @@ def measure(target: Target, pid: int | None, upstream_port: int, context, quick:
     results["requests_per_second"] = run(together(target, 32, seconds))
     if pid:
         results["cpu_per_request"] = (cpu_seconds(pid) - before) / (results["requests_per_second"] * seconds)
+    streams, ticks = (300, 20) if quick else (1000, 100)
+    before, threads = cpu_seconds(pid) if pid else 0, [0]
+    amid = threading.Timer(ticks * 0.06, lambda: threads.append(status_of(pid, "Threads") if pid else 0))
+    amid.start()
+    results["streams"] = run(many_streams(target, streams, ticks, 0.1))
+    amid.join()
+    if pid:
+        results["streams"].update(cpu_per_event=(cpu_seconds(pid) - before) / (streams * ticks), threads=threads[-1],
+                                  peak_mb=status_of(pid, "VmHWM") / 1024)
     events = 20_000 if quick else 100_000
     before = cpu_seconds(pid) if pid else 0
     run(one_by_one(target, "bench:burst %d" % events, True, 1))
     if pid:
         results["cpu_per_burst_event"] = (cpu_seconds(pid) - before) / events
-    streams, ticks = (300, 20) if quick else (1000, 100)
-    before = cpu_seconds(pid) if pid else 0
-    results["streams"] = run(many_streams(target, streams, ticks, 0.1))
-    if pid:
-        results["streams"]["cpu_per_event"] = (cpu_seconds(pid) - before) / (streams * ticks)
-        results["streams"]["peak_mb"] = status_of(pid, "VmHWM") / 1024
-    for megabytes in (1, 8):
-        padding = (WORDS * (megabytes * 1_000_000 // len(WORDS) + 1))[:megabytes * 1_000_000]
-        results["chat_%dmb" % megabytes] = run(one_by_one(target, "bench:plain", False, 10, padding))["total"]
+    with open(__file__, encoding="utf-8") as file:
+        code = file.read()
+    for name, text, size in (("1mb", WORDS, 1_000_000), ("8mb", WORDS, 8_000_000), ("code", code, 8_000_000)):
+        padding = (text * (size // len(text) + 1))[:size]
+        results["chat_" + name] = run(one_by_one(target, "bench:plain", False, 10, padding))["total"]
+        if target.native and not pid:
+            results["json_" + name] = json_seconds(padding)
     if not target.native:
         results["drops"] = run(drops(target, upstream_port, context))
     return results
@@ -436,10 +451,14 @@ def timed(work, count: int) -> float:
 
 ROWS = (("plain reply p50, 1 client", "plain_p50", "ms"), ("first token p50, 1 client", "first_p50", "ms"),
         ("requests/s, 32 clients", "requests_per_second", ""), ("CPU per request", "cpu_per_request", "us"),
-        ("CPU per event in bursts", "cpu_per_burst_event", "us"), ("streams whole", "streams.whole", ""),
+        ("streams whole", "streams.whole", ""),
         ("streams: p99 delay", "streams.p99_delay", "ms"), ("streams: first token p99", "streams.first_p99", "ms"),
-        ("streams: CPU per event", "streams.cpu_per_event", "us"), ("peak memory", "streams.peak_mb", "MB"),
-        ("1 MB chat", "chat_1mb", "ms"), ("8 MB chat", "chat_8mb", "ms"), ("ready after", "ready", "ms"),
+        ("streams: CPU per event", "streams.cpu_per_event", "us"), ("streams: memory", "streams.peak_mb", "MB"),
+        ("streams: threads", "streams.threads", ""), ("CPU per event in bursts", "cpu_per_burst_event", "us"),
+        ("1 MB chat", "chat_1mb", "ms"), ("  json.loads + dumps of it", "json_1mb", "ms"),
+        ("8 MB chat", "chat_8mb", "ms"), ("  json.loads + dumps of it", "json_8mb", "ms"),
+        ("8 MB chat about code", "chat_code", "ms"), ("  json.loads + dumps of it", "json_code", "ms"),
+        ("ready after", "ready", "ms"),
         ("idle memory", "idle_mb", "MB"), ("upstream closed: streaming", "drops.streaming", "ms"),
         ("upstream closed: before first token", "drops.before first token", "ms"),
         ("upstream closed: plain", "drops.plain", "ms"))
