@@ -151,7 +151,7 @@ def heads(lines):
 def upstream_heads(lines):
     with contextlib.suppress(gateway.GatewayError, http.client.BadStatusLine):
         head = gateway.upstream_head(["HTTP/1.1 200 OK", *[line.decode("latin-1") for line in lines]])
-        gateway.BodyFraming(head.chunked, head.length)
+        head.framing()
         gateway.ends_connection(head.version, head.headers)
 
 
