@@ -10640,6 +10640,7 @@ class StatusTests(GatewayTestCase):
         # and $10 out: 200 fresh, 200 written for a quarter more, 1600 read, 100 out
         self.assertEqual(data["cost"], {"usd": round((200 * 2 + 200 * 2.5 + 1600 * 0.1 + 100 * 10) / 1e6, 4),
                                         "without_price": []})
+        self.settle()
         told = self.ask("GET", "/metrics").raw.decode()
         self.assertIn('claude_gateway_cost_usd_total{model="claude-sonnet-5-5"} 0.00206\n', told)
         self.assertIn('claude_gateway_cache_saved_usd{model="claude-sonnet-5-5"} 0.00294\n', told)
