@@ -992,7 +992,7 @@ def nests_deeper(value: Any, limit: int) -> bool:
 
 
 def text_nests_deeper(data: bytes, limit: int) -> bool:
-    """The same of JSON text, at a tenth of its speed.  A few passes in C, not a scan in Python."""
+    """The same of JSON text, where it may not be parsed yet.  A few passes in C, not a scan in Python."""
     plain = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(BRACKET_KINDS, NOT_BRACKETS)
     brackets = b"".join(plain.split(b'"')[::2])
     for _ in range(limit):
