@@ -21,7 +21,8 @@ One request on its way:
 
 Rooms, in order, each using only those above it: Configuration, Small tools, Errors, Models, Requests,
 Replies, Streams, Responses API, Memory, Credentials, Upstream, Pump, Image fetching, Endpoints, Status page,
-HTTP server, Simulated upstream, Diagnosis, Tool settings, Command line.
+HTTP server, Simulated upstream, Log, Terminal, Options, Diagnosis, Self-test, Tool settings, Signing in, Start,
+Commands, Completion, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
 
@@ -2534,6 +2535,9 @@ def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: 
 
 # ---- tool choice and answer format
 
+JSON_ONLY = "Answer with one JSON object only"      # how a request asks for JSON where no answer format enforces it
+
+
 class Choice(NamedTuple):
     """A tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
     mode: str = "auto"
@@ -2626,7 +2630,7 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
         add_schema_format(request, schema, path, draft)
     elif kind == "json_object":
         draft.plan.bare_json = True
-        draft.instructions.append("Answer with one JSON object only: no other text, no code fence.")
+        draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
     verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
     if verbosity is not None:
         CHAT_FIELDS["verbosity"](verbosity, "verbosity" if "verbosity" in fields else "text.verbosity")
@@ -2695,7 +2699,7 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
     except Unsupported as reason:
         draft.changes.add("changed", path.split(".json_schema")[0], "asked for in words: %s" % reason)
         draft.plan.bare_json = True
-        draft.instructions.append("Answer with one JSON object only, no other text, that follows this JSON Schema:\n" +
+        draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
     for keyword in dict.fromkeys(subset.moved):
@@ -7769,36 +7773,35 @@ def listeners_for(gateway: Gateway) -> list[Listener]:
 
 
 # ---- Simulated upstream ------------------------------------------------------------------------------
-# A small server on loopback that speaks the Messages API, for `start --demo`: the gateway takes the same way to
-# it as to Claude.  Its answers say what they are.
+# A small server on loopback that speaks the Messages API, for `start --demo`: the gateway reaches it the same way
+# as Claude.  Its replies say that they are simulated.
 
 
 def simulated_message(request: dict) -> dict:
-    """The answer to a Messages request: a JSON sample, a tool call, or words about what was sent."""
+    """The reply to a Messages request: a JSON sample, a tool call, or a sentence about what was sent."""
     last = request["messages"][-1]["content"]
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
     choice = request.get("tool_choice", {})
-    wish = request.get("output_config", {}).get("format")
+    output_format = request.get("output_config", {}).get("format")
     schema = json_asked_for(request["messages"])
     blocks: list[dict] = []
     if request.get("thinking", {}).get("display") == "summarized":
         blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
     stop_reason = "end_turn"
-    if wish:
-        sample = sample_of(wish["schema"], wish["schema"])
-        blocks.append({"type": "text", "text": json.dumps(sample)})
+    if output_format:
+        blocks.append({"type": "text", "text": json.dumps(sample_of(output_format["schema"], output_format["schema"]))})
     elif tools and choice.get("type") != "none" and (not results or choice.get("type") in ("any", "tool")):
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
         stop_reason = "tool_use"
     elif schema is not None:
-        sample = sample_of(schema, schema) if schema else {"simulated": True, "answer": words_about(last, results)}
+        sample = sample_of(schema, schema) if schema else {"simulated": True, "answer": summary_of(last, results)}
         blocks.append({"type": "text", "text": json.dumps(sample)})
     else:
-        blocks.append({"type": "text", "text": "This is a simulated answer: claude-gateway runs in demo mode, and no "
-                                               "model was asked. " + words_about(last, results)})
+        blocks.append({"type": "text", "text": "This is a simulated answer: the gateway runs in demo mode, and no "
+                                               "model was asked. " + summary_of(last, results)})
     usage = dict(simulated_usage(request), output_tokens=about_tokens(blocks), service_tier="standard")
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
             "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
@@ -7824,19 +7827,14 @@ def simulated_limits(now: float) -> dict[str, str]:
     return headers
 
 
-# How a request asks for JSON where no answer format enforces it (answer_format and add_schema_format say so).
-JSON_ASKED = re.compile(r"Answer with one JSON object only\b(?:.*?JSON Schema:\n(?P<schema>\{.*))?", re.S)
-
-
 def json_asked_for(messages: list[dict]) -> dict | None:
-    """The schema that the last user turn asks for in words, {} for any object, None where it asks for no JSON."""
+    """The schema that the last user turn asks for in its text, {} for any object, None where it asks for no JSON."""
     said: List[dict] = next((message["content"] for message in reversed(messages) if message["role"] == "user"), [])
     texts = [block["text"] for block in said if block["type"] == "text"]
-    asked = JSON_ASKED.match(texts[-1]) if texts else None
-    if not asked:
+    if not texts or not texts[-1].startswith(JSON_ONLY):
         return None
     with contextlib.suppress(ValueError, RecursionError):
-        return dict(json.JSONDecoder().raw_decode(asked.group("schema") or "")[0])
+        return dict(json.JSONDecoder().raw_decode(texts[-1], texts[-1].index("{"))[0])
     return {}
 
 
@@ -7845,8 +7843,8 @@ def about_tokens(value: Any) -> int:
     return len(json.dumps(value)) // 4 + 1
 
 
-def words_about(content: list[dict], results: list[dict]) -> str:
-    """One sentence on what the last message brought."""
+def summary_of(content: list[dict], results: list[dict]) -> str:
+    """One sentence on what the last message contains."""
     if results:
         return "The tool's result arrived: %s" % json.dumps(results[-1].get("content", ""))[:200]
     images = [block["source"] for block in content if block["type"] == "image"]
@@ -7898,7 +7896,7 @@ def simulated_events(message: dict) -> Iterator[dict]:
             yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": delta, name: piece}}
 
 
-HOLD = "(simulation: begin an answer and never end it)"
+HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
@@ -7922,8 +7920,8 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
                     message["content"] = [{"type": "text", "text": message["content"]}]
             answer = simulated_message(request)
         except (LookupError, TypeError, AttributeError, ValueError) as fault:
-            words = "The simulation cannot read this request: %s: %s" % (type(fault).__name__, fault)
-            error = {"type": "invalid_request_error", "message": words}
+            error = {"type": "invalid_request_error", "message": "The simulation cannot read this request: %s: %s" % (
+                type(fault).__name__, fault)}
             self._send("application/json", client_json({"type": "error", "error": error}), 400)
             return
         if self.path.endswith("/count_tokens"):
@@ -7938,7 +7936,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
                 for event in simulated_events(answer)))
 
     def _hold(self, request: dict) -> None:
-        """An answer that only ends when the gateway hangs up, which is what `selftest` wants to see."""
+        """A stream that only ends when the gateway closes the connection, for `selftest`."""
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.send_header("connection", "close")
@@ -7971,7 +7969,7 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
     request_queue_size = BACKLOG
 
     def __init__(self) -> None:
-        self.abandoned = threading.Event()          # the gateway hung up on an answer
+        self.abandoned = threading.Event()          # the gateway closed the connection amid a reply
         super().__init__(("127.0.0.1", 0), SimulatedHandler)
         self.url = "http://127.0.0.1:%d" % self.server_address[1]
         threading.Thread(target=self.serve_forever, name="simulated upstream", daemon=True).start()
@@ -7981,23 +7979,331 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         failure = sys.exc_info()[1]
-        if not isinstance(failure, OSError):        # the gateway hung up
+        if not isinstance(failure, OSError):        # one of the gateway, which closed the connection
             LOG.error("the simulation failed: %s: %s", type(failure).__name__, failure)
 
 
 def demo_config(config: Config, url: str) -> Config:
     """The same gateway in front of the simulated upstream, without any real credential or address."""
     return replace(config, base_url=url, anthropic_api_key="no-key-needed", anthropic_auth_token="",
-                               claude_code_oauth_token="", token_file="", auth="auto", https_proxy="")
+                   claude_code_oauth_token="", token_file="", auth="auto", https_proxy="")
+
+
+# ---- Log ---------------------------------------------------------------------------------------------
+# The log of the program, on standard error: as text or as JSON, without secrets.
+
+
+def wants_colour(stream: Any) -> bool:
+    """NO_COLOR and FORCE_COLOR win; else a terminal that is not dumb."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return os.environ["FORCE_COLOR"].lower() not in ("0", "false")
+    return bool(getattr(stream, "isatty", bool)()) and os.environ.get("TERM") != "dumb" and os.name != "nt"
+
+
+class LogFormatter(logging.Formatter):
+    """One line per entry, as text or JSON; secrets are masked, long base64 in payloads is cut."""
+
+    def __init__(self, secrets: Callable[[], list[str]], as_json: bool, colour: bool = False) -> None:
+        super().__init__()
+        self._secrets, self.as_json, self._colour = secrets, as_json, colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        payload = getattr(record, "payload", None)
+        message = record.getMessage() if payload is None else \
+            str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if record.exc_text:
+            message += "\n" + record.exc_text
+        message = masked(message, self._secrets())
+        if payload is not None:                     # last: the beginning of a secret is not recognised
+            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
+        if not self.as_json:
+            moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+            return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
+                "%s %s" % (moment, message)
+        entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
+        fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
+                  for name, value in getattr(record, "fields", {}).items()}
+        return json.dumps(dict(fields, **entry))
+
+    @staticmethod
+    def _coloured(record: logging.LogRecord, message: str) -> str:
+        """Red for failures, yellow for refusals."""
+        status = getattr(record, "fields", {}).get("status", 0)
+        colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
+            "33" if record.levelno == logging.WARNING or status >= 400 else ""
+        return "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message
+
+
+def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
+    """Sends the log to standard error, at the level that the options ask for; without these secrets."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json",
+                                      wants_colour(sys.stderr)))
+    for old in LOG.handlers[:]:
+        LOG.removeHandler(old)
+    LOG.addHandler(handler)
+    LOG.propagate = False
+    LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
+
+
+# ---- Terminal ----------------------------------------------------------------------------------------
+# What commands print: data goes to standard output, messages for the user to standard error.
+
+# exit codes
+OK, FAILURE, USAGE, NO_CREDENTIAL, PORT_IN_USE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+
+def prepare_output() -> None:
+    """Makes standard output and error accept whatever is printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:                          # closed by the parent process; pythonw on Windows has neither
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):        # a character that a terminal lacks must not stop a print
+            stream.reconfigure(errors="backslashreplace")
+
+
+def as_typed(text: str) -> str:
+    """A text with every command of ours as it can be typed here: the script's path where it is not installed.
+
+    A lower-case word behind `claude-gateway` is a command: no prose puts one there.
+    """
+    script = sys.argv[0] if sys.argv else ""
+    if not script.endswith(".py") or os.path.basename(script) != os.path.basename(__file__):
+        return text
+    script = '"%s"' % script if " " in script else script
+    typed = "%s %s " % (os.path.basename(sys.executable or "") or "python3", script)
+    return re.sub(r"\bclaude-gateway (?=[a-z])", lambda match: typed, text)
+
+
+def say(text: str, level: int = logging.INFO) -> None:
+    """A message for the user, on standard error; where the log is JSON, an entry of it."""
+    text = as_typed(text)
+    level = logging.WARNING if text.startswith("Warning: ") else level
+    for handler in LOG.handlers:
+        if isinstance(handler.formatter, LogFormatter) and handler.formatter.as_json:
+            handler.handle(LOG.makeRecord(LOG.name, level, "", 0, "%s", (text,), None))
+            return
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-")
+    print(json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8")))
+
+
+def duration_text(seconds: float) -> str:
+    """Two units of a time: 2 d 3 h, 7 h 59 min, 4 min, 30 s."""
+    days, hours, minutes = int(seconds // 86_400), int(seconds // 3_600 % 24), int(seconds // 60 % 60)
+    units = [(days, "d"), (hours, "h")] if days else [(hours, "h"), (minutes, "min")]
+    return " ".join("%d %s" % unit for unit in units if unit[0]) or "%d s" % seconds
+
+
+# ---- Options -----------------------------------------------------------------------------------------
+# The options of `start`, each with its environment variable, and the Config that they make.
+
+
+class UsageError(Exception):
+    """Invalid flags or environment; exit code 2.  `setting` is the flag or variable at fault, if it is one."""
+
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__("%s: %s" % (setting, message) if setting else message)
+        self.setting = setting
+
+
+class Option(NamedTuple):
+    """One option of `start`; its environment variable is CLAUDE_GATEWAY_ and its name."""
+    name: str
+    help: str
+    short: str = ""
+    metavar: str = ""                               # "" = a switch
+    repeatable: bool = False
+    choices: Sequence[str] = ()
+
+    @property
+    def field(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return "CLAUDE_GATEWAY_" + self.field.upper()
+
+
+OPTIONS = (
+    Option("port", "port of the gateway; 0: any free one, printed in the first line (default: %d)" % DEFAULT_PORT, "p",
+           "PORT"),
+    Option("host", "address to listen on; one that other machines can reach requires an API key (default: localhost, "
+                   "which is 127.0.0.1 and ::1)", "", "ADDRESS"),
+    Option("api-key", "API key that clients have to send; better set in the environment, where others cannot see it; "
+                      "repeatable", "", "KEY", repeatable=True),
+    Option("verbose", "log requests and replies in full, secrets masked", "V"),
+    Option("minimal", "log method, path, status and time only", "m"),
+    Option("quiet", "log nothing", "q"),
+    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
+    Option("auth", "kind of credential to use: auto, api-key or oauth (default: auto)", "", "KIND",
+           choices=("auto", "api-key", "oauth")),
+    Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
+    Option("alias", "use MODEL where a request names NAME; '*=MODEL' for every other or missing name; repeatable", "",
+           "NAME=MODEL", repeatable=True),
+    Option("allow-host", "also accept this name in the Host header; repeatable", "", "NAME", repeatable=True),
+    Option("cors-origin", "also accept requests from web pages of this origin; '*' requires an API key; repeatable", "",
+           "ORIGIN", repeatable=True),
+    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
+    Option("no-cache", "add no prompt cache breakpoints"),
+    Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
+    Option("demo", "answer from a built-in simulation: no account, no network"),
+)
+
+
+def port_from(setting: str, value: Any) -> int:
+    if not re.match(r"\d{1,5}\Z", str(value)) or int(value) > 65_535:
+        raise UsageError("expected a number from 0 to 65535, got %r." % value, setting)
+    return int(value)
+
+
+def aliases_from(setting: str, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple(alias_from(setting, text) for text in texts)
+
+
+def alias_from(setting: str, text: str) -> tuple[str, str]:
+    name, equals, model = text.partition("=")
+    if not equals or not name.strip() or not model.strip():
+        raise UsageError("expected NAME=MODEL, got %r." % text, setting)
+    return name.strip(), model.strip()
+
+
+def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not key.strip() for key in keys):
+        raise UsageError("the key must not be empty.", setting)
+    return keys
+
+
+# Options whose values need checking -> how they are read
+CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from}
+
+
+def credential_in(environment: dict[str, str], variable: str) -> str:
+    """A key or token without surrounding blanks, which pasting leaves; it must fit into a header."""
+    value = environment.get(variable, "").strip()
+    if not re.match(r"[\x21-\x7e]*\Z", value):
+        raise UsageError("contains characters that are not allowed in a key or token.", variable)
+    return value
+
+
+def checked_base_url(variable: str, url: str) -> str:
+    """An https URL, or plain http on loopback: a credential is sent there."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        parts, host = urllib.parse.urlsplit(""), ""
+    if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
+        shown = "" if "@" in url else ", got %r" % url.split("?")[0]       # not a password
+        raise UsageError("expected an https URL%s." % shown, variable)
+    if parts.scheme == "http" and not is_loopback_host(host):
+        raise UsageError("plain http would expose the credential; it is allowed on loopback only.", variable)
+    return url
+
+
+def checked_proxy(variable: str, url: str) -> str:
+    """The URL of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may contain a password."""
+    if re.match(r"socks", url, re.I):
+        raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        usable = bool(parts.hostname) and (parts.port or 1) and parts.scheme in ("http", "https")
+    except ValueError:
+        usable = False
+    if url and not usable or re.match(r"https?:/[^/]", url):
+        raise UsageError("expected a URL like http://proxy.example.com:8080.", variable)
+    return url
+
+
+def value_from_variable(option: Option, text: str) -> Any:
+    """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
+    if option.repeatable:
+        return [entry.strip() for entry in text.split(",")]
+    if option.metavar:
+        if option.choices and text not in option.choices:
+            raise UsageError("expected one of %s, got %r." % (", ".join(option.choices), text), option.variable)
+        return text
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return None
+    raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
+
+
+def default_token_file(environment: dict[str, str]) -> str:
+    """In the user's configuration directory, never in the working directory; "" without a home directory."""
+    if os.name == "nt":
+        base = environment.get("APPDATA", "")
+    else:
+        home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
+        base = environment.get("XDG_CONFIG_HOME", "")
+        if not os.path.isabs(base):                 # relative ones are ignored (XDG base directory specification)
+            base = os.path.join(home, ".config")
+    return os.path.join(base, "claude-gateway", "oauth-tokens.json") if os.path.isabs(base) else ""
+
+
+LOUDNESS = ("verbose", "minimal", "quiet")          # one at most
+CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
+# Commands that connect to nothing -> the options whose variables they read
+OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",)}
+
+
+def without_overruled(parsed: argparse.Namespace, given: dict[str, str]) -> dict[str, str]:
+    """The variables, without those for the log's level where a flag sets it."""
+    if any(getattr(parsed, name, None) for name in LOUDNESS):
+        return without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOUDNESS))
+    return given
+
+
+def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
+    """Flags over environment over defaults.  Raises UsageError.  An offline command reads only its own options."""
+    given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
+    given = without_overruled(parsed, given)
+    offline = parsed.command in OFFLINE
+    fields: dict[str, Any] = {}
+    for option in OPTIONS:
+        value, setting = getattr(parsed, option.field, None), "--" + option.name
+        if value is None and option.variable in given and not (offline and option.name not in OFFLINE[parsed.command]):
+            setting = option.variable
+            value = value_from_variable(option, given[setting])
+        if value is not None:
+            value = tuple(value) if option.repeatable else value
+            fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
+    loud = [name for name in LOUDNESS if fields.get(name)]
+    if len(loud) > 1:
+        raise UsageError("--%s and --%s exclude each other." % tuple(loud[:2]))
+    fields["token_file"] = os.path.expanduser(fields.get("token_file") or default_token_file(given))
+    if fields.get("demo") or offline:               # ignores credentials, addresses and proxies, also bad ones
+        return Config(**fields)
+    ca_variable = next((name for name in CA_VARIABLES if name in given), "")
+    proxy_variable = next((name for name in ("https_proxy", "HTTPS_PROXY") if name in given), "")
+    fields.update(anthropic_api_key=credential_in(given, "ANTHROPIC_API_KEY"),
+                  anthropic_auth_token=credential_in(given, "ANTHROPIC_AUTH_TOKEN"),
+                  claude_code_oauth_token=credential_in(given, "CLAUDE_CODE_OAUTH_TOKEN"),
+                  base_url=checked_base_url("ANTHROPIC_BASE_URL", given.get("ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
+                  token_url=checked_base_url("CLAUDE_GATEWAY_TOKEN_URL",
+                                             given.get("CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL)),
+                  https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
+                  no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
+                  ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
+    return Config(**fields)
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
-# `doctor` looks at the machine, the way to Claude and the credential; `selftest` at the gateway alone.  Together
-# they tell "the gateway is broken" from "the network is broken".
+# `doctor` checks the machine, the way to Claude and the credential.
 
 
 class Finding(NamedTuple):
-    """One line of a check: level is ok, warning or failed; `step` is what to do next; `code` a failure's exit code."""
+    """The result of a check: level ok, warning or failed; `step` is what to do next; `code` a failure's exit code."""
     name: str
     level: str
     detail: str
@@ -8005,47 +8311,31 @@ class Finding(NamedTuple):
     code: int = 0
 
 
-def machine_findings(config: Config) -> Iterator[Finding]:
-    """Python, the file, the port, the settings for the network: nothing of this needs the network itself."""
-    yield Finding("Python", "ok", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
-    with open(os.path.abspath(__file__), "rb") as file:
-        yield Finding("File", "ok", "claude-gateway %s, sha256 %s" % (VERSION, hashlib.sha256(file.read()).hexdigest()))
-    yield port_finding(config)
-    yield proxy_finding(config)
-    yield authorities_finding(config)
+def own_address(config: Config) -> str:
+    """The address at which this machine reaches a gateway with this configuration."""
+    return {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
 
 
-def proxy_finding(config: Config) -> Finding:
-    """The proxy on the way to Claude, without its credentials."""
-    if not config.https_proxy:
-        return Finding("Proxy", "ok", "none")
-    exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
-    return Finding("Proxy", "ok", shown_proxy(config) + (
-        ", but not for the upstream: by NO_PROXY, or as it is this machine" if exempt else ""))
-
-
-LISTENING, ESTABLISHED = "0A", "01"                 # states of /proc/net/tcp
-
-
-def sockets_on(port: int) -> dict[str, str]:
-    """The TCP sockets of a port of this machine: inode of a listener, or else the far end -> state.  Linux only."""
-    found: Dict[str, str] = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError, ValueError, IndexError), open(table, encoding="ascii") as file:
-            for columns in map(str.split, file.readlines()[1:]):
-                if int(columns[1].rsplit(":", 1)[1], 16) == port:
-                    found[columns[9] if columns[3] == LISTENING else columns[2]] = columns[3]
-    return found
-
-
-def is_passing(port: int) -> bool:
-    """Whether nobody listens on a port or talks through it any more: what holds it are closed connections."""
-    states = set(sockets_on(port).values())
-    return bool(states) and not states & {LISTENING, ESTABLISHED}
+def running_status(config: Config, key: str = "") -> dict | None:
+    """The status of the gateway on this machine's port; None where none answers.  A key is sent only if given."""
+    connection = http.client.HTTPConnection(own_address(config), config.port, timeout=2)
+    headers = {"accept": "application/json"}
+    if key:
+        headers["authorization"] = "Bearer " + key
+    try:
+        connection.request("GET", "/", headers=headers)
+        answer = json.loads(connection.getresponse().read(1_000_000).decode("utf-8"))
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    if not isinstance(answer, dict) or answer.get("status") != "ok" or "version" not in answer:
+        return None
+    return answer
 
 
 def port_finding(config: Config) -> Finding:
-    """Whether the port can be had; a gateway that runs there already is fine too."""
+    """Whether the port is free; a gateway that is running there is fine, too."""
     if running_status(config):
         return Finding("Port", "ok", "%d: a gateway is running there" % config.port)
     host = "127.0.0.1" if config.host == "localhost" else config.host
@@ -8056,20 +8346,26 @@ def port_finding(config: Config) -> Finding:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, config.port))
     except OSError as fault:
-        if fault.errno == errno.EADDRINUSE and is_passing(config.port):
-            return Finding("Port", "warning", "%d: held by a connection that has just closed" % config.port,
-                           "Wait; `start` does so too, up to a minute.")
         host = "" if config.host == "localhost" else " --host " + config.host
         return Finding("Port", "failed", "%d: %s" % (config.port, fault.strerror or fault),
-                       "claude-gateway start --port %d%s" % (config.port % 65_535 + 1, host), 4)
+                       "claude-gateway start --port %d%s" % (config.port % 65_535 + 1, host), PORT_IN_USE)
     return Finding("Port", "ok", "%d is free" % config.port)
+
+
+def proxy_finding(config: Config) -> Finding:
+    """The proxy on the way to Claude, without its credentials."""
+    if not config.https_proxy:
+        return Finding("Proxy", "ok", "none")
+    exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
+    return Finding("Proxy", "ok", shown_proxy(config) + (
+        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else ""))
 
 
 def authorities_finding(config: Config) -> Finding:
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except UpstreamFault as fault:
-        return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable, 1)
+        return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable, FAILURE)
     strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
     count = context.cert_store_stats()["x509_ca"]
     return Finding("Certificates", "ok", "%d authorit%s%s%s" % (
@@ -8078,8 +8374,53 @@ def authorities_finding(config: Config) -> Finding:
         ", strict X.509 rules" if strict else ""))
 
 
+def machine_findings(config: Config) -> Iterator[Finding]:
+    """Python, the file, the port, the network settings: checks that work without a network."""
+    yield Finding("Python", "ok", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
+    with open(os.path.abspath(__file__), "rb") as file:
+        yield Finding("File", "ok", "claude-gateway %s, sha256 %s" % (VERSION, hashlib.sha256(file.read()).hexdigest()))
+    yield port_finding(config)
+    yield proxy_finding(config)
+    yield authorities_finding(config)
+
+
+def step_for_fault(message: str) -> str:
+    if "--relax-x509" in message:
+        return "claude-gateway start --relax-x509"
+    if "authority is unknown" in message:
+        return "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor"
+    return "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
+
+
+def issuer_of(host: str, port: int) -> str:
+    """Who issued the certificate of a host: the second handshake trusts just this one, as only then ssl parses it."""
+    with contextlib.suppress(OSError, ValueError):
+        context = ssl.create_default_context(cadata=ssl.get_server_certificate((host, port)))
+        context.check_hostname = False
+        context.verify_flags = ssl.VerifyFlags(PARTIAL_CHAIN)
+        with socket.create_connection((host, port), CONNECT_TIMEOUT) as plain, \
+                context.wrap_socket(plain, server_hostname=host) as secured:
+            issuer = dict(name[0] for name in (secured.getpeercert() or {}).get("issuer", ()))
+            return issuer.get("organizationName") or issuer.get("commonName", "")
+    return ""
+
+
+PARTIAL_CHAIN = 0x80000                             # X509_V_FLAG_PARTIAL_CHAIN: ssl names it from Python 3.10 on
+
+
+def clock_finding(date: str) -> Finding:
+    """This machine's clock against the upstream's; tokens expire by it."""
+    try:
+        skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return Finding("Clock", "warning", "the upstream sent no Date header", "Check this machine's clock yourself.")
+    if abs(skew) > 60:
+        return Finding("Clock", "warning", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.")
+    return Finding("Clock", "ok", "within a minute of the upstream's")
+
+
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """The way to Claude: name, connection, certificate, clock, in this order; ends at the first that fails."""
+    """The way to Claude: name, connection, certificate, clock, in this order, up to the first that fails."""
     parts = urllib.parse.urlsplit(config.base_url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     proxied = bool(config.https_proxy) and not bypasses_proxy(config, parts.netloc)
@@ -8088,7 +8429,7 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
             found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         except OSError as fault:
             yield Finding("DNS", "failed", "%s: %s" % (host, fault.strerror or fault),
-                          "Check the network; where only a proxy leads out, set HTTPS_PROXY.", 5)
+                          "Check the network; if a proxy is required, set HTTPS_PROXY.", UNREACHABLE)
             return
         yield Finding("DNS", "ok", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
     started = time.monotonic()
@@ -8098,95 +8439,66 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
         issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
         yield Finding("Upstream", "failed", "%s port %d%s: %s%s" % (
             host, port, " by the proxy" if proxied else "", fault,
-            " The certificate shown was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), 5)
+            " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
         return
-    told = "%s answers after %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
+    detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
     if headers.get("server", "").startswith("claude-gateway"):
-        yield Finding("Upstream", "warning", told + ", and is a claude-gateway itself",
-                      "Take ANTHROPIC_BASE_URL away, unless one gateway is meant to call another.")
+        yield Finding("Upstream", "warning", detail + ", and is a claude-gateway itself",
+                      "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.")
     else:
-        yield Finding("Upstream", "ok", told)
+        yield Finding("Upstream", "ok", detail)
     yield clock_finding(headers.get("date", ""))
 
 
-def step_for_fault(words: str) -> str:
-    if "--relax-x509" in words:
-        return "claude-gateway start --relax-x509"
-    if "authority is unknown" in words:
-        return "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor"
-    return "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
-
-
-def issuer_of(host: str, port: int) -> str:
-    """Who issued the certificate that a host shows, read without trusting it: the organization in its issuer."""
-    with contextlib.suppress(OSError, ValueError):
-        certificate = ssl.PEM_cert_to_DER_cert(ssl.get_server_certificate((host, port)))
-        # the first organizationName (OID 2.5.4.10) of a certificate is its issuer's (RFC 5280, 4.1)
-        match = re.search(rb"\x06\x03\x55\x04\x0a[\x0c\x13\x16](.)", certificate, re.S)
-        if match:
-            return certificate[match.end():match.end() + match.group(1)[0]].decode("utf-8", "replace")
-    return ""
-
-
-def clock_finding(date: str) -> Finding:
-    """This machine's clock against the upstream's; tokens expire by it."""
-    try:
-        skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
-    except (TypeError, ValueError):
-        return Finding("Clock", "warning", "the upstream told no time", "Compare this machine's clock yourself.")
-    if abs(skew) > 60:
-        return Finding("Clock", "warning", "%+d seconds against the upstream's" % skew, "Set the clock by NTP.")
-    return Finding("Clock", "ok", "within a minute of the upstream's")
-
-
 def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """Which credential there is, and what can be said of it without asking Claude."""
+    """Which credential there is, and what is known of it without a request to Claude."""
     try:
         upstream.credential = credential_from_config(config, upstream.post_json)
     except TokenFileDamaged as fault:
-        yield Finding("Credential", "failed", str(fault), "claude-gateway login", 3)
+        yield Finding("Credential", "failed", str(fault), "claude-gateway login", NO_CREDENTIAL)
         return
     credential = upstream.credential
     if credential is None:
-        yield Finding("Credential", "failed", "none", "Set ANTHROPIC_API_KEY, or: claude-gateway login", 3)
+        yield Finding("Credential", "failed", "none", "Set ANTHROPIC_API_KEY, or: claude-gateway login", NO_CREDENTIAL)
         return
     facts = credential.facts()
     expires_at, renewed = facts.get("expires_at"), bool(facts.get("refreshable"))
-    over = bool(expires_at) and expires_at < time.time()
-    told = ", ".join(filter(None, [
+    expired = bool(expires_at) and expires_at < time.time()
+    detail = ", ".join(filter(None, [
         facts["description"],
-        "token %s %s" % ("expired" if over else "good until", time.strftime(
+        "token %s %s" % ("expired" if expired else "valid until", time.strftime(
             "%Y-%m-%d %H:%M", time.localtime(expires_at))) if expires_at else "",
-        "" if facts["kind"] == "api_key" else "not renewed by itself" if not renewed else
-        "renewed at the next request" if over else "renewed by itself"]))
-    if over and not renewed:
-        yield Finding("Credential", "failed", told, "claude-gateway login", 3)
+        "" if facts["kind"] == "api_key" else "not renewed automatically" if not renewed else
+        "renewed at the next request" if expired else "renewed automatically"]))
+    if expired and not renewed:
+        yield Finding("Credential", "failed", detail, "claude-gateway login", NO_CREDENTIAL)
         return
-    yield Finding("Credential", "ok", told)
+    yield Finding("Credential", "ok", detail)
     if credential.preamble:
-        yield Finding("Terms", "warning", "Anthropic's terms keep this kind of token for its own apps",
-                      "An API key is always fine.")
+        yield Finding("Terms", "warning", OWN_APPS_ONLY, "An API key is always fine.")
 
+
+OWN_APPS_ONLY = "Anthropic's terms allow this kind of token in its own apps only"
 
 REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.com",
-                 "bearer_token": "Renew the token in the variable, or take it away.", "oauth": "claude-gateway login"}
+                 "bearer_token": "Renew the token in the variable, or unset it.", "oauth": "claude-gateway login"}
 
 
 def acceptance_finding(upstream: Upstream) -> Finding:
-    """Whether Claude takes the credential."""
+    """Whether Claude accepts the credential."""
     try:
         return Finding("Accepted", "ok", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
         if fault.status in (401, 403):
             kind = upstream.credential.facts()["kind"] if upstream.credential else ""
-            return Finding("Accepted", "failed", str(fault), REFUSED_STEPS.get(kind, ""), 3)
+            return Finding("Accepted", "failed", str(fault), REFUSED_STEPS.get(kind, ""), NO_CREDENTIAL)
         step = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault))
         return Finding("Accepted", "warning", str(fault), step)
 
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
-    """One tiny answer, and one cache round trip: the second of two equal prompts must read what the first wrote."""
-    filler = "This sentence stands here so that the prompt is long enough to be cached. " * 400
+    """One short reply, and one cache round trip: the second of two equal prompts must read what the first wrote."""
+    filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
     with contextlib.closing(Gateway(config, credential)) as gateway:
@@ -8195,7 +8507,7 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
             try:
                 reply = chat_completions(gateway, Incoming(body))
             except GatewayError as fault:
-                yield Finding("Live call", "failed", str(fault), "See what Claude says of it.", 5)
+                yield Finding("Live call", "failed", str(fault), "See Claude's message.", UNREACHABLE)
                 return
             reply.close()
             completion = reply.body
@@ -8205,15 +8517,15 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
                     completion["model"], json.dumps((completion["choices"][0]["message"]["content"] or "")[:40])))
     read = usages[1]["prompt_tokens_details"]["cached_tokens"]
     yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usages[1]["prompt_tokens"]),
-                  "" if read else "Run it again; if it stays so, the upstream does not cache.")
+                  "" if read else "Run this again; if nothing is read then, the upstream does not cache.")
 
 
-# The checks that may have to be left out, as `doctor` then says.
-LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude takes the credential"}
+# The checks that are skipped where one before them fails, as `doctor` then reports
+LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude accepts the credential"}
 
 
 def findings(config: Config, live: bool) -> Iterator[Finding]:
-    """All checks of `doctor`, in an order in which each builds on those before it; what cannot be, is told."""
+    """All checks of `doctor`, each building on those before it, and at the end which ones were skipped."""
     yield from machine_findings(config)
     upstream = Upstream(config, "")
     found: Dict[str, str] = {}
@@ -8226,21 +8538,34 @@ def findings(config: Config, live: bool) -> Iterator[Finding]:
             accepted = acceptance_finding(upstream)
             found["Accepted"] = accepted.level
             yield accepted
-        left_out = [words for name, words in LATER_CHECKS.items() if name not in found]
+        skipped = [check for name, check in LATER_CHECKS.items() if name not in found]
         if live and upstream.credential and found.get("Accepted") == "ok":
             yield from live_findings(config, upstream.credential)
         elif live:
-            left_out.append("the live calls")
-        if left_out:
-            yield Finding("Left out", "warning", ", ".join(left_out), "Mend what failed above, then run this again.")
+            skipped.append("the live calls")
+        if skipped:
+            yield Finding("Skipped", "warning", ", ".join(skipped), "Fix what failed above, then run this again.")
     finally:
         upstream.close()
 
 
-# ---- the gateway against its own simulation
+# ---- Self-test ---------------------------------------------------------------------------------------
+# The gateway against its own simulation, without network and credential: with `doctor` it separates "the gateway
+# is broken" from "the network is broken".
+
+
+def post(port: int, body: dict) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        response = connection.getresponse()
+        return response.status, response.read().decode("utf-8")
+    finally:
+        connection.close()
+
 
 def selftest_findings() -> Iterator[Finding]:
-    """Plain, streaming, tools, image, error, cancel: over real sockets on loopback, without network or credential."""
+    """Plain, streaming, tools, image, error, cancel: over real sockets on loopback."""
     simulated = SimulatedUpstream()
     service = Service(Gateway(demo_config(Config(host="127.0.0.1", port=0, quiet=True), simulated.url)))
     service.start()
@@ -8264,51 +8589,18 @@ def selftest_findings() -> Iterator[Finding]:
         for name, body, is_right in cases:
             status, answer = post(service.port, body)
             yield Finding(name, "ok", "") if is_right(status, answer) else Finding(
-                name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", 1)
+                name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
         hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
         connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=5)
         connection.request("POST", "/v1/chat/completions", json.dumps(hold))
         connection.getresponse().read(1)
         connection.close()
         yield Finding("cancel", "ok", "") if simulated.abandoned.wait(5) else Finding(
-            "cancel", "failed", "a client left, and its call upstream went on", "Please report this.", 1)
+            "cancel", "failed", "a client left, and its call upstream went on", "Please report this.", FAILURE)
     finally:
         service.close(0)
         simulated.shutdown()
         simulated.server_close()
-
-
-def post(port: int, body: dict) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body))
-        response = connection.getresponse()
-        return response.status, response.read().decode("utf-8")
-    finally:
-        connection.close()
-
-
-def own_address(config: Config) -> str:
-    """Where this machine reaches the gateway that has this configuration."""
-    return {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-
-
-def running_status(config: Config, key: str = "") -> dict | None:
-    """The status of the gateway on this machine's port; None where none answers.  The key is sent only on demand."""
-    connection = http.client.HTTPConnection(own_address(config), config.port, timeout=2)
-    headers = {"accept": "application/json"}
-    if key:
-        headers["authorization"] = "Bearer " + key
-    try:
-        connection.request("GET", "/", headers=headers)
-        answer = json.loads(connection.getresponse().read(1_000_000).decode("utf-8"))
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-    if not isinstance(answer, dict) or answer.get("status") != "ok" or "version" not in answer:
-        return None
-    return answer
 
 
 # ---- Tool settings -----------------------------------------------------------------------------------
@@ -8317,7 +8609,7 @@ def running_status(config: Config, key: str = "") -> dict | None:
 
 
 class ToolSettings(NamedTuple):
-    """`where`: one line for the table; `text`: the settings themselves, with the words of `filled` to be filled in."""
+    """`where`: one line for the table; `text`: the settings themselves, with the placeholders of `filled`."""
     title: str
     where: str
     text: str
@@ -8389,7 +8681,7 @@ export OPENAI_API_KEY=KEY"""),
 Admin settings > Connections > OpenAI API > add a connection
 URL: BASE
 Key: KEY
-Models are listed by themselves.
+Models are listed automatically.
 
 CONTAINER"""),
     "librechat": ToolSettings("LibreChat", "librechat.yaml, endpoints.custom", """\
@@ -8428,7 +8720,7 @@ and a gateway that Home Assistant can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
 The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
     "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
-# this file is in the folder that this names: dirname "$(llm logs path)"
+# this file is in the folder that this prints: dirname "$(llm logs path)"
 - model_id: claude
   model_name: MODEL
   api_base: BASE
@@ -8449,16 +8741,16 @@ public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY
 your credential to the internet."""),
 }
 
-# Told with the settings of what usually runs in a container: there, localhost is the container itself.
+# Printed with the settings of what usually runs in a container: there, localhost is the container itself.
 CONTAINER = """\
-In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name takes
-docker run --add-host=host.docker.internal:host-gateway, and a gateway that listens to containers:
+In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
+docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 172.17.0.1"""
 
 SERVICE_FILES = {
-    "systemd": ToolSettings("Linux: a service of your user", "~/.config/systemd/user/claude-gateway.service", """\
+    "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
 # then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway
-# to have it run while you are not signed in: loginctl enable-linger
+# to run it while you are not logged in: loginctl enable-linger
 [Unit]
 Description=Claude Gateway
 After=network-online.target
@@ -8475,11 +8767,11 @@ PrivateTmp=yes
 
 [Install]
 WantedBy=default.target"""),
-    "launchd": ToolSettings("macOS: an agent of your user", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
+    "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
-     to end it: launchctl bootout gui/$(id -u)/local.claude-gateway
-     launchd cannot tell a missing credential (exit 3) from other failures: it tries again every minute -->
+     to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway
+     launchd does not distinguish a missing credential (exit 3) from other failures: it retries every minute -->
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
 <plist version="1.0">
 <dict>
@@ -8504,7 +8796,7 @@ schtasks /Run /TN "Claude Gateway\""""),
     "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .
 # docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
-# In a container the gateway listens on all addresses, so it wants a key for clients (CLAUDE_GATEWAY_API_KEY).
+# In a container the gateway listens on all addresses, so it requires an API key (CLAUDE_GATEWAY_API_KEY).
 FROM python:3-slim
 COPY claude_gateway.py /
 USER nobody
@@ -8517,13 +8809,13 @@ CMD [START]"""),
 
 
 def setup_list() -> str:
-    """Every name that `setup` knows, with what it is."""
+    """Every name that `setup` accepts, with its title."""
     lines = ["%-16s %s" % (name, tool.title) for name, tool in [*TOOL_SETTINGS.items(), *SERVICE_FILES.items()]]
     return "\n".join(lines + ["", "claude-gateway setup NAME prints its settings."])
 
 
 def setup_name(text: str) -> str:
-    """The entry that a name or title means, in any case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
+    """The entry of a name or title, in upper or lower case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
     plain = re.sub(r"[ _]+", "-", text.strip().lower())
     names = {re.sub(r"[ _]+", "-", tool.title.lower()): name for name, tool in TOOL_SETTINGS.items()}
     names.update({name: name for name in [*TOOL_SETTINGS, *SERVICE_FILES]})
@@ -8534,23 +8826,8 @@ def setup_name(text: str) -> str:
         text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
 
 
-def setup_text(name: str, config: Config) -> str:
-    """The settings for a tool, or a service file for this installation."""
-    tool = (TOOL_SETTINGS if name in TOOL_SETTINGS else SERVICE_FILES)[name]
-    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), tool.text)
-    values = filled(config, *SERVICE_FORMS.get(name, (str, "%s", " ")))
-    return re.sub(r"(?<![\w-])(%s)\b" % "|".join(values), lambda word: values[word.group()], text).rstrip()
-
-
-# How a path is written in a service file, how an argument, and what stands between two
-SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
-    "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
-    "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
-    "docker": (str, '"%s"', ", ")}
-
-
 def filled(config: Config, path_form: Callable[[str], str], argument_form: str, between: str) -> dict[str, str]:
-    """The words that settings leave open -> what they mean here."""
+    """The placeholders of the settings -> their values here."""
     origin, python = "http://localhost:%d" % config.port, sys.executable or "python3"
     arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
     paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
@@ -8562,199 +8839,701 @@ def filled(config: Config, path_form: Callable[[str], str], argument_form: str, 
             **{word: path_form(path) for word, path in paths.items()}}
 
 
-class Completable(NamedTuple):
-    """What can follow a command: options, and words (None: files)."""
-    options: Sequence[str]
-    words: Optional[Sequence[str]]
+# How a service file writes a path, an argument, and what it puts between two arguments
+SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
+    "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
+    "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
+    "docker": (str, '"%s"', ", ")}
 
 
-def completion_script(shell: str, commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
-    """Shell completion as the parser has it; `choices`: options that take a value -> which (None: any file or word)."""
-    return COMPLETIONS[shell](commands, choices)
+def setup_text(name: str, config: Config) -> str:
+    """The settings for a tool, or a service file for this installation."""
+    tool = (TOOL_SETTINGS if name in TOOL_SETTINGS else SERVICE_FILES)[name]
+    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), tool.text)
+    values = filled(config, *SERVICE_FORMS.get(name, (str, "%s", " ")))
+    return re.sub(r"(?<![\w-])(%s)\b" % "|".join(values), lambda word: values[word.group()], text).rstrip()
 
 
-def bash_completion(commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
-    after = ["    %s) words='%s' options='%s' ;;" % (name, " ".join(command.words or ()), " ".join(command.options))
-             for name, command in commands.items()]
-    values = ["    %s) COMPREPLY=($(compgen -W '%s' -- \"$word\")); return ;;" % (option, " ".join(values or ()))
-              for option, values in choices.items()]
-    return """\
-# To load it, in ~/.bashrc: source <(claude-gateway completion bash)
-# It completes the command claude-gateway, not python3 claude_gateway.py.
-_claude_gateway() {
-  local word="${COMP_WORDS[COMP_CWORD]}" words='%s' options='--help --version'
-  if [ "$COMP_CWORD" -gt 1 ]; then
-    case "${COMP_WORDS[1]}" in
-%s
-    esac
-    case "${COMP_WORDS[COMP_CWORD-1]}" in
-%s
-    esac
-  fi
-  case "$word" in -*) words="$options" ;; esac
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
-}
-complete -o default -F _claude_gateway claude-gateway""" % (" ".join(commands), "\n".join(after), "\n".join(values))
+# ---- Signing in --------------------------------------------------------------------------------------
+# The sign-in with a Claude account at the terminal, for `login` and for a first `start`.
 
-
-def zsh_completion(commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
-    after = ["      %s) plain=(%s) options=(%s) ;;" % (name, " ".join(command.words or ()), " ".join(command.options))
-             for name, command in commands.items()]
-    values = ["      %s) %s; return ;;" % (option, "compadd -- " + " ".join(values) if values else "_files")
-              for option, values in choices.items()]
-    return """\
-#compdef claude-gateway
-# To load it, in ~/.zshrc after compinit: source <(claude-gateway completion zsh)
-# Or save it as _claude-gateway in a directory of $fpath.
-# It completes the command claude-gateway, not python3 claude_gateway.py.
-_claude_gateway() {
-  local -a plain options
-  plain=(%s) options=(--help --version)
-  if (( CURRENT > 2 )); then
-    case $words[2] in
-%s
-    esac
-    case $words[CURRENT-1] in
-%s
-    esac
-  fi
-  if [[ $PREFIX == -* ]]; then
-    compadd -- $options
-  elif (( $#plain )); then
-    compadd -- $plain
-  else
-    _files
-  fi
-}
-if [[ $funcstack[1] == _claude-gateway ]]; then
-  _claude_gateway "$@"
-else
-  compdef _claude_gateway claude-gateway
-fi""" % (" ".join(commands), "\n".join(after), "\n".join(values))
-
-
-def fish_completion(commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
-    lines = ["# To load it: claude-gateway completion fish > ~/.config/fish/completions/claude-gateway.fish",
-             "# It completes the command claude-gateway, not python3 claude_gateway.py.",
-             "complete -c claude-gateway -f",
-             "complete -c claude-gateway -n __fish_use_subcommand -a '%s'" % " ".join(commands)]
-    for name, command in commands.items():
-        begin = "complete -c claude-gateway -n '__fish_seen_subcommand_from %s'" % name
-        lines.append(begin + (" -F" if command.words is None else " -a '%s'" % " ".join(
-            word for word in command.words if not word.startswith("-"))))
-        for option in command.options:
-            values = choices.get(option)
-            lines.append("%s -l %s%s" % (begin, option[2:], " -x -a '%s'" % " ".join(values) if values else
-                                         " -r" if option in choices else ""))
-    return "\n".join(lines)
-
-
-def powershell_completion(commands: dict[str, Completable], choices: dict[str, Sequence[str] | None]) -> str:
-    def listed_words(words: Iterable[str]) -> str:
-        return "@(%s)" % ", ".join("'%s'" % word for word in words)
-
-    after = ["    '%s' { %s, %s }" % (name, listed_words(command.words or ()), listed_words(command.options))
-             for name, command in commands.items()]
-    values = ["    '%s' { %s }" % (option, listed_words(values or ())) for option, values in choices.items()]
-    return """\
-# To load it, in $PROFILE: claude-gateway completion powershell | Out-String | Invoke-Expression
-# It completes the command claude-gateway, not python claude_gateway.py.
-Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
-  param($word, $ast, $at)
-  $typed = @($ast.CommandElements | ForEach-Object { $_.ToString() })
-  $before = if ($word) { $typed[-2] } else { $typed[-1] }
-  $plain, $options = switch ($typed[1]) {
-%s
-    default { %s, @('--help', '--version') }
-  }
-  $words = switch ($before) {
-%s
-    default { if ($word -like '-*') { $options } else { $plain } }
-  }
-  $words | Where-Object { $_ -like "$word*" } | ForEach-Object {
-    [System.Management.Automation.CompletionResult]::new($_) }
-}""" % ("\n".join(after), listed_words(commands), "\n".join(values))
-
-
-COMPLETIONS: Dict[str, Callable[[Dict[str, Completable], Dict[str, Optional[Sequence[str]]]], str]] = {
-    "bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion, "powershell": powershell_completion}
-
-
-# ---- Command line ------------------------------------------------------------------------------------
-# Arguments, environment, log, exit codes.  Data goes to standard output, everything said to standard error.
-
-OK, FAILURE, USAGE, NO_CREDENTIAL, PORT_IN_USE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-
-MISSING = ("No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; "
-           "`claude-gateway start --demo` needs neither.")
 
 TERMS = """\
 About signing in with a Claude account (Pro, Max, Team)
 
   Anthropic's published terms (page text of 2026-08-22; the same sentences were
-  cited on 2026-09-14) keep OAuth sign-in for Claude Code and Anthropic's other
-  own apps. Using such a token in another program, like this one, is against
-  them; it may be refused, billed as extra usage, or cost you the account,
-  without notice. An API key (ANTHROPIC_API_KEY, from
+  cited on 2026-09-14) allow OAuth sign-in in Claude Code and Anthropic's other
+  own apps only. Using such a token in another program, like this one, violates
+  them: requests may be refused or billed as extra usage, and your account may
+  be closed without notice. An API key (ANTHROPIC_API_KEY, from
   https://platform.claude.com) is always fine.
 
-  What this program takes from Claude Code: its public OAuth client id, its
-  redirect page, and one system block that such tokens are known to need. It
-  calls itself claude-gateway and imitates nothing else."""
+  What this program uses of Claude Code: its public OAuth client id, its
+  redirect page, and one system block that such tokens are known to require.
+  Its User-Agent is claude-gateway; nothing else is imitated."""
 
 
-class Option(NamedTuple):
-    """One option of `start`; its environment twin is CLAUDE_GATEWAY_ and its name."""
-    name: str
-    help: str
-    short: str = ""
-    metavar: str = ""                               # "" = a switch
-    repeatable: bool = False
-    choices: Sequence[str] = ()
-
-    @property
-    def field(self) -> str:
-        return self.name.replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        return "CLAUDE_GATEWAY_" + self.field.upper()
+def missing_credential(config: Config) -> str:
+    """Says that there is no credential, and how to get one that --auth allows."""
+    if config.auth == "auto":
+        return ("No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `claude-gateway start --demo` "
+                "needs neither.")
+    remedy = {"api-key": "Set ANTHROPIC_API_KEY", "oauth": "Run `claude-gateway login`"}[config.auth]
+    return "No credential that --auth %s allows. %s, or omit --auth." % (config.auth, remedy)
 
 
-OPTIONS = (
-    Option("port", "port to listen on; 0 = any free one, told in the first line (default: %d)" % DEFAULT_PORT, "p",
-           "PORT"),
-    Option("host", "address to listen on; any but a loopback address needs an API key (default: localhost = 127.0.0.1 "
-                   "and ::1)", "", "ADDRESS"),
-    Option("api-key", "require this key of clients; better set in the environment, where others cannot see it; "
-                      "repeatable", "", "KEY", repeatable=True),
-    Option("verbose", "log requests and answers in full, secrets masked", "V"),
-    Option("minimal", "log method, path, status and time only", "m"),
-    Option("quiet", "log nothing", "q"),
-    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "which kind of credential to use: auto, api-key or oauth (default: auto)", "", "KIND",
-           choices=("auto", "api-key", "oauth")),
-    Option("token-file", "where the login is stored (default: claude-gateway/oauth-tokens.json in the user's "
-                         "configuration directory)", "", "PATH"),
-    Option("alias", "let MODEL answer for NAME; '*=MODEL' for every other or missing name; repeatable", "",
-           "NAME=MODEL", repeatable=True),
-    Option("allow-host", "accept this name in the Host header, beside addresses and localhost; repeatable", "", "NAME",
-           repeatable=True),
-    Option("cors-origin", "let web pages of this origin call, beside those of this machine; '*' needs an API key; "
-                          "repeatable", "", "ORIGIN", repeatable=True),
-    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
-    Option("no-cache", "set no prompt cache breakpoints of our own"),
-    Option("strict", "answer 400 to whatever would be dropped, clamped or changed"),
-    Option("demo", "answer from a built-in simulation: no account, no network"),
-)
+def check_writable(path: str) -> None:
+    """Reports before the sign-in, not after it, that the login cannot be stored."""
+    directory = os.path.dirname(os.path.realpath(path))
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        reason = "" if os.access(directory, os.W_OK) else "its directory is not writable"
+    except OSError as fault:
+        reason = fault.strerror or str(fault)
+    if reason:
+        raise GatewayError("A login cannot be stored in %s: %s. Choose another file with --token-file PATH." %
+                           (path, reason))
 
 
-class UsageError(Exception):
-    """Wrong flags or environment; exit code 2.  `setting` is the flag or variable that is wrong, if it is one."""
+def has_browser() -> bool:
+    """Whether to open a browser: not over SSH, where it would open elsewhere or occupy the terminal."""
+    if os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY"):
+        return False
+    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return os.name == "nt" or sys.platform == "darwin" or bool(graphical)
 
-    def __init__(self, message: str, setting: str = "") -> None:
-        super().__init__("%s: %s" % (setting, message) if setting else message)
-        self.setting = setting
+
+def sign_in(config: Config, open_browser: bool) -> None:
+    """The whole sign-in: terms, URL, pasted code, stored tokens."""
+    file = TokenFile(config.token_file)
+    if not config.token_file:
+        raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
+    check_writable(config.token_file)
+    say(TERMS)
+    login = Login()
+    say("\nOpen this URL, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
+    if open_browser and has_browser():
+        import webbrowser
+
+        with contextlib.suppress(Exception):
+            webbrowser.open(login.url)
+    sys.stderr.write("Code: ")
+    sys.stderr.flush()
+    pasted = sys.stdin.readline() if sys.stdin else ""
+    if not pasted.strip():
+        say("")
+        raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
+    code, checked = login.parse(pasted)
+    if not checked:
+        say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
+    upstream = Upstream(config, "")
+    try:
+        token = login.exchange(code, config.token_url, upstream.post_json)
+    finally:
+        upstream.close()
+    with file.lock():
+        try:
+            file.write(token)
+        except OSError as fault:
+            raise GatewayError("The login could not be stored in %s: %s" %
+                               (file.path, fault.strerror or fault)) from fault
+    account = text_in(token, "account", "email_address")
+    say("Signed in%s. Stored in %s" % (" as " + account if account else "", file.path))
+
+
+# ---- Start -------------------------------------------------------------------------------------------
+# The command `start`: what is checked before, what is printed, and how it ends.
+
+
+def check_exposure(config: Config) -> None:
+    """Refuses to listen to the network without a key: anybody could use the credential.  Raises UsageError."""
+    if not is_loopback_host(config.host) and not config.api_key:
+        raise UsageError("--host %s can be reached from other machines: set an API key for clients in "
+                         "CLAUDE_GATEWAY_API_KEY first." % config.host)
+    if "*" in config.cors_origin and not config.api_key:
+        raise UsageError("--cors-origin '*' allows every web page: set an API key for clients in "
+                         "CLAUDE_GATEWAY_API_KEY first.")
+
+
+def warn_of_aliases(config: Config) -> None:
+    """An alias for an unknown model would otherwise be noticed at its first request."""
+    for name, target in config.alias:
+        try:
+            Catalog().resolve(target)
+        except GatewayError:
+            say("Warning: --alias %s=%s: unknown model; requests for it will fail unless Claude's own list has it. "
+                "Nearest: %s." % (name, target, ", ".join(Catalog().nearest(target.lower()))))
+
+
+def is_own_address(config: Config) -> bool:
+    parts = urllib.parse.urlsplit(config.base_url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host = (parts.hostname or "").lower()
+    return port == config.port and (is_loopback_host(host) or host == config.host.lower())
+
+
+def gateway_with_credential(config: Config) -> Gateway:
+    """A gateway that has a credential; without one it offers to sign in, on a terminal.  Raises CredentialNeeded."""
+    gateway: Optional[Gateway]
+    try:
+        gateway = Gateway(config)
+        damage = ""
+    except TokenFileDamaged as fault:
+        gateway, damage = None, str(fault)
+    if gateway and gateway.upstream.credential:
+        return gateway
+    missing = " ".join(filter(None, [damage, missing_credential(config)]))
+    if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
+        raise CredentialNeeded(missing)
+    sys.stderr.write("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential."))
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise CredentialNeeded(missing)
+    sign_in(config, open_browser=True)
+    return Gateway(config)
+
+
+def raise_descriptor_limit() -> None:
+    """Allows as many open connections as the system permits without privileges."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for wanted in (3 * MAX_CONNECTIONS, 10_240, 4_096):     # macOS reports no limit, and refuses more than 10,240
+            if hard != resource.RLIM_INFINITY:
+                wanted = min(hard, wanted)
+            if soft == resource.RLIM_INFINITY or soft >= wanted:
+                return
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                return
+
+
+def report_port(config: Config, fault: OSError) -> int:
+    """Says why the gateway cannot listen; the exit code."""
+    if fault.errno == errno.EADDRINUSE:
+        say("Port %d is in use%s. Another port: claude-gateway start --port %d" % (
+            config.port, " by another claude-gateway" if running_status(config) else "", config.port % 65_535 + 1),
+            logging.ERROR)
+        return PORT_IN_USE
+    say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault), logging.ERROR)
+    return FAILURE
+
+
+EVERY_ADDRESS = ("0.0.0.0", "::")                   # for listening only: no address to connect to
+
+
+def pasted_url(service: Service) -> str:
+    """The base URL for tools; where we listen on all addresses, with an allowed name or a placeholder for one."""
+    config = service.gateway.config
+    if config.host not in EVERY_ADDRESS:
+        return service.url
+    return "http://%s:%d/v1" % (config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)
+
+
+def print_start_lines(gateway: Gateway, service: Service) -> None:
+    """What a user needs to know first: the upstream and credential, who may call, what to paste."""
+    config, credential = gateway.config, gateway.upstream.credential
+    if config.demo:
+        say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
+    else:
+        say("Upstream: %s with %s" % (config.base_url, credential.description if credential else "no credential"))
+        if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
+            say("Proxy: %s" % shown_proxy(config))
+        if credential and credential.preamble:
+            say("Note: %s; an API key is always fine. (See `claude-gateway login --help`.)" % OWN_APPS_ONLY)
+    say("Clients: %s" % ("an API key is required" if len(config.api_key) == 1 else "one of %d API keys is required" %
+                         len(config.api_key) if config.api_key else "no API key needed; any value is accepted"))
+    say("Paste into your tool:  base URL %s   model sonnet" % pasted_url(service))
+    if config.host in EVERY_ADDRESS and not config.allow_host:
+        say("To call this machine by a name, for instance %s, add --allow-host NAME" %
+            printable(socket.gethostname()))
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: the first lets running requests finish, a second one stops at once."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._received: List[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._received.append(number)
+        self._stop.set()
+        if len(self._received) > 1:
+            os._exit(self._exit_code())
+
+    def _exit_code(self) -> int:
+        return INTERRUPTED if self._received[0] == signal.SIGINT else OK
+
+    def serve(self, service: Service) -> int:
+        """Waits for the signal and lets running requests finish; the exit code."""
+        while not self._stop.wait(1):               # a signal just before a wait does not end it, nor any on Windows
+            pass
+        service.stop_accepting()
+        running = service.gateway.running.count
+        if running and not service.gateway.config.quiet:
+            say("Stopping: waiting up to %d seconds for %d running requests." % (SHUTDOWN_GRACE, running))
+        service.close()
+        return self._exit_code()
+
+
+def start_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    check_exposure(config)
+    warn_of_aliases(config)
+    if config.ca_file and not os.path.exists(config.ca_file):
+        say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
+            config.ca_variable, config.ca_file))
+    if parsed.api_key:
+        say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
+    if config.demo:
+        config = demo_config(config, SimulatedUpstream().url)
+    elif is_own_address(config):
+        raise UsageError("ANTHROPIC_BASE_URL is this gateway's own address.")
+    gateway = gateway_with_credential(config)
+    set_up_log(config, gateway.secrets)             # those of a login, too, also after it is renewed
+    raise_descriptor_limit()
+    stop = StopSignals()                            # before the address is printed: its reader may stop us at once
+    try:
+        service = Service(gateway)
+    except OSError as fault:
+        return report_port(config, fault)
+    service.start()
+    print("claude-gateway %s on %s" % (VERSION, service.url), flush=True)
+    if not config.quiet:
+        print_start_lines(gateway, service)
+    if gateway.upstream.credential:
+        gateway.models.refresh()
+    return stop.serve(service)
+
+
+# ---- Commands ----------------------------------------------------------------------------------------
+# The other commands, a function each.
+
+
+def login_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    sign_in(config, open_browser=not parsed.no_browser)
+    return OK
+
+
+def logout_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    file = TokenFile(config.token_file)
+    removed = False
+    try:
+        if os.path.lexists(file.path):
+            with file.lock():                       # the lock file stays: another process may be waiting for it
+                removed = file.remove()
+    except OSError as fault:
+        raise GatewayError("The login in %s could not be removed: %s" % (file.path, fault.strerror or fault)) from fault
+    say("Deleted the login in %s" % file.path if removed else "There was no stored login.")
+    return OK
+
+
+def expiry_text(expires_at: float, refreshable: bool) -> str:
+    """When a token expires, and whether it is renewed."""
+    left = expires_at - time.time()
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(expires_at))
+    if left > 0:
+        return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
+    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
+
+
+def credential_lines(facts: dict) -> Iterator[str]:
+    """The credential that `start` would use."""
+    yield "`start` would use: %s" % facts["description"]
+    for name in ("account", "organization", "scope"):
+        if facts.get(name):
+            yield "%s: %s" % (name.capitalize(), facts[name])
+    if facts.get("expires_at"):
+        yield "Expires: %s" % expiry_text(facts["expires_at"], facts["refreshable"])
+
+
+def status_text(running: dict, key_source: str) -> str:
+    """A running gateway's status for the terminal."""
+    lines = ["claude-gateway %s is running." % running["version"]]
+    if running.get("key_needed"):
+        return lines[0] + (" The API key %s is invalid." % key_source if key_source else
+                           " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
+    facts, tokens = running["credential"] or {}, running["tokens"]
+    paid_with = "%s with %s" % (running["upstream"], facts.get("description") or "no credential")
+    lines.append("Upstream:    %s" % ("the built-in simulation" if running["upstream"] == "simulated" else paid_with))
+    if facts.get("account"):
+        lines.append("Account:     %s" % facts["account"])
+    if facts.get("expires_at"):
+        lines.append("Token:       %s" % expiry_text(facts["expires_at"], bool(facts.get("refreshable"))))
+    lines.append("Up for:      %s" % duration_text(running["uptime_seconds"]))
+    lines.append("Models:      %s" % ", ".join("%s = %s" % pair for pair in running["models"].items()))
+    lines.append("Requests:    %d, %d running" % (running["requests"]["total"], running["requests"]["running"]))
+    lines.append("Tokens:      %s in, %s of them from the cache, %s out" % tuple(
+        format(count, ",") for count in (prompt_tokens(tokens), tokens["cache_read"], tokens["output"])))
+    lines.append("Cost:        $%.2f by list prices%s" % (running["cost"]["usd"], "".join(
+        ", without %s" % model for model in running["cost"]["without_price"])))
+    lines.append("Cache:       %d %% of all input, which saved $%.2f" % (
+        running["cache"]["share_percent"], running["cache"]["saved_usd"]))
+    for code, count in running["errors"].items():
+        lines.append("Errors:      %d of %s" % (count, code))
+    for limit in running["limits"]:
+        filled = round(20 * min(1.0, limit["used"]))
+        left = (limit["resets_at"] or 0) - time.time()
+        resets = ", reset in " + duration_text(left) if left > 0 else ""
+        lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
+                                                round(100 * limit["used"]), resets))
+    return "\n".join(lines)
+
+
+def status_command(parsed: argparse.Namespace) -> int:
+    """The status of the running gateway, or else the credential that `start` would use."""
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    running = running_status(config)
+    if running and running.get("key_needed") and config.api_key:
+        running = running_status(config, config.api_key[0]) or running
+    if running:
+        source = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
+        print(json.dumps(dict({"running": True, "credential": None}, **running), indent=1) if parsed.json else
+              status_text(running, source))
+        return OK
+    try:
+        credential = credential_from_config(config, Upstream(config, "").post_json)
+    except TokenFileDamaged as fault:
+        raise GatewayError("%s `claude-gateway login` replaces it and keeps a copy, `claude-gateway logout` deletes "
+                           "it." % fault) from fault
+    facts = credential.facts() if credential else None
+    if parsed.json:
+        print(json.dumps({"running": False, "port": config.port, "credential": facts}, indent=1))
+    else:
+        print("No gateway answers on port %d." % config.port)
+        print("\n".join(credential_lines(facts)) if facts else as_typed(missing_credential(config)))
+        if credential and credential.preamble:
+            print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
+        if credential:
+            port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
+            print(as_typed("Start one: claude-gateway start" + port))
+    return OK if credential else NO_CREDENTIAL
+
+
+# In the order in which `models` lists them: the one to use when in doubt comes first
+SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest Opus: for hard tasks",
+               "haiku": "the newest Haiku: quick and cheap", "fable": "the newest Fable",
+               "mythos": "the newest Mythos: limited access"}
+
+
+def models_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    try:
+        gateway = Gateway(config)
+        entries = gateway.upstream.models()
+    except GatewayError as fault:
+        say("The upstream returned no list, so this is the built-in one: %s" % fault)
+        entries = None
+    catalog = catalog_from_entries(entries, config.alias) if entries else Catalog(aliases=config.alias)
+    if parsed.json:
+        print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
+        return OK
+    names = list(catalog.names())
+    short = {name: model for name, model in names if name != model.id}
+    for name in dict.fromkeys([*SHORT_NAMES, *short]):
+        if name in short:
+            print(("%-28s -> %-20s %s" % (name, short[name].id, SHORT_NAMES.get(name, ""))).rstrip())
+    for name, model in names:
+        if name == model.id:
+            print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
+                                                    ", retires " + model.retires if model.retires else ""))
+    return OK
+
+
+def print_finding(finding: Finding) -> None:
+    colours = {"ok": "32", "warning": "33", "failed": "31"}
+    level = "%-8s" % finding.level
+    if wants_colour(sys.stdout):
+        level = "\x1b[%sm%s\x1b[0m" % (colours[finding.level], level)
+    print(("%s %-13s %s" % (level, finding.name, finding.detail)).rstrip())
+    if finding.step and finding.level != "ok":
+        print("%s-> %s" % (" " * 23, finding.step))
+    sys.stdout.flush()
+
+
+def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
+    """The settings, and a finding for each that is invalid; its default is used instead."""
+    found = []
+    while True:
+        try:
+            config = config_from(parsed, environment)
+            break
+        except UsageError as fault:
+            found.append(Finding("Settings", "failed", str(fault), "Correct %s; the checks below use the default." % (
+                fault.setting or "it"), USAGE))
+            if not fault.setting:                   # two that exclude each other
+                environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOUDNESS))
+            environment = without(environment, fault.setting)
+            if fault.setting.startswith("--"):
+                setattr(parsed, fault.setting[2:].replace("-", "_"), None)
+    unused = next((name for name in ("all_proxy", "ALL_PROXY") if environment.get(name)), "")
+    if unused and not config.https_proxy:
+        found.append(Finding("Settings", "warning", "%s is set, and is ignored" % unused,
+                             "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."))
+    return config, found
+
+
+def doctor_command(parsed: argparse.Namespace) -> int:
+    """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
+    config, wrong = usable_config(parsed, dict(os.environ))
+    set_up_log(replace(config, quiet=True))
+    home = os.path.expanduser("~")
+    found = []
+    for finding in itertools.chain(wrong, findings(config, parsed.live)):
+        finding = finding._replace(detail=masked(finding.detail, config.secrets()), step=as_typed(finding.step))
+        found.append(finding)
+        if not parsed.json:
+            print_finding(finding)
+    if parsed.json:
+        print(json.dumps([finding._asdict() for finding in found], indent=1))
+    else:
+        block = "\n".join("%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found)
+        block = block.replace(home, "~") if len(home) > 1 else block       # it contains the user's name
+        print("\nTo paste into a bug report:\n\n```\n%s\n```" % block)
+    return next((finding.code for finding in found if finding.level == "failed"), OK)
+
+
+def selftest_command(parsed: argparse.Namespace) -> int:
+    set_up_log(Config(quiet=True))
+    found = list(selftest_findings())
+    for finding in found:
+        print_finding(finding)
+    failed = sum(finding.level == "failed" for finding in found)
+    print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
+    return FAILURE if failed else OK
+
+
+def setup_command(parsed: argparse.Namespace) -> int:
+    config = config_from(parsed, dict(os.environ))
+    if not parsed.name:
+        print(as_typed(setup_list()))
+        return OK
+    tool = (TOOL_SETTINGS if parsed.name in TOOL_SETTINGS else SERVICE_FILES)[parsed.name]
+    say("%s, %s:" % (tool.title, tool.where))       # on standard error, as it is not to be pasted
+    sys.stderr.flush()
+    print(as_typed(setup_text(parsed.name, config)))
+    return OK
+
+
+def given_to_translate(path: str | None) -> bytes:
+    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError."""
+    path = None if path == "-" else path
+    if not path and sys.stdin and sys.stdin.isatty():
+        say("Reading a request from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
+    try:
+        if path:
+            with open(path, "rb") as file:
+                data = file.read()
+        else:
+            data = sys.stdin.buffer.read() if sys.stdin else b""
+    except OSError as fault:
+        raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
+    if not data.strip():
+        raise UsageError("%s; translate needs a request as JSON: claude-gateway translate FILE" % (
+            path + " is empty" if path else "Standard input is %s" % ("empty" if sys.stdin else "closed")))
+    return data
+
+
+def translate_command(parsed: argparse.Namespace) -> int:
+    """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
+    config = config_from(parsed, dict(os.environ))
+    data = given_to_translate(parsed.file)
+    if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
+        assembler = MessageAssembler()
+        for event in events_from_body(data):
+            assembler.feed(event)
+        print_json(chat_completion_from_message(assembler.whole(), {"id": "chatcmpl-0", "created": 0},
+                                                ReplyPlan(ToolNames())))
+        return OK
+    body, _ = json_from_body(data)
+    model = Catalog(aliases=config.alias).resolve(optional(text_of, body.get("model"), "model"))
+    translator = messages_request_from_responses if is_responses_body(body) else messages_request_from_chat
+    translation = translator(body, model, cache=not config.no_cache)
+    print_json(translation.request)
+    say("Changes: %s" % (translation.changes if translation.changes.told else "none"))
+    return OK
+
+
+# ---- Completion --------------------------------------------------------------------------------------
+# Scripts that have the shell ask the program itself: `completion SHELL -- WORD...` prints what may stand in the
+# place of the last word, and nothing where that is a file or free text.
+
+COMPLETIONS = {
+    "bash": """\
+# To load it, in ~/.bashrc: source <(claude-gateway completion bash)
+_claude_gateway() {
+  COMPREPLY=($(claude-gateway completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _claude_gateway claude-gateway""",
+    "zsh": """\
+# To load it, in ~/.zshrc after compinit: source <(claude-gateway completion zsh)
+_claude_gateway() {
+  local -a found=(${(f)"$(claude-gateway completion zsh -- "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+  if (( $#found )); then compadd -a found; else _files; fi
+}
+compdef _claude_gateway claude-gateway""",
+    "fish": """\
+# To load it: claude-gateway completion fish > ~/.config/fish/completions/claude-gateway.fish
+function __claude_gateway
+  set -l word (commandline -ct)
+  set -l found (claude-gateway completion fish -- (commandline -opc)[2..-1] "$word" 2>/dev/null)
+  if set -q found[1]; string join \\n $found; else; __fish_complete_path "$word"; end
+end
+complete -c claude-gateway -f -a '(__claude_gateway)'""",
+    "powershell": """\
+# To load it, in $PROFILE: claude-gateway completion powershell | Out-String | Invoke-Expression
+Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
+  param($word, $ast, $at)
+  $typed = @($ast.CommandElements | Select-Object -Skip 1 | ForEach-Object { $_.ToString() })
+  if (-not $word) { $typed += ' ' }
+  claude-gateway completion powershell -- @typed | ForEach-Object {
+    [System.Management.Automation.CompletionResult]::new($_) }
+}""",
+}
+
+
+def completion_command(parsed: argparse.Namespace) -> int:
+    if parsed.words:
+        print("\n".join(parsed.program.candidates(parsed.words)))
+    else:
+        print("# It completes the command claude-gateway, not python3 claude_gateway.py.\n" + COMPLETIONS[parsed.shell])
+    return OK
+
+
+# ---- Command line ------------------------------------------------------------------------------------
+# The commands with their arguments, the parser, and the program itself.
+
+Command = Callable[[argparse.Namespace], int]
+# name -> the function, its help, its arguments
+COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
+    "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
+    "login": (login_command, "sign in with a Claude account", ["--no-browser", "token-file"]),
+    "logout": (logout_command, "delete the stored login", ["token-file"]),
+    "status": (status_command, "show what the running gateway does, or which credential it would use",
+               ["--json", "port", "api-key", "auth", "token-file"]),
+    "models": (models_command, "list the models and aliases", ["--json", "alias", "auth", "token-file"]),
+    "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
+               ["--json", "--live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
+    "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
+    "translate": (translate_command, "print what a request would become, without sending it",
+                  ["file", "alias", "no-cache"]),
+    "completion": (completion_command, "print shell completion", ["shell", "words"]),
+    "selftest": (selftest_command, "check the gateway against its own simulation", []),
+}
+# Arguments of other commands than `start`; they have no variables.
+ARGUMENTS: Dict[str, Dict[str, Any]] = {
+    "--no-browser": {"action": "store_true", "help": "only print the URL to open"},
+    "--json": {"action": "store_true", "help": "as JSON"},
+    "--live": {"action": "store_true", "help": "also make two small model calls, to check a reply and a cache hit"},
+    "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*TOOL_SETTINGS, *SERVICE_FILES],
+             "help": "without it, all names are listed: %s" % ", ".join([*TOOL_SETTINGS, *SERVICE_FILES])},
+    "file": {"metavar": "FILE", "nargs": "?", "help": "a request, or a saved message; default: standard input"},
+    "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
+              "help": "bash, zsh, fish or powershell"},
+    "words": {"nargs": "*", "help": argparse.SUPPRESS},
+}
+# What the help of a command begins or ends with
+DESCRIPTIONS = {"login": TERMS}
+EPILOGS = {"start": """\
+Every option can also be set in the environment: CLAUDE_GATEWAY_PORT for --port,
+and so on. A flag wins over its variable."""}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's, with room for our longest command."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = 14                # argparse counts a command's name, but not how far it is indented
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with shell completion, the nearest match for an unknown word, and the usage of the command in use."""
+    commands: Dict[str, Parser] = {}                # of the program's own parser
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        first = next(iter(sys.argv[1:] if args is None else args), "").split("=")[0]
+        if first.startswith("-") and first not in self._option_string_actions:
+            self.error("%s: options follow their command, for example: claude-gateway start --demo" % first)
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.commands.get(parsed.command, self).error("unrecognized arguments: %s" % " ".join(unknown))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (\S+)|argument COMMAND: invalid choice: '([^']+)'", message)
+        if unknown:
+            word = (unknown.group(1) or unknown.group(2)).split("=")[0]
+            known = {name.lstrip("-"): name for name in [*self.commands, *self._option_string_actions]}
+            nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1)
+            message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else "")
+        super().error(as_typed(message))
+
+    def candidates(self, words: Sequence[str]) -> list[str]:
+        """What may stand in the place of the last of these words; none where that is a file or free text."""
+        *before, word = words
+        if before and before[0] in self.commands:
+            return self.commands[before[0]].candidates(words[1:])
+        options = self._option_string_actions
+        owner = options.get(before[-1]) if before else None
+        place = next((action for action in self._actions if not action.option_strings), None)
+        if owner and owner.nargs != 0:              # it is the value of this option
+            found = owner.choices or ()
+        elif place and not word.startswith("-"):
+            found = place.choices or ()
+        else:
+            found = [flag for flag in options if flag.startswith("--")]
+        return [each for each in found if each.startswith(word.strip())]     # PowerShell cannot pass an empty word
+
+
+def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
+    flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
+    if option.metavar:
+        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None,
+                            action="append" if option.repeatable else "store")
+    else:
+        parser.add_argument(*flags, action="store_true", default=None, help=option.help)
+
+
+def argument_parser() -> Parser:
+    parser = Parser(
+        prog="claude-gateway", formatter_class=HelpFormatter,
+        description=as_typed("Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on\n"
+                             "http://localhost:%d/v1.\n\n"
+                             "  # try it, without account and network:\n"
+                             "  claude-gateway start --demo\n"
+                             "  # with your API key:\n"
+                             "  ANTHROPIC_API_KEY=... claude-gateway start\n"
+                             "  # one model for every name:\n"
+                             "  claude-gateway start --alias '*=sonnet'" % DEFAULT_PORT))
+    parser.add_argument("--version", action="version", version="claude-gateway " + VERSION)
+    parser.set_defaults(program=parser)             # which `completion` asks
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    options = {option.name: option for option in OPTIONS}
+    for name, (_, help_text, arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, formatter_class=HelpFormatter, epilog=EPILOGS.get(name),
+                                      description="\n\n".join(filter(None, [help_text, DESCRIPTIONS.get(name)])))
+        for argument in arguments:
+            if argument in options:
+                add_option(command, options[argument])
+            else:
+                command.add_argument(argument, **ARGUMENTS[argument])
+    parser.commands = commands.choices
+    return parser
+
+
+# What ends a command, the first that fits -> its exit code
+EXIT_CODES = ((UsageError, USAGE), (CredentialNeeded, NO_CREDENTIAL), (UpstreamFault, UNREACHABLE),
+              (GatewayError, FAILURE))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -8779,973 +9558,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, GatewayError) as fault:
         say("claude-gateway: %s" % fault, logging.ERROR)
         return next(code for kind, code in EXIT_CODES if isinstance(fault, kind))
-    except BrokenPipeError:                         # whoever read our output has gone, `head` for instance
+    except BrokenPipeError:                         # the reader of our output has ended, `head` for instance
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-
-
-# What ends a command, the first that fits -> its exit code
-EXIT_CODES = ((UsageError, USAGE), (CredentialNeeded, NO_CREDENTIAL), (UpstreamFault, UNREACHABLE),
-              (GatewayError, FAILURE))
-
-
-def prepare_output() -> None:
-    """Standard output and error that take whatever is printed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:                          # closed by who started us; pythonw on Windows has neither
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif hasattr(stream, "reconfigure"):        # a character that a terminal lacks must not stop a print
-            stream.reconfigure(errors="backslashreplace")
-
-
-def as_typed(words: str) -> str:
-    """Our words with every command as it can be typed here: the script's own path where it is not installed."""
-    script = sys.argv[0] if sys.argv else ""
-    if not script.endswith(".py") or os.path.basename(script) != os.path.basename(__file__):
-        return words
-    script = '"%s"' % script if " " in script else script
-    typed = "%s %s " % (os.path.basename(sys.executable or "") or "python3", script)
-    return re.sub(r"\bclaude-gateway (?=(%s)\b)" % "|".join(COMMANDS), lambda match: typed, words)
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's, with room for our longest command, and without breaks inside of paths and options."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30)
-        self._action_max_length = 14                # argparse counts a command's name, but not how far it is indented
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        import textwrap
-
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with the nearest match where a command or flag is unknown, and the usage of the command in use."""
-    commands: Dict[str, Parser] = {}                # of the program's own parser
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self._stop_at_misplaced(sys.argv[1:] if args is None else list(args))
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.commands.get(parsed.command, self).error("unrecognized arguments: %s" % " ".join(unknown))
-        return parsed
-
-    def _stop_at_misplaced(self, words: list[str]) -> None:
-        """An option of a command that stands before any command: says where it belongs."""
-        flag = words[0].split("=")[0] if words else ""
-        if not flag.startswith("-") or flag in self._option_string_actions:
-            return
-        owner = next((name for name, parser in self.commands.items() if flag in parser._option_string_actions), "")
-        if owner:
-            more = [word for word in words[1:2] if not word.startswith("-") and word not in self.commands]
-            shown = " KEY" if flag == "--api-key" else " ".join(["", *more])
-            self.error("%s belongs to %s: claude-gateway %s %s%s" % (flag, owner, owner, flag if shown == " KEY" else
-                                                                     words[0], shown))
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (\S+)|argument COMMAND: invalid choice: '([^']+)'", message)
-        if unknown:
-            word = (unknown.group(1) or unknown.group(2)).split("=")[0]
-            known = {text.lstrip("-"): text for text in self._option_string_actions if text.startswith("--")}
-            known = known if word.startswith("-") else {text: text for text in self.commands}
-            if "--" + word in self._option_string_actions:      # `help`, `version`
-                known = {word: "--" + word}
-            nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1)
-            message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else "")
-        super().error(as_typed(message))
-
-
-def argument_parser() -> Parser:
-    parser = Parser(
-        prog="claude-gateway", formatter_class=HelpFormatter,
-        description="Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on\n"
-                    "http://localhost:%d/v1.\n\n"
-                    "  # try it, without account and network:\n  %s\n"
-                    "  # with a key of yours:\n  %s\n"
-                    "  # let one model answer for every name:\n  %s" % (
-                        DEFAULT_PORT, as_typed("claude-gateway start --demo"),
-                        as_typed("ANTHROPIC_API_KEY=... claude-gateway start"),
-                        as_typed("claude-gateway start --alias '*=sonnet'")))
-    parser.add_argument("--version", action="version", version="claude-gateway " + VERSION)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    options = {option.name: option for option in OPTIONS}
-    for name, (_, help_text, names) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, formatter_class=HelpFormatter,
-                                      description="\n\n".join(filter(None, [help_text, DESCRIPTIONS.get(name)])),
-                                      epilog=EPILOG if name == "start" else None)
-        for option in names:
-            if option in options:
-                add_option(command, options[option], HELP_ELSEWHERE.get((name, option), options[option].help))
-            else:
-                flags, settings = EXTRA_ARGUMENTS[option]
-                command.add_argument(*flags, **settings)
-    parser.commands = commands.choices
-    return parser
-
-
-EPILOG = """\
-Every option has a twin in the environment: CLAUDE_GATEWAY_PORT for --port, and
-so on. A flag wins over its variable."""
-DESCRIPTIONS = {"login": TERMS}
-# What an option of `start` means to another command.
-HELP_ELSEWHERE = {
-    ("status", "port"): "port of the gateway to ask (default: %d)" % DEFAULT_PORT,
-    ("status", "api-key"): "a key of that gateway, where its numbers need one",
-    ("doctor", "port"): "port that `start` would listen on (default: %d)" % DEFAULT_PORT,
-    ("doctor", "host"): "address that `start` would listen on (default: localhost)",
-    ("doctor", "api-key"): "a key of clients, to be masked in what is printed",
-    ("setup", "port"): "port of the gateway, for the settings (default: %d)" % DEFAULT_PORT,
-    ("setup", "api-key"): "clients need a key: leave a place for it in the settings",
-}
-# Arguments of other commands than `start`; they have no variables.
-EXTRA_ARGUMENTS: Dict[str, Tuple[Sequence[str], Dict[str, Any]]] = {
-    "no-browser": (["--no-browser"], {"action": "store_true", "help": "only print the address to visit"}),
-    "json": (["--json"], {"action": "store_true", "help": "as JSON"}),
-    "live": (["--live"], {"action": "store_true", "help": "also make two small model calls, to see an answer and a "
-                                                          "cache hit"}),
-    "tool": (["name"], {"metavar": "NAME", "nargs": "?", "type": setup_name,
-                        "choices": [*TOOL_SETTINGS, *SERVICE_FILES],
-                        "help": "without it, all names are listed: %s" % ", ".join([*TOOL_SETTINGS,
-                                                                                    *SERVICE_FILES])}),
-    "file": (["file"], {"nargs": "?", "metavar": "FILE", "help": "a request, or a saved answer; without it, standard "
-                                                                  "input"}),
-    "shell": (["shell"], {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
-                          "help": "bash, zsh, fish or powershell"}),
-}
-
-
-def add_option(parser: argparse.ArgumentParser, option: Option, help_text: str) -> None:
-    flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
-    if option.metavar:
-        parser.add_argument(*flags, metavar=option.metavar, help=help_text, choices=option.choices or None,
-                            action="append" if option.repeatable else "store")
-    else:
-        parser.add_argument(*flags, action="store_true", default=None, help=help_text)
-
-
-def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  A command that calls nobody reads its own alone."""
-    given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
-    given = without_overruled(parsed, given)
-    offline = parsed.command in OFFLINE
-    fields: dict[str, Any] = {}
-    for option in OPTIONS:
-        value, setting = getattr(parsed, option.field, None), "--" + option.name
-        if value is None and option.variable in given and not (offline and option.name not in OFFLINE[parsed.command]):
-            setting = option.variable
-            value = value_from_variable(option, given[setting])
-        if value is not None:
-            value = tuple(value) if option.repeatable else value
-            fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
-    loud = [name for name in LOUDNESS if fields.get(name)]
-    if len(loud) > 1:
-        raise UsageError("--%s and --%s exclude each other." % tuple(loud[:2]))
-    fields["token_file"] = os.path.expanduser(fields.get("token_file") or default_token_file(given))
-    if fields.get("demo") or offline:               # ignores credentials, addresses and proxies, also bad ones
-        return Config(**fields)
-    ca_variable = next((name for name in CA_VARIABLES if name in given), "")
-    proxy_variable = next((name for name in ("https_proxy", "HTTPS_PROXY") if name in given), "")
-    fields.update(anthropic_api_key=credential_in(given, "ANTHROPIC_API_KEY"),
-                  anthropic_auth_token=credential_in(given, "ANTHROPIC_AUTH_TOKEN"),
-                  claude_code_oauth_token=credential_in(given, "CLAUDE_CODE_OAUTH_TOKEN"),
-                  base_url=checked_base_url("ANTHROPIC_BASE_URL", given.get("ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
-                  token_url=checked_base_url("CLAUDE_GATEWAY_TOKEN_URL",
-                                             given.get("CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL)),
-                  https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
-                  no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
-                  ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
-    return Config(**fields)
-
-
-LOUDNESS = ("verbose", "minimal", "quiet")          # one at most
-CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
-# Commands that call nobody -> the options whose variables they read
-OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",)}
-
-
-def without_overruled(parsed: argparse.Namespace, given: dict[str, str]) -> dict[str, str]:
-    """The variables, less those that a flag for another loudness of the log overrules."""
-    if any(getattr(parsed, name, None) for name in LOUDNESS):
-        return without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOUDNESS))
-    return given
-
-
-def credential_in(environment: dict[str, str], variable: str) -> str:
-    """A key or token without the blanks that pasting leaves around it; it must fit into a header."""
-    value = environment.get(variable, "").strip()
-    if not re.match(r"[\x21-\x7e]*\Z", value):
-        raise UsageError("has characters that no key or token has.", variable)
-    return value
-
-
-def value_from_variable(option: Option, text: str) -> Any:
-    """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
-    if option.repeatable:
-        return [entry.strip() for entry in text.split(",")]
-    if option.metavar:
-        if option.choices and text not in option.choices:
-            raise UsageError("expected one of %s, got %r." % (", ".join(option.choices), text), option.variable)
-        return text
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return None
-    raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
-
-
-def port_from(setting: str, value: Any) -> int:
-    if not re.match(r"\d{1,5}\Z", str(value)) or int(value) > 65_535:
-        raise UsageError("expected a number from 0 to 65535, got %r." % value, setting)
-    return int(value)
-
-
-def aliases_from(setting: str, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    return tuple(alias_from(setting, text) for text in texts)
-
-
-def alias_from(setting: str, text: str) -> tuple[str, str]:
-    name, equals, model = text.partition("=")
-    if not equals or not name.strip() or not model.strip():
-        raise UsageError("expected NAME=MODEL, got %r." % text, setting)
-    return name.strip(), model.strip()
-
-
-def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
-    if any(not key.strip() for key in keys):
-        raise UsageError("an empty key protects nothing.", setting)
-    return keys
-
-
-# Options whose values need more than choosing -> how they are read
-CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from}
-
-
-def default_token_file(environment: dict[str, str]) -> str:
-    """In the user's configuration directory, never in the working directory; "" where there is no home."""
-    if os.name == "nt":
-        base = environment.get("APPDATA", "")
-    else:
-        home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
-        base = environment.get("XDG_CONFIG_HOME", "")
-        if not os.path.isabs(base):                 # relative ones do not count (XDG base directory specification)
-            base = os.path.join(home, ".config")
-    return os.path.join(base, "claude-gateway", "oauth-tokens.json") if os.path.isabs(base) else ""
-
-
-def checked_base_url(variable: str, url: str) -> str:
-    """An https address, or plain http on loopback: a credential goes there."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError:
-        parts, host = urllib.parse.urlsplit(""), ""
-    if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
-        shown = "" if "@" in url else ", got %r" % url.split("?")[0]       # not a password
-        raise UsageError("expected an https address%s." % shown, variable)
-    if parts.scheme == "http" and not is_loopback_host(host):
-        raise UsageError("plain http would show the credential to the network; only loopback may.", variable)
-    return url
-
-
-def checked_proxy(variable: str, url: str) -> str:
-    """The address of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may hold a password."""
-    if re.match(r"socks", url, re.I):
-        raise UsageError("SOCKS proxies are beyond Python's standard library; name an HTTP proxy.", variable)
-    try:
-        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        usable = bool(parts.hostname) and (parts.port or 1) and parts.scheme in ("http", "https")
-    except ValueError:
-        usable = False
-    if url and not usable or re.match(r"https?:/[^/]", url):
-        raise UsageError("expected an address like http://proxy.example.com:8080.", variable)
-    return url
-
-
-# ---- start
-
-def start_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    redaction = set_up_log(config)
-    check_exposure(config)
-    warn_of_aliases(config)
-    if config.ca_file and not os.path.exists(config.ca_file):
-        say("Warning: %s names %s, which is not there, so no certificate can be verified." % (
-            config.ca_variable, config.ca_file))
-    if parsed.api_key:
-        say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
-    if config.demo:
-        config = demo_config(config, SimulatedUpstream().url)
-    elif is_own_address(config):
-        raise UsageError("ANTHROPIC_BASE_URL is this gateway's own address.")
-    gateway = gateway_with_credential(config)
-    redaction.known = gateway.secrets
-    raise_descriptor_limit()
-    stop = StopSignals()                            # before the address is out: who reads it may stop us at once
-    try:
-        service = service_on_its_port(gateway, parsed, stop)
-    except OSError as fault:
-        return tell_port_trouble(config, parsed, fault)
-    if not service:                                 # stopped while it waited
-        gateway.close()
-        return stop.exit_code()
-    service.start()
-    print("claude-gateway %s on %s" % (VERSION, service.url), flush=True)
-    if not config.quiet:
-        say_hello(gateway, service)
-    if gateway.upstream.credential:
-        gateway.models.refresh()
-    return stop.serve(service)
-
-
-def check_exposure(config: Config) -> None:
-    """Refuses to listen to the network without a key; that is how local servers get used by strangers."""
-    if not is_loopback_host(config.host) and not config.api_key:
-        raise UsageError("--host %s can be reached from other machines: set a key for clients in "
-                         "CLAUDE_GATEWAY_API_KEY first." % config.host)
-    if "*" in config.cors_origin and not config.api_key:
-        raise UsageError("--cors-origin '*' lets every web page call: set a key for clients in CLAUDE_GATEWAY_API_KEY "
-                         "first.")
-
-
-def warn_of_aliases(config: Config) -> None:
-    """An alias for a model that is not known here would be found out by its first request only."""
-    for name, target in config.alias:
-        try:
-            Catalog().resolve(target)
-        except GatewayError:
-            say("Warning: --alias %s=%s: no model of that name is known here, so requests for it will fail unless "
-                "Claude's own list has it. Nearest: %s." % (name, target, ", ".join(Catalog().nearest(target.lower()))))
-
-
-def is_own_address(config: Config) -> bool:
-    parts = urllib.parse.urlsplit(config.base_url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    host = (parts.hostname or "").lower()
-    return port == config.port and (is_loopback_host(host) or host == config.host.lower())
-
-
-def gateway_with_credential(config: Config) -> Gateway:
-    """A gateway that has a credential; on a first run with a terminal it signs in.  Raises CredentialNeeded."""
-    gateway: Optional[Gateway]
-    try:
-        gateway = Gateway(config)
-        damage = ""
-    except TokenFileDamaged as fault:
-        gateway, damage = None, str(fault)
-    if gateway and gateway.upstream.credential:
-        return gateway
-    missing = " ".join(filter(None, [damage, missing_words(config)]))
-    if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
-        raise CredentialNeeded(missing)
-    sys.stderr.write("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential."))
-    sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise CredentialNeeded(missing)
-    sign_in(config, open_browser=True)
-    return Gateway(config)
-
-
-def missing_words(config: Config) -> str:
-    """What is missing, within what --auth allows, and how to come by it."""
-    if config.auth == "auto":
-        return MISSING
-    wanted, remedy, kept = {
-        "api-key": ("API key", "Set ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN" if config.claude_code_oauth_token else
-                    "a stored login" if os.path.exists(config.token_file) else ""),
-        "oauth": ("login", "Run `claude-gateway login`", "ANTHROPIC_API_KEY" if config.anthropic_api_key else
-                  "ANTHROPIC_AUTH_TOKEN" if config.anthropic_auth_token else "")}[config.auth]
-    return "No %s, and --auth %s takes nothing else%s. %s, or leave --auth %s out." % (
-        wanted, config.auth, " (there is %s)" % kept if kept else "", remedy, config.auth)
-
-
-def raise_descriptor_limit() -> None:
-    """As many open connections as the system lets us have without asking."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for wanted in (3 * MAX_CONNECTIONS, 10_240, 4_096):     # macOS says there is no limit, and refuses its 10,241st
-            if hard != resource.RLIM_INFINITY:
-                wanted = min(hard, wanted)
-            if soft == resource.RLIM_INFINITY or soft >= wanted:
-                return
-            with contextlib.suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-                return
-
-
-def service_on_its_port(gateway: Gateway, parsed: argparse.Namespace, stop: StopSignals) -> Service | None:
-    """The service, bound; waits for a port that a connection has just left, None if stopped then.  Raises OSError."""
-    deadline, port = time.monotonic() + TIME_WAIT_PATIENCE, gateway.config.port
-    told = False
-    while True:
-        try:
-            return Service(gateway)
-        except OSError as fault:
-            if fault.errno != errno.EADDRINUSE or not is_passing(port) or time.monotonic() > deadline:
-                raise
-        if not told:
-            say("Port %d is held by a connection that has just closed; waiting up to a minute. Or: %s" %
-                (port, typed_again(parsed, port % 65_535 + 1)))
-            told = True
-        if stop.wait(TIME_WAIT_PAUSE):
-            return None
-
-
-def typed_again(parsed: argparse.Namespace, port: int) -> str:
-    """The `start` for another port, with the flags of the command in use as they were given, less the keys."""
-    words = []
-    for option in OPTIONS:
-        value = str(port) if option.name == "port" else getattr(parsed, option.field, None)
-        if option.name == "api-key" or value is None:       # the key may stand in the environment: no hint shows it
-            continue
-        if not option.metavar:
-            words.append("--" + option.name)
-            continue
-        for each in value if option.repeatable else [value]:
-            words += ["--" + option.name, each if re.match(r"[\w./:@%+=,-]+\Z", each) else "'%s'" % each]
-    keys = " --api-key KEY" if getattr(parsed, "api_key", None) else ""
-    return "claude-gateway start %s%s" % (" ".join(words), keys)
-
-
-def tell_port_trouble(config: Config, parsed: argparse.Namespace, fault: OSError) -> int:
-    if fault.errno == errno.EADDRINUSE:
-        holder = port_holder(config)
-        say("Port %d is in use%s. Another port: %s" %
-            (config.port, " by " + holder if holder else ", perhaps by a connection that is just passing: it may be "
-             "free again within a minute", typed_again(parsed, config.port % 65_535 + 1)), logging.ERROR)
-        return PORT_IN_USE
-    say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault), logging.ERROR)
-    return FAILURE
-
-
-TIME_WAIT_PATIENCE = 65                             # seconds: Linux keeps the port of a closed connection for 60
-TIME_WAIT_PAUSE = 1                                 # seconds between two attempts
-
-
-def port_holder(config: Config) -> str:
-    """Who listens on our port, where that can be known: another gateway, or on Linux a process of ours."""
-    if running_status(config):
-        return "another claude-gateway"
-    with contextlib.suppress(OSError, ValueError):
-        wanted = {"socket:[%s]" % inode for inode, state in sockets_on(config.port).items() if state == LISTENING}
-        for process in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                descriptors = "/proc/%s/fd" % process
-                if wanted & {os.readlink(os.path.join(descriptors, name)) for name in os.listdir(descriptors)}:
-                    with open("/proc/%s/comm" % process, encoding="utf-8") as file:
-                        return "%s (process %s)" % (file.read().strip(), process)
-    return ""
-
-
-def say_hello(gateway: Gateway, service: Service) -> None:
-    """What a user wants to know at once: who pays, who may call, what to paste."""
-    config, credential = gateway.config, gateway.upstream.credential
-    if config.demo:
-        say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
-    else:
-        say("Upstream: %s with %s" % (config.base_url, credential.description if credential else "no credential"))
-        if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
-            say("Proxy: %s" % shown_proxy(config))
-        if credential and credential.preamble:
-            say("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine. "
-                "(`claude-gateway login --help` says more.)")
-    say("Clients: %s" % ("a key is needed" if len(config.api_key) == 1 else "one of %d keys is needed" %
-                         len(config.api_key) if config.api_key else "any API key will do, it is not looked at"))
-    say("Paste into your tool:  base URL %s   model sonnet" % pasted_url(service))
-    if config.host in EVERY_ADDRESS and not config.allow_host:
-        say("Tools that call this machine by a name, for instance %s, need it named: --allow-host NAME" %
-            printable(socket.gethostname()))
-
-
-EVERY_ADDRESS = ("0.0.0.0", "::")                   # to listen on; nobody can call them
-
-
-def pasted_url(service: Service) -> str:
-    """The base URL for tools; where we listen on all addresses, a name that is allowed or a place for one."""
-    config = service.gateway.config
-    if config.host not in EVERY_ADDRESS:
-        return service.url
-    return "http://%s:%d/v1" % (config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)
-
-
-class StopSignals:
-    """SIGINT and SIGTERM: the first stops gently, a second one at once."""
-
-    def __init__(self) -> None:
-        self._stop = threading.Event()
-        self._received: List[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._received.append(number)
-        self._stop.set()
-        if len(self._received) > 1:
-            os._exit(self.exit_code())
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it is time to stop; waits this long for it."""
-        return self._stop.wait(seconds)
-
-    def exit_code(self) -> int:
-        return INTERRUPTED if self._received[0] == signal.SIGINT else OK
-
-    def serve(self, service: Service) -> int:
-        """Waits for the signal and lets running requests finish; the exit code."""
-        while not self._stop.wait(1):               # a signal just before a wait does not end it; on Windows none does
-            pass
-        service.stop_accepting()
-        running = service.gateway.running.count
-        if running and not service.gateway.config.quiet:
-            say("Stopping: %d running requests get up to %d seconds." % (running, SHUTDOWN_GRACE))
-        service.close()
-        return self.exit_code()
-
-
-# ---- the other commands
-
-def login_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
-    sign_in(config, open_browser=not parsed.no_browser)
-    return OK
-
-
-def sign_in(config: Config, open_browser: bool) -> None:
-    """The whole sign-in: terms, address, pasted code, stored tokens."""
-    file = TokenFile(config.token_file)
-    if not config.token_file:
-        raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
-    check_writable(config.token_file)
-    say(TERMS)
-    login = Login()
-    say("\nVisit this address, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
-    if open_browser and has_browser():
-        import webbrowser
-
-        with contextlib.suppress(Exception):
-            webbrowser.open(login.url)
-    sys.stderr.write("Code: ")
-    sys.stderr.flush()
-    pasted = sys.stdin.readline() if sys.stdin else ""
-    if not pasted.strip():
-        say("")
-        raise CredentialNeeded("No code was pasted; `claude-gateway login` asks again.")
-    code, checked = login.parse(pasted)
-    if not checked:
-        say("Warning: this code came without its state, so it cannot be checked that it belongs to this sign-in.")
-    upstream = Upstream(config, "")
-    try:
-        token = login.exchange(code, config.token_url, upstream.post_json)
-    finally:
-        upstream.close()
-    with file.lock():
-        try:
-            file.write(token)
-        except OSError as fault:
-            raise GatewayError("The login could not be stored in %s: %s" %
-                               (file.path, fault.strerror or fault)) from fault
-    account = text_in(token, "account", "email_address")
-    say("Signed in%s. Stored in %s" % (" as " + account if account else "", file.path))
-
-
-def check_writable(path: str) -> None:
-    """Finds out before the sign-in what would be a pity after it: that the login cannot be stored."""
-    directory = os.path.dirname(os.path.realpath(path))
-    try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        reason = "" if os.access(directory, os.W_OK) else "its directory cannot be written to"
-    except OSError as fault:
-        reason = fault.strerror or str(fault)
-    if reason:
-        raise GatewayError("A login cannot be stored in %s: %s. --token-file PATH names another place." %
-                           (path, reason))
-
-
-def has_browser() -> bool:
-    """Whether opening a browser makes sense: not over SSH, where it would open elsewhere or take the terminal."""
-    if os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY"):
-        return False
-    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return os.name == "nt" or sys.platform == "darwin" or bool(graphical)
-
-
-def logout_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    file = TokenFile(config.token_file)
-    removed = False
-    try:
-        if os.path.lexists(file.path):
-            with file.lock():                       # whose own file stays: another process may be waiting at it
-                removed = file.remove()
-    except OSError as fault:
-        raise GatewayError("The login in %s could not be removed: %s" % (file.path, fault.strerror or fault)) from fault
-    say("Forgot the login in %s" % file.path if removed else "There was no stored login.")
-    return OK
-
-
-def status_command(parsed: argparse.Namespace) -> int:
-    """What the running gateway says of itself, or else the credential that `start` would use."""
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
-    running = running_status(config)
-    if running and running.get("key_needed") and config.api_key:
-        running = running_status(config, config.api_key[0]) or running
-    if running:
-        given = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
-        print(json.dumps(dict({"running": True, "credential": None}, **running), indent=1) if parsed.json else
-              status_words(running, given))
-        return OK
-    try:
-        credential = credential_from_config(config, Upstream(config, "").post_json)
-    except TokenFileDamaged as fault:
-        raise GatewayError("%s `claude-gateway login` replaces it and keeps it aside, `claude-gateway logout` removes "
-                           "it." % fault) from fault
-    facts = credential.facts() if credential else None
-    if parsed.json:
-        print(json.dumps({"running": False, "port": config.port, "credential": facts}, indent=1))
-    else:
-        print("No gateway answers on port %d." % config.port)
-        print("\n".join(credential_words(facts)) if facts else as_typed(missing_words(config)))
-        if credential and credential.preamble:
-            print("Note: Anthropic's terms keep this kind of token for its own apps; an API key is always fine.")
-        if credential:
-            print(as_typed("Start one: " + (typed_again(parsed, config.port) if config.port != DEFAULT_PORT
-                                            else "claude-gateway start")))
-    return OK if credential else NO_CREDENTIAL
-
-
-def credential_words(facts: dict) -> Iterator[str]:
-    """What `start` would use."""
-    yield "`start` would use: %s" % facts["description"]
-    for name in ("account", "organization", "scope"):
-        if facts.get(name):
-            yield "%s: %s" % (name.capitalize(), facts[name])
-    if facts.get("expires_at"):
-        yield "Expires: %s" % expiry_words(facts["expires_at"], facts["refreshable"])
-
-
-def status_words(running: dict, given: str) -> str:
-    """A running gateway's status for a person at a terminal."""
-    lines = ["claude-gateway %s is running." % running["version"]]
-    if running.get("key_needed"):
-        return lines[0] + (" The key %s is none of its keys." % given if given else
-                           " Its numbers need one of its keys: set CLAUDE_GATEWAY_API_KEY.")
-    facts, tokens = running["credential"] or {}, running["tokens"]
-    paid_with = "%s with %s" % (running["upstream"], facts.get("description") or "no credential")
-    lines.append("Upstream:    %s" % ("the built-in simulation" if running["upstream"] == "simulated" else paid_with))
-    if facts.get("account"):
-        lines.append("Account:     %s" % facts["account"])
-    if facts.get("expires_at"):
-        lines.append("Token:       %s" % expiry_words(facts["expires_at"], bool(facts.get("refreshable"))))
-    lines.append("Up for:      %s" % duration_words(running["uptime_seconds"]))
-    lines.append("Models:      %s" % ", ".join("%s = %s" % pair for pair in running["models"].items()))
-    lines.append("Requests:    %d, %d running" % (running["requests"]["total"], running["requests"]["running"]))
-    lines.append("Tokens:      %s in, %s of them from the cache, %s out" % tuple(
-        format(count, ",") for count in (prompt_tokens(tokens), tokens["cache_read"], tokens["output"])))
-    lines.append("Cost:        $%.2f by list prices%s" % (running["cost"]["usd"], "".join(
-        ", without %s" % model for model in running["cost"]["without_price"])))
-    lines.append("Cache:       %d %% of all input, which saved $%.2f" % (
-        running["cache"]["share_percent"], running["cache"]["saved_usd"]))
-    for code, count in running["errors"].items():
-        lines.append("Errors:      %d of %s" % (count, code))
-    for limit in running["limits"]:
-        filled = round(20 * min(1.0, limit["used"]))
-        left = (limit["resets_at"] or 0) - time.time()
-        resets = ", reset in " + duration_words(left) if left > 0 else ""
-        lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
-                                                round(100 * limit["used"]), resets))
-    return "\n".join(lines)
-
-
-def expiry_words(expires_at: float, refreshable: bool) -> str:
-    """When a token expires, and what then."""
-    left = expires_at - time.time()
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(expires_at))
-    if left > 0:
-        return "%s (in %s)%s" % (when, duration_words(left), ", renewed by itself" if refreshable else "")
-    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
-
-
-def duration_words(seconds: float) -> str:
-    """Two units of a time: 2 d 3 h, 7 h 59 min, 4 min, 30 s."""
-    days, hours, minutes = int(seconds // 86_400), int(seconds // 3_600 % 24), int(seconds // 60 % 60)
-    told = [(days, "d"), (hours, "h")] if days else [(hours, "h"), (minutes, "min")]
-    return " ".join("%d %s" % pair for pair in told if pair[0]) or "%d s" % seconds
-
-
-def models_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
-    try:
-        gateway = Gateway(config)
-        entries = gateway.upstream.models()
-    except GatewayError as fault:
-        say("No list from the upstream, so this is the built-in one: %s" % fault)
-        entries = None
-    catalog = catalog_from_entries(entries, config.alias) if entries else Catalog(aliases=config.alias)
-    if parsed.json:
-        print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
-        return OK
-    names = list(catalog.names())
-    short = {name: model for name, model in names if name != model.id}
-    for name in dict.fromkeys([*SHORT_NAMES, *short]):
-        if name in short:
-            print(("%-28s -> %-20s %s" % (name, short[name].id, SHORT_NAMES.get(name, ""))).rstrip())
-    for name, model in names:
-        if name == model.id:
-            print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
-                                                    ", retires " + model.retires if model.retires else ""))
-    return OK
-
-
-# In the order in which `models` tells them: what to take when in doubt comes first.
-SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest Opus: for hard tasks",
-               "haiku": "the newest Haiku: quick and cheap", "fable": "the newest Fable",
-               "mythos": "the newest Mythos: limited access"}
-
-
-def doctor_command(parsed: argparse.Namespace) -> int:
-    """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
-    config, wrong = usable_config(parsed, dict(os.environ))
-    set_up_log(replace(config, quiet=True))
-    redaction = Redaction()
-    redaction.known = config.secrets
-    home = os.path.expanduser("~")
-    found = []
-    for finding in itertools.chain(wrong, findings(config, parsed.live)):
-        finding = finding._replace(detail=redaction.mask(finding.detail), step=as_typed(finding.step))
-        found.append(finding)
-        if not parsed.json:
-            print_finding(finding)
-    if parsed.json:
-        print(json.dumps([finding._asdict() for finding in found], indent=1))
-    else:
-        block = "\n".join("%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found)
-        block = block.replace(home, "~") if len(home) > 1 else block       # it tells who the user is
-        print("\nTo paste into a bug report:\n\n```\n%s\n```" % block)
-    return next((finding.code for finding in found if finding.level == "failed"), OK)
-
-
-def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
-    """The settings, and a finding for each that cannot be used; its default stands in for it."""
-    found = []
-    while True:
-        try:
-            config = config_from(parsed, environment)
-            break
-        except UsageError as fault:
-            found.append(Finding("Settings", "failed", str(fault), "Correct %s; the default stands in for it here." % (
-                fault.setting or "it"), USAGE))
-            if not fault.setting:                   # two that exclude each other
-                environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOUDNESS))
-            environment = without(environment, fault.setting)
-            if fault.setting.startswith("--"):
-                setattr(parsed, fault.setting[2:].replace("-", "_"), None)
-    unused = next((name for name in ("all_proxy", "ALL_PROXY") if environment.get(name)), "")
-    if unused and not config.https_proxy:
-        found.append(Finding("Settings", "warning", "%s is set, and not used here" % unused,
-                             "Where an HTTP proxy leads out, set HTTPS_PROXY; SOCKS is beyond Python's library."))
-    return config, found
-
-
-def print_finding(finding: Finding) -> None:
-    colours = {"ok": "32", "warning": "33", "failed": "31"}
-    level = "%-8s" % finding.level
-    if wants_colour(sys.stdout):
-        level = "\x1b[%sm%s\x1b[0m" % (colours[finding.level], level)
-    print(("%s %-13s %s" % (level, finding.name, finding.detail)).rstrip())
-    if finding.step and finding.level != "ok":
-        print("%s-> %s" % (" " * 23, finding.step))
-    sys.stdout.flush()
-
-
-def wants_colour(stream: Any) -> bool:
-    """NO_COLOR and FORCE_COLOR win; else a terminal that is not dumb."""
-    if os.environ.get("NO_COLOR"):
-        return False
-    if os.environ.get("FORCE_COLOR"):
-        return os.environ["FORCE_COLOR"].lower() not in ("0", "false")
-    return bool(getattr(stream, "isatty", bool)()) and os.environ.get("TERM") != "dumb" and os.name != "nt"
-
-
-def selftest_command(parsed: argparse.Namespace) -> int:
-    set_up_log(Config(quiet=True))
-    found = list(selftest_findings())
-    for finding in found:
-        print_finding(finding)
-    failed = sum(finding.level == "failed" for finding in found)
-    print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
-    return FAILURE if failed else OK
-
-
-def setup_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    if not parsed.name:
-        print(as_typed(setup_list()))
-        return OK
-    tool = (TOOL_SETTINGS if parsed.name in TOOL_SETTINGS else SERVICE_FILES)[parsed.name]
-    say("%s, %s:" % (tool.title, tool.where))       # not for pasting, so not on standard output
-    sys.stderr.flush()
-    print(as_typed(setup_text(parsed.name, config)))
-    return OK
-
-
-def translate_command(parsed: argparse.Namespace) -> int:
-    """Prints what a request would become, without sending it; a saved answer as the chat completion it becomes."""
-    config = config_from(parsed, dict(os.environ))
-    data = given_to_translate(parsed.file)
-    if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
-        assembler = MessageAssembler()
-        for event in events_from_body(data):
-            assembler.feed(event)
-        print_json(chat_completion_from_message(assembler.whole(), {"id": "chatcmpl-0", "created": 0},
-                                                ReplyPlan(ToolNames())))
-        return OK
-    body, _ = json_from_body(data)
-    model = Catalog(aliases=config.alias).resolve(optional(text_of, body.get("model"), "model"))
-    translator = messages_request_from_responses if is_responses_body(body) else messages_request_from_chat
-    translation = translator(body, model, cache=not config.no_cache)
-    print_json(translation.request)
-    say("Changes: %s" % (translation.changes if translation.changes.told else "none"))
-    return OK
-
-
-def print_json(value: Any) -> None:
-    """Readable where the output takes every character, escaped elsewhere: valid JSON in both cases."""
-    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-")
-    print(json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8")))
-
-
-def given_to_translate(path: str | None) -> bytes:
-    """The bytes of the file, or of standard input, also called "-".  Raises UsageError."""
-    path = None if path == "-" else path
-    if not path and sys.stdin and sys.stdin.isatty():
-        say("Reading a request from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
-    try:
-        if path:
-            with open(path, "rb") as file:
-                data = file.read()
-        else:
-            data = sys.stdin.buffer.read() if sys.stdin else b""
-    except OSError as fault:
-        raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
-    if not data.strip():
-        raise UsageError("%s; translate wants a request as JSON: claude-gateway translate FILE" % (
-            path + " is empty" if path else "Standard input is %s" % ("empty" if sys.stdin else "closed")))
-    return data
-
-
-def completion_command(parsed: argparse.Namespace) -> int:
-    commands = {name: completable(names) for name, (_, _, names) in COMMANDS.items()}
-    values = {"--" + option.name: option.choices or None for option in OPTIONS if option.metavar}
-    print(completion_script(parsed.shell, commands, values))
-    return OK
-
-
-def completable(names: Sequence[str]) -> Completable:
-    """What may be typed behind a command with these arguments: flags, and the words that a place takes."""
-    options: List[str] = []
-    words: List[str] = []
-    for name in names:
-        flags, settings = EXTRA_ARGUMENTS.get(name, (["--" + name], {}))
-        options += [flag for flag in flags if flag.startswith("--")]
-        words += settings.get("choices", ())
-    options.append("--help")
-    return Completable(options, None if "file" in names else words or options)
-
-
-Command = Callable[[argparse.Namespace], int]
-# name -> what it runs, what its help says, its arguments
-COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
-    "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
-    "login": (login_command, "sign in with a Claude account", ["no-browser", "token-file"]),
-    "logout": (logout_command, "forget the stored login", ["token-file"]),
-    "status": (status_command, "what the running gateway does, which credential is used",
-               ["json", "port", "api-key", "auth", "token-file"]),
-    "models": (models_command, "the models and aliases on offer", ["json", "alias", "auth", "token-file"]),
-    "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
-               ["json", "live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
-    "setup": (setup_command, "print the settings for a tool, or a service file", ["tool", "port", "api-key"]),
-    "translate": (translate_command, "print what a request would become, without sending it",
-                  ["file", "alias", "no-cache"]),
-    "completion": (completion_command, "print shell completion", ["shell"]),
-    "selftest": (selftest_command, "check the gateway against its own simulation", []),
-}
-
-
-# ---- log
-
-def say(words: str, level: int = logging.INFO) -> None:
-    """To the person at the terminal; where the log is made of JSON objects, one of these."""
-    words = as_typed(words)
-    level = logging.WARNING if words.startswith("Warning: ") else level
-    for handler in LOG.handlers:
-        if isinstance(handler.formatter, LogFormatter) and handler.formatter.as_json:
-            handler.handle(LOG.makeRecord(LOG.name, level, "", 0, "%s", (words,), None))
-            return
-    print(words, file=sys.stderr, flush=True)
-
-
-class Redaction:
-    """Masks every known secret, and everything that looks like an Anthropic credential, in what is logged."""
-    known: Callable[[], List[str]] = staticmethod(list)
-
-    def mask(self, text: str) -> str:
-        return masked(text, self.known())
-
-
-class LogFormatter(logging.Formatter):
-    """One line per entry, as text or JSON; long base64 in payloads is cut."""
-
-    def __init__(self, redaction: Redaction, as_json: bool, colour: bool = False) -> None:
-        super().__init__()
-        self._redaction, self.as_json, self._colour = redaction, as_json, colour
-
-    def format(self, record: logging.LogRecord) -> str:
-        payload = getattr(record, "payload", None)
-        message = record.getMessage() if payload is None else \
-            str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
-        if record.exc_info and not record.exc_text:
-            record.exc_text = self.formatException(record.exc_info)
-        if record.exc_text:
-            message += "\n" + record.exc_text
-        message = self._redaction.mask(message)
-        if payload is not None:                     # last: the beginning of a secret is not known for what it is
-            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
-        if not self.as_json:
-            moment = time.strftime("%H:%M:%S", time.localtime(record.created))
-            return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
-                "%s %s" % (moment, message)
-        entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
-        fields = {name: self._redaction.mask(value) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items()}
-        return json.dumps(dict(fields, **entry))
-
-    @staticmethod
-    def _coloured(record: logging.LogRecord, message: str) -> str:
-        """Red for what broke, yellow for what was refused."""
-        status = getattr(record, "fields", {}).get("status", 0)
-        colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
-            "33" if record.levelno == logging.WARNING or status >= 400 else ""
-        return "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message
-
-
-def set_up_log(config: Config) -> Redaction:
-    """Sends the log to standard error, at the level that the options ask for."""
-    redaction = Redaction()
-    redaction.known = config.secrets
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(redaction, config.log_format == "json", wants_colour(sys.stderr)))
-    for old in LOG.handlers[:]:
-        LOG.removeHandler(old)
-    LOG.addHandler(handler)
-    LOG.propagate = False
-    LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
-    return redaction
 
 
 if __name__ == "__main__":
