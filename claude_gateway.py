@@ -21,7 +21,7 @@ One request on its way:
 
 Rooms, in order, each using only those above it: Configuration, Small tools, Errors, Models, Requests,
 Replies, Streams, Responses API, Memory, Credentials, Upstream, Pump, Image fetching, Endpoints, Status page,
-HTTP server, Simulated upstream, Log, Terminal, Options, Diagnosis, Self-test, Tool settings, Signing in, Start,
+HTTP server, Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest, Tool settings, Signing in, Start,
 Commands, Completion, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
@@ -6583,7 +6583,7 @@ WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requ
 
 
 def status_data(gateway: Gateway) -> dict:
-    """Everything that the page shows; nothing in it is secret."""
+    """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
     totals, costs = counters.totals(), costs_of(counters)
     return {
@@ -6602,7 +6602,7 @@ def status_data(gateway: Gateway) -> dict:
 
 
 def short_names(catalog: Catalog) -> dict[str, str]:
-    """The names of the tiers -> the models they mean; what to take when in doubt comes first."""
+    """The names of the tiers -> the models they mean; the one to use when in doubt comes first."""
     found = {tier: model.id for tier, model in catalog.names() if tier in TIERS}
     return {tier: found[tier] for tier in sorted(found, key=lambda tier: tier != "sonnet")}
 
@@ -6634,9 +6634,9 @@ def costs_of(counters: Counters) -> dict[str, tuple[float, float]]:
 
 
 def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
-    """Plan windows and rate limits, as the latest answer of Claude told them: used share and time of reset.
+    """Plan windows and rate limits, as Claude last reported them: used share and time of reset.
 
-    Windows that are new to us go by the name that Claude gives them.
+    Windows without a title here keep the name that Claude gives them.
     """
     limits = []
     unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
@@ -6665,7 +6665,7 @@ def number_or_none(text: str | None) -> float | None:
 
 
 def moment_of(text: str) -> int | None:
-    """Unix seconds of a reset, given so or as an RFC 3339 time."""
+    """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
     number = number_or_none(text)
     if number is not None:
         return int(number)
@@ -6673,7 +6673,7 @@ def moment_of(text: str) -> int | None:
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /: a page for browsers, JSON for anything else.  The data needs the client key where there is one."""
+    """GET /: a page for browsers, JSON for anything else.  The data requires an API key where clients need one."""
     if "text/html" in incoming.headers.get("accept", ""):
         nonce = secrets.token_urlsafe(12)
         policy = ("default-src 'none'; connect-src 'self'; style-src 'nonce-%s'; script-src 'nonce-%s'; "
@@ -6699,9 +6699,9 @@ def metrics_text(gateway: Gateway) -> str:
     def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
         lines.append("# HELP claude_gateway_%s %s\n# TYPE claude_gateway_%s %s" % (name, help_text, name, kind))
         for labels, value in samples:
-            told = ",".join('%s="%s"' % (label, re.sub(r'(["\\])', r"\\\1", str(text)))
-                            for label, text in labels.items())
-            lines.append("claude_gateway_%s%s %s" % (name, "{%s}" % told if told else "", value))
+            labelled = ",".join('%s="%s"' % (label, re.sub(r'(["\\])', r"\\\1", str(text)))
+                                for label, text in labels.items())
+            lines.append("claude_gateway_%s%s %s" % (name, "{%s}" % labelled if labelled else "", value))
 
     family("info", "gauge", "The running version.", [({"version": VERSION}, 1)])
     family("start_time_seconds", "gauge", "Unix time of the start.", [({}, round(counters.started, 3))])
@@ -6717,10 +6717,10 @@ def metrics_text(gateway: Gateway) -> str:
     costs = costs_of(counters)
     family("cost_usd_total", "counter", "US dollars by list prices, by model.",
            [({"model": model}, round(cost, 6)) for model, (cost, _) in costs.items()])
-    family("cache_saved_usd", "gauge", "US dollars that caching saved of them; below 0 while it is only written.",
+    family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
            [({"model": model}, round(saved, 6)) for model, (_, saved) in costs.items()])
     limits = limits_from_headers(counters.limit_headers, time.time())
-    family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last told.",
+    family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last reported.",
            [({"window": limit["window"]}, limit["used"]) for limit in limits])
     family("limit_reset_timestamp_seconds", "gauge", "When they are reset, in Unix time.",
            [({"window": limit["window"]}, limit["resets_at"]) for limit in limits if limit["resets_at"] is not None])
@@ -6776,10 +6776,10 @@ PAGE = """<!doctype html>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
   <section id="demo" hidden><b>DEMO</b> Nothing is sent to Claude: answers, tokens, costs and limits are
     simulated.</section>
-  <section id="ask" hidden><h2>Key needed</h2>
-    <form id="key"><input type="password" id="secret" aria-label="A key of this gateway" autocomplete="off"
-      placeholder="A key of this gateway"><button>Show the numbers</button>
-      <span class="down" id="wrong" role="alert" hidden>That key is not right.</span></form></section>
+  <section id="ask" hidden><h2>API key required</h2>
+    <form id="key"><input type="password" id="secret" aria-label="API key of this gateway" autocomplete="off"
+      placeholder="API key of this gateway"><button>Show the numbers</button>
+      <span class="down" id="wrong" role="alert" hidden>Invalid API key.</span></form></section>
   <div class="grid" id="data" hidden>
     <section class="wide"><h2>Paste into your tool</h2>
       <dl><dt>Base URL</dt><dd><code id="base"></code></dd><dt>API key</dt><dd><code id="keyhint"></code></dd>
@@ -6828,7 +6828,7 @@ PAGE = """<!doctype html>
   }
 
   function limitBars(limits) {
-    if (!limits.length) { at("limits").textContent = "Claude has not told any yet."; return; }
+    if (!limits.length) { at("limits").textContent = "Claude has not reported any yet."; return; }
     at("limits").replaceChildren(...limits.flatMap((limit) => {
       const [row, bar, fill, title, rest] = ["div", "div", "i", "span", "span"].map((n) => document.createElement(n));
       const left = limit.resets_at ? limit.resets_at - Date.now() / 1000 : 0;
@@ -6848,7 +6848,7 @@ PAGE = """<!doctype html>
     const tokens = data.tokens, facts = data.credential ?? {}, demo = data.upstream === "simulated";
     at("demo").hidden = !demo;
     at("base").textContent = location.origin + "/v1";
-    at("keyhint").textContent = key ? "your key" : "anything";
+    at("keyhint").textContent = key ? "your key" : "any value";
     modelNames(data.models);
     at("requests").textContent = number(data.requests.total);
     at("running").textContent = data.requests.running + " running, up for " + duration(data.uptime_seconds);
@@ -8011,12 +8011,8 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         payload = getattr(record, "payload", None)
-        message = record.getMessage() if payload is None else \
+        message = super().format(record) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
-        if record.exc_info and not record.exc_text:
-            record.exc_text = self.formatException(record.exc_info)
-        if record.exc_text:
-            message += "\n" + record.exc_text
         message = masked(message, self._secrets())
         if payload is not None:                     # last: the beginning of a secret is not recognised
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
@@ -8167,14 +8163,13 @@ def port_from(setting: str, value: Any) -> int:
 
 
 def aliases_from(setting: str, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    return tuple(alias_from(setting, text) for text in texts)
-
-
-def alias_from(setting: str, text: str) -> tuple[str, str]:
-    name, equals, model = text.partition("=")
-    if not equals or not name.strip() or not model.strip():
-        raise UsageError("expected NAME=MODEL, got %r." % text, setting)
-    return name.strip(), model.strip()
+    aliases = []
+    for text in texts:
+        name, _, model = map(str.strip, text.partition("="))
+        if not name or not model:
+            raise UsageError("expected NAME=MODEL, got %r." % text, setting)
+        aliases.append((name, model))
+    return tuple(aliases)
 
 
 def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -8251,23 +8246,17 @@ def default_token_file(environment: dict[str, str]) -> str:
     return os.path.join(base, "claude-gateway", "oauth-tokens.json") if os.path.isabs(base) else ""
 
 
-LOUDNESS = ("verbose", "minimal", "quiet")          # one at most
+LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 # Commands that connect to nothing -> the options whose variables they read
 OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",)}
 
 
-def without_overruled(parsed: argparse.Namespace, given: dict[str, str]) -> dict[str, str]:
-    """The variables, without those for the log's level where a flag sets it."""
-    if any(getattr(parsed, name, None) for name in LOUDNESS):
-        return without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOUDNESS))
-    return given
-
-
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
     """Flags over environment over defaults.  Raises UsageError.  An offline command reads only its own options."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
-    given = without_overruled(parsed, given)
+    if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
+        given = without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
     offline = parsed.command in OFFLINE
     fields: dict[str, Any] = {}
     for option in OPTIONS:
@@ -8278,9 +8267,9 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
         if value is not None:
             value = tuple(value) if option.repeatable else value
             fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
-    loud = [name for name in LOUDNESS if fields.get(name)]
-    if len(loud) > 1:
-        raise UsageError("--%s and --%s exclude each other." % tuple(loud[:2]))
+    levels = [name for name in LOG_LEVELS if fields.get(name)]
+    if len(levels) > 1:
+        raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
     fields["token_file"] = os.path.expanduser(fields.get("token_file") or default_token_file(given))
     if fields.get("demo") or offline:               # ignores credentials, addresses and proxies, also bad ones
         return Config(**fields)
@@ -8311,27 +8300,19 @@ class Finding(NamedTuple):
     code: int = 0
 
 
-def own_address(config: Config) -> str:
-    """The address at which this machine reaches a gateway with this configuration."""
-    return {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-
-
 def running_status(config: Config, key: str = "") -> dict | None:
     """The status of the gateway on this machine's port; None where none answers.  A key is sent only if given."""
-    connection = http.client.HTTPConnection(own_address(config), config.port, timeout=2)
-    headers = {"accept": "application/json"}
-    if key:
-        headers["authorization"] = "Bearer " + key
+    host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    connection = http.client.HTTPConnection(host, config.port, timeout=2)
+    headers = dict({"accept": "application/json"}, **{"authorization": "Bearer " + key} if key else {})
     try:
         connection.request("GET", "/", headers=headers)
-        answer = json.loads(connection.getresponse().read(1_000_000).decode("utf-8"))
+        status = json.loads(connection.getresponse().read(1_000_000).decode("utf-8"))
     except (OSError, ValueError, http.client.HTTPException):
         return None
     finally:
         connection.close()
-    if not isinstance(answer, dict) or answer.get("status") != "ok" or "version" not in answer:
-        return None
-    return answer
+    return status if isinstance(status, dict) and status.get("status") == "ok" and "version" in status else None
 
 
 def port_finding(config: Config) -> Finding:
@@ -8397,15 +8378,13 @@ def issuer_of(host: str, port: int) -> str:
     with contextlib.suppress(OSError, ValueError):
         context = ssl.create_default_context(cadata=ssl.get_server_certificate((host, port)))
         context.check_hostname = False
-        context.verify_flags = ssl.VerifyFlags(PARTIAL_CHAIN)
+        context.verify_flags = ssl.VerifyFlags(0x80000)             # VERIFY_X509_PARTIAL_CHAIN, named since 3.10
         with socket.create_connection((host, port), CONNECT_TIMEOUT) as plain, \
                 context.wrap_socket(plain, server_hostname=host) as secured:
-            issuer = dict(name[0] for name in (secured.getpeercert() or {}).get("issuer", ()))
+            certificate: Dict[str, Any] = secured.getpeercert() or {}
+            issuer = dict(name[0] for name in certificate["issuer"])
             return issuer.get("organizationName") or issuer.get("commonName", "")
     return ""
-
-
-PARTIAL_CHAIN = 0x80000                             # X509_V_FLAG_PARTIAL_CHAIN: ssl names it from Python 3.10 on
 
 
 def clock_finding(date: str) -> Finding:
@@ -8530,10 +8509,9 @@ def findings(config: Config, live: bool) -> Iterator[Finding]:
     upstream = Upstream(config, "")
     found: Dict[str, str] = {}
     try:
-        for checks in (network_findings, credential_findings):
-            for finding in checks(config, upstream):
-                found[finding.name] = finding.level
-                yield finding
+        for finding in itertools.chain(network_findings(config, upstream), credential_findings(config, upstream)):
+            found[finding.name] = finding.level
+            yield finding
         if "failed" not in found.values():
             accepted = acceptance_finding(upstream)
             found["Accepted"] = accepted.level
@@ -8549,7 +8527,7 @@ def findings(config: Config, live: bool) -> Iterator[Finding]:
         upstream.close()
 
 
-# ---- Self-test ---------------------------------------------------------------------------------------
+# ---- Selftest ----------------------------------------------------------------------------------------
 # The gateway against its own simulation, without network and credential: with `doctor` it separates "the gateway
 # is broken" from "the network is broken".
 
@@ -8807,18 +8785,20 @@ ENTRYPOINT ["python3", "/claude_gateway.py"]
 CMD [START]"""),
 }
 
+SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
+
 
 def setup_list() -> str:
     """Every name that `setup` accepts, with its title."""
-    lines = ["%-16s %s" % (name, tool.title) for name, tool in [*TOOL_SETTINGS.items(), *SERVICE_FILES.items()]]
-    return "\n".join(lines + ["", "claude-gateway setup NAME prints its settings."])
+    lines = ["%-16s %s" % (name, settings.title) for name, settings in SETTINGS.items()]
+    return "\n".join([*lines, "", "claude-gateway setup NAME prints its settings."])
 
 
 def setup_name(text: str) -> str:
     """The entry of a name or title, in upper or lower case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
     plain = re.sub(r"[ _]+", "-", text.strip().lower())
     names = {re.sub(r"[ _]+", "-", tool.title.lower()): name for name, tool in TOOL_SETTINGS.items()}
-    names.update({name: name for name in [*TOOL_SETTINGS, *SERVICE_FILES]})
+    names.update({name: name for name in SETTINGS})
     if plain in names:
         return names[plain]
     nearest = difflib.get_close_matches(plain, names, n=1)
@@ -8848,8 +8828,7 @@ SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
 
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
-    tool = (TOOL_SETTINGS if name in TOOL_SETTINGS else SERVICE_FILES)[name]
-    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), tool.text)
+    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), SETTINGS[name].text)
     values = filled(config, *SERVICE_FORMS.get(name, (str, "%s", " ")))
     return re.sub(r"(?<![\w-])(%s)\b" % "|".join(values), lambda word: values[word.group()], text).rstrip()
 
@@ -8926,11 +8905,8 @@ def sign_in(config: Config, open_browser: bool) -> None:
     code, checked = login.parse(pasted)
     if not checked:
         say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
-    upstream = Upstream(config, "")
-    try:
+    with contextlib.closing(Upstream(config, "")) as upstream:
         token = login.exchange(code, config.token_url, upstream.post_json)
-    finally:
-        upstream.close()
     with file.lock():
         try:
             file.write(token)
@@ -8974,14 +8950,13 @@ def is_own_address(config: Config) -> bool:
 
 def gateway_with_credential(config: Config) -> Gateway:
     """A gateway that has a credential; without one it offers to sign in, on a terminal.  Raises CredentialNeeded."""
-    gateway: Optional[Gateway]
+    damage = ""
     try:
         gateway = Gateway(config)
-        damage = ""
+        if gateway.upstream.credential:
+            return gateway
     except TokenFileDamaged as fault:
-        gateway, damage = None, str(fault)
-    if gateway and gateway.upstream.credential:
-        return gateway
+        damage = str(fault)
     missing = " ".join(filter(None, [damage, missing_credential(config)]))
     if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
         raise CredentialNeeded(missing)
@@ -9161,23 +9136,23 @@ def status_text(running: dict, key_source: str) -> str:
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
     facts, tokens = running["credential"] or {}, running["tokens"]
-    paid_with = "%s with %s" % (running["upstream"], facts.get("description") or "no credential")
-    lines.append("Upstream:    %s" % ("the built-in simulation" if running["upstream"] == "simulated" else paid_with))
-    if facts.get("account"):
-        lines.append("Account:     %s" % facts["account"])
-    if facts.get("expires_at"):
-        lines.append("Token:       %s" % expiry_text(facts["expires_at"], bool(facts.get("refreshable"))))
-    lines.append("Up for:      %s" % duration_text(running["uptime_seconds"]))
-    lines.append("Models:      %s" % ", ".join("%s = %s" % pair for pair in running["models"].items()))
-    lines.append("Requests:    %d, %d running" % (running["requests"]["total"], running["requests"]["running"]))
-    lines.append("Tokens:      %s in, %s of them from the cache, %s out" % tuple(
-        format(count, ",") for count in (prompt_tokens(tokens), tokens["cache_read"], tokens["output"])))
-    lines.append("Cost:        $%.2f by list prices%s" % (running["cost"]["usd"], "".join(
-        ", without %s" % model for model in running["cost"]["without_price"])))
-    lines.append("Cache:       %d %% of all input, which saved $%.2f" % (
-        running["cache"]["share_percent"], running["cache"]["saved_usd"]))
-    for code, count in running["errors"].items():
-        lines.append("Errors:      %d of %s" % (count, code))
+    expires_at = facts.get("expires_at")
+    rows = [
+        ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
+            running["upstream"], facts.get("description") or "no credential")),
+        ("Account", facts.get("account")),
+        ("Token", expires_at and expiry_text(expires_at, bool(facts.get("refreshable")))),
+        ("Up for", duration_text(running["uptime_seconds"])),
+        ("Models", ", ".join("%s = %s" % pair for pair in running["models"].items())),
+        ("Requests", "%d, %d running" % (running["requests"]["total"], running["requests"]["running"])),
+        ("Tokens", "{:,} in, {:,} of them from the cache, {:,} out".format(
+            prompt_tokens(tokens), tokens["cache_read"], tokens["output"])),
+        ("Cost", "$%.2f by list prices%s" % (running["cost"]["usd"], "".join(
+            ", without %s" % model for model in running["cost"]["without_price"]))),
+        ("Cache", "%d %% of all input, which saved $%.2f" % (
+            running["cache"]["share_percent"], running["cache"]["saved_usd"])),
+        *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())]
+    lines += ["%-12s %s" % (name + ":", value) for name, value in rows if value]
     for limit in running["limits"]:
         filled = round(20 * min(1.0, limit["used"]))
         left = (limit["resets_at"] or 0) - time.time()
@@ -9271,7 +9246,7 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             found.append(Finding("Settings", "failed", str(fault), "Correct %s; the checks below use the default." % (
                 fault.setting or "it"), USAGE))
             if not fault.setting:                   # two that exclude each other
-                environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOUDNESS))
+                environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
@@ -9317,8 +9292,7 @@ def setup_command(parsed: argparse.Namespace) -> int:
     if not parsed.name:
         print(as_typed(setup_list()))
         return OK
-    tool = (TOOL_SETTINGS if parsed.name in TOOL_SETTINGS else SERVICE_FILES)[parsed.name]
-    say("%s, %s:" % (tool.title, tool.where))       # on standard error, as it is not to be pasted
+    say("%s, %s:" % SETTINGS[parsed.name][:2])      # on standard error, as it is not to be pasted
     sys.stderr.flush()
     print(as_typed(setup_text(parsed.name, config)))
     return OK
@@ -9418,7 +9392,7 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
     "login": (login_command, "sign in with a Claude account", ["--no-browser", "token-file"]),
     "logout": (logout_command, "delete the stored login", ["token-file"]),
-    "status": (status_command, "show what the running gateway does, or which credential it would use",
+    "status": (status_command, "show what the running gateway does",
                ["--json", "port", "api-key", "auth", "token-file"]),
     "models": (models_command, "list the models and aliases", ["--json", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
@@ -9430,30 +9404,21 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "selftest": (selftest_command, "check the gateway against its own simulation", []),
 }
 # Arguments of other commands than `start`; they have no variables.
-ARGUMENTS: Dict[str, Dict[str, Any]] = {
+EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--no-browser": {"action": "store_true", "help": "only print the URL to open"},
     "--json": {"action": "store_true", "help": "as JSON"},
     "--live": {"action": "store_true", "help": "also make two small model calls, to check a reply and a cache hit"},
-    "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*TOOL_SETTINGS, *SERVICE_FILES],
-             "help": "without it, all names are listed: %s" % ", ".join([*TOOL_SETTINGS, *SERVICE_FILES])},
+    "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*SETTINGS],
+             "help": "default: lists all names: %s" % ", ".join(SETTINGS)},
     "file": {"metavar": "FILE", "nargs": "?", "help": "a request, or a saved message; default: standard input"},
     "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
               "help": "bash, zsh, fish or powershell"},
     "words": {"nargs": "*", "help": argparse.SUPPRESS},
 }
-# What the help of a command begins or ends with
-DESCRIPTIONS = {"login": TERMS}
-EPILOGS = {"start": """\
+# What the help of a command ends with
+EPILOGS = {"login": TERMS, "start": """\
 Every option can also be set in the environment: CLAUDE_GATEWAY_PORT for --port,
 and so on. A flag wins over its variable."""}
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's, with room for our longest command."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog)
-        self._action_max_length = 14                # argparse counts a command's name, but not how far it is indented
 
 
 class Parser(argparse.ArgumentParser):
@@ -9506,7 +9471,7 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
 
 def argument_parser() -> Parser:
     parser = Parser(
-        prog="claude-gateway", formatter_class=HelpFormatter,
+        prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=as_typed("Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on\n"
                              "http://localhost:%d/v1.\n\n"
                              "  # try it, without account and network:\n"
@@ -9515,18 +9480,19 @@ def argument_parser() -> Parser:
                              "  ANTHROPIC_API_KEY=... claude-gateway start\n"
                              "  # one model for every name:\n"
                              "  claude-gateway start --alias '*=sonnet'" % DEFAULT_PORT))
-    parser.add_argument("--version", action="version", version="claude-gateway " + VERSION)
+    # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
+    parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(program=parser)             # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     options = {option.name: option for option in OPTIONS}
     for name, (_, help_text, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, formatter_class=HelpFormatter, epilog=EPILOGS.get(name),
-                                      description="\n\n".join(filter(None, [help_text, DESCRIPTIONS.get(name)])))
+        command = commands.add_parser(name, help=help_text, description=help_text, epilog=EPILOGS.get(name),
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
         for argument in arguments:
             if argument in options:
                 add_option(command, options[argument])
             else:
-                command.add_argument(argument, **ARGUMENTS[argument])
+                command.add_argument(argument, **EXTRA_ARGUMENTS[argument])
     parser.commands = commands.choices
     return parser
 
