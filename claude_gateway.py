@@ -9338,20 +9338,20 @@ def translate_command(parsed: argparse.Namespace) -> int:
 
 
 # ---- Completion --------------------------------------------------------------------------------------
-# Scripts that have the shell ask the program itself: `completion SHELL -- WORD...` prints what may stand in the
-# place of the last word, and nothing where that is a file or free text.
+# Scripts that have the shell ask the program itself: `completion SHELL WORD...`, with the words of the command line
+# up to the cursor, prints what may stand in the place of the last one, and nothing where that is a file or free text.
 
 COMPLETIONS = {
     "bash": """\
 # To load it, in ~/.bashrc: source <(claude-gateway completion bash)
 _claude_gateway() {
-  COMPREPLY=($(claude-gateway completion bash -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+  COMPREPLY=($(claude-gateway completion bash "${COMP_WORDS[@]:0:COMP_CWORD+1}" 2>/dev/null))
 }
 complete -o default -F _claude_gateway claude-gateway""",
     "zsh": """\
 # To load it, in ~/.zshrc after compinit: source <(claude-gateway completion zsh)
 _claude_gateway() {
-  local -a found=(${(f)"$(claude-gateway completion zsh -- "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+  local -a found=(${(f)"$(claude-gateway completion zsh "${(@)words[1,CURRENT]}" 2>/dev/null)"})
   if (( $#found )); then compadd -a found; else _files; fi
 }
 compdef _claude_gateway claude-gateway""",
@@ -9359,17 +9359,17 @@ compdef _claude_gateway claude-gateway""",
 # To load it: claude-gateway completion fish > ~/.config/fish/completions/claude-gateway.fish
 function __claude_gateway
   set -l word (commandline -ct)
-  set -l found (claude-gateway completion fish -- (commandline -opc)[2..-1] "$word" 2>/dev/null)
-  if set -q found[1]; string join \\n $found; else; __fish_complete_path "$word"; end
+  set -l found (claude-gateway completion fish (commandline -opc) "$word" 2>/dev/null)
+  if set -q found[1]; printf '%s\\n' $found; else; __fish_complete_path "$word"; end
 end
 complete -c claude-gateway -f -a '(__claude_gateway)'""",
     "powershell": """\
 # To load it, in $PROFILE: claude-gateway completion powershell | Out-String | Invoke-Expression
 Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
   param($word, $ast, $at)
-  $typed = @($ast.CommandElements | Select-Object -Skip 1 | ForEach-Object { $_.ToString() })
+  $typed = @($ast.CommandElements | ForEach-Object { $_.ToString() })
   if (-not $word) { $typed += ' ' }
-  claude-gateway completion powershell -- @typed | ForEach-Object {
+  claude-gateway completion powershell @typed | ForEach-Object {
     [System.Management.Automation.CompletionResult]::new($_) }
 }""",
 }
@@ -9377,7 +9377,8 @@ Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
 
 def completion_command(parsed: argparse.Namespace) -> int:
     if parsed.words:
-        print("\n".join(parsed.program.candidates(parsed.words)))
+        for candidate in parsed.program.candidates(parsed.words[1:]):
+            print(candidate)
     else:
         print("# It completes the command claude-gateway, not python3 claude_gateway.py.\n" + COMPLETIONS[parsed.shell])
     return OK
@@ -9409,11 +9410,11 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "as JSON"},
     "--live": {"action": "store_true", "help": "also make two small model calls, to check a reply and a cache hit"},
     "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*SETTINGS],
-             "help": "default: lists all names: %s" % ", ".join(SETTINGS)},
+             "help": "default: list all names, which are %s" % ", ".join(SETTINGS)},
     "file": {"metavar": "FILE", "nargs": "?", "help": "a request, or a saved message; default: standard input"},
     "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
               "help": "bash, zsh, fish or powershell"},
-    "words": {"nargs": "*", "help": argparse.SUPPRESS},
+    "words": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
 }
 # What the help of a command ends with
 EPILOGS = {"login": TERMS, "start": """\
@@ -9445,7 +9446,7 @@ class Parser(argparse.ArgumentParser):
 
     def candidates(self, words: Sequence[str]) -> list[str]:
         """What may stand in the place of the last of these words; none where that is a file or free text."""
-        *before, word = words
+        *before, word = words or [""]
         if before and before[0] in self.commands:
             return self.commands[before[0]].candidates(words[1:])
         options = self._option_string_actions
