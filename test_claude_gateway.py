@@ -10037,7 +10037,7 @@ class StreamFramingTests(HttpTestCase):
         self.assertNotIn("x-evil", answer.headers)
 
 
-# ---- Simulated upstream ------------------------------------------------------------------------------
+# ---- Simulated upstream -----------------------------------------------------------------------------
 
 def outcome_of(arguments, environment, typed) -> SimpleNamespace:
     """What `main` does: code, out and err.  In this process, as each process of its own costs 0.15 s."""
@@ -10064,6 +10064,32 @@ def outcome_of(arguments, environment, typed) -> SimpleNamespace:
         log.setLevel(kept[3])
         log.propagate = kept[4]
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def run_command(*arguments, given=b"", **variables):
+    """A command with a bare environment: (exit code, standard output, standard error)."""
+    with tempfile.TemporaryDirectory() as home:
+        done = outcome_of(arguments, bare_environment(home, variables), given.decode())
+    return done.code, done.out, done.err
+
+
+def run_process(*arguments, **variables):
+    """The same in a process of its own."""
+    with tempfile.TemporaryDirectory() as home:
+        ended = subprocess.run([sys.executable, PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=bare_environment(home, variables), cwd=home, timeout=60)
+    return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
+
+
+def bare_environment(home: str, variables: dict) -> dict:
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TEMP")}
+    return dict(kept, HOME=home, PYTHONDONTWRITEBYTECODE="1", **variables)
+
+
+def free_port() -> str:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 class Child:
@@ -10399,281 +10425,7 @@ class DemoTests(CommandTestCase):
         self.assertIn("claude-sonnet-5-5", ids)
 
 
-# ---- Diagnosis ---------------------------------------------------------------------------------------
-
-def run_command(*arguments, given=b"", **variables):
-    """A command with a bare environment: (exit code, standard output, standard error)."""
-    with tempfile.TemporaryDirectory() as home:
-        done = outcome_of(arguments, bare_environment(home, variables), given.decode())
-    return done.code, done.out, done.err
-
-
-def run_process(*arguments, **variables):
-    """The same in a process of its own."""
-    with tempfile.TemporaryDirectory() as home:
-        ended = subprocess.run([sys.executable, PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=bare_environment(home, variables), cwd=home, timeout=60)
-    return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
-
-
-def bare_environment(home: str, variables: dict) -> dict:
-    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "SYSTEMROOT", "TEMP")}
-    return dict(kept, HOME=home, PYTHONDONTWRITEBYTECODE="1", **variables)
-
-
-def free_port() -> str:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-class DoctorTests(GatewayTestCase):
-    def test_doctor_finds_nothing_wrong_on_a_healthy_machine(self):
-        self.claude.models = [{"id": "claude-haiku-5-5", "type": "model", "lifecycle": "active"}]
-        code, said, _ = run_process("doctor", "--port", free_port(), "--live", ANTHROPIC_BASE_URL=self.claude.url,
-                                    ANTHROPIC_API_KEY=SECRET)
-        self.assertEqual(code, 0, said)
-        for name in ("Python", "File", "Port", "Proxy", "Certificates", "DNS", "Upstream", "Clock", "Credential",
-                     "Accepted", "Live call"):
-            self.assertRegex(said, r"(?m)^ok +%s " % name)
-        with open(PROGRAM, "rb") as file:
-            self.assertIn(hashlib.sha256(file.read()).hexdigest(), said)
-        self.assertIn("To paste into a bug report", said)
-        self.assertNotIn(SECRET, said)
-
-    def test_doctor_names_the_step_for_what_fails(self):
-        taken = self.connect().getpeername()[1]     # the class's own gateway: told apart from a stranger
-        stranger = str(urlsplit(self.claude.url).port)
-        cases = (
-            ({"ANTHROPIC_BASE_URL": self.claude.url}, ["--port", str(taken)], 3, "Credential", "login"),
-            ({"ANTHROPIC_BASE_URL": "http://127.0.0.1:1", "ANTHROPIC_API_KEY": "k"}, ["--port", str(taken)], 5,
-             "Upstream", "Check the network"),
-            ({"ANTHROPIC_BASE_URL": self.claude.url, "ANTHROPIC_API_KEY": "k"}, ["--port", stranger], 4, "Port",
-             "start --port"))
-        for variables, arguments, wanted, name, step in cases:
-            with self.subTest(name=name):
-                code, said, _ = run_command("doctor", "--json", *arguments, **variables)
-                finding = next(each for each in json.loads(said) if each["level"] == "failed")
-                self.assertEqual((code, finding["name"]), (wanted, name), said)
-                self.assertIn(step, finding["step"])
-
-    def test_doctor_goes_on_without_the_network(self):
-        with contextlib.closing(socket.socket()) as unused, tempfile.TemporaryDirectory() as folder:
-            unused.bind(("127.0.0.1", 0))           # bound, and nobody listens
-            port = unused.getsockname()[1]
-            path = os.path.join(folder, "tokens.json")
-            expiry = int(time.time()) + 600
-            claude_gateway.TokenFile(path).write(stored_token(expires_at=expiry, account={"email_address": "me@x.org"}))
-            code, said, _ = run_command("doctor", "--json", "--live", "--port", free_port(), "--token-file", path,
-                                        ANTHROPIC_BASE_URL="http://127.0.0.1:%d" % port)
-        found = {finding["name"]: finding for finding in json.loads(said)}
-        self.assertEqual(code, 5)
-        self.assertIn("127.0.0.1 port %d: " % port, found["Upstream"]["detail"])
-        self.assertEqual(found["Credential"]["level"], "ok")
-        for words in (path, "renewed by itself", time.strftime("%Y-%m-%d %H:%M", time.localtime(expiry))):
-            self.assertIn(words, found["Credential"]["detail"])
-        self.assertNotIn("me@x.org", said)
-        self.assertEqual((found["Left out"]["level"], found["Left out"]["detail"]),
-                         ("warning", "the clock, whether Claude takes the credential, the live calls"))
-        for finding in found.values():
-            self.assertEqual(bool(finding["step"]), finding["level"] != "ok", finding)
-            self.assertEqual(bool(finding["code"]), finding["level"] == "failed", finding)
-
-    def test_doctor_tells_a_login_that_is_over(self):
-        for token, level, code in (({"refresh_token": ""}, "failed", 3), ({}, "ok", 0)):
-            with self.subTest(token=token), tempfile.TemporaryDirectory() as folder:
-                path = os.path.join(folder, "tokens.json")
-                claude_gateway.TokenFile(path).write(stored_token(expires_at=1_700_000_000, **token))
-                config = Config(token_file=path)
-                finding = next(claude_gateway.credential_findings(config, SimpleNamespace(post_json=None)))
-                self.assertEqual((finding.level, finding.code), (level, code))
-
-    def doctor(self, **variables):
-        """The findings of `doctor --json`, by name, and the exit code; nothing of it leaves this machine."""
-        done = outcome_of(["doctor", "--json", "-p", free_port()], dict({
-            "HOME": "/nowhere", "ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, **variables), "")
-        return {finding["name"]: finding for finding in json.loads(done.out)}, done.code
-
-    def test_doctor_goes_on_with_settings_that_are_wrong(self):
-        found, code = self.doctor(CLAUDE_GATEWAY_PORT="", CLAUDE_GATEWAY_AUTH="x", HTTPS_PROXY="socks5://u:word@h:1")
-        self.assertEqual((code, found["Settings"]["level"], found["Upstream"]["level"]), (2, "failed", "failed"))
-        for variables, words in (({"HTTPS_PROXY": "socks5://u:word@h:1"}, "HTTPS_PROXY: SOCKS proxies"),
-                                 ({"https_proxy": "http://u:word@h:x"}, "https_proxy: expected an address"),
-                                 ({"CLAUDE_GATEWAY_AUTH": "x"}, "CLAUDE_GATEWAY_AUTH: expected one of auto, api-key, "
-                                                                "oauth, got 'x'."),
-                                 ({"CLAUDE_GATEWAY_ALIAS": "a=b,c"}, "CLAUDE_GATEWAY_ALIAS: expected NAME=MODEL, got "
-                                                                     "'c'."),
-                                 ({"CLAUDE_GATEWAY_MINIMAL": "1", "CLAUDE_GATEWAY_QUIET": "1"}, "exclude each other")):
-            with self.subTest(variables):
-                parsed = claude_gateway.argument_parser().parse_args(["doctor"])
-                config, wrong = claude_gateway.usable_config(parsed, variables)
-                self.assertEqual([finding.level for finding in wrong], ["failed"])
-                self.assertIn(words, wrong[0].detail)
-                self.assertNotIn("word", wrong[0].detail.replace("password", ""))
-        parsed = claude_gateway.argument_parser().parse_args(["doctor", "--port", "x"])
-        self.assertEqual(claude_gateway.usable_config(parsed, {})[0].port, 45554)
-        _, wrong = claude_gateway.usable_config(parsed, {"ALL_PROXY": "socks5://u:word@h:1"})
-        self.assertEqual([(finding.level, finding.detail) for finding in wrong],
-                         [("warning", "ALL_PROXY is set, and not used here")])
-
-    def test_doctor_says_what_to_do_with_a_refused_credential(self):
-        def refuse():
-            raise claude_gateway.ClaudeError(401, {"type": "authentication_error", "message": "invalid x-api-key"})
-        for credential, step in ((claude_gateway.ApiKey("k", "ANTHROPIC_API_KEY"), "Check ANTHROPIC_API_KEY at https"),
-                                 (claude_gateway.BearerToken("t", "X", True), "Renew the token")):
-            finding = claude_gateway.acceptance_finding(SimpleNamespace(credential=credential, models=refuse))
-            self.assertTrue(finding.step.startswith(step), finding)
-            self.assertIn("invalid x-api-key. Hint:", finding.detail)
-
-    def test_doctor_masks_the_proxys_credentials(self):
-        code, said, _ = run_command("doctor", "--port", free_port(),
-                                    HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:1")
-        self.assertIn("***@127.0.0.1:1", said)
-        self.assertNotIn("proxy-password", said)
-        for proxy, shown in (("someone:proxy-password@127.0.0.1:1", "http://***@127.0.0.1:1"),
-                             ("http://proxy.test:1", "http://proxy.test:1, but not for the upstream: by NO_PROXY")):
-            self.assertIn(shown, claude_gateway.proxy_finding(Config(https_proxy=proxy, no_proxy=(
-                "api.anthropic.com" if "test" in proxy else ""))).detail)
-
-    def test_selftest_passes_without_network_and_credential(self):
-        code, said, _ = run_command("selftest", HTTPS_PROXY="http://127.0.0.1:1")
-        self.assertEqual((code, re.findall(r"(?m)^ok +(\w+)", said)),
-                         (0, ["plain", "streaming", "tools", "image", "error", "cancel"]))
-        self.assertTrue(said.endswith("\nAll 6 checks passed.\n"))
-        self.assertNotRegex(said, r"(?m) $")
-
-    def test_doctor_notices_a_gateway_upstream(self):
-        config = Config(base_url="http://127.0.0.1:%d" % self.service.port)
-        upstream = claude_gateway.Upstream(config, "")
-        self.addCleanup(upstream.close)
-        found = {finding.name: finding for finding in claude_gateway.network_findings(config, upstream)}
-        self.assertEqual((found["Upstream"].level, found["Clock"].level), ("warning", "ok"))
-        self.assertIn("is a claude-gateway itself", found["Upstream"].detail)
-
-
-# ---- Tool settings -----------------------------------------------------------------------------------
-
-class SetupTests(unittest.TestCase):
-    def test_settings_name_their_variables_as_the_tools_do(self):
-        config = Config(port=45_554)
-        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
-        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
-                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
-            self.assertIn(line, texts)
-        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
-
-    def test_setup_prints_settings_for_every_tool_and_writes_nothing(self):
-        for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
-            with self.subTest(name=name):
-                said = claude_gateway.setup_text(name, Config(port=45999))
-                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE", "START", "CONTAINER", "ENV_KEY",
-                                    "PORT", "HOME"):
-                    self.assertNotRegex(said, r"(?<![A-Z_-])%s(?![A-Z_-])" % placeholder)
-                if name not in ("cursor", "systemd", "launchd", "windows", "docker"):
-                    self.assertIn("45999", said)
-        code, said, _ = run_command("setup", "codex", "--port", "45999")
-        self.assertEqual(code, 0)
-        self.assertIn('base_url = "http://localhost:45999/v1"', said)
-        self.assertIn("cannot reach", claude_gateway.setup_text("cursor", Config()))
-
-    def test_service_files_name_this_python_and_this_file(self):
-        for name in ("systemd", "launchd", "windows"):
-            said = claude_gateway.setup_text(name, Config())
-            self.assertIn(os.path.abspath(claude_gateway.__file__), said)
-        plist = plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())
-        self.assertEqual(plist["ProgramArguments"], [sys.executable, os.path.abspath(claude_gateway.__file__), "start"])
-        self.assertEqual(plist["StandardErrorPath"], os.path.expanduser("~/Library/Logs/claude-gateway.log"))
-
-    def test_service_files_carry_the_port(self):
-        config = Config(port=45999, api_key=("the-client-key",))
-        systemd, launchd, windows, docker = (claude_gateway.setup_text(name, config)
-                                             for name in ("systemd", "launchd", "windows", "docker"))
-        self.assertRegex(systemd, r'(?m)^ExecStart=".*" ".*" start --port 45999$')
-        self.assertEqual(plistlib.loads(launchd.encode())["ProgramArguments"][2:], ["start", "--port", "45999"])
-        self.assertIn('\\" start --port 45999"', windows)
-        for words in ('CMD ["start", "--port", "45999"]', "EXPOSE 45999\n", "127.0.0.1:45999/health",
-                      "-p 127.0.0.1:45999:45999", 'cp "%s" .' % os.path.abspath(claude_gateway.__file__)):
-            self.assertIn(words, docker)
-        for said in (systemd, launchd, windows, docker):
-            self.assertIn("CLAUDE_GATEWAY_API_KEY", said)
-            self.assertNotIn("the-client-key", said)
-        self.assertIn("RestartPreventExitStatus=2 3\n", systemd)
-
-    def test_paths_are_written_as_each_service_file_takes_them(self):
-        kept = sys.executable
-        self.addCleanup(setattr, sys, "executable", kept)
-        sys.executable = '/a "b"/100% $PORT & <c>/python'
-        self.assertIn(r'ExecStart="/a \"b\"/100%% $$PORT & <c>/python" "',
-                      claude_gateway.setup_text("systemd", Config()))
-        self.assertEqual(plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())["ProgramArguments"][0],
-                         sys.executable)
-
-    def test_settings_fit_the_gateway_that_they_are_for(self):
-        plain, keyed = Config(port=45999), Config(port=45999, api_key=("the-client-key",))
-        for name in claude_gateway.TOOL_SETTINGS:
-            self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
-        self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
-        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('\nenv_key = "CLAUDE_GATEWAY_API_KEY"'))
-        for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
-                      "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
-            self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
-        for name in ("open-webui", "n8n", "librechat"):
-            said = claude_gateway.setup_text(name, plain)
-            for words in ("http://host.docker.internal:45999/v1", "--add-host=host.docker.internal:host-gateway",
-                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 172.17.0.1"):
-                self.assertIn(words, said)
-        for line in said.split("\n")[:3]:           # librechat's settings are a file
-            self.assertTrue(line.startswith("# "))
-        self.assertTrue(claude_gateway.setup_text("continue", plain).startswith("name: "))
-        self.assertIn("\nversion: 1.0.0\nschema: v1\nmodels:\n", claude_gateway.setup_text("continue", plain))
-
-    def test_setup_says_where_they_go_and_prints_what_can_be_pasted(self):
-        done = outcome_of(["setup", "codex"], {}, "")
-        self.assertEqual((done.code, done.err), (0, "Codex CLI, ~/.codex/config.toml:\n"))
-        self.assertTrue(done.out.startswith('model = "claude-opus-5-5"\n'))
-        self.assertIn("a terminal (cmd):", outcome_of(["setup", "windows"], {}, "").err)
-        listed = outcome_of(["setup"], {}, "").out
-        self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
-        self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your user$")
-
-    def test_completion_knows_every_command_and_option(self):
-        for shell in ("bash", "zsh", "fish", "PowerShell"):
-            with self.subTest(shell=shell):
-                done = outcome_of(["completion", shell], {}, "")
-                self.assertEqual(done.code, 0)
-                for name in [*claude_gateway.COMMANDS, "open-webui", "api-key oauth" if shell != "PowerShell" else
-                             "'api-key', 'oauth'", *(option.name for option in claude_gateway.OPTIONS)]:
-                    self.assertIn(name, done.out)
-                self.assertRegex(done.out, r"\A(#compdef claude-gateway\n)?# To load it.*: .*claude-gateway compl")
-                self.assertIn("not python", done.out)
-
-    COMPLETIONS = (("do", "doctor"), ("-", "--help --version"), ("start --log", "--log-format"),
-                   ("start --auth ", "auto api-key oauth"), ("start --log-format j", "json"), ("start --port ", ""),
-                   ("setup open", "openai opencode open-webui"), ("setup --j", ""), ("completion z", "zsh"),
-                   ("translate ", ""), ("logout ", "--token-file --help"))
-
-    @unittest.skipUnless(shutil.which("bash"), "no bash here")
-    def test_the_bash_completion_completes(self):
-        script = outcome_of(["completion", "bash"], {}, "").out
-        asks = ['COMP_WORDS=(claude-gateway %s%s); COMP_CWORD=%d; COMPREPLY=(); _claude_gateway; echo "${COMPREPLY[*]}"'
-                % (typed, " ''" if typed.endswith(" ") else "", len(typed.split(" "))) for typed, _ in self.COMPLETIONS]
-        ended = subprocess.run(["bash", "-c", script + "\n" + "\n".join(asks)], stdout=subprocess.PIPE, timeout=20)
-        self.assertEqual(ended.stdout.decode().splitlines(), [completed for _, completed in self.COMPLETIONS])
-
-    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
-        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
-                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
-            with self.subTest(given=given):
-                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
-        code, said, _ = run_command("setup")
-        self.assertEqual(code, 0)
-        for name, tool in claude_gateway.TOOL_SETTINGS.items():
-            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
-        for name in claude_gateway.SERVICE_FILES:
-            self.assertRegex(said, r"(?m)^%s " % name)
-
-
-# ---- Log ---------------------------------------------------------------------------------------------
+# ---- Log --------------------------------------------------------------------------------------------
 
 class LogTests(GatewayTestCase):
     def test_the_log_adds_up_the_prompts_of_one_completion(self):
@@ -10766,7 +10518,159 @@ class LogLevelTests(CommandTestCase):
                     self.assertTrue(any(entry["message"].startswith("Paste into your tool") for entry in entries))
 
 
-# ---- Command line ------------------------------------------------------------------------------------
+def forms_of(secret: str) -> set:
+    """How a secret can lie in a text: as it is, in an address, and inside base64 at any of three offsets."""
+    forms = {secret, urllib.parse.quote(secret, safe="")}
+    for offset in range(3):
+        inside = base64.b64encode(b"\0" * offset + secret.encode()).decode()[4 if offset else 0:]
+        forms.add(inside[:len(inside) // 4 * 4 - 4])
+    return forms
+
+
+@POSIX_ONLY
+class SecrecyTests(CommandTestCase):
+    def assert_hidden(self, text, secrets, where):
+        for secret in secrets:
+            for form in forms_of(secret):
+                self.assertNotIn(form, text, "%s shows %s" % (where, secret))
+
+    def test_a_secret_is_masked_before_anything_is_cut_and_in_every_spelling(self):
+        secrets = ["long" * 200, 'quo"te\\d', "schl\u00fcssel"]
+        for as_json in (False, True):
+            formatter = claude_gateway.LogFormatter(lambda: secrets, as_json)
+            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", ("shown",), None)
+            record.payload = {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500}
+            told = formatter.format(record)
+            for part in ("longlong", "quo", "schl"):
+                self.assertNotIn(part, told)
+            self.assertIn("A" * 60 + "...", told)
+        record = claude_gateway.LOG.makeRecord("x", 20, "x", 1, "a line", (), None)
+        record.fields = {"error": 'it said quo"te\\d', "status": 500}
+        self.assertEqual(json.loads(formatter.format(record))["error"], "it said ***")
+
+    def test_no_secret_is_in_any_log_or_answer(self):
+        planted = ["sk-ant-oat01-planted-old", "sk-ant-ort01-planted-old", "sk-ant-oat01-planted-new",
+                   "sk-ant-ort01-planted-new", "planted-client-key-1", "planted-client-key-2", "planted-proxy-word"]
+        variants = [(), ("-m",), ("-q",), ("-V",), ("-V", "--log-format", "json")]
+
+        def renew_once(recorded):
+            if recorded.body["refresh_token"] == planted[1]:
+                return token_answer(access_token=planted[2], refresh_token=planted[3])
+            return FakeReply(400, body={"error": "invalid_grant"})
+        self.claude.token_replies += [renew_once] * 50
+        children = []
+        for number, variant in enumerate(variants):
+            path = os.path.join(self.home, "tokens-%d.json" % number)
+            claude_gateway.TokenFile(path).write(stored_token(-10, access_token=planted[0], refresh_token=planted[1]))
+            children.append(self.child(
+                "start", "-p", "0", "--host", "127.0.0.1", "--token-file", path, *variant,
+                CLAUDE_GATEWAY_API_KEY=",".join(planted[4:6]), ANTHROPIC_BASE_URL=self.claude.url,
+                CLAUDE_GATEWAY_TOKEN_URL=self.token_url,
+                HTTPS_PROXY="http://planted-user:planted-proxy-word@127.0.0.1:9"))
+        for variant, child in zip(variants, children):
+            with self.subTest(variant):
+                self.service = SimpleNamespace(port=child.port)
+                answers = []
+                right, wrong = {"authorization": "Bearer " + planted[4]}, {"x-api-key": planted[4] + "x"}
+                answers += [self.chat(headers=right), self.chat(headers=right, stream=True, seed=1),
+                            self.chat(headers=wrong), self.ask("GET", "/v1/models", headers=right),
+                            self.ask("GET", "/health"), self.ask("GET", "/"),
+                            self.ask("GET", "/nothing", headers=right),
+                            self.chat(headers={"api-key": planted[5]}, model=planted[5])]
+                self.claude.play(FakeReply(401, body=error_body("authentication_error", "OAuth token has expired.")),
+                                 FakeReply(400, body=error_body("invalid_request_error", "No.")))
+                answers += [self.chat(headers=right), self.chat(headers=right)]     # 401: a renewal that is refused
+                self.assertEqual({answer.status for answer in answers} & {200, 401, 404, 400}, {200, 401, 404, 400})
+                child.process.send_signal(signal.SIGTERM)
+                heard = "".join("%s %s" % (answer.headers, answer.raw.decode()) for answer in answers
+                                if planted[5].encode() not in answer.raw)       # a model name is handed back
+                self.assert_hidden(heard, planted, "an answer")
+        for variant, child in zip(variants, children):
+            with self.subTest(variant):
+                self.assertEqual(child.end(), 0)
+                self.assert_hidden(child.out, planted, "standard output")
+                self.assert_hidden(child.err, planted, "the log")
+                self.assertNotIn("CLAUDE_GATEWAY_API_KEY", child.err)           # it is where it should be
+
+    def test_a_client_key_in_a_prompt_is_masked_in_the_log(self):
+        child = self.serve("-V", CLAUDE_GATEWAY_API_KEY="planted-client-key")
+        self.chat("My keys are planted-client-key and sk-ant-api03-planted-elsewhere.",
+                  headers={"authorization": "Bearer planted-client-key"})
+        child.end(signal.SIGTERM)
+        self.assertIn("My keys are", child.err)
+        self.assert_hidden(child.err, ["planted-client-key", "sk-ant-api03-planted-elsewhere"], "the log")
+
+    def test_a_proxy_that_refuses_learns_its_word_and_nobody_else(self):
+        heads = []
+        with socket.socket() as proxy:
+            proxy.bind(("127.0.0.1", 0))
+            proxy.listen(5)
+
+            def refuse():
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection = proxy.accept()[0]
+                        heads.append("")
+                        while not heads[-1].endswith("\r\n\r\n"):
+                            heads[-1] += connection.recv(65_536).decode("latin-1")
+                        connection.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+                        connection.close()
+            threading.Thread(target=refuse, daemon=True).start()
+            child = self.serve("-V", ANTHROPIC_BASE_URL="https://upstream.invalid",
+                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.getsockname()[1])
+            answer = self.chat(headers={"x-stainless-retry-count": "1"})
+            child.end(signal.SIGTERM)
+            proxy.shutdown(socket.SHUT_RDWR)
+        self.assertEqual(answer.status, 502)
+        self.assertIn(base64.b64encode(b"planted-user:planted-word").decode(), heads[0])
+        self.assertNotIn(SECRET, "".join(heads))
+        self.assert_hidden(answer.raw.decode() + child.out + child.err, ["planted-word", "planted-user:planted-word",
+                                                                         SECRET], "the gateway")
+
+    def test_status_and_models_show_no_secret(self):
+        cases = [{name: "planted-%s-secret" % name.lower()} for name in
+                 ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")]
+        self.sign_in(access_token="planted-access", refresh_token="planted-refresh")
+        secrets = [value for case in cases for value in case.values()] + ["planted-access", "planted-refresh"]
+        for child in self.commands(*[(arguments, dict(case, ANTHROPIC_BASE_URL="http://127.0.0.1:9"))
+                                     for arguments in (["status"], ["status", "--json"], ["models"])
+                                     for case in cases + [{}]]):
+            self.assertEqual(child.code, 0)
+            self.assert_hidden(child.out + child.err, secrets, "a command")
+
+    def test_a_key_that_no_header_can_carry_is_not_shown(self):
+        keys = ("planted-secret\nkey", "planted-secret-\u043a\u043b\u044e\u0447")
+        for child in self.commands(*[(["models"], {"ANTHROPIC_API_KEY": key, "ANTHROPIC_BASE_URL": self.claude.url})
+                                     for key in keys]):
+            self.assertNotIn("planted-secret", child.out + child.err)
+
+
+# ---- Terminal ---------------------------------------------------------------------------------------
+
+class TerminalTests(unittest.TestCase):
+    def test_commands_are_named_as_they_can_be_typed(self):
+        kept = sys.argv
+        self.addCleanup(setattr, sys, "argv", kept)
+        python = os.path.basename(sys.executable)
+        for script, typed in (("/usr/bin/claude-gateway", "claude-gateway start"),
+                              ("claude_gateway.py", python + " claude_gateway.py start"),
+                              ("/my files/claude_gateway.py", python + ' "/my files/claude_gateway.py" start'),
+                              ("other.py", "claude-gateway start"), ("", "claude-gateway start")):
+            with self.subTest(script=script):
+                sys.argv = [script]
+                self.assertEqual(claude_gateway.as_typed("`claude-gateway start`, the claude-gateway"),
+                                 "`%s`, the claude-gateway" % typed)
+
+    def test_colours_can_be_switched_off_by_force(self):
+        kept = dict(os.environ)
+        self.addCleanup(os.environ.update, kept)
+        for value, wanted in (("1", True), ("true", True), ("0", False), ("false", False), ("", False)):
+            os.environ["FORCE_COLOR"] = value
+            self.addCleanup(os.environ.pop, "FORCE_COLOR", None)
+            self.assertIs(claude_gateway.wants_colour(io.StringIO()), wanted)
+
+
+# ---- Options ----------------------------------------------------------------------------------------
 
 class OptionTests(unittest.TestCase):
     CASES = (                                       # flags, variable, its value, field, by flag, by variable, default
@@ -10897,330 +10801,245 @@ class OptionTests(unittest.TestCase):
                 self.assertEqual(claude_gateway.is_own_address(config_of("-p", "5123", ANTHROPIC_BASE_URL=url)), own)
 
 
-@POSIX_ONLY
-class StartTests(CommandTestCase):
-    def test_the_address_is_the_one_line_on_standard_output(self):
-        child = self.serve(host=("--host", "localhost"))
-        self.chat()
-        self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://127\.0\.0\.1:%d/v1\n\Z"
-                         % self.service.port)
-        self.assertIn("ANTHROPIC_API_KEY", child.err)
-        self.assertIn(self.claude.url, child.err)
-        self.assertIn("POST /v1/chat/completions", child.err)
+# ---- Diagnosis --------------------------------------------------------------------------------------
 
-    def test_an_interrupt_is_exit_130_without_a_traceback(self):
-        child = self.serve()
-        idle = self.connect()                                   # kept alive by a client that says nothing
-        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        self.assertIn(b"200", idle.recv(100))
-        self.assertEqual(child.end(signal.SIGINT), 130)
-        self.assertNotIn("Traceback", child.err)
+class DoctorTests(GatewayTestCase):
+    def test_doctor_finds_nothing_wrong_on_a_healthy_machine(self):
+        self.claude.models = [{"id": "claude-haiku-5-5", "type": "model", "lifecycle": "active"}]
+        code, said, _ = run_process("doctor", "--port", free_port(), "--live", ANTHROPIC_BASE_URL=self.claude.url,
+                                    ANTHROPIC_API_KEY=SECRET)
+        self.assertEqual(code, 0, said)
+        for name in ("Python", "File", "Port", "Proxy", "Certificates", "DNS", "Upstream", "Clock", "Credential",
+                     "Accepted", "Live call"):
+            self.assertRegex(said, r"(?m)^ok +%s " % name)
+        with open(PROGRAM, "rb") as file:
+            self.assertIn(hashlib.sha256(file.read()).hexdigest(), said)
+        self.assertIn("To paste into a bug report", said)
+        self.assertNotIn(SECRET, said)
 
-    def test_a_signal_may_come_as_soon_as_the_address_is_out(self):
-        child = self.child("start", "-p", "0", "--host", "127.0.0.1", ANTHROPIC_API_KEY=SECRET,
-                           ANTHROPIC_BASE_URL=self.claude.url)
-        child.wait_for("on http://", "out")
-        self.assertEqual(child.end(signal.SIGTERM), 0)
-
-    def test_a_running_request_finishes_first(self):
-        child, release = self.serve(), self.slow_answer()
-        thread, answers = self.in_flight()
-        child.process.send_signal(signal.SIGTERM)
-        child.wait_for("(?i)stopping")
-        with self.assertRaises(OSError):                        # nothing new is accepted
-            self.ask("GET", "/health")
-        release.set()
-        thread.join(20)
-        self.assertEqual((answers[0].status, answers[0].message["content"]), (200, "At last"))
-        self.assertEqual(child.end(), 0)
-
-    def test_a_second_signal_ends_it_at_once(self):
-        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-            with self.subTest(number):
-                child = self.serve()
-                self.slow_answer()
-                thread, answers = self.in_flight()
-                child.process.send_signal(number)
-                child.wait_for("(?i)stopping")
-                child.process.send_signal(number)
-                thread.join(10)                     # it would wait for its answer twice as long
-                self.assertEqual((thread.is_alive(), answers, child.end()), (False, [], code))
-                self.assertNotIn("Traceback", child.err)
-
-    def test_it_can_be_restarted_on_the_same_port_at_once(self):
-        first = self.serve()
-        connection = self.connect()
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        connection.recv(100)
-        port = str(self.service.port)
-        self.assertEqual(first.end(signal.SIGTERM), 0)
-        second = self.child("start", "--port", port, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
-        self.assertEqual(str(second.port), port)
-
-    def test_a_port_in_use_is_exit_4_and_named(self):
-        port = str(urlsplit(self.claude.url).port)
-        child = self.command("start", "--port", port, ANTHROPIC_API_KEY=SECRET)
-        self.assertEqual((child.code, child.out), (4, ""))
-        self.assertIn(port, child.err)
-        self.assertIn("--port", child.err)
-
-    def test_a_port_in_use_by_nobody_known_may_be_free_soon(self):
-        with contextlib.closing(socket.socket()) as taken, contextlib.closing(socket.socket()) as passing:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
-            passing.connect(taken.getsockname())
-            port = passing.getsockname()[1]         # its own end of the connection is not listening
-            code, _, said = run_command("start", "--port", str(port), "--host", "127.0.0.1", ANTHROPIC_API_KEY="k")
-        self.assertEqual(code, 4)
-        self.assertIn("just passing: it may be free again within a minute. Another port:", said)
-        self.assertIn("start --port %d --host 127.0.0.1" % (port % 65_535 + 1), said)
-
-    def connection(self):
-        """A connection of ours: its end, whose port it is about, and the other end."""
-        with contextlib.closing(socket.socket()) as server:
-            server.bind(("127.0.0.1", 0))
-            server.listen(1)
-            mine = socket.socket()
-            self.addCleanup(mine.close)
-            mine.bind(("127.0.0.1", 0))             # a port that no closed connection of an earlier test holds as well
-            mine.connect(server.getsockname())
-            theirs = server.accept()[0]
-            self.addCleanup(theirs.close)
-        return mine, theirs
-
-    @unittest.skipUnless(sys.platform == "linux", "no /proc/net/tcp here")
-    def test_a_port_that_a_connection_has_just_left_is_waited_for(self):
-        mine, theirs = self.connection()
-        port = mine.getsockname()[1]
-        mine.shutdown(socket.SHUT_WR)               # who closes first keeps the port in TIME-WAIT
-        theirs.close()
-        mine.recv(1)
-        mine.close()
-        child = self.child("start", "-p", str(port), "--host", "127.0.0.1", "--alias", "my model=opus",
-                           "--api-key", "the-client-key", ANTHROPIC_API_KEY=SECRET)
-        child.wait_for("waiting up to a minute.*\n")
-        self.assertIn("Port %d is held by a connection that has just closed" % port, child.err)
-        self.assertRegex(child.err, r"Or: \S+ \S+ start --port %d --host 127.0.0.1 --alias 'my model=opus' "
-                                    r"--api-key KEY\n" % (port % 65_535 + 1))
-        self.assertNotIn("the-client-key", child.err)
-        self.assertEqual((child.end(signal.SIGTERM), child.out), (0, ""))
-
-    @unittest.skipUnless(sys.platform == "linux", "no /proc/net/tcp here")
-    def test_a_port_is_taken_as_soon_as_it_is_free(self):
-        parsed = claude_gateway.argument_parser().parse_args(["start"])
-        kept = claude_gateway.TIME_WAIT_PATIENCE
-        self.addCleanup(setattr, claude_gateway, "TIME_WAIT_PATIENCE", kept)
-        for patience, closing, taken in ((kept, True, True), (kept, False, False), (-1, True, False)):
-            with self.subTest(patience=patience, closing=closing):
-                mine, theirs = self.connection()
-                gateway = Gateway(Config(host="127.0.0.1", port=mine.getsockname()[1], anthropic_api_key="k"))
-                self.addCleanup(gateway.close)
-                if closing:                         # half closed: nobody can use it any more
-                    mine.shutdown(socket.SHUT_WR)
-                finding = claude_gateway.port_finding(gateway.config)
-                self.assertEqual(finding.level, "warning" if closing else "failed")
-                self.assertIn("Wait" if closing else "claude-gateway start --port %d --host 127.0.0.1" % (
-                    gateway.config.port % 65_535 + 1), finding.step)
-                claude_gateway.TIME_WAIT_PATIENCE = patience
-                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                # whoever waits here frees the port: a reset leaves no TIME-WAIT behind
-                ends = [mine, theirs]
-                stop = SimpleNamespace(wait=lambda seconds, ends=ends: (ends.pop().close(), ends.pop().close())[0])
-                with contextlib.redirect_stderr(io.StringIO()):
-                    if taken:
-                        service = claude_gateway.service_on_its_port(gateway, parsed, stop)
-                        self.assertEqual(service.port, gateway.config.port)
-                        service.stop_accepting()
-                    else:
-                        with self.assertRaises(OSError):
-                            claude_gateway.service_on_its_port(gateway, parsed, stop)
-
-    @POSIX_ONLY
-    def test_it_runs_without_standard_output_and_error(self):
-        ended = subprocess.Popen(["sh", "-c", 'exec "$0" "$1" start --demo -p "$2" --host 127.0.0.1 >&- 2>&-',
-                                  sys.executable, PROGRAM, str(free_port())], env=self.environment({}))
-        self.addCleanup(ended.kill)
-        for _ in range(1_000):
-            with contextlib.suppress(OSError):
-                if self.ask("GET", "/health").status == 200:
-                    break
-            self.assertIsNone(ended.poll())
-            time.sleep(0.01)
-        ended.send_signal(signal.SIGTERM)
-        self.assertEqual(ended.wait(20), 0)
-
-    def free_port(self) -> int:
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.service = SimpleNamespace(port=probe.getsockname()[1])
-        return self.service.port
-
-    def test_on_all_addresses_the_pasted_one_is_no_address_of_this_page(self):
-        for flags, pasted, named in (((), "ADDRESS-OF-THIS-MACHINE", True),
-                                     (("--allow-host", "gateway.lan"), "gateway.lan", False)):
-            with self.subTest(flags):
-                child = self.child("start", "--demo", "-p", "0", "--host", "0.0.0.0", *flags,
-                                   CLAUDE_GATEWAY_API_KEY="k")
-                port = child.wait_for(r"on http://0\.0\.0\.0:(\d+)/v1", "out").group(1)
-                child.wait_for("base URL http://%s:%s/v1 " % (pasted, port))
-                self.assertEqual(child.end(signal.SIGTERM), 0)
-                self.assertIn("Clients: a key is needed\n", child.err)
-                self.assertEqual("--allow-host NAME" in child.err, named)
-
-    def test_the_proxy_in_use_is_named_without_its_credentials(self):
-        child = self.serve(ANTHROPIC_BASE_URL="https://upstream.test",
-                           HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:9")
-        answer = self.chat(headers={"x-stainless-retry-count": "1"})
-        child.end(signal.SIGTERM)
-        self.assertIn("Proxy: http://***@127.0.0.1:9\n", child.err)
-        self.assertIn("The proxy 127.0.0.1:9 could not be reached: ", answer.error["message"])
-        self.assertNotIn("proxy-password", child.err)
-
-    def test_on_a_terminal_a_first_start_asks_first(self):
-        try:
-            import pty
-        except ImportError:
-            self.skipTest("no pseudo terminals here")
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-        child = self.child("start", "--port", "0", stdin=slave)
-        os.close(slave)
-        child.wait_for(r"No credential\. Sign in with a Claude account now\? \[y/N\] ")
-        os.write(master, b"\n")
-        self.assertEqual(child.end(), 3)
-        self.assertRegex(child.err, r"No credential\. Set ANTHROPIC_API_KEY, or run")
-        self.assertNotIn("claude.ai", child.err)
-
-    def test_an_alias_for_nothing_known_draws_a_warning(self):
-        child = self.child("start", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
-                           "bar=opus", "--alias", "*=gpt-4o", ANTHROPIC_API_KEY="k",
-                           ANTHROPIC_BASE_URL=self.claude.url, REQUESTS_CA_BUNDLE="/nowhere.pem")
-        child.wait_for("Paste into your tool")
-        self.assertEqual(re.findall("Warning: (.*?):", child.err), ["--alias foo=sonet"])
-        self.assertIn("Warning: REQUESTS_CA_BUNDLE names /nowhere.pem, which is not there", child.err)
-        self.assertIn("Nearest: sonnet,", child.err)
-
-    def test_what_cannot_be_started_says_why_with_its_exit_code(self):
-        key = {"ANTHROPIC_API_KEY": SECRET}
+    def test_doctor_names_the_step_for_what_fails(self):
+        taken = self.connect().getpeername()[1]     # the class's own gateway: told apart from a stranger
+        stranger = str(urlsplit(self.claude.url).port)
         cases = (
-            (["start"], {}, 3, "ANTHROPIC_API_KEY.*login|login.*ANTHROPIC_API_KEY"),
-            (["start", "--auth", "oauth"], key, 3, "login"),
-            (["start", "--auth", "api-key"], {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-x"}, 3, "ANTHROPIC_API_KEY"),
-            (["start", "--host", "0.0.0.0"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
-            (["start", "--host", "::"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
-            (["start", "--host", "192.0.2.7"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
-            (["start", "--host", "0.0.0.0", "--demo"], {}, 2, "CLAUDE_GATEWAY_API_KEY"),
-            (["start", "--cors-origin", "*"], key, 2, "cors-origin"),
-            (["start"], dict(key, CLAUDE_GATEWAY_PORT="", ANTHROPIC_BASE_URL="http://localhost:45554"), 2,
-             "(?i)own address"),
-            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://127.0.0.1:5123/v1"), 2, "(?i)own address"),
-            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://[::1]:5123"), 2, "(?i)own address"),
-            (["start"], dict(key, ANTHROPIC_BASE_URL="http://example.com"), 2, "ANTHROPIC_BASE_URL"),
-            (["start"], dict(key, ANTHROPIC_BASE_URL="ftp://localhost"), 2, "ANTHROPIC_BASE_URL"),
-            (["start"], dict(key, ANTHROPIC_BASE_URL="api.anthropic.com"), 2, "ANTHROPIC_BASE_URL"),
-            (["start"], dict(key, CLAUDE_GATEWAY_TOKEN_URL="http://example.com/token"), 2, "CLAUDE_GATEWAY_TOKEN_URL"),
-            (["start", "--api-key", ""], key, 2, "(?i)empty"),
-            (["start", "--api-key", " "], key, 2, "(?i)empty"),
-            (["start"], dict(key, CLAUDE_GATEWAY_API_KEY="good,,"), 2, "(?i)empty"),
-            (["start", "--port", "abc"], key, 2, "port"),
-            (["start", "--port", "65536"], key, 2, "port"),
-            (["start", "--port=-1"], key, 2, "port"),
-            (["start", "--no-such-option"], key, 2, "no-such-option"),
-            (["start", "--token-file", os.path.join(PROGRAM, "tokens.json")], {}, 3, re.escape(PROGRAM)),
-            (["start"], dict(key, HTTPS_PROXY="socks5://127.0.0.1:1080"), 2, "(?i)socks"),
-            (["bake"], {}, 2, "bake"),
-            ([], {}, 2, "start"),
-        )
-        done = self.commands(*[(arguments, variables) for arguments, variables, _, _ in cases])
-        for child, (arguments, variables, code, words) in zip(done, cases):
-            with self.subTest(arguments=arguments, variables=variables):
-                self.assertEqual(child.code, code, child.err)
-                self.assertRegex(child.err.replace("\n", " "), words)
-                self.assertEqual(child.out, "")
-                self.assertNotIn(SECRET, child.err)
+            ({"ANTHROPIC_BASE_URL": self.claude.url}, ["--port", str(taken)], 3, "Credential", "login"),
+            ({"ANTHROPIC_BASE_URL": "http://127.0.0.1:1", "ANTHROPIC_API_KEY": "k"}, ["--port", str(taken)], 5,
+             "Upstream", "Check the network"),
+            ({"ANTHROPIC_BASE_URL": self.claude.url, "ANTHROPIC_API_KEY": "k"}, ["--port", stranger], 4, "Port",
+             "start --port"))
+        for variables, arguments, wanted, name, step in cases:
+            with self.subTest(name=name):
+                code, said, _ = run_command("doctor", "--json", *arguments, **variables)
+                finding = next(each for each in json.loads(said) if each["level"] == "failed")
+                self.assertEqual((code, finding["name"]), (wanted, name), said)
+                self.assertIn(step, finding["step"])
 
-    def test_an_upstream_that_is_down_does_not_keep_it_from_starting(self):
-        self.serve(ANTHROPIC_BASE_URL="http://127.0.0.1:9")
-        self.assertEqual(self.chat(headers={"x-stainless-retry-count": "1"}).status, 502)
+    def test_doctor_goes_on_without_the_network(self):
+        with contextlib.closing(socket.socket()) as unused, tempfile.TemporaryDirectory() as folder:
+            unused.bind(("127.0.0.1", 0))           # bound, and nobody listens
+            port = unused.getsockname()[1]
+            path = os.path.join(folder, "tokens.json")
+            expiry = int(time.time()) + 600
+            claude_gateway.TokenFile(path).write(stored_token(expires_at=expiry, account={"email_address": "me@x.org"}))
+            code, said, _ = run_command("doctor", "--json", "--live", "--port", free_port(), "--token-file", path,
+                                        ANTHROPIC_BASE_URL="http://127.0.0.1:%d" % port)
+        found = {finding["name"]: finding for finding in json.loads(said)}
+        self.assertEqual(code, 5)
+        self.assertIn("127.0.0.1 port %d: " % port, found["Upstream"]["detail"])
+        self.assertEqual(found["Credential"]["level"], "ok")
+        for words in (path, "renewed automatically", time.strftime("%Y-%m-%d %H:%M", time.localtime(expiry))):
+            self.assertIn(words, found["Credential"]["detail"])
+        self.assertNotIn("me@x.org", said)
+        self.assertEqual((found["Skipped"]["level"], found["Skipped"]["detail"]),
+                         ("warning", "the clock, whether Claude accepts the credential, the live calls"))
+        for finding in found.values():
+            self.assertEqual(bool(finding["step"]), finding["level"] != "ok", finding)
+            self.assertEqual(bool(finding["code"]), finding["level"] == "failed", finding)
 
-    def test_a_damaged_token_file_is_named_and_left_as_it_is(self):
-        os.makedirs(os.path.dirname(self.token_path))
-        with open(self.token_path, "wb") as file:
-            file.write(b"{ torn")
-        for child in self.commands((["start"], {}), (["status"], {}), (["status", "--json"], {})):
-            with self.subTest(child):
-                self.assertIn(child.code, (1, 3))
-                self.assertIn(self.token_path, child.err)
-        with open(self.token_path, "rb") as file:
-            self.assertEqual(file.read(), b"{ torn")
-        self.assertEqual(os.listdir(os.path.dirname(self.token_path)), ["oauth-tokens.json"])
+    def test_doctor_tells_a_login_that_is_over(self):
+        for token, level, code in (({"refresh_token": ""}, "failed", 3), ({}, "ok", 0)):
+            with self.subTest(token=token), tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "tokens.json")
+                claude_gateway.TokenFile(path).write(stored_token(expires_at=1_700_000_000, **token))
+                config = Config(token_file=path)
+                finding = next(claude_gateway.credential_findings(config, SimpleNamespace(post_json=None)))
+                self.assertEqual((finding.level, finding.code), (level, code))
 
-    def test_keys_of_clients_are_taken_from_both_places_and_one_draws_a_warning(self):
-        child = self.serve("--api-key", "first-client-key", "--api-key", "second-client-key")
-        for key, status in (("first-client-key", 200), ("second-client-key", 200), ("third", 401)):
-            self.assertEqual(self.chat(headers={"authorization": "Bearer " + key}).status, status)
-        child.end(signal.SIGTERM)
-        self.assertEqual(len([line for line in child.err.split("\n") if "CLAUDE_GATEWAY_API_KEY" in line]), 1)
-        self.assertNotIn("client-key", child.err)
+    def doctor(self, **variables):
+        """The findings of `doctor --json`, by name, and the exit code; nothing of it leaves this machine."""
+        done = outcome_of(["doctor", "--json", "-p", free_port()], dict({
+            "HOME": "/nowhere", "ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, **variables), "")
+        return {finding["name"]: finding for finding in json.loads(done.out)}, done.code
 
-    def test_without_a_home_keys_work_and_logins_say_what_is_missing(self):
-        # a home that is no absolute path is what a process without a home looks like
-        child = self.serve(HOME="nowhere", APPDATA=None)
-        self.assertEqual(self.chat().status, 200)
-        child.end(signal.SIGTERM)
-        homeless = {"HOME": "nowhere", "APPDATA": None}
-        login, status, start, logout = self.commands(*[(arguments, homeless) for arguments in (
-            ["login", "--no-browser"], ["status"], ["start"], ["logout"])])
-        self.assertEqual((login.code, status.code, start.code), (2, 3, 3))
-        self.assertIn("--token-file", login.err)
-        self.assertIn(logout.code, (0, 2))
-        self.assertEqual(os.listdir(self.working_directory), [])
+    def test_doctor_goes_on_with_settings_that_are_wrong(self):
+        found, code = self.doctor(CLAUDE_GATEWAY_PORT="", CLAUDE_GATEWAY_AUTH="x", HTTPS_PROXY="socks5://u:word@h:1")
+        self.assertEqual((code, found["Settings"]["level"], found["Upstream"]["level"]), (2, "failed", "failed"))
+        for variables, words in (({"HTTPS_PROXY": "socks5://u:word@h:1"}, "HTTPS_PROXY: SOCKS proxies"),
+                                 ({"https_proxy": "http://u:word@h:x"}, "https_proxy: expected a URL"),
+                                 ({"CLAUDE_GATEWAY_AUTH": "x"}, "CLAUDE_GATEWAY_AUTH: expected one of auto, api-key, "
+                                                                "oauth, got 'x'."),
+                                 ({"CLAUDE_GATEWAY_ALIAS": "a=b,c"}, "CLAUDE_GATEWAY_ALIAS: expected NAME=MODEL, got "
+                                                                     "'c'."),
+                                 ({"CLAUDE_GATEWAY_MINIMAL": "1", "CLAUDE_GATEWAY_QUIET": "1"}, "exclude each other")):
+            with self.subTest(variables):
+                parsed = claude_gateway.argument_parser().parse_args(["doctor"])
+                config, wrong = claude_gateway.usable_config(parsed, variables)
+                self.assertEqual([finding.level for finding in wrong], ["failed"])
+                self.assertIn(words, wrong[0].detail)
+                self.assertNotIn("word", wrong[0].detail.replace("password", ""))
+        parsed = claude_gateway.argument_parser().parse_args(["doctor", "--port", "x"])
+        self.assertEqual(claude_gateway.usable_config(parsed, {})[0].port, 45554)
+        _, wrong = claude_gateway.usable_config(parsed, {"ALL_PROXY": "socks5://u:word@h:1"})
+        self.assertEqual([(finding.level, finding.detail) for finding in wrong],
+                         [("warning", "ALL_PROXY is set, and is ignored")])
 
-    def test_nothing_is_read_from_the_working_directory(self):
-        for name in ("oauth-tokens.json", ".oauth-tokens.json", "claude-gateway/oauth-tokens.json",
-                     ".config/claude-gateway/oauth-tokens.json"):
-            claude_gateway.TokenFile(os.path.join(self.working_directory, name)).write(stored_token())
-        for name in (".env", "claude-gateway.env", ".claude-gateway"):
-            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
-                file.write("ANTHROPIC_API_KEY=sk-ant-api03-x\n")
-        for name in ("ssl.py", "json.py", "webbrowser.py"):
-            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
-                file.write("raise SystemExit(99)\n")
-        child = self.child("status")
-        self.assertEqual(child.end(), 3, child.err)
+    def test_doctor_says_what_to_do_with_a_refused_credential(self):
+        def refuse():
+            raise claude_gateway.ClaudeError(401, {"type": "authentication_error", "message": "invalid x-api-key"})
+        for credential, step in ((claude_gateway.ApiKey("k", "ANTHROPIC_API_KEY"), "Check ANTHROPIC_API_KEY at https"),
+                                 (claude_gateway.BearerToken("t", "X", True), "Renew the token")):
+            finding = claude_gateway.acceptance_finding(SimpleNamespace(credential=credential, models=refuse))
+            self.assertTrue(finding.step.startswith(step), finding)
+            self.assertIn("invalid x-api-key. Hint:", finding.detail)
 
-    def test_a_login_is_used_and_named(self):
-        self.sign_in(account={"email_address": "me@example.org"})
-        child = self.serve(ANTHROPIC_API_KEY="")                # empty counts as unset
-        self.assertEqual(self.chat().status, 200)
-        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + OLD_ACCESS)
-        child.wait_for("me@example.org")
-        child.wait_for("(?i)terms")
+    def test_doctor_masks_the_proxys_credentials(self):
+        code, said, _ = run_command("doctor", "--port", free_port(),
+                                    HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:1")
+        self.assertIn("***@127.0.0.1:1", said)
+        self.assertNotIn("proxy-password", said)
+        for proxy, shown in (("someone:proxy-password@127.0.0.1:1", "http://***@127.0.0.1:1"),
+                             ("http://proxy.test:1", "http://proxy.test:1, but not for the upstream: it is in")):
+            self.assertIn(shown, claude_gateway.proxy_finding(Config(https_proxy=proxy, no_proxy=(
+                "api.anthropic.com" if "test" in proxy else ""))).detail)
 
-    def test_on_a_terminal_a_first_start_signs_in_first(self):
-        try:
-            import pty
-        except ImportError:
-            self.skipTest("no pseudo terminals here")
-        self.claude.token_replies.append(token_answer())
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-        child = self.child("start", "--port", "0", stdin=slave, BROWSER="true", ANTHROPIC_BASE_URL=self.claude.url,
-                           CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
-        os.close(slave)
-        child.wait_for(r"\[y/N\]")
-        os.write(master, b"y\n")
-        state = parse_qs(child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)").group(1))["state"][0]
-        child.wait_for("2026-08-22")
-        child.wait_for("Code: ")
-        os.write(master, ("the-code#%s\n" % state).encode())
-        self.service = SimpleNamespace(port=child.port)
-        self.assertEqual(self.chat().status, 200)
-        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
-        self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertEqual(len(child.out.strip().split("\n")), 1)
+    def test_doctor_notices_a_gateway_upstream(self):
+        config = Config(base_url="http://127.0.0.1:%d" % self.service.port)
+        upstream = claude_gateway.Upstream(config, "")
+        self.addCleanup(upstream.close)
+        found = {finding.name: finding for finding in claude_gateway.network_findings(config, upstream)}
+        self.assertEqual((found["Upstream"].level, found["Clock"].level), ("warning", "ok"))
+        self.assertIn("is a claude-gateway itself", found["Upstream"].detail)
 
+
+class UntrustedUpstreamTests(TlsTestCase):
+    def test_doctor_names_who_issued_a_certificate_that_is_not_trusted(self):
+        with RawUpstream(context=self.context) as upstream:
+            code, said, _ = run_command("doctor", "--port", free_port(), ANTHROPIC_BASE_URL=upstream.url)
+        self.assertEqual(code, 5)
+        self.assertIn("The certificate was issued by upstream.test.", said)
+        self.assertRegex(said, r"-> SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor")
+        self.assertEqual(claude_gateway.issuer_of("127.0.0.1", 9), "")     # nobody there
+
+
+# ---- Selftest ---------------------------------------------------------------------------------------
+
+class SelftestTests(unittest.TestCase):
+    def test_selftest_passes_without_network_and_credential(self):
+        code, said, _ = run_command("selftest", HTTPS_PROXY="http://127.0.0.1:1")
+        self.assertEqual((code, re.findall(r"(?m)^ok +(\w+)", said)),
+                         (0, ["plain", "streaming", "tools", "image", "error", "cancel"]))
+        self.assertTrue(said.endswith("\nAll 6 checks passed.\n"))
+        self.assertNotRegex(said, r"(?m) $")
+
+
+# ---- Tool settings ----------------------------------------------------------------------------------
+
+class SetupTests(unittest.TestCase):
+    def test_settings_name_their_variables_as_the_tools_do(self):
+        config = Config(port=45_554)
+        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
+        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
+                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
+            self.assertIn(line, texts)
+        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
+
+    def test_setup_prints_settings_for_every_tool_and_writes_nothing(self):
+        for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
+            with self.subTest(name=name):
+                said = claude_gateway.setup_text(name, Config(port=45999))
+                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE", "START", "CONTAINER", "ENV_KEY",
+                                    "PORT", "HOME"):
+                    self.assertNotRegex(said, r"(?<![A-Z_-])%s(?![A-Z_-])" % placeholder)
+                if name not in ("cursor", "systemd", "launchd", "windows", "docker"):
+                    self.assertIn("45999", said)
+        code, said, _ = run_command("setup", "codex", "--port", "45999")
+        self.assertEqual(code, 0)
+        self.assertIn('base_url = "http://localhost:45999/v1"', said)
+        self.assertIn("cannot reach", claude_gateway.setup_text("cursor", Config()))
+
+    def test_service_files_name_this_python_and_this_file(self):
+        for name in ("systemd", "launchd", "windows"):
+            said = claude_gateway.setup_text(name, Config())
+            self.assertIn(os.path.abspath(claude_gateway.__file__), said)
+        plist = plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())
+        self.assertEqual(plist["ProgramArguments"], [sys.executable, os.path.abspath(claude_gateway.__file__), "start"])
+        self.assertEqual(plist["StandardErrorPath"], os.path.expanduser("~/Library/Logs/claude-gateway.log"))
+
+    def test_service_files_carry_the_port(self):
+        config = Config(port=45999, api_key=("the-client-key",))
+        systemd, launchd, windows, docker = (claude_gateway.setup_text(name, config)
+                                             for name in ("systemd", "launchd", "windows", "docker"))
+        self.assertRegex(systemd, r'(?m)^ExecStart=".*" ".*" start --port 45999$')
+        self.assertEqual(plistlib.loads(launchd.encode())["ProgramArguments"][2:], ["start", "--port", "45999"])
+        self.assertIn('\\" start --port 45999"', windows)
+        for words in ('CMD ["start", "--port", "45999"]', "EXPOSE 45999\n", "127.0.0.1:45999/health",
+                      "-p 127.0.0.1:45999:45999", 'cp "%s" .' % os.path.abspath(claude_gateway.__file__)):
+            self.assertIn(words, docker)
+        for said in (systemd, launchd, windows, docker):
+            self.assertIn("CLAUDE_GATEWAY_API_KEY", said)
+            self.assertNotIn("the-client-key", said)
+        self.assertIn("RestartPreventExitStatus=2 3\n", systemd)
+
+    def test_paths_are_written_as_each_service_file_takes_them(self):
+        kept = sys.executable
+        self.addCleanup(setattr, sys, "executable", kept)
+        sys.executable = '/a "b"/100% $PORT & <c>/python'
+        self.assertIn(r'ExecStart="/a \"b\"/100%% $$PORT & <c>/python" "',
+                      claude_gateway.setup_text("systemd", Config()))
+        self.assertEqual(plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())["ProgramArguments"][0],
+                         sys.executable)
+
+    def test_settings_fit_the_gateway_that_they_are_for(self):
+        plain, keyed = Config(port=45999), Config(port=45999, api_key=("the-client-key",))
+        for name in claude_gateway.TOOL_SETTINGS:
+            self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
+        self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
+        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('\nenv_key = "CLAUDE_GATEWAY_API_KEY"'))
+        for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
+                      "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
+            self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
+        for name in ("open-webui", "n8n", "librechat"):
+            said = claude_gateway.setup_text(name, plain)
+            for words in ("http://host.docker.internal:45999/v1", "--add-host=host.docker.internal:host-gateway",
+                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 172.17.0.1"):
+                self.assertIn(words, said)
+        for line in said.split("\n")[:3]:           # librechat's settings are a file
+            self.assertTrue(line.startswith("# "))
+        self.assertTrue(claude_gateway.setup_text("continue", plain).startswith("name: "))
+        self.assertIn("\nversion: 1.0.0\nschema: v1\nmodels:\n", claude_gateway.setup_text("continue", plain))
+
+    def test_setup_says_where_they_go_and_prints_what_can_be_pasted(self):
+        done = outcome_of(["setup", "codex"], {}, "")
+        self.assertEqual((done.code, done.err), (0, "Codex CLI, ~/.codex/config.toml:\n"))
+        self.assertTrue(done.out.startswith('model = "claude-opus-5-5"\n'))
+        self.assertIn("a terminal (cmd):", outcome_of(["setup", "windows"], {}, "").err)
+        listed = outcome_of(["setup"], {}, "").out
+        self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
+        self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your account$")
+
+    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
+        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
+                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
+            with self.subTest(given=given):
+                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
+        code, said, _ = run_command("setup")
+        self.assertEqual(code, 0)
+        for name, tool in claude_gateway.TOOL_SETTINGS.items():
+            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
+        for name in claude_gateway.SERVICE_FILES:
+            self.assertRegex(said, r"(?m)^%s " % name)
+
+
+# ---- Signing in -------------------------------------------------------------------------------------
 
 TOKEN_FIELDS = ["access_token", "expires_at", "refresh_token", "scope", "token_type"]
 
@@ -11352,6 +11171,268 @@ class LoginCommandTests(CommandTestCase):
         self.assertIn(kept, child.err)
 
 
+# ---- Start ------------------------------------------------------------------------------------------
+
+@POSIX_ONLY
+class StartTests(CommandTestCase):
+    def test_the_address_is_the_one_line_on_standard_output(self):
+        child = self.serve(host=("--host", "localhost"))
+        self.chat()
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://127\.0\.0\.1:%d/v1\n\Z"
+                         % self.service.port)
+        self.assertIn("ANTHROPIC_API_KEY", child.err)
+        self.assertIn(self.claude.url, child.err)
+        self.assertIn("POST /v1/chat/completions", child.err)
+
+    def test_an_interrupt_is_exit_130_without_a_traceback(self):
+        child = self.serve()
+        idle = self.connect()                                   # kept alive by a client that says nothing
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.assertIn(b"200", idle.recv(100))
+        self.assertEqual(child.end(signal.SIGINT), 130)
+        self.assertNotIn("Traceback", child.err)
+
+    def test_a_signal_may_come_as_soon_as_the_address_is_out(self):
+        child = self.child("start", "-p", "0", "--host", "127.0.0.1", ANTHROPIC_API_KEY=SECRET,
+                           ANTHROPIC_BASE_URL=self.claude.url)
+        child.wait_for("on http://", "out")
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+
+    def test_a_running_request_finishes_first(self):
+        child, release = self.serve(), self.slow_answer()
+        thread, answers = self.in_flight()
+        child.process.send_signal(signal.SIGTERM)
+        child.wait_for("(?i)stopping")
+        with self.assertRaises(OSError):                        # nothing new is accepted
+            self.ask("GET", "/health")
+        release.set()
+        thread.join(20)
+        self.assertEqual((answers[0].status, answers[0].message["content"]), (200, "At last"))
+        self.assertEqual(child.end(), 0)
+
+    def test_a_second_signal_ends_it_at_once(self):
+        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+            with self.subTest(number):
+                child = self.serve()
+                self.slow_answer()
+                thread, answers = self.in_flight()
+                child.process.send_signal(number)
+                child.wait_for("(?i)stopping")
+                child.process.send_signal(number)
+                thread.join(10)                     # it would wait for its answer twice as long
+                self.assertEqual((thread.is_alive(), answers, child.end()), (False, [], code))
+                self.assertNotIn("Traceback", child.err)
+
+    def test_it_can_be_restarted_on_the_same_port_at_once(self):
+        first = self.serve()
+        connection = self.connect()
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.recv(100)
+        port = str(self.service.port)
+        self.assertEqual(first.end(signal.SIGTERM), 0)
+        second = self.child("start", "--port", port, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+        self.assertEqual(str(second.port), port)
+
+    @POSIX_ONLY
+    def test_it_runs_without_standard_output_and_error(self):
+        ended = subprocess.Popen(["sh", "-c", 'exec "$0" "$1" start --demo -p "$2" --host 127.0.0.1 >&- 2>&-',
+                                  sys.executable, PROGRAM, str(free_port())], env=self.environment({}))
+        self.addCleanup(ended.kill)
+        for _ in range(1_000):
+            with contextlib.suppress(OSError):
+                if self.ask("GET", "/health").status == 200:
+                    break
+            self.assertIsNone(ended.poll())
+            time.sleep(0.01)
+        ended.send_signal(signal.SIGTERM)
+        self.assertEqual(ended.wait(20), 0)
+
+    def free_port(self) -> int:
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.service = SimpleNamespace(port=probe.getsockname()[1])
+        return self.service.port
+
+    def test_on_all_addresses_the_pasted_one_is_no_address_of_this_page(self):
+        for flags, pasted, named in (((), "ADDRESS-OF-THIS-MACHINE", True),
+                                     (("--allow-host", "gateway.lan"), "gateway.lan", False)):
+            with self.subTest(flags):
+                child = self.child("start", "--demo", "-p", "0", "--host", "0.0.0.0", *flags,
+                                   CLAUDE_GATEWAY_API_KEY="k")
+                port = child.wait_for(r"on http://0\.0\.0\.0:(\d+)/v1", "out").group(1)
+                child.wait_for("base URL http://%s:%s/v1 " % (pasted, port))
+                self.assertEqual(child.end(signal.SIGTERM), 0)
+                self.assertIn("Clients: an API key is required\n", child.err)
+                self.assertEqual("--allow-host NAME" in child.err, named)
+
+    def test_the_proxy_in_use_is_named_without_its_credentials(self):
+        child = self.serve(ANTHROPIC_BASE_URL="https://upstream.test",
+                           HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:9")
+        answer = self.chat(headers={"x-stainless-retry-count": "1"})
+        child.end(signal.SIGTERM)
+        self.assertIn("Proxy: http://***@127.0.0.1:9\n", child.err)
+        self.assertIn("The proxy 127.0.0.1:9 could not be reached: ", answer.error["message"])
+        self.assertNotIn("proxy-password", child.err)
+
+    def test_on_a_terminal_a_first_start_asks_first(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("no pseudo terminals here")
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        child = self.child("start", "--port", "0", stdin=slave)
+        os.close(slave)
+        child.wait_for(r"No credential\. Sign in with a Claude account now\? \[y/N\] ")
+        os.write(master, b"\n")
+        self.assertEqual(child.end(), 3)
+        self.assertRegex(child.err, r"No credential\. Set ANTHROPIC_API_KEY, or run")
+        self.assertNotIn("claude.ai", child.err)
+
+    def test_an_alias_for_nothing_known_draws_a_warning(self):
+        child = self.child("start", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
+                           "bar=opus", "--alias", "*=gpt-4o", ANTHROPIC_API_KEY="k",
+                           ANTHROPIC_BASE_URL=self.claude.url, REQUESTS_CA_BUNDLE="/nowhere.pem")
+        child.wait_for("Paste into your tool")
+        self.assertEqual(re.findall("Warning: (.*?):", child.err), ["--alias foo=sonet"])
+        self.assertIn("Warning: REQUESTS_CA_BUNDLE names /nowhere.pem, which does not exist", child.err)
+        self.assertIn("Nearest: sonnet,", child.err)
+
+    def test_a_port_in_use_is_exit_4_and_another_one_is_named(self):
+        other = Service(Gateway(Config(host="127.0.0.1", port=0, anthropic_api_key="k", base_url=self.claude.url)))
+        self.addCleanup(other.close, 0)
+        other.start()
+        for port, holder in ((urlsplit(self.claude.url).port, ""), (other.port, " by another claude-gateway")):
+            with self.subTest(holder=holder):
+                child = self.command("start", "--port", str(port), ANTHROPIC_API_KEY=SECRET)
+                self.assertEqual((child.code, child.out), (4, ""))
+                self.assertIn("Port %d is in use%s. Another port: claude-gateway start --port %d\n" % (
+                    port, holder, port % 65_535 + 1), child.err)
+
+    def test_what_cannot_be_started_says_why_with_its_exit_code(self):
+        key = {"ANTHROPIC_API_KEY": SECRET}
+        cases = (
+            (["start"], {}, 3, "ANTHROPIC_API_KEY.*login|login.*ANTHROPIC_API_KEY"),
+            (["start", "--auth", "oauth"], key, 3, "login"),
+            (["start", "--auth", "api-key"], {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-x"}, 3, "ANTHROPIC_API_KEY"),
+            (["start", "--host", "0.0.0.0"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "::"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "192.0.2.7"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "0.0.0.0", "--demo"], {}, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--cors-origin", "*"], key, 2, "cors-origin"),
+            (["start"], dict(key, CLAUDE_GATEWAY_PORT="", ANTHROPIC_BASE_URL="http://localhost:45554"), 2,
+             "(?i)own address"),
+            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://127.0.0.1:5123/v1"), 2, "(?i)own address"),
+            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://[::1]:5123"), 2, "(?i)own address"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="http://example.com"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="ftp://localhost"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="api.anthropic.com"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, CLAUDE_GATEWAY_TOKEN_URL="http://example.com/token"), 2, "CLAUDE_GATEWAY_TOKEN_URL"),
+            (["start", "--api-key", ""], key, 2, "(?i)empty"),
+            (["start", "--api-key", " "], key, 2, "(?i)empty"),
+            (["start"], dict(key, CLAUDE_GATEWAY_API_KEY="good,,"), 2, "(?i)empty"),
+            (["start", "--port", "abc"], key, 2, "port"),
+            (["start", "--port", "65536"], key, 2, "port"),
+            (["start", "--port=-1"], key, 2, "port"),
+            (["start", "--no-such-option"], key, 2, "no-such-option"),
+            (["start", "--token-file", os.path.join(PROGRAM, "tokens.json")], {}, 3, re.escape(PROGRAM)),
+            (["start"], dict(key, HTTPS_PROXY="socks5://127.0.0.1:1080"), 2, "(?i)socks"),
+            (["bake"], {}, 2, "bake"),
+            ([], {}, 2, "start"),
+        )
+        done = self.commands(*[(arguments, variables) for arguments, variables, _, _ in cases])
+        for child, (arguments, variables, code, words) in zip(done, cases):
+            with self.subTest(arguments=arguments, variables=variables):
+                self.assertEqual(child.code, code, child.err)
+                self.assertRegex(child.err.replace("\n", " "), words)
+                self.assertEqual(child.out, "")
+                self.assertNotIn(SECRET, child.err)
+
+    def test_an_upstream_that_is_down_does_not_keep_it_from_starting(self):
+        self.serve(ANTHROPIC_BASE_URL="http://127.0.0.1:9")
+        self.assertEqual(self.chat(headers={"x-stainless-retry-count": "1"}).status, 502)
+
+    def test_a_damaged_token_file_is_named_and_left_as_it_is(self):
+        os.makedirs(os.path.dirname(self.token_path))
+        with open(self.token_path, "wb") as file:
+            file.write(b"{ torn")
+        for child in self.commands((["start"], {}), (["status"], {}), (["status", "--json"], {})):
+            with self.subTest(child):
+                self.assertIn(child.code, (1, 3))
+                self.assertIn(self.token_path, child.err)
+        with open(self.token_path, "rb") as file:
+            self.assertEqual(file.read(), b"{ torn")
+        self.assertEqual(os.listdir(os.path.dirname(self.token_path)), ["oauth-tokens.json"])
+
+    def test_keys_of_clients_are_taken_from_both_places_and_one_draws_a_warning(self):
+        child = self.serve("--api-key", "first-client-key", "--api-key", "second-client-key")
+        for key, status in (("first-client-key", 200), ("second-client-key", 200), ("third", 401)):
+            self.assertEqual(self.chat(headers={"authorization": "Bearer " + key}).status, status)
+        child.end(signal.SIGTERM)
+        self.assertEqual(len([line for line in child.err.split("\n") if "CLAUDE_GATEWAY_API_KEY" in line]), 1)
+        self.assertNotIn("client-key", child.err)
+
+    def test_without_a_home_keys_work_and_logins_say_what_is_missing(self):
+        # a home that is no absolute path is what a process without a home looks like
+        child = self.serve(HOME="nowhere", APPDATA=None)
+        self.assertEqual(self.chat().status, 200)
+        child.end(signal.SIGTERM)
+        homeless = {"HOME": "nowhere", "APPDATA": None}
+        login, status, start, logout = self.commands(*[(arguments, homeless) for arguments in (
+            ["login", "--no-browser"], ["status"], ["start"], ["logout"])])
+        self.assertEqual((login.code, status.code, start.code), (2, 3, 3))
+        self.assertIn("--token-file", login.err)
+        self.assertIn(logout.code, (0, 2))
+        self.assertEqual(os.listdir(self.working_directory), [])
+
+    def test_nothing_is_read_from_the_working_directory(self):
+        for name in ("oauth-tokens.json", ".oauth-tokens.json", "claude-gateway/oauth-tokens.json",
+                     ".config/claude-gateway/oauth-tokens.json"):
+            claude_gateway.TokenFile(os.path.join(self.working_directory, name)).write(stored_token())
+        for name in (".env", "claude-gateway.env", ".claude-gateway"):
+            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
+                file.write("ANTHROPIC_API_KEY=sk-ant-api03-x\n")
+        for name in ("ssl.py", "json.py", "webbrowser.py"):
+            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
+                file.write("raise SystemExit(99)\n")
+        child = self.child("status")
+        self.assertEqual(child.end(), 3, child.err)
+
+    def test_a_login_is_used_and_named(self):
+        self.sign_in(account={"email_address": "me@example.org"})
+        child = self.serve(ANTHROPIC_API_KEY="")                # empty counts as unset
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + OLD_ACCESS)
+        child.wait_for("me@example.org")
+        child.wait_for("(?i)terms")
+
+    def test_on_a_terminal_a_first_start_signs_in_first(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("no pseudo terminals here")
+        self.claude.token_replies.append(token_answer())
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        child = self.child("start", "--port", "0", stdin=slave, BROWSER="true", ANTHROPIC_BASE_URL=self.claude.url,
+                           CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        os.close(slave)
+        child.wait_for(r"\[y/N\]")
+        os.write(master, b"y\n")
+        state = parse_qs(child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)").group(1))["state"][0]
+        child.wait_for("2026-08-22")
+        child.wait_for("Code: ")
+        os.write(master, ("the-code#%s\n" % state).encode())
+        self.service = SimpleNamespace(port=child.port)
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertEqual(len(child.out.strip().split("\n")), 1)
+
+
+# ---- Commands ---------------------------------------------------------------------------------------
+
 @POSIX_ONLY
 class OtherCommandTests(CommandTestCase):
     def test_logout_forgets_and_says_so(self):
@@ -11453,61 +11534,6 @@ class OtherCommandTests(CommandTestCase):
         self.assertIn("claude-opus-5-5", down.out)
         self.assertIn("built-in", down.err)
 
-    def test_a_reader_that_goes_away_is_no_traceback(self):
-        reading, writing = os.pipe()
-        os.close(reading)
-        try:
-            done = subprocess.run([sys.executable, PROGRAM, "models"], env=self.environment({}), stdout=writing,
-                                  stderr=subprocess.PIPE, cwd=self.working_directory, timeout=20, check=False)
-        finally:
-            os.close(writing)
-        self.assertEqual(done.stderr, b"")
-
-    def test_the_version_and_the_help(self):
-        version, general, start, nothing, narrow = self.commands(
-            (["--version"], {}), (["--help"], {}), (["start", "-h"], {}), ([], {}),
-            (["start", "--help"], {"COLUMNS": "20"}))
-        self.assertEqual([child.code for child in (version, general, start, nothing, narrow)], [0, 0, 0, 2, 0])
-        real = self.child("--version")                          # once through the script itself
-        self.assertEqual((real.end(), real.err), (0, ""))
-        for out in (version.out, real.out):
-            self.assertRegex(out, r"\Aclaude-gateway \d+\.\d+\.\d+\n\Z")
-            self.assertEqual(out.split()[1], claude_gateway.VERSION)
-        for command in ("start", "login", "logout", "status", "models"):
-            self.assertRegex(general.out, r"(?m)^ +%s " % command)
-        for option in ("-p", "--port", "--host", "--api-key", "-V", "--verbose", "-m", "--minimal", "-q", "--quiet",
-                       "--log-format", "--auth", "--token-file", "--alias", "--allow-host", "--cors-origin",
-                       "--relax-x509", "--no-cache", "--strict", "--demo"):
-            self.assertRegex(start.out, r"(?m)^ +(-\w,? ?\S* ?,? )?%s\b" % re.escape(option))
-        self.assertIn("CLAUDE_GATEWAY_PORT", start.out)
-        self.assertIn("usage:", nothing.err)
-        for command, (_, words, _) in claude_gateway.COMMANDS.items():      # also the long names keep to their line
-            self.assertRegex(general.out, r"(?m)^    %s +%s$" % (command, re.escape(words)))
-        self.assertIn("claude-gateway/oauth-tokens.json", start.out)        # is not broken at its hyphen
-        self.assertLess(max(map(len, general.out.splitlines())), 80)
-        for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
-            self.assertEqual(child.code, 0)
-            self.assertIn("--token-file", child.out)
-
-    def test_an_option_says_what_it_means_to_its_command(self):
-        for command, words in (("status", "port of the gateway to ask"), ("setup", "port of the gateway, for the"),
-                               ("doctor", "port that `start` would listen on")):
-            self.assertIn(words, self.command(command, "--help", COLUMNS="200").out)
-        login = self.command("login", "--help").out
-        self.assertLess(login.index("sign in with a Claude account"), login.index("Anthropic's published terms"))
-        self.assertLess(max(map(len, login.splitlines())), 80)
-
-    def test_a_terminal_that_knows_only_ascii_stops_nothing(self):
-        self.sign_in(account={"email_address": "j\u00fcrgen@example.org"}, organization={"name": "Fuchs \U0001f98a"})
-        ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
-        for child in (self.child("status", **ascii_only), self.child("start", "--help", **ascii_only)):
-            self.assertEqual((child.end(), child.err), (0, ""))
-        child = self.serve("-V", "--alias", "f\u00fcchse=sonnet", **ascii_only)
-        self.assertEqual(self.chat("\U0001f98a\u2028\u00fc").status, 200)
-        self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertNotIn("Traceback", child.err)
-        self.assertNotIn("Error", child.err)
-
 
 class DailyCommandTests(GatewayTestCase):
     def test_status_asks_the_running_gateway(self):
@@ -11529,13 +11555,13 @@ class DailyCommandTests(GatewayTestCase):
         self.start(api_key=("the-client-key",))
         port = str(self.service.port)
         for key, words in (("", "set CLAUDE_GATEWAY_API_KEY"), ("the-client-key", "Requests:"),
-                           ("wrong", "The key in CLAUDE_GATEWAY_API_KEY is none of its keys.")):
+                           ("wrong", "The API key in CLAUDE_GATEWAY_API_KEY is invalid.")):
             with self.subTest(key=key):
                 code, said, _ = run_command("status", "--port", port, CLAUDE_GATEWAY_API_KEY=key)
                 self.assertEqual(code, 0)
                 self.assertIn("is running.", said)
                 self.assertIn(words, said)
-        self.assertIn("The key given with --api-key is none of",
+        self.assertIn("The API key given with --api-key is invalid.",
                       outcome_of(["status", "--port", port, "--api-key", "wrong"], {}, "").out)
         told = json.loads(run_command("status", "--json", "--port", port)[1])
         self.assertEqual((told["running"], told["key_needed"], told["credential"]), (True, True, None))
@@ -11552,9 +11578,9 @@ class DailyCommandTests(GatewayTestCase):
     def test_what_is_missing_depends_on_what_auth_allows(self):
         key = {"ANTHROPIC_API_KEY": SECRET, "CLAUDE_CODE_OAUTH_TOKEN": ""}
         for auth, variables, words, not_this in (
-                ("oauth", key, r"No login, .*\(there is ANTHROPIC_API_KEY\).*Run `claude-gateway login`", "Set ANTH"),
-                ("oauth", {}, "No login, and --auth oauth takes nothing else. Run", "there is"),
-                ("api-key", {"CLAUDE_CODE_OAUTH_TOKEN": "t"}, r"No API key, .*CLAUDE_CODE_OAUTH_TOKEN", "login`")):
+                ("oauth", key, "No credential that --auth oauth allows. Run `claude-gateway login`", "Set ANTH"),
+                ("api-key", {"CLAUDE_CODE_OAUTH_TOKEN": "t"}, "that --auth api-key allows. Set ANTHROPIC_API_KEY",
+                 "login`")):
             for command in (["start"], ["status", "-p", free_port()]):
                 with self.subTest(auth=auth, command=command):
                     done = outcome_of([*command, "--auth", auth], dict({"HOME": "/nowhere"}, **variables), "")
@@ -11563,17 +11589,17 @@ class DailyCommandTests(GatewayTestCase):
                     self.assertNotIn(not_this, done.err + done.out)
 
     def test_a_token_that_is_over_is_renewed_at_the_next_request(self):
-        self.assertRegex(claude_gateway.expiry_words(1_700_000_000, True), "expired; it is renewed at the next request")
-        self.assertTrue(claude_gateway.expiry_words(1_700_000_000, False).endswith("(expired)"))
+        self.assertRegex(claude_gateway.expiry_text(1_700_000_000, True), "expired; it is renewed at the next request")
+        self.assertTrue(claude_gateway.expiry_text(1_700_000_000, False).endswith("(expired)"))
         for seconds, words in ((30, "30 s"), (28_799, "7 h 59 min"), (7_200, "2 h"), (200_000, "2 d 7 h"),
                                (90, "1 min")):
-            self.assertEqual(claude_gateway.duration_words(seconds), words)
+            self.assertEqual(claude_gateway.duration_text(seconds), words)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "tokens.json")
             with open(path, "wb") as file:
                 file.write(b"{ torn")
             done = outcome_of(["status", "-p", free_port(), "--token-file", path], {}, "")
-        self.assertRegex(done.err, "login` replaces it.*logout` removes it")
+        self.assertRegex(done.err, "login` replaces it.*logout` deletes it")
 
     def test_translate_prints_valid_json_in_any_locale(self):
         chat = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "\U0001f98a\u00fc"}]}).encode()
@@ -11593,7 +11619,7 @@ class DailyCommandTests(GatewayTestCase):
     def test_a_hint_keeps_the_users_own_port(self):
         port = free_port()
         done = outcome_of(["status", "-p", port, "--auth", "api-key"], {"ANTHROPIC_API_KEY": "k"}, "")
-        self.assertIn("Start one: claude-gateway start --port %s --auth api-key\n" % port, done.out)
+        self.assertIn("Start one: claude-gateway start --port %s\n" % port, done.out)
 
     def test_translate_shows_the_request_and_sends_nothing(self):
         chat = {"model": "gpt-4o", "seed": 1, "messages": [{"role": "user", "content": "Hi"}]}
@@ -11614,7 +11640,7 @@ class DailyCommandTests(GatewayTestCase):
                     ended = subprocess.run(["sh", "-c", '"$0" "$1" translate ' + redirection, sys.executable, PROGRAM],
                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
                     self.assertEqual((ended.returncode, ended.stdout), (2, b""))
-                    self.assertIn("claude-gateway: %s; translate wants a request" % words, ended.stderr.decode())
+                    self.assertIn("claude-gateway: %s; translate needs a request" % words, ended.stderr.decode())
                     self.assertEqual(ended.stderr.decode().count("\n"), 1)
 
     def test_translate_reads_a_saved_answer_backwards(self):
@@ -11622,6 +11648,85 @@ class DailyCommandTests(GatewayTestCase):
         for saved in (json.dumps(whole).encode(), json.dumps(whole, indent=2).encode(), sse(events_of(whole))):
             code, said, _ = run_command("translate", given=saved)
             self.assertEqual((code, json.loads(said)["choices"][0]["message"]["content"]), (0, "Hi"))
+
+    def test_a_dash_means_standard_input(self):
+        stdin = SimpleNamespace(buffer=io.BytesIO(b'{"model": "opus", "input": "Hi"}'), isatty=lambda: False)
+        self.addCleanup(setattr, sys, "stdin", sys.stdin)
+        sys.stdin = stdin
+        self.assertIn(b"opus", claude_gateway.given_to_translate("-"))
+
+
+# ---- Completion -------------------------------------------------------------------------------------
+
+class CompletionTests(unittest.TestCase):
+    CANDIDATES = (("do", "doctor"), ("-", "--help --version"), ("--v", "--version"), ("start --log", "--log-format"),
+                  ("start --auth ", "auto api-key oauth"), ("start --log-format j", "json"), ("start --port ", ""),
+                  ("start --demo --st", "--strict"), ("setup open", "openai opencode open-webui"), ("setup --j", ""),
+                  ("completion z", "zsh"), ("translate ", ""), ("logout ", "--help --token-file"),
+                  ("selftest --", "--help"), ("nonsense do", "doctor"))
+
+    def test_the_program_itself_knows_what_may_follow(self):
+        for typed, candidates in self.CANDIDATES:
+            with self.subTest(typed=typed):
+                done = outcome_of(["completion", "zsh", "claude-gateway", *typed.split(" ")], {}, "")
+                self.assertEqual((done.code, done.out.split(), done.err), (0, candidates.split(), ""))
+        powershell = outcome_of(["completion", "powershell", "claude-gateway", "setup", " "], {}, "")
+        self.assertIn("open-webui\n", powershell.out)
+        everything = outcome_of(["completion", "bash", "claude-gateway", ""], {}, "")
+        self.assertEqual(everything.out.split(), [*claude_gateway.COMMANDS])
+
+    def test_each_shell_has_a_script_that_says_how_to_load_it(self):
+        for shell in ("bash", "zsh", "fish", "PowerShell"):
+            with self.subTest(shell=shell):
+                done = outcome_of(["completion", shell], {}, "")
+                self.assertEqual((done.code, done.err), (0, ""))
+                self.assertRegex(done.out, r"\A# It .* not python.*\n# To load it.*: .*claude-gateway completion %s" %
+                                 shell.lower())
+                self.assertIn("claude-gateway completion %s " % shell.lower(), done.out.split("\n", 2)[2])
+
+    @POSIX_ONLY
+    @unittest.skipUnless(shutil.which("bash"), "no bash here")
+    def test_the_bash_script_completes(self):
+        script = 'claude-gateway() { "%s" "%s" "$@"; }\n' % (sys.executable, PROGRAM)
+        script += outcome_of(["completion", "bash"], {}, "").out
+        cases = (("start --auth ''", "auto api-key oauth"), ("start --", "--help --port"), ("translate ''", ""))
+        for typed, _ in cases:
+            script += ("COMP_WORDS=(claude-gateway %s); COMP_CWORD=%d; COMPREPLY=(); _claude_gateway; "
+                       'echo "${COMPREPLY[*]}"\n' % (typed, len(typed.split(" "))))
+        ended = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, timeout=20, check=True)
+        for line, (typed, candidates) in zip(ended.stdout.decode().split("\n"), cases):
+            with self.subTest(typed=typed):
+                self.assertEqual(line[:len(candidates) or None], candidates)
+
+
+# ---- Command line -----------------------------------------------------------------------------------
+
+@POSIX_ONLY
+class CommandLineTests(CommandTestCase):
+    def test_the_version_and_the_help(self):
+        version, general, start, nothing, narrow = self.commands(
+            (["--version"], {}), (["--help"], {}), (["start", "-h"], {}), ([], {}),
+            (["start", "--help"], {"COLUMNS": "20"}))
+        self.assertEqual([child.code for child in (version, general, start, nothing, narrow)], [0, 0, 0, 2, 0])
+        real = self.child("--version")                          # once through the script itself
+        self.assertEqual((real.end(), real.err), (0, ""))
+        for out in (version.out, real.out):
+            self.assertRegex(out, r"\Aclaude-gateway \d+\.\d+\.\d+\n\Z")
+            self.assertEqual(out.split()[1], claude_gateway.VERSION)
+        for command in ("start", "login", "logout", "status", "models"):
+            self.assertRegex(general.out, r"(?m)^ +%s " % command)
+        for option in ("-p", "--port", "--host", "--api-key", "-V", "--verbose", "-m", "--minimal", "-q", "--quiet",
+                       "--log-format", "--auth", "--token-file", "--alias", "--allow-host", "--cors-origin",
+                       "--relax-x509", "--no-cache", "--strict", "--demo"):
+            self.assertRegex(start.out, r"(?m)^ +(-\w,? ?\S* ?,? )?%s\b" % re.escape(option))
+        self.assertIn("CLAUDE_GATEWAY_PORT", start.out)
+        self.assertIn("usage:", nothing.err)
+        for command, (_, words, _) in claude_gateway.COMMANDS.items():      # also the long names share a line with it
+            self.assertRegex(general.out, r"(?m)^    %s +%s$" % (command, re.escape(words)))
+        self.assertLess(max(map(len, general.out.splitlines())), 80)
+        for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
+            self.assertEqual(child.code, 0)
+            self.assertIn("--token-file", child.out)
 
     def test_unknown_words_are_answered_with_the_nearest_if_one_is_near(self):
         for arguments, nearest, usage in (
@@ -11639,178 +11744,36 @@ class DailyCommandTests(GatewayTestCase):
                 self.assertIn("unknown: %s." % arguments[-1] if arguments[-1].startswith("--") else "error: ", said)
 
     def test_an_option_before_its_command_is_told_where_it_belongs(self):
-        for arguments, words in ((["--demo"], "--demo belongs to start: claude-gateway start --demo"),
-                                 (["-p", "1"], "-p belongs to start: claude-gateway start -p 1"),
-                                 (["--port=1", "status"], "--port belongs to start: claude-gateway start --port=1"),
-                                 (["--live", "doctor"], "--live belongs to doctor: claude-gateway doctor --live"),
-                                 (["--api-key=secret"], "claude-gateway start --api-key KEY"),
-                                 (["--api-key", "secret"], "claude-gateway start --api-key KEY")):
+        for arguments in (["--demo"], ["-p", "1"], ["--port=1", "status"], ["--live", "doctor"],
+                          ["--api-key=secret"], ["--api-key", "secret"], ["--bogus"]):
             with self.subTest(arguments):
                 done = outcome_of(arguments, {}, "")
                 self.assertEqual(done.code, 2)
-                self.assertTrue(done.err.endswith(words + "\n"), done.err)
+                self.assertTrue(done.err.endswith(
+                    "error: %s: options follow their command, for example: claude-gateway start --demo\n" %
+                    arguments[0].split("=")[0]), done.err)
                 self.assertNotIn("secret", done.err)
 
-    def test_colours_can_be_switched_off_by_force(self):
-        kept = dict(os.environ)
-        self.addCleanup(os.environ.update, kept)
-        for value, wanted in (("1", True), ("true", True), ("0", False), ("false", False), ("", False)):
-            os.environ["FORCE_COLOR"] = value
-            self.addCleanup(os.environ.pop, "FORCE_COLOR", None)
-            self.assertIs(claude_gateway.wants_colour(io.StringIO()), wanted)
+    def test_a_reader_that_goes_away_is_no_traceback(self):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            done = subprocess.run([sys.executable, PROGRAM, "models"], env=self.environment({}), stdout=writing,
+                                  stderr=subprocess.PIPE, cwd=self.working_directory, timeout=20, check=False)
+        finally:
+            os.close(writing)
+        self.assertEqual(done.stderr, b"")
 
-    def test_a_dash_means_standard_input(self):
-        stdin = SimpleNamespace(buffer=io.BytesIO(b'{"model": "opus", "input": "Hi"}'), isatty=lambda: False)
-        self.addCleanup(setattr, sys, "stdin", sys.stdin)
-        sys.stdin = stdin
-        self.assertIn(b"opus", claude_gateway.given_to_translate("-"))
-
-    def test_commands_are_named_as_they_can_be_typed(self):
-        kept = sys.argv
-        self.addCleanup(setattr, sys, "argv", kept)
-        python = os.path.basename(sys.executable)
-        for script, typed in (("/usr/bin/claude-gateway", "claude-gateway start"),
-                              ("claude_gateway.py", python + " claude_gateway.py start"),
-                              ("/my files/claude_gateway.py", python + ' "/my files/claude_gateway.py" start'),
-                              ("other.py", "claude-gateway start"), ("", "claude-gateway start")):
-            with self.subTest(script=script):
-                sys.argv = [script]
-                self.assertEqual(claude_gateway.as_typed("`claude-gateway start`, the claude-gateway"),
-                                 "`%s`, the claude-gateway" % typed)
-
-    def test_a_port_in_use_says_by_whom_and_what_to_do(self):
-        code, _, said = run_process("start", "--port", str(self.service.port), ANTHROPIC_API_KEY="k")
-        self.assertEqual(code, 4)
-        self.assertIn("in use by another claude-gateway. Another port: %s %s start --port %d\n" % (
-            os.path.basename(sys.executable), PROGRAM, self.service.port % 65_535 + 1), said)
-
-
-def forms_of(secret: str) -> set:
-    """How a secret can lie in a text: as it is, in an address, and inside base64 at any of three offsets."""
-    forms = {secret, urllib.parse.quote(secret, safe="")}
-    for offset in range(3):
-        inside = base64.b64encode(b"\0" * offset + secret.encode()).decode()[4 if offset else 0:]
-        forms.add(inside[:len(inside) // 4 * 4 - 4])
-    return forms
-
-
-@POSIX_ONLY
-class SecrecyTests(CommandTestCase):
-    def assert_hidden(self, text, secrets, where):
-        for secret in secrets:
-            for form in forms_of(secret):
-                self.assertNotIn(form, text, "%s shows %s" % (where, secret))
-
-    def test_a_secret_is_masked_before_anything_is_cut_and_in_every_spelling(self):
-        redaction = claude_gateway.Redaction()
-        redaction.known = lambda: ["long" * 200, 'quo"te\\d', "schl\u00fcssel"]
-        for as_json in (False, True):
-            formatter = claude_gateway.LogFormatter(redaction, as_json)
-            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", ("shown",), None)
-            record.payload = {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500}
-            told = formatter.format(record)
-            for part in ("longlong", "quo", "schl"):
-                self.assertNotIn(part, told)
-            self.assertIn("A" * 60 + "...", told)
-        record = claude_gateway.LOG.makeRecord("x", 20, "x", 1, "a line", (), None)
-        record.fields = {"error": 'it said quo"te\\d', "status": 500}
-        self.assertEqual(json.loads(formatter.format(record))["error"], "it said ***")
-
-    def test_no_secret_is_in_any_log_or_answer(self):
-        planted = ["sk-ant-oat01-planted-old", "sk-ant-ort01-planted-old", "sk-ant-oat01-planted-new",
-                   "sk-ant-ort01-planted-new", "planted-client-key-1", "planted-client-key-2", "planted-proxy-word"]
-        variants = [(), ("-m",), ("-q",), ("-V",), ("-V", "--log-format", "json")]
-
-        def renew_once(recorded):
-            if recorded.body["refresh_token"] == planted[1]:
-                return token_answer(access_token=planted[2], refresh_token=planted[3])
-            return FakeReply(400, body={"error": "invalid_grant"})
-        self.claude.token_replies += [renew_once] * 50
-        children = []
-        for number, variant in enumerate(variants):
-            path = os.path.join(self.home, "tokens-%d.json" % number)
-            claude_gateway.TokenFile(path).write(stored_token(-10, access_token=planted[0], refresh_token=planted[1]))
-            children.append(self.child(
-                "start", "-p", "0", "--host", "127.0.0.1", "--token-file", path, *variant,
-                CLAUDE_GATEWAY_API_KEY=",".join(planted[4:6]), ANTHROPIC_BASE_URL=self.claude.url,
-                CLAUDE_GATEWAY_TOKEN_URL=self.token_url,
-                HTTPS_PROXY="http://planted-user:planted-proxy-word@127.0.0.1:9"))
-        for variant, child in zip(variants, children):
-            with self.subTest(variant):
-                self.service = SimpleNamespace(port=child.port)
-                answers = []
-                right, wrong = {"authorization": "Bearer " + planted[4]}, {"x-api-key": planted[4] + "x"}
-                answers += [self.chat(headers=right), self.chat(headers=right, stream=True, seed=1),
-                            self.chat(headers=wrong), self.ask("GET", "/v1/models", headers=right),
-                            self.ask("GET", "/health"), self.ask("GET", "/"),
-                            self.ask("GET", "/nothing", headers=right),
-                            self.chat(headers={"api-key": planted[5]}, model=planted[5])]
-                self.claude.play(FakeReply(401, body=error_body("authentication_error", "OAuth token has expired.")),
-                                 FakeReply(400, body=error_body("invalid_request_error", "No.")))
-                answers += [self.chat(headers=right), self.chat(headers=right)]     # 401: a renewal that is refused
-                self.assertEqual({answer.status for answer in answers} & {200, 401, 404, 400}, {200, 401, 404, 400})
-                child.process.send_signal(signal.SIGTERM)
-                heard = "".join("%s %s" % (answer.headers, answer.raw.decode()) for answer in answers
-                                if planted[5].encode() not in answer.raw)       # a model name is handed back
-                self.assert_hidden(heard, planted, "an answer")
-        for variant, child in zip(variants, children):
-            with self.subTest(variant):
-                self.assertEqual(child.end(), 0)
-                self.assert_hidden(child.out, planted, "standard output")
-                self.assert_hidden(child.err, planted, "the log")
-                self.assertNotIn("CLAUDE_GATEWAY_API_KEY", child.err)           # it is where it should be
-
-    def test_a_client_key_in_a_prompt_is_masked_in_the_log(self):
-        child = self.serve("-V", CLAUDE_GATEWAY_API_KEY="planted-client-key")
-        self.chat("My keys are planted-client-key and sk-ant-api03-planted-elsewhere.",
-                  headers={"authorization": "Bearer planted-client-key"})
-        child.end(signal.SIGTERM)
-        self.assertIn("My keys are", child.err)
-        self.assert_hidden(child.err, ["planted-client-key", "sk-ant-api03-planted-elsewhere"], "the log")
-
-    def test_a_proxy_that_refuses_learns_its_word_and_nobody_else(self):
-        heads = []
-        with socket.socket() as proxy:
-            proxy.bind(("127.0.0.1", 0))
-            proxy.listen(5)
-
-            def refuse():
-                with contextlib.suppress(OSError):
-                    while True:
-                        connection = proxy.accept()[0]
-                        heads.append("")
-                        while not heads[-1].endswith("\r\n\r\n"):
-                            heads[-1] += connection.recv(65_536).decode("latin-1")
-                        connection.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
-                        connection.close()
-            threading.Thread(target=refuse, daemon=True).start()
-            child = self.serve("-V", ANTHROPIC_BASE_URL="https://upstream.invalid",
-                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.getsockname()[1])
-            answer = self.chat(headers={"x-stainless-retry-count": "1"})
-            child.end(signal.SIGTERM)
-            proxy.shutdown(socket.SHUT_RDWR)
-        self.assertEqual(answer.status, 502)
-        self.assertIn(base64.b64encode(b"planted-user:planted-word").decode(), heads[0])
-        self.assertNotIn(SECRET, "".join(heads))
-        self.assert_hidden(answer.raw.decode() + child.out + child.err, ["planted-word", "planted-user:planted-word",
-                                                                         SECRET], "the gateway")
-
-    def test_status_and_models_show_no_secret(self):
-        cases = [{name: "planted-%s-secret" % name.lower()} for name in
-                 ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")]
-        self.sign_in(access_token="planted-access", refresh_token="planted-refresh")
-        secrets = [value for case in cases for value in case.values()] + ["planted-access", "planted-refresh"]
-        for child in self.commands(*[(arguments, dict(case, ANTHROPIC_BASE_URL="http://127.0.0.1:9"))
-                                     for arguments in (["status"], ["status", "--json"], ["models"])
-                                     for case in cases + [{}]]):
-            self.assertEqual(child.code, 0)
-            self.assert_hidden(child.out + child.err, secrets, "a command")
-
-    def test_a_key_that_no_header_can_carry_is_not_shown(self):
-        keys = ("planted-secret\nkey", "planted-secret-\u043a\u043b\u044e\u0447")
-        for child in self.commands(*[(["models"], {"ANTHROPIC_API_KEY": key, "ANTHROPIC_BASE_URL": self.claude.url})
-                                     for key in keys]):
-            self.assertNotIn("planted-secret", child.out + child.err)
+    def test_a_terminal_that_knows_only_ascii_stops_nothing(self):
+        self.sign_in(account={"email_address": "j\u00fcrgen@example.org"}, organization={"name": "Fuchs \U0001f98a"})
+        ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+        for child in (self.child("status", **ascii_only), self.child("start", "--help", **ascii_only)):
+            self.assertEqual((child.end(), child.err), (0, ""))
+        child = self.serve("-V", "--alias", "f\u00fcchse=sonnet", **ascii_only)
+        self.assertEqual(self.chat("\U0001f98a\u2028\u00fc").status, 200)
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertNotIn("Traceback", child.err)
+        self.assertNotIn("Error", child.err)
 
 
 IMPORT_PROBE = """
