@@ -286,8 +286,9 @@ MUTANTS = (
     # ---- secrets
     Mutant("secret: known ones in the log", 'text = text.replace(secret, "***")', "pass", "SecrecyTests"),
     Mutant("secret: shapes in the log", 'return SECRET_SHAPES.sub("***", text)', "return text", "SecrecyTests"),
-    Mutant("secret: fields of the JSON log", "{name: self._redaction.mask(value) if isinstance(value, str) else value",
-           "{name: value", "SecrecyTests"),
+    Mutant("secret: fields of the JSON log",
+           "{name: masked(value, self._secrets()) if isinstance(value, str) else value", "{name: value",
+           "SecrecyTests"),
     Mutant("secret: keys in a shown config",
            "api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)", "api_key: Tuple[str, ...] = ()",
            "OptionTests SecrecyTests"),
