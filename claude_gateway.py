@@ -55,7 +55,6 @@ import socket
 import socketserver
 import ssl
 import stat
-import struct
 import sys
 import threading
 import time
@@ -207,26 +206,6 @@ def count_in(value: Any, *path: str) -> int:
     """The count at a path of keys, 0 where there is none."""
     found = value_in(value, *path)
     return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
-
-
-class GrowingText:
-    """A text that grows at its end.  Its pieces are joined now and then: one of four letters takes 53 bytes."""
-    AT_ONCE = 200
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._joined: List[str] = []
-        self._pieces: List[str] = []
-
-    def append(self, piece: str) -> None:
-        self.length += len(piece)
-        self._pieces.append(piece)
-        if len(self._pieces) == self.AT_ONCE:
-            self._joined.append("".join(self._pieces))
-            self._pieces.clear()
-
-    def __str__(self) -> str:
-        return "".join(self._joined + self._pieces)
 
 
 UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
@@ -990,7 +969,8 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
 
 
 # ---- Shapes ------------------------------------------------------------------------------------------
-# What each parameter of OpenAI's APIs looks like.  A wrong shape is an InvalidRequest that names its path.
+# What a request of OpenAI's APIs looks like: one table of all parameters, and the checks.  A wrong shape is an
+# InvalidRequest that names its path.  What cannot be translated is reported in `Changes`.
 
 
 def wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
@@ -1063,7 +1043,7 @@ def stop_of(value: Any, path: str) -> list[str]:
 
 
 def one_of(*words: str) -> Callable[[Any, str], str]:
-    """The check for a field that takes a few words."""
+    """The check for a field that accepts a few words."""
     def check(value: Any, path: str) -> str:
         if text_of(value, path) not in words:
             raise InvalidRequest("%s: expected one of %s." % (path, ", ".join(words)), path, "invalid_value")
@@ -1072,7 +1052,7 @@ def one_of(*words: str) -> Callable[[Any, str], str]:
 
 
 def effort_of(value: Any, path: str) -> str | None:
-    """An effort wish: one of Claude's five or "none"; None where the client leaves it to the model."""
+    """An effort: one of Claude's five, "minimal" or "none"; None where the client leaves it to the model."""
     if isinstance(value, dict):                     # {"effort": ..., "summary": ...}, as bridges send it
         return optional(effort_of, value.get("effort"), path + ".effort")
     effort = text_of(value, path).lower()
@@ -1086,110 +1066,22 @@ def anything(value: Any, path: str) -> Any:
     return value
 
 
-# Every parameter of the chat completion API, with its shape.  `null` is the same as leaving a field out.
-CHAT_FIELDS: Dict[str, Callable[[Any, str], Any]] = {
-    "model": text_of, "messages": list_of, "stream": boolean_of, "stream_options": object_of,
-    "max_completion_tokens": rounded_of, "max_tokens": rounded_of,
-    "tools": list_of, "tool_choice": anything, "parallel_tool_calls": boolean_of,
-    "functions": list_of, "function_call": anything, "response_format": object_of,
-    "reasoning_effort": effort_of, "verbosity": one_of("low", "medium", "high"),
-    "temperature": number_of, "top_p": number_of, "top_k": integer_of, "stop": stop_of,
-    "n": integer_of, "seed": integer_of, "logit_bias": object_of, "logprobs": boolean_of, "top_logprobs": integer_of,
-    "frequency_penalty": number_of, "presence_penalty": number_of,
-    "prediction": object_of, "store": boolean_of, "metadata": object_of, "modalities": list_of, "audio": object_of,
-    "moderation": anything, "service_tier": text_of, "user": text_of, "safety_identifier": text_of,
-    "prompt_cache_key": text_of, "prompt_cache_options": object_of, "prompt_cache_retention": text_of,
-    "web_search_options": object_of,
-    # of the Responses API, for bodies that mix the two
-    "text": object_of, "max_output_tokens": rounded_of,
-    # not OpenAI's, but sent on purpose by tools that know Claude
-    "thinking": anything, "reasoning": anything, "cache_control": anything, "speed": one_of("standard", "fast"),
-}
-# Read by functions of their own, further down.
-STRUCTURE = {"model", "messages", "stream", "stream_options", "max_completion_tokens", "max_tokens", "tools",
-             "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format", "reasoning_effort",
-             "verbosity", "thinking", "reasoning", "cache_control", "prompt_cache_options", "web_search_options",
-             "temperature", "top_p", "top_k", "user", "safety_identifier", "service_tier", "speed", "n", "logprobs",
-             "stop", "text", "max_output_tokens"}
-# Without effect on the answer: told in the debug log only.
-WITHOUT_EFFECT = {"store", "metadata", "prompt_cache_key", "prompt_cache_retention", "moderation", "usage",
-                  "provider", "client_metadata", "chat_id", "session_id", "transforms", "include_reasoning"}
-# A field that says what OpenAI's default is anyway changes nothing.
-OPENAI_DEFAULTS = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "top_logprobs": 0,
-                   "modalities": ["text"]}
-
-
-def fields_from_chat(chat: dict) -> dict:
-    """The body of a chat completion request with every known field checked, and without its nulls."""
-    fields = {}
-    for name, value in chat.items():
-        if value is not None:
-            fields[name] = CHAT_FIELDS.get(name, anything)(value, name)
-    if "messages" not in fields:
-        raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
-    if not fields["messages"]:
-        raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
-    if fields.get("n", 1) != 1:
-        raise InvalidRequest("n: Claude gives one answer per request; send the request several times.", "n",
-                             "unsupported_value")
-    if fields.get("logprobs"):
-        raise InvalidRequest("logprobs: Claude does not tell log probabilities.", "logprobs", "unsupported_value")
-    return fields
-
-
-RESPONSES_FIELDS: Dict[str, Callable[[Any, str], Any]] = {
-    "model": text_of, "input": anything, "instructions": anything, "tools": list_of, "tool_choice": anything,
-    "parallel_tool_calls": boolean_of, "text": object_of, "reasoning": object_of, "include": list_of,
-    "max_output_tokens": rounded_of, "max_tool_calls": integer_of, "metadata": object_of,
-    "previous_response_id": text_of, "store": boolean_of, "stream": boolean_of, "stream_options": object_of,
-    "temperature": number_of, "top_p": number_of, "top_logprobs": integer_of, "truncation": text_of,
-    "background": boolean_of, "user": text_of, "safety_identifier": text_of, "service_tier": text_of,
-    "prompt_cache_key": text_of, "prompt_cache_options": object_of, "prompt_cache_retention": text_of,
-    "cache_control": anything, "thinking": anything, "speed": one_of("standard", "fast"),
-}
-# Read below, or by the endpoint; what is left goes the way of the chat completion's fields.
-RESPONSES_STRUCTURE = ("input", "instructions", "include", "previous_response_id", "truncation", "max_tool_calls",
-                       "background", "conversation", "prompt")
-
-
-def fields_from_responses(body: dict) -> dict:
-    """The body of a Responses request with every known field checked, and without its nulls."""
-    fields = {name: RESPONSES_FIELDS.get(name, anything)(value, name) for name, value in body.items()
-              if value is not None}
-    for name, why in (("conversation", "conversations are not stored here; send the items in input"),
-                      ("prompt", "prompt templates are stored at OpenAI; send their text in input")):
-        if fields.get(name):
-            raise InvalidRequest("%s: %s." % (name, why), name, "unsupported_value")
-    if fields.get("background"):
-        raise InvalidRequest("background: there are no background responses here.", "background", "unsupported_value")
-    if "input" not in fields and "instructions" not in fields:
-        raise InvalidRequest("input is required.", "input", "missing_required_parameter")
-    if fields.get("top_logprobs"):
-        raise InvalidRequest("top_logprobs: Claude does not tell log probabilities.", "top_logprobs",
-                             "unsupported_value")
-    return fields
-
-
-# ---- Translation -------------------------------------------------------------------------------------
-# What all parts of a request's translation share.  Pure, as the rooms down to Responses API are: dicts in, dicts out.
-
-
 class Changes:
     """What a translation dropped, clamped, changed or repaired: in order, each thing once, with its reason."""
 
     def __init__(self) -> None:
-        self.told: Dict[Tuple[str, str], str] = {}
+        self.reported: Dict[Tuple[str, str], str] = {}
         self.ignored: List[str] = []               # fields without any effect on the answer: debug log only
 
     def add(self, verb: str, name: str, why: str = "") -> None:
         """`verb` is dropped, clamped, changed or repaired; `name` the field or thing."""
-        self.told.setdefault((verb, name), why)
+        self.reported.setdefault((verb, name), why)
 
     def header(self, limit: int = 1000) -> str:
         """`dropped=seed,logit_bias; changed=tool_choice`: printable ASCII, at most about 1 KB."""
         grouped: Dict[str, List[str]] = {}
         size, left_out = 0, 0
-        for verb, name in self.told:
+        for verb, name in self.reported:
             token = re.sub(r"[^A-Za-z0-9_.\[\]-]", "_", name)[:80]
             size += len(token) + len(verb) + 3
             if size > limit:
@@ -1201,7 +1093,115 @@ class Changes:
 
     def __str__(self) -> str:
         return "; ".join("%s %s%s" % (verb, name, " (%s)" % why if why else "")
-                         for (verb, name), why in self.told.items())
+                         for (verb, name), why in self.reported.items())
+
+
+READ, IGNORED, DROPPED, REFUSED = "read", "ignored", "dropped", "refused"
+CHAT, RESPONSES = "chat", "responses"
+
+
+class Parameter(NamedTuple):
+    """One parameter of OpenAI's APIs: its shape, and what becomes of it.
+
+    READ: translated further down.  IGNORED: without effect on the answer, named in the debug log only.
+    DROPPED and REFUSED: Claude has no counterpart, unless the value is the `default`, which changes nothing.
+    """
+    check: Callable[[Any, str], Any] = anything
+    fate: str = READ
+    default: Any = None
+    why: str = "no counterpart"
+    api: str = ""                               # the only one that knows it; "" where both do
+
+
+verbosity_of = one_of("low", "medium", "high")
+# Every parameter of both APIs.  `null` is the same as leaving one out.
+PARAMETERS = {
+    "model": Parameter(text_of),
+    "messages": Parameter(list_of, api=CHAT),
+    "input": Parameter(api=RESPONSES),
+    "instructions": Parameter(api=RESPONSES),
+    "previous_response_id": Parameter(text_of, api=RESPONSES),
+    "include": Parameter(list_of, api=RESPONSES),
+    "stream": Parameter(boolean_of),
+    "stream_options": Parameter(object_of),
+    "max_completion_tokens": Parameter(rounded_of),
+    "max_tokens": Parameter(rounded_of),
+    "max_output_tokens": Parameter(rounded_of),
+    "tools": Parameter(list_of),
+    "tool_choice": Parameter(),
+    "parallel_tool_calls": Parameter(boolean_of),
+    "max_tool_calls": Parameter(integer_of, DROPPED, api=RESPONSES),
+    "functions": Parameter(list_of),
+    "function_call": Parameter(),
+    "web_search_options": Parameter(object_of),
+    "response_format": Parameter(object_of),
+    "text": Parameter(object_of),
+    "verbosity": Parameter(verbosity_of),
+    "reasoning_effort": Parameter(effort_of),
+    "reasoning": Parameter(),
+    "temperature": Parameter(number_of),
+    "top_p": Parameter(number_of),
+    "top_k": Parameter(integer_of),
+    "stop": Parameter(stop_of),
+    "n": Parameter(integer_of, REFUSED, 1, "Claude gives one answer per request; send the request several times", CHAT),
+    "seed": Parameter(integer_of, DROPPED),
+    "logit_bias": Parameter(object_of, DROPPED, {}),
+    "logprobs": Parameter(boolean_of, REFUSED, False, "Claude does not return log probabilities", CHAT),
+    "top_logprobs": Parameter(integer_of, DROPPED, 0),
+    "frequency_penalty": Parameter(number_of, DROPPED, 0),
+    "presence_penalty": Parameter(number_of, DROPPED, 0),
+    "prediction": Parameter(object_of, DROPPED),
+    "modalities": Parameter(list_of, DROPPED, ["text"]),
+    "audio": Parameter(object_of, DROPPED),
+    "truncation": Parameter(text_of, DROPPED, "disabled", api=RESPONSES),
+    "background": Parameter(boolean_of, REFUSED, False, "there are no background responses here", RESPONSES),
+    "conversation": Parameter(anything, REFUSED, "", "conversations are not stored here; send the items in input",
+                              RESPONSES),
+    "prompt": Parameter(anything, REFUSED, {}, "prompt templates are stored at OpenAI; send their text in input",
+                        RESPONSES),
+    "store": Parameter(boolean_of, IGNORED),
+    "metadata": Parameter(object_of, IGNORED),
+    "moderation": Parameter(anything, IGNORED),
+    "service_tier": Parameter(text_of),
+    "user": Parameter(text_of),
+    "safety_identifier": Parameter(text_of),
+    "prompt_cache_key": Parameter(text_of, IGNORED),
+    "prompt_cache_retention": Parameter(text_of, IGNORED),
+    "prompt_cache_options": Parameter(object_of),
+    # not OpenAI's, but sent on purpose by tools that know Claude
+    "thinking": Parameter(),
+    "cache_control": Parameter(),
+    "speed": Parameter(one_of("standard", "fast")),
+    # of other providers and tools
+    **dict.fromkeys(("usage", "provider", "client_metadata", "chat_id", "session_id", "transforms",
+                     "include_reasoning"), Parameter(anything, IGNORED)),
+}
+UNKNOWN = Parameter(anything, DROPPED)
+
+
+def read_parameters(body: dict, api: str, changes: Changes) -> dict:
+    """The parameters of a request that are translated, checked and without nulls; the others are reported."""
+    fields = {}
+    for name, value in body.items():
+        parameter = PARAMETERS.get(name, UNKNOWN)
+        if parameter.api not in ("", api):
+            parameter = UNKNOWN._replace(default=parameter.default)
+        if value is None:
+            continue
+        value = parameter.check(value, name)
+        if parameter.fate == READ:
+            fields[name] = value
+        elif parameter.fate == IGNORED:
+            changes.ignored.append(name)
+        elif parameter.fate == REFUSED and value != parameter.default:
+            raise InvalidRequest("%s: %s." % (name, parameter.why), name, "unsupported_value")
+        elif value != parameter.default:
+            changes.add("dropped", name, parameter.why)
+    return fields
+
+
+# ---- Translation -------------------------------------------------------------------------------------
+# What all parts of a request's translation share.  Pure, as the rooms down to Responses API are: dicts in, dicts out.
 
 
 class ToolNames:
@@ -1231,9 +1231,13 @@ class ToolNames:
         """The client's name of a tool that Claude calls."""
         return self._back.get(name, name)
 
+    def same(self) -> bool:
+        """Whether every tool goes by one name on both sides."""
+        return all(name == other for name, other in self._back.items())
+
 
 class CallIds:
-    """Tool call ids as Claude takes them: its alphabet, each one once in a whole conversation."""
+    """Tool call ids as Claude accepts them: its alphabet, each one once in a whole conversation."""
 
     def __init__(self) -> None:
         self._used: Dict[str, int] = {}             # id -> how often it came
@@ -1252,39 +1256,55 @@ class CallIds:
         return unique
 
 
+def full_tool_name(namespace: str, name: str) -> str:
+    return namespace + "." + name if namespace else name
+
+
+class Declared(NamedTuple):
+    """One tool of the request, whichever of its spellings it came in."""
+    path: str
+    name: str
+    description: str
+    parameters: Any
+    strict: bool
+    custom: bool
+    part: dict
+    namespace: str = ""                             # of the Responses API: a group of tools with a name
+
+    @property
+    def full_name(self) -> str:
+        return full_tool_name(self.namespace, self.name)
+
+
 Recall = Callable[[Sequence[str]], Optional[List[dict]]]
 
 
 class Draft:
     """A request in the making: what the functions below share while they translate one conversation."""
 
-    def __init__(self, model: Model, recall: Recall | None, replay: bool) -> None:
+    def __init__(self, model: Model, changes: Changes, declared: Sequence[Declared], search: Sequence[dict],
+                 recall: Recall | None, replay: bool) -> None:
         self.model = model
-        self.replay = replay                        # whether signed thinking that a client kept is sent
+        self.changes = changes
+        self.declared = declared                    # the client's tools
+        self.search = search                        # Claude's web search, if it is wanted
+        self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
         self.recall = recall or (lambda call_ids: None)
-        self.changes = Changes()
-        self.name_tools(())
+        self.replay = replay                        # whether signed thinking that a client kept is sent
         self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
-        self.images = 0
-        self.searches = False                       # whether the request has web search
-
-    def name_tools(self, declared: Sequence[str], taken: Sequence[str] = ()) -> None:
-        """Settles the names of the request's own tools, before the history may use others."""
-        self.names = ToolNames(declared, taken)
-        self.plan = ReplyPlan(self.names)
+        self.forced_tool = ""                       # as in ReplyPlan
+        self.bare_json = False
 
 
-class ReplyPlan:
-    """What the way back has to know of the way there."""
-
-    def __init__(self, names: ToolNames) -> None:
-        self.names = names                          # tool names, as Claude knows them and as the client does
-        self.legacy_functions = False               # the client spoke `functions`: answer in `function_call`
-        self.custom_tools: set = set()              # Claude's names of tools whose input is a bare string
-        self.namespaces: Dict[str, Tuple[str, str]] = {}    # Claude's name -> namespace and name within it
-        self.forced_tool: Optional[str] = None      # the text of the reply is the arguments of this tool
-        self.bare_json = False                      # cut the reply's text down to the JSON object in it
+class ReplyPlan(NamedTuple):
+    """What the way back has to know of the way there.  Tools are meant by the client's names."""
+    names: ToolNames
+    legacy_functions: bool = False                  # the client uses `functions`: answer in `function_call`
+    custom_tools: Sequence[str] = ()                # tools whose input is a bare string
+    namespaces: Dict[str, Tuple[str, str]] = {}     # full name -> namespace and name within it
+    forced_tool: str = ""                           # the text of the reply is the arguments of this tool
+    bare_json: bool = False                         # cut the reply's text down to the JSON object in it
 
 
 class Translation(NamedTuple):
@@ -1389,8 +1409,6 @@ def order_lifetimes(request: dict) -> None:
 # The parts of a message as content blocks.
 
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
-MAX_IMAGE = 10_000_000                              # characters of base64
-MAX_IMAGE_SIDE = 8_000                              # pixels
 HTTP_URL = re.compile(r"https?://[^\s\\\x00-\x20\x7f]+\Z", re.I)
 
 
@@ -1470,8 +1488,7 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
     data += "=" * (-len(data) % 4)
     if not re.match(r"[A-Za-z0-9+/]+={0,2}\Z", data) or len(data.rstrip("=")) % 4 == 1:
         raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
-    start = base64.b64decode(data[:400_000 // 4 * 4])          # enough to find the size of any image
-    found = media_type_of(start)
+    found = media_type_of(base64.b64decode(data[:2_000]))
     declared = {"image/jpg": "image/jpeg"}.get(declared, declared)      # a common spelling, not a mistake
     if found == "application/pdf":
         source = {"type": "base64", "media_type": found, "data": data}
@@ -1479,9 +1496,7 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
     if found:
         if declared not in ("", found):
             draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared or "the image", found))
-        check_image(data, start, found, path)
-        return count_image({"type": "image", "source": {"type": "base64", "media_type": found, "data": data}}, path,
-                           draft)
+        return [{"type": "image", "source": {"type": "base64", "media_type": found, "data": data}}]
     if declared.startswith("text/") or declared in ("application/json", "application/xml"):
         try:
             return text_document(base64.b64decode(data).decode("utf-8"), title)
@@ -1491,64 +1506,6 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
     raise InvalidRequest("%s: Claude takes JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
         path, "declared %s, but its bytes are none of these" % declared if taken else declared or "none of them"),
         path, "unsupported_file")
-
-
-def count_image(block: dict, path: str, draft: Draft) -> list[dict]:
-    draft.images += 1
-    most = 600 if draft.model.context > 200_000 else 100
-    if draft.images > most:
-        raise InvalidRequest("%s: more than %d images in one request." % (path, most), path, "too_many_images")
-    return [block]
-
-
-def check_image(data: str, start: bytes, media_type: str, path: str) -> None:
-    """Refuses what Claude would refuse, with the limit in the message."""
-    if len(data) > MAX_IMAGE:
-        raise InvalidRequest("%s: the image has %.1f MB as base64; Claude takes up to 10 MB." %
-                             (path, len(data) / 1e6), path, "image_too_large")
-    width, height = image_size(start, media_type)
-    if max(width, height) > MAX_IMAGE_SIDE:
-        raise InvalidRequest("%s: the image has %d x %d pixels; Claude takes up to %d x %d." %
-                             (path, width, height, MAX_IMAGE_SIDE, MAX_IMAGE_SIDE), path, "image_too_large")
-
-
-def image_size(start: bytes, media_type: str) -> tuple[int, int]:
-    """Width and height in pixels from an image's header, (0, 0) where they are not found."""
-    try:
-        if media_type == "image/png":
-            return struct.unpack(">II", start[16:24])
-        if media_type == "image/gif":
-            return struct.unpack("<HH", start[6:10])
-        if media_type == "image/webp":
-            return webp_size(start)
-        return jpeg_size(start)
-    except (struct.error, IndexError):
-        return 0, 0
-
-
-def webp_size(start: bytes) -> tuple[int, int]:
-    kind = start[12:16]
-    if kind == b"VP8X":
-        return (int.from_bytes(start[24:27], "little") + 1, int.from_bytes(start[27:30], "little") + 1)
-    if kind == b"VP8L":
-        bits = int.from_bytes(start[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    width, height = struct.unpack("<HH", start[26:30])
-    return width & 0x3FFF, height & 0x3FFF
-
-
-def jpeg_size(start: bytes) -> tuple[int, int]:
-    """Walks a JPEG's segments to the frame header (SOF0..SOF15 without the three that are none)."""
-    at = 2
-    while at + 9 < len(start):
-        if start[at] != 0xFF:
-            return 0, 0
-        marker = start[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", start[at + 5:at + 9])
-            return width, height
-        at += 1 if marker == 0xFF else 2 + struct.unpack(">H", start[at + 2:at + 4])[0]
-    return 0, 0
 
 
 def blocks_from_url(url: str, title: str, path: str, draft: Draft) -> list[dict]:
@@ -1563,7 +1520,7 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft) -> list[dict]
                                       draft)
         return text_document(urllib.parse.unquote(data), title)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) or not re.match(r"[A-Za-z0-9+/_=\s-]{40,}\Z", url):
-        return count_image({"type": "image", "source": {"type": "url", "url": checked_url(url, path)}}, path, draft)
+        return [{"type": "image", "source": {"type": "url", "url": checked_url(url, path)}}]
     return blocks_from_base64(url, "", title, path, draft)
 
 
@@ -1937,26 +1894,6 @@ class StrictBudget:
 # Tools, the choice among them, and the format of the answer, which may stand in for a forced tool.
 
 
-def full_tool_name(namespace: str, name: str) -> str:
-    return namespace + "." + name if namespace else name
-
-
-class Declared(NamedTuple):
-    """One tool of the request, whichever of its spellings it came in."""
-    path: str
-    name: str
-    description: str
-    parameters: Any
-    strict: bool
-    custom: bool
-    part: dict
-    namespace: str = ""                             # of the Responses API: a group of tools with a name
-
-    @property
-    def full_name(self) -> str:
-        return full_tool_name(self.namespace, self.name)
-
-
 WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
 
@@ -1967,6 +1904,11 @@ def tool_entries(fields: dict) -> Iterator[tuple[str, dict]]:
         yield "tools[%d]" % at, object_of(tool, "tools[%d]" % at)
     for at, function in enumerate(fields.get("functions", ())):
         yield "functions[%d]" % at, object_of(function, "functions[%d]" % at)
+
+
+def uses_functions(fields: dict) -> bool:
+    """Whether the client declares its tools in the legacy `functions` only."""
+    return bool(fields.get("functions")) and not fields.get("tools")
 
 
 def is_web_search(kind: Any) -> bool:
@@ -2052,18 +1994,13 @@ def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: 
     tool["input_schema"], tool["strict"] = schema, True
 
 
-def tools_from_declared(fields: dict, declared: list[Declared], draft: Draft) -> list[dict]:
+def tools_from_declared(draft: Draft) -> list[dict]:
     """The client's tools as `tools` of the Messages request, in its order."""
-    draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
     tools, strict_budget = [], StrictBudget()
-    for entry in declared:
+    for entry in draft.declared:
         name = draft.names.there(entry.full_name)
         if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
-        if entry.namespace:
-            draft.plan.namespaces[name] = (entry.namespace, entry.name)
-        if entry.custom:
-            draft.plan.custom_tools.add(name)
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
         tool = {"name": name, "description": entry.description, "input_schema": schema}
         if not entry.description:
@@ -2074,7 +2011,7 @@ def tools_from_declared(fields: dict, declared: list[Declared], draft: Draft) ->
     return tools
 
 
-def web_search_tool(fields: dict, draft: Draft) -> list[dict]:
+def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
     options = fields.get("web_search_options")
     path = "web_search_options"
@@ -2083,8 +2020,8 @@ def web_search_tool(fields: dict, draft: Draft) -> list[dict]:
             options, path = tool, "tools[%d]" % at
     if options is None:
         return []
-    if not draft.model.web_search:
-        draft.changes.add("dropped", path, "%s has no web search" % draft.model.id)
+    if not model.web_search:
+        changes.add("dropped", path, "%s has no web search" % model.id)
         return []
     size = options.get("search_context_size") or "medium"
     one_of(*WEB_SEARCH_USES)(size, path + ".search_context_size")
@@ -2109,54 +2046,54 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
 
 
 class Choice(NamedTuple):
-    """A tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
+    """A client's tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
     mode: str = "auto"
     name: str = ""
     allowed: Optional[List[str]] = None
 
 
-def choice_name(wish: Any, path: str) -> str:
+def choice_name(choice: Any, path: str) -> str:
     """The name in a tool choice: nested under function or custom, or flat."""
-    wish = object_of(wish, path)
+    choice = object_of(choice, path)
     for key in ("function", "custom"):
-        if wish.get(key) is not None:
-            return text_of(object_of(wish[key], "%s.%s" % (path, key)).get("name"), "%s.%s.name" % (path, key))
-    return text_of(wish.get("name"), path + ".name")
+        if choice.get(key) is not None:
+            return text_of(object_of(choice[key], "%s.%s" % (path, key)).get("name"), "%s.%s.name" % (path, key))
+    return text_of(choice.get("name"), path + ".name")
 
 
-def wished_choice(fields: dict, changes: Changes) -> Choice | None:
+def asked_choice(fields: dict, changes: Changes) -> Choice:
     """`tool_choice` or `function_call` in any spelling of any API."""
-    wish = fields.get("tool_choice", fields.get("function_call"))
+    choice = fields.get("tool_choice", fields.get("function_call"))
     path = "tool_choice" if "tool_choice" in fields else "function_call"
-    if wish is None or wish == "":
-        return None
+    if choice is None or choice == "":
+        return Choice()
     modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
-    if isinstance(wish, str):
-        if wish not in modes:
+    if isinstance(choice, str):
+        if choice not in modes:
             raise InvalidRequest("%s: expected none, auto, required or a tool." % path, path, "invalid_value")
-        return Choice(modes[wish])
-    wish = object_of(wish, path)
-    kind = wish.get("type")
+        return Choice(modes[choice])
+    choice = object_of(choice, path)
+    kind = choice.get("type")
     if isinstance(kind, str) and kind in modes:
         return Choice(modes[kind])
     if kind == "allowed_tools":
-        allowed = object_of(wish.get("allowed_tools", wish), path + ".allowed_tools")
+        allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
         mode = modes.get(str(allowed.get("mode", "auto")), "auto")
         path += ".allowed_tools.tools"
         tools = list_of(allowed.get("tools"), path)
         names = [choice_name(tool, "%s[%d]" % (path, at)) for at, tool in enumerate(tools)]
         return Choice(mode, allowed=names)
-    if kind not in (None, "function", "custom", "tool") and "name" not in wish:
+    if kind not in (None, "function", "custom", "tool") and "name" not in choice:
         changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
         return Choice()
-    return Choice("required", choice_name(wish, path))
+    return Choice("required", choice_name(choice, path))
 
 
-def allowed_tools(tools: list[dict], wish: Choice | None, draft: Draft) -> list[dict]:
+def allowed_tools(tools: list[dict], asked: Choice, draft: Draft) -> list[dict]:
     """The tools that the client's choice leaves; web search is no function, and stays."""
-    if wish is None or wish.allowed is None:
+    if asked.allowed is None:
         return tools
-    allowed = {draft.names.there(name) for name in wish.allowed}
+    allowed = {draft.names.there(name) for name in asked.allowed}
     kept = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
     if tools and not kept:
         raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
@@ -2164,33 +2101,32 @@ def allowed_tools(tools: list[dict], wish: Choice | None, draft: Draft) -> list[
     return kept
 
 
-def choice_from_wish(wish: Choice, fields: dict, tools: list[dict], declared: list[Declared],
-                     draft: Draft) -> dict | None:
-    """`tool_choice` of the Messages request; None where it would say nothing."""
+def tool_choice(asked: Choice, fields: dict, tools: list[dict], draft: Draft) -> dict | None:
+    """`tool_choice` of the Messages request; None where it would change nothing."""
     if not tools:
         return None
-    if not declared and not any(tool.get("type") for tool in tools):
+    if not draft.declared and not draft.search:
         return {"type": "none"}                     # stand-ins for a history's tools: not to be called
-    choice: dict = {"type": {"required": "any"}.get(wish.mode, wish.mode)}
-    if wish.name:
-        named = next((entry for entry in declared if wish.name in (entry.name, entry.full_name)), None)
+    choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
+    if asked.name:
+        named = next((tool for tool in draft.declared if asked.name in (tool.name, tool.full_name)), None)
         if named is None:
-            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(wish.name),
+            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(asked.name),
                                  "tool_choice", "invalid_value")
         choice = {"type": "tool", "name": draft.names.there(named.full_name)}
-    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
+    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or uses_functions(fields)):
         choice["disable_parallel_tool_use"] = True
     return None if choice == {"type": "auto"} else choice
 
 
-def wished_format(fields: dict) -> tuple[str, dict, str]:
+def asked_format(fields: dict) -> tuple[str, dict, str]:
     """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and the schema's path."""
-    path, wish = "response_format", fields.get("response_format")
-    if wish is None and fields.get("text") is not None:
-        path, wish = "text.format", fields["text"].get("format")
-    if wish is None:
+    path, asked = "response_format", fields.get("response_format")
+    if asked is None and fields.get("text") is not None:
+        path, asked = "text.format", fields["text"].get("format")
+    if asked is None:
         return "text", {}, path
-    kind = object_of(wish, path).get("type", "text")
+    kind = object_of(asked, path).get("type", "text")
     if kind not in ("text", "json_object", "json_schema"):
         raise InvalidRequest("%s.type: expected text, json_object or json_schema." % path, path + ".type",
                              "invalid_value")
@@ -2198,8 +2134,8 @@ def wished_format(fields: dict) -> tuple[str, dict, str]:
         return kind, {}, path
     if path == "response_format":
         path += ".json_schema"
-        wish = object_of(wish.get("json_schema"), path)
-    schema = wish.get("schema")
+        asked = object_of(asked.get("json_schema"), path)
+    schema = asked.get("schema")
     if schema is None:
         return kind, {}, path
     return kind, checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
@@ -2214,7 +2150,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
             schema = subset.whole()
             if StrictBudget().take(subset):
                 request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-                draft.plan.forced_tool = name
+                draft.forced_tool = draft.names.back(tool["name"])
                 draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
                 draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
                                   draft.model.id)
@@ -2230,8 +2166,8 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
     try:
         if not without(schema, "$defs", "definitions"):
             raise Unsupported("there is no schema")
-        if not draft.model.structured_outputs or draft.searches:
-            raise Unsupported("web search excludes it" if draft.searches else "%s has no answer formats" %
+        if not draft.model.structured_outputs or draft.search:
+            raise Unsupported("web search excludes it" if draft.search else "%s has no answer formats" %
                               draft.model.id)
         subset = Subset(schema)
         converted = subset.whole()
@@ -2239,7 +2175,7 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
             raise Unsupported("more than Claude compiles")
     except Unsupported as reason:
         draft.changes.add("changed", path.split(".json_schema")[0], "asked for in words: %s" % reason)
-        draft.plan.bare_json = True
+        draft.bare_json = True
         draft.instructions.append("Answer with one JSON object only, no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
@@ -2252,13 +2188,13 @@ VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in
 
 
 def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
-    """Adds what makes Claude answer in the wished format; returns the tool choice that goes with it.
+    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it.
 
     A forced tool on a model that refuses to be forced becomes an answer format of that tool's schema (the reply
     is handed back as the tool call); where that cannot be, an instruction.
     """
     tools = request.get("tools", [])
-    kind, schema, path = wished_format(fields)
+    kind, schema, path = asked_format(fields)
     if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
         if kind != "text":
@@ -2267,11 +2203,11 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     elif kind == "json_schema":
         add_schema_format(request, schema, path, draft)
     elif kind == "json_object":
-        draft.plan.bare_json = True
+        draft.bare_json = True
         draft.instructions.append("Answer with one JSON object only: no other text, no code fence.")
     verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
     if verbosity is not None:
-        CHAT_FIELDS["verbosity"](verbosity, "verbosity" if "verbosity" in fields else "text.verbosity")
+        verbosity_of(verbosity, "verbosity" if "verbosity" in fields else "text.verbosity")
     if verbosity in VERBOSITIES:
         draft.instructions.append(VERBOSITIES[verbosity])
     return choice
@@ -2299,7 +2235,7 @@ class Turn:
 
     def __init__(self, role: str) -> None:
         self.role = role
-        self.blocks: List[dict] = []                # of a user turn: all but the tool results
+        self.blocks: List[Any] = []                 # of a user turn: LateSystem, and all but the tool results
         self.calls: List[Call] = []
         self.waiting: Dict[str, Deque[Call]] = {}   # calls that may lack a result, by name, and all of them by ""
 
@@ -2363,13 +2299,6 @@ def has_server_blocks(blocks: list[dict]) -> bool:
     return any(block["type"] not in ("text", "thinking", "redacted_thinking", "tool_use") for block in blocks)
 
 
-def user_block(block: dict) -> dict:
-    """A block of a user turn; system text that may not stay a system message is marked as what it is."""
-    if not block.get("late_system"):
-        return block
-    return dict(without(block, "late_system"), text="<system>\n%s\n</system>" % block["text"])
-
-
 def merged(messages: list[dict]) -> list[dict]:
     """Neighbours of one role as one message (an empty turn between them has gone)."""
     kept: list[dict] = []
@@ -2383,9 +2312,21 @@ def merged(messages: list[dict]) -> list[dict]:
     return kept
 
 
+class LateSystem(NamedTuple):
+    """A system text amid the messages, until it is known whether it may stay one."""
+    block: dict
+
+
+def user_block(block: Any) -> dict:
+    """A block of a user turn; system text that may not stay a system message is marked as what it is."""
+    if isinstance(block, LateSystem):
+        return dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
+    return block
+
+
 class Conversation:
-    """A history in the making: takes messages, calls and results as a client tells them, gives them back paired,
-    ordered and merged as the Messages API wants them.  A `path` says where in the request something stands."""
+    """A history in the making: messages, calls and results as a client sends them go in; they come out paired,
+    ordered and merged as the Messages API demands.  A `path` says where in the request something stands."""
 
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
@@ -2393,12 +2334,12 @@ class Conversation:
         self._answerable: Dict[str, Deque[Call]] = {}       # by the client's id: the calls of the latest turn with it
         self.system: List[dict] = []
 
-    def say(self, role: str, blocks: list[dict]) -> None:
+    def add(self, role: str, blocks: list[dict]) -> None:
         """Blocks of the user or the assistant, or system text: leading system text is kept apart."""
         if role == "system" and not self._turns:
             self.system += blocks
         elif role == "system":
-            self._turn("user").blocks += [dict(block, late_system=True) for block in blocks]
+            self._turn("user").blocks += map(LateSystem, blocks)
         else:
             self._turn(role).blocks += blocks
 
@@ -2460,7 +2401,7 @@ class Conversation:
             before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
             late = self._late_system(turn.blocks, bool(results), before_assistant)
             rest = turn.blocks[:len(turn.blocks) - len(late)]
-            if any(block.get("late_system") for block in rest):
+            if any(isinstance(block, LateSystem) for block in rest):
                 self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
             blocks = results + [user_block(block) for block in rest]
             if not blocks and at == 0:
@@ -2497,7 +2438,7 @@ class Conversation:
         earlier = self._draft.recall([call.raw_id for call in turn.calls]) if turn.calls else None
         plain = [block for block in turn.blocks if block["type"] not in ("thinking", "redacted_thinking")]
         if not earlier or len(plain) < len(turn.blocks) or not same_answer(earlier, plain) \
-                or has_server_blocks(earlier) and not self._draft.searches:
+                or has_server_blocks(earlier) and not self._draft.search:
             return turn.blocks
         mark = turn.blocks[-1].get("cache_control")
         return marked(earlier, {"cache_control": mark})
@@ -2511,18 +2452,18 @@ class Conversation:
                                "is_error": True}
         return [call.result for call in calls if call.result]
 
-    def _late_system(self, blocks: list[dict], results: bool, before_assistant: bool) -> list[dict]:
+    def _late_system(self, blocks: list[Any], results: bool, before_assistant: bool) -> list[dict]:
         """The system blocks at the end of a user turn that may stay system messages (placement rules of the API).
 
-        They must follow a user turn that says something, and be last or before an assistant turn.
+        They must follow a user turn that is not empty, and be last or before an assistant turn.
         """
         count = 0
-        while count < len(blocks) and blocks[-1 - count].get("late_system"):
+        while count < len(blocks) and isinstance(blocks[-1 - count], LateSystem):
             count += 1
-        says_something = results or len(blocks) > count
-        if not count or not self._draft.model.late_system or not before_assistant or not says_something:
+        follows_something = results or len(blocks) > count
+        if not count or not self._draft.model.late_system or not before_assistant or not follows_something:
             return []
-        return [without(block, "late_system") for block in blocks[-count:]]
+        return [late.block for late in blocks[-count:]]
 
 
 def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
@@ -2558,11 +2499,11 @@ def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
 
 
 def add_message(conversation: Conversation, role: str, chat_message: dict, path: str, draft: Draft) -> None:
-    """A message of the user or the system; the system's takes text only."""
+    """A message of the user or the system, which may only be text."""
     blocks = blocks_from_content(chat_message.get("content"), path + ".content", draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
         raise InvalidRequest("%s.content: a system message takes text only." % path, path + ".content")
-    conversation.say(role, marked(blocks, chat_message))
+    conversation.add(role, marked(blocks, chat_message))
 
 
 def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
@@ -2571,7 +2512,7 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
     blocks += blocks_from_content(chat_message.get("content"), path + ".content", draft, assistant=True)
     if chat_message.get("refusal"):
         blocks += text_blocks(text_of(chat_message["refusal"], path + ".refusal"))
-    conversation.say("assistant", blocks)
+    conversation.add("assistant", blocks)
     last = blocks[-1] if blocks else None
     for at, chat_call in enumerate(optional(list_of, chat_message.get("tool_calls"), path + ".tool_calls", ())):
         where = "%s.tool_calls[%d]" % (path, at)
@@ -2589,7 +2530,7 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
-    """Tells the messages of a chat completion request."""
+    """Adds the messages of a chat completion request."""
     for at, chat_message in enumerate(chat_messages):
         path = "messages[%d]" % at
         role = text_of(object_of(chat_message, path).get("role"), path + ".role")
@@ -2683,7 +2624,7 @@ def tier_from_chat(fields: dict, draft: Draft) -> dict:
 
 
 def parameters_from_chat(fields: dict, draft: Draft) -> dict:
-    """Sampling, stop sequences, service tier and user id; reports every field that has no counterpart."""
+    """Sampling, stop sequences, service tier and user id."""
     request: dict[str, Any] = dict(sampling_from_chat(fields, draft))
     stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
     if stops:
@@ -2698,16 +2639,11 @@ def parameters_from_chat(fields: dict, draft: Draft) -> dict:
             break
         if user_id:
             draft.changes.add("dropped", name, "Claude takes opaque ids of up to 256 characters, no addresses")
-    for name, value in fields.items():
-        if name in WITHOUT_EFFECT:
-            draft.changes.ignored.append(name)
-        elif name not in STRUCTURE and value != OPENAI_DEFAULTS.get(name, ()):
-            draft.changes.add("dropped", name, "no counterpart")
     return request
 
 
-class ReasoningWish(NamedTuple):
-    """What a client says of reasoning.  effort "none": it wants none; None: it leaves that to the model."""
+class Reasoning(NamedTuple):
+    """What a client asks of reasoning.  effort "none": there should be none; None: that is left to the model."""
     effort: str | None = None
     budget: int | None = None                       # tokens of thinking, for models that take such a number
     display: str | None = None
@@ -2724,8 +2660,8 @@ def effort_from_budget(budget: int) -> str:
     return next((effort for effort, tokens in BUDGETS.items() if budget <= tokens), "max")
 
 
-def wish_from_chat(fields: dict) -> ReasoningWish:
-    """The client's wish from `thinking` (Claude's own words), `reasoning` (OpenRouter's) or `reasoning_effort`."""
+def reasoning_from_chat(fields: dict) -> Reasoning:
+    """What is asked in `thinking` (Claude's own parameter), `reasoning` (OpenRouter's) or `reasoning_effort`."""
     thinking = fields.get("thinking")
     if thinking is not None:
         thinking = object_of(thinking, "thinking")
@@ -2735,14 +2671,14 @@ def wish_from_chat(fields: dict) -> ReasoningWish:
             raise InvalidRequest("thinking.display: expected summarized or omitted.", "thinking.display")
         kind = thinking.get("type")
         if kind is None:
-            return ReasoningWish(fields.get("reasoning_effort"))
+            return Reasoning(fields.get("reasoning_effort"))
         if kind not in ("enabled", "adaptive", "disabled", "between_tools"):
             raise InvalidRequest("thinking.type: expected adaptive, enabled, disabled or between_tools.",
                                  "thinking.type", "invalid_value")
         if kind in ("disabled", "between_tools"):
-            return ReasoningWish("none", field="thinking")
+            return Reasoning("none", field="thinking")
         effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
-        return ReasoningWish(effort, budget, display, "thinking")
+        return Reasoning(effort, budget, display, "thinking")
     reasoning = fields.get("reasoning")
     if reasoning is not None:
         reasoning = object_of(reasoning, "reasoning")
@@ -2754,8 +2690,8 @@ def wish_from_chat(fields: dict) -> ReasoningWish:
             effort = effort_from_budget(budget)
         if effort is None and reasoning.get("enabled"):
             effort = ""
-        return ReasoningWish(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
-    return ReasoningWish(fields.get("reasoning_effort"))
+        return Reasoning(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
+    return Reasoning(fields.get("reasoning_effort"))
 
 
 def in_unthought_loop(messages: list[dict]) -> bool:
@@ -2780,7 +2716,7 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
     return obstacle and obstacle + " excludes thinking"
 
 
-def think_little(request: dict, wish: ReasoningWish, draft: Draft) -> None:
+def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
     """A small output limit on a model that thinks unasked: no thinking where that can be, else little of it."""
     if draft.model.efforts:
         request.setdefault("output_config", {})["effort"] = draft.model.efforts[0]
@@ -2788,7 +2724,7 @@ def think_little(request: dict, wish: ReasoningWish, draft: Draft) -> None:
         request["thinking"] = {"type": "disabled"}
         draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
     else:
-        request["thinking"] = {"type": "adaptive", "display": wish.display or "summarized"}
+        request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
 
 
 def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
@@ -2796,7 +2732,7 @@ def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
     draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
 
 
-def switch_off_thinking(request: dict, wish: ReasoningWish, draft: Draft) -> None:
+def switch_off_thinking(request: dict, asked: Reasoning, draft: Draft) -> None:
     """No reasoning: off where the model can switch it off, else as little as it can."""
     model = draft.model
     if "disabled" in model.thinking:
@@ -2806,23 +2742,23 @@ def switch_off_thinking(request: dict, wish: ReasoningWish, draft: Draft) -> Non
         request["thinking"] = {"type": "between_tools"}
     if model.efforts:
         request.setdefault("output_config", {})["effort"] = model.efforts[0]
-    draft.changes.add("changed", wish.field, "%s cannot stop thinking: lowest effort" % model.id)
+    draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
 
 
-def set_effort(request: dict, wish: ReasoningWish, draft: Draft) -> None:
+def set_effort(request: dict, asked: Reasoning, draft: Draft) -> None:
     """`output_config.effort`, or the nearest one that the model knows."""
-    effort, efforts = wish.effort, draft.model.efforts
+    effort, efforts = asked.effort, draft.model.efforts
     if not effort or effort == "none" or not efforts:
         return
     nearest = effort if effort in efforts else {"minimal": "low"}.get(effort, "high")
     if nearest != effort:
-        draft.changes.add("changed", wish.field, "%s to %s" % (effort, nearest))
+        draft.changes.add("changed", asked.field, "%s to %s" % (effort, nearest))
     request.setdefault("output_config", {})["effort"] = nearest
 
 
-def think_within_budget(request: dict, wish: ReasoningWish, limit: int | None, draft: Draft) -> None:
+def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draft: Draft) -> None:
     """Thinking with a budget: at least 1,024 tokens, less than max_tokens, which is raised to make room."""
-    budget = max(LEAST_BUDGET, wish.budget or BUDGETS.get(wish.effort or "medium", LEAST_BUDGET))
+    budget = max(LEAST_BUDGET, asked.budget or BUDGETS.get(asked.effort or "medium", LEAST_BUDGET))
     if limit is not None and limit < budget + LEAST_BUDGET:
         request["max_tokens"] = min(draft.model.max_output, limit + budget)
         draft.changes.add("changed", "max_tokens", "%d added for thinking, which counts as output" % budget)
@@ -2831,8 +2767,8 @@ def think_within_budget(request: dict, wish: ReasoningWish, limit: int | None, d
         del request["top_p"]
         draft.changes.add("dropped", "top_p", "thinking excludes it")
     request["thinking"] = {"type": "enabled", "budget_tokens": budget}
-    if wish.display:
-        request["thinking"]["display"] = wish.display
+    if asked.display:
+        request["thinking"]["display"] = asked.display
 
 
 def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> None:
@@ -2841,55 +2777,50 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
     Where they exclude each other, a forced tool, a temperature and a prefill win over thinking: the client
     asked for them in so many words.
     """
-    model, wish, limit = draft.model, wish_from_chat(fields), explicit_max_tokens(fields)
+    model, asked, limit = draft.model, reasoning_from_chat(fields), explicit_max_tokens(fields)
     tight = limit is not None and limit < LEAST_BUDGET
-    if wish.effort == "none" or wish.effort is None and tight:
+    if asked.effort == "none" or asked.effort is None and tight:
         if model.thinks_by_default:
-            (switch_off_thinking if wish.effort else think_little)(request, wish, draft)
+            (switch_off_thinking if asked.effort else think_little)(request, asked, draft)
             if tight and "disabled" not in model.thinking:
                 add_room_for_thinking(request, limit or 0, draft)
         return
     obstacle = ""
-    if wish.effort is not None:
-        set_effort(request, wish, draft)
+    if asked.effort is not None:
+        set_effort(request, asked, draft)
         obstacle = obstacle_to_thinking(request, messages, model)
     if obstacle:
-        draft.changes.add("dropped", wish.field, obstacle)
-    thinks = wish.effort is not None and not obstacle
+        draft.changes.add("dropped", asked.field, obstacle)
+    thinks = asked.effort is not None and not obstacle
     if "adaptive" in model.thinking:
         if thinks or model.thinks_by_default:
-            request["thinking"] = {"type": "adaptive", "display": wish.display or "summarized"}
-        if wish.budget:
-            draft.changes.add("changed", wish.field, "a budget of %d to effort %s" % (wish.budget, wish.effort))
+            request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
+        if asked.budget:
+            draft.changes.add("changed", asked.field, "a budget of %d to effort %s" % (asked.budget, asked.effort))
         if thinks and tight:
             add_room_for_thinking(request, limit or 0, draft)
     elif thinks:
-        think_within_budget(request, wish, limit, draft)
+        think_within_budget(request, asked, limit, draft)
 
 
 # ---- Messages request --------------------------------------------------------------------------------
 # The whole: a chat completion request as a Messages request.
 
 
-def messages_request(fields: dict, declared: list[Declared], draft: Draft, preamble: Sequence[dict], cache: bool,
-                     tell: Callable[[Conversation], None]) -> Translation:
-    """The Messages request of any of OpenAI's APIs: checked fields, the tools, and what tells the conversation."""
-    model = draft.model
-    search = web_search_tool(fields, draft)
-    draft.searches = bool(search)
-    draft.name_tools([entry.full_name for entry in declared], [tool["name"] for tool in search])
-    tools = tools_from_declared(fields, declared, draft) + search
+def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache: bool,
+                     add_history: Callable[[Conversation], None]) -> Translation:
+    """The Messages request of either of OpenAI's APIs: its parameters, and what adds its history."""
+    tools = [*tools_from_declared(draft), *draft.search]
     conversation = Conversation(draft)
-    tell(conversation)
+    add_history(conversation)
     system, messages = conversation.system, conversation.messages()
-    wish = wished_choice(fields, draft.changes)
-    tools = allowed_tools(tools, wish, draft) or tools_from_history(messages, draft)
-    request: dict = {"model": model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
+    asked = asked_choice(fields, draft.changes)
+    tools = allowed_tools(tools, asked, draft) or tools_from_history(messages, draft)
+    request: dict = {"model": draft.model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
     request.update(parameters_from_chat(fields, draft))
     if tools:
         request["tools"] = tools
-    choice = choice_from_wish(wish or Choice(), fields, tools, declared, draft)
-    choice = answer_format(request, fields, choice, draft)
+    choice = answer_format(request, fields, tool_choice(asked, fields, tools, draft), draft)
     if choice:
         request["tool_choice"] = choice
     think(request, fields, messages, draft)
@@ -2903,7 +2834,14 @@ def messages_request(fields: dict, declared: list[Declared], draft: Draft, pream
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
-    return Translation(request, draft.changes, draft.plan)
+    return Translation(request, draft.changes, reply_plan(fields, draft))
+
+
+def reply_plan(fields: dict, draft: Draft) -> ReplyPlan:
+    declared = draft.declared
+    return ReplyPlan(draft.names, uses_functions(fields), [tool.full_name for tool in declared if tool.custom],
+                     {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace},
+                     draft.forced_tool, draft.bare_json)
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
@@ -2914,10 +2852,15 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
     all, of an earlier answer by its tool call ids.  `replay`: whether signed thinking that the client kept is sent.
     Raises InvalidRequest, naming the field by its path.
     """
-    fields = fields_from_chat(chat)
-    draft = Draft(model, recall, replay)
-    declared = declared_tools(tool_entries(fields), draft.changes)
-    return messages_request(fields, declared, draft, preamble, cache,
+    changes = Changes()
+    fields = read_parameters(chat, CHAT, changes)
+    if "messages" not in fields:
+        raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
+    if not fields["messages"]:
+        raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
+    declared = declared_tools(tool_entries(fields), changes)
+    draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall, replay)
+    return messages_request(fields, draft, preamble, cache,
                             lambda conversation: add_chat_messages(conversation, fields["messages"], draft))
 
 
@@ -2997,7 +2940,7 @@ class MessageAssembler:
         self.message: dict = {}
         self.done = False
         self._block: dict = {}
-        self._grown: Dict[str, GrowingText] = collections.defaultdict(GrowingText)
+        self._grown: Dict[str, io.StringIO] = collections.defaultdict(io.StringIO)
         self._citations: List[Any] = []
         self._content: List[dict] = []
         self._earlier_usage: dict = {}
@@ -3049,7 +2992,7 @@ class MessageAssembler:
         delta = event["delta"]
         field = self._DELTA_FIELDS.get(delta["type"])
         if field:
-            self._grown[field].append(delta[field] + "")
+            self._grown[field].write(delta[field])
         elif delta["type"] == "citations_delta":
             self._citations.append(delta["citation"])
 
@@ -3062,7 +3005,7 @@ class MessageAssembler:
     def _join_pieces(self) -> None:
         """Ends the current block; max_tokens can cut an answer inside one, which then has no stop event."""
         for field, text in self._grown.items():
-            self._block[field] = (self._block.get(field) or "") + str(text)
+            self._block[field] = (self._block.get(field) or "") + text.getvalue()
         if self._citations:
             self._block["citations"] = [*(self._block.get("citations") or ()), *self._citations]
         partial = self._block.get("partial_json")
@@ -3156,6 +3099,100 @@ class BareJson:
         return len(text)
 
 
+class PlannedEvents:
+    """Claude's events as the request's plan wants them: tools by the client's names, the forced tool called, text
+    cut down to its JSON.  Stands between a MessageAssembler and a renderer; a plan without wishes costs nothing.
+
+    `assembler` is the one that has seen the planned events: what a renderer knows only at the end is taken from it.
+    """
+
+    def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
+        self._plan = plan
+        self._idle = not plan.forced_tool and not plan.bare_json and plan.names.same()
+        self.assembler = assembler if self._idle else MessageAssembler()
+        self._bare_json = BareJson()
+        self._kind = ""                             # of the open block, as Claude began it
+        self._calling = False                       # whether the forced tool's block is open
+
+    def then(self, render: Callable[[dict], List[dict]]) -> Callable[[dict], List[dict]]:
+        """A function from Claude's event to what `render` makes of the planned ones."""
+        def planned(event: dict) -> list[dict]:
+            if event["type"] == "message_start" and self.assembler.done:        # a continued answer (pause_turn)
+                self.assembler.resume()
+            handler = self._HANDLERS.get(event["type"])
+            return self._rendered(handler(self, event) if handler else [event], render)
+        return render if self._idle else planned
+
+    def finish(self, render: Callable[[dict], List[dict]]) -> list[dict]:
+        """What `render` makes of the text that was held back to the end."""
+        rest = self._bare_json.close() if self._plan.bare_json else ""
+        if not rest:
+            return []
+        stop = {"type": "content_block_stop"}
+        start = {"type": "content_block_start", "content_block": {"type": "text", "text": rest}}
+        return self._rendered([*([stop] if self._kind else ()), start, stop], render)
+
+    def _rendered(self, events: list[dict], render: Callable[[dict], List[dict]]) -> list[dict]:
+        rendered = []
+        for event in events:
+            self.assembler.feed(event)
+            rendered += render(event)
+        return rendered
+
+    def _block_start(self, event: dict) -> list[dict]:
+        block = event["content_block"]
+        self._kind = block["type"]
+        if self._kind == "text":
+            return self._text(block.get("text") or "", lambda text: dict(event, content_block=dict(block, text=text)))
+        events = [{"type": "content_block_stop"}] if self._calling else []
+        self._calling = False
+        if self._kind == "tool_use":
+            event = dict(event, content_block=dict(block, name=self._plan.names.back(block["name"])))
+        return [*events, event]
+
+    def _block_delta(self, event: dict) -> list[dict]:
+        delta = event["delta"]
+        if delta["type"] == "text_delta":
+            return self._text(delta["text"], lambda text: dict(event, delta=dict(delta, text=text)))
+        return [] if self._plan.forced_tool and self._kind == "text" else [event]
+
+    def _block_stop(self, event: dict) -> list[dict]:
+        kind, self._kind = self._kind, ""
+        return [] if self._plan.forced_tool and kind == "text" else [event]
+
+    def _text(self, text: str, event_with: Callable[[str], dict]) -> list[dict]:
+        if self._plan.forced_tool:
+            return self._arguments(text) if text else []
+        return [event_with(self._bare_json.feed(text) if self._plan.bare_json else text)]
+
+    def _arguments(self, text: str) -> list[dict]:
+        """The text of an answer whose format forced a tool: the arguments of its call."""
+        delta = {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": text}}
+        if self._calling:
+            return [delta]
+        self._calling = True
+        call_id = "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(self.assembler.message.get("id") or "0"))
+        block = {"type": "tool_use", "id": call_id, "name": self._plan.forced_tool, "input": {}}
+        return [{"type": "content_block_start", "content_block": block}, delta]
+
+    _HANDLERS: Dict[str, Callable[[PlannedEvents, dict], List[dict]]] = {
+        "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop}
+
+
+def planned_message(message: dict, plan: ReplyPlan) -> dict:
+    """A whole message as its plan wants it."""
+    assembler = MessageAssembler()
+    assembler.message = message
+    events = PlannedEvents(plan, assembler)
+    if events.assembler is assembler:
+        return message
+    planned = events.then(lambda event: [])
+    for event in events_from_message(message):
+        planned(event)
+    events.finish(lambda event: [])
+    return events.assembler.whole()
+
+
 # ---- Replies -----------------------------------------------------------------------------------------
 # Message -> chat completion, events -> chunks.  They share their helpers, so that a stream adds up to the full reply.
 
@@ -3200,7 +3237,7 @@ def refusal_text(message: dict) -> str | None:
 
 
 def finish_reason(stop_reason: str | None, has_tool_calls: bool, plan: ReplyPlan) -> str:
-    """OpenAI's finish reason.  Tool calls are always told, for clients act on nothing else."""
+    """OpenAI's finish reason.  Tool calls are always reported, for clients act on nothing else."""
     reason = FINISH_REASONS.get(stop_reason or "", "stop")
     if reason == "tool_calls" and not has_tool_calls:
         return "stop"
@@ -3222,15 +3259,14 @@ def annotations_of(block: dict, start: int, length: int) -> list[dict]:
     return annotations
 
 
-def text_and_annotations(content: list[dict], cut: BareJson | None) -> tuple[str, list[dict]]:
-    """The text of all text blocks, or the JSON object in it, and their web citations with their places in that."""
+def text_and_annotations(content: list[dict]) -> tuple[str, list[dict]]:
+    """The text of all text blocks, and their web citations with their places in it."""
     text, annotations = "", []                      # type: str, List[dict]
     for block in content:
         if block["type"] == "text":
-            piece = cut.feed(block["text"]) if cut else block["text"]
-            annotations += annotations_of(block, len(text), len(piece))
-            text += piece
-    return text + (cut.close() if cut else ""), annotations
+            annotations += annotations_of(block, len(text), len(block["text"]))
+            text += block["text"]
+    return text, annotations
 
 
 def arguments_of(block: dict) -> str:
@@ -3247,30 +3283,18 @@ def input_of_custom(arguments: str) -> str:
     return arguments
 
 
-def forced_call_id(message_id: Any) -> str:
-    return "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(message_id or "0"))
-
-
-def forced_tool_use(message_id: Any, arguments: str, plan: ReplyPlan) -> dict:
-    """The answer to a request whose tool was forced by its answer format, as a use of that tool."""
-    return {"type": "tool_use", "id": forced_call_id(message_id), "name": plan.forced_tool, "partial_json": arguments}
-
-
 def tool_call_from_tool_use(block: dict, plan: ReplyPlan) -> dict:
-    """A tool call in the words of the request: custom tools hand back their bare string."""
-    name, arguments = plan.names.back(block["name"]), arguments_of(block)
-    if block["name"] in plan.custom_tools:
+    """A tool call as the request declares its tool: a custom tool's input is a bare string."""
+    name, arguments = block["name"], arguments_of(block)
+    if name in plan.custom_tools:
         return {"id": block["id"], "type": "custom", "custom": {"name": name, "input": input_of_custom(arguments)}}
     return {"id": block["id"], "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan) -> dict:
-    """A whole message as a chat completion.  `envelope`: its id and created."""
-    content, annotations = text_and_annotations(message["content"], BareJson() if plan.bare_json else None)
+    """A whole message, planned, as a chat completion.  `envelope`: its id and created."""
+    content, annotations = text_and_annotations(message["content"])
     tool_calls = [tool_call_from_tool_use(block, plan) for block in message["content"] if block["type"] == "tool_use"]
-    if plan.forced_tool and content:
-        tool_calls.append(tool_call_from_tool_use(forced_tool_use(message.get("id"), content, plan), plan))
-        content = ""
     chat_message: dict = {"role": "assistant", "content": content if content or not tool_calls else None,
                           "refusal": refusal_text(message)}
     reasoning = "".join(block.get("thinking") or "" for block in message["content"] if block["type"] == "thinking")
@@ -3295,8 +3319,7 @@ NO_TEXT: dict = {"delta": {}}                       # in place of the choice tha
 class ChatStream:
     """Messages API events in, chat completion chunks out.  One instance per request.
 
-    It reads beside a MessageAssembler that has seen the same events: what is known only at the end (stop reason,
-    usage) is taken from there.
+    `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is taken from there.
     """
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include_usage: bool) -> None:
@@ -3305,11 +3328,9 @@ class ChatStream:
         self._plan = plan
         self._assembler = assembler
         self._include_usage = include_usage
-        self._json_text = BareJson() if plan.bare_json else None
         self._tool_position = -1                    # of the tool call that is being sent; counts calls, not blocks
         self._block: dict = {}
         self._sent_arguments = False
-        self._forced_input: List[str] = []          # of a forced custom tool, whose string is known at the end
         self._annotations: List[dict] = []
         self._text_length = self._block_start_length = 0
         self._started = False
@@ -3337,7 +3358,7 @@ class ChatStream:
         if block["type"] == "thinking":
             return self._reasoning(block.get("thinking") or "")
         if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
-            return self._call_start(block["id"], self._plan.names.back(block["name"]))
+            return self._call_start(block["id"], block["name"])
         return []
 
     def _block_delta(self, event: dict) -> list[dict]:
@@ -3381,15 +3402,9 @@ class ChatStream:
         return before + client_json(delta["content"]) + after
 
     def finish(self) -> list[dict]:
-        """The last chunks: what was held back, citations, a refusal, the finish reason, usage if it was asked for."""
+        """The last chunks: citations, a refusal, the finish reason, usage if it was asked for."""
         message = self._assembler.whole()
         chunks = self._block_stop({}) if self._block else []        # max_tokens can cut a block before its stop event
-        if self._forced_input:
-            use = forced_tool_use(message.get("id"), "".join(self._forced_input), self._plan)
-            chunks.append(self._whole_call(use))
-        rest = self._json_text.close() if self._json_text else ""
-        if rest:
-            chunks.append(self._chunk({"content": rest}))
         if self._annotations:
             chunks.append(self._chunk({"annotations": self._annotations}))
         refusal = refusal_text(message)
@@ -3402,25 +3417,8 @@ class ChatStream:
         return chunks
 
     def _text(self, text: str) -> list[dict]:
-        if self._plan.forced_tool:
-            return self._forced_arguments(text)
-        if self._json_text:
-            text = self._json_text.feed(text)
         self._text_length += len(text)
         return [self._chunk({"content": text})] if text else []
-
-    def _forced_arguments(self, text: str) -> list[dict]:
-        """The text of an answer whose format forced a tool: the arguments of its call."""
-        if not text:
-            return []
-        if self._plan.forced_tool in self._plan.custom_tools:
-            self._forced_input.append(text)
-            return []
-        chunks = []
-        if self._tool_position < 0:
-            call_id = forced_call_id(self._assembler.message.get("id"))
-            chunks += self._call_start(call_id, self._plan.names.back(self._plan.forced_tool or ""))
-        return chunks + self._arguments(text)
 
     def _reasoning(self, thinking: str) -> list[dict]:
         return [self._chunk({"reasoning_content": thinking})] if thinking else []
@@ -3493,7 +3491,7 @@ def call_id_of(item: dict, path: str) -> str:
 def add_message_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     role = text_of(item.get("role"), path + ".role")
     if role == "assistant":
-        conversation.say("assistant", blocks_from_content(item.get("content"), path + ".content", draft, True))
+        conversation.add("assistant", blocks_from_content(item.get("content"), path + ".content", draft, True))
     elif role in ("user", "system", "developer"):
         add_message(conversation, "user" if role == "user" else "system", item, path, draft)
     else:
@@ -3523,7 +3521,7 @@ def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft:
     if blocks and not draft.replay:
         return
     if blocks:
-        conversation.say("assistant", blocks)
+        conversation.add("assistant", blocks)
     elif item.get("encrypted_content"):
         draft.changes.ignored.append(path + ".encrypted_content")
 
@@ -3541,7 +3539,7 @@ ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
 
 
 def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """Tells one input item; kinds that Claude has no use for are reported and left out."""
+    """Adds one input item; kinds that Claude has no use for are reported and left out."""
     kind = item.get("type") or ("message" if "role" in item else None)
     kind = text_of(kind, path + ".type")
     translate = ITEMS.get(kind)
@@ -3569,29 +3567,28 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
                                     recall: Recall | None = None, replay: bool = True,
                                     earlier: Sequence[dict] = ()) -> Translation:
     """A Responses request as a Messages request.  `earlier`: the items of the response that it continues."""
-    fields = fields_from_responses(body)
-    draft = Draft(model, recall, replay)
+    changes = Changes()
+    fields = read_parameters(body, RESPONSES, changes)
+    if "input" not in fields and "instructions" not in fields:
+        raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = [("previous_response_id[%d]" % at, item) for at, item in enumerate(earlier)]
     items += [("input[%d]" % at, item) for at, item in enumerate(items_from_input(fields.get("input")))]
     more_tools = [("%s.tools[%d]" % (path, at), object_of(tool, "%s.tools[%d]" % (path, at)))
                   for path, item in items if item.get("type") == "additional_tools"
                   for at, tool in enumerate(list_of(item.get("tools"), path + ".tools"))]
-    declared = declared_tools([*tool_entries(fields), *more_tools], draft.changes)
-    instructions = fields.get("instructions")
+    declared = declared_tools([*tool_entries(fields), *more_tools], changes)
+    fields["tools"] = fields.get("tools", []) + [tool for _, tool in more_tools]
+    draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall, replay)
 
-    def tell(conversation: Conversation) -> None:
-        conversation.say("system", blocks_from_content(instructions, "instructions", draft)
-                         if not isinstance(instructions, list) else [])
+    def add_history(conversation: Conversation) -> None:
+        instructions = fields.get("instructions")
+        if not isinstance(instructions, list):
+            conversation.add("system", blocks_from_content(instructions, "instructions", draft))
         told = [("instructions[%d]" % at, object_of(item, "instructions[%d]" % at))
-                for at, item in enumerate(instructions)] if isinstance(instructions, list) else []
+                for at, item in enumerate(listed(instructions))]
         for path, item in told + items:
             add_item(conversation, item, path, draft)
-    for name in ("max_tool_calls", "truncation"):
-        if fields.get(name) not in (None, "disabled"):
-            draft.changes.add("dropped", name, "no counterpart")
-    shared = without(fields, *RESPONSES_STRUCTURE)
-    shared["tools"] = fields.get("tools", []) + [tool for _, tool in more_tools]
-    return messages_request(shared, declared, draft, preamble, cache, tell)
+    return messages_request(fields, draft, preamble, cache, add_history)
 
 
 RESPONSE_ECHOES: Dict[str, Any] = {
@@ -3626,10 +3623,9 @@ class ResponseStream:
         self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
                              usage=None)
         self._plan, self._assembler, self._encrypted = plan, assembler, encrypted
-        self._json_text = BareJson() if plan.bare_json else None
         self._sequence = -1
         self._item: Optional[dict] = None           # the output item that is being sent
-        self._text = GrowingText()                  # of the open item: text, thinking or arguments
+        self._text = io.StringIO()                  # of the open item: text, thinking or arguments
         self._annotations: List[dict] = []
         self._block: dict = {}
 
@@ -3641,9 +3637,8 @@ class ResponseStream:
     def finish(self) -> list[dict]:
         """The last events: the open item's end, a refusal, and the response as it ended."""
         message = self._assembler.whole()
-        rest = self._json_text.close() if self._json_text else ""
-        events = self._block_stop({}) if self._block else []        # max_tokens can cut a block before its stop event
-        events += self._text_delta(rest) if rest else []
+        is_call = self._block.get("type") == "tool_use"
+        events = self._block_stop({}) if self._block and not is_call else []    # max_tokens can cut a block short
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
             finish_reason(message["stop_reason"], False, self._plan))
         refusal = refusal_text(message)
@@ -3680,8 +3675,7 @@ class ResponseStream:
         if kind == "thinking":
             return self._close_item() + self._thinking_delta(block.get("thinking") or "")
         if kind == "tool_use":
-            name = self._plan.names.back(block["name"])
-            return self._close_item() + self._open_call(block["id"], block["name"], name)
+            return self._close_item() + self._open_call(block["id"], block["name"])
         return []
 
     def _block_delta(self, event: dict) -> list[dict]:
@@ -3711,7 +3705,7 @@ class ResponseStream:
     # -- items
 
     def _open(self, item: dict) -> dict:
-        self._item, self._text, self._annotations = item, GrowingText(), []
+        self._item, self._text, self._annotations = item, io.StringIO(), []
         return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
 
     def _done(self, item: dict) -> dict:
@@ -3746,14 +3740,10 @@ class ResponseStream:
     # -- text
 
     def _text_delta(self, text: str) -> list[dict]:
-        if self._plan.forced_tool:
-            return self._forced_arguments(text)
-        if self._json_text and text:
-            text = self._json_text.feed(text)
         if not text:
             return []
         events = [] if self._item and self._item["type"] == "message" else self._close_item() + self._open_message()
-        self._text.append(text)
+        self._text.write(text)
         return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
 
     def _new_message(self) -> dict:
@@ -3769,7 +3759,7 @@ class ResponseStream:
         """The citations of a text block, placed in the text of its whole item."""
         if not block.get("citations") or not self._item or self._item["type"] != "message":
             return []
-        length = self._text.length
+        length = self._text.tell()
         start = max(0, length - len(block["text"]))
         events = []
         for annotation in annotations_of(block, start, length - start):
@@ -3780,7 +3770,7 @@ class ResponseStream:
         return events
 
     def _end_message(self, status: str) -> list[dict]:
-        text = str(self._text)
+        text = self._text.getvalue()
         part = {"type": "output_text", "text": text, "annotations": self._annotations, "logprobs": []}
         item = dict(self._item or {}, status=status, content=[part])
         return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
@@ -3807,7 +3797,7 @@ class ResponseStream:
             self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
             self._in_item("response.reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
-        self._text.append(thinking)
+        self._text.write(thinking)
         return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
 
     def _end_thinking(self, block: dict) -> list[dict]:
@@ -3817,7 +3807,7 @@ class ResponseStream:
             if not encrypted:
                 return []
             events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
-        text = str(self._text)
+        text = self._text.getvalue()
         part = {"type": "summary_text", "text": text}
         if text:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
@@ -3829,46 +3819,35 @@ class ResponseStream:
 
     # -- calls
 
-    def _open_call(self, call_id: str, claude_name: str, name: str) -> list[dict]:
-        custom = claude_name in self._plan.custom_tools
+    def _open_call(self, call_id: str, name: str) -> list[dict]:
+        custom = name in self._plan.custom_tools
         item: dict = {"id": self._new_id("ctc" if custom else "fc"),
                       "type": "custom_tool_call" if custom else "function_call", "call_id": call_id, "name": name}
-        if claude_name in self._plan.namespaces:
-            item["namespace"], item["name"] = self._plan.namespaces[claude_name]
+        if name in self._plan.namespaces:
+            item["namespace"], item["name"] = self._plan.namespaces[name]
         item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
         return [self._open(item)]
 
     def _arguments_delta(self, fragment: str) -> list[dict]:
         if not fragment:
             return []
-        self._text.append(fragment)
+        self._text.write(fragment)
         if self._item and self._item["type"] == "custom_tool_call":
             return []                               # its string is known only at the end
         return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
 
     def _end_call(self, status: str) -> list[dict]:
         item = dict(self._item or {})
-        arguments = str(self._text)
-        if not arguments:
-            arguments = arguments_of(self._assembler.message["content"][-1])
+        streamed = self._text.getvalue()
+        arguments = streamed or arguments_of(self._assembler.message["content"][-1])
         if item["type"] == "custom_tool_call":
             item["input"] = input_of_custom(arguments)
             return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
                     self._in_item("response.custom_tool_call_input.done", input=item["input"]), self._done(item)]
-        events = [] if self._text.length else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
+        events = [] if streamed else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
         item.update(arguments=arguments, status=status)
         return events + [self._in_item("response.function_call_arguments.done", arguments=arguments,
                                        name=item["name"]), self._done(item)]
-
-    def _forced_arguments(self, text: str) -> list[dict]:
-        if not text:
-            return []
-        events = []
-        if not self._item or self._item["type"] not in ("function_call", "custom_tool_call"):
-            forced = self._plan.forced_tool or ""
-            call_id = forced_call_id(self._assembler.message.get("id"))
-            events = self._close_item() + self._open_call(call_id, forced, self._plan.names.back(forced))
-        return events + self._arguments_delta(text)
 
     def _search(self, block: dict) -> list[dict]:
         """A web search that Claude did for itself."""
@@ -5656,7 +5635,7 @@ class Pump:
 
 FETCH_TIMEOUT = 20                                  # seconds for one image, redirects included, looking up names not
 FETCH_REDIRECTS = 3
-MAX_FETCHED = MAX_IMAGE // 4 * 3                    # bytes, so that it fits as base64
+MAX_FETCHED = 7_500_000                             # bytes: as base64 the 10 MB that Claude accepts
 
 
 class ImageFetcher:
@@ -5893,9 +5872,10 @@ class Exchange:
         """Sends the request until Claude takes it; returns when the answer begins.  Raises GatewayError."""
         while True:
             self.translation = self.translate()
-            if self._gateway.config.strict and self.translation.changes.told:
-                raise InvalidRequest("--strict: not everything can be passed on as it is: %s." %
-                                     self.translation.changes, next(iter(self.translation.changes.told))[1], "strict")
+            if self._gateway.config.strict and self.translation.changes.reported:
+                changes = self.translation.changes
+                raise InvalidRequest("--strict: not everything can be passed on as it is: %s." % changes,
+                                     next(iter(changes.reported))[1], "strict")
             try:
                 self._send(self.translation.request)
             except ClaudeError as refusal:
@@ -5905,10 +5885,10 @@ class Exchange:
                 continue
             if self._lesson:
                 self._gateway.lessons.learn(self._known, self._lesson)
-            told = self.translation.changes
-            self._incoming.record.changes = str(told)
-            if told.ignored:
-                LOG.debug("without effect on the answer: %s", ", ".join(told.ignored))
+            changes = self.translation.changes
+            self._incoming.record.changes = str(changes)
+            if changes.ignored:
+                LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
             return
 
     def whole_message(self) -> dict:
@@ -6164,10 +6144,11 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
         plan = exchange.translation.plan
         envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
         if wants_stream(body):
-            stream = ChatStream(envelope, plan, exchange.assembler, include_usage)
-            return Reply(headers=exchange.headers(), batches=stream_batches(exchange, stream), json_of=stream.json_of,
-                         closing=b"data: [DONE]\n\n", close=exchange.close)
-        message = exchange.whole_message()
+            events = PlannedEvents(plan, exchange.assembler)
+            stream = ChatStream(envelope, plan, events.assembler, include_usage)
+            return Reply(headers=exchange.headers(), batches=stream_batches(exchange, events, stream),
+                         json_of=stream.json_of, closing=b"data: [DONE]\n\n", close=exchange.close)
+        message = planned_message(exchange.whole_message(), plan)
         return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers(), close=exchange.close)
 
 
@@ -6213,10 +6194,11 @@ def closed_on_failure(exchange: Exchange) -> Iterator[None]:
         raise
 
 
-def stream_batches(exchange: Exchange, stream: ChatStream | ResponseStream) -> Iterator[list[dict]]:
+def stream_batches(exchange: Exchange, events: PlannedEvents,
+                   stream: ChatStream | ResponseStream) -> Iterator[list[dict]]:
     """The batches of a stream, its last events included."""
-    yield from exchange.batches(stream.feed)
-    yield stream.finish()
+    yield from exchange.batches(events.then(stream.feed))
+    yield events.finish(stream.feed) + stream.finish()
 
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6229,8 +6211,10 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
         envelope = response_envelope("resp_" + secrets.token_hex(16), int(time.time()), body)
         include = body.get("include")
         encrypted = isinstance(include, list) and ENCRYPTED_REASONING in include
-        stream = ResponseStream(envelope, exchange.translation.plan, exchange.assembler, encrypted)
-        batches = response_batches(gateway, incoming, exchange, stream, earlier)
+        plan = exchange.translation.plan
+        events = PlannedEvents(plan, exchange.assembler)
+        stream = ResponseStream(envelope, plan, events.assembler, encrypted)
+        batches = response_batches(gateway, incoming, stream_batches(exchange, events, stream), stream, earlier)
         if wants_stream(body):
             return Reply(headers=exchange.headers(), batches=batches, named_events=True, failure=stream.fail,
                          close=exchange.close)
@@ -6239,11 +6223,11 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
         return Reply(stream.response, exchange.headers(), close=exchange.close)
 
 
-def response_batches(gateway: Gateway, incoming: Incoming, exchange: Exchange, stream: ResponseStream,
+def response_batches(gateway: Gateway, incoming: Incoming, batches: Iterator[List[dict]], stream: ResponseStream,
                      earlier: Sequence[dict]) -> Iterator[list[dict]]:
     """The events of a response, which is stored before its end is told: a client may continue it at once."""
     body = incoming.body
-    for batch in stream_batches(exchange, stream):
+    for batch in batches:
         if stream.response["status"] in ("completed", "incomplete") and wants_storing(body) \
                 and is_responses_body(body):
             yield from in_a_thread(incoming.watch)  # a long history takes a while to write down
@@ -6383,10 +6367,11 @@ class TextCompletion:
                 yield from in_a_thread(exchange.watch)
                 self._exchanges[at - 1].close()
                 exchange.open()
-            stream = ChatStream(self._envelope, exchange.translation.plan, exchange.assembler, False)
+            events = PlannedEvents(exchange.translation.plan, exchange.assembler)
+            stream = ChatStream(self._envelope, exchange.translation.plan, events.assembler, False)
             if self._echoes[at]:
                 yield [self._chunk(exchange, self._choice(at, self._echoes[at], None))]
-            for batch in stream_batches(exchange, stream):
+            for batch in stream_batches(exchange, events, stream):
                 choices = [choice for chunk in batch for choice in chunk["choices"]]
                 yield [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "",
                                                           choice["finish_reason"]))
@@ -9568,7 +9553,7 @@ def translate_command(parsed: argparse.Namespace) -> int:
     translator = messages_request_from_responses if is_responses_body(body) else messages_request_from_chat
     translation = translator(body, model, cache=not config.no_cache)
     print_json(translation.request)
-    say("Changes: %s" % (translation.changes if translation.changes.told else "none"))
+    say("Changes: %s" % (translation.changes if translation.changes.reported else "none"))
     return OK
 
 
