@@ -821,29 +821,21 @@ def model_from_info(info: dict) -> Model | None:
     if not isinstance(model_id, str) or not re.match(r"[\x21-\x7e]{1,200}\Z", model_id):
         return None
     known = BUILT_IN_MODELS.get(model_id) or Model(model_id)
-    capabilities = info.get("capabilities") or {}
 
     def supported(*path: str) -> bool | None:
-        value: Any = capabilities
-        for step in path + ("supported",):
-            value = value.get(step) if isinstance(value, dict) else None
+        value = value_in(info, "capabilities", *path, "supported")
         return value if isinstance(value, bool) else None
 
     def names(path: tuple[str, ...], known_names: tuple[str, ...], all_names: tuple[str, ...]) -> tuple[str, ...]:
-        told = {name: supported(*path, name) for name in all_names}
-        return tuple(name for name in all_names if (name in known_names if told[name] is None else told[name]))
+        said = {name: supported(*path, name) for name in all_names}
+        return tuple(name for name in all_names if (name in known_names if said[name] is None else said[name]))
 
     def text(name: str, limit: int = 200) -> str | None:
-        value = info.get(name)
-        return value[:limit] or None if isinstance(value, str) else None
-
-    def tokens(name: str) -> int | None:
-        value = info.get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+        return (text_in(info, name) or "")[:limit] or None
 
     released = text("created_at", 10)
     says: dict[str, Any] = {
-        "context": tokens("max_input_tokens"), "max_output": tokens("max_tokens"),
+        "context": count_in(info, "max_input_tokens") or None, "max_output": count_in(info, "max_tokens") or None,
         "lifecycle": text("lifecycle"), "retires": text("retires_at", 10),
         "released": released if released != "1970-01-01" else None, "display_name": text("display_name"),
         "structured_outputs": supported("structured_outputs"), "web_search": supported("server_tools", "web_search"),
@@ -2902,7 +2894,8 @@ class EventDecoder:
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif not line and self._data:
                 try:
-                    events.append(self._event())
+                    data, self._data = b"\n".join(self._data), []
+                    events.append(event_from_data(data))
                 except UpstreamFault as fault:
                     self._fault = fault
                     break
@@ -2917,10 +2910,6 @@ class EventDecoder:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
         return self.feed(b"\n\n")
 
-    def _event(self) -> dict:
-        data, self._data = b"\n".join(self._data), []
-        return event_from_data(data)
-
 
 def events_from_message(message: dict) -> list[dict]:
     """A whole message as the events that would have streamed it, for an upstream that answers in JSON."""
@@ -2931,6 +2920,20 @@ def events_from_message(message: dict) -> list[dict]:
     delta = {name: message.get(name) for name in ("stop_reason", "stop_sequence", "stop_details")}
     events.append({"type": "message_delta", "delta": delta, "usage": message.get("usage") or {}})
     return events + [{"type": "message_stop"}]
+
+
+def added_usage(total: dict, usage: dict) -> dict:
+    """The counts of two calls together, for answers that took several (pause_turn)."""
+    added = dict(total)
+    for name, value in usage.items():
+        earlier = added.get(name)
+        if isinstance(value, dict):
+            added[name] = added_usage(earlier if isinstance(earlier, dict) else {}, value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            added[name] = (earlier or 0) + value
+        elif value is not None:
+            added[name] = value
+    return added
 
 
 class MessageAssembler:
@@ -3099,6 +3102,9 @@ class BareJson:
         return len(text)
 
 
+Render = Callable[[dict], List[dict]]              # an event of Claude's -> what the client gets for it
+
+
 class PlannedEvents:
     """Claude's events as the request's plan wants them: tools by the client's names, the forced tool called, text
     cut down to its JSON.  Stands between a MessageAssembler and a renderer; a plan without wishes costs nothing.
@@ -3114,7 +3120,7 @@ class PlannedEvents:
         self._kind = ""                             # of the open block, as Claude began it
         self._calling = False                       # whether the forced tool's block is open
 
-    def then(self, render: Callable[[dict], List[dict]]) -> Callable[[dict], List[dict]]:
+    def then(self, render: Render) -> Render:
         """A function from Claude's event to what `render` makes of the planned ones."""
         def planned(event: dict) -> list[dict]:
             if event["type"] == "message_start" and self.assembler.done:        # a continued answer (pause_turn)
@@ -3123,7 +3129,7 @@ class PlannedEvents:
             return self._rendered(handler(self, event) if handler else [event], render)
         return render if self._idle else planned
 
-    def finish(self, render: Callable[[dict], List[dict]]) -> list[dict]:
+    def finish(self, render: Render) -> list[dict]:
         """What `render` makes of the text that was held back to the end."""
         rest = self._bare_json.close() if self._plan.bare_json else ""
         if not rest:
@@ -3132,7 +3138,7 @@ class PlannedEvents:
         start = {"type": "content_block_start", "content_block": {"type": "text", "text": rest}}
         return self._rendered([*([stop] if self._kind else ()), start, stop], render)
 
-    def _rendered(self, events: list[dict], render: Callable[[dict], List[dict]]) -> list[dict]:
+    def _rendered(self, events: list[dict], render: Render) -> list[dict]:
         rendered = []
         for event in events:
             self.assembler.feed(event)
@@ -3179,20 +3185,6 @@ class PlannedEvents:
         "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop}
 
 
-def planned_message(message: dict, plan: ReplyPlan) -> dict:
-    """A whole message as its plan wants it."""
-    assembler = MessageAssembler()
-    assembler.message = message
-    events = PlannedEvents(plan, assembler)
-    if events.assembler is assembler:
-        return message
-    planned = events.then(lambda event: [])
-    for event in events_from_message(message):
-        planned(event)
-    events.finish(lambda event: [])
-    return events.assembler.whole()
-
-
 # ---- Replies -----------------------------------------------------------------------------------------
 # Message -> chat completion, events -> chunks.  They share their helpers, so that a stream adds up to the full reply.
 
@@ -3210,20 +3202,6 @@ def usage_from_message(usage: dict) -> dict:
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
             "completion_tokens_details": {"reasoning_tokens": thinking},
             "cache_read_input_tokens": read, "cache_creation_input_tokens": written}
-
-
-def added_usage(total: dict, usage: dict) -> dict:
-    """The counts of two calls together, for answers that took several (pause_turn)."""
-    added = dict(total)
-    for name, value in usage.items():
-        earlier = added.get(name)
-        if isinstance(value, dict):
-            added[name] = added_usage(earlier if isinstance(earlier, dict) else {}, value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            added[name] = (earlier or 0) + value
-        elif value is not None:
-            added[name] = value
-    return added
 
 
 def with_service_tier(reply: dict, usage: dict) -> dict:
@@ -5891,12 +5869,6 @@ class Exchange:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
             return
 
-    def whole_message(self) -> dict:
-        """Reads the answer to its end."""
-        for _ in self.batches(lambda event: []):
-            pass
-        return self.assembler.whole()
-
     @property
     def model_id(self) -> str:
         return self._known.id
@@ -6142,13 +6114,13 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     with closed_on_failure(exchange):
         exchange.open()
         plan = exchange.translation.plan
+        events = PlannedEvents(plan, exchange.assembler)
         envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
         if wants_stream(body):
-            events = PlannedEvents(plan, exchange.assembler)
             stream = ChatStream(envelope, plan, events.assembler, include_usage)
             return Reply(headers=exchange.headers(), batches=stream_batches(exchange, events, stream),
                          json_of=stream.json_of, closing=b"data: [DONE]\n\n", close=exchange.close)
-        message = planned_message(exchange.whole_message(), plan)
+        message = whole_message(exchange, events)
         return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers(), close=exchange.close)
 
 
@@ -6199,6 +6171,14 @@ def stream_batches(exchange: Exchange, events: PlannedEvents,
     """The batches of a stream, its last events included."""
     yield from exchange.batches(events.then(stream.feed))
     yield events.finish(stream.feed) + stream.finish()
+
+
+def whole_message(exchange: Exchange, events: PlannedEvents) -> dict:
+    """The whole answer, read to its end."""
+    for _ in exchange.batches(events.then(lambda event: [])):
+        pass
+    events.finish(lambda event: [])
+    return events.assembler.whole()
 
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
