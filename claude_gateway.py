@@ -995,6 +995,16 @@ def list_of(value: Any, path: str) -> list:
     return value
 
 
+def entries_of(value: Any, path: str, check: Callable[[Any, str], Any] = object_of) -> list[tuple[str, Any]]:
+    """The entries of an array, checked, each with its path."""
+    paths = ["%s[%d]" % (path, at) for at in range(len(list_of(value, path)))]
+    return [(where, check(entry, where)) for where, entry in zip(paths, value)]
+
+
+def anything(value: Any, path: str) -> Any:
+    return value
+
+
 def number_of(value: Any, path: str) -> float:
     """A number, also one that a client wrote as a string."""
     if isinstance(value, str):
@@ -1052,10 +1062,6 @@ def effort_of(value: Any, path: str) -> str | None:
         raise InvalidRequest("%s: expected none, minimal, low, medium, high, xhigh or max." % path, path,
                              "invalid_value")
     return None if effort in ("default", "auto", "") else effort
-
-
-def anything(value: Any, path: str) -> Any:
-    return value
 
 
 class Changes:
@@ -1616,8 +1622,7 @@ def blocks_from_content(content: Any, path: str, draft: Draft, assistant: bool =
     if isinstance(content, str):
         return text_blocks(content)
     blocks: list[dict] = []
-    for at, part in enumerate(list_of(content, path)):
-        where = "%s[%d]" % (path, at)
+    for where, part in entries_of(content, path, anything):
         if isinstance(part, str):
             blocks += text_blocks(part)
             continue
@@ -1669,7 +1674,7 @@ def map_of_schemas(value: Any, path: str) -> dict:
 
 
 def list_of_schemas(value: Any, path: str) -> list:
-    return [checked_schema(schema, "%s[%d]" % (path, at)) for at, schema in enumerate(list_of(value, path))]
+    return [schema for _, schema in entries_of(value, path, checked_schema)]
 
 
 def required_of(value: Any, path: str) -> list[str]:
@@ -1890,12 +1895,9 @@ WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
 
 
-def tool_entries(fields: dict) -> Iterator[tuple[str, dict]]:
+def tool_entries(fields: dict) -> list[tuple[str, dict]]:
     """Every tool of a request with its path, from `tools` and the legacy `functions`."""
-    for at, tool in enumerate(fields.get("tools", ())):
-        yield "tools[%d]" % at, object_of(tool, "tools[%d]" % at)
-    for at, function in enumerate(fields.get("functions", ())):
-        yield "functions[%d]" % at, object_of(function, "functions[%d]" % at)
+    return [entry for name in ("tools", "functions") for entry in entries_of(fields.get(name, []), name)]
 
 
 def uses_functions(fields: dict) -> bool:
@@ -1947,10 +1949,8 @@ def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) ->
     """One entry of a tool list: a function or custom tool, a namespace of them, or what Claude has no tool for."""
     kind = tool.get("type") or "function"
     if kind == "namespace" and not namespace:
-        inner = list_of(tool.get("tools"), path + ".tools")
-        entries = [("%s.tools[%d]" % (path, at), object_of(each, "%s.tools[%d]" % (path, at)))
-                   for at, each in enumerate(inner)]
-        return declared_tools(entries, changes, text_of(tool.get("name"), path + ".name"))
+        inner = entries_of(tool.get("tools"), path + ".tools")
+        return declared_tools(inner, changes, text_of(tool.get("name"), path + ".name"))
     if tool.get("custom") is not None or kind == "custom" and "input_schema" not in tool:
         return [declared_custom(tool, path, namespace)]
     if kind in ("function", "custom"):
@@ -2007,9 +2007,9 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
     options = fields.get("web_search_options")
     path = "web_search_options"
-    for at, tool in enumerate(fields.get("tools", ())):
+    for where, tool in entries_of(fields.get("tools", []), "tools"):
         if options is None and is_web_search(tool.get("type")):
-            options, path = tool, "tools[%d]" % at
+            options, path = tool, where
     if options is None:
         return []
     if not model.web_search:
@@ -2071,10 +2071,8 @@ def asked_choice(fields: dict, changes: Changes) -> Choice:
     if kind == "allowed_tools":
         allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
         mode = modes.get(str(allowed.get("mode", "auto")), "auto")
-        path += ".allowed_tools.tools"
-        tools = list_of(allowed.get("tools"), path)
-        names = [choice_name(tool, "%s[%d]" % (path, at)) for at, tool in enumerate(tools)]
-        return Choice(mode, allowed=names)
+        tools = entries_of(allowed.get("tools"), path + ".allowed_tools.tools")
+        return Choice(mode, allowed=[choice_name(tool, where) for where, tool in tools])
     if kind not in (None, "function", "custom", "tool") and "name" not in choice:
         changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
         return Choice()
@@ -2506,9 +2504,7 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
         blocks += text_blocks(text_of(chat_message["refusal"], path + ".refusal"))
     conversation.add("assistant", blocks)
     last = blocks[-1] if blocks else None
-    for at, chat_call in enumerate(optional(list_of, chat_message.get("tool_calls"), path + ".tool_calls", ())):
-        where = "%s.tool_calls[%d]" % (path, at)
-        chat_call = object_of(chat_call, where)
+    for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = optional(text_of, chat_call.get("id"), where + ".id", "")
         function, where = function_of_call(chat_call, where)
         if not raw_id:                              # legacy calls have none by right
@@ -2523,9 +2519,8 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
     """Adds the messages of a chat completion request."""
-    for at, chat_message in enumerate(chat_messages):
-        path = "messages[%d]" % at
-        role = text_of(object_of(chat_message, path).get("role"), path + ".role")
+    for path, chat_message in entries_of(chat_messages, "messages"):
+        role = text_of(chat_message.get("role"), path + ".role")
         if role not in ROLES:
             raise InvalidRequest("%s.role: expected one of %s." % (path, ", ".join(ROLES)), path + ".role",
                                  "invalid_value")
@@ -3538,7 +3533,7 @@ def items_from_input(given: Any) -> list[dict]:
         return []
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
-    return [object_of(item, "input[%d]" % at) for at, item in enumerate(list_of(given, "input"))]
+    return [item for _, item in entries_of(given, "input")]
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
@@ -3549,11 +3544,9 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
     fields = read_parameters(body, RESPONSES, changes)
     if "input" not in fields and "instructions" not in fields:
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
-    items = [("previous_response_id[%d]" % at, item) for at, item in enumerate(earlier)]
-    items += [("input[%d]" % at, item) for at, item in enumerate(items_from_input(fields.get("input")))]
-    more_tools = [("%s.tools[%d]" % (path, at), object_of(tool, "%s.tools[%d]" % (path, at)))
-                  for path, item in items if item.get("type") == "additional_tools"
-                  for at, tool in enumerate(list_of(item.get("tools"), path + ".tools"))]
+    items = entries_of(list(earlier), "previous_response_id") + entries_of(items_from_input(fields.get("input")), "input")
+    more_tools = [entry for path, item in items if item.get("type") == "additional_tools"
+                  for entry in entries_of(item.get("tools"), path + ".tools")]
     declared = declared_tools([*tool_entries(fields), *more_tools], changes)
     fields["tools"] = fields.get("tools", []) + [tool for _, tool in more_tools]
     draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall, replay)
@@ -3562,8 +3555,7 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         instructions = fields.get("instructions")
         if not isinstance(instructions, list):
             conversation.add("system", blocks_from_content(instructions, "instructions", draft))
-        told = [("instructions[%d]" % at, object_of(item, "instructions[%d]" % at))
-                for at, item in enumerate(listed(instructions))]
+        told = entries_of(instructions, "instructions") if isinstance(instructions, list) else []
         for path, item in told + items:
             add_item(conversation, item, path, draft)
     return messages_request(fields, draft, preamble, cache, add_history)
