@@ -14,14 +14,16 @@ One request on its way:
         messages_request_from_chat             chat completion request -> Messages request  (pure)
         Upstream.messages                      the one call to Claude, always asked for as a stream
         EventDecoder.feed                      event-stream bytes -> events                 (pure)
+        PlannedEvents                          events -> events as the request's plan wants them (pure)
         ChatStream.feed                        events -> chunks                             (pure)
         chat_completion_from_message           or: the assembled message -> chat completion (pure)
       Handler._go_on, Pump                   a stream to its client: in its thread, or where many run in the pump
     Handler._send_failure                  any error, in OpenAI's shape
 
-Rooms, in order, each using only those above it: Configuration, Small tools, Errors, Models, Requests,
-Replies, Streams, Responses API, Memory, Credentials, Upstream, Pump, Image fetching, Endpoints, Status page,
-HTTP server, Simulated upstream, Diagnosis, Tool settings, Command line.
+Rooms, in order, each using only those above it: Configuration, Small tools, Errors, JSON, Models, Shapes, Translation,
+Cache breakpoints, Content, Tool schemas, Tools, Conversation, Parameters, Tool choice and answer format,
+Messages request, Events, Replies, Streams, Responses API, Memory, Credentials, Upstream, Pump, Image fetching,
+Endpoints, Status page, HTTP server, Simulated upstream, Diagnosis, Tool settings, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
 
@@ -1888,7 +1890,7 @@ class StrictBudget:
 
 
 # ---- Tools -------------------------------------------------------------------------------------------
-# Tools, the choice among them, and the format of the answer, which may stand in for a forced tool.
+# The tools of a request in all their spellings, and Claude's web search.
 
 
 WEB_SEARCH = "web_search"
@@ -2035,172 +2037,6 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
     if names:
         draft.changes.add("repaired", "tools", "the history uses tools that the request does not define")
     return [{"name": name, "input_schema": {"type": "object", "properties": {}}} for name in dict.fromkeys(names)]
-
-
-class Choice(NamedTuple):
-    """A client's tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
-    mode: str = "auto"
-    name: str = ""
-    allowed: Optional[List[str]] = None
-
-
-def choice_name(choice: Any, path: str) -> str:
-    """The name in a tool choice: nested under function or custom, or flat."""
-    choice = object_of(choice, path)
-    for key in ("function", "custom"):
-        if choice.get(key) is not None:
-            return text_of(object_of(choice[key], "%s.%s" % (path, key)).get("name"), "%s.%s.name" % (path, key))
-    return text_of(choice.get("name"), path + ".name")
-
-
-def asked_choice(fields: dict, changes: Changes) -> Choice:
-    """`tool_choice` or `function_call` in any spelling of any API."""
-    choice = fields.get("tool_choice", fields.get("function_call"))
-    path = "tool_choice" if "tool_choice" in fields else "function_call"
-    if choice is None or choice == "":
-        return Choice()
-    modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
-    if isinstance(choice, str):
-        if choice not in modes:
-            raise InvalidRequest("%s: expected none, auto, required or a tool." % path, path, "invalid_value")
-        return Choice(modes[choice])
-    choice = object_of(choice, path)
-    kind = choice.get("type")
-    if isinstance(kind, str) and kind in modes:
-        return Choice(modes[kind])
-    if kind == "allowed_tools":
-        allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
-        mode = modes.get(str(allowed.get("mode", "auto")), "auto")
-        tools = entries_of(allowed.get("tools"), path + ".allowed_tools.tools")
-        return Choice(mode, allowed=[choice_name(tool, where) for where, tool in tools])
-    if kind not in (None, "function", "custom", "tool") and "name" not in choice:
-        changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
-        return Choice()
-    return Choice("required", choice_name(choice, path))
-
-
-def allowed_tools(tools: list[dict], asked: Choice, draft: Draft) -> list[dict]:
-    """The tools that the client's choice leaves; web search is no function, and stays."""
-    if asked.allowed is None:
-        return tools
-    allowed = {draft.names.there(name) for name in asked.allowed}
-    kept = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
-    if tools and not kept:
-        raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
-                             "invalid_value")
-    return kept
-
-
-def tool_choice(asked: Choice, fields: dict, tools: list[dict], draft: Draft) -> dict | None:
-    """`tool_choice` of the Messages request; None where it would change nothing."""
-    if not tools:
-        return None
-    if not draft.declared and not draft.search:
-        return {"type": "none"}                     # stand-ins for a history's tools: not to be called
-    choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
-    if asked.name:
-        named = next((tool for tool in draft.declared if asked.name in (tool.name, tool.full_name)), None)
-        if named is None:
-            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(asked.name),
-                                 "tool_choice", "invalid_value")
-        choice = {"type": "tool", "name": draft.names.there(named.full_name)}
-    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or uses_functions(fields)):
-        choice["disable_parallel_tool_use"] = True
-    return None if choice == {"type": "auto"} else choice
-
-
-def asked_format(fields: dict) -> tuple[str, dict, str]:
-    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and the schema's path."""
-    path, asked = "response_format", fields.get("response_format")
-    if asked is None and fields.get("text") is not None:
-        path, asked = "text.format", fields["text"].get("format")
-    if asked is None:
-        return "text", {}, path
-    kind = object_of(asked, path).get("type", "text")
-    if kind not in ("text", "json_object", "json_schema"):
-        raise InvalidRequest("%s.type: expected text, json_object or json_schema." % path, path + ".type",
-                             "invalid_value")
-    if kind != "json_schema":
-        return kind, {}, path
-    if path == "response_format":
-        path += ".json_schema"
-        asked = object_of(asked.get("json_schema"), path)
-    schema = asked.get("schema")
-    if schema is None:
-        return kind, {}, path
-    return kind, checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
-
-
-def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict | None:
-    """A forced tool without forcing: its schema as the answer format, or else a plain instruction."""
-    tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
-    if tool and draft.model.structured_outputs:
-        with contextlib.suppress(Unsupported):
-            subset = Subset(tool["input_schema"])
-            schema = subset.whole()
-            if StrictBudget().take(subset):
-                request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-                draft.forced_tool = draft.names.back(tool["name"])
-                draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
-                draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
-                                  draft.model.id)
-                return {"type": "none"}
-    draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
-    draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in words" % draft.model.id)
-    choice = dict(without(choice, "name"), type="auto")
-    return None if choice == {"type": "auto"} else choice
-
-
-def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
-    """`json_schema`: enforced by Claude where the schema allows it, else asked for and cut out of the answer."""
-    try:
-        if not without(schema, "$defs", "definitions"):
-            raise Unsupported("there is no schema")
-        if not draft.model.structured_outputs or draft.search:
-            raise Unsupported("web search excludes it" if draft.search else "%s has no answer formats" %
-                              draft.model.id)
-        subset = Subset(schema)
-        converted = subset.whole()
-        if not StrictBudget().take(subset):
-            raise Unsupported("more than Claude compiles")
-    except Unsupported as reason:
-        draft.changes.add("changed", path.split(".json_schema")[0], "asked for in words: %s" % reason)
-        draft.bare_json = True
-        draft.instructions.append("Answer with one JSON object only, no other text, that follows this JSON Schema:\n" +
-                                  json.dumps(schema, ensure_ascii=False))
-        return
-    for keyword in dict.fromkeys(subset.moved):
-        draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
-    request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
-
-
-VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in detail."}
-
-
-def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
-    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it.
-
-    A forced tool on a model that refuses to be forced becomes an answer format of that tool's schema (the reply
-    is handed back as the tool call); where that cannot be, an instruction.
-    """
-    tools = request.get("tools", [])
-    kind, schema, path = asked_format(fields)
-    if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
-        named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
-        if kind != "text":
-            draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
-        choice = force_by_format(request, named, choice, draft)
-    elif kind == "json_schema":
-        add_schema_format(request, schema, path, draft)
-    elif kind == "json_object":
-        draft.bare_json = True
-        draft.instructions.append("Answer with one JSON object only: no other text, no code fence.")
-    verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
-    if verbosity is not None:
-        verbosity_of(verbosity, "verbosity" if "verbosity" in fields else "text.verbosity")
-    if verbosity in VERBOSITIES:
-        draft.instructions.append(VERBOSITIES[verbosity])
-    return choice
 
 
 # ---- Conversation ------------------------------------------------------------------------------------
@@ -2790,6 +2626,176 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
         think_within_budget(request, asked, limit, draft)
 
 
+# ---- Tool choice and answer format -------------------------------------------------------------------
+# The choice among the tools, and the format of the answer, which may stand in for a forced tool.
+
+
+class Choice(NamedTuple):
+    """A client's tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
+    mode: str = "auto"
+    name: str = ""
+    allowed: Optional[List[str]] = None
+
+
+def choice_name(choice: Any, path: str) -> str:
+    """The name in a tool choice: nested under function or custom, or flat."""
+    choice = object_of(choice, path)
+    for key in ("function", "custom"):
+        if choice.get(key) is not None:
+            return text_of(object_of(choice[key], "%s.%s" % (path, key)).get("name"), "%s.%s.name" % (path, key))
+    return text_of(choice.get("name"), path + ".name")
+
+
+def asked_choice(fields: dict, changes: Changes) -> Choice:
+    """`tool_choice` or `function_call` in any spelling of any API."""
+    choice = fields.get("tool_choice", fields.get("function_call"))
+    path = "tool_choice" if "tool_choice" in fields else "function_call"
+    if choice is None or choice == "":
+        return Choice()
+    modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+    if isinstance(choice, str):
+        if choice not in modes:
+            raise InvalidRequest("%s: expected none, auto, required or a tool." % path, path, "invalid_value")
+        return Choice(modes[choice])
+    choice = object_of(choice, path)
+    kind = choice.get("type")
+    if isinstance(kind, str) and kind in modes:
+        return Choice(modes[kind])
+    if kind == "allowed_tools":
+        allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
+        mode = modes.get(str(allowed.get("mode", "auto")), "auto")
+        tools = entries_of(allowed.get("tools"), path + ".allowed_tools.tools")
+        return Choice(mode, allowed=[choice_name(tool, where) for where, tool in tools])
+    if kind not in (None, "function", "custom", "tool") and "name" not in choice:
+        changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
+        return Choice()
+    return Choice("required", choice_name(choice, path))
+
+
+def allowed_tools(tools: list[dict], asked: Choice, draft: Draft) -> list[dict]:
+    """The tools that the client's choice leaves; web search is no function, and stays."""
+    if asked.allowed is None:
+        return tools
+    allowed = {draft.names.there(name) for name in asked.allowed}
+    kept = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
+    if tools and not kept:
+        raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
+                             "invalid_value")
+    return kept
+
+
+def tool_choice(asked: Choice, fields: dict, tools: list[dict], draft: Draft) -> dict | None:
+    """`tool_choice` of the Messages request; None where it would change nothing."""
+    if not tools:
+        return None
+    if not draft.declared and not draft.search:
+        return {"type": "none"}                     # stand-ins for a history's tools: not to be called
+    choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
+    if asked.name:
+        named = next((tool for tool in draft.declared if asked.name in (tool.name, tool.full_name)), None)
+        if named is None:
+            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(asked.name),
+                                 "tool_choice", "invalid_value")
+        choice = {"type": "tool", "name": draft.names.there(named.full_name)}
+    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or uses_functions(fields)):
+        choice["disable_parallel_tool_use"] = True
+    return None if choice == {"type": "auto"} else choice
+
+
+def asked_format(fields: dict) -> tuple[str, dict, str]:
+    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and the schema's path."""
+    path, asked = "response_format", fields.get("response_format")
+    if asked is None and fields.get("text") is not None:
+        path, asked = "text.format", fields["text"].get("format")
+    if asked is None:
+        return "text", {}, path
+    kind = object_of(asked, path).get("type", "text")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise InvalidRequest("%s.type: expected text, json_object or json_schema." % path, path + ".type",
+                             "invalid_value")
+    if kind != "json_schema":
+        return kind, {}, path
+    if path == "response_format":
+        path += ".json_schema"
+        asked = object_of(asked.get("json_schema"), path)
+    schema = asked.get("schema")
+    if schema is None:
+        return kind, {}, path
+    return kind, checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
+
+
+def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict | None:
+    """A forced tool without forcing: its schema as the answer format, or else a plain instruction."""
+    tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
+    if tool and draft.model.structured_outputs:
+        with contextlib.suppress(Unsupported):
+            subset = Subset(tool["input_schema"])
+            schema = subset.whole()
+            if StrictBudget().take(subset):
+                request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
+                draft.forced_tool = draft.names.back(tool["name"])
+                draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
+                draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
+                                  draft.model.id)
+                return {"type": "none"}
+    draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
+    draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in words" % draft.model.id)
+    choice = dict(without(choice, "name"), type="auto")
+    return None if choice == {"type": "auto"} else choice
+
+
+def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
+    """`json_schema`: enforced by Claude where the schema allows it, else asked for and cut out of the answer."""
+    try:
+        if not without(schema, "$defs", "definitions"):
+            raise Unsupported("there is no schema")
+        if not draft.model.structured_outputs or draft.search:
+            raise Unsupported("web search excludes it" if draft.search else "%s has no answer formats" %
+                              draft.model.id)
+        subset = Subset(schema)
+        converted = subset.whole()
+        if not StrictBudget().take(subset):
+            raise Unsupported("more than Claude compiles")
+    except Unsupported as reason:
+        draft.changes.add("changed", path.split(".json_schema")[0], "asked for in words: %s" % reason)
+        draft.bare_json = True
+        draft.instructions.append("Answer with one JSON object only, no other text, that follows this JSON Schema:\n" +
+                                  json.dumps(schema, ensure_ascii=False))
+        return
+    for keyword in dict.fromkeys(subset.moved):
+        draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
+    request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
+
+
+VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in detail."}
+
+
+def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
+    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it.
+
+    A forced tool on a model that refuses to be forced becomes an answer format of that tool's schema (the reply
+    is handed back as the tool call); where that cannot be, an instruction.
+    """
+    tools = request.get("tools", [])
+    kind, schema, path = asked_format(fields)
+    if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
+        named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
+        if kind != "text":
+            draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
+        choice = force_by_format(request, named, choice, draft)
+    elif kind == "json_schema":
+        add_schema_format(request, schema, path, draft)
+    elif kind == "json_object":
+        draft.bare_json = True
+        draft.instructions.append("Answer with one JSON object only: no other text, no code fence.")
+    verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
+    if verbosity is not None:
+        verbosity_of(verbosity, "verbosity" if "verbosity" in fields else "text.verbosity")
+    if verbosity in VERBOSITIES:
+        draft.instructions.append(VERBOSITIES[verbosity])
+    return choice
+
+
 # ---- Messages request --------------------------------------------------------------------------------
 # The whole: a chat completion request as a Messages request.
 
@@ -2852,7 +2858,8 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 
 
 # ---- Events ------------------------------------------------------------------------------------------
-# Event-stream bytes -> events -> one message.  No I/O: feed what came, get what follows from it.
+# Event-stream bytes -> events -> one message, and events as the request's plan wants them.  No I/O: feed what came,
+# get what follows from it.
 
 
 class EventDecoder:
@@ -3181,7 +3188,7 @@ class PlannedEvents:
 
 
 # ---- Replies -----------------------------------------------------------------------------------------
-# Message -> chat completion, events -> chunks.  They share their helpers, so that a stream adds up to the full reply.
+# Message -> chat completion.  The stream below shares these helpers, so that it adds up to the full reply.
 
 FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "pause_turn": "stop",
                   "max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
@@ -3285,6 +3292,9 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
                   "model": message["model"], "choices": [choice], "usage": usage_from_message(message["usage"])}
     return with_service_tier(completion, message["usage"])
 
+
+# ---- Streams -----------------------------------------------------------------------------------------
+# Events -> chunks of a chat completion.
 
 NO_TEXT: dict = {"delta": {}}                       # in place of the choice that a chunk with usage lacks
 
@@ -3544,7 +3554,8 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
     fields = read_parameters(body, RESPONSES, changes)
     if "input" not in fields and "instructions" not in fields:
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
-    items = entries_of(list(earlier), "previous_response_id") + entries_of(items_from_input(fields.get("input")), "input")
+    items = entries_of(list(earlier), "previous_response_id")
+    items += entries_of(items_from_input(fields.get("input")), "input")
     more_tools = [entry for path, item in items if item.get("type") == "additional_tools"
                   for entry in entries_of(item.get("tools"), path + ".tools")]
     declared = declared_tools([*tool_entries(fields), *more_tools], changes)
