@@ -584,7 +584,7 @@ def finite_float(digits: str) -> float:
 
 
 def bounded_int(digits: str) -> int:
-    """json's hook for whole numbers: int() takes quadratic time."""
+    """json's hook for whole numbers: the time of int() is quadratic."""
     if len(digits) > MAX_DIGITS:
         raise ValueError("a number of %d digits" % len(digits))
     return int(digits)
@@ -744,24 +744,24 @@ TIERS = ("opus", "sonnet", "haiku", "fable", "mythos")
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One Claude model.  `thinking`: the types its `thinking` parameter takes."""
+    """One Claude model.  `thinking`: the types that its `thinking` parameter accepts."""
     id: str
     released: str = ""                          # YYYY-MM-DD, "" when not known
     context: int = 1_000_000                    # tokens
     max_output: int = 128_000                   # tokens
     lifecycle: str = "active"
     retires: str = ""
-    sampling: bool = False                      # takes temperature, top_p, top_k
-    forced_tools: bool = False                  # takes tool_choice any / tool
+    sampling: bool = False                      # accepts temperature, top_p, top_k
+    forced_tools: bool = False                  # accepts tool_choice any / tool
     prefill: bool = False                       # lets the last message be the assistant's
-    late_system: bool = True                    # takes role "system" amid the messages
+    late_system: bool = True                    # accepts role "system" amid the messages
     thinking: Tuple[str, ...] = ("adaptive",)
     thinks_by_default: bool = True
     efforts: Tuple[str, ...] = EFFORTS          # () = no effort parameter
     structured_outputs: bool = True
     web_search: bool = True
     price: Optional[Tuple[float, float, float]] = None      # US dollars per million tokens: in, in from the cache, out
-    fast: bool = True                           # whether `speed` may be "fast"; no source says, so a refusal tells
+    fast: bool = True                           # whether `speed` may be "fast": assumed until a refusal says no
     display_name: str = ""
 
     @property
@@ -991,6 +991,12 @@ def object_of(value: Any, path: str) -> dict:
     return value
 
 
+def text_at(mapping: dict, name: str, path: str, otherwise: str | None = None) -> str:
+    """A string in an object, which may be missing where there is an `otherwise`."""
+    value = mapping.get(name)
+    return otherwise if value is None and otherwise is not None else text_of(value, "%s.%s" % (path, name))
+
+
 def list_of(value: Any, path: str) -> list:
     if not isinstance(value, list):
         raise wrong(path, "an array", value)
@@ -999,8 +1005,8 @@ def list_of(value: Any, path: str) -> list:
 
 def entries_of(value: Any, path: str, check: Callable[[Any, str], Any] = object_of) -> list[tuple[str, Any]]:
     """The entries of an array, checked, each with its path."""
-    paths = ["%s[%d]" % (path, at) for at in range(len(list_of(value, path)))]
-    return [(where, check(entry, where)) for where, entry in zip(paths, value)]
+    return [(where, check(entry, where)) for at, entry in enumerate(list_of(value, path))
+            for where in ["%s[%d]" % (path, at)]]
 
 
 def anything(value: Any, path: str) -> Any:
@@ -1046,11 +1052,11 @@ def stop_of(value: Any, path: str) -> list[str]:
     return [text_of(entry, "%s[%d]" % (path, at)) for at, entry in enumerate(values) if entry is not None]
 
 
-def one_of(*words: str) -> Callable[[Any, str], str]:
-    """The check for a field that accepts a few words."""
+def one_of(*values: str) -> Callable[[Any, str], str]:
+    """The check for a field that accepts a few values."""
     def check(value: Any, path: str) -> str:
-        if text_of(value, path) not in words:
-            raise InvalidRequest("%s: expected one of %s." % (path, ", ".join(words)), path, "invalid_value")
+        if text_of(value, path) not in values:
+            raise InvalidRequest("%s: expected one of %s." % (path, ", ".join(values)), path, "invalid_value")
         return value
     return check
 
@@ -1122,26 +1128,15 @@ PARAMETERS = {
     "instructions": Parameter(api=RESPONSES),
     "previous_response_id": Parameter(text_of, api=RESPONSES),
     "include": Parameter(list_of, api=RESPONSES),
-    "stream": Parameter(boolean_of),
-    "stream_options": Parameter(object_of),
-    "max_completion_tokens": Parameter(rounded_of),
-    "max_tokens": Parameter(rounded_of),
+    "stream": Parameter(boolean_of), "stream_options": Parameter(object_of),
+    "max_completion_tokens": Parameter(rounded_of), "max_tokens": Parameter(rounded_of),
     "max_output_tokens": Parameter(rounded_of),
-    "tools": Parameter(list_of),
-    "tool_choice": Parameter(),
-    "parallel_tool_calls": Parameter(boolean_of),
+    "tools": Parameter(list_of), "functions": Parameter(list_of), "web_search_options": Parameter(object_of),
+    "tool_choice": Parameter(), "function_call": Parameter(), "parallel_tool_calls": Parameter(boolean_of),
     "max_tool_calls": Parameter(integer_of, DROPPED, api=RESPONSES),
-    "functions": Parameter(list_of),
-    "function_call": Parameter(),
-    "web_search_options": Parameter(object_of),
-    "response_format": Parameter(object_of),
-    "text": Parameter(object_of),
-    "verbosity": Parameter(verbosity_of),
-    "reasoning_effort": Parameter(effort_of),
-    "reasoning": Parameter(),
-    "temperature": Parameter(number_of),
-    "top_p": Parameter(number_of),
-    "top_k": Parameter(integer_of),
+    "response_format": Parameter(object_of), "text": Parameter(object_of), "verbosity": Parameter(verbosity_of),
+    "reasoning_effort": Parameter(effort_of), "reasoning": Parameter(),
+    "temperature": Parameter(number_of), "top_p": Parameter(number_of), "top_k": Parameter(integer_of),
     "stop": Parameter(stop_of),
     "n": Parameter(integer_of, REFUSED, 1, "Claude gives one answer per request; send the request several times", CHAT),
     "seed": Parameter(integer_of, DROPPED),
@@ -1162,16 +1157,12 @@ PARAMETERS = {
     "store": Parameter(boolean_of, IGNORED),
     "metadata": Parameter(object_of, IGNORED),
     "moderation": Parameter(anything, IGNORED),
-    "service_tier": Parameter(text_of),
-    "user": Parameter(text_of),
-    "safety_identifier": Parameter(text_of),
+    "service_tier": Parameter(text_of), "user": Parameter(text_of), "safety_identifier": Parameter(text_of),
     "prompt_cache_key": Parameter(text_of, IGNORED),
     "prompt_cache_retention": Parameter(text_of, IGNORED),
     "prompt_cache_options": Parameter(object_of),
     # not OpenAI's, but sent on purpose by tools that know Claude
-    "thinking": Parameter(),
-    "cache_control": Parameter(),
-    "speed": Parameter(one_of("standard", "fast")),
+    "thinking": Parameter(), "cache_control": Parameter(), "speed": Parameter(one_of("standard", "fast")),
     # of other providers and tools
     **dict.fromkeys(("usage", "provider", "client_metadata", "chat_id", "session_id", "transforms",
                      "include_reasoning"), Parameter(anything, IGNORED)),
@@ -1418,7 +1409,7 @@ def text_blocks(text: str) -> list[dict]:
 
 
 def media_type_of(start: bytes) -> str:
-    """What the first bytes of a file say it is: one of the types that Claude takes, or ""."""
+    """What the first bytes of a file say it is: one of the types that Claude accepts, or ""."""
     for magic, media_type in ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"),
                               (b"GIF87a", "image/gif"), (b"GIF89a", "image/gif")):
         if start.startswith(magic):
@@ -1467,7 +1458,7 @@ def private_literal(host: str) -> bool:
 def checked_url(url: str, path: str) -> str:
     """A web address that may be handed on: http or https, and not of this machine or network by its spelling."""
     if not HTTP_URL.match(url):
-        raise InvalidRequest("%s: %r: only http and https addresses and data URLs are taken." % (path, url[:200]), path,
+        raise InvalidRequest("%s: %r: expected an http or https address or a data URL." % (path, url[:200]), path,
                              "invalid_image_url")
     try:
         parts = urllib.parse.urlsplit(url)
@@ -1502,9 +1493,9 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
             return text_document(base64.b64decode(data).decode("utf-8"), title)
         except UnicodeDecodeError:
             pass
-    taken = declared in ("application/pdf", "image/jpeg", "image/png", "image/gif", "image/webp")
-    raise InvalidRequest("%s: Claude takes JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
-        path, "declared %s, but its bytes are none of these" % declared if taken else declared or "none of them"),
+    known = declared in ("application/pdf", *IMAGE_TYPES)
+    raise InvalidRequest("%s: Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
+        path, "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"),
         path, "unsupported_file")
 
 
@@ -1524,12 +1515,8 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft) -> list[dict]
     return blocks_from_base64(url, "", title, path, draft)
 
 
-def text_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    return text_blocks(text_of(part.get("text"), path + ".text"))
-
-
-def refusal_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    return text_blocks(text_of(part.get("refusal"), path + ".refusal"))
+def text_part(name: str) -> Callable[[dict, str, Draft], list[dict]]:
+    return lambda part, path, draft: text_blocks(text_at(part, name, path))
 
 
 def no_stored_files(path: str) -> InvalidRequest:
@@ -1542,10 +1529,9 @@ def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
     source = part.get("source")
     if isinstance(source, dict):
         if source.get("type") == "base64":
-            data, declared = source.get("data"), source.get("media_type")
-            return blocks_from_base64(text_of(data, path + ".source.data"), str(declared), "", path + ".source.data",
-                                      draft)
-        return blocks_from_url(text_of(source.get("url"), path + ".source.url"), "", path + ".source.url", draft)
+            data, declared = text_at(source, "data", path + ".source"), str(source.get("media_type"))
+            return blocks_from_base64(data, declared, "", path + ".source.data", draft)
+        return blocks_from_url(text_at(source, "url", path + ".source"), "", path + ".source.url", draft)
     image = part.get("image_url")
     if image is None and part.get("file_id") is not None:
         raise no_stored_files(path)
@@ -1560,7 +1546,7 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
     file = part
     if part.get("file") is not None:
         file, path = object_of(part["file"], path + ".file"), path + ".file"
-    title = optional(text_of, file.get("filename"), path + ".filename", "")
+    title = text_at(file, "filename", path, "")
     if file.get("file_data") is not None:
         data, path = text_of(file["file_data"], path + ".file_data"), path + ".file_data"
         if data.startswith("data:"):
@@ -1586,18 +1572,18 @@ def document_part(part: dict, path: str, draft: Draft) -> list[dict]:
     kind, title = source.get("type"), part.get("title")
     title = title if isinstance(title, str) else ""
     if kind == "base64":
-        return blocks_from_base64(text_of(source.get("data"), path + ".source.data"), "", title, path, draft)
+        return blocks_from_base64(text_at(source, "data", path + ".source"), "", title, path, draft)
     if kind == "text":
-        return text_document(text_of(source.get("data"), path + ".source.data"), title)
+        return text_document(text_at(source, "data", path + ".source"), title)
     if kind == "url":
-        url = checked_url(text_of(source.get("url"), path + ".source.url"), path + ".source.url")
+        url = checked_url(text_at(source, "url", path + ".source"), path + ".source.url")
         return [titled({"type": "document", "source": {"type": "url", "url": url}}, title)]
     raise InvalidRequest("%s.source.type: expected base64, text or url." % path, path + ".source.type")
 
 
 def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
     def refuse(part: dict, path: str, draft: Draft) -> list[dict]:
-        raise InvalidRequest("%s: Claude does not take %s; send its transcript or frames instead." % (path, what),
+        raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (path, what),
                              path, "unsupported_value")
     return refuse
 
@@ -1608,7 +1594,7 @@ def nothing_part(part: dict, path: str, draft: Draft) -> list[dict]:
 
 
 PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
-    "text": text_part, "input_text": text_part, "output_text": text_part, "refusal": refusal_part,
+    **dict.fromkeys(("text", "input_text", "output_text"), text_part("text")), "refusal": text_part("refusal"),
     "image_url": image_part, "input_image": image_part, "image": image_part,
     "file": file_part, "input_file": file_part, "document": document_part, "document_url": document_part,
     "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
@@ -1636,7 +1622,7 @@ def blocks_from_content(content: Any, path: str, draft: Draft, assistant: bool =
             continue
         found = translate(part, where, draft)
         if assistant and any(block["type"] != "text" for block in found):
-            draft.changes.add("dropped", where, "Claude takes only text from the assistant")
+            draft.changes.add("dropped", where, "Claude accepts only text from the assistant")
             found = text_blocks("[%s]" % found[0]["type"])
         blocks += marked(found, part)
     return blocks
@@ -1691,7 +1677,7 @@ def types_of(value: Any, path: str) -> Any:
 
 
 LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
-MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # said and meant nothing: as if left out
+MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # an empty value: as if left out
 # keyword -> the shape of its value
 SCHEMA_CHECKS: Dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"), map_of_schemas),
@@ -1736,7 +1722,7 @@ def merged_root(schema: dict, composition: str) -> dict:
 
 
 def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
-    """A tool's schema with the root that Claude wants: an object, without composition, `$schema` left out."""
+    """A tool's schema with the root that Claude requires: an object, without composition, `$schema` left out."""
     if parameters is None:
         return {"type": "object", "properties": {}}
     schema = without(checked_schema(object_of(parameters, path), path), "$schema")
@@ -1790,7 +1776,7 @@ class Subset:
         except RecursionError:
             raise Unsupported("a chain of references that is too long") from None
         if not converted:
-            raise Unsupported("a schema that says nothing")
+            raise Unsupported("a schema without any keyword")
         for reference, definition in self._definitions.items():
             group, name = reference[2:].split("/", 1)
             converted.setdefault(group, {})[name] = definition
@@ -1807,12 +1793,12 @@ class Subset:
             schema = dict(schema["allOf"][0], **{key: value for key, value in schema.items() if key != "allOf"})
             return self.schema(schema, inside)
         kept = {key: value for key, value in schema.items() if key in KEPT_KEYWORDS}
-        told = [self.keyword(key, value, kept) for key, value in schema.items() if key not in KEPT_KEYWORDS]
+        notes = [self.keyword(key, value, kept) for key, value in schema.items() if key not in KEPT_KEYWORDS]
         if "enum" in kept and not all(isinstance(value, (str, int, float, bool, type(None))) for value in kept["enum"]):
-            told.append("one of " + json.dumps(kept.pop("enum")))
-        told = [text for text in told if text]
-        if told:
-            kept["description"] = ". ".join(filter(None, [kept.get("description", "")] + told))
+            notes.append("one of " + json.dumps(kept.pop("enum")))
+        notes = [note for note in notes if note]
+        if notes:
+            kept["description"] = ". ".join(filter(None, [kept.get("description", "")] + notes))
         self.branches(schema, kept, inside)
         types = schema.get("type")
         if {"properties", "additionalProperties"} & set(schema) or "object" in (types, *listed(types)):
@@ -1833,7 +1819,7 @@ class Subset:
                 self.unions += composition != "allOf"
 
     def object(self, schema: dict, kept: dict, inside: tuple[str, ...]) -> None:
-        """Every object must be closed; one that lives from being open cannot be told."""
+        """Every object must be closed; one whose point is to be open has no equivalent."""
         properties = schema.get("properties") or {}
         if schema.get("additionalProperties") not in (None, False) or not properties and \
                 schema.get("additionalProperties") is not False:
@@ -1845,7 +1831,7 @@ class Subset:
         self.optional += len(properties) - len(required)
 
     def reference(self, schema: dict, reference: Any, inside: tuple[str, ...]) -> dict:
-        """A reference to a definition stays; any other, or one with words beside it, is written out."""
+        """A reference to a definition stays; any other, or one with keywords beside it, is written out."""
         if not isinstance(reference, str) or not reference.startswith("#") or reference in inside:
             raise Unsupported("a recursive or external reference")
         target, beside = resolved(reference, self.root), without(schema, "$ref")
@@ -1861,7 +1847,7 @@ class Subset:
         return {"$ref": reference}
 
     def keyword(self, key: str, value: Any, kept: dict) -> str:
-        """What to do with a keyword out of the common set: keep it, or say it in words."""
+        """What to do with a keyword out of the common set: keep it, or describe it."""
         if key in MEANINGLESS_KEYWORDS or key in ("oneOf",):
             return ""
         if key == "format" and value in KEPT_FORMATS or key == "minItems" and value in (0, 1) or \
@@ -1899,7 +1885,7 @@ WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer 
 
 def tool_entries(fields: dict) -> list[tuple[str, dict]]:
     """Every tool of a request with its path, from `tools` and the legacy `functions`."""
-    return [entry for name in ("tools", "functions") for entry in entries_of(fields.get(name, []), name)]
+    return [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
 
 
 def uses_functions(fields: dict) -> bool:
@@ -1911,10 +1897,6 @@ def is_web_search(kind: Any) -> bool:
     return isinstance(kind, str) and re.match(r"(openrouter:)?web_search", kind) is not None
 
 
-def described(function: dict, path: str) -> str:
-    return optional(text_of, function.get("description"), path + ".description", "")
-
-
 def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     """A function tool: OpenAI's nested shape, the flat one of the Responses API, or Anthropic's own."""
     strict = tool.get("strict")
@@ -1922,22 +1904,22 @@ def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     if tool.get("function") is not None:
         path += ".function"
         function = object_of(tool["function"], path)
-    name = text_of(function.get("name"), path + ".name")
+    name = text_at(function, "name", path)
     if not name.strip():
         raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
     strict = optional(boolean_of, function.get("strict", strict), path + ".strict", False)
-    return Declared(path, name, described(function, path), function.get("parameters", function.get("input_schema")),
-                    strict, False, tool, namespace)
+    schema = function.get("parameters", function.get("input_schema"))
+    return Declared(path, name, text_at(function, "description", path, ""), schema, strict, False, tool, namespace)
 
 
 def declared_custom(tool: dict, path: str, namespace: str) -> Declared:
-    """A custom tool takes a bare string; its grammar can only be described to Claude, not enforced."""
+    """The input of a custom tool is a bare string; its grammar can only be described to Claude, not enforced."""
     custom = tool
     if tool.get("custom") is not None:
         path += ".custom"
         custom = object_of(tool["custom"], path)
-    name = text_of(custom.get("name"), path + ".name")
-    description = described(custom, path)
+    name = text_at(custom, "name", path)
+    description = text_at(custom, "description", path, "")
     shape = optional(object_of, custom.get("format"), path + ".format", {})
     grammar = shape.get("grammar", shape) if shape.get("type") == "grammar" else {}
     if isinstance(grammar, dict) and grammar.get("definition"):
@@ -1952,7 +1934,7 @@ def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) ->
     kind = tool.get("type") or "function"
     if kind == "namespace" and not namespace:
         inner = entries_of(tool.get("tools"), path + ".tools")
-        return declared_tools(inner, changes, text_of(tool.get("name"), path + ".name"))
+        return declared_tools(inner, changes, text_at(tool, "name", path))
     if tool.get("custom") is not None or kind == "custom" and "input_schema" not in tool:
         return [declared_custom(tool, path, namespace)]
     if kind in ("function", "custom"):
@@ -2045,7 +2027,7 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
 START = "(The conversation starts here.)"            # a user turn where Claude needs one and the client has none
 CONTINUE = "Continue."                              # ... after an assistant turn that the model may not prefill
 NO_RESULT = "(no result available)"
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+chat_role_of = one_of("system", "developer", "user", "assistant", "tool", "function")
 
 
 class Call:
@@ -2084,7 +2066,7 @@ def closed(fragment: str) -> str:
 
 
 def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
-    """The arguments string of a tool call as the object that Claude wants; what does not parse is kept as text."""
+    """The arguments string of a tool call as the object that Claude requires; what does not parse is kept as text."""
     if arguments is None or isinstance(arguments, dict):
         return arguments or {}
     if not text_of(arguments, path).strip():
@@ -2172,7 +2154,7 @@ class Conversation:
     def call(self, raw_id: str, function: Any, path: str) -> dict:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
-        name = self._draft.names.there(text_of(function.get("name"), path + ".name"))
+        name = self._draft.names.there(text_at(function, "name", path))
         turn = self._turn("assistant")
         call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name, turn)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
@@ -2328,7 +2310,7 @@ def add_message(conversation: Conversation, role: str, chat_message: dict, path:
     """A message of the user or the system, which may only be text."""
     blocks = blocks_from_content(chat_message.get("content"), path + ".content", draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
-        raise InvalidRequest("%s.content: a system message takes text only." % path, path + ".content")
+        raise InvalidRequest("%s.content: a system message may contain text only." % path, path + ".content")
     conversation.add(role, marked(blocks, chat_message))
 
 
@@ -2341,7 +2323,7 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
     conversation.add("assistant", blocks)
     last = blocks[-1] if blocks else None
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
-        raw_id = optional(text_of, chat_call.get("id"), where + ".id", "")
+        raw_id = text_at(chat_call, "id", where, "")
         function, where = function_of_call(chat_call, where)
         if not raw_id:                              # legacy calls have none by right
             draft.changes.add("repaired", where, "a call without an id")
@@ -2356,14 +2338,11 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
     """Adds the messages of a chat completion request."""
     for path, chat_message in entries_of(chat_messages, "messages"):
-        role = text_of(chat_message.get("role"), path + ".role")
-        if role not in ROLES:
-            raise InvalidRequest("%s.role: expected one of %s." % (path, ", ".join(ROLES)), path + ".role",
-                                 "invalid_value")
+        role = chat_role_of(chat_message.get("role"), path + ".role")
         if role == "assistant":
             add_assistant_message(conversation, chat_message, path, draft)
         elif role in ("tool", "function"):
-            raw_id = optional(text_of, chat_message.get("tool_call_id"), path + ".tool_call_id", "")
+            raw_id = text_at(chat_message, "tool_call_id", path, "")
             conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path,
                                 mark_from(chat_message))
         else:
@@ -2371,7 +2350,7 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
 
 
 def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
-    """Makes the last turn one that the model takes: a user's, or a prefill where it allows one."""
+    """Makes the last turn one that the model accepts: a user's, or a prefill where it allows one."""
     if messages[-1]["role"] != "assistant":
         return
     thinking = request.get("thinking", {}).get("type", "disabled")
@@ -2406,15 +2385,15 @@ def explicit_max_tokens(fields: dict) -> int | None:
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
-    """temperature, top_p and top_k where the model takes them: in Claude's range, temperature before top_p."""
+    """temperature, top_p and top_k where the model supports them: in Claude's range, temperature before top_p."""
     for name in ("temperature", "top_p", "top_k"):
         value = fields.get(name)
         if value is None or (value == 1 and name != "top_k"):       # 1 is the default of both APIs
             continue
         if not draft.model.sampling:
-            draft.changes.add("dropped", name, "%s takes no sampling parameters" % draft.model.id)
+            draft.changes.add("dropped", name, "%s supports no sampling parameters" % draft.model.id)
         elif name == "top_p" and fields.get("temperature", 1) != 1:
-            draft.changes.add("dropped", name, "Claude takes either temperature or top_p")
+            draft.changes.add("dropped", name, "Claude accepts either temperature or top_p")
         elif name == "top_k":
             yield name, max(0, value)
         else:
@@ -2453,7 +2432,7 @@ def parameters_from_chat(fields: dict, draft: Draft) -> dict:
     if stops:
         request["stop_sequences"] = stops
     if len(stops) < len([stop for stop in fields.get("stop", ()) if stop]):
-        draft.changes.add("dropped", "stop", "Claude takes no stop sequence of white space only")
+        draft.changes.add("dropped", "stop", "Claude accepts no stop sequence of white space only")
     request.update(tier_from_chat(fields, draft))
     for name in ("safety_identifier", "user"):
         user_id = fields.get(name)
@@ -2461,7 +2440,7 @@ def parameters_from_chat(fields: dict, draft: Draft) -> dict:
             request["metadata"] = {"user_id": user_id}
             break
         if user_id:
-            draft.changes.add("dropped", name, "Claude takes opaque ids of up to 256 characters, no addresses")
+            draft.changes.add("dropped", name, "Claude accepts opaque ids of up to 256 characters, no addresses")
     return request
 
 
@@ -2473,7 +2452,7 @@ class Reasoning(NamedTuple):
     field: str = "reasoning_effort"
 
 
-LEAST_BUDGET = 1_024                                # tokens: Claude takes no smaller budget for thinking
+LEAST_BUDGET = 1_024                                # tokens: Claude accepts no smaller budget for thinking
 # Tokens of thinking for an effort, on models that want a budget.
 BUDGETS = {"low": 4_096, "medium": 10_000, "high": 20_000, "xhigh": 32_000, "max": 48_000}
 
@@ -2489,15 +2468,10 @@ def reasoning_from_chat(fields: dict) -> Reasoning:
     if thinking is not None:
         thinking = object_of(thinking, "thinking")
         budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
-        display = thinking.get("display")
-        if display not in (None, "summarized", "omitted"):
-            raise InvalidRequest("thinking.display: expected summarized or omitted.", "thinking.display")
-        kind = thinking.get("type")
-        if kind is None:
+        display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
+        if thinking.get("type") is None:
             return Reasoning(fields.get("reasoning_effort"))
-        if kind not in ("enabled", "adaptive", "disabled", "between_tools"):
-            raise InvalidRequest("thinking.type: expected adaptive, enabled, disabled or between_tools.",
-                                 "thinking.type", "invalid_value")
+        kind = one_of("adaptive", "enabled", "disabled", "between_tools")(thinking["type"], "thinking.type")
         if kind in ("disabled", "between_tools"):
             return Reasoning("none", field="thinking")
         effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
@@ -2595,10 +2569,10 @@ def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draf
 
 
 def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> None:
-    """Adds `thinking` and the effort to a request, by what the client wants and the model takes.
+    """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.
 
     Where they exclude each other, a forced tool, a temperature and a prefill win over thinking: the client
-    asked for them in so many words.
+    asked for them explicitly.
     """
     model, asked, limit = draft.model, reasoning_from_chat(fields), explicit_max_tokens(fields)
     tight = limit is not None and limit < LEAST_BUDGET
@@ -2643,7 +2617,7 @@ def choice_name(choice: Any, path: str) -> str:
     for key in ("function", "custom"):
         if choice.get(key) is not None:
             return text_of(object_of(choice[key], "%s.%s" % (path, key)).get("name"), "%s.%s.name" % (path, key))
-    return text_of(choice.get("name"), path + ".name")
+    return text_at(choice, "name", path)
 
 
 def asked_choice(fields: dict, changes: Changes) -> Choice:
@@ -2709,10 +2683,7 @@ def asked_format(fields: dict) -> tuple[str, dict, str]:
         path, asked = "text.format", fields["text"].get("format")
     if asked is None:
         return "text", {}, path
-    kind = object_of(asked, path).get("type", "text")
-    if kind not in ("text", "json_object", "json_schema"):
-        raise InvalidRequest("%s.type: expected text, json_object or json_schema." % path, path + ".type",
-                             "invalid_value")
+    kind = one_of("text", "json_object", "json_schema")(object_of(asked, path).get("type", "text"), path + ".type")
     if kind != "json_schema":
         return kind, {}, path
     if path == "response_format":
@@ -2739,7 +2710,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
                                   draft.model.id)
                 return {"type": "none"}
     draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
-    draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in words" % draft.model.id)
+    draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in the prompt" % draft.model.id)
     choice = dict(without(choice, "name"), type="auto")
     return None if choice == {"type": "auto"} else choice
 
@@ -2757,7 +2728,7 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
         if not StrictBudget().take(subset):
             raise Unsupported("more than Claude compiles")
     except Unsupported as reason:
-        draft.changes.add("changed", path.split(".json_schema")[0], "asked for in words: %s" % reason)
+        draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
         draft.bare_json = True
         draft.instructions.append("Answer with one JSON object only, no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
@@ -2877,7 +2848,7 @@ class EventDecoder:
         self._fault: Optional[UpstreamFault] = None
 
     def feed(self, piece: bytes) -> list[dict]:
-        """The events that `piece` completes.  Data that is not JSON ends them: `check` tells of it."""
+        """The events that `piece` completes.  Data that is not JSON ends them, see `check`."""
         self.check()
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
@@ -3046,7 +3017,7 @@ class MessageAssembler:
 class BareJson:
     """Cuts the one JSON object out of a text that comes in pieces: fences and talk around it go.
 
-    A text without any object is handed on whole, at the end: the client should see what Claude said instead.
+    A text without any object is handed on whole, at the end: the client should see what Claude answered instead.
     """
     START = re.compile(r'\{\s*["}]')                # a brace amid the talk is no object
     INTERESTING = re.compile(r'[{}\[\]"\\]')
@@ -3109,9 +3080,9 @@ Render = Callable[[dict], List[dict]]              # an event of Claude's -> wha
 
 class PlannedEvents:
     """Claude's events as the request's plan wants them: tools by the client's names, the forced tool called, text
-    cut down to its JSON.  Stands between a MessageAssembler and a renderer; a plan without wishes costs nothing.
+    cut down to its JSON.  Stands between a MessageAssembler and a renderer; a plan that asks for nothing costs nothing.
 
-    `assembler` is the one that has seen the planned events: what a renderer knows only at the end is taken from it.
+    `assembler` is the one that has seen the planned events: a renderer reads there what is known only at the end.
     """
 
     def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
@@ -3302,7 +3273,7 @@ NO_TEXT: dict = {"delta": {}}                       # in place of the choice tha
 class ChatStream:
     """Messages API events in, chat completion chunks out.  One instance per request.
 
-    `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is taken from there.
+    `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is read there.
     """
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include_usage: bool) -> None:
@@ -3463,39 +3434,31 @@ def thinking_from_encrypted(encrypted: Any) -> list[dict]:
         if isinstance(block, dict) else []
 
 
-def namespace_of(item: dict, path: str) -> str:
-    return optional(text_of, item.get("namespace"), path + ".namespace", "")
-
-
-def call_id_of(item: dict, path: str) -> str:
-    return optional(text_of, item.get("call_id"), path + ".call_id", "")
+item_role_of = one_of("user", "assistant", "system", "developer")
 
 
 def add_message_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    role = text_of(item.get("role"), path + ".role")
+    role = item_role_of(item.get("role"), path + ".role")
     if role == "assistant":
         conversation.add("assistant", blocks_from_content(item.get("content"), path + ".content", draft, True))
-    elif role in ("user", "system", "developer"):
-        add_message(conversation, "user" if role == "user" else "system", item, path, draft)
     else:
-        raise InvalidRequest("%s.role: expected user, assistant, system or developer." % path, path + ".role",
-                             "invalid_value")
+        add_message(conversation, "user" if role == "user" else "system", item, path, draft)
 
 
 def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """A function_call, or a custom_tool_call whose input is a bare string."""
-    name = full_tool_name(namespace_of(item, path), text_of(item.get("name"), path + ".name"))
+    name = full_tool_name(text_at(item, "namespace", path, ""), text_at(item, "name", path))
     arguments = item.get("arguments")
     if item.get("type") == "custom_tool_call":
         arguments = {"input": text_of(item.get("input", ""), path + ".input")}
-    conversation.call(call_id_of(item, path), {"name": name, "arguments": arguments}, path)
+    conversation.call(text_at(item, "call_id", path, ""), {"name": name, "arguments": arguments}, path)
 
 
 def add_output_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     output = item.get("output")
     if output is None and item.get("type") != "function_call_output":
         output = without(item, "type", "id", "call_id", "status") or None
-    conversation.result(call_id_of(item, path), None, output, path, mark_from(item))
+    conversation.result(text_at(item, "call_id", path, ""), None, output, path, mark_from(item))
 
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
@@ -3510,7 +3473,7 @@ def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft:
 
 
 def leave_out_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """additional_tools has been read before; a reference, a search or a compaction tells Claude nothing."""
+    """additional_tools has been read before; a reference or a search has nothing for Claude."""
 
 
 ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
@@ -3531,8 +3494,8 @@ def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) ->
     elif kind.endswith("_call_output") or kind.endswith("_output") and "call_id" in item:
         add_output_item(conversation, item, path, draft)
     elif kind.endswith("_call") and "call_id" in item:
-        arguments = without(item, "type", "id", "call_id", "status")
-        conversation.call(call_id_of(item, path), {"name": kind[:-len("_call")], "arguments": arguments}, path)
+        function = {"name": kind[:-len("_call")], "arguments": without(item, "type", "id", "call_id", "status")}
+        conversation.call(text_at(item, "call_id", path, ""), function, path)
     else:
         draft.changes.add("dropped", path, "an item of type %s" % kind)
 
@@ -3566,8 +3529,8 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         instructions = fields.get("instructions")
         if not isinstance(instructions, list):
             conversation.add("system", blocks_from_content(instructions, "instructions", draft))
-        told = entries_of(instructions, "instructions") if isinstance(instructions, list) else []
-        for path, item in told + items:
+        first = entries_of(instructions, "instructions") if isinstance(instructions, list) else []
+        for path, item in first + items:
             add_item(conversation, item, path, draft)
     return messages_request(fields, draft, preamble, cache, add_history)
 
@@ -3633,7 +3596,7 @@ class ResponseStream:
                                      response=self.response)]
 
     def fail(self, failure: GatewayError) -> list[dict]:
-        """The event that tells a failure once the stream has begun."""
+        """The event that reports a failure once the stream has begun."""
         code = RESPONSE_FAILURES.get(failure.code or "", "invalid_prompt" if failure.status == 400 else "server_error")
         message = str(failure)
         if code == "rate_limit_exceeded" and failure.headers.get("retry-after"):
@@ -3849,7 +3812,7 @@ class ResponseStream:
 
 
 class Bounded:
-    """A table of strings of bytes that forgets what was not used for longest.  Bounded in entries and bytes."""
+    """A table of JSON values that forgets what was not used for longest.  Bounded in entries and bytes."""
 
     def __init__(self, entries: int, size: int = 1 << 62) -> None:
         self._entries, self._size = entries, size
@@ -3857,7 +3820,8 @@ class Bounded:
         self._used = 0
         self._lock = threading.Lock()
 
-    def put(self, key: Any, value: bytes) -> None:
+    def put(self, key: Any, value: Any) -> None:
+        value = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
         if len(value) > self._size:                 # it would push out everything else, and then itself
             self.remove(key)
             return
@@ -3872,17 +3836,19 @@ class Bounded:
             self._used -= len(self._table.get(key, b""))
             return self._table.pop(key, None) is not None
 
-    def get(self, key: Any) -> bytes | None:
+    def get(self, key: Any) -> Any:
         with self._lock:
-            if key in self._table:
-                self._table.move_to_end(key)
-            return self._table.get(key)
+            if key not in self._table:
+                return None
+            self._table.move_to_end(key)
+            stored = self._table[key]
+        return json.loads(stored.decode("utf-8", "surrogatepass"))
 
 
 class Answers:
     """Answers with tool calls, thinking and all, so that they can go back to Claude as they came.
 
-    OpenAI clients have no place for signed thinking blocks; Claude wants them back, unmodified, inside a tool
+    OpenAI clients have no place for signed thinking blocks; Claude requires them back, unmodified, inside a tool
     loop.  An answer is found by (client, model, id of its first tool call).
     """
 
@@ -3897,19 +3863,15 @@ class Answers:
             blocks = [{name: value for name, value in block.items() if name not in ("partial_json", "caller")}
                       for block in message["content"]
                       if block["type"] != "text" or block.get("text", "").strip()]
-            stored = json.dumps(blocks, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            self._answers.put((owner, model_id, call_ids[0]), stored)
+            self._answers.put((owner, model_id, call_ids[0]), blocks)
 
     def recall(self, owner: str, model_id: str) -> Recall:
         """The look-up for `messages_request_from_chat`."""
-        def look_up(call_ids: Sequence[str]) -> list[dict] | None:
-            stored = self._answers.get((owner, model_id, call_ids[0]))
-            return json.loads(stored.decode("utf-8", "surrogatepass")) if stored else None
-        return look_up
+        return lambda call_ids: self._answers.get((owner, model_id, call_ids[0]))
 
     def forget_thinking(self, conversation: str) -> None:
         """From now on nothing is replayed in this conversation."""
-        self._unbound.put(conversation, b"")
+        self._unbound.put(conversation, True)
 
     def may_replay(self, conversation: str) -> bool:
         return self._unbound.get(conversation) is None
@@ -3922,16 +3884,11 @@ class StoredResponses:
         self._stored = Bounded(1_000, 64_000_000)
 
     def put(self, owner: str, response: dict, items: Sequence[dict]) -> None:
-        stored = json.dumps({"response": response, "items": list(items)}, ensure_ascii=False)
-        self._stored.put((owner, response["id"]), stored.encode("utf-8", "surrogatepass"))
+        self._stored.put((owner, response["id"]), [response, list(items)])
 
     def get(self, owner: str, response_id: str) -> tuple[dict, list[dict]] | None:
         """A response and its input items; None where it is not known, or somebody else's."""
-        stored = self._stored.get((owner, response_id))
-        if stored is None:
-            return None
-        entry = json.loads(stored.decode("utf-8", "surrogatepass"))
-        return entry["response"], entry["items"]
+        return self._stored.get((owner, response_id))
 
     def remove(self, owner: str, response_id: str) -> bool:
         return self._stored.remove((owner, response_id))
@@ -3991,7 +3948,7 @@ class ModelList:
         except GatewayError as fault:
             self._next_fetch = time.monotonic() + 60
             LOG.info("no model list from the upstream (%s): using the built-in table", fault)
-        except Exception as failure:                # nobody is above this thread to tell it
+        except Exception as failure:                # nobody above this thread would report it
             self._next_fetch = time.monotonic() + 60
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
@@ -4005,7 +3962,7 @@ def catalog_from_entries(entries: Iterable[dict], aliases: Sequence[tuple[str, s
 
 
 class FailedKeys:
-    """How often each address sent a wrong key lately; tells how long its next refusal should take."""
+    """How often each address sent a wrong key lately, and how long its next refusal should be delayed."""
 
     def __init__(self) -> None:
         self._failures: collections.OrderedDict = collections.OrderedDict()
@@ -4042,7 +3999,7 @@ class Budget:
             self._left += amount
 
 
-WATCHING = {"/", "/metrics", "/health"}         # routes that only look at the gateway: no work of its own
+MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
 TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
 
 
@@ -4051,7 +4008,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.started = time.time()
-        self.limit_headers: Dict[str, str] = {}     # what Claude's latest answer told of limits
+        self.limit_headers: Dict[str, str] = {}     # of Claude's latest answer
         self._lock = threading.Lock()
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
@@ -4084,11 +4041,11 @@ class Counters:
             return percent(read, prompts)
 
     def take_limits(self, headers: dict[str, str]) -> None:
-        """Keeps what an answer tells of plan windows and rate limits."""
-        told = {name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")}
-        if told:
+        """Keeps what an answer's headers say of plan windows and rate limits."""
+        limits = {name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")}
+        if limits:
             with self._lock:
-                self.limit_headers = dict(self.limit_headers, **told)
+                self.limit_headers = dict(self.limit_headers, **limits)
 
     def requests(self) -> list[tuple[tuple[str, int], int]]:
         with self._lock:
@@ -4112,7 +4069,7 @@ class Counters:
 
     def totals(self) -> dict:
         tokens = self.tokens_by_model().values()
-        return {"requests": sum(count for (route, _), count in self.requests() if route not in WATCHING),
+        return {"requests": sum(count for (route, _), count in self.requests() if route not in MONITORING),
                 "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
 
 
@@ -7534,7 +7491,7 @@ def tool_of(user_agent: str) -> str:
 def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
     fields = without(vars(record), "started")
-    looked = record.route in WATCHING and record.status < 400      # a page that is open looks every other second
+    looked = record.route in MONITORING and record.status < 400      # a page that is open looks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if looked else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
     if config.minimal:

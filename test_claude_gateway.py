@@ -2497,9 +2497,9 @@ class ContentPartTests(RequestTestCase):
 
     def test_size_and_number_of_images_are_left_to_claude(self):
         self.assertEqual(self.block(image_url("data:;base64," + png(9000, 9000)))["type"], "image")
-        images = [image_url("data:image/png;base64," + PIXEL)] * 601
-        self.assertEqual(self.refused(messages=[user(images)])["message"],
-                         "messages: 601 images are more than the 600 allowed")
+        answer = self.chat(messages=[user([image_url("data:image/png;base64," + PIXEL)] * 601)])
+        self.assertEqual(answer.error["message"], "messages: 601 images are more than the 600 allowed")
+        self.claude.violations.clear()                  # that refusal was the point
 
     def test_a_pdf_is_a_document_wherever_it_hides(self):
         for name, part, expected in (
@@ -4898,9 +4898,9 @@ class ResponsesStateTests(ResponsesTestCase):
 class MemoryTests(unittest.TestCase):
     def test_an_entry_too_large_to_keep_pushes_nothing_out(self):
         table = claude_gateway.Bounded(9, 100)
-        table.put("small", b"x")
-        table.put("large", b"x" * 101)
-        self.assertEqual((table.get("small"), table.get("large")), (b"x", None))
+        table.put("small", ["x"])
+        table.put("large", "x" * 99)                    # with its quotes 101 bytes
+        self.assertEqual((table.get("small"), table.get("large")), (["x"], None))
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
