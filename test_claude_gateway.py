@@ -3934,6 +3934,18 @@ class BareJsonTests(GatewayTestCase):
             self.assertEqual((plain.message["content"], plain.message["reasoning_content"]), (wanted, "{"))
             streamed = self.chat(stream=True, response_format={"type": "json_object"})
             self.assertEqual(completion_from_chunks(streamed.chunks)["message"]["content"], wanted)
+            self.claude.play(whole)
+            response = self.ask("POST", "/v1/responses", {"model": "opus", "input": "Hi", "text": {
+                "format": {"type": "json_object"}}}).json
+            self.assertEqual(response["output"][-1]["content"][0]["text"], wanted)
+
+    def test_an_object_that_a_pause_interrupts_is_cut_out_whole(self):
+        for stream in (False, True):
+            self.claude.play(message(text('Well: {"a'), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"),
+                             message(text('": 1} bye')))
+            answer = self.chat(stream=stream, response_format={"type": "json_object"}, web_search_options={})
+            said = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
+            self.assertEqual(said["content"], '{"a": 1}')
 
     def test_without_json_mode_nothing_is_cut(self):
         self.claude.play(message(text('Here: {"a": 1} bye')))
