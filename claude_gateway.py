@@ -3888,7 +3888,8 @@ class StoredResponses:
 
     def get(self, owner: str, response_id: str) -> tuple[dict, list[dict]] | None:
         """A response and its input items; None where it is not known, or somebody else's."""
-        return self._stored.get((owner, response_id))
+        stored = self._stored.get((owner, response_id))
+        return (stored[0], stored[1]) if stored else None
 
     def remove(self, owner: str, response_id: str) -> bool:
         return self._stored.remove((owner, response_id))

@@ -3943,9 +3943,11 @@ class BareJsonTests(GatewayTestCase):
         for stream in (False, True):
             self.claude.play(message(text('Well: {"a'), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"),
                              message(text('": 1} bye')))
-            answer = self.chat(stream=stream, response_format={"type": "json_object"}, web_search_options={})
-            said = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
-            self.assertEqual(said["content"], '{"a": 1}')
+            answer = self.chat(stream=stream, response_format={"type": "json_object"}, web_search_options={},
+                               stream_options={"include_usage": True})
+            parts = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
+            self.assertEqual(parts["message"]["content"], '{"a": 1}')
+            self.assertEqual(parts["usage"]["prompt_tokens"], 2 * message()["usage"]["input_tokens"])
 
     def test_without_json_mode_nothing_is_cut(self):
         self.claude.play(message(text('Here: {"a": 1} bye')))
