@@ -9,19 +9,24 @@
 
 One request on its way:
 
-    Handler.handle_one_request             bytes -> a checked request, look up the endpoint
-      chat_completions                       the endpoint: the only place that sees both APIs
-        messages_request_from_chat             chat completion request -> Messages request  (pure)
-        Upstream.messages                      the one call to Claude, always asked for as a stream
-        EventDecoder.feed                      event-stream bytes -> events                 (pure)
-        ChatStream.feed                        events -> chunks                             (pure)
-        chat_completion_from_message           or: the assembled message -> chat completion (pure)
-      Handler._go_on, Pump                   a stream to its client: in its thread, or where many run in the pump
-    Handler._send_failure                  any error, in OpenAI's shape
+    Connection                             bytes -> the head of a request
+      RequestCycle                           checks it, reads its body, looks up the endpoint
+        chat_completions                       the endpoint: the only place that sees both APIs
+          Exchange                               one request to Claude, with corrections, pauses and counting
+            messages_request_from_chat             chat completion request -> Messages request  (pure)
+            Upstream.messages                      the one call to Claude, always asked for as a stream
+            EventDecoder.feed                      event-stream bytes -> events                 (pure)
+            MessageAssembler.feed                  events -> the message so far                 (pure)
+          ChatStream.feed                        events -> chunks                             (pure)
+          chat_completion_from_message           or: the whole message -> chat completion     (pure)
+        StreamedReply                          chunks -> bytes, which go out in the request's thread, or
+      EventLoop                                in one for all streams, where many run
+      RequestCycle._send_failure             any error, in OpenAI's shape
 
 Rooms, in order, each using only those above it: Configuration, Small tools, Errors, Models, Requests,
-Replies, Streams, Responses API, Memory, Credentials, Upstream, Pump, Image fetching, Endpoints, Status page,
-HTTP server, Simulated upstream, Diagnosis, Tool settings, Command line.
+Replies, Streams, Responses API, Memory, Credentials, HTTP/1.1, Upstream, Event loop, Image fetching, Exchange,
+Endpoints, Legacy completions, Native pass-through, Status page, HTTP server, Service, Simulated upstream,
+Diagnosis, Tool settings, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
 
@@ -39,7 +44,6 @@ import hashlib
 import hmac
 import http.client
 import http.server
-import io
 import ipaddress
 import itertools
 import json
@@ -59,7 +63,6 @@ import struct
 import sys
 import threading
 import time
-import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -94,43 +97,50 @@ OAUTH_BETA = "oauth-2025-04-20"                 # the API takes no OAuth token w
 OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
 
 REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
-LOCK_PATIENCE = 60                              # seconds to wait for another process to refresh; one call may take 40
 REFRESH_BACKOFF = 2                             # seconds between attempts while the sign-in endpoint fails
-RENEWAL_HOLDS = 60                              # seconds: a new token that is refused within them is not the trouble
 
-MAX_BODY = 40_000_000                           # bytes, raw and decoded: Claude's 32 MB plus JSON overhead
 MAX_UPSTREAM_BODY = 32_000_000                  # bytes: what the Messages API accepts
-MAX_BODIES = 400_000_000                        # bytes of all request bodies in flight together
 MAX_BRACKETS = 1_000_000                        # a body of nothing but brackets costs 60 times its size
 MAX_NESTING = 200                               # below the recursion limit of every Python, with room to spare
 MAX_DIGITS = 400                                # no number of either API is longer; int() is quadratic
 MAX_HEAD = 65_536                               # bytes of request line and headers together
 MAX_HEADERS = 100                               # header lines
-MAX_REQUESTS = 2_000                            # at once; beyond: 503
-MAX_CONNECTIONS = 4_000                         # at once, idle ones included; most of them hold a thread
 READ_SIZE = 65_536                              # bytes that one read of a socket may bring
 BACKLOG = 1_024                                 # connections the system queues while we accept; the default is 5
 
-IDLE_TIMEOUT = 75                               # seconds a kept-alive connection may stay silent
-HEAD_TIMEOUT = 30                               # seconds for a whole request head
-BODY_TIMEOUT = 60                               # seconds between two reads of a body
-SLOWEST_BODY = 50_000                           # bytes a second of a whole body, beyond the first BODY_TIMEOUT
-WRITE_TIMEOUT = 60                              # seconds a client may refuse to read
-KEEPALIVE_INTERVAL = 10                         # seconds of silence before a stream gets a comment line
+SLOWEST_BODY = 50_000                           # bytes a second of a whole body, beyond the first `body_timeout`
 SHUTDOWN_GRACE = 30                             # seconds that running requests get to finish
 CONNECT_TIMEOUT = 10                            # seconds
-UPSTREAM_SILENCE = 300                          # seconds without a byte from Claude (its pings count)
 LONGEST_RETRY_AFTER = 5                         # seconds: a longer wait is left to the client
 RETRY_PAUSE = 0.5                               # seconds before our one retry when nobody names a time
 POOL_SIZE = 32                                  # idle upstream connections that are kept
 POOL_AGE = 50                                   # seconds: servers and middleboxes drop idle ones at 60
-TOKEN_TIMEOUT = 30                              # seconds without a byte from the sign-in endpoint
 MODELS_TIMEOUT = 10                             # seconds for the upstream's model list
 MODELS_LIFETIME = 3_600                         # seconds that a fetched model list stays good
 MODELS_PATIENCE = 3                             # seconds that a first request waits for that list
 REQUEST_ID_HEADER = "x-request-id"
 CHANGES_HEADER = "x-claude-gateway-changes"
 HOP_HEADER = "x-claude-gateway-hop"             # carries the ids of the gateways a request went through
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much one gateway accepts, and how long it waits (in seconds)."""
+    max_body: int = 40_000_000                      # bytes, raw and decoded: Claude's 32 MB plus JSON overhead
+    max_bodies: int = 400_000_000                   # bytes of all request bodies in flight together
+    max_requests: int = 2_000                       # at once; beyond: 503
+    max_connections: int = 4_000                    # at once, idle ones included; most of them hold a thread
+    event_loop_from: int = 32                       # requests at once; fewer are quicker in their own threads
+    idle_timeout: float = 75                        # that a kept-alive connection may stay silent
+    head_timeout: float = 30                        # for a whole request head
+    body_timeout: float = 60                        # between two reads of a body
+    write_timeout: float = 60                       # that a client may refuse to read
+    keepalive_interval: float = 10                  # of silence before a stream gets a comment line
+    upstream_silence: float = 300                   # without a byte from Claude (its pings count)
+    token_timeout: float = 30                       # without a byte from the sign-in endpoint
+    fetch_timeout: float = 20                       # for one image, redirects included, looking up names not
+    lock_patience: float = 60                       # for another process to refresh; one call may take 40
+    renewal_holds: float = 60                       # a new token that is refused within them is not the cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +171,7 @@ class Config:
     no_proxy: str = ""
     ca_file: str = ""
     ca_variable: str = ""                           # where that comes from
+    limits: Limits = Limits()
 
     def secrets(self) -> list[str]:
         """Every secret in here, for the log's redaction."""
@@ -305,7 +316,7 @@ def is_public(address: str) -> bool:
 
 
 # ---- Errors ------------------------------------------------------------------------------------------
-# Raised anywhere, rendered once (Handler._send_failure).  Each class carries what the client should learn.
+# Raised anywhere, rendered once (RequestCycle._send_failure).  Each class carries what the client should learn.
 
 
 class GatewayError(Exception):
@@ -320,6 +331,12 @@ class GatewayError(Exception):
         self.param = param
         self.code = code or self.code
         self.headers = headers or {}
+
+    def reworded(self, message: str) -> GatewayError:
+        """The same error with another message."""
+        copy: GatewayError = type(self).__new__(type(self), message)      # which sets what str() shows
+        vars(copy).update(vars(self))
+        return copy
 
     def body(self) -> dict:
         """The error envelope of OpenAI's API reference."""
@@ -344,56 +361,27 @@ class InvalidRequest(GatewayError):
     status, kind = 400, "invalid_request_error"
 
 
-class InvalidKey(GatewayError):
-    status, kind, code = 401, "invalid_request_error", "invalid_api_key"
+class Refused(GatewayError):
+    """A request that is refused with a status and code of its own."""
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None,
+                 headers: dict[str, str] | None = None) -> None:
+        super().__init__(message, param, code, headers)
+        self.status = status
+        self.kind = {403: "permission_error", 503: "server_error", 508: "server_error"}.get(
+            status, "invalid_request_error")
+
+
+def busy(message: str) -> Refused:
+    return Refused(503, "gateway_busy", message, headers={"retry-after": "1"})
 
 
 class CredentialNeeded(GatewayError):
-    """The gateway's own credential is missing or dead: only its owner can mend that, no retry can."""
+    """The gateway's own credential is missing or dead: only its owner can fix that, no retry can."""
     status, kind, code = 401, "authentication_error", "upstream_authentication"
 
     def __init__(self, message: str) -> None:
         super().__init__(message, headers={"x-should-retry": "false"})
-
-
-class Forbidden(GatewayError):
-    status, kind = 403, "permission_error"
-
-
-class NotFound(GatewayError):
-    status, kind, code = 404, "invalid_request_error", "unknown_url"
-
-
-class ModelNotFound(GatewayError):
-    status, kind, code = 404, "invalid_request_error", "model_not_found"
-
-
-class MethodNotAllowed(GatewayError):
-    status, kind, code = 405, "invalid_request_error", "method_not_allowed"
-
-
-class RequestTimeout(GatewayError):
-    status, kind, code = 408, "invalid_request_error", "request_timeout"
-
-
-class TooLarge(GatewayError):
-    status, kind, code = 413, "invalid_request_error", "request_too_large"
-
-
-class UnsupportedEncoding(GatewayError):
-    status, kind, code = 415, "invalid_request_error", "unsupported_encoding"
-
-
-class UpgradeRequired(GatewayError):
-    status, kind, code = 426, "invalid_request_error", "upgrade_required"
-
-
-class HeadTooLarge(GatewayError):
-    status, kind, code = 431, "invalid_request_error", "request_header_fields_too_large"
-
-
-class UnsupportedTransfer(GatewayError):
-    status, kind, code = 501, "invalid_request_error", "unsupported_transfer_encoding"
 
 
 class UpstreamFault(GatewayError):
@@ -402,22 +390,8 @@ class UpstreamFault(GatewayError):
     may_pass = False                            # whether a second attempt may succeed
 
 
-class Busy(GatewayError):
-    status, kind, code = 503, "server_error", "gateway_busy"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"retry-after": "1"})
-
-
 class UpstreamTimeout(UpstreamFault):
     status, code = 504, "timeout"
-
-
-class LoopDetected(GatewayError):
-    status, kind, code = 508, "server_error", "loop_detected"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"x-should-retry": "false"})
 
 
 class ClientGone(Exception):
@@ -682,7 +656,7 @@ class Catalog:
         self.live = live
 
     def resolve(self, name: str | None) -> Model:
-        """The model that a client means by `name`; ModelNotFound names the nearest ones."""
+        """The model that a client means by `name`; a refusal names the nearest ones."""
         plain = (name or "").strip().lower()[:200]      # the patterns are not made for more
         target = self.aliases.get(plain, plain)
         model = self._claude_model(target) or self.newest(tier_of(target))
@@ -694,9 +668,10 @@ class Catalog:
         if not name:
             raise InvalidRequest("model is required; --alias '*=MODEL' would choose one for requests without it.",
                                  "model", "missing_required_parameter")
-        raise ModelNotFound("The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
-                            "for every other name.)" %
-                            (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
+        raise Refused(404, "model_not_found",
+                      "The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
+                      "for every other name.)" %
+                      (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
 
     def newest(self, line: str | None) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
@@ -4056,7 +4031,7 @@ class Budget:
             self._left += amount
 
 
-WATCHING = {"/", "/metrics", "/health"}         # routes that only look at the gateway: no work of its own
+MONITORING = {"/", "/metrics", "/health"}       # routes that only look at the gateway: no work of its own
 TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
 
 
@@ -4126,7 +4101,7 @@ class Counters:
 
     def totals(self) -> dict:
         tokens = self.tokens_by_model().values()
-        return {"requests": sum(count for (route, _), count in self.requests() if route not in WATCHING),
+        return {"requests": sum(count for (route, _), count in self.requests() if route not in MONITORING),
                 "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
 
 
@@ -4205,8 +4180,8 @@ class TokenFileDamaged(GatewayError):
 class TokenFile:
     """The stored login: one JSON object in a file that is whole at every instant, mode 0600 in a directory 0700."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, limits: Limits = Config.limits) -> None:
+        self.path, self._limits = path, limits
 
     def read(self) -> dict | None:
         """The stored tokens, None where there are none.  Raises TokenFileDamaged."""
@@ -4294,7 +4269,7 @@ class TokenFile:
             yield
             return
         try:
-            lock_file(descriptor)
+            lock_file(descriptor, self._limits.lock_patience)
             yield
         finally:
             os.close(descriptor)                    # gives the lock back
@@ -4310,9 +4285,9 @@ class TokenFile:
                 LOG.warning("the damaged token file is kept as %s", aside)
 
 
-def lock_file(descriptor: int) -> None:
-    """Takes an exclusive lock, waiting up to LOCK_PATIENCE seconds; goes on without where locks do not exist."""
-    deadline = time.monotonic() + LOCK_PATIENCE
+def lock_file(descriptor: int, patience: float) -> None:
+    """Takes an exclusive lock, waiting up to `patience` seconds; goes on without where locks do not exist."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             if os.name == "nt":
@@ -4328,7 +4303,7 @@ def lock_file(descriptor: int) -> None:
             if os.name != "nt" or fault.errno not in (13, 36):
                 return                              # no locks here
         if time.monotonic() > deadline:             # going on without it could cost the login
-            raise UpstreamFault("Another process has held the lock of the token file for %d seconds." % LOCK_PATIENCE)
+            raise UpstreamFault("Another process has held the lock of the token file for %d seconds." % patience)
         time.sleep(0.02)
 
 
@@ -4345,8 +4320,8 @@ class StoredLogin:
     refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
 
-    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson) -> None:
-        self._file, self._token_url, self._post_json = file, token_url, post_json
+    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson, limits: Limits = Config.limits) -> None:
+        self._file, self._token_url, self._post_json, self._limits = file, token_url, post_json, limits
         self._lock = threading.Lock()
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
@@ -4412,7 +4387,7 @@ class StoredLogin:
     def _just_renewed(self, rejected: str | None) -> bool:
         """Whether the rejected token has just been given to us: another one would be rejected as well."""
         return rejected is not None and rejected == self._token.get("access_token") and \
-            time.monotonic() - self._renewed_at < RENEWAL_HOLDS
+            time.monotonic() - self._renewed_at < self._limits.renewal_holds
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
@@ -4590,114 +4565,24 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
     if config.auth != "api-key":
         if config.claude_code_oauth_token:
             return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
-        file = TokenFile(config.token_file)
+        file = TokenFile(config.token_file, config.limits)
         if file.loose_mode():
             LOG.warning("others could read %s: its mode is 0600 now", file.path)
         if file.read() is not None:
-            return StoredLogin(file, config.token_url, post_json)
+            return StoredLogin(file, config.token_url, post_json, config.limits)
     return None
 
 
-# ---- Upstream ----------------------------------------------------------------------------------------
-# One authenticated call to the Messages API: connections, headers, timeouts, one retry.  Knows nothing of the
-# body.  Foreign exceptions end here: what comes out is a GatewayError, or ClientGone.
+# ---- HTTP/1.1 ----------------------------------------------------------------------------------------
+# Sockets, heads and bodies (RFC 9110 and 9112), once for both sides: what clients send and what the upstream answers.
+# A client is read more strictly, as another server in front of us might read an unclear message otherwise.
 
-
-SILENCE = "The upstream has sent nothing for %g seconds."
 BROKE_OFF = "The upstream broke off in the middle of its answer."
-
-
-class Watch:
-    """Waits for the upstream while keeping an eye on the client; one per request.
-
-    `idle` is called when nothing has gone to the client for KEEPALIVE_INTERVAL seconds; the HTTP server sets it
-    once a stream has begun.  Without a client (as a library) it only waits.
-    """
-
-    def __init__(self, client: socket.socket | None = None, patience: float = UPSTREAM_SILENCE) -> None:
-        self.client = client
-        self.patience = patience                    # seconds without a byte from the upstream
-        self.may_retry = True                       # our one retry is still to be had
-        self.may_wait = True                        # otherwise nobody waits here: `wants` tells for what it would be
-        self.wants: Any = None                      # an upstream socket with nothing to read yet, or A_THREAD
-        self.early: Optional[bytearray] = None      # takes what the client sends before its turn
-        self.idle: Optional[Callable[[], None]] = None
-        self.last_sent = time.monotonic()
-
-    def readable(self, upstream: socket.socket, deadline: float | None = None) -> None:
-        """Returns when the upstream has something to read.  Raises ClientGone, or UpstreamTimeout."""
-        self._wait(upstream, [upstream], (), SILENCE, deadline)
-
-    def writable(self, upstream: socket.socket) -> None:
-        """Returns when the upstream takes more of the request.  Raises ClientGone, or UpstreamTimeout."""
-        self._wait(upstream, [], [upstream], "The upstream has read nothing for %g seconds.", None)
-
-    def _wait(self, upstream: socket.socket, readers: Sequence[socket.socket], writers: Sequence[socket.socket],
-              words: str, deadline: float | None) -> None:
-        deadline = time.monotonic() + self.patience if deadline is None else deadline
-        while True:
-            until = deadline
-            if self.idle:
-                until = min(until, self.last_sent + KEEPALIVE_INTERVAL)
-            ready = wait_ready([*readers, *([self.client] if self.client else [])], until - time.monotonic(), writers)
-            if self.client and self.client in ready:
-                self.check_client()
-            if upstream in ready:
-                return
-            if time.monotonic() >= deadline:
-                raise UpstreamTimeout(words % self.patience)
-            if self.idle and time.monotonic() >= self.last_sent + KEEPALIVE_INTERVAL:
-                self.last_sent = time.monotonic()
-                self.idle()
-
-    def pause(self, seconds: float) -> None:
-        """Sleeps, unless the client leaves meanwhile; for 0 seconds it only looks.  Raises ClientGone."""
-        deadline = time.monotonic() + seconds
-        while True:
-            left = max(0.0, deadline - time.monotonic())
-            if not self.client:
-                time.sleep(left)
-            elif wait_ready([self.client], left):
-                self.check_client()
-            if time.monotonic() >= deadline:
-                return
-
-    def check_client(self) -> None:
-        """A client whose read side has ended is gone; one that sends early (pipelining) is not.
-
-        Early bytes are put aside, or nothing behind them could be seen; what would be too much is left where it is,
-        and the client is not watched any more.
-        """
-        assert self.client
-        keep = self.early is not None and len(self.early) < READ_SIZE
-        try:
-            data = self.client.recv(4_096, 0 if keep else socket.MSG_PEEK)
-        except BlockingIOError:                     # nothing after all
-            return
-        except OSError:
-            data = b""
-        if not data:
-            raise ClientGone
-        if keep:
-            self.early += data                      # type: ignore[operator]
-        else:
-            self.client = None
-
-
-A_THREAD = object()                                 # what a stream wants that has something longer to do
-
-
-def in_a_thread(watch: Watch) -> Iterator[list]:
-    """Stops a stream, before work that takes time, until it may take it."""
-    if not watch.may_wait:
-        watch.wants = A_THREAD
-        yield []
-    watch.wants = None
 
 
 def wait_ready(readers: Sequence[socket.socket], seconds: float,
                writers: Sequence[socket.socket] = ()) -> list[socket.socket]:
-    """Those of a few sockets that have something to read, take something, or have ended; [] when the time is up."""
+    """Those of a few sockets that can be read or written to, or have ended; [] when the time is up."""
     seconds = max(0.0, seconds)
     waiting: list[socket.socket] = [sock for sock in readers if isinstance(sock, ssl.SSLSocket) and sock.pending()]
     if waiting:
@@ -4713,8 +4598,59 @@ def wait_ready(readers: Sequence[socket.socket], seconds: float,
     return [sock for sock in [*readers, *writers] if sock.fileno() in ready]
 
 
-class GrowingHead:
-    """The head of a request or an answer, as it comes; for both sides the same bounds.
+class Peer:
+    """The other end of a connection, by a socket that never blocks."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(0)                          # once; for every read it would be one more call of the system
+        self.sock = sock
+        self.unread = bytearray()                   # has come, and nobody has asked for it yet
+        self._drained = True                        # the last read brought all there was
+
+    def read(self) -> bytes | None:
+        """What has come; b"" at the end of the connection; None where it has to be waited for first."""
+        if self.unread:
+            data = bytes(self.unread)
+            self.unread.clear()
+            return data
+        if self._drained:                           # the system need not be asked
+            self._drained = False
+            return None
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except (BlockingIOError, ssl.SSLWantReadError):     # TLS may have read something of its own
+            return None
+        # TLS gives one record at a time, and the next may be there
+        self._drained = len(data) < READ_SIZE and not isinstance(self.sock, ssl.SSLSocket)
+        return data
+
+    def read_within(self, seconds: float, deadline: float = math.inf) -> bytes:
+        """The same, waited for.  Raises socket.timeout after so many seconds of silence, or at the deadline."""
+        while True:
+            left = min(seconds, deadline - time.monotonic())
+            data = self.read() if left > 0 else None
+            if data is not None:
+                return data
+            if left <= 0 or not wait_ready([self.sock], left):
+                raise socket.timeout("timed out")
+
+    def send(self, data: bytes, wait: Callable[[bool], None]) -> None:
+        """Sends all of it; `wait` returns when the socket can be written to (True) or, for TLS, read (False)."""
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self.sock.send(left):]
+            except ssl.SSLWantReadError:
+                wait(False)
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                wait(True)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class HeadReader:
+    """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.
 
     `check_first` gets the first line as soon as there is one, for what need not be waited for; `too_large` makes the
     error of a head beyond the bounds.
@@ -4744,6 +4680,28 @@ class GrowingHead:
         return []
 
 
+REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
+HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\Z")
+BLANK_LINES = re.compile(rb"(?:\r?\n)*")
+# Headers that must not come twice: they decide about framing, identity or access.
+SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
+                  "x-api-key", "api-key", "origin", "expect"}
+STATUS_LINE = re.compile(r"HTTP/(1\.[0-9])[ \t]+([1-9][0-9][0-9])(?:[ \t]+(.*))?\Z")
+UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")   # in a header (RFC 9110, 5.5)
+
+
+class Head(NamedTuple):
+    """A request line and its headers (names in lower case), checked."""
+    method: str
+    target: str
+    version: str
+    headers: Dict[str, str]
+
+    @property
+    def has_body(self) -> bool:
+        return "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
+
+
 class UpstreamHead(NamedTuple):
     """Status line and headers (names in lower case; of two with the same name the first counts) of an answer."""
     version: str
@@ -4752,7 +4710,7 @@ class UpstreamHead(NamedTuple):
     headers: Dict[str, str]
 
     def framing(self) -> BodyFraming:
-        """Where its body ends (RFC 9112, 6.3).  Raises UpstreamFault for a length that is none."""
+        """Where its body ends (RFC 9112, 6.3).  Raises UpstreamFault for an invalid Content-Length."""
         length = self.headers.get("content-length")
         if self.status < 200 or self.status in (204, 304):
             return BodyFraming(False, 0)
@@ -4761,18 +4719,39 @@ class UpstreamHead(NamedTuple):
         if length is None:
             return BodyFraming(False, None)
         if not re.match(r"[0-9]{1,40}\Z", length):
-            raise UpstreamFault("The upstream sent a length that is none: %s." % printable(length, 40))
+            raise UpstreamFault("The upstream sent an invalid Content-Length: %s." % printable(length, 40))
         return BodyFraming(False, int(length))
-
-
-UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")   # in a header (RFC 9110, 5.5)
-STATUS_LINE = re.compile(r"HTTP/(1\.[0-9])[ \t]+([1-9][0-9][0-9])(?:[ \t]+(.*))?\Z")
 
 
 def ends_connection(version: str, headers: dict[str, str]) -> bool:
     """Whether a connection ends with the message of this head (RFC 9112, 9.3)."""
     connection = headers.get("connection", "").lower()
     return "close" in connection or version == "1.0" and "keep-alive" not in connection
+
+
+def request_line(line: str) -> tuple[str, str, str]:
+    """Method, target and version of a request line.  Raises InvalidRequest."""
+    match = REQUEST_LINE.match(line)
+    if not match:
+        raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
+    return match.group(1).upper(), match.group(2), match.group(3)
+
+
+def head_from_lines(lines: list[str]) -> Head:
+    """Request line and header lines, without their line ends, as a Head.  Raises InvalidRequest."""
+    method, target, version = request_line(lines[0])
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        found = HEADER_LINE.match(line)
+        if not found:
+            raise InvalidRequest("A header line is malformed.", code="bad_header")
+        name, value = found.group(1).lower(), found.group(2).strip(" \t")
+        if name in headers and name in SINGLE_HEADERS:
+            raise InvalidRequest("The header %s came twice." % name, code="bad_header")
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    if version == "1.1" and "host" not in headers:
+        raise InvalidRequest("HTTP/1.1 needs a Host header.", code="bad_header")
+    return Head(method, target, version, headers)
 
 
 def status_line(line: str) -> tuple[str, int, str]:
@@ -4793,83 +4772,317 @@ def upstream_head(lines: list[str]) -> UpstreamHead:
     return UpstreamHead(*status_line(lines[0]), headers)
 
 
-class WatchedConnection(http.client.HTTPConnection):
-    """A kept-alive connection to the upstream; `watch` belongs to the request that uses it at the time.
+def body_length(head: Head) -> int | None:
+    """The length that frames a request body, None for a chunked one.  Whatever is ambiguous is refused."""
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if coding is not None:
+        if length is not None or head.version == "1.0":
+            raise InvalidRequest("Transfer-Encoding does not go with Content-Length or HTTP/1.0.", code="bad_framing")
+        if coding.lower() != "chunked":
+            raise Refused(501, "unsupported_transfer_encoding", "Transfer-Encoding: only chunked is supported.")
+        return None
+    if length is None:
+        return 0
+    if not re.match(r"[0-9]{1,19}\Z", length):
+        raise InvalidRequest("Content-Length is not a number.", code="bad_framing")
+    return int(length)
 
-    http.client opens it, where need be through a proxy.  It neither writes nor reads heads: its way to read them is
-    the email package, which took a seventh of the time of a short request.
+
+class BodyFraming:
+    """Where the body of an answer ends (RFC 9112, 6.3): bytes of the connection in, bytes of the body out."""
+    SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\Z")
+    LONGEST_LINE = 65_536
+
+    def __init__(self, chunked: bool, length: int | None) -> None:
+        self._chunked = chunked
+        self._left = 0 if chunked else length       # bytes of the chunk or body; None: until the connection ends
+        self._in_chunk = self._in_trailers = False
+        self.done = length == 0 and not chunked
+        self.rest = b""                             # a line that has only begun; behind the end, what is not the body's
+        # more came than the body, or might have where nothing is read: the connection may be out of step
+        self.surplus = self.done
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of `data` that is body.  Raises UpstreamFault for a chunk that does not hold together."""
+        if self._chunked:
+            return self._from_chunks(data)
+        if self._left is None:
+            return data
+        self.rest = data[self._left:]
+        self.surplus = bool(self.rest)
+        data = data[:self._left]
+        self._left -= len(data)
+        self.done = not self._left
+        return data
+
+    def end(self) -> None:
+        """The connection has ended.  Raises UpstreamFault where that cuts the body short."""
+        if self._left is not None:
+            raise UpstreamFault(BROKE_OFF)
+        self.done = self.surplus = True             # nothing can follow on this connection
+
+    def _from_chunks(self, data: bytes) -> bytes:
+        """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
+        data, at = self.rest + data if self.rest else data, 0
+        pieces: list[bytes] = []
+        while at < len(data) and not self.done:
+            if self._left:
+                piece = data[at:at + self._left]
+                pieces.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                continue
+            end = data.find(b"\n", at) + 1
+            if not end or end - at > self.LONGEST_LINE:
+                break
+            self._line(data[at:end])
+            at = end
+        self.rest = data[at:]
+        self.surplus = self.done and bool(self.rest)
+        if not self.done and len(self.rest) > self.LONGEST_LINE:
+            raise self._fault("a chunk size without end")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _line(self, line: bytes) -> None:
+        """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
+        line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
+        if self._in_trailers:
+            self.done = not line
+        elif self._in_chunk:
+            if line:
+                raise self._fault("a chunk that is longer than its size")
+            self._in_chunk = False
+        else:
+            match = self.SIZE.match(line)
+            if not match:
+                raise self._fault("a chunk without a size")
+            self._left = int(match.group(1), 16)
+            self._in_chunk, self._in_trailers = self._left > 0, self._left == 0
+
+    def _fault(self, what: str) -> GatewayError:
+        return UpstreamFault("The upstream sent %s." % what)
+
+
+class RequestFraming(BodyFraming):
+    """The same for the body of a request, which is bounded, and may be written in one way only."""
+    SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
+    LONGEST_LINE = 1_025
+
+    def __init__(self, length: int | None, limit: int) -> None:
+        super().__init__(length is None, length)
+        self._limit, self._room, self._trailers = limit, limit, 0
+        if length is not None and length > limit:
+            raise self._too_large()
+
+    def end(self) -> None:
+        """The connection has ended.  Raises ConnectionResetError, or InvalidRequest in the middle of a line."""
+        raise self._fault("a chunk line without its end") if self.rest else ConnectionResetError()
+
+    def _line(self, line: bytes) -> None:
+        if not line.endswith(b"\r\n"):
+            raise self._fault("a chunk line that does not end in CRLF")
+        self._trailers += self._in_trailers
+        super()._line(line)
+        if self._trailers == MAX_HEADERS and not self.done:
+            raise self._fault("too many trailers")
+        if self._in_chunk and self._left:           # the size of a chunk that begins
+            self._room -= self._left
+            if self._room < 0:
+                raise self._too_large()
+
+    def _fault(self, what: str) -> GatewayError:
+        return InvalidRequest("The body has %s." % what, code="bad_framing")
+
+    def _too_large(self) -> GatewayError:
+        return Refused(413, "request_too_large", "The body has more than %d MB." % (self._limit // 1_000_000))
+
+
+# ---- Upstream ----------------------------------------------------------------------------------------
+# One authenticated call to the Messages API: connections, headers, timeouts, one retry.  Knows nothing of the
+# body.  Foreign exceptions end here: what comes out is a GatewayError, or ClientGone.
+
+
+class Wait(NamedTuple):
+    """What a stream yields that has nothing to go on with until this socket can be read."""
+    sock: socket.socket
+    deadline: float                                 # of time.monotonic(); then the upstream is given up
+    seconds: float                                  # from its last byte until then
+
+
+NEEDS_THREAD: Any = object()                        # what a stream yields before work that takes time
+
+
+def silence(wait: Wait, what: str = "sent") -> UpstreamTimeout:
+    return UpstreamTimeout("The upstream has %s nothing for %g seconds." % (what, wait.seconds))
+
+
+class Client:
+    """The client of one request while the upstream is waited for: is it gone, and has it heard anything lately?
+
+    Without a connection (as a library) nobody can leave.
     """
-    watch = Watch()
-    last_used = 0.0
-    unread = b""                                    # came along with the head of the answer
-    _drained = True                                 # the last read brought all there was
 
-    def connect(self) -> None:
-        watch, self.watch = self.watch, Watch(self.watch.client, CONNECT_TIMEOUT)      # a proxy's answer to CONNECT
+    def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
+        self.peer, self._limits = peer, limits
+        self.watched = peer is not None
+        self.keep_alive = b""                       # a comment for one that has heard nothing; none before a stream
+        self.last_sent = time.monotonic()
+
+    @property
+    def keep_alive_at(self) -> float:
+        return self.last_sent + self._limits.keepalive_interval if self.keep_alive else math.inf
+
+    @property
+    def write_deadline(self) -> float:
+        return self.last_sent + self._limits.write_timeout
+
+    def wait(self, wait: Wait, writing: bool = False) -> None:
+        """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
+        readers, writers = ([], [wait.sock]) if writing else ([wait.sock], [])
+        while True:
+            client = [self.peer.sock] if self.peer and self.watched else []
+            until = min(wait.deadline, self.keep_alive_at)
+            ready = wait_ready([*readers, *client], until - time.monotonic(), writers)
+            if client and client[0] in ready:
+                self.check()
+            if wait.sock in ready:
+                return
+            if time.monotonic() >= wait.deadline:
+                raise silence(wait, "read" if writing else "sent")
+            if time.monotonic() >= self.keep_alive_at:
+                self.send(self.keep_alive)
+
+    def waited(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """The steps of a stream without its waits, which take place in this thread."""
+        for step in steps:
+            if isinstance(step, Wait):
+                self.wait(step)
+            elif step is not NEEDS_THREAD:
+                yield step
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, unless the client leaves meanwhile; for 0 seconds it only looks.  Raises ClientGone."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            if not self.peer or not self.watched:
+                time.sleep(left)
+            elif wait_ready([self.peer.sock], left):
+                self.check()
+            if time.monotonic() >= deadline:
+                return
+
+    def check(self) -> None:
+        """A client whose read side has ended is gone; one that sends early (pipelining) is not.
+
+        Early bytes are put aside, or nothing behind them could be seen; what would be too much is left where it is,
+        and the client is not watched any more.
+        """
+        assert self.peer
+        keep = len(self.peer.unread) < READ_SIZE
         try:
-            super().connect()
-        finally:
-            self.watch = watch
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.settimeout(0)                     # from here on it is the watch that waits
+            data = self.peer.sock.recv(4_096, 0 if keep else socket.MSG_PEEK)
+        except BlockingIOError:                     # nothing after all
+            return
+        except OSError:
+            data = b""
+        if not data:
+            raise ClientGone
+        if keep:
+            self.peer.unread += data
+        else:
+            self.watched = False
 
-    def _tunnel(self) -> None:
-        """http.client asks the proxy for a way through; waiting for it is the watch's, too."""
-        self.sock.settimeout(0)
-        super()._tunnel()                           # type: ignore[misc]
-        self.sock.settimeout(CONNECT_TIMEOUT)       # for the TLS handshake
+    def send(self, data: bytes) -> None:
+        """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
+        assert self.peer
+        try:
+            self.peer.send(data, self._wait_until_it_reads)
+        except OSError:
+            raise ClientGone from None
+        self.last_sent = time.monotonic()
 
-    def response_class(self, sock: socket.socket, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """The proxy's answer to CONNECT, read like any other, in the form that http.client wants."""
-        head = self.answer()
-        self.unread = b""                           # or the proxy could put an answer before what TLS protects
-        answer = ("HTTP/1.1 %d %s\r\n\r\n" % (head.status, head.reason)).encode("latin-1")
-        like_a_socket: Any = types.SimpleNamespace(makefile=lambda mode: io.BytesIO(answer))
-        return http.client.HTTPResponse(like_a_socket, **options)
+    def _wait_until_it_reads(self, writing: bool) -> None:
+        assert self.peer
+        if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
+            raise ClientGone
 
-    def ask(self, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
-        """Sends a request; one of usual size in a single piece."""
+
+@dataclasses.dataclass
+class UpstreamCall:
+    """A request on its way upstream: for whom, through which gateways, with what patience."""
+    client: Client = dataclasses.field(default_factory=Client)
+    hops: str = ""
+    patience: float = Limits.upstream_silence       # seconds without a byte from the upstream
+    may_retry: bool = True                          # our one retry is still to be had
+
+    def wait_for(self, sock: socket.socket) -> Wait:
+        return Wait(sock, time.monotonic() + self.patience, self.patience)
+
+
+LOST = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)      # a connection that the other side has ended
+
+
+class UpstreamConnection(Peer):
+    """A kept-alive connection to the upstream, where need be through a proxy."""
+    last_used = 0.0
+
+    def __init__(self, request: Any, tls: Callable[[], ssl.SSLContext]) -> None:
+        """Connects; `request` is urllib's, whose host is the proxy where it names the host of a tunnel."""
+        tunnel, context = request._tunnel_host, tls() if request.type == "https" else None
+        sock = socket.create_connection(address_of(request.host, 443 if context else 80), CONNECT_TIMEOUT)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            super().__init__(sock)
+            if tunnel:
+                self._open_tunnel("%s:%d" % address_of(tunnel, 443), request)
+            if context:
+                sock.settimeout(CONNECT_TIMEOUT)
+                name = address_of(tunnel or request.host, 443)[0]
+                # read from here on: what a proxy said before TLS could otherwise be taken for an answer
+                super().__init__(context.wrap_socket(sock, server_hostname=name))
+        except BaseException:
+            sock.close()
+            raise
+
+    def _open_tunnel(self, target: str, request: Any) -> None:
+        """Asks the proxy for a way through.  Raises OSError where it refuses."""
+        call = replace(request.call, patience=CONNECT_TIMEOUT)
+        headers = {name: value for name, value in request.headers.items() if name == "Proxy-authorization"}
+        self.ask("CONNECT", target, dict({"Host": target}, **headers), b"", call)
+        head = self.answer(call)
+        if head.status != 200:
+            raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
+
+    def ask(self, method: str, target: str, headers: dict[str, str], body: bytes, call: UpstreamCall) -> None:
+        """Sends a request, for as long as the client waits for the answer and the upstream goes on reading.
+
+        An upstream that does not read would otherwise hold on to a request that nobody wants any more.
+        """
         if UNSENDABLE.search("".join(headers.values())):
             raise UpstreamFault("HTTP cannot carry the value of this header to the upstream: %s." % ", ".join(
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
         if re.search(r"[^\x21-\x7e]", target):
-            raise UpstreamFault("The upstream's address is not one of HTTP: %s" % printable(target))
+            raise UpstreamFault("The upstream's address is an invalid URL: %s" % printable(target))
         lines = ["%s %s HTTP/1.1" % (method, target), *["%s: %s" % each for each in headers.items()], "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
-        self._drained = True                        # nothing comes before it has the request
-        if len(body) <= READ_SIZE:                  # to copy more would cost more than a second call
-            self.send(head + body)
-        else:
-            self.send(head)
-            self.send(body)
+        # one of usual size in a single piece; to copy more would cost more than a second call
+        for data in ([head + body] if len(body) <= READ_SIZE else [head, body]):
+            self.send(data, lambda writing: call.client.wait(call.wait_for(self.sock), writing))
 
-    def send(self, data: Any) -> None:
-        """Sends a part of the request, for as long as the client waits for the answer and the upstream goes on reading.
-
-        An upstream that does not read would otherwise hold on to a request that nobody wants any more.
-        """
-        sock, left = self.sock, memoryview(data)
-        while left:
-            try:
-                left = left[sock.send(left):]
-            except ssl.SSLWantReadError:
-                self.watch.readable(sock)
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                self.watch.writable(sock)
-
-    def answer(self) -> UpstreamHead:
+    def answer(self, call: UpstreamCall) -> UpstreamHead:
         """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2)."""
         received = bytearray()
-        head = upstream_head(self._head_lines(received, begun=False))
+        head = upstream_head(self._head_lines(received, call, begun=False))
         while head.status < 200 and head.status != 101:
-            head = upstream_head(self._head_lines(received, begun=True))
-        self.unread = bytes(received)
+            head = upstream_head(self._head_lines(received, call, begun=True))
+        self.unread = received
         return head
 
-    def _head_lines(self, received: bytearray, begun: bool) -> list[str]:
+    def _head_lines(self, received: bytearray, call: UpstreamCall, begun: bool) -> list[str]:
         """Takes the lines of a head.  Without `begun` the connection may turn out to have died before the request."""
-        head = GrowingHead(received, status_line,
-                           lambda words: UpstreamFault("The head of the upstream's answer " + words))
+        head = HeadReader(received, status_line,
+                          lambda words: UpstreamFault("The head of the upstream's answer " + words))
         while True:
             lines = head.lines()
             if lines:
@@ -4878,7 +5091,7 @@ class WatchedConnection(http.client.HTTPConnection):
             if not b"HTTP/".startswith(received[:5]):
                 status_line(received.decode("latin-1"))
             try:
-                data = self.receive()
+                data = self._receive(call)
             except OSError:
                 if not begun:
                     raise
@@ -4888,43 +5101,31 @@ class WatchedConnection(http.client.HTTPConnection):
                     "it ended the connection instead of an answer")
             received += data
 
-    def receive(self) -> bytes | None:
-        """What has come; b"" at the end; None where there is nothing yet and the watch may not wait for it."""
-        if self.unread:
-            data, self.unread = self.unread, b""
-            return data
-        sock, deadline = self.sock, time.monotonic() + self.watch.patience
-        while True:
-            if self._drained:                       # the system need not be asked
-                if not self.watch.may_wait:
-                    self.watch.wants, self._drained = sock, False
-                    return None
-                self.watch.readable(sock, deadline)
-            try:
-                data = sock.recv(READ_SIZE)
-            except (BlockingIOError, ssl.SSLWantReadError):     # TLS may have read something of its own
-                self._drained = True
-            else:                                   # TLS gives one record at a time, and the next may be there
-                self._drained = len(data) < READ_SIZE and not isinstance(sock, ssl.SSLSocket)
-                return data
+    def _receive(self, call: UpstreamCall) -> bytes:
+        """What comes next, waited for; b"" at the end of the connection."""
+        data, wait = self.read(), None
+        while data is None:
+            wait = wait or call.wait_for(self.sock)
+            call.client.wait(wait)
+            data = self.read()
+        return data
 
 
-class WatchedTlsConnection(WatchedConnection, http.client.HTTPSConnection):
-    pass
-
-
-LOST = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)      # a connection that the other side has ended
+def address_of(netloc: str, default_port: int) -> tuple[str, int]:
+    """Host and port of the part of a URL that names them."""
+    parts = urllib.parse.urlsplit("//" + netloc)
+    return parts.hostname or "", parts.port or default_port
 
 
 class ConnectionPool:
     """Idle upstream connections by destination.  A connection that the other side has closed is never handed out."""
 
     def __init__(self) -> None:
-        self._idle: Dict[Any, List[WatchedConnection]] = {}
+        self._idle: Dict[Any, List[UpstreamConnection]] = {}
         self._size = POOL_SIZE                      # for each destination
         self._lock = threading.Lock()
 
-    def take(self, key: Any) -> WatchedConnection | None:
+    def take(self, key: Any) -> UpstreamConnection | None:
         while True:
             with self._lock:
                 connections = self._idle.get(key)
@@ -4936,8 +5137,8 @@ class ConnectionPool:
                 return connection
             connection.close()
 
-    def give(self, key: Any, connection: WatchedConnection) -> None:
-        connection.watch, connection.last_used = Watch(), time.monotonic()
+    def give(self, key: Any, connection: UpstreamConnection) -> None:
+        connection.last_used = time.monotonic()
         with self._lock:
             connections = self._idle.setdefault(key, [])
             connections.append(connection)
@@ -4967,127 +5168,37 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
         self.pool = ConnectionPool()
         self._tls = functools.lru_cache(maxsize=None)(tls)      # made on first use: it costs 20 ms
 
-    def http_open(self, request: Any) -> Any:
-        return self._open(request, secure=False)
-
-    def https_open(self, request: Any) -> Any:
-        return self._open(request, secure=True)
-
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
-    def _open(self, request: Any, secure: bool) -> UpstreamReply:
-        tunnel = request._tunnel_host
-        key = (secure, request.host, tunnel)
+    def http_open(self, request: Any) -> UpstreamReply:
+        """The answer to a request of urllib; `request.call` is ours."""
+        key, call = (request.type, request.host, request._tunnel_host), request.call
         headers = dict(request.headers, **request.unredirected_hdrs)
-        proxy_authorization = headers.pop("Proxy-authorization", None) if tunnel else None
+        headers.pop("Proxy-authorization", None)    # the tunnel's
         connection = self.pool.take(key)
         replaced = False
         while True:
             reused = connection is not None
-            if connection is None:
-                connection = self._connection(request, secure)
-                if tunnel:
-                    connection.set_tunnel(tunnel, headers={"Proxy-Authorization": proxy_authorization}
-                                          if proxy_authorization else {})
-            connection.watch = request.watch
             try:
-                if connection.sock is None:
-                    connection.connect()
+                connection = connection or UpstreamConnection(request, self._tls)
                 sent = False
                 with contextlib.suppress(*LOST):
-                    connection.ask(request.get_method(), request.selector, headers, request.data or b"")
+                    connection.ask(request.get_method(), request.selector, headers, request.data or b"", call)
                     sent = True
-                head = connection.answer()          # there may be one before all of the request was read
-                return UpstreamReply(connection, head, functools.partial(self.pool.give, key, connection)
+                head = connection.answer(call)      # there may be one before all of the request was read
+                return UpstreamReply(connection, head, call, functools.partial(self.pool.give, key, connection)
                                      if sent and not ends_connection(head.version, head.headers) else None)
-            except LOST:
-                connection.close()
+            except BaseException as fault:
+                if connection:
+                    connection.close()
+                if not isinstance(fault, LOST) or not (reused or replaced):
+                    raise
                 if replaced:                        # that was our one retry: may_pass stays False
                     raise UpstreamFault("The upstream ended two connections in a row.") from None
-                if not reused:
-                    raise
                 connection, replaced = None, True   # it died of age: the request was not accepted
-                request.watch.may_retry = False
-            except BaseException:
-                connection.close()
-                raise
+                call.may_retry = False
 
-    def _connection(self, request: Any, secure: bool) -> WatchedConnection:
-        if secure:
-            return WatchedTlsConnection(request.host, timeout=CONNECT_TIMEOUT, context=self._tls())
-        return WatchedConnection(request.host, timeout=CONNECT_TIMEOUT)
-
-
-class BodyFraming:
-    """Where the body of an answer ends (RFC 9112, 6.3): bytes of the connection in, bytes of the body out.
-
-    http.client does this too, but with several reads for each chunk, and not where a read may find nothing yet.
-    """
-    SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\Z")
-
-    def __init__(self, chunked: bool, length: int | None) -> None:
-        self._chunked = chunked
-        self._left = 0 if chunked else length       # bytes of the chunk or body; None: until the connection ends
-        self._rest = b""                            # a line of the chunked coding that has only begun
-        self._in_chunk = self._in_trailers = False
-        self.done = length == 0 and not chunked
-        # more came than the body, or might have where nothing is read: the connection may be out of step
-        self.surplus = self.done
-
-    def feed(self, data: bytes) -> bytes:
-        """The part of `data` that is body.  Raises UpstreamFault for a chunk that does not hold together."""
-        if self._chunked:
-            return self._from_chunks(data)
-        if self._left is None:
-            return data
-        self.surplus = len(data) > self._left
-        data = data[:self._left]
-        self._left -= len(data)
-        self.done = not self._left
-        return data
-
-    def end(self) -> None:
-        """The connection has ended.  Raises UpstreamFault where that cuts the body short."""
-        if self._left is not None:
-            raise UpstreamFault(BROKE_OFF)
-        self.done = self.surplus = True             # nothing can follow on this connection
-
-    def _from_chunks(self, data: bytes) -> bytes:
-        """The chunked coding (RFC 9112, 7.1), however the bytes were cut."""
-        data, at = self._rest + data if self._rest else data, 0
-        pieces: list[bytes] = []
-        while at < len(data) and not self.done:
-            if self._left:
-                piece = data[at:at + self._left]
-                pieces.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
-                continue
-            end = data.find(b"\n", at)
-            if end < 0:
-                break
-            self._line(data[at:end - 1] if data[end - 1:end] == b"\r" else data[at:end])
-            at = end + 1
-        self._rest = b"" if self.done else data[at:]
-        self.surplus = self.done and at < len(data)
-        if len(self._rest) > 65_536:
-            raise UpstreamFault("The upstream sent a chunk size without end.")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _line(self, line: bytes) -> None:
-        """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
-        if self._in_trailers:
-            self.done = not line
-        elif self._in_chunk:
-            if line:
-                raise UpstreamFault("The upstream sent a chunk that is longer than its size.")
-            self._in_chunk = False
-        else:
-            match = self.SIZE.match(line)
-            if not match:
-                raise UpstreamFault("The upstream sent a chunk without a size.")
-            self._left = int(match.group(1), 16)
-            self._in_chunk, self._in_trailers = self._left > 0, self._left == 0
+    https_open = http_open
 
 
 class UpstreamReply:
@@ -5096,15 +5207,14 @@ class UpstreamReply:
     `give_back` takes its connection, for another request; None where there can be no other.
     """
 
-    def __init__(self, connection: WatchedConnection, head: UpstreamHead,
+    def __init__(self, connection: UpstreamConnection, head: UpstreamHead, call: UpstreamCall,
                  give_back: Callable[[], None] | None) -> None:
-        self._connection, self._give_back = connection, give_back
+        self._connection, self._call, self._give_back = connection, call, give_back
         self._framing = head.framing()
         self._closed = False
         self.status, self.headers = head.status, head.headers
         encoding = self.headers.get("content-encoding", "identity").lower()
-        if encoding not in ("identity", "gzip"):
-            # who has opened the connection closes it
+        if encoding not in ("identity", "gzip"):    # the opener closes the connection
             raise UpstreamFault("The upstream answered in an encoding that nobody asked for: %s." % encoding)
         self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
 
@@ -5116,16 +5226,17 @@ class UpstreamReply:
     def is_stream(self) -> bool:
         return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
-    def pieces(self) -> Iterator[bytes]:
-        """The body as it arrives.  Raises UpstreamFault when it breaks off."""
-        framing, connection = self._framing, self._connection
+    def pieces(self) -> Iterator[Any]:
+        """The body as it arrives, a Wait where there is nothing yet.  Raises UpstreamFault when it breaks off."""
+        framing, connection, wait = self._framing, self._connection, None
         try:
             while not framing.done:
-                data = connection.receive()
+                data = connection.read()
                 if data is None:
-                    yield b""                       # nothing yet
-                    connection.watch.wants = None
+                    wait = wait or self._call.wait_for(connection.sock)
+                    yield wait
                     continue
+                wait = None
                 if not data:
                     framing.end()
                 piece = framing.feed(data)
@@ -5136,9 +5247,9 @@ class UpstreamReply:
             raise UpstreamFault(BROKE_OFF)
 
     def read(self, limit: int = 64_000_000) -> bytes:
-        """The whole body."""
+        """The whole body, waited for in this thread."""
         body = bytearray()
-        for piece in self.pieces():
+        for piece in self._call.client.waited(self.pieces()):
             body += piece
             if len(body) > limit:
                 raise UpstreamFault("The upstream's answer is larger than %d bytes." % limit)
@@ -5153,16 +5264,18 @@ class UpstreamReply:
             return
         self._closed = True
         if answered and not self._framing.done:
-            self._connection.watch = Watch(patience=0.2)
-            deadline = time.monotonic() + 0.2
-            with contextlib.suppress(GatewayError):
-                for _ in self.pieces():
-                    if time.monotonic() >= deadline:
-                        break
+            self._read_on(time.monotonic() + 0.2)
         if self._give_back and self._framing.done and not self._framing.surplus:
             self._give_back()
         else:
             self._connection.close()
+
+    def _read_on(self, deadline: float) -> None:
+        with contextlib.suppress(GatewayError):
+            for step in self.pieces():
+                left = deadline - time.monotonic()
+                if left <= 0 or isinstance(step, Wait) and not wait_ready([step.sock], left):
+                    return
 
 
 class Upstream:
@@ -5181,57 +5294,28 @@ class Upstream:
         self.credential: Optional[Credential] = None
         self.on_headers: Callable[[Dict[str, str]], None] = lambda headers: None
 
-    def messages(self, body: bytes, watch: Watch, hops: str = "", beta: Sequence[str] = (),
-                 path: str = "/v1/messages", version: str = ANTHROPIC_VERSION) -> UpstreamReply:
+    def messages(self, body: bytes, call: UpstreamCall, beta: Sequence[str] = (), path: str = "/v1/messages",
+                 version: str = ANTHROPIC_VERSION) -> UpstreamReply:
         """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
 
         A failure that may pass is retried once, as nothing has been sent to the client yet.
         """
+        headers = {"anthropic-version": version, "content-type": "application/json"}
         while True:
             try:
-                return self._with_renewal(functools.partial(self._post, path, body, watch, hops, beta, version))
+                return self._ask("POST", path, body, headers, call, beta)
             except (ClaudeError, UpstreamFault) as failure:
-                delay = retry_delay(failure) if watch.may_retry else None
+                delay = retry_delay(failure) if call.may_retry else None
                 if delay is None:
                     raise
                 LOG.info("retrying once in %g s: %s", delay, failure)
-                watch.pause(delay)
-                watch.may_retry = False
-
-    def _with_renewal(self, call: Callable[[Dict[str, str]], UpstreamReply]) -> UpstreamReply:
-        """A call with the credential's headers; Claude's 401 to a login is answered by one renewal of its token."""
-        headers = self._credential_headers(None)
-        try:
-            return call(headers)
-        except ClaudeError as refusal:
-            renewable = self.credential is not None and self.credential.refreshable
-            if refusal.upstream_status != 401 or not renewable:
-                raise
-            renewed = self._credential_headers(headers["authorization"])
-            if renewed == headers:                  # there is no better token: Claude's words go to the client
-                raise
-        return call(renewed)
-
-    def _post(self, path: str, body: bytes, watch: Watch, hops: str, beta: Sequence[str], version: str,
-              headers: dict[str, str]) -> UpstreamReply:
-        headers = dict(headers, **{"anthropic-version": version})
-        betas = list(dict.fromkeys(filter(None, [headers.get("anthropic-beta"), *beta])))
-        if betas:
-            headers["anthropic-beta"] = ",".join(betas)
-        reply = self._call("POST", path, body, headers, watch, hops)
-        self.on_headers(reply.headers)
-        if reply.status != 200:
-            raise error_from_reply(reply)
-        return reply
+                call.client.pause(delay)
+                call.may_retry = False
 
     def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
-        def call(headers: dict[str, str]) -> UpstreamReply:
-            reply = self._call("GET", path, None, headers, Watch(patience=timeout), "")
-            if reply.status != 200:
-                raise error_from_reply(reply)
-            return reply
-        reply = call({"x-api-key": key}) if key else self._with_renewal(call)
+        reply = self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, UpstreamCall(patience=timeout),
+                          key=key)
         try:
             return json_object_from(reply.read())
         finally:
@@ -5256,7 +5340,7 @@ class Upstream:
 
     def probe(self) -> dict[str, str]:
         """Asks the upstream for anything at all, without a credential; the headers of what it answers."""
-        reply = self._open("GET", self._base_url + "/", None, {}, Watch(patience=MODELS_TIMEOUT))
+        reply = self._open("GET", self._base_url + "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
         reply.close()
         return reply.headers
 
@@ -5264,7 +5348,7 @@ class Upstream:
         """POST to the sign-in endpoint: the status and the JSON object it answers with ({} if it is none)."""
         data = json.dumps(body).encode()
         reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}),
-                           Watch(patience=TOKEN_TIMEOUT))
+                           UpstreamCall(patience=self._config.limits.token_timeout))
         try:
             with contextlib.suppress(UpstreamFault):
                 return reply.status, json_object_from(reply.read(1_000_000))
@@ -5275,25 +5359,37 @@ class Upstream:
     def close(self) -> None:
         self._handler.pool.close()
 
-    def _credential_headers(self, rejected: str | None) -> dict[str, str]:
-        if self.credential is None:
+    def _ask(self, method: str, path: str, body: bytes | None, headers: dict[str, str], call: UpstreamCall,
+             beta: Sequence[str] = (), key: str | None = None) -> UpstreamReply:
+        """A call with a caller's key or the gateway's credential.  Raises GatewayError unless the status is 200.
+
+        Claude's 401 to a login is answered by one renewal of its token.
+        """
+        credential = ApiKey(key, "the caller") if key else self.credential
+        if credential is None:
             raise CredentialNeeded("The gateway has no credential: set ANTHROPIC_API_KEY, or run "
                                    "`claude-gateway login`.")
-        return dict(self.credential.headers(rejected))
-
-    def _call(self, method: str, path: str, body: bytes | None, headers: dict[str, str], watch: Watch,
-              hops: str) -> UpstreamReply:
-        headers = dict({"anthropic-version": ANTHROPIC_VERSION}, **headers)
-        headers[HOP_HEADER] = ",".join(filter(None, [hops, self._instance_id]))
-        if body is not None:
-            headers["content-type"] = "application/json"
-        return self._open(method, self._base_url + path, body, headers, watch)
+        headers = dict(headers, **{HOP_HEADER: ",".join(filter(None, [call.hops, self._instance_id]))})
+        paid, renewable = credential.headers(), credential.refreshable
+        while True:
+            betas = dict.fromkeys(filter(None, [paid.get("anthropic-beta"), *beta]))
+            reply = self._open(method, self._base_url + path, body, dict(
+                headers, **dict(paid, **({"anthropic-beta": ",".join(betas)} if betas else {}))), call)
+            if body is not None:
+                self.on_headers(reply.headers)
+            if reply.status == 200:
+                return reply
+            refusal = error_from_reply(reply)
+            renewed = credential.headers(paid["authorization"]) if renewable and reply.status == 401 else paid
+            if renewed == paid:                     # there is no better token: Claude's message goes to the client
+                raise refusal
+            paid, renewable = renewed, False
 
     def _open(self, method: str, url: str, body: bytes | None, headers: dict[str, str],
-              watch: Watch) -> UpstreamReply:
+              call: UpstreamCall) -> UpstreamReply:
         request: Any = urllib.request.Request(url, data=body, method=method, headers=dict(
             headers, **{"user-agent": USER_AGENT, "accept-encoding": "identity"}))
-        request.watch = watch
+        request.call = call
         opener = self._direct if bypasses_proxy(self._config, request.host) else self._proxied
         try:
             reply: UpstreamReply = opener.open(request)
@@ -5425,64 +5521,62 @@ def fault_from(fault: Exception, what: str, who: str = "The upstream") -> Gatewa
     return failure
 
 
-# ---- Pump --------------------------------------------------------------------------------------------
+# ---- Event loop --------------------------------------------------------------------------------------
 # One thread that moves every stream which waits for Claude.  With a thread for each, the interpreter lock changes
 # hands at every event: with 1,000 streams that took 200 us of CPU an event, and they came 0.8 s late; here it is 44 us
 # and 0.1 s.  All other work (reading requests, translating, calling Claude, ending a stream) stays in threads.
 
-PUMP_FROM = 32                                      # requests at once; fewer are quicker in their own threads
-PUMP_SIZE = 200 if os.name == "nt" else 20_000      # streams; Windows selects among 512 sockets at most
-PUMP_STEPS = 32                                     # of one stream in a row: the others wait, too
+LOOP_SIZE = 200 if os.name == "nt" else 20_000      # streams; Windows selects among 512 sockets at most
+LOOP_STEPS = 32                                     # of one stream in a row: the others wait, too
 
 
-class PumpedStream:
-    """A stream on its way: `pieces` go to `client`; an empty one may say that `watch.wants` something.
+class RunningStream:
+    """A stream on its way: what its steps yield goes to its client, whenever what it waits for is there.
 
-    `ended` is called once, with what went wrong or None: at the end, or when the stream wants a thread.
+    `ended` is called once: whether the stream is over, or else needs a thread, and what went wrong or None.
     """
 
-    def __init__(self, client: socket.socket, pieces: Iterator[bytes], watch: Watch, keep_alive: bytes,
-                 ended: Callable[[Optional[BaseException]], None]) -> None:
-        self.client, self.pieces, self.watch, self.keep_alive, self.ended = client, pieces, watch, keep_alive, ended
+    def __init__(self, client: Client, steps: Iterator[Any], wait: Wait | None,
+                 ended: Callable[[bool, Optional[BaseException]], None]) -> None:
+        assert client.peer
+        self.client, self.sock, self.steps, self.ended = client, client.peer.sock, steps, ended
+        self.wait = wait                            # None between two turns, and while the client has to read first
         self.unsent = b""                           # what the client has not taken yet; nothing is read meanwhile
-        self.heard_at = time.monotonic()
         self.registered: Dict[socket.socket, int] = {}      # with the selector: socket -> events
-        client.settimeout(0)
 
     def wanted(self) -> dict[socket.socket, int]:
         """The sockets that it waits for now, and what for."""
-        events = (selectors.EVENT_READ if self.watch.client else 0) | (selectors.EVENT_WRITE if self.unsent else 0)
-        sockets = {self.client: events} if events else {}
-        if not self.unsent:
-            sockets[self.watch.wants] = selectors.EVENT_READ
+        events = (selectors.EVENT_READ if self.client.watched else 0) | (selectors.EVENT_WRITE if self.unsent else 0)
+        sockets = {self.sock: events} if events else {}
+        if self.wait and not self.unsent:
+            sockets[self.wait.sock] = selectors.EVENT_READ
         return sockets
 
     def due_at(self) -> float:
         """When there is something to do even if nothing happens."""
         if self.unsent:
-            return self.watch.last_sent + WRITE_TIMEOUT
-        silent_at = self.heard_at + self.watch.patience
-        return min(silent_at, self.watch.last_sent + KEEPALIVE_INTERVAL) if self.keep_alive else silent_at
+            return self.client.write_deadline
+        return min(self.wait.deadline if self.wait else math.inf, self.client.keep_alive_at)
 
 
-class Pump:
+class EventLoop:
     """Waits for the sockets of all its streams at once, and moves those that can."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._new: Deque[PumpedStream] = collections.deque()
+        self._new: Deque[RunningStream] = collections.deque()
         self._streams: set = set()
-        self._ready: List[PumpedStream] = []        # had more to say than one turn allows
+        self._ready: List[RunningStream] = []       # had more to say than one turn allows
         self._thread: Optional[threading.Thread] = None
         self._closing = False
         self._check_at = 0.0
 
     @property
     def full(self) -> bool:
-        return self._closing or len(self._streams) + len(self._new) >= PUMP_SIZE
+        return self._closing or len(self._streams) + len(self._new) >= LOOP_SIZE
 
-    def add(self, stream: PumpedStream) -> None:
-        """Takes a stream over; from here on it belongs to the pump's thread."""
+    def add(self, stream: RunningStream) -> None:
+        """Takes a stream over; from here on it belongs to the loop's thread."""
         reason = "The gateway stops."
         with self._lock:
             try:
@@ -5494,7 +5588,7 @@ class Pump:
                     return
             except (OSError, RuntimeError) as fault:
                 reason = "The gateway is out of threads or descriptors: %s." % fault
-        stream.ended(Busy(reason))
+        stream.ended(False, busy(reason))
 
     def close(self) -> None:
         """Stops; streams that still run fail."""
@@ -5514,7 +5608,7 @@ class Pump:
         self._bell, self._button = socket.socketpair()
         self._button.setblocking(False)
         self._selector.register(self._bell, selectors.EVENT_READ)
-        thread = threading.Thread(target=self._run, name="pump", daemon=True)
+        thread = threading.Thread(target=self._run, name="event loop", daemon=True)
         thread.start()
         self._thread = thread                       # now that there is one
 
@@ -5530,7 +5624,7 @@ class Pump:
             for key, events in self._selector.select(0 if self._ready else self._seconds_to_check()):
                 if key.data is None:
                     self._bell.recv(4_096)
-                elif key.fileobj is key.data.client:
+                elif key.fileobj is key.data.sock:
                     self._with(key.data, functools.partial(self._look_after_client, events=events))
                 else:
                     self._with(key.data, self._move)
@@ -5542,57 +5636,58 @@ class Pump:
             if time.monotonic() >= self._check_at:
                 self._check()
         for stream in [*self._streams, *self._new]:
-            self._end(stream, Busy("The gateway stops."))
+            self._end(stream, False, busy("The gateway stops."))
 
-    def _with(self, stream: PumpedStream, work: Callable[[PumpedStream], None]) -> None:
-        """Works on a stream; whatever goes wrong is told to its client and to no other."""
+    def _with(self, stream: RunningStream, work: Callable[[RunningStream], None]) -> None:
+        """Works on a stream; whatever goes wrong is reported to its client and to no other."""
         if stream not in self._streams:             # ended by what happened a moment ago
             return
         try:
             work(stream)
         except BaseException as failure:
-            self._end(stream, failure)
+            self._end(stream, False, failure)
 
-    def _move(self, stream: PumpedStream) -> None:
+    def _move(self, stream: RunningStream) -> None:
         """Hands on what there is, as far as its turn and the client allow."""
-        stream.heard_at = time.monotonic()
-        for _ in range(PUMP_STEPS):
-            piece = next(stream.pieces, None)
-            if piece:
-                self._send(stream, piece)
-            if piece is None or stream.watch.wants is A_THREAD:
-                self._end(stream, None)
+        stream.wait = None
+        for _ in range(LOOP_STEPS):
+            step = next(stream.steps, None)
+            if step is None or step is NEEDS_THREAD:
+                self._end(stream, step is None, None)
                 return
-            if stream.unsent or stream.watch.wants:
-                self._wait(stream)
+            if isinstance(step, Wait):
+                stream.wait = step
+            elif step:
+                self._send(stream, step)
+            if stream.wait or stream.unsent:
+                self._register(stream, stream.wanted())
                 return
-        self._wait(stream, {})                      # by its next turn the upstream's socket may be another's
+        self._register(stream, {})                  # by its next turn the upstream's socket may be another's
         self._ready.append(stream)
 
-    def _send(self, stream: PumpedStream, data: bytes) -> None:
+    def _send(self, stream: RunningStream, data: bytes) -> None:
         """Sends what the client takes now."""
-        stream.watch.last_sent = time.monotonic()
+        stream.client.last_sent = time.monotonic()
         try:
-            stream.unsent = data[stream.client.send(data):]
+            stream.unsent = data[stream.sock.send(data):]
         except BlockingIOError:
             stream.unsent = data
         except OSError:
             raise ClientGone from None
 
-    def _look_after_client(self, stream: PumpedStream, events: int) -> None:
+    def _look_after_client(self, stream: RunningStream, events: int) -> None:
         """The client reads again, or has sent something, or has gone."""
-        if events & selectors.EVENT_READ and stream.watch.client:
-            stream.watch.check_client()
+        if events & selectors.EVENT_READ and stream.client.watched:
+            stream.client.check()
         if events & selectors.EVENT_WRITE:
             self._send(stream, stream.unsent)
-        if stream.unsent or stream.watch.wants:
-            self._wait(stream)
+        if stream.unsent or stream.wait:
+            self._register(stream, stream.wanted())
         else:
             self._move(stream)
 
-    def _wait(self, stream: PumpedStream, wanted: dict[socket.socket, int] | None = None) -> None:
+    def _register(self, stream: RunningStream, wanted: dict[socket.socket, int]) -> None:
         """Registers the sockets that a stream waits for, and no others."""
-        wanted = stream.wanted() if wanted is None else wanted
         if wanted == stream.registered:
             return
         for sock in set(stream.registered) - set(wanted):
@@ -5613,24 +5708,24 @@ class Pump:
             self._with(stream, self._check_stream)
         self._check_at = min((stream.due_at() for stream in self._streams), default=time.monotonic() + 60)
 
-    def _check_stream(self, stream: PumpedStream) -> None:
+    def _check_stream(self, stream: RunningStream) -> None:
         now = time.monotonic()
         if now < stream.due_at():
             return
         if stream.unsent:
             raise socket.timeout("the client does not read")
-        if now >= stream.heard_at + stream.watch.patience:
-            raise UpstreamTimeout(SILENCE % stream.watch.patience)
-        self._send(stream, stream.keep_alive)
+        if stream.wait and now >= stream.wait.deadline:
+            raise silence(stream.wait)
+        self._send(stream, stream.client.keep_alive)
         if stream.registered or stream.unsent:      # otherwise its next turn comes by itself
-            self._wait(stream)
+            self._register(stream, stream.wanted())
 
-    def _end(self, stream: PumpedStream, failure: BaseException | None) -> None:
+    def _end(self, stream: RunningStream, over: bool, failure: BaseException | None) -> None:
         """Gives a stream back to a thread."""
         self._streams.discard(stream)
         with contextlib.suppress(OSError, ValueError, KeyError):
-            self._wait(stream, {})
-        stream.ended(failure)
+            self._register(stream, {})
+        stream.ended(over, failure)
 
 
 # ---- Image fetching ----------------------------------------------------------------------------------
@@ -5638,7 +5733,6 @@ class Pump:
 # at its own network: every address of the host must be public, the connection goes to the address that was
 # checked, and each redirect starts over.
 
-FETCH_TIMEOUT = 20                                  # seconds for one image, redirects included, looking up names not
 FETCH_REDIRECTS = 3
 MAX_FETCHED = MAX_IMAGE // 4 * 3                    # bytes, so that it fits as base64
 
@@ -5647,13 +5741,13 @@ class ImageFetcher:
     """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
 
     def __init__(self, config: Config, permit: Callable[[str], bool] = is_public) -> None:
-        self._proxied = bool(config.https_proxy)
+        self._proxied, self._timeout = bool(config.https_proxy), config.limits.fetch_timeout
         self._tls = functools.partial(tls_context, config.ca_file, config.relax_x509)
         self.permit = permit
 
     def fetch(self, url: str) -> tuple[str, str]:
         """Media type and base64 of the image at `url`.  Raises InvalidRequest that names URL and rule."""
-        deadline = time.monotonic() + FETCH_TIMEOUT
+        deadline = time.monotonic() + self._timeout
         here = url
         for _ in range(FETCH_REDIRECTS + 1):
             try:
@@ -5730,7 +5824,7 @@ class ImageFetcher:
                 return bytes(body)
 
     def _late(self, url: str) -> InvalidRequest:
-        return self._refusal(url, "took longer than %g seconds" % FETCH_TIMEOUT)
+        return self._refusal(url, "took longer than %g seconds" % self._timeout)
 
     @staticmethod
     def _refusal(url: str, what: str) -> InvalidRequest:
@@ -5743,15 +5837,15 @@ def shut_down(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-# ---- Endpoints ---------------------------------------------------------------------------------------
-# One short function per route: translate, call, translate back.  The only place that sees both sides.
+# ---- Exchange ----------------------------------------------------------------------------------------
+# One request to Claude and its answer, with corrections, pauses and counting; and the gateway that it belongs to.
 
 MOST_PAUSES = 8                                     # streams of one answer that Claude interrupts (pause_turn)
 
 
 @dataclasses.dataclass
 class Record:
-    """What the log tells of one request."""
+    """What the log shows of one request."""
     method: str = ""
     path: str = ""
     client: str = ""
@@ -5791,8 +5885,7 @@ class Incoming:
     argument: str = ""                              # what stands behind /models/
     owner: str = ""                                 # digest of the client's key: memories are not shared
     anthropic_key: str = ""                         # a caller's own key, for /models only
-    hops: str = ""
-    watch: Watch = dataclasses.field(default_factory=Watch)
+    call: UpstreamCall = dataclasses.field(default_factory=UpstreamCall)
     record: Record = dataclasses.field(default_factory=Record)
     surrogates_replaced: bool = False
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)      # for the native pass-through
@@ -5801,15 +5894,16 @@ class Incoming:
 
 @dataclasses.dataclass
 class Reply:
-    """What an endpoint answers: a body, batches of events for a stream, or Claude's own bytes."""
+    """What an endpoint answers: a body, or the steps of a stream."""
     body: Any = None
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)
-    batches: Optional[Iterator[List[dict]]] = None
+    # lists of events that arrived together, or Claude's own bytes; a Wait or NEEDS_THREAD in between
+    steps: Optional[Iterator[Any]] = None
     json_of: Callable[[dict], bytes] = client_json
     named_events: bool = False                      # each event with an `event:` line, as the Responses API has it
     closing: bytes = b""                            # ends a stream that did not fail
     failure: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
-    pieces: Optional[Iterator[bytes]] = None
+    keep_alive: bool = True                         # comments may go in between: Claude's own bytes stay as they are
     raw: Optional[bytes] = None                     # a body that is not JSON
     close: Callable[[], None] = lambda: None        # to be called when the client has it all, or has gone
 
@@ -5834,9 +5928,9 @@ class Gateway:
         self.counters = Counters()
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
-        self.body_budget = Budget(MAX_BODIES)
-        self.running = Running(MAX_REQUESTS)
-        self.pump = Pump()
+        self.body_budget = Budget(config.limits.max_bodies)
+        self.running = Running(config.limits.max_requests)
+        self.event_loop = EventLoop()
 
     def secrets(self) -> list[str]:
         """Every secret known now, for redaction."""
@@ -5844,7 +5938,7 @@ class Gateway:
         return [*self.config.secrets(), *(credential.secrets() if credential else ())]
 
     def close(self) -> None:
-        self.pump.close()
+        self.event_loop.close()
         self.upstream.close()
 
 
@@ -5860,7 +5954,7 @@ class Exchange:
 
     def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate,
                  history: Sequence[Any]) -> None:
-        self._gateway, self._incoming = gateway, incoming
+        self._gateway, self._incoming, self.call = gateway, incoming, incoming.call
         self._translate_body = translate
         self._known = gateway.lessons.apply(model)
         self._lesson: Optional[dict] = None
@@ -5898,7 +5992,7 @@ class Exchange:
 
     def whole_message(self) -> dict:
         """Reads the answer to its end."""
-        for _ in self.batches(lambda event: []):
+        for _ in self.call.client.waited(self.batches(lambda event: [])):
             pass
         return self.assembler.whole()
 
@@ -5906,26 +6000,23 @@ class Exchange:
     def model_id(self) -> str:
         return self._known.id
 
-    @property
-    def watch(self) -> Watch:
-        return self._incoming.watch
-
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""
         headers = dict(headers_from_claude(self._headers))
         changes = self.translation.changes.header()
         return dict(headers, **{CHANGES_HEADER: changes}) if changes else headers
 
-    def batches(self, translate: Callable[[dict], List[dict]]) -> Iterator[list[dict]]:
+    def batches(self, translate: Callable[[dict], List[dict]]) -> Iterator[Any]:
         """What `translate` makes of each event, in batches that arrived together; `assembler` sees them first.
 
-        An answer that Claude interrupts (pause_turn) is continued, as no OpenAI client could.
+        Among them a Wait where there is nothing yet, and NEEDS_THREAD before work that takes time.  An answer that
+        Claude interrupts (pause_turn) is continued, as no OpenAI client could.
         """
         for pause in range(MOST_PAUSES + 1):
             yield from self._batches_of_stream(translate)
             if self.assembler.message["stop_reason"] != "pause_turn" or pause == MOST_PAUSES:
                 break
-            yield from in_a_thread(self._incoming.watch)
+            yield NEEDS_THREAD
             self._continue()
         self._count_tokens()
         self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.whole())
@@ -5960,12 +6051,12 @@ class Exchange:
         size = 0
         for source in url_sources(messages):
             if self._inline or source["url"].lower().startswith("http:"):
-                self._incoming.watch.pause(0)       # a client that has left wants no more of them
+                self.call.client.pause(0)           # a client that has left wants no more of them
                 self._inline_image(source)
                 size += len(source["data"])
                 if size > MAX_UPSTREAM_BODY:
-                    raise TooLarge("The images by address have more than 32 MB together; Claude takes up to 32 MB in "
-                                   "one request.")
+                    raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
+                                  "Claude accepts up to 32 MB in one request.")
 
     def _inline_image(self, source: dict) -> None:
         """An image by address becomes one by its bytes."""
@@ -5986,7 +6077,7 @@ class Exchange:
         parts = upstream_parts(request)
         body = within_upstream_limit(body_from_parts(parts))
         LOG.debug("to Claude: %s", request, extra={"payload": request})
-        self._reply = self._gateway.upstream.messages(body, self._incoming.watch, self._incoming.hops,
+        self._reply = self._gateway.upstream.messages(body, self.call,
                                                       (FAST_MODE_BETA,) if "speed" in request else ())
         broken = self._gateway.prefixes.broken_part(self._conversation, parts)
         if broken:
@@ -6023,8 +6114,11 @@ class Exchange:
             LOG.debug("from Claude: %s", message, extra={"payload": message})
             count_tokens(self._gateway, self._incoming.record, self._known.id, message["usage"])
 
-    def _batches_of_stream(self, translate: Callable[[dict], List[dict]]) -> Iterator[list[dict]]:
+    def _batches_of_stream(self, translate: Callable[[dict], List[dict]]) -> Iterator[Any]:
         for events in self._event_batches():
+            if not isinstance(events, list):        # something to wait for
+                yield events
+                continue
             translated: List[dict] = []
             try:
                 for event in events:
@@ -6041,17 +6135,21 @@ class Exchange:
         else:
             raise UpstreamFault("The upstream ended its answer without message_stop.")
 
-    def _event_batches(self) -> Iterator[list[dict]]:
+    def _event_batches(self) -> Iterator[Any]:
         """Events as they arrive, also when the upstream answers in JSON."""
         assert self._reply
-        if self._reply.is_stream:
-            decoder = EventDecoder()
-            for piece in self._reply.pieces():
+        if not self._reply.is_stream:
+            yield NEEDS_THREAD
+            yield events_from_body(self._reply.read())
+            return
+        decoder = EventDecoder()
+        for piece in self._reply.pieces():
+            if isinstance(piece, Wait):
+                yield piece
+            else:
                 yield decoder.feed(piece)
                 decoder.check()
-            yield decoder.close()
-        else:
-            yield events_from_body(self._reply.read())
+        yield decoder.close()
 
     def _continue(self) -> None:
         """Sends an interrupted answer back unchanged, for Claude to go on with."""
@@ -6063,7 +6161,7 @@ class Exchange:
             self._reply.close(answered=True)
         self.assembler.resume()
         if self._incoming.record.stream:
-            self._incoming.watch.may_retry = False      # the client has begun to read
+            self.call.may_retry = False             # the client has begun to read
         self._send(dict(request, messages=messages))
 
 
@@ -6076,7 +6174,8 @@ def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -
 def within_upstream_limit(body: bytes) -> bytes:
     """A body for Claude, of a size that it takes."""
     if len(body) > MAX_UPSTREAM_BODY:
-        raise TooLarge("The request has %.1f MB as Claude would get it; Claude takes up to 32 MB." % (len(body) / 1e6))
+        raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts up to "
+                      "32 MB." % (len(body) / 1e6))
     return body
 
 
@@ -6173,7 +6272,9 @@ def upstream_json(value: Any) -> bytes:
         raise InvalidRequest("The request holds something that JSON cannot tell: %s" % fault) from fault
 
 
-# ---- the routes
+# ---- Endpoints ---------------------------------------------------------------------------------------
+# One short function per route: translate, call, translate back.  The only place that sees both sides.
+
 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
@@ -6186,7 +6287,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
         envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
         if wants_stream(body):
             stream = ChatStream(envelope, plan, exchange.assembler, include_usage)
-            return Reply(headers=exchange.headers(), batches=stream_batches(exchange, stream), json_of=stream.json_of,
+            return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
                          closing=b"data: [DONE]\n\n", close=exchange.close)
         message = exchange.whole_message()
         return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers(), close=exchange.close)
@@ -6234,8 +6335,8 @@ def closed_on_failure(exchange: Exchange) -> Iterator[None]:
         raise
 
 
-def stream_batches(exchange: Exchange, stream: ChatStream | ResponseStream) -> Iterator[list[dict]]:
-    """The batches of a stream, its last events included."""
+def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
+    """The steps of a stream, its last events included."""
     yield from exchange.batches(stream.feed)
     yield stream.finish()
 
@@ -6251,25 +6352,25 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
         include = body.get("include")
         encrypted = isinstance(include, list) and ENCRYPTED_REASONING in include
         stream = ResponseStream(envelope, exchange.translation.plan, exchange.assembler, encrypted)
-        batches = response_batches(gateway, incoming, exchange, stream, earlier)
+        steps = response_steps(gateway, incoming, exchange, stream, earlier)
         if wants_stream(body):
-            return Reply(headers=exchange.headers(), batches=batches, named_events=True, failure=stream.fail,
+            return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail,
                          close=exchange.close)
-        for _ in batches:
+        for _ in incoming.call.client.waited(steps):
             pass
         return Reply(stream.response, exchange.headers(), close=exchange.close)
 
 
-def response_batches(gateway: Gateway, incoming: Incoming, exchange: Exchange, stream: ResponseStream,
-                     earlier: Sequence[dict]) -> Iterator[list[dict]]:
-    """The events of a response, which is stored before its end is told: a client may continue it at once."""
+def response_steps(gateway: Gateway, incoming: Incoming, exchange: Exchange, stream: ResponseStream,
+                   earlier: Sequence[dict]) -> Iterator[Any]:
+    """The steps of a response, which is stored before its end is sent: a client may continue it at once."""
     body = incoming.body
-    for batch in stream_batches(exchange, stream):
-        if stream.response["status"] in ("completed", "incomplete") and wants_storing(body) \
-                and is_responses_body(body):
-            yield from in_a_thread(incoming.watch)  # a long history takes a while to write down
-            gateway.responses.put(incoming.owner, stream.response, [*earlier, *items_from_input(body.get("input"))])
-        yield batch
+    yield from exchange.batches(stream.feed)
+    last_events = stream.finish()
+    if wants_storing(body) and is_responses_body(body):
+        yield NEEDS_THREAD                          # a long history takes a while to write down
+        gateway.responses.put(incoming.owner, stream.response, [*earlier, *items_from_input(body.get("input"))])
+    yield last_events
 
 
 def earlier_items(gateway: Gateway, incoming: Incoming) -> list[dict]:
@@ -6288,7 +6389,7 @@ def earlier_items(gateway: Gateway, incoming: Incoming) -> list[dict]:
 def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[dict]]:
     stored = gateway.responses.get(incoming.owner, incoming.argument)
     if stored is None:
-        raise NotFound("No response %s is stored here." % json.dumps(incoming.argument), code="response_not_found")
+        raise Refused(404, "response_not_found", "No response %s is stored here." % json.dumps(incoming.argument))
     return stored
 
 
@@ -6329,7 +6430,7 @@ def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
     request = without(exchange.translate().request, "max_tokens", "stream", "temperature", "top_p", "top_k",
                       "stop_sequences", "metadata", "service_tier", "speed")
-    reply = gateway.upstream.messages(within_upstream_limit(upstream_json(request)), incoming.watch, incoming.hops,
+    reply = gateway.upstream.messages(within_upstream_limit(upstream_json(request)), incoming.call,
                                       path="/v1/messages/count_tokens")
     try:
         return Reply({"object": "response.input_tokens",
@@ -6338,7 +6439,36 @@ def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
         reply.close()
 
 
-# ---- legacy completions
+def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /v1/models: every id and alias that a request may name."""
+    entries = [model_entry(name, model) for name, model in catalog_for(gateway, incoming).names()]
+    return Reply({"object": "list", "data": entries, "has_more": False,         # the last three are Anthropic's
+                  "first_id": entries[0]["id"], "last_id": entries[-1]["id"]})
+
+
+def one_model(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /v1/models/{id}, in any spelling that a request may use."""
+    name = incoming.argument
+    return Reply(model_entry(name, catalog_for(gateway, incoming).resolve(name)))
+
+
+def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
+    """The models that a caller may use: its own list where it brought an Anthropic key for this one call."""
+    if incoming.anthropic_key:
+        try:
+            return catalog_from_entries(gateway.upstream.models(incoming.anthropic_key) or [], gateway.config.alias)
+        except GatewayError as fault:
+            LOG.info("no model list for the caller's key (%s): using the gateway's", fault)
+    return gateway.models.catalog()
+
+
+def health(gateway: Gateway, incoming: Incoming) -> Reply:
+    """GET /health: no secrets, no key needed."""
+    return Reply({"status": "ok", "version": VERSION})
+
+
+# ---- Legacy completions ------------------------------------------------------------------------------
+# OpenAI's older API, of texts that are continued: each prompt becomes a chat turn that asks for it.
 
 MOST_PROMPTS = 128                                  # of one request: OpenAI takes 2,048, but every one is a call here
 COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
@@ -6348,7 +6478,7 @@ INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with w
 
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/completions: text continued by way of a chat turn that asks for it."""
+    """POST /v1/completions: one or several texts continued, or their stream."""
     body = incoming.body
     prompts, include_usage = prompts_of(body), wants_usage(body)
     envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time())}
@@ -6359,7 +6489,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
         on_failure.callback(text.close)
         exchanges[0].open()
         headers = exchanges[0].headers()
-        reply = Reply(headers=headers, batches=text.batches(include_usage), closing=b"data: [DONE]\n\n",
+        reply = Reply(headers=headers, steps=text.steps(include_usage), closing=b"data: [DONE]\n\n",
                       close=text.close) if wants_stream(body) else Reply(text.whole(), headers, close=text.close)
         on_failure.pop_all()
     return reply
@@ -6397,29 +6527,31 @@ class TextCompletion:
         self._envelope, self._exchanges, self._echoes = envelope, exchanges, echoes
         self._usage: Dict[str, Any] = {}
 
-    def batches(self, include_usage: bool) -> Iterator[list[dict]]:
+    def steps(self, include_usage: bool) -> Iterator[Any]:
         """The chunks of all answers, one prompt after the other."""
         for at, exchange in enumerate(self._exchanges):
             if at:
-                yield from in_a_thread(exchange.watch)
+                yield NEEDS_THREAD
                 self._exchanges[at - 1].close()
                 exchange.open()
             stream = ChatStream(self._envelope, exchange.translation.plan, exchange.assembler, False)
             if self._echoes[at]:
                 yield [self._chunk(exchange, self._choice(at, self._echoes[at], None))]
-            for batch in stream_batches(exchange, stream):
-                choices = [choice for chunk in batch for choice in chunk["choices"]]
-                yield [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "",
-                                                          choice["finish_reason"]))
-                       for choice in choices if choice["delta"].get("content") or choice["finish_reason"]]
+            for step in stream_steps(exchange, stream):
+                yield self._text_chunks(at, exchange, step) if isinstance(step, list) else step
             self._usage = added_usage(self._usage, exchange.assembler.usage)
         if include_usage:
             yield [dict(self._envelope, model=self._model(), choices=[], usage=usage_from_message(self._usage))]
 
+    def _text_chunks(self, at: int, exchange: Exchange, chunks: list[dict]) -> list[dict]:
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        return [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "", choice["finish_reason"]))
+                for choice in choices if choice["delta"].get("content") or choice["finish_reason"]]
+
     def whole(self) -> dict:
         """The completion that the chunks add up to."""
         choices = [self._choice(at, "", None) for at in range(len(self._exchanges))]
-        for batch in self.batches(False):
+        for batch in self._exchanges[0].call.client.waited(self.steps(False)):
             for choice in (choice for chunk in batch for choice in chunk["choices"]):
                 choices[choice["index"]]["text"] += choice["text"]
                 choices[choice["index"]]["finish_reason"] = choice["finish_reason"]
@@ -6440,10 +6572,12 @@ class TextCompletion:
         return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
 
 
-# ---- the native door
+# ---- Native pass-through -----------------------------------------------------------------------------
+# Anthropic's own API for clients that speak it: with the gateway's credential, otherwise as it is.
+
 
 def native_messages(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages: Anthropic's own format, passed through with the gateway's credential."""
+    """POST /v1/messages"""
     body = native_body(gateway, incoming)
     if not gateway.config.no_cache and not any(True for _ in native_marks(body)):
         body["cache_control"] = {"type": "ephemeral"}
@@ -6492,7 +6626,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
     LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(
-        data, incoming.watch, incoming.hops, [beta for beta in betas if beta and not beta.startswith("oauth-")],
+        data, incoming.call, [beta for beta in betas if beta and not beta.startswith("oauth-")],
         path + beta_query, incoming.headers.get("anthropic-version", ANTHROPIC_VERSION))
     incoming.record.request_id = reply.headers.get("request-id", "")
     headers = dict(headers_for_anthropic(reply.headers),
@@ -6504,7 +6638,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         usage = passing.usage()
         if usage:
             count_tokens(gateway, incoming.record, body["model"], usage)
-    return Reply(headers=headers, pieces=map(passing.seen, reply.pieces()), named_events=True, close=close,
+    return Reply(headers=headers, steps=passing.steps(reply.pieces()), keep_alive=False, named_events=True, close=close,
                  failure=lambda failure: [failure.anthropic_body()])
 
 
@@ -6517,57 +6651,32 @@ class PassingUsage:
         self._body: List[bytes] = []
         self._size = 0
 
-    def seen(self, piece: bytes) -> bytes:
+    def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """The same steps, whose bytes are read in passing."""
+        for step in steps:
+            if isinstance(step, bytes):
+                self._read(step)
+            yield step
+
+    def _read(self, piece: bytes) -> None:
         if self._decoder is None:
             self._size += len(piece)
             if self._size <= MAX_UPSTREAM_BODY:
                 self._body.append(piece)
-            return piece
-        try:
-            events = self._decoder.feed(piece)
-        except UpstreamFault:
-            events = []
-        for event in events:
-            for usage in (value_in(event, "message", "usage"), event.get("usage")):
-                if isinstance(usage, dict):
-                    self._usage.update({name: value for name, value in usage.items() if value is not None})
-        return piece
+            return
+        with contextlib.suppress(UpstreamFault):
+            for event in self._decoder.feed(piece):
+                for usage in (value_in(event, "message", "usage"), event.get("usage")):
+                    if isinstance(usage, dict):
+                        self._usage.update({name: value for name, value in usage.items() if value is not None})
 
     def usage(self) -> dict:
-        """What was told so far, {} for an answer without any."""
+        """What was counted so far, {} for an answer without any."""
         if self._body:
             with contextlib.suppress(ValueError, RecursionError):
                 usage = value_in(json.loads(b"".join(self._body).decode("utf-8")), "usage")
                 return usage if isinstance(usage, dict) else {}
         return self._usage
-
-
-def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /v1/models: every id and alias that a request may name."""
-    entries = [model_entry(name, model) for name, model in catalog_for(gateway, incoming).names()]
-    return Reply({"object": "list", "data": entries, "has_more": False,         # the last three are Anthropic's
-                  "first_id": entries[0]["id"], "last_id": entries[-1]["id"]})
-
-
-def one_model(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /v1/models/{id}, in any spelling that a request may use."""
-    name = incoming.argument
-    return Reply(model_entry(name, catalog_for(gateway, incoming).resolve(name)))
-
-
-def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
-    """The models that a caller may use: its own list where it brought an Anthropic key for this one call."""
-    if incoming.anthropic_key:
-        try:
-            return catalog_from_entries(gateway.upstream.models(incoming.anthropic_key) or [], gateway.config.alias)
-        except GatewayError as fault:
-            LOG.info("no model list for the caller's key (%s): using the gateway's", fault)
-    return gateway.models.catalog()
-
-
-def health(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /health: no secrets, no key needed."""
-    return Reply({"status": "ok", "version": VERSION})
 
 
 # ---- Status page -------------------------------------------------------------------------------------
@@ -6894,9 +7003,9 @@ PAGE = """<!doctype html>
 
 
 # ---- HTTP server -------------------------------------------------------------------------------------
-# Bytes to checked requests, replies to bytes; knows no field of either API.  http.server gives the threads and
-# the frame; what it leaves open (timeouts, limits, chunked bodies, ambiguous framing) is closed here, because
-# whoever reaches this port spends the owner's money.  Rules by RFC 9110 and 9112.
+# Checked requests to their endpoints, replies to bytes; knows no field of either API.  What could be abused
+# (timeouts, limits, foreign hosts and origins) is closed here, because whoever reaches this port spends the owner's
+# money.  Rules by RFC 9110 and 9112.
 
 Endpoint = Callable[[Gateway, Incoming], Reply]
 # path (without /v1) -> method -> endpoint
@@ -6921,77 +7030,14 @@ ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
 WITHOUT_KEY = {"/models", "/models/{id}", "/health", "/"}       # for every other path a configured key is needed
 NATIVE = {"/messages", "/messages/count_tokens"}                # whose errors are in Anthropic's shape
 
-REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
-HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\Z")
-BLANK_LINES = re.compile(rb"(?:\r?\n)*")
-# Headers that must not come twice: they decide about framing, identity or access.
-SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
-                  "x-api-key", "api-key", "origin", "expect"}
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")          # none of them leaves in a header
 EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "x-should-retry",
                              *RATE_LIMIT_HEADERS.values()])
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
 
-
+NO_HEAD = Head("", "", "1.1", {"connection": "close"})         # where a head is malformed
 KEEP_ALIVE = b": keep-alive\n\n"                    # a comment: clients read on
 LAST_CHUNK = b"0\r\n\r\n"
-
-
-class Hangup(Exception):
-    """The connection ends without an answer: the client closed it, or kept it silent for too long."""
-
-
-class Head(NamedTuple):
-    """A request line and its headers (names in lower case), checked."""
-    method: str
-    target: str
-    version: str
-    headers: Dict[str, str]
-
-    @property
-    def has_body(self) -> bool:
-        return "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
-
-
-def request_line(line: str) -> tuple[str, str, str]:
-    """Method, target and version of a request line.  Raises InvalidRequest."""
-    match = REQUEST_LINE.match(line)
-    if not match:
-        raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
-    return match.group(1).upper(), match.group(2), match.group(3)
-
-
-def head_from_lines(lines: list[str]) -> Head:
-    """Request line and header lines, without their line ends, as a Head.  Raises InvalidRequest."""
-    method, target, version = request_line(lines[0])
-    headers: dict[str, str] = {}
-    for line in lines[1:]:
-        found = HEADER_LINE.match(line)
-        if not found:
-            raise InvalidRequest("A header line is malformed.", code="bad_header")
-        name, value = found.group(1).lower(), found.group(2).strip(" \t")
-        if name in headers and name in SINGLE_HEADERS:
-            raise InvalidRequest("The header %s came twice." % name, code="bad_header")
-        headers[name] = headers[name] + ", " + value if name in headers else value
-    if version == "1.1" and "host" not in headers:
-        raise InvalidRequest("HTTP/1.1 needs a Host header.", code="bad_header")
-    return Head(method, target, version, headers)
-
-
-def body_length(head: Head) -> int | None:
-    """The length that frames a body, None for a chunked one.  Whatever is ambiguous is refused."""
-    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
-    if coding is not None:
-        if length is not None or head.version == "1.0":
-            raise InvalidRequest("Transfer-Encoding does not go with Content-Length or HTTP/1.0.", code="bad_framing")
-        if coding.lower() != "chunked":
-            raise UnsupportedTransfer("Transfer-Encoding: only chunked is taken.")
-        return None
-    if length is None:
-        return 0
-    if not re.match(r"[0-9]{1,19}\Z", length):
-        raise InvalidRequest("Content-Length is not a number.", code="bad_framing")
-    return int(length)
 
 
 def route_of(target: str) -> tuple[str, str]:
@@ -7028,499 +7074,145 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
     return value, False
 
 
-def inflated(body: bytes, encoding: str) -> bytes:
-    """A compressed body, as far as this Python can undo it; never more than MAX_BODY bytes."""
+def inflated(body: bytes, encoding: str, limit: int) -> bytes:
+    """A compressed body, as far as this Python can undo it; never more than `limit` bytes."""
     if encoding in ("gzip", "x-gzip", "deflate"):
         raw_deflate = encoding == "deflate" and (body[:1] or b"\0")[0] & 15 != 8
         inflate = zlib.decompressobj(-15 if raw_deflate else 47)
         try:
-            plain = inflate.decompress(body, MAX_BODY + 1)
+            plain = inflate.decompress(body, limit + 1)
         except zlib.error as fault:
             raise InvalidRequest("The body is not %s: %s." % (encoding, fault), code="invalid_encoding") from fault
-        if not inflate.eof and len(plain) <= MAX_BODY:
+        if not inflate.eof and len(plain) <= limit:
             raise InvalidRequest("The %s body is cut short." % encoding, code="invalid_encoding")
     elif encoding == "zstd" and sys.version_info >= (3, 14):
         from compression import zstd  # type: ignore[import-not-found,unused-ignore]
 
         try:
-            plain = zstd.ZstdDecompressor().decompress(body, MAX_BODY + 1)
+            plain = zstd.ZstdDecompressor().decompress(body, limit + 1)
         except zstd.ZstdError as fault:
             raise InvalidRequest("The body is not zstd: %s." % fault, code="invalid_encoding") from fault
     else:
-        raise UnsupportedEncoding("Content-Encoding %s is not taken here; send the body plain or as gzip. (Codex: "
-                                  "[features] enable_request_compression = false)" % printable(encoding, 40))
-    if len(plain) > MAX_BODY:
-        raise TooLarge("The body has more than %d MB when unpacked." % (MAX_BODY // 1_000_000))
+        raise Refused(415, "unsupported_encoding", "Content-Encoding %s is not supported here; send the body plain or "
+                      "as gzip. (Codex: [features] enable_request_compression = false)" % printable(encoding, 40))
+    if len(plain) > limit:
+        raise Refused(413, "request_too_large", "The body has more than %d MB when unpacked." % (limit // 1_000_000))
     return plain
 
 
-class ClientReader:
-    """What a client sends, as it comes: each wait ends by `deadline`, and after `pause` seconds at most."""
+def endpoint_of(method: str, path: str) -> Endpoint:
+    methods = ROUTES.get(path)
+    if methods is None:
+        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
+            method, printable(path), ", ".join(route for route in ROUTES if "{" not in route)))
+    endpoint = methods.get("GET" if method == "HEAD" else method)
+    if endpoint is None:
+        names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
+        raise Refused(405, "method_not_allowed", "%s does not support %s." % (printable(path), method),
+                      headers={"allow": ", ".join(names)})
+    return endpoint
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        sock.settimeout(0)                          # once; for every read it would be one more call of the system
-        # has come, and nobody has asked for it yet; always this object, as a Watch adds to it
-        self.unread = bytearray()
-        self._drained = True                        # the last read brought all there was
-        self.allow(IDLE_TIMEOUT)
 
-    def allow(self, pause: float, total: float | None = None) -> None:
-        self._pause = pause
-        self._deadline = time.monotonic() + total if total is not None else float("inf")
+def named_host(head: Head) -> tuple[str | None, Head]:
+    """The host that a request names, and the request with a path as its target."""
+    absolute = re.match(r"https?://([^/?#]*)", head.target, re.I)
+    if absolute:                                    # its authority wins over Host (RFC 9112, 3.2.2)
+        host, path = absolute.group(1), head.target[absolute.end():]
+        return host, head._replace(target=path if path.startswith("/") else "/" + path)
+    if not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
+        raise InvalidRequest("The request target is not a path.", code="bad_request_line")
+    return head.headers.get("host"), head           # HTTP/1.0 may leave it out
 
-    def read(self, limit: int) -> bytes:
-        """At least one byte and at most `limit`; b"" at the end of the connection.  Raises socket.timeout."""
-        if self.unread:
-            data = bytes(self.unread[:limit])
-            del self.unread[:limit]
-            return data
-        return self._receive(limit)
 
-    def more(self) -> bool:
-        """Waits for more, which becomes part of `unread`; False at the end of the connection."""
-        data = self._receive(READ_SIZE)
-        self.unread += data
-        return bool(data)
+def allowed_host(host: str, config: Config) -> tuple[str, bool]:
+    """The name in a Host header, and whether it may be this gateway's: a web page's own name never reaches us
+    (DNS rebinding)."""
+    match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
+    if not match:
+        raise InvalidRequest("The Host header is malformed.", code="bad_header")
+    name = match.group(1).strip("[]").rstrip(".").lower()
+    allowed = {"host.docker.internal", config.host.lower(), *(entry.lower() for entry in config.allow_host)}
+    return name, is_loopback_host(name) or is_address(name) or name in allowed
 
-    def line(self, limit: int) -> bytes:
-        """A line with its end; without one where the connection ends, or behind `limit` bytes."""
-        while True:
-            end = self.unread.find(b"\n", 0, limit) + 1
-            if end or len(self.unread) >= limit or not self.more():
-                return self.read(end or limit)
 
-    def _receive(self, limit: int) -> bytes:
-        while True:
-            left = min(self._pause, self._deadline - time.monotonic())
-            if left <= 0 or self._drained and not wait_ready([self._sock], left):
-                raise socket.timeout("timed out")
-            try:
-                data = self._sock.recv(limit)
-            except BlockingIOError:
-                self._drained = True
+def origin_allowed(origin: str, config: Config) -> bool:
+    """Against web pages that spend the owner's quota."""
+    return LOOPBACK_ORIGIN.match(origin) is not None or origin in config.cors_origin or "*" in config.cors_origin
+
+
+def cors_headers(head: Head, config: Config) -> dict[str, str]:
+    origin = head.headers.get("origin")
+    if origin is None or not origin_allowed(origin, config):
+        return {}
+    return {"access-control-allow-origin": origin, "vary": "Origin", "access-control-expose-headers": EXPOSED_HEADERS}
+
+
+def preflight_headers(head: Head) -> dict[str, str]:
+    headers = {"access-control-allow-methods": "GET, POST, DELETE, HEAD, OPTIONS", "access-control-max-age": "600",
+               "allow": "GET, POST, DELETE, HEAD, OPTIONS"}
+    wanted = head.headers.get("access-control-request-headers")
+    if wanted:
+        headers["access-control-allow-headers"] = printable(wanted, 2_000)
+    if head.headers.get("access-control-request-private-network") == "true":
+        headers["access-control-allow-private-network"] = "true"
+    return headers
+
+
+def keys_sent(head: Head) -> list[bytes]:
+    """Digests of the keys in a request: neither length nor content shows in the time it takes to compare them."""
+    authorization = head.headers.get("authorization", "")
+    sent = [re.sub(r"^bearer\s+", "", authorization, flags=re.I), head.headers.get("x-api-key", ""),
+            head.headers.get("api-key", "")]
+    return [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
+
+
+def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
+    """A digest of the configured key that was sent, "" where none was."""
+    owner = ""
+    for key in keys:
+        known = hashlib.sha256(key.encode("utf-8")).digest()
+        for digest in digests:
+            if hmac.compare_digest(known, digest):
+                owner = known.hex()
+    return owner
+
+
+def anthropic_key(head: Head) -> str:
+    """A caller's own Anthropic key; only /models looks at it."""
+    key = head.headers.get("x-api-key", "")
+    return key if re.match(r"sk-ant-[\x21-\x7e]+\Z", key) else ""
+
+
+class StreamedReply:
+    """A reply in pieces as it goes over the wire."""
+
+    def __init__(self, reply: Reply, chunked: bool) -> None:
+        self._reply, self._chunked = reply, chunked
+        self.headers = dict({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
+                             "x-accel-buffering": "no"}, **reply.headers)
+        if chunked:
+            self.headers["transfer-encoding"] = "chunked"
+        self.keep_alive = self._wire(KEEP_ALIVE) if reply.keep_alive else b""
+
+    def steps(self) -> Iterator[Any]:
+        """Bytes to send, its end included; a Wait or NEEDS_THREAD in between."""
+        for step in self._reply.steps or ():
+            if isinstance(step, list):              # events that arrive together leave together
+                yield self._wire(self._events(step, self._reply.json_of))
             else:
-                self._drained = len(data) < limit
-                return data
+                yield self._wire(step) if isinstance(step, bytes) else step
+        yield self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b"")
 
+    def failure(self, failure: GatewayError) -> bytes:
+        """An event that SDKs raise, and the end; a body of another kind is cut, so that nobody takes it for whole."""
+        if not self.headers["content-type"].startswith("text/event-stream"):
+            return b""
+        return self._wire(self._events(self._reply.failure(failure), client_json)) + (
+            LAST_CHUNK if self._chunked else b"")
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One client connection: requests in order, each read, checked, answered."""
-    server: Listener
-    server_version = USER_AGENT
-    sys_version = ""
-    protocol_version = "HTTP/1.1"
-
-    def setup(self) -> None:
-        self.connection = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.gateway = self.server.gateway
-        self._reader = ClientReader(self.connection)
-        self.close_connection = False
-        self.pumped: Optional[PumpedStream] = None  # for the pump, once this thread is done
-
-    def handle(self) -> None:
-        """Requests in order, until the connection ends or a stream is better left to the pump."""
-        while not self.close_connection and not self.pumped:
-            self.handle_one_request()
-
-    def resume(self, failure: BaseException | None) -> None:
-        """In a thread again: the pump has brought a stream to its end, or to work that takes time."""
-        self.pumped = None
-        self._settle(functools.partial(self._go_on, failure))
-        self.handle()
-
-    def finish(self) -> None:
-        """The listener ends the connection, unless the pump has it."""
-
-    def handle_one_request(self) -> None:
-        """Reads one request and answers it."""
-        self.head: Optional[Head] = None
-        self._record = Record(client=self.client_address[0])
-        self._body_unread = self._in_stream = self._native = False
-        self._chunked = self._event_stream = self._named_events = False
-        self._failed_events: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
-        self._reserved = 0
-        self._reply: Optional[Reply] = None
-        try:
-            self._read_head()
-        except (Hangup, OSError):
-            self.close_connection = True
-            return
-        except GatewayError as failure:
-            self.close_connection = self._body_unread = True    # whatever follows a bad head is not a request
-            self._send_failure(failure)
-            self._log()
-            return
-        self._entered = self.gateway.running.enter()
-        self._settle(self._answer)
-
-    def _settle(self, work: Callable[[], None]) -> None:
-        """Work on a request, and its end whatever happens; the catch-all of the program is here."""
-        try:
-            work()
-        except InvalidKey as failure:
-            if self._entered:                       # a slowed refusal takes nobody's place
-                self.gateway.running.leave()
-                self._entered = False
-            time.sleep(self.gateway.failed_keys.penalty(self.client_address[0]))
-            self._send_failure(failure)
-        except (ConnectionError, ClientGone, socket.timeout):
-            self.close_connection = True            # nobody left to tell
-            self._record.error = self._record.error or "client gone"
-            self._record.error_code = self._record.error_code or "client_gone"
-            self._record.status = self._record.status or 499
-        except Exception as failure:
-            self._send_failure(failure if isinstance(failure, GatewayError) else unexpected(failure))
-        finally:
-            if not self.pumped:
-                self._end_request()
-
-    def _end_request(self) -> None:
-        """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
-        with contextlib.ExitStack() as steps:       # they run from the last to the first
-            if self._entered:                       # who waits for an idle gateway finds everything counted
-                steps.callback(self.gateway.running.leave)
-            steps.callback(self._log)
-            steps.callback(self.gateway.body_budget.give, self._reserved)
-            if self._reply:
-                steps.callback(self._reply.close)
-
-    # -- reading
-
-    def _read_head(self) -> None:
-        """Waits for a request and reads its head.  Raises Hangup where the connection just ends."""
-        self._reader.allow(IDLE_TIMEOUT)
-        try:
-            if not self._reader.unread and not self._reader.more():
-                raise Hangup
-        except OSError:
-            raise Hangup from None
-        self._record.started = time.monotonic()
-        self._reader.allow(HEAD_TIMEOUT, HEAD_TIMEOUT)
-        try:
-            self.head = head_from_lines(self._head_lines())
-        except socket.timeout:
-            raise RequestTimeout("The request head took more than %d seconds." % HEAD_TIMEOUT) from None
-        self._record.method = self.head.method
-        self._record.path = re.sub(r"[?#].*", "", self.head.target)
-        self._record.tool = tool_of(self.head.headers.get("user-agent", ""))
-        self.close_connection = ends_connection(self.head.version, self.head.headers)
-        self._body_unread = self.head.has_body
-
-    def _head_lines(self) -> list[str]:
-        """Request line and header lines, once all are there; what cannot become a request is refused before."""
-        unread = self._reader.unread
-        head = GrowingHead(unread, request_line, lambda words: HeadTooLarge("The request head " + words))
-        while True:
-            blank = BLANK_LINES.match(unread)       # skipped before a request (RFC 9112, 2.2)
-            del unread[:blank.end() if blank else 0]
-            lines = head.lines()
-            if lines:
-                return lines
-            if not self._reader.more():
-                raise Hangup
-
-    def _read_body(self) -> bytes:
-        """The body: framed, bounded, counted against the budget, unpacked."""
-        assert self.head
-        length = body_length(self.head)
-        expectation = self.head.headers.get("expect", "").lower()
-        if length is not None and length > MAX_BODY:
-            raise TooLarge("The body has more than %d MB." % (MAX_BODY // 1_000_000))
-        if expectation == "100-continue" and self.head.version == "1.1":
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._reader.allow(BODY_TIMEOUT, BODY_TIMEOUT + (length or MAX_BODY) / SLOWEST_BODY)
-        try:
-            body = self._read_chunks() if length is None else self._read_bytes(length)
-        except socket.timeout:
-            self.close_connection = True
-            raise RequestTimeout("The body stopped for more than %d seconds, or came slower than %d bytes a second." %
-                                 (BODY_TIMEOUT, SLOWEST_BODY)) from None
-        except GatewayError:
-            self.close_connection = True            # part of it has been read: what follows is out of step
-            raise
-        self._body_unread = False
-        encoding = self.head.headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("identity", ""):
-            self._reserve(MAX_BODY)                 # what it may become
-            body = inflated(body, encoding)
-        self._reserve(len(body) - self._reserved)
-        return body
-
-    def _reserve(self, amount: int) -> None:
-        """Takes more from the budget of all bodies, or gives back what is not needed."""
-        if not self.gateway.body_budget.take(amount):
-            raise Busy("The gateway holds too many large requests at the moment.")
-        self._reserved += amount
-
-    def _read_bytes(self, length: int) -> bytes:
-        """Bytes of a body, counted as they arrive: who only promises megabytes takes no room from others."""
-        pieces: list[bytes] = []
-        while length > 0:
-            piece = self._reader.read(min(length, READ_SIZE))
-            if not piece:
-                raise ConnectionResetError
-            self._reserve(len(piece))
-            pieces.append(piece)
-            length -= len(piece)
-        return b"".join(pieces)
-
-    def _read_chunks(self) -> bytes:
-        """A chunked body (RFC 9112, 7.1); chunk extensions and trailers are read and ignored."""
-        body = bytearray()
-        while True:
-            line = self._chunk_line()
-            match = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z", line)
-            if not match:
-                raise InvalidRequest("A chunk size is malformed.", code="bad_framing")
-            size = int(match.group(1), 16)
-            if not size:
-                break
-            if len(body) + size > MAX_BODY:
-                raise TooLarge("The body has more than %d MB." % (MAX_BODY // 1_000_000))
-            body += self._read_bytes(size)
-            if self._chunk_line():
-                raise InvalidRequest("A chunk is longer than its size.", code="bad_framing")
-        for _ in range(MAX_HEADERS):
-            if not self._chunk_line():
-                return bytes(body)
-        raise InvalidRequest("The body has too many trailers.", code="bad_framing")
-
-    def _chunk_line(self) -> bytes:
-        line = self._reader.line(1_025)
-        if not line:
-            raise ConnectionResetError
-        if not line.endswith(b"\r\n"):
-            raise InvalidRequest("A chunk line is malformed.", code="bad_framing")
-        return line[:-2]
-
-    # -- answering
-
-    def _answer(self) -> None:
-        """Checks a request from the outside in, and sends what its endpoint answers."""
-        if not self._entered:
-            raise Busy("The gateway stops." if self.gateway.running.draining else
-                       "The gateway is busy with as many requests as it takes.")
-        assert self.head
-        head = self.head
-        body_length(head)
-        head = self.head = self._check_host(head)
-        self._check_origin(head)
-        path, argument = route_of(head.target)
-        self._native = path in NATIVE
-        self._record.route = path if path in ROUTES else "other"
-        if head.method == "OPTIONS":
-            self._send(204, b"", self._preflight_headers(head))
-            return
-        if "websocket" in head.headers.get("upgrade", "").lower():
-            raise UpgradeRequired("WebSockets are not spoken here; send plain requests.",
-                                  headers={"upgrade": "HTTP/1.1"})
-        owner = self._check_key(head, path)
-        endpoint = self._endpoint(head, path)
-        if self.gateway.instance_id in head.headers.get(HOP_HEADER, ""):
-            raise LoopDetected("This request came from this very gateway: its upstream address leads back to it.")
-        watch = Watch(self.connection)
-        watch.may_retry = head.headers.get("x-stainless-retry-count", "0") == "0"
-        watch.early = self._reader.unread
-        incoming = Incoming({}, argument, owner, self._anthropic_key(head), head.headers.get(HOP_HEADER, ""), watch,
-                            self._record, headers=head.headers, query=head.target.partition("?")[2])
-        body = self._read_body() if self._body_unread else b""
-        if head.method == "POST":
-            incoming.body, incoming.surrogates_replaced = json_from_body(body)
-            LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
-        del body                                    # a large one need not wait for Claude's answer
-        reply = self._reply = endpoint(self.gateway, incoming)
-        if reply.batches is not None or reply.pieces is not None:
-            self._send_stream(reply, incoming.watch)
-        else:
-            self._send_whole(reply)
-
-    def _check_host(self, head: Head) -> Head:
-        """Against DNS rebinding: a web page's own name never reaches this server.  Returns the head with a path."""
-        host = head.headers.get("host")
-        absolute = re.match(r"https?://([^/?#]*)", head.target, re.I)
-        if absolute:                                            # its authority wins over Host (RFC 9112, 3.2.2)
-            host, path = absolute.group(1), head.target[absolute.end():]
-            head = head._replace(target=path if path.startswith("/") else "/" + path)
-        elif not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
-            raise InvalidRequest("The request target is not a path.", code="bad_request_line")
-        if host is None:                                        # HTTP/1.0 may leave it out
-            return head
-        match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
-        if not match:
-            raise InvalidRequest("The Host header is malformed.", code="bad_header")
-        name = match.group(1).strip("[]").rstrip(".").lower()
-        config = self.gateway.config
-        allowed = {"host.docker.internal", config.host.lower(), *(entry.lower() for entry in config.allow_host)}
-        if not (is_loopback_host(name) or is_address(name) or name in allowed):
-            self.close_connection = True
-            raise Forbidden("Host %s is not one of this gateway's names. If it should be: --allow-host %s" %
-                            (name, name), code="host_not_allowed")
-        return head
-
-    def _check_origin(self, head: Head) -> None:
-        """Against web pages that spend the owner's quota."""
-        origin = head.headers.get("origin")
-        if origin is not None and not self._origin_allowed(origin):
-            origin = printable(origin)
-            raise Forbidden("Origin %s may not call this gateway. If it should: --cors-origin %s" % (origin, origin),
-                            code="origin_not_allowed")
-
-    def _origin_allowed(self, origin: str) -> bool:
-        allowed = self.gateway.config.cors_origin
-        return LOOPBACK_ORIGIN.match(origin) is not None or origin in allowed or "*" in allowed
-
-    def _check_key(self, head: Head, path: str) -> str:
-        """The owner of what this request leaves behind: a digest of the key.  Raises InvalidKey.
-
-        Digests are compared, so that neither length nor content shows in the time it takes.
-        """
-        keys = self.gateway.config.api_key
-        if not keys:
-            return ""
-        authorization = head.headers.get("authorization", "")
-        sent = [re.sub(r"^bearer\s+", "", authorization, flags=re.I), head.headers.get("x-api-key", ""),
-                head.headers.get("api-key", "")]
-        digests = [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
-        owner = ""
-        for key in keys:
-            known = hashlib.sha256(key.encode("utf-8")).digest()
-            for digest in digests:
-                if hmac.compare_digest(known, digest):
-                    owner = known.hex()
-        guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
-        if owner or path in WITHOUT_KEY and head.method in ("GET", "HEAD") and not guessed:
-            return owner
-        raise InvalidKey("A key of this gateway is needed (Authorization: Bearer KEY)." if not digests else
-                         "This is not a key of this gateway.", headers={"www-authenticate": "Bearer"})
-
-    def _endpoint(self, head: Head, path: str) -> Endpoint:
-        methods = ROUTES.get(path)
-        if methods is None:
-            raise NotFound("There is nothing at %s %s; served are %s." % (
-                head.method, printable(path), ", ".join(route for route in ROUTES if "{" not in route)))
-        endpoint = methods.get("GET" if head.method == "HEAD" else head.method)
-        if endpoint is None:
-            names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-            raise MethodNotAllowed("%s does not take %s." % (printable(path), head.method),
-                                   headers={"allow": ", ".join(names)})
-        return endpoint
-
-    @staticmethod
-    def _anthropic_key(head: Head) -> str:
-        """A caller's own Anthropic key; only /models looks at it."""
-        key = head.headers.get("x-api-key", "")
-        return key if re.match(r"sk-ant-[\x21-\x7e]+\Z", key) else ""
-
-    # -- sending
-
-    def _send_whole(self, reply: Reply) -> None:
-        if reply.raw is None:
-            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
-        body = client_json(reply.body) if reply.raw is None else reply.raw
-        self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        """A whole answer in one write."""
-        self._settle_body()
-        headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
-        head = self._head_bytes(status, headers)
-        self._write(head + (b"" if self.head and self.head.method == "HEAD" else body))
-        if self._body_unread:
-            self._linger()
-
-    def _head_bytes(self, status: int, headers: dict[str, str]) -> bytes:
-        self._record.status = status
-        self._record.first_byte_ms = self._record.elapsed_ms()
-        phrase = self.responses[status][0] if status in self.responses else "Unknown"
-        if self.gateway.running.draining:
-            self.close_connection = True
-        lines = {"server": self.server_version, "date": self.date_time_string()}
-        lines.update(headers)
-        lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
-        self._record.request_id = lines[REQUEST_ID_HEADER]
-        lines.update(self._cors_headers())
-        lines["connection"] = "close" if self.close_connection else "keep-alive"
-        head = ["HTTP/1.1 %d %s" % (status, phrase)]
-        head += ["%s: %s" % (name, CONTROLS.sub(" ", value)) for name, value in lines.items()]
-        return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
-
-    def _cors_headers(self) -> dict[str, str]:
-        origin = self.head.headers.get("origin") if self.head else None
-        if origin is None or not self._origin_allowed(origin):
-            return {}
-        return {"access-control-allow-origin": origin, "vary": "Origin",
-                "access-control-expose-headers": EXPOSED_HEADERS}
-
-    @staticmethod
-    def _preflight_headers(head: Head) -> dict[str, str]:
-        headers = {"access-control-allow-methods": "GET, POST, DELETE, HEAD, OPTIONS", "access-control-max-age": "600",
-                   "allow": "GET, POST, DELETE, HEAD, OPTIONS"}
-        wanted = head.headers.get("access-control-request-headers")
-        if wanted:
-            headers["access-control-allow-headers"] = printable(wanted, 2_000)
-        if head.headers.get("access-control-request-private-network") == "true":
-            headers["access-control-allow-private-network"] = "true"
-        return headers
-
-    def _send_stream(self, reply: Reply, watch: Watch) -> None:
-        """A body in pieces: each batch of events in one write, a comment when nothing goes out for a while."""
-        assert self.head
-        self._chunked = self.head.version == "1.1"
-        if not self._chunked:
-            self.close_connection = True
-        headers = dict({"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
-                        "x-accel-buffering": "no"}, **reply.headers)
-        if self._chunked:
-            headers["transfer-encoding"] = "chunked"
-        self._write(self._head_bytes(200, headers))
-        self._event_stream = headers["content-type"].startswith("text/event-stream")
-        self._failed_events, self._named_events = reply.failure, reply.named_events
-        self._in_stream = True
-        self._pieces, self._watch = self._wire_pieces(reply), watch
-        watch.last_sent = time.monotonic()
-        if reply.pieces is None:                    # Claude's own bytes stay as they are
-            watch.idle = self._keep_alive
-        self._go_on(None)
-
-    def _go_on(self, failure: BaseException | None) -> None:
-        """Sends what there is of a stream; where that has not reached its end yet, the rest is for the pump."""
-        watch, pump = self._watch, self.gateway.pump
-        if failure:
-            raise failure
-        while True:
-            watch.may_wait = watch.wants is A_THREAD or pump.full or self.gateway.running.count <= PUMP_FROM
-            piece = next(self._pieces, None)
-            if piece is None:
-                break
-            if piece:
-                self._write(piece)
-                watch.last_sent = time.monotonic()
-            elif watch.wants and watch.wants is not A_THREAD:
-                self.pumped = PumpedStream(self.connection, self._pieces, watch, self._wire(KEEP_ALIVE)
-                                           if watch.idle else b"", functools.partial(self.server.resume, self))
-                return
-        watch.idle = None
-
-    def _keep_alive(self) -> None:
-        """A comment, for a client that has heard nothing for a while."""
-        self._write(self._wire(KEEP_ALIVE))
-
-    def _wire_pieces(self, reply: Reply) -> Iterator[bytes]:
-        """A stream as it goes over the wire, its end included; an empty piece where there is nothing to tell."""
-        if reply.pieces is not None:
-            yield from map(self._wire, reply.pieces)
-        else:
-            for batch in reply.batches or ():       # what arrives together leaves together
-                yield self._wire(self._events(batch, reply.json_of))
-            yield self._wire(reply.closing)
-        if self._chunked:
-            yield LAST_CHUNK
-
-    def _events(self, batch: list[dict], json_of: Callable[[dict], bytes] = client_json) -> bytes:
+    def _events(self, batch: list[dict], json_of: Callable[[dict], bytes]) -> bytes:
         """Server-sent events."""
-        if self._named_events:
+        if self._reply.named_events:
             return b"".join([b"event: %s\ndata: %s\n\n" % (event["type"].encode(), json_of(event))
                              for event in batch])
         return b"".join([b"data: %s\n\n" % json_of(event) for event in batch])
@@ -7528,67 +7220,270 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _wire(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self._chunked and data else data
 
-    def _write(self, data: bytes) -> None:
-        """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
-        left = memoryview(data)
-        while left:
-            try:
-                left = left[self.connection.send(left):]
-            except BlockingIOError:
-                if not wait_ready((), WRITE_TIMEOUT, [self.connection]):
-                    raise ClientGone from None
-            except OSError:
-                raise ClientGone from None
 
-    def _send_failure(self, failure: GatewayError) -> None:
-        """An error as a status and body or, once a stream has begun, as an event that SDKs raise."""
-        failure.args = (masked(str(failure), self.gateway.secrets()),)      # whoever's words it repeats
-        self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
+class RequestCycle:
+    """One request and its reply: born when the head has come, gone when the reply is out."""
+
+    def __init__(self, gateway: Gateway, peer: Peer, address: str, head: Head, started: float) -> None:
+        # what came in
+        self._gateway, self._config, self._limits = gateway, gateway.config, gateway.config.limits
+        self._peer, self._address, self._head = peer, address, head
+        self._body_unread, self._body_begun = head.has_body, False
+        # what has gone out
+        self.client = Client(peer, self._limits)
+        self.keep_alive = not ends_connection(head.version, head.headers)   # whether the connection may go on
+        self.steps: Iterator[Any] = iter(())        # of a stream, once its head has gone out
+        self._stream: Optional[StreamedReply] = None
+        self._native = False
+        self._record = Record(head.method, re.sub(r"[?#].*", "", head.target), address,
+                              tool_of(head.headers.get("user-agent", "")), started)
+        # what has to be given back, whatever happens
+        self._entered = False                       # a place among the running requests
+        self._reserved = 0                          # bytes of the budget of all bodies
+        self._reply: Optional[Reply] = None
+
+    def run(self, failure: BaseException | None = None) -> Wait | None:
+        """Answers the request, or goes on with its stream in a thread again; the catch-all of the program is here.
+
+        Returns what a stream waits for that is better left to the event loop; None when the request is over.
+        """
+        wait = None
         try:
-            if self._in_stream:
-                self.close_connection = True
-                self._record.status = failure.status
-                if self._event_stream:
-                    self._write(self._wire(self._events(self._failed_events(failure))) +
-                                (LAST_CHUNK if self._chunked else b""))
-                    # any other body is cut, so that nobody takes it for whole
-            else:
-                status, headers, body = (
-                    (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
-                    else (failure.status, failure.headers, failure.body()))
-                LOG.debug("to the client: %s", body, extra={"payload": body})
-                self._send(status, client_json(body), dict(headers, **{"content-type": "application/json"}))
-        except ClientGone:
-            self.close_connection = True
+            if failure:
+                raise failure
+            wait = self._go_on() if self._stream else self._answer()
+        except (ConnectionError, ClientGone, socket.timeout):
+            self.keep_alive = False                 # nobody left to tell
+            self._record.error = self._record.error or "client gone"
+            self._record.error_code = self._record.error_code or "client_gone"
+            self._record.status = self._record.status or 499
+        except Exception as fault:
+            self._send_failure(fault if isinstance(fault, GatewayError) else unexpected(fault))
+        finally:
+            if not wait:
+                self._end()
+        return wait
 
-    def _settle_body(self) -> None:
-        """Before an early answer: reads a small body away, so that it is not taken for the next request."""
-        if not self._body_unread or not self.head or self.close_connection:
-            return
-        length = self.head.headers.get("content-length", "")
-        if re.match(r"[0-9]{1,5}\Z", length) and "expect" not in self.head.headers \
-                and "transfer-encoding" not in self.head.headers:
-            self._reader.allow(2, 2)
-            with contextlib.suppress(OSError, Busy):
-                self._read_bytes(int(length))
-                self._body_unread = False
-        if self._body_unread:
-            self.close_connection = True
+    def refuse(self, failure: GatewayError) -> None:
+        """The answer to a malformed head; whatever follows it is not a request."""
+        self._body_unread = True
+        self._send_failure(failure)
+        self._end()
 
-    def _linger(self) -> None:
-        """Reads on for a moment after refusing a body, so that the client sees the answer and no reset."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self._reader.allow(2, 2)
-            while self._reader.read(READ_SIZE):
-                pass
+    def _end(self) -> None:
+        """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
+        with contextlib.ExitStack() as steps:       # they run from the last to the first
+            steps.callback(self._leave)             # who waits for an idle gateway finds everything counted
+            steps.callback(self._log)
+            steps.callback(self._gateway.body_budget.give, self._reserved)
+            if self._reply:
+                steps.callback(self._reply.close)
+
+    def _leave(self) -> None:
+        if self._entered:
+            self._entered = False
+            self._gateway.running.leave()
 
     def _log(self) -> None:
         self._record.total_ms = self._record.elapsed_ms()
         if self._record.method:
-            self.gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
-                                              self._record.error_code)
-            log_request_record(self._record, self.gateway.config)
+            self._gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
+                                               self._record.error_code)
+            log_request_record(self._record, self._config)
+
+    # -- answering
+
+    def _answer(self) -> Wait | None:
+        """Checks a request from the outside in, and sends what its endpoint answers."""
+        self._entered = self._gateway.running.enter()
+        if not self._entered:
+            raise busy("The gateway stops." if self._gateway.running.draining else
+                       "The gateway is busy with as many requests as it accepts.")
+        length = body_length(self._head)
+        head = self._head = self._checked_head()
+        path, argument = route_of(head.target)
+        self._native = path in NATIVE
+        self._record.route = path if path in ROUTES else "other"
+        if head.method == "OPTIONS":
+            self._send(204, b"", preflight_headers(head))
+            return None
+        if "websocket" in head.headers.get("upgrade", "").lower():
+            raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
+                          headers={"upgrade": "HTTP/1.1"})
+        owner = self._owner(path)
+        endpoint = endpoint_of(head.method, path)
+        hops = head.headers.get(HOP_HEADER, "")
+        if self._gateway.instance_id in hops:
+            raise Refused(508, "loop_detected", "This request came from this very gateway: its upstream address leads "
+                          "back to it.", headers={"x-should-retry": "false"})
+        call = UpstreamCall(self.client, hops, self._limits.upstream_silence,
+                    may_retry=head.headers.get("x-stainless-retry-count", "0") == "0")
+        incoming = Incoming({}, argument, owner, anthropic_key(head), call, self._record, headers=head.headers,
+                            query=head.target.partition("?")[2])
+        body = self._read_body(length) if self._body_unread else b""
+        if head.method == "POST":
+            incoming.body, incoming.surrogates_replaced = json_from_body(body)
+            LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
+        del body                                    # a large one need not wait for Claude's answer
+        self._reply = endpoint(self._gateway, incoming)
+        return self._send_reply(self._reply)
+
+    def _checked_head(self) -> Head:
+        """The head with a path as its target.  Raises GatewayError for a foreign host or origin."""
+        host, head = named_host(self._head)
+        name, allowed = allowed_host(host, self._config) if host is not None else ("", True)
+        if not allowed:
+            self.keep_alive = False
+            raise Refused(403, "host_not_allowed", "Host %s is not one of this gateway's names. If it should be: "
+                          "--allow-host %s" % (name, name))
+        origin = head.headers.get("origin")
+        if origin is not None and not origin_allowed(origin, self._config):
+            origin = printable(origin)
+            raise Refused(403, "origin_not_allowed", "Origin %s may not call this gateway. If it should: "
+                          "--cors-origin %s" % (origin, origin))
+        return head
+
+    def _owner(self, path: str) -> str:
+        """The owner of what this request leaves behind: a digest of the key.  A wrong key is refused after a pause."""
+        if not self._config.api_key:
+            return ""
+        digests = keys_sent(self._head)
+        owner = owner_of(digests, self._config.api_key)
+        guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
+        if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
+            return owner
+        self._leave()                               # a slowed refusal takes nobody's place
+        time.sleep(self._gateway.failed_keys.penalty(self._address))
+        raise Refused(401, "invalid_api_key", "Invalid API key." if digests else
+                      "An API key of this gateway is needed (Authorization: Bearer KEY).",
+                      headers={"www-authenticate": "Bearer"})
+
+    # -- the body
+
+    def _read_body(self, length: int | None) -> bytes:
+        """The body: framed, bounded, counted against the budget, unpacked."""
+        limits, headers = self._limits, self._head.headers
+        framing = RequestFraming(length, limits.max_body)
+        if headers.get("expect", "").lower() == "100-continue" and self._head.version == "1.1":
+            self.client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            body = self._received(framing, limits.body_timeout,
+                                  limits.body_timeout + (length or limits.max_body) / SLOWEST_BODY)
+        except socket.timeout:
+            raise Refused(408, "request_timeout", "The body stopped for more than %d seconds, or came slower than %d "
+                          "bytes a second." % (limits.body_timeout, SLOWEST_BODY)) from None
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", ""):
+            self._reserve(limits.max_body)          # what it may become
+            body = inflated(body, encoding, limits.max_body)
+        self._reserve(len(body) - self._reserved)
+        return body
+
+    def _received(self, framing: RequestFraming, pause: float, total: float) -> bytes:
+        """A body, counted as it arrives: who only promises megabytes takes no room from others."""
+        self._body_begun, deadline = True, time.monotonic() + total
+        pieces: list[bytes] = []
+        while not framing.done:
+            data = self._peer.read_within(pause, deadline)
+            if not data:
+                framing.end()
+            pieces.append(framing.feed(data))
+            self._reserve(len(pieces[-1]))
+        self._peer.unread += framing.rest
+        self._body_unread = False
+        return b"".join(pieces)
+
+    def _reserve(self, amount: int) -> None:
+        """Takes more from the budget of all bodies, or gives back what is not needed."""
+        if not self._gateway.body_budget.take(amount):
+            raise busy("The gateway holds too many large requests at the moment.")
+        self._reserved += amount
+
+    def _drain_body(self) -> None:
+        """Before an early answer: a small body is read, so that it is not taken for the next request."""
+        headers = self._head.headers
+        length = headers.get("content-length", "")
+        if self._body_unread and self.keep_alive and not self._body_begun and re.match(r"[0-9]{1,5}\Z", length) \
+                and "expect" not in headers and "transfer-encoding" not in headers:
+            with contextlib.suppress(OSError, GatewayError):
+                self._received(RequestFraming(int(length), self._limits.max_body), 2, 2)
+        if self._body_unread:                       # or part of it: what follows is out of step
+            self.keep_alive = False
+
+    # -- sending
+
+    def _send_reply(self, reply: Reply) -> Wait | None:
+        if reply.steps is not None:
+            return self._begin_stream(StreamedReply(reply, chunked=self._head.version == "1.1"))
+        if reply.raw is None:
+            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
+        body = client_json(reply.body) if reply.raw is None else reply.raw
+        self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
+        return None
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """A whole answer in one write."""
+        self._drain_body()
+        headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
+        self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
+        if self._body_unread:
+            self._linger()
+
+    def _head_bytes(self, status: int, headers: dict[str, str]) -> bytes:
+        self._record.status = status
+        self._record.first_byte_ms = self._record.elapsed_ms()
+        if self._gateway.running.draining:
+            self.keep_alive = False
+        lines = dict({"server": USER_AGENT, "date": email.utils.formatdate(usegmt=True)}, **headers)
+        lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
+        self._record.request_id = lines[REQUEST_ID_HEADER]
+        lines.update(cors_headers(self._head, self._config))
+        lines["connection"] = "keep-alive" if self.keep_alive else "close"
+        head = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Unknown"))]
+        head += ["%s: %s" % (name, CONTROLS.sub(" ", value)) for name, value in lines.items()]
+        return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
+
+    def _begin_stream(self, stream: StreamedReply) -> Wait | None:
+        """A body in pieces, with a comment when nothing goes out for a while."""
+        self.keep_alive = self.keep_alive and self._head.version == "1.1"
+        self.client.send(self._head_bytes(200, stream.headers))
+        self._stream, self.steps, self.client.keep_alive = stream, stream.steps(), stream.keep_alive
+        return self._go_on()
+
+    def _go_on(self) -> Wait | None:
+        """Sends a stream; where many run, one that has to be waited for is better left to the event loop."""
+        for step in self.steps:
+            if isinstance(step, Wait):
+                if self._gateway.running.count > self._limits.event_loop_from and not self._gateway.event_loop.full:
+                    return step
+                self.client.wait(step)
+            elif step and step is not NEEDS_THREAD:
+                self.client.send(step)
+        return None
+
+    def _send_failure(self, failure: GatewayError) -> None:
+        """An error as a status and body or, once a stream has begun, as its last event."""
+        failure = failure.reworded(masked(str(failure), self._gateway.secrets()))   # whoever's words it repeats
+        self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
+        with contextlib.suppress(ClientGone):
+            if self._stream:
+                self.keep_alive = False
+                self._record.status = failure.status
+                self.client.send(self._stream.failure(failure))
+                return
+            status, headers, body = (
+                (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
+                else (failure.status, failure.headers, failure.body()))
+            LOG.debug("to the client: %s", body, extra={"payload": body})
+            self._send(status, client_json(body), dict(headers, **{"content-type": "application/json"}))
+
+    def _linger(self) -> None:
+        """Reads on for a moment after refusing a body, so that the client sees the answer and no reset."""
+        deadline = time.monotonic() + 2
+        with contextlib.suppress(OSError):
+            self._peer.sock.shutdown(socket.SHUT_WR)
+            while self._peer.read_within(2, deadline):
+                pass
 
 
 def unexpected(failure: Exception) -> GatewayError:
@@ -7608,8 +7503,8 @@ def tool_of(user_agent: str) -> str:
 def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
     fields = without(vars(record), "started")
-    looked = record.route in WATCHING and record.status < 400      # a page that is open looks every other second
-    level = logging.WARNING if record.status >= 400 else logging.DEBUG if looked else logging.INFO
+    monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
+    level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
     if config.minimal:
         LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": fields})
@@ -7629,7 +7524,91 @@ def log_request_record(record: Record, config: Config) -> None:
         LOG.info("  changed: %s", printable(record.changes, 100_000))
 
 
-class Listener(http.server.ThreadingHTTPServer):
+class Connection:
+    """One client connection: reads heads, runs a cycle for each request, ends; `release` is called then."""
+
+    def __init__(self, gateway: Gateway, sock: socket.socket, address: str, release: Callable[[], None]) -> None:
+        self._gateway, self._limits = gateway, gateway.config.limits
+        self._peer, self._address, self._release = Peer(sock), address, release
+
+    def run(self, cycle: RequestCycle | None = None, failure: BaseException | None = None) -> None:
+        """Requests in order, until the connection ends or a stream moves to the event loop.
+
+        A cycle whose stream the event loop has given back goes on first.
+        """
+        wait = None
+        try:
+            cycle = cycle or self._next_cycle()
+            while cycle:
+                wait = cycle.run(failure)
+                if wait or not cycle.keep_alive:
+                    break
+                cycle, failure = self._next_cycle(), None
+        except Exception as defect:
+            log_lost_connection(defect)
+        if cycle and wait:                          # from here on this thread may not touch it any more
+            self._gateway.event_loop.add(RunningStream(cycle.client, cycle.steps, wait,
+                                                       functools.partial(self._resume, cycle)))
+        else:
+            self._release()
+
+    def _resume(self, cycle: RequestCycle, over: bool, failure: BaseException | None) -> None:
+        """Starts a thread for what the event loop gives back."""
+        try:
+            threading.Thread(target=self.run, args=(cycle, failure), name="connection", daemon=True).start()
+        except RuntimeError:                        # no thread to be had: the event loop itself ends this one
+            cycle.keep_alive = False
+            self.run(cycle, failure or (None if over else busy("The gateway is out of threads.")))
+
+    def _next_cycle(self) -> RequestCycle | None:
+        """Waits for the next request and reads its head; None at the end of the connection."""
+        peer = self._peer
+        try:
+            first = peer.read_within(self._limits.idle_timeout)
+            started = time.monotonic()
+            head = self._read_head(first, started + self._limits.head_timeout) if first else None
+        except OSError:
+            return None
+        except GatewayError as refusal:
+            RequestCycle(self._gateway, peer, self._address, NO_HEAD, started).refuse(refusal)
+            return None
+        return RequestCycle(self._gateway, peer, self._address, head, started) if head else None
+
+    def _read_head(self, first: bytes, deadline: float) -> Head | None:
+        """Request line and headers; what cannot become a request is refused before all of it is there."""
+        received = bytearray(first)
+        reader = HeadReader(received, request_line, too_large_head)
+        while True:
+            blank = BLANK_LINES.match(received)     # skipped before a request (RFC 9112, 2.2)
+            del received[:blank.end() if blank else 0]
+            lines = reader.lines()
+            if lines:
+                self._peer.unread += received
+                return head_from_lines(lines)
+            try:
+                more = self._peer.read_within(self._limits.head_timeout, deadline)
+            except socket.timeout:
+                raise Refused(408, "request_timeout", "The request head took more than %d seconds." %
+                              self._limits.head_timeout) from None
+            if not more:
+                return None
+            received += more
+
+
+def too_large_head(what: str) -> GatewayError:
+    return Refused(431, "request_header_fields_too_large", "The request head " + what)
+
+
+def log_lost_connection(failure: BaseException | None) -> None:
+    if not isinstance(failure, OSError):
+        LOG.error("a connection failed: %s", type(failure).__name__, exc_info=failure)
+
+
+# ---- Service -----------------------------------------------------------------------------------------
+# A gateway on its port: listening sockets, a thread per connection, the way to stop.
+
+
+class Listener(socketserver.ThreadingTCPServer):
     """One listening socket; a thread per connection, within a bound."""
     daemon_threads = True
     request_queue_size = BACKLOG
@@ -7638,23 +7617,25 @@ class Listener(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], family: int, gateway: Gateway) -> None:
         self.address_family = family                # type: ignore[assignment,unused-ignore]
         self.gateway = gateway
-        self._connections = Budget(MAX_CONNECTIONS)
-        super().__init__(address, Handler)
+        self._connections = Budget(gateway.config.limits.max_connections)
+        super().__init__(address, Connection)       # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         if os.name == "nt":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)   # type: ignore[attr-defined]
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        socketserver.TCPServer.server_bind(self)    # HTTPServer's own would ask DNS for our name
+        super().server_bind()
 
     def get_request(self) -> Any:
         try:
-            return super().get_request()
+            sock, address = super().get_request()
         except OSError as fault:
             if fault.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.05)                    # asking again at once would not bring descriptors
             raise
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._connections.take(1):
@@ -7672,42 +7653,17 @@ class Listener(http.server.ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own: a connection, until it ends or the pump takes its stream."""
-        self._serve(request, client_address, lambda: Handler(request, client_address, self))
-
-    def resume(self, handler: Handler, failure: BaseException | None) -> None:
-        """Starts a thread for what the pump gives back."""
-        def go_on() -> Handler:
-            handler.resume(failure)
-            return handler
-        arguments = (handler.request, handler.client_address, go_on)
-        try:
-            threading.Thread(target=self._serve, args=arguments, name="connection", daemon=True).start()
-        except RuntimeError:                        # no thread to be had: the pump itself ends this one
-            handler.close_connection = True
-            if handler.pumped and handler.pumped.watch.wants is A_THREAD:
-                failure = failure or Busy("The gateway is out of threads.")
-            self._serve(*arguments)
-
-    def _serve(self, request: Any, client_address: Any, work: Callable[[], Handler]) -> None:
-        try:
-            pumped = work().pumped
-        except Exception:
-            self.handle_error(request, client_address)
-            pumped = None
-        if pumped:
-            self.gateway.pump.add(pumped)           # last: from here on this thread may not touch it any more
-            return
-        self.shutdown_request(request)
-        self._connections.give(1)
+        """In a thread of its own: a connection, until it ends or the event loop takes its stream."""
+        def release() -> None:
+            self.shutdown_request(request)
+            self._connections.give(1)
+        Connection(self.gateway, request, client_address[0], release).run()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        failure = sys.exc_info()[1]
-        if not isinstance(failure, OSError):
-            LOG.error("a connection failed: %s", type(failure).__name__, exc_info=failure)
+        log_lost_connection(sys.exc_info()[1])
 
 
-TOO_MANY_CONNECTIONS = client_json(Busy("The gateway has too many connections.").body())
+TOO_MANY_CONNECTIONS = client_json(busy("The gateway has too many connections.").body())
 
 
 class Service:
@@ -9166,7 +9122,7 @@ def raise_descriptor_limit() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for wanted in (3 * MAX_CONNECTIONS, 10_240, 4_096):     # macOS says there is no limit, and refuses its 10,241st
+        for wanted in (3 * Limits.max_connections, 10_240, 4_096):   # macOS says there is no limit, refuses 10,241
             if hard != resource.RLIM_INFINITY:
                 wanted = min(hard, wanted)
             if soft == resource.RLIM_INFINITY or soft >= wanted:
