@@ -4,8 +4,16 @@ They talk to the real server over real sockets.  Upstream stands a fake Claude t
 refuses, so a request that breaks a rule of the Messages API fails its test.  Where the `openai`
 package is installed the same server is driven with it; where recorded traffic lies beside the project it is used.
 
-First the fake Claude and the test case that all others build on; then tests in the order of the gateway's rooms; then
-real tools, recorded traffic and the README.
+First the fake Claude and the test cases that others build on; then tests in the order of the gateway's rooms, under
+the same banners; then library, real SDK, recorded traffic, README and the file itself.
+
+To add a test, go to its room and derive from `GatewayTestCase`, or from `RequestTestCase` for what a request becomes:
+
+    def test_a_stop_sequence_that_was_met_is_told(self):
+        self.claude.play(message(text("One"), stop_reason="stop_sequence"))     # the next answer of Claude
+        answer = self.chat("Count", stop=["Two"])                               # over a real socket
+        self.assertEqual(answer.json["choices"][0]["finish_reason"], "stop")    # what the client gets
+        self.assertEqual(self.claude.messages[-1].body["stop_sequences"], ["Two"])      # what Claude was sent
 """
 from __future__ import annotations
 
@@ -62,47 +70,47 @@ PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhg
 # ==== The fake Claude =================================================================================
 #
 #   violations(request, headers)      every rule that a POST /v1/messages breaks, one sentence each
-#   FakeClaude, Reply                 a server on 127.0.0.1 that plays queued replies and keeps what it was sent
+#   FakeClaude, FakeReply             a server on 127.0.0.1 that plays queued replies and keeps what it was sent
 #   message, text, tool_use, ...      what Claude says; events_of and sse say it as a stream
 #
-# Shapes look at one value at a time, Rules at how values go together; these are asked only about requests that
+# Shapes look at one value at a time, rules at how values go together; these are asked only about requests that
 # have the right shape.
 
 MIB = 1024 * 1024
 OAUTH_BETA = "oauth-2025-04-20"
 
-# ---- Models -------------------------------------------------------------------------------------
+# ---- Claude's models ---------------------------------------------------------------------------------
 
-Model = collections.namedtuple("Model", "max_tokens images efforts thinking accepts")
+ModelRules = collections.namedtuple("Model", "max_tokens images efforts thinking accepts")
 
 # thinking: the accepted types, `*` = not with effort xhigh or max
 # accepts:  sampling parameters, forced tool_choice, prefill, system messages in mid-conversation
 FIVE, FOUR, THREE = "low medium high xhigh max", "low medium high max", "low medium high"
-NEWEST = Model(128000, 600, FIVE, "adaptive", "system")
+NEWEST = ModelRules(128000, 600, FIVE, "adaptive", "system")
 MODELS = {
     "claude-fable-5-2":           NEWEST,
     "claude-mythos-5-2":          NEWEST,
-    "claude-haiku-5-5":           Model(128000, 600, FIVE, "adaptive disabled*", "forced system"),
-    "claude-sonnet-5-5":          Model(128000, 600, FIVE, "adaptive between_tools*", "system"),
+    "claude-haiku-5-5":           ModelRules(128000, 600, FIVE, "adaptive disabled*", "forced system"),
+    "claude-sonnet-5-5":          ModelRules(128000, 600, FIVE, "adaptive between_tools*", "system"),
     "claude-opus-5-5":            NEWEST,
     "claude-fable-5-1":           NEWEST,
     "claude-mythos-5-1":          NEWEST,
-    "claude-opus-5":              Model(128000, 600, FIVE, "adaptive disabled*", "forced system"),
-    "claude-sonnet-5":            Model(128000, 600, FIVE, "adaptive disabled", "forced"),
-    "claude-fable-5":             Model(128000, 600, FIVE, "adaptive", "forced system"),
-    "claude-mythos-5":            Model(128000, 600, FIVE, "adaptive", "forced system"),
-    "claude-opus-4-8":            Model(128000, 600, FIVE, "adaptive disabled", "forced system"),
-    "claude-opus-4-7":            Model(128000, 600, FIVE, "adaptive disabled", "forced"),
-    "claude-sonnet-4-6":          Model(128000, 600, FOUR, "adaptive enabled disabled", "sampling forced"),
-    "claude-opus-4-6":            Model(128000, 600, FOUR, "adaptive enabled disabled", "sampling forced"),
-    "claude-opus-4-5-20251101":   Model(64000, 100, THREE, "enabled disabled", "sampling forced prefill"),
-    "claude-haiku-4-5-20251001":  Model(64000, 100, "", "enabled disabled", "sampling forced prefill"),
-    "claude-sonnet-4-5-20250929": Model(64000, 100, "", "enabled disabled", "sampling forced prefill"),
+    "claude-opus-5":              ModelRules(128000, 600, FIVE, "adaptive disabled*", "forced system"),
+    "claude-sonnet-5":            ModelRules(128000, 600, FIVE, "adaptive disabled", "forced"),
+    "claude-fable-5":             ModelRules(128000, 600, FIVE, "adaptive", "forced system"),
+    "claude-mythos-5":            ModelRules(128000, 600, FIVE, "adaptive", "forced system"),
+    "claude-opus-4-8":            ModelRules(128000, 600, FIVE, "adaptive disabled", "forced system"),
+    "claude-opus-4-7":            ModelRules(128000, 600, FIVE, "adaptive disabled", "forced"),
+    "claude-sonnet-4-6":          ModelRules(128000, 600, FOUR, "adaptive enabled disabled", "sampling forced"),
+    "claude-opus-4-6":            ModelRules(128000, 600, FOUR, "adaptive enabled disabled", "sampling forced"),
+    "claude-opus-4-5-20251101":   ModelRules(64000, 100, THREE, "enabled disabled", "sampling forced prefill"),
+    "claude-haiku-4-5-20251001":  ModelRules(64000, 100, "", "enabled disabled", "sampling forced prefill"),
+    "claude-sonnet-4-5-20250929": ModelRules(64000, 100, "", "enabled disabled", "sampling forced prefill"),
 }
 MODELS.update({name[:-len("-20250929")]: MODELS[name] for name in list(MODELS) if re.search(r"-\d{8}$", name)})
 
 
-# ---- Shapes -------------------------------------------------------------------------------------
+# ---- Claude's shapes ---------------------------------------------------------------------------------
 # A shape is a function (value, path) -> the sentences about what is wrong with the value.
 
 def at(path: str, name) -> str:
@@ -132,7 +140,7 @@ def limited(inner, allowed, complaint: str):
     return shape
 
 
-def one_of(*words: str):
+def word_of(*words: str):
     """One of these strings."""
     return limited(STRING, words.__contains__, f"Input should be one of {', '.join(words)}")
 
@@ -142,7 +150,7 @@ def matching(pattern: str):
     return limited(STRING, re.compile(pattern).fullmatch, f"String should match pattern '^{pattern}$'")
 
 
-def list_of(inner):
+def array_of(inner):
     """A list with members of one shape."""
     def shape(value, path):
         if not isinstance(value, list):
@@ -167,7 +175,7 @@ def string_or(other, string=STRING):
     return lambda value, path: (string if isinstance(value, str) else other)(value, path)
 
 
-def record(fields: dict):
+def object_with(fields: dict):
     """An object with these fields and no others: `name!` is required, `name?` may be null."""
     shapes = {name.rstrip("!?"): shape for name, shape in fields.items()}
     required = [name[:-1] for name in fields if name.endswith("!")]
@@ -190,7 +198,7 @@ def record(fields: dict):
 
 def tagged(variants: dict, tag: str = "type"):
     """A record whose fields depend on its tag."""
-    records = {name: record(dict(fields, **{tag + "!": STRING})) for name, fields in variants.items()}
+    records = {name: object_with(dict(fields, **{tag + "!": STRING})) for name, fields in variants.items()}
 
     def shape(value, path):
         name = value.get(tag) if isinstance(value, dict) else None
@@ -230,27 +238,27 @@ TOOL_NAME, TOOL_ID = matching("[a-zA-Z0-9_-]{1,64}"), matching("[a-zA-Z0-9_-]+")
 BASE64 = limited(STRING, decodable, "invalid base64 data")
 IMAGE_DATA = limited(BASE64, lambda data: len(data) <= 10 * MIB, "image exceeds 10 MB maximum")
 HTTPS = limited(STRING, re.compile(r"https://[^/\s]+\S*").fullmatch, "Only HTTPS URLs are supported")
-CACHE = tagged({"ephemeral": {"ttl": one_of("5m", "1h")}})
-CITATIONS = record({"enabled": BOOLEAN})
+CACHE = tagged({"ephemeral": {"ttl": word_of("5m", "1h")}})
+CITATIONS = object_with({"enabled": BOOLEAN})
 CALLER = map_of(STRING)
 
 URL, FILE = {"url!": HTTPS}, {"file_id!": STRING}
 IMAGE_SOURCE = limited(tagged({
-    "base64": {"media_type!": one_of(*[name for name in MAGIC if name.startswith("image/")]), "data!": IMAGE_DATA},
+    "base64": {"media_type!": word_of(*[name for name in MAGIC if name.startswith("image/")]), "data!": IMAGE_DATA},
     "url": URL, "file": FILE,
 }), as_labelled, "Image does not match the provided media type")
 
-TEXT = {"text": {"text!": FILLED, "cache_control?": CACHE, "citations?": list_of(OBJECT)}}
+TEXT = {"text": {"text!": FILLED, "cache_control?": CACHE, "citations?": array_of(OBJECT)}}
 IMAGE = {"image": {"source!": IMAGE_SOURCE, "cache_control?": CACHE, "transformations?": ANYTHING}}
 DOCUMENT_SOURCE = limited(tagged({
-    "base64": {"media_type!": one_of("application/pdf"), "data!": BASE64},
-    "text": {"media_type!": one_of("text/plain"), "data!": STRING},
-    "content": {"content!": string_or(list_of(tagged({**TEXT, **IMAGE})))},
+    "base64": {"media_type!": word_of("application/pdf"), "data!": BASE64},
+    "text": {"media_type!": word_of("text/plain"), "data!": STRING},
+    "content": {"content!": string_or(array_of(tagged({**TEXT, **IMAGE})))},
     "url": URL, "file": FILE,
 }), as_labelled, "The PDF specified was not valid")
 DOCUMENT = {"document": {"source!": DOCUMENT_SOURCE, "title?": STRING, "context?": STRING, "citations?": CITATIONS,
                          "cache_control?": CACHE}}
-SEARCH_RESULT = {"search_result": {"source!": STRING, "title!": STRING, "content!": list_of(tagged(TEXT)),
+SEARCH_RESULT = {"search_result": {"source!": STRING, "title!": STRING, "content!": array_of(tagged(TEXT)),
                                    "citations?": CITATIONS, "cache_control?": CACHE}}
 TOOL_REFERENCE = {"tool_reference": {"tool_name!": TOOL_NAME, "cache_control?": CACHE}}
 UPLOAD = {"container_upload": {"file_id!": STRING, "cache_control?": CACHE}}
@@ -258,34 +266,34 @@ UPLOAD = {"container_upload": {"file_id!": STRING, "cache_control?": CACHE}}
 NESTED_BLOCKS = {**TEXT, **IMAGE, **DOCUMENT, **SEARCH_RESULT, **TOOL_REFERENCE}
 USER_BLOCKS = {
     **TEXT, **IMAGE, **DOCUMENT, **SEARCH_RESULT, **UPLOAD,
-    "tool_result": {"tool_use_id!": TOOL_ID, "content?": string_or(list_of(tagged(NESTED_BLOCKS))),
+    "tool_result": {"tool_use_id!": TOOL_ID, "content?": string_or(array_of(tagged(NESTED_BLOCKS))),
                     "is_error?": BOOLEAN, "cache_control?": CACHE},
 }
 SERVER_USES = ("server_tool_use", "mcp_tool_use")
 SERVER_RESULTS = [name + "_tool_result" for name in (
     "web_search", "web_fetch", "code_execution", "bash_code_execution", "text_editor_code_execution", "tool_search",
     "advisor", "mcp")]
-CALL = {"name!": TOOL_NAME, "input!": OBJECT, "caller?": CALLER, "cache_control?": CACHE}
+CALL_FIELDS = {"name!": TOOL_NAME, "input!": OBJECT, "caller?": CALLER, "cache_control?": CACHE}
 ASSISTANT_BLOCKS = {
     **TEXT, **DOCUMENT, **UPLOAD,
     "thinking": {"thinking!": STRING, "signature!": limited(STRING, len, "Invalid `signature` in `thinking` block")},
     "redacted_thinking": {"data!": limited(STRING, len, "Invalid `data` in `redacted_thinking` block")},
-    "tool_use": dict(CALL, **{"id!": TOOL_ID}),
-    "server_tool_use": dict(CALL, **{"id!": matching("srvtoolu_[a-zA-Z0-9_]+")}),
-    "mcp_tool_use": dict(CALL, **{"id!": TOOL_ID, "server_name!": STRING}),
+    "tool_use": dict(CALL_FIELDS, **{"id!": TOOL_ID}),
+    "server_tool_use": dict(CALL_FIELDS, **{"id!": matching("srvtoolu_[a-zA-Z0-9_]+")}),
+    "mcp_tool_use": dict(CALL_FIELDS, **{"id!": TOOL_ID, "server_name!": STRING}),
     **{name: {"tool_use_id!": TOOL_ID, "content!": kind("result", dict, list, str), "caller?": CALLER,
               "is_error?": BOOLEAN, "cache_control?": CACHE} for name in SERVER_RESULTS},
 }
-MESSAGE = tagged({role: {"content!": string_or(list_of(tagged(blocks)))} for role, blocks in (
+MESSAGE = tagged({role: {"content!": string_or(array_of(tagged(blocks)))} for role, blocks in (
     ("user", USER_BLOCKS), ("assistant", ASSISTANT_BLOCKS), ("system", TEXT))}, tag="role")
 
-# ---- Schemas ------------------------------------------------------------------------------------
+# ---- Claude's schemas --------------------------------------------------------------------------------
 # JSON Schema 2020-12: where a schema holds others, and what its other keywords must look like.
 
 MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
 SINGLES = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
-TYPE_NAME = one_of("object", "array", "string", "number", "integer", "boolean", "null")
+TYPE_NAME = word_of("object", "array", "string", "number", "integer", "boolean", "null")
 
 
 def json_schema(value, path: str):
@@ -297,16 +305,16 @@ def json_schema(value, path: str):
         yield from KEYWORDS.get(keyword, ANYTHING)(member, at(path, keyword))
 
 
-UNIQUE_NAMES = limited(list_of(STRING), lambda names: len(set(names)) == len(names), "items should be unique")
+UNIQUE_NAMES = limited(array_of(STRING), lambda names: len(set(names)) == len(names), "items should be unique")
 KEYWORDS = {
     **dict.fromkeys(MAPS, map_of(json_schema)),
-    **dict.fromkeys(LISTS, limited(list_of(json_schema), len, "List should have at least 1 item")),
+    **dict.fromkeys(LISTS, limited(array_of(json_schema), len, "List should have at least 1 item")),
     **dict.fromkeys(SINGLES, json_schema),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"), NUMBER),
     **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), NATURAL),
     **dict.fromkeys(("$ref", "$schema", "title", "description", "pattern", "format"), STRING),
-    "type": string_or(limited(list_of(TYPE_NAME), len, "List should have at least 1 item"), TYPE_NAME),
-    "enum": list_of(ANYTHING), "required": UNIQUE_NAMES, "uniqueItems": BOOLEAN,
+    "type": string_or(limited(array_of(TYPE_NAME), len, "List should have at least 1 item"), TYPE_NAME),
+    "enum": array_of(ANYTHING), "required": UNIQUE_NAMES, "uniqueItems": BOOLEAN,
 }
 TOOL_SCHEMA = limited(limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
                               'type: Input should be "object"'),
@@ -377,23 +385,23 @@ def bad_references(root: dict, schema, path: str, trail: tuple = ("#",)):
             yield from bad_references(root, target, path, trail + (reference,))
 
 
-# ---- Requests -----------------------------------------------------------------------------------
+# ---- Claude's requests -------------------------------------------------------------------------------
 
-DOMAINS = {"allowed_domains?": list_of(STRING), "blocked_domains?": list_of(STRING)}
+DOMAINS = {"allowed_domains?": array_of(STRING), "blocked_domains?": array_of(STRING)}
 ON_ANY_TOOL = {"cache_control?": CACHE, "strict?": BOOLEAN, "defer_loading?": BOOLEAN,
-               "allowed_callers?": list_of(STRING)}
-WEB_SEARCH = {**ON_ANY_TOOL, **DOMAINS, "type!": STRING, "name!": one_of("web_search"), "max_uses?": INTEGER,
-              "user_location?": tagged({"approximate": {"city?": STRING, "region?": STRING, "country?": STRING,
-                                                        "timezone?": STRING}})}
-WEB_FETCH = {**ON_ANY_TOOL, **DOMAINS, "type!": STRING, "name!": one_of("web_fetch"), "max_uses?": INTEGER,
-             "citations?": CITATIONS, "max_content_tokens?": INTEGER, "use_cache?": BOOLEAN}
+               "allowed_callers?": array_of(STRING)}
+WEB_SEARCH_SHAPE = {**ON_ANY_TOOL, **DOMAINS, "type!": STRING, "name!": word_of("web_search"), "max_uses?": INTEGER,
+                   "user_location?": tagged({"approximate": {"city?": STRING, "region?": STRING, "country?": STRING,
+                                                             "timezone?": STRING}})}
+WEB_FETCH_SHAPE = {**ON_ANY_TOOL, **DOMAINS, "type!": STRING, "name!": word_of("web_fetch"), "max_uses?": INTEGER,
+                  "citations?": CITATIONS, "max_content_tokens?": INTEGER, "use_cache?": BOOLEAN}
 TOOLS = {                                               # pattern of the type -> shape of the tool
-    r"custom": record({
+    r"custom": object_with({
         **ON_ANY_TOOL, "name!": TOOL_NAME, "description?": STRING, "input_schema!": TOOL_SCHEMA, "type?": STRING,
-        "eager_input_streaming?": BOOLEAN, "input_examples?": list_of(OBJECT)}),
-    r"web_search_(20250305|20260209)": record(WEB_SEARCH),
-    r"web_search_20260318": record({**WEB_SEARCH, "response_inclusion?": STRING}),
-    r"web_fetch_(20250910|20260209|20260309|20260318)": record(WEB_FETCH),
+        "eager_input_streaming?": BOOLEAN, "input_examples?": array_of(OBJECT)}),
+    r"web_search_(20250305|20260209)": object_with(WEB_SEARCH_SHAPE),
+    r"web_search_20260318": object_with({**WEB_SEARCH_SHAPE, "response_inclusion?": STRING}),
+    r"web_fetch_(20250910|20260209|20260309|20260318)": object_with(WEB_FETCH_SHAPE),
     r"(code_execution|tool_search_tool_(bm25|regex)|computer|bash|text_editor|memory|advisor)_\d{8}": OBJECT,
 }
 
@@ -409,31 +417,32 @@ def tool(value, path: str):
 
 
 PARALLEL = {"disable_parallel_tool_use": BOOLEAN}
-DISPLAY = {"display?": one_of("summarized", "omitted", "updates")}
+DISPLAY = {"display?": word_of("summarized", "omitted", "updates")}
 BETA_FIELDS = ("context_management", "mcp_servers", "fallbacks", "fallback_credit_token", "compaction", "thread",
                "billing_policy", "output_format", "thinking.block_binding", "output_config.task_budget")
-REQUEST = record({
+REQUEST = object_with({
     "model!": STRING, "max_tokens!": INTEGER, "stream": BOOLEAN,
-    "messages!": limited(list_of(MESSAGE), len, "at least one message is required"),
-    "system": limited(string_or(list_of(tagged(TEXT)), FILLED), len, "leave it out when it is empty"),
-    "stop_sequences": list_of(limited(STRING, str.strip, "each stop sequence must contain non-whitespace")),
+    "messages!": limited(array_of(MESSAGE), len, "at least one message is required"),
+    "system": limited(string_or(array_of(tagged(TEXT)), FILLED), len, "leave it out when it is empty"),
+    "stop_sequences": array_of(limited(STRING, str.strip, "each stop sequence must contain non-whitespace")),
     "temperature": UNIT, "top_p": UNIT, "top_k": NATURAL,
-    "tools": list_of(tool),
+    "tools": array_of(tool),
     "tool_choice": tagged({"auto": PARALLEL, "any": PARALLEL, "tool": {"name!": TOOL_NAME, **PARALLEL}, "none": {}}),
     "thinking": tagged({"adaptive": {**DISPLAY, "block_binding?": OBJECT}, "disabled": {}, "between_tools": {},
                         "enabled": {"budget_tokens!": INTEGER, **DISPLAY}}),
-    "output_config": record({"effort?": one_of(*FIVE.split()), "task_budget?": OBJECT,
-                             "format?": tagged({"json_schema": {"schema!": limited(json_schema, bool, "empty")}})}),
-    "metadata": record({"user_id?": limited(STRING, lambda text: len(text) <= 256,
-                                            "String should have at most 256 characters")}),
-    "service_tier": one_of("auto", "standard_only"), "speed": one_of("standard", "fast"),
+    "output_config": object_with({"effort?": word_of(*FIVE.split()), "task_budget?": OBJECT,
+                                  "format?": tagged({"json_schema": {
+                                      "schema!": limited(json_schema, bool, "empty")}})}),
+    "metadata": object_with({"user_id?": limited(STRING, lambda text: len(text) <= 256,
+                                                 "String should have at most 256 characters")}),
+    "service_tier": word_of("auto", "standard_only"), "speed": word_of("standard", "fast"),
     "cache_control?": CACHE, "inference_geo?": STRING, "container?": kind("container", str, dict),
-    "diagnostics?": record({"previous_message_id?": STRING}),
+    "diagnostics?": object_with({"previous_message_id?": STRING}),
     **{name: ANYTHING for name in BETA_FIELDS if "." not in name},
 })
 
 
-# ---- Rules --------------------------------------------------------------------------------------
+# ---- Claude's rules ----------------------------------------------------------------------------------
 # A rule is a function of what `understood` makes of a request: -> the sentences about how it breaks the rule.
 
 def broken(conditions: dict) -> list:
@@ -480,7 +489,7 @@ def understood(request: dict, headers: dict) -> SimpleNamespace:
         prefill=messages[-1]["role"] == "assistant" and not paused)      # a paused turn is handed back, not prefilled
 
 
-def limits(asked):
+def limit_rules(asked):
     """Numbers, and fields that only a beta header opens."""
     request, model = asked.request, asked.model
     images = sum(block["type"] == "image" for _, block in asked.blocks)
@@ -676,7 +685,7 @@ def cache_rules(asked):
         yield "cache_control.ttl: differs from the ttl of the last block"
 
 
-RULES = (limits, sampling, thinking_rules, tool_rules, structured_output, contents, order_of_roles, tool_pairs,
+RULES = (limit_rules, sampling, thinking_rules, tool_rules, structured_output, contents, order_of_roles, tool_pairs,
          tool_ids, thinking_first, cache_rules)
 
 
@@ -720,9 +729,9 @@ def violations(request: dict, headers: dict) -> list[str]:
     return [sentence for rule in RULES for sentence in rule(asked)]
 
 
-# ---- Builders -----------------------------------------------------------------------------------
+# ---- Claude's messages and events --------------------------------------------------------------------
 
-USAGE = {"input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 7}
+USUAL_USAGE = {"input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 7}
 ONLY_AT_START = {"cache_creation", "service_tier", "speed", "inference_geo"}
 MODEL = "claude-sonnet-5-5"
 
@@ -748,7 +757,7 @@ def message(*blocks: dict, stop_reason: str | None = None, model: str = MODEL, u
     called = any(block["type"] == "tool_use" for block in blocks)
     return dict({"id": "msg_fake", "type": "message", "role": "assistant", "model": model, "content": list(blocks),
                  "stop_reason": stop_reason or ("tool_use" if called else "end_turn"), "stop_sequence": None,
-                 "stop_details": None, "usage": dict(USAGE, **usage or {})}, **fields)
+                 "stop_details": None, "usage": dict(USUAL_USAGE, **usage or {})}, **fields)
 
 
 def error_body(type: str, message: str) -> dict:
@@ -815,10 +824,10 @@ def sse(events: list[dict]) -> bytes:
     return "".join(lines).encode("utf-8")
 
 
-# ---- Server -------------------------------------------------------------------------------------
+# ---- Claude's server ---------------------------------------------------------------------------------
 
 @dataclass
-class Reply:
+class FakeReply:
     """An answer down to its bytes.  Without `pieces` it is `body` with a Content-Length."""
     status: int | None = 200                            # None: hang up without a status line
     headers: dict = field(default_factory=dict)         # laid over ours; None leaves a header out
@@ -830,7 +839,7 @@ class Reply:
 
 
 @dataclass
-class Recorded:
+class SentRequest:
     """A request as it came."""
     method: str
     path: str
@@ -852,7 +861,7 @@ def parsed(raw: bytes):
     return body if isinstance(body, dict) else None
 
 
-class Handler(BaseHTTPRequestHandler):
+class FakeHandler(BaseHTTPRequestHandler):
     """One connection of the gateway."""
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -873,7 +882,7 @@ class Handler(BaseHTTPRequestHandler):
         """Record the request, find its route, send the reply."""
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        recorded = Recorded(self.command, self.path, headers, raw, parsed(raw))
+        recorded = SentRequest(self.command, self.path, headers, raw, parsed(raw))
         self.fake.requests.append(recorded)
         try:
             self._send(self.fake.reply_to(recorded))
@@ -883,7 +892,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_DELETE = do_PUT = do_POST
 
-    def _send(self, reply: Reply) -> None:
+    def _send(self, reply: FakeReply) -> None:
         """One reply, as abruptly as it asks for."""
         self._wait_for(reply.hold)
         if reply.status is not None:
@@ -896,7 +905,7 @@ class Handler(BaseHTTPRequestHandler):
         if reply.cut or reply.status is None or (reply.pieces and not reply.chunked):
             self._hang_up(reset=reply.cut)
 
-    def _send_head(self, reply: Reply, length: int) -> None:
+    def _send_head(self, reply: FakeReply, length: int) -> None:
         """Status line and headers."""
         framing = {"Content-Length": str(length)}
         if reply.pieces:
@@ -910,7 +919,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
 
-    def _send_piece(self, reply: Reply, piece) -> None:
+    def _send_piece(self, reply: FakeReply, piece) -> None:
         """Bytes, or a wait."""
         if not isinstance(piece, bytes):
             self._wait_for([piece])
@@ -951,7 +960,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
 
 
-class Server(ThreadingHTTPServer):
+class FakeServer(ThreadingHTTPServer):
     """Threads that nobody waits for, and no word about connections that break."""
     daemon_threads = True
     request_queue_size = 1024                           # at 128 a burst of 500 waits seconds for lost SYNs
@@ -966,7 +975,7 @@ class FakeClaude:
 
     def __init__(self, strict: bool = True) -> None:
         self.strict = strict
-        self.requests: list[Recorded] = []
+        self.requests: list[SentRequest] = []
         self.violations: list[str] = []
         self.models: list[dict] | None = None           # None: no such endpoint
         self.token_replies: list = []
@@ -976,7 +985,7 @@ class FakeClaude:
         self._replies: list = []
 
     def __enter__(self) -> FakeClaude:
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = FakeServer(("127.0.0.1", 0), FakeHandler)
         self._server.fake = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -1002,43 +1011,43 @@ class FakeClaude:
         self.closed.clear()
 
     @property
-    def messages(self) -> list[Recorded]:
+    def messages(self) -> list[SentRequest]:
         """The requests to /v1/messages."""
         return [request for request in self.requests if urlsplit(request.path).path == "/v1/messages"]
 
     def play(self, *replies) -> None:
-        """Queue replies for the next messages: a message, a Reply, or a function of the recorded request."""
+        """Queue replies for the next messages: a message, a FakeReply, or a function of the recorded request."""
         self._replies.extend(replies)
 
     def wait_closed(self, timeout: float) -> bool:
         """Whether, in this time, the gateway closes a connection whose reply has not ended."""
         return self.closed.wait(timeout)
 
-    def reply_to(self, recorded: Recorded) -> Reply:
+    def reply_to(self, recorded: SentRequest) -> FakeReply:
         """What to say to a request."""
         path = urlsplit(recorded.path).path
         for method, pattern, answer in self._ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method == recorded.method:
                 return answer(self, recorded, *match.groups())
-        return Reply(404, body=error_body("not_found_error", f"Not found: {path}"))
+        return FakeReply(404, body=error_body("not_found_error", f"Not found: {path}"))
 
-    def _message(self, recorded: Recorded) -> Reply:
+    def _message(self, recorded: SentRequest) -> FakeReply:
         """The next reply in the queue, if the request is flawless."""
         if len(recorded.raw) > 32 * MIB:
-            return Reply(413, body=error_body("request_too_large", "Request exceeds the maximum size"))
+            return FakeReply(413, body=error_body("request_too_large", "Request exceeds the maximum size"))
         found = self._violations(recorded) if self.strict else []
         self.violations.extend(found)
         if found:
-            return Reply(400, body=error_body("invalid_request_error", found[0]))
+            return FakeReply(400, body=error_body("invalid_request_error", found[0]))
         asked = recorded.body or {}
         reply = self._next(self._replies, recorded) or message(text("Hello!"), model=asked.get("model", MODEL))
         if isinstance(reply, dict) and asked.get("stream"):
-            return Reply(pieces=[sse([event]) for event in events_of(reply)])
-        return reply if isinstance(reply, Reply) else Reply(body=reply)
+            return FakeReply(pieces=[sse([event]) for event in events_of(reply)])
+        return reply if isinstance(reply, FakeReply) else FakeReply(body=reply)
 
     @staticmethod
-    def _next(queue: list, recorded: Recorded):
+    def _next(queue: list, recorded: SentRequest):
         """The next reply of a queue, or None; functions are asked for theirs."""
         try:
             reply = queue.pop(0)
@@ -1048,38 +1057,39 @@ class FakeClaude:
             reply = reply(recorded)
         return reply
 
-    def _violations(self, recorded: Recorded) -> list[str]:
+    def _violations(self, recorded: SentRequest) -> list[str]:
         """What is wrong with a request, its bytes included."""
         if recorded.body is None:
             return ["body: the request body is not a valid JSON object"]
         return violations(recorded.body, recorded.headers)
 
-    def _count(self, recorded: Recorded) -> Reply:
+    def _count(self, recorded: SentRequest) -> FakeReply:
         """As many tokens as the test likes."""
-        return Reply(body={"input_tokens": self.input_tokens})
+        return FakeReply(body={"input_tokens": self.input_tokens})
 
-    def _token(self, recorded: Recorded) -> Reply:
+    def _token(self, recorded: SentRequest) -> FakeReply:
         """The next token reply, or a refusal in OAuth's shape."""
-        reply = self._next(self.token_replies, recorded) or Reply(400, body={
+        reply = self._next(self.token_replies, recorded) or FakeReply(400, body={
             "error": "invalid_grant", "error_description": "Refresh token not found or invalid"})
-        return reply if isinstance(reply, Reply) else Reply(body=reply)
+        return reply if isinstance(reply, FakeReply) else FakeReply(body=reply)
 
-    def _model_list(self, recorded: Recorded) -> Reply:
+    def _model_list(self, recorded: SentRequest) -> FakeReply:
         """One page of the models."""
         if self.models is None:
-            return Reply(404, body=error_body("not_found_error", "Not found"))
+            return FakeReply(404, body=error_body("not_found_error", "Not found"))
         query = parse_qs(urlsplit(recorded.path).query)
         ids = [model["id"] for model in self.models]
         start = ids.index(query["after_id"][0]) + 1 if query.get("after_id", [""])[0] in ids else 0
         end = start + int(query.get("limit", ["20"])[0])
         page = self.models[start:end]
-        return Reply(body={"data": page, "has_more": end < len(ids), "first_id": page[0]["id"] if page else None,
-                           "last_id": page[-1]["id"] if page else None})
+        return FakeReply(body={"data": page, "has_more": end < len(ids), "first_id": page[0]["id"] if page else None,
+                               "last_id": page[-1]["id"] if page else None})
 
-    def _model(self, recorded: Recorded, name: str) -> Reply:
+    def _model(self, recorded: SentRequest, name: str) -> FakeReply:
         """One model."""
         found = [model for model in self.models or [] if model["id"] == name]
-        return Reply(body=found[0]) if found else Reply(404, body=error_body("not_found_error", f"model: {name}"))
+        missing = FakeReply(404, body=error_body("not_found_error", f"model: {name}"))
+        return FakeReply(body=found[0]) if found else missing
 
     _ROUTES = (
         ("POST", r"/v1/messages", _message),
@@ -1248,19 +1258,8 @@ def bare(blocks):
     return blocks
 
 
-# ==== Models ==========================================================================================
-
 ALL_MODELS = list(BUILT_IN_MODELS)
 OLD_MODELS = ("claude-opus-4-5-20251101", "claude-haiku-4-5-20251001", "claude-sonnet-4-5-20250929")
-UNFORCED = ("claude-fable-5-2", "claude-mythos-5-2", "claude-sonnet-5-5", "claude-opus-5-5", "claude-fable-5-1",
-            "claude-mythos-5-1")                    # refuse tool_choice any and tool
-
-
-def live_model(model_id: str, **fields) -> dict:
-    """An entry of Claude's model list that says nothing about capabilities."""
-    return dict({"id": model_id, "type": "model", "display_name": model_id, "created_at": "2026-10-01T00:00:00Z",
-                 "lifecycle": "active", "max_input_tokens": 1_000_000, "max_tokens": 128_000, "capabilities": None},
-                **fields)
 
 
 class RequestTestCase(GatewayTestCase):
@@ -1292,6 +1291,530 @@ class RequestTestCase(GatewayTestCase):
         self.assertEqual(answer.status, 200, answer.raw)
         return answer.headers.get("x-claude-gateway-changes", "")
 
+
+def a_tool(name: str, parameters=None, **fields) -> dict:
+    """A function tool of OpenAI's."""
+    return {"type": "function", "function": dict({"name": name, "parameters": parameters or {
+        "type": "object", "properties": {"x": {"type": "integer"}}}}, **fields)}
+
+
+def a_call(call_id, name: str = "f", arguments='{"x":1}') -> dict:
+    """An entry of `tool_calls`."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*tool_calls: dict, content=None) -> dict:
+    return {"role": "assistant", "content": content, "tool_calls": list(tool_calls)}
+
+
+def result(call_id, content="ok", **fields) -> dict:
+    return dict({"role": "tool", "tool_call_id": call_id, "content": content}, **fields)
+
+
+def user(content) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content) -> dict:
+    return {"role": "assistant", "content": content}
+
+
+def system(content) -> dict:
+    return {"role": "system", "content": content}
+
+
+def said(role: str, *words: str) -> dict:
+    """A message of the Messages API that holds these texts."""
+    return {"role": role, "content": [text(each) for each in words]}
+
+
+ASKED = user("Hi")
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+
+
+def one_by_one(*events: dict, **reply) -> FakeReply:
+    """An event stream that arrives event by event."""
+    return FakeReply(pieces=[sse([event]) for event in events], **reply)
+
+
+def refusal_of_claude(status: int, kind: str, words: str, headers=None, **details) -> FakeReply:
+    """A refusal that names no reason to wait."""
+    body = error_body(kind, words)
+    if details:
+        body["error"]["details"] = details
+    return FakeReply(status, body=body, headers=dict({"retry-after": "60"}, **(headers or {})))
+
+
+POSIX_ONLY = unittest.skipUnless(os.name == "posix", "file modes, symlinks and signals of POSIX")
+CHAT_BODY = b'{"model":"claude-sonnet-5-5","messages":[{"role":"user","content":"Hello"}]}'
+NEXT_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+NO_RETRY = {"x-stainless-retry-count": "1"}             # the client retries by itself, so the gateway does not
+
+
+def request_bytes(line: str, *headers, body: bytes = b"") -> bytes:
+    """A request as it goes over the wire; headers are strings, or bytes for what no string should hold."""
+    lines = [line.encode("latin-1")] + [head if isinstance(head, bytes) else head.encode("latin-1")
+                                        for head in headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def chat_bytes(*headers, body: bytes = CHAT_BODY, version: str = "1.1") -> bytes:
+    """A chat request with a Content-Length."""
+    return request_bytes("POST /v1/chat/completions HTTP/" + version, "Host: localhost",
+                         "Content-Length: %d" % len(body), *headers, body=body)
+
+
+def in_chunks(*pieces: bytes) -> bytes:
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces + (b"",))
+
+
+def chunks_in(data: bytes):
+    """The chunks of a chunked body, and the bytes behind it."""
+    chunks = []
+    while True:
+        size, _, data = data.partition(b"\r\n")
+        length = int(size, 16)
+        assert data[length:length + 2] == b"\r\n", data[:200]
+        chunk, data = data[:length], data[length + 2:]
+        if not length:
+            return chunks, data
+        chunks.append(chunk)
+
+
+def answers_in(data: bytes, without_body=()) -> list:
+    """Every answer in what came over a connection; `without_body`: positions of the answers to HEAD."""
+    answers: list = []
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        assert end and head.startswith(b"HTTP/1.1 "), "not an answer: %r" % head[:200]
+        status_line, *lines = head.decode("latin-1").split("\r\n")
+        headers: dict = {}
+        for line in lines:
+            name, _, value = line.partition(": ")
+            assert name not in headers, "the header %s came twice" % name
+            headers[name.lower()] = value
+        status, body = int(status_line.split(" ")[1]), b""
+        if status not in (100, 204) and len(answers) not in without_body:
+            if headers.get("transfer-encoding") == "chunked":
+                chunks, data = chunks_in(data)
+                body = b"".join(chunks)
+            else:
+                length = int(headers.get("content-length", len(data)))
+                assert len(data) >= length, "a body is cut short"
+                body, data = data[:length], data[length:]
+        answers.append(Answer(status, headers, body))
+    return answers
+
+
+def received_until(connection: socket.socket, mark: bytes) -> bytes:
+    """What arrives, up to and including the mark; less if the other side ends the connection."""
+    received = b""
+    while mark not in received:
+        piece = connection.recv(65_536)
+        if not piece:
+            break
+        received += piece
+    return received
+
+
+def eventually(condition, seconds: float = 5) -> bool:
+    """Whether the condition comes true in time; for what announces itself by no event."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+class HttpTestCase(GatewayTestCase):
+    def exchanged(self, data: bytes, without_body=(), ends: bool = False) -> list:
+        """The answers to these bytes; the gateway has to close the connection (`ends`: we stop sending first)."""
+        connection = self.connect()
+        connection.settimeout(5)
+        received, self.was_reset = b"", False
+        try:
+            connection.sendall(data)
+            if ends:
+                connection.shutdown(socket.SHUT_WR)
+        except ConnectionError:
+            self.was_reset = True
+        try:
+            piece = connection.recv(65_536)
+            while piece:
+                received += piece
+                piece = connection.recv(65_536)
+        except ConnectionError:
+            self.was_reset = True
+        self.connection = connection
+        return answers_in(received, without_body)
+
+    def assert_refused(self, data: bytes, *statuses: int) -> Answer:
+        """One answer with one of these statuses in OpenAI's envelope, then the end, whatever else was sent."""
+        answers = self.exchanged(data + NEXT_REQUEST)
+        self.assertEqual(len(answers), 1, [answer.raw for answer in answers])
+        answer = answers[0]
+        self.assertIn(answer.status, statuses)
+        self.assert_envelope(answer)
+        self.assertEqual(answer.headers["connection"], "close")
+        self.assertEqual(self.claude.messages, [])
+        return answer
+
+    def assert_not_reset(self) -> None:
+        """A reset behind an answer would make many a client throw the answer away."""
+        self.assertFalse(self.was_reset or eventually(
+            lambda: self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0.1))
+
+    def assert_envelope(self, answer: Answer) -> None:
+        self.assertEqual(set(answer.json), {"error"})
+        self.assertEqual(set(answer.error), {"message", "type", "param", "code"})
+        self.assertTrue(answer.error["message"])
+        self.assertNotIn("Traceback", answer.raw.decode())
+        self.assertEqual(answer.headers["content-type"], "application/json")
+
+    def held_chat(self, **fields):
+        """A request that waits at Claude: the client's connection, and the event that lets Claude answer."""
+        arrived, release = threading.Event(), threading.Event()
+        self.addCleanup(release.set)
+        reply = FakeReply(pieces=[sse(events_of(message(text("Hello!"))))], hold=[release])
+        self.claude.play(lambda recorded: arrived.set() or reply)
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=json.dumps(dict(json.loads(CHAT_BODY.decode()), **fields)).encode()))
+        self.assertTrue(arrived.wait(5))
+        return connection, release
+
+
+# ==== The rooms of the gateway ======================================================================
+
+# ---- Configuration -----------------------------------------------------------------------------------
+
+def config_of(*arguments: str, **variables: str) -> Config:
+    """What `start` makes of flags and variables."""
+    return claude_gateway.config_from(claude_gateway.argument_parser().parse_args(["start"] + list(arguments)),
+                                      dict({"HOME": "/home/me", "APPDATA": "C:\\Users\\me"}, **variables))
+
+
+class ConfigTests(unittest.TestCase):
+    def test_a_proxys_password_is_known_for_redaction_also_without_a_scheme(self):
+        for address in ("http://me:planted@proxy.example:8080", "me:planted@proxy.example:8080"):
+            self.assertIn("planted", Config(https_proxy=address).secrets())
+
+    def test_a_config_does_not_show_its_secrets(self):
+        shown = repr(config_of(ANTHROPIC_API_KEY="secret-1", ANTHROPIC_AUTH_TOKEN="secret-2",
+                               CLAUDE_CODE_OAUTH_TOKEN="secret-3", CLAUDE_GATEWAY_API_KEY="secret-4",
+                               HTTPS_PROXY="http://user:secret-5@proxy:1"))
+        self.assertNotIn("secret", shown)
+
+
+# ---- Errors ------------------------------------------------------------------------------------------
+
+class ClaudeErrorTests(GatewayTestCase):
+    """Refusals of Claude in OpenAI's envelope, in the provider's words."""
+
+    def refused(self, reply: FakeReply, **fields) -> Answer:
+        count = len(self.claude.messages)
+        self.claude.play(reply)
+        answer = self.chat(**fields)
+        self.assertEqual(len(self.claude.messages), count + 1, "refused once, asked once")
+        self.assertEqual(sorted(answer.error), ["code", "message", "param", "type"])
+        return answer
+
+    def test_an_error_that_repeats_the_key_reaches_nobody_with_it(self):
+        for ask in (self.chat, lambda **headers: self.ask("POST", "/v1/messages", {
+                "model": "opus", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}, **headers)):
+            self.claude.play(FakeReply(403, body=error_body("permission_error", "The key %s may not." % SECRET)))
+            answer = ask(headers=NO_RETRY)
+            self.assertEqual(answer.error["message"], "The key *** may not.")
+
+    def test_every_status_has_its_place(self):
+        for status, kind, ours, our_kind in (
+            (404, "not_found_error", 404, "invalid_request_error"), (409, "conflict_error", 409, "server_error"),
+            (500, "api_error", 500, "server_error"), (501, "api_error", 501, "server_error"),
+            (503, "api_error", 503, "server_error"), (503, "overloaded_error", 503, "server_error"),
+            (418, "new_error", 418, None), (520, "new_error", 520, "server_error"),
+            (422, "invalid_request_error", 400, "invalid_request_error"),
+        ):
+            for stream in (False, True):
+                with self.subTest(status=status, kind=kind, stream=stream):
+                    answer = self.refused(refusal_of_claude(status, kind, "No."), stream=stream)
+                    self.assertEqual(answer.status, ours)
+                    self.assertEqual(answer.error["type"], our_kind or answer.error["type"])
+                    self.assertEqual(answer.headers["content-type"], "application/json")
+
+    def test_a_status_without_claudes_words_says_what_it_can(self):
+        page = b"<html><body>" + b"x" * 5000
+        for status, ours, code in ((400, 400, None), (401, 401, "upstream_authentication"), (403, 403, None),
+                                   (404, 404, None), (408, 504, "timeout"), (413, 413, "request_too_large"),
+                                   (429, 429, "rate_limit_exceeded"), (500, 500, None), (502, 502, None),
+                                   (503, 503, None), (504, 504, "timeout"), (529, 503, "overloaded")):
+            for body in (page, b"", b"[]", b'{"error": "x"}', b'{"error": {"message": null}}'):
+                with self.subTest(status=status, body=body[:20]):
+                    answer = self.refused(FakeReply(status, {"content-type": "text/html", "retry-after": "60"}, body))
+                    self.assertEqual((answer.status, answer.error["code"]), (ours, code))
+                    self.assertNotIn("<html", answer.error["message"])
+                    self.assertIn(str(status), answer.error["message"])
+
+    # the rejections of subscription tokens, as people reported them: words, our status, our code
+    REJECTIONS = (
+        (400, "invalid_request_error", "This credential is only authorized for use with Claude Code and cannot be used "
+         "for other API requests.", 400, "upstream_refused"),
+        (400, "invalid_request_error", "system: This credential is only authorized for use with Claude Code and cannot "
+         "be used for other API requests.", 400, "upstream_refused"),
+        (400, "invalid_request_error", "Third-party apps now draw from your extra usage, not your plan limits. Add "
+         "more at claude.ai/settings/usage and keep going.", 429, "insufficient_quota"),
+        (400, "invalid_request_error", "You're out of extra usage. Add more at claude.ai/settings/usage and keep "
+         "going.", 429, "insufficient_quota"),
+        (401, "authentication_error", "OAuth authentication is currently not supported.", 401,
+         "upstream_authentication"),
+        (401, "authentication_error", "OAuth token has expired. Please obtain a new token or refresh your existing "
+         "token.", 401, "upstream_authentication"),
+        (401, "authentication_error", "Invalid bearer token", 401, "upstream_authentication"),
+        (403, "permission_error", "OAuth token has been revoked. Please obtain a new token.", 401,
+         "upstream_authentication"),
+    )
+
+    def test_rejected_credentials_are_told_in_the_providers_words_with_one_hint_and_not_retried(self):
+        image = [{"type": "image_url", "image_url": {"url": "https://images.example.org/a.png"}}]
+        for status, kind, words, ours, code in self.REJECTIONS:
+            for stream, content in ((False, "Hello"), (True, "Hello"), (False, image)):
+                with self.subTest(words=words, stream=stream):
+                    answer = self.refused(refusal_of_claude(status, kind, words), stream=stream, content=content)
+                    self.assertEqual((answer.status, answer.error["code"]), (ours, code))
+                    self.assertEqual(answer.headers["x-should-retry"], "false")
+                    self.assertIn(words.rstrip(".") + ". Hint: ", answer.error["message"])
+                    self.assertEqual(answer.error["message"].count("Hint:"), 1)
+
+    def test_the_rarer_rejections_have_their_hint_too(self):
+        for reply in (
+            refusal_of_claude(403, "permission_error", "OAuth token does not meet scope requirement: user:profile"),
+            refusal_of_claude(400, "invalid_request_error", "Please update.", error_code="claude_code_version_too_old"),
+            refusal_of_claude(429, "rate_limit_error", "This request would exceed your account's rate limit. Please "
+                              "try again later.", {"anthropic-ratelimit-unified-status": "rejected"}),
+        ):
+            words = reply.body["error"]["message"]
+            with self.subTest(words=words):
+                answer = self.refused(reply)
+                self.assertIn(words.rstrip(".") + ". Hint: ", answer.error["message"])
+                self.assertEqual(answer.headers.get("x-should-retry"), "false")
+
+    def test_a_rejection_amid_a_stream_has_the_same_words(self):
+        words = self.REJECTIONS[3][2]
+        self.claude.play(one_by_one(error_body("invalid_request_error", words)))
+        error = json.loads(self.chat(stream=True).events[-1])["error"]
+        self.assertEqual(error["code"], "insufficient_quota")
+        self.assertIn(words.rstrip(".") + ". Hint: ", error["message"])
+
+    def test_spent_money_is_no_reason_to_retry(self):
+        for status, kind, words in (
+            (400, "invalid_request_error", "Your credit balance is too low to access the Anthropic API."),
+            (400, "invalid_request_error", "You have reached your specified API usage limits. You will regain access "
+                                           "on 2026-12-01 at 00:00 UTC."),
+            (402, "billing_error", "Payment required."),
+            (429, "rate_limit_error", "Extra usage is required for long context requests."),
+        ):
+            with self.subTest(words=words):
+                answer = self.refused(refusal_of_claude(status, kind, words, {"retry-after": "1"}))
+                self.assertEqual((answer.status, answer.error["type"], answer.error["code"],
+                                  answer.headers["x-should-retry"]),
+                                 (429, "insufficient_quota", "insufficient_quota", "false"))
+
+    def test_an_ordinary_refusal_leaves_retrying_to_the_client(self):
+        for status, kind in ((429, "rate_limit_error"), (529, "overloaded_error"), (500, "api_error")):
+            headers = self.refused(refusal_of_claude(status, kind, "No.")).headers
+            self.assertEqual((headers.get("x-should-retry"), headers["retry-after"]), (None, "60"))
+
+    def test_a_prompt_that_is_too_long_is_told_as_such(self):
+        for words in ("prompt is too long: 1250000 tokens > 1000000 maximum",
+                      "input length and `max_tokens` exceed context limit: 190000 + 64000 > 200000"):
+            for stream in (False, True):
+                answer = self.refused(refusal_of_claude(400, "invalid_request_error", words), stream=stream)
+                self.assertEqual((answer.status, answer.error["type"], answer.error["code"], answer.error["message"]),
+                                 (400, "invalid_request_error", "context_length_exceeded", words))
+
+    def test_a_model_that_claude_lacks_comes_with_the_nearest(self):
+        for stream in (False, True):
+            answer = self.refused(refusal_of_claude(404, "not_found_error", "model: claude-opus-5-5"), stream=stream,
+                                  model="claude-opus-5-5")
+            self.assertEqual((answer.status, answer.error["code"], answer.error["param"]),
+                             (404, "model_not_found", "model"))
+            self.assertIn("claude-opus-5", answer.error["message"])
+        answer = self.chat(model="claude-opus-3")
+        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+        self.assertRegex(answer.error["message"], r"claude-opus-5-5.*--alias '\*=MODEL'")
+
+    def test_an_error_about_a_tool_names_it_as_the_client_does(self):
+        tools = [{"type": "function", "function": {"name": name}} for name in ("first", "my.second")]
+        for words in ("tools.1.custom.input_schema: invalid", "tools.1.input_schema.type: Field required"):
+            answer = self.refused(refusal_of_claude(400, "invalid_request_error", words), tools=tools)
+            self.assertIn("my.second", answer.error["message"])
+            self.assertIn(words, answer.error["message"])
+        answer = self.refused(refusal_of_claude(400, "invalid_request_error", "tools.9.name: odd"), tools=tools)
+        self.assertEqual(answer.error["message"], "tools.9.name: odd")
+
+    def test_headers_of_a_refusal_are_passed_on(self):
+        headers = {"request-id": "req_1", "retry-after": "7", "retry-after-ms": "7000", "x-should-retry": "true",
+                   "anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "0",
+                   "anthropic-ratelimit-tokens-limit": "1000", "anthropic-ratelimit-tokens-remaining": "10",
+                   "anthropic-ratelimit-tokens-reset": "2020-01-01T00:00:00Z", "set-cookie": "a=b",
+                   "anthropic-organization-id": "org"}
+        told = self.refused(refusal_of_claude(429, "rate_limit_error", "No.", headers)).headers
+        wanted = {"x-request-id": "req_1", "retry-after": "7", "retry-after-ms": "7000", "x-should-retry": "true",
+                  "x-ratelimit-limit-requests": "50", "x-ratelimit-remaining-requests": "0",
+                  "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "10",
+                  "x-ratelimit-reset-tokens": "0s"}
+        self.assertEqual({name: told.get(name) for name in wanted}, wanted)
+        for name in ("set-cookie", "anthropic-organization-id"):
+            self.assertNotIn(name, told)
+
+    def test_headers_of_an_answer_are_passed_on_in_streams_too(self):
+        headers = {"request-id": "req_2", "anthropic-ratelimit-requests-remaining": "3"}
+        for stream in (False, True):
+            whole = message(text("Hi"))
+            self.claude.play(one_by_one(*events_of(whole), headers=headers))
+            told = self.chat(stream=stream).headers
+            self.assertEqual((told["x-request-id"], told["x-ratelimit-remaining-requests"]), ("req_2", "3"))
+
+    def test_resets_are_told_as_a_time_from_now(self):
+        for seconds, form in ((0, r"0s"), (45, r"4[3-6]s"), (90, r"1m(2[89]|3[01])s"), (7200, r"1(19|20)m\d+s")):
+            moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+            for suffix in (moment, moment[:-1] + ".123456+00:00"):
+                self.assertRegex(claude_gateway.duration_until(suffix), "^%s$" % form)
+
+    def test_a_reset_that_is_no_time_does_no_harm(self):
+        for moment in ("2026-99-99T99:99:99Z", "soon", "1790000000", "0000-00-00T00:00:00Z"):
+            with self.subTest(moment=moment):
+                self.claude.play(FakeReply(body=message(text("Hi")),
+                                           headers={"anthropic-ratelimit-requests-reset": moment}))
+                self.assertEqual(self.chat().status, 200)
+
+
+# ---- JSON --------------------------------------------------------------------------------------------
+
+MANY_BRACKETS = b'{"messages":[' + b"[]," * 1_000_000 + b"1]}"
+
+
+class JsonDoorTests(HttpTestCase):
+    def ask_chat(self, body: bytes) -> Answer:
+        return self.ask("POST", "/v1/chat/completions", body)
+
+    def with_number(self, number: bytes) -> Answer:
+        return self.ask_chat(CHAT_BODY[:-1] + b',"seed":' + number + b"}")
+
+    def test_what_is_not_a_json_object_in_utf_8_is_refused(self):
+        for name, body, words in (
+                ("empty", b"", "JSON"), ("cut", b'{"model":', "JSON"), ("list", b"[]", "not a JSON object"),
+                ("string", b'"hello"', "not a JSON object"), ("null", b"null", "not a JSON object"),
+                ("number", b"5", "not a JSON object"), ("two objects", b"{}{}", "JSON"), ("form", b"a=b", "JSON"),
+                ("Latin-1", CHAT_BODY.replace(b"Hello", b"Gr\xfc\xdfe"), "not UTF-8 (byte"),
+                ("UTF-16", CHAT_BODY.decode().encode("utf-16"), "not UTF-8"),
+                ("UTF-16 without mark", CHAT_BODY.decode().encode("utf-16-le"), "JSON"),
+                ("encoded surrogate", CHAT_BODY.replace(b"Hello", b"\xed\xa0\x80"), "not UTF-8"),
+                ("overlong", CHAT_BODY.replace(b"Hello", b"\xc0\xaf"), "not UTF-8"),
+                ("NUL", CHAT_BODY + b"\0", "JSON"), ("raw line end", CHAT_BODY.replace(b"Hello", b"a\nb"), "JSON"),
+                ("comment", b"{/* */}", "JSON"), ("single quotes", b"{'model':'x'}", "JSON")):
+            with self.subTest(name):
+                answer = self.ask_chat(body)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
+                self.assertIn(words, answer.error["message"])
+                self.assert_envelope(answer)
+
+    def test_numbers_that_json_does_not_know_are_refused(self):
+        for number in (b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"1" * 401, b"-" + b"9" * 100_000,
+                       b"01", b"+1", b".5", b"0x10", b"1_000"):
+            with self.subTest(number=number[:20]):
+                answer = self.with_number(number)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
+
+    def test_numbers_too_large_for_a_float_are_no_defect(self):
+        for name in ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed",
+                     "presence_penalty", "frequency_penalty", "top_logprobs", "thinking_budget", "logit_bias"):
+            for sign in (b"", b"-"):
+                with self.subTest(name=name, sign=sign):
+                    answer = self.ask_chat(CHAT_BODY[:-1] + b',"%s":%s1%s}' % (name.encode(), sign, b"0" * 350))
+                    self.assertIn(answer.status, (200, 400))
+
+    def test_a_byte_order_mark_is_skipped(self):
+        self.assertEqual(self.ask_chat(b"\xef\xbb\xbf" + CHAT_BODY).status, 200)
+
+    def test_of_duplicate_keys_the_last_wins(self):
+        self.assertEqual(self.ask_chat(b'{"messages":[],"model":"nothing",' + CHAT_BODY[1:]).status, 200)
+        self.assertEqual(self.claude.messages[-1].body["model"], "claude-sonnet-5-5")
+
+    def test_deep_nesting_and_masses_of_brackets_are_refused_before_parsing(self):
+        for name, body, words in (
+                ("100,000 lists", b"[" * 100_000, "nested"), ("closed", b"[" * 100_000 + b"]" * 100_000, "nested"),
+                ("objects", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested"),
+                ("201", b"[" * 201 + b"]" * 201, "nested"),
+                ("201 inside", CHAT_BODY[:-1] + b',"metadata":{"a":' + b"[" * 200 + b"]" * 200 + b"}}", "nested"),
+                ("hidden behind quotes", b'{"a\\"[[":"\\\\","b":' + b"[" * 300 + b"]" * 300 + b"}", "nested"),
+                ("a million flat ones", MANY_BRACKETS, "1000000 brackets"),
+                ("nothing but brackets", b"[" * 5_000_000, "brackets")):
+            with self.subTest(name):
+                answer = self.ask_chat(body)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
+                self.assertIn(words, answer.error["message"])
+
+    def test_depth_is_the_same_of_a_value_and_of_its_text(self):
+        """The text is looked at where the parser would go too deep for the stack: there it has to be right."""
+        for name, value in (("nothing", None), ("a string", '[[[["{{'), ("a list", [1, [], [2, [3, []]], "["]),
+                            ("objects", {"a\\": {"[": {"\"{": []}}}), ("both", [{"a": [{"b": {}}, "]]]"]}, {}]),
+                            ("ends of strings", ["\\", "\\\"", "\"\\", {"\\\"[": [[]]}])):
+            with self.subTest(name):
+                text = json.dumps(value).encode()
+                deeper = [claude_gateway.nests_deeper(value, limit) for limit in range(9)]
+                self.assertEqual(deeper, sorted(deeper, reverse=True))
+                self.assertEqual([claude_gateway.text_nests_deeper(text, limit) for limit in range(9)], deeper)
+        self.assertEqual([claude_gateway.nests_deeper([[]], limit) for limit in (0, 1, 2)], [True, True, False])
+
+    def test_no_depth_is_too_much_for_a_small_stack(self):
+        """A thread has 1 MB of it on Alpine Linux; some versions of the parser recurse further than that."""
+        done = subprocess.run([sys.executable, "-c", "import sys, threading; sys.path.insert(0, %r)\n"
+                               "import claude_gateway\n"
+                               "def parse():\n"
+                               "    for text in '[', '{\"a\":', '[{\"a\":':\n"
+                               "        try:\n"
+                               "            claude_gateway.json_within_bounds(text * 100000)\n"
+                               "        except ValueError as refusal:\n"
+                               "            print(refusal)\n"
+                               "threading.stack_size(1 << 20)\n"
+                               "threading.Thread(target=parse).start()" % os.path.dirname(PROGRAM)],
+                              stdout=subprocess.PIPE, timeout=60, check=False)
+        self.assertEqual(done.stdout.decode().splitlines(), ["nested more than 200 deep"] * 3)
+
+    def test_nesting_within_reason_and_brackets_in_strings_are_no_matter(self):
+        for name, content in (("brackets", "[" * 5_000), ("escaped quotes", '\\"[{' * 1_000), ("braces", "{" * 5_000),
+                              ("backslashes", "\\" * 999 + '"' + "[" * 300), ("code", "f([{1: 2}])" * 5_000)):
+            with self.subTest(name):
+                request = self.sent(content=content)
+                self.assertEqual(bare(request["messages"][0]["content"]), [{"type": "text", "text": content}])
+        schema: dict = {"type": "string"}
+        for _ in range(60):
+            schema = {"type": "object", "properties": {"a": schema}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+        self.assertEqual(self.sent(tools=tools)["tools"][0]["input_schema"], schema)
+
+    def test_lone_surrogates_are_replaced_and_reported(self):
+        answer = self.ask_chat(CHAT_BODY.replace(b"Hello", b"a\\ud800b\\uDFFFc\\ud83d\\ude00\\udc00\\ud800"))
+        self.assertEqual(answer.status, 200, answer.raw)
+        self.assertEqual(bare(self.claude.messages[-1].body["messages"][0]["content"]),
+                         [{"type": "text", "text": "a\ufffdb\ufffdc\U0001f600\ufffd\ufffd"}])
+        self.assertIn("lone_surrogates", answer.headers["x-claude-gateway-changes"])
+
+    def test_lone_surrogates_in_names_and_tool_schemas_are_replaced_too(self):
+        body = CHAT_BODY[:-1] + (b',"tools":[{"type":"function","function":{"name":"f","description":"\\ud800",'
+                                 b'"parameters":{"type":"object","properties":{"\\udfff":{"type":"string"}}}}}]}')
+        self.assertEqual(self.ask_chat(body).status, 200)
+        sent = self.claude.messages[-1].body["tools"][0]
+        self.assertEqual((sent["description"], list(sent["input_schema"]["properties"])), ("\ufffd", ["\ufffd"]))
+
+    def test_whole_surrogate_pairs_are_not_reported(self):
+        answer = self.ask_chat(CHAT_BODY.replace(b"Hello", b"\\ud83d\\ude00 \\\\ud800"))
+        self.assertNotIn("x-claude-gateway-changes", answer.headers)
+        self.assertEqual(bare(self.claude.messages[-1].body["messages"][0]["content"]),
+                         [{"type": "text", "text": "\U0001f600 \\ud800"}])
+
+
+# ---- Models ------------------------------------------------------------------------------------------
 
 class ModelNameTests(RequestTestCase):
     def resolved(self, name: str, *aliases, models=()) -> str:
@@ -1405,6 +1928,20 @@ class ModelNameTests(RequestTestCase):
         chunks = self.chat(model="gpt-4o-mini", stream=True).chunks
         self.assertEqual({chunk["model"] for chunk in chunks}, {"claude-haiku-5-5"})
 
+    def test_a_long_name_of_a_model_is_no_trap(self):
+        self.assertEqual(self.chat(model=":" * 400_000 + "\nx").status, 404)
+
+    def test_digits_that_are_none_make_no_version(self):
+        answer = self.chat(model="claude-opus-\u00b2")
+        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+
+
+def live_model(model_id: str, **fields) -> dict:
+    """An entry of Claude's model list that says nothing about capabilities."""
+    return dict({"id": model_id, "type": "model", "display_name": model_id, "created_at": "2026-10-01T00:00:00Z",
+                 "lifecycle": "active", "max_input_tokens": 1_000_000, "max_tokens": 128_000, "capabilities": None},
+                **fields)
+
 
 class LiveModelListTests(RequestTestCase):
     def listed(self, *models: dict) -> None:
@@ -1511,111 +2048,7 @@ class LiveModelListTests(RequestTestCase):
         self.assertEqual(names, ["claude-opus-5-5", "opus"])
 
 
-class ModelLessonTests(RequestTestCase):
-    def setUp(self):
-        super().setUp()
-        self.start()                                # lessons outlive a request, not a gateway
-
-    def is_free(self, request: dict) -> bool:
-        return self.chosen(request) is None
-
-    def refuse_once(self, words: str) -> None:
-        self.claude.play(Reply(400, body=error_body("invalid_request_error", words)))
-
-    def test_a_400_that_names_a_parameter_is_learnt_from(self):
-        prefill = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One,"}]
-        for model, words, fields, gone in (
-            ("claude-sonnet-4-6", "`temperature` is deprecated for this model.", {"temperature": 0.3},
-             lambda request: "temperature" not in request),
-            ("claude-opus-4-8", 'tool_choice: type "tool" and "any" are not supported for this model.',
-             {"tools": [a_tool("f"), a_tool("g")], "tool_choice": "required"}, self.is_free),
-            ("claude-opus-4-5", "This model does not support the effort parameter.", {"reasoning_effort": "low"},
-             lambda request: "output_config" not in request),
-            ("claude-haiku-4-5",
-             "This model does not support assistant message prefill. The conversation must end with "
-             "a user message.", {"messages": prefill}, lambda request: request["messages"][-1]["role"] == "user"),
-            ("claude-haiku-5-5", '"thinking.type.disabled" is not supported for this model.',
-             {"reasoning_effort": "none"}, lambda request: request.get("thinking", {}).get("type") != "disabled"),
-            ("claude-fable-5", "role 'system' is not supported on this model",
-             {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
-             lambda request: [turn["role"] for turn in request["messages"]] == ["user"]),
-        ):
-            with self.subTest(words=words):
-                self.refuse_once(words)
-                self.assertEqual(self.chat(model=model, **fields).status, 200)
-                self.assertFalse(gone(self.claude.messages[-2].body))
-                self.assertTrue(gone(self.claude.messages[-1].body))
-                self.assertTrue(gone(self.sent(model=model, **fields)), "not remembered")
-
-    def test_a_lower_output_limit_is_learnt(self):
-        self.refuse_once("max_tokens: 128000 > 96000, which is the maximum allowed number of output tokens for x")
-        self.chat(model="claude-opus-5-5")
-        self.assertEqual(self.sent(model="claude-opus-5-5")["max_tokens"], 96_000)
-
-    def test_a_lesson_whose_retry_fails_is_forgotten(self):
-        self.refuse_once("`temperature` is deprecated for this model.")
-        self.refuse_once("something else is wrong")
-        self.assertEqual(self.chat(model="claude-opus-4-6", temperature=0.3).status, 400)
-        self.assertEqual(len(self.claude.messages), 2)
-        self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
-
-    def test_a_lesson_about_one_model_is_none_about_another(self):
-        self.refuse_once("`temperature` is deprecated for this model.")
-        self.chat(model="claude-sonnet-4-6", temperature=0.3)
-        self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
-
-    def test_a_400_about_something_else_is_handed_on(self):
-        self.refuse_once("messages.0.content.0.image.source: could not process image")
-        answer = self.chat(model="claude-opus-4-6", temperature=0.3)
-        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
-        self.assertIn("could not process image", answer.error["message"])
-
-    def test_an_error_about_a_tool_names_the_tool(self):
-        self.refuse_once("tools.1.custom.input_schema: JSON schema is invalid")
-        error = self.chat(tools=[a_tool("first"), a_tool("my.tool")]).error
-        self.assertIn("my.tool", error["message"])
-
-
-# ==== Requests ========================================================================================
-
-def a_tool(name: str, parameters=None, **fields) -> dict:
-    """A function tool of OpenAI's."""
-    return {"type": "function", "function": dict({"name": name, "parameters": parameters or {
-        "type": "object", "properties": {"x": {"type": "integer"}}}}, **fields)}
-
-
-def a_call(call_id, name: str = "f", arguments='{"x":1}') -> dict:
-    """An entry of `tool_calls`."""
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def calls(*tool_calls: dict, content=None) -> dict:
-    return {"role": "assistant", "content": content, "tool_calls": list(tool_calls)}
-
-
-def result(call_id, content="ok", **fields) -> dict:
-    return dict({"role": "tool", "tool_call_id": call_id, "content": content}, **fields)
-
-
-def user(content) -> dict:
-    return {"role": "user", "content": content}
-
-
-def assistant(content) -> dict:
-    return {"role": "assistant", "content": content}
-
-
-def system(content) -> dict:
-    return {"role": "system", "content": content}
-
-
-def said(role: str, *words: str) -> dict:
-    """A message of the Messages API that holds these texts."""
-    return {"role": role, "content": [text(each) for each in words]}
-
-
-ASKED = user("Hi")
-
+# ---- Shapes ------------------------------------------------------------------------------------------
 
 class RequestDoorTests(RequestTestCase):
     def test_a_wrong_type_is_400_and_named_by_its_path(self):
@@ -1789,7 +2222,6 @@ class RequestDoorTests(RequestTestCase):
                     answer = self.chat(**fields)
                     self.assertIn(answer.status, (200, 400), answer.raw)
 
-
     def test_long_names_in_a_schema_do_not_pile_up_in_its_paths(self):
         schema: dict = {"type": "wrong"}
         for _ in range(80):
@@ -1801,101 +2233,491 @@ class RequestDoorTests(RequestTestCase):
         self.assertEqual(error["param"], "tools[0].function.parameters.properties.a.items.properties.b.type")
 
 
-class ParameterTests(RequestTestCase):
-    def test_the_output_limit_is_the_clients_up_to_the_models(self):
-        for model, fields, expected in (
-            ("opus", {}, 128_000), ("claude-haiku-4-5", {}, 64_000), ("opus", {"max_tokens": 5000}, 5000),
-            ("opus", {"max_completion_tokens": 2000, "max_tokens": 5000}, 2000),
-            ("opus", {"max_tokens": 200_000}, 128_000), ("claude-haiku-4-5", {"max_completion_tokens": 100_000},
-                                                         64_000),
-        ):
-            with self.subTest(model=model, fields=fields):
-                self.assertEqual(self.sent(model=model, **fields)["max_tokens"], expected)
-        self.assertEqual(self.changes(max_tokens=200_000), "clamped=max_tokens")
+# ---- Content -----------------------------------------------------------------------------------------
 
-    def test_sampling_goes_to_the_models_that_take_it(self):
-        for model in ALL_MODELS:
-            takes = model in OLD_MODELS + ("claude-sonnet-4-6", "claude-opus-4-6")
+def png(width: int, height: int) -> str:
+    """The beginning of a PNG of this size, in base64: as much of it as the gateway looks at."""
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height)
+                            + b"\x08\x06\0\0\0").decode()
+
+
+def jpeg(width: int, height: int) -> str:
+    """The same of a JPEG, with a segment before the frame header."""
+    return base64.b64encode(b"\xff\xd8\xff\xe0\x00\x10" + b"JFIF\0" + bytes(9) + b"\xff\xc0\x00\x11\x08"
+                            + struct.pack(">HH", height, width) + bytes(12)).decode()
+
+
+def gif(width: int, height: int) -> str:
+    return base64.b64encode(b"GIF89a" + struct.pack("<HH", width, height) + bytes(10)).decode()
+
+
+def webp(width: int, height: int) -> str:
+    return base64.b64encode(b"RIFF\x20\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + struct.pack("<I", width - 1)[:3]
+                            + struct.pack("<I", height - 1)[:3] + bytes(8)).decode()
+
+
+PDF = base64.b64encode(b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n%%EOF\n").decode()
+
+
+def image_block(data: str, media_type: str = "image/png") -> dict:
+    return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data}}
+
+
+def pdf_block(**fields) -> dict:
+    return dict({"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}},
+                **fields)
+
+
+def text_file(words: str, **fields) -> dict:
+    return dict({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": words}}, **fields)
+
+
+def image_url(url) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+class ContentPartTests(RequestTestCase):
+    def block(self, part: dict, **fields) -> dict:
+        """The content block that a part of a user message becomes."""
+        blocks = self.turns(user([{"type": "text", "text": "See:"}, part]), **fields)[0]["content"]
+        self.assertEqual((len(blocks), blocks[0]), (2, text("See:")))
+        return blocks[1]
+
+    def refused_part(self, part: dict) -> dict:
+        return self.refused(messages=[user([{"type": "text", "text": "See:"}, part])])
+
+    def test_an_image_that_is_none_is_told_what_it_claimed_to_be(self):
+        for declared, words in (("image/png", "this is declared image/png, but its bytes are none of these."),
+                                ("image/bmp", "this is image/bmp."),
+                                ("application/pdf", "is declared application/pdf, ")):
+            with self.subTest(declared), self.assertRaises(claude_gateway.InvalidRequest) as raised:
+                claude_gateway.blocks_from_base64("AAAA", declared, "", "image", None)
+            self.assertIn(words, str(raised.exception))
+
+    def test_an_image_is_understood_in_all_its_spellings(self):
+        url_safe = PIXEL.replace("+", "-").replace("/", "_").rstrip("=")
+        spaced = "\r\n ".join(PIXEL[start:start + 20] for start in range(0, len(PIXEL), 20))
+        for name, part in (
+            ("url object", image_url("data:image/png;base64," + PIXEL)),
+            ("bare string", {"type": "image_url", "image_url": "data:image/png;base64," + PIXEL}),
+            ("with detail", {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL,
+                                                                "detail": "low"}}),
+            ("bare base64", image_url(PIXEL)), ("no media type", image_url("data:;base64," + PIXEL)),
+            ("wrong media type", image_url("data:image/jpeg;base64," + PIXEL)),
+            ("octet-stream", image_url("data:application/octet-stream;base64," + PIXEL)),
+            ("upper case", image_url("DATA:IMAGE/PNG;BASE64," + PIXEL)),
+            ("parameters", image_url("data:image/png;charset=utf-8;base64," + PIXEL)),
+            ("line breaks", image_url("data:image/png;base64," + spaced)), ("no padding", image_url(
+                "data:image/png;base64," + PIXEL.rstrip("="))),
+                ("url-safe", image_url("data:image/png;base64," + url_safe)),
+            ("percent signs", image_url("data:image/png;base64," + urllib.parse.quote(PIXEL, safe=""))),
+            ("input_image", {"type": "input_image", "image_url": "data:image/png;base64," + PIXEL}),
+            ("anthropic", image_block(PIXEL)), ("anthropic, wrong type", image_block(PIXEL, "image/webp")),
+            ("file", {"type": "file", "file": {"file_data": "data:image/png;base64," + PIXEL, "filename": "a.png"}}),
+        ):
+            with self.subTest(name=name):
+                self.assertEqual(self.block(part), image_block(PIXEL))
+
+    def test_the_bytes_say_what_an_image_is(self):
+        for data, media_type in ((png(5, 5), "image/png"), (jpeg(5, 5), "image/jpeg"), (gif(5, 5), "image/gif"),
+                                 (webp(5, 5), "image/webp")):
+            with self.subTest(media_type=media_type):
+                self.assertEqual(self.block(image_url("data:image/jpg;base64," + data)), image_block(data, media_type))
+        for declared, data, told in (("image/png", jpeg(5, 5), "repaired="), ("image/jpg", png(5, 5), "repaired="),
+                                     ("image/jpg", jpeg(5, 5), ""), ("IMAGE/JPG", jpeg(5, 5), "")):
+            with self.subTest(declared=declared):
+                url = "data:%s;base64,%s" % (declared, data)
+                self.assertEqual(self.changes(messages=[user([image_url(url)])])[:9], told)
+
+    def test_a_web_address_is_left_to_claude(self):
+        for part in (image_url("https://example.com/a.png"),
+                     {"type": "image_url", "image_url": "https://example.com/a.png"},
+                     {"type": "input_image", "image_url": "https://example.com/a.png"},
+                     {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}):
+            with self.subTest(part=part):
+                self.assertEqual(self.block(part), {"type": "image", "source": {
+                    "type": "url", "url": "https://example.com/a.png"}})
+
+    def test_addresses_that_are_not_public_are_refused_by_name(self):
+        for url in ("file:///etc/passwd", "ftp://example.com/a.png", "http://127.0.0.1/a.png",
+                    "https://localhost/a.png",
+                    "https://a.localhost/a.png", "http://10.0.0.1/", "http://192.168.1.1/",
+                    "http://169.254.169.254/latest",
+                    "http://[::1]/", "http://[fe80::1]/", "https://0.0.0.0/", "http://[::ffff:127.0.0.1]/",
+                    "http:///a.png",
+                    "https://exa mple.com/", "javascript:alert(1)", "a.png", "", "http://[bad/"):
+            with self.subTest(url=url):
+                error = self.refused_part(image_url(url))
+                self.assertEqual(error["param"], "messages[0].content[1].image_url.url")
+                self.assertIn(url, error["message"])
+
+    def test_bad_image_data_is_refused_by_path(self):
+        svg = base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode()
+        bmp = base64.b64encode(b"BM" + bytes(60)).decode()
+        for url, words in (("data:image/png;base64,", "base64"), ("data:image/png;base64,@@@@", "base64"),
+                           ("data:image/png;base64," + PIXEL[:41], "base64"), ("data:image/png;base64", "comma"),
+                           ("data:image/svg+xml;base64," + svg, "JPEG, PNG, GIF and WebP"),
+                           ("data:image/bmp;base64," + bmp, "JPEG, PNG, GIF and WebP")):
+            with self.subTest(url=url):
+                error = self.refused_part(image_url(url))
+                self.assertEqual(error["param"], "messages[0].content[1].image_url.url")
+                self.assertIn(words, error["message"])
+
+    def test_an_image_that_is_too_large_is_refused_with_the_limit(self):
+        for data in (png(8001, 10), png(10, 8001), jpeg(9000, 20), gif(8001, 1), webp(1, 8001)):
+            with self.subTest(data=data[:8]):
+                error = self.refused_part(image_url(data if len(data) > 40 else "data:image/x;base64," + data))
+                self.assertIn("8000 x 8000", error["message"])
+        self.assertEqual(self.block(image_url("data:;base64," + png(8000, 8000)))["type"], "image")
+        heavy = base64.b64encode(base64.b64decode(PIXEL) + bytes(7_600_000)).decode()
+        self.assertIn("10 MB", self.refused_part(image_url("data:image/png;base64," + heavy))["message"])
+
+    def test_the_number_of_images_has_a_limit(self):
+        for model, most in (("claude-haiku-4-5", 100), ("claude-opus-5-5", 600)):
             with self.subTest(model=model):
-                request = self.sent(model=model, temperature=0.5, top_k=7)
-                self.assertEqual({name: request.get(name) for name in ("temperature", "top_k")},
-                                 {"temperature": 0.5, "top_k": 7} if takes else {"temperature": None, "top_k": None})
-                self.assertEqual(self.changes(model=model, temperature=0.5), "" if takes else "dropped=temperature")
-                self.assertEqual(self.changes(model=model, temperature=1, top_p=1), "")
+                images = [image_url("data:image/png;base64," + PIXEL)] * (most + 1)
+                self.assertEqual(self.chat(model=model, messages=[user(images[1:])]).status, 200)
+                error = self.refused(model=model, messages=[user(images)])
+                self.assertIn(str(most), error["message"])
+                self.assertEqual(error["param"], "messages[0].content[%d].image_url.url" % most)
 
-    def test_sampling_is_brought_into_claudes_range(self):
-        for fields, expected, told in (
-            ({"temperature": 1.7}, {"temperature": 1}, "clamped=temperature"),
-            ({"temperature": -1}, {"temperature": 0}, "clamped=temperature"),
-            ({"temperature": 0}, {"temperature": 0}, ""), ({"top_p": 0.9}, {"top_p": 0.9}, ""),
-            ({"temperature": 0.2, "top_p": 0.9}, {"temperature": 0.2}, "dropped=top_p"),
-            ({"temperature": 1, "top_p": 0.9}, {"top_p": 0.9}, ""),
-            ({"temperature": 0.2, "top_p": 1}, {"temperature": 0.2}, ""),
+    def test_a_pdf_is_a_document_wherever_it_hides(self):
+        for name, part, expected in (
+            ("file", {"type": "file", "file": {"file_data": "data:application/pdf;base64," + PDF, "filename": "a.pdf"}},
+             pdf_block(title="a.pdf")),
+            ("bare", {"type": "file", "file": {"file_data": PDF, "filename": "a.pdf"}}, pdf_block(title="a.pdf")),
+            ("no name", {"type": "file", "file": {"file_data": "data:application/pdf;base64," + PDF}}, pdf_block()),
+            ("wrong type", {"type": "file", "file": {"file_data": "data:text/plain;base64," + PDF}}, pdf_block()),
+            ("image_url", image_url("data:application/pdf;base64," + PDF), pdf_block()),
+            ("input_file", {"type": "input_file", "file_data": PDF, "filename": "b.pdf"}, pdf_block(title="b.pdf")),
+            ("anthropic", pdf_block(title="c"), pdf_block(title="c")),
         ):
-            with self.subTest(fields=fields):
-                answer = self.chat(model="claude-sonnet-4-6", **fields)
-                request = self.claude.messages[-1].body
-                self.assertEqual({name: request[name] for name in ("temperature", "top_p") if name in request},
-                                 expected)
-                self.assertEqual(answer.headers.get("x-claude-gateway-changes", ""), told)
-
-    def test_stop_sequences_are_filtered_and_keep_their_order(self):
-        self.assertEqual(self.sent(stop="END")["stop_sequences"], ["END"])
-        self.assertEqual(self.sent(stop=["b", " ", "a", "", "\n\n"])["stop_sequences"], ["b", "a"])
-        self.assertEqual(self.sent(stop=["1", "2", "3", "4", "5"])["stop_sequences"], ["1", "2", "3", "4", "5"])
-        self.assertEqual(self.changes(stop=["\n"]), "dropped=stop")
-
-    def test_an_opaque_user_id_is_handed_on_and_no_address(self):
-        for fields, expected in (({"user": "u-123"}, {"user_id": "u-123"}),
-                                 ({"safety_identifier": "s"}, {"user_id": "s"}),
-                                 ({"user": "u", "safety_identifier": "s"}, {"user_id": "s"}),
-                                 ({"user": "ann@example.com"}, None), ({"user": "+49 170 1234567"}, None),
-                                 ({"user": "u" * 257}, None), ({"user": "u" * 256}, {"user_id": "u" * 256}),
-                                 ({"user": ""}, None)):
-            with self.subTest(fields=fields):
-                self.assertEqual(self.sent(**fields).get("metadata"), expected)
-        self.assertEqual(self.changes(user="ann@example.com"), "dropped=user")
-
-    def test_service_tiers_are_mapped_to_their_twins(self):
-        for tier, expected in (("auto", {}), ("default", {"service_tier": "standard_only"}), ("priority", {}),
-                               ("fast", {"speed": "fast"}), ("flex", {})):
-            with self.subTest(tier=tier):
-                request = self.sent(model="claude-opus-5-5", service_tier=tier)
-                self.assertEqual({name: request[name] for name in ("service_tier", "speed") if name in request},
-                                 expected)
-        self.assertEqual(self.changes(service_tier="flex"), "dropped=service_tier")
-        self.assertEqual(self.changes(service_tier="auto"), "")
-        self.assertEqual(self.sent(speed="fast")["speed"], "fast")
-        self.assertIn("fast-mode-2026-02-01", self.claude.messages[-1].headers["anthropic-beta"])
-
-    def test_a_field_that_says_the_default_is_no_change(self):
-        self.assertEqual(self.changes(
-            n=1, logprobs=False, top_logprobs=0, presence_penalty=0, frequency_penalty=0.0, logit_bias={},
-            temperature=1, top_p=1.0, modalities=["text"], parallel_tool_calls=True, response_format={"type": "text"},
-            stop=None, verbosity="medium", service_tier="auto", stream=False,
-            stream_options={"include_obfuscation": False}), "")
-
-    def test_what_has_no_effect_on_answers_is_not_reported_and_not_refused(self):
-        self.start(strict=True)
-        fields = {"store": True, "metadata": {"a": "b"}, "prompt_cache_key": "k", "prompt_cache_retention": "24h",
-                  "user": "u-1", "prompt_cache_options": {"mode": "implicit"},
-                  "messages": [user([{"type": "image_url", "image_url": {
-                      "url": "data:image/png;base64," + PIXEL, "detail": "high"}}])]}
-        self.assertEqual(self.changes(**fields), "")
-
-    def test_what_has_no_counterpart_is_dropped_and_told(self):
-        for name, value in (("seed", 0), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("logit_bias", {"1": 2}),
-                            ("prediction", {"type": "content", "content": "x"}), ("audio", {"voice": "x"}),
-                            ("modalities", ["text", "audio"]), ("top_logprobs", 3), ("min_p", 0.1)):
             with self.subTest(name=name):
-                self.assertEqual(self.changes(**{name: value}), "dropped=" + name)
+                self.assertEqual(self.block(part), expected)
 
-    def test_nothing_that_is_dropped_is_dropped_in_silence(self):
-        for name, value in (("verbosity", "extreme"), ("speed", "warp"), ("service_tier", "scale")):
+    def test_text_files_are_text_documents(self):
+        encoded = base64.b64encode("Grüße".encode("utf-8")).decode()
+        for name, part, expected in (
+            ("file", {"type": "file", "file": {"file_data": "data:text/csv;base64," + encoded, "filename": "a.csv"}},
+             text_file("Grüße", title="a.csv")),
+            ("bare", {"type": "file", "file": {"file_data": encoded, "filename": "notes.MD"}},
+             text_file("Grüße", title="notes.MD")),
+            ("image_url", image_url("data:text/plain;base64," + encoded), text_file("Grüße")),
+            ("json", {"type": "file", "file": {"file_data": "data:application/json;base64," + encoded}},
+             text_file("Grüße")),
+            ("percent", image_url("data:text/plain,Hello%20there"), text_file("Hello there")),
+            ("anthropic", text_file("x", title="t"), text_file("x", title="t")),
+        ):
             with self.subTest(name=name):
-                answer = self.chat(**{name: value})
-                self.assertTrue(answer.status == 400 or name in answer.headers.get("x-claude-gateway-changes", ""))
+                self.assertEqual(self.block(part), expected)
 
+    def test_what_claude_cannot_take_is_refused_by_path_and_reason(self):
+        word = base64.b64encode(b"PK\x03\x04" + bytes(40)).decode()
+        latin = base64.b64encode(b"Gr\xfc\xdfe").decode()
+        part = "messages[0].content[1]"
+        for given, param, words in (
+            ({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}, part, "sound"),
+            ({"type": "video_url", "video_url": {"url": "https://x.example/v.mp4"}}, part, "video"),
+            ({"type": "file", "file": {"file_id": "file-1"}}, part + ".file.file_id", "file"),
+            ({"type": "file", "file": {"filename": "a.pdf"}}, part + ".file", "file_data"),
+            ({"type": "file", "file": {"file_data": word, "filename": "a.docx"}}, part + ".file.file_data", "PDF"),
+            ({"type": "file", "file": {"file_data": "data:text/plain;base64," + latin}}, part + ".file.file_data",
+             "UTF-8"),
+            ({"type": "file", "file": "a.pdf"}, part + ".file", "object"),
+            ({"type": "file"}, part, "file_data"), ({"type": "input_image", "file_id": "f"}, part + ".file_id", "file"),
+        ):
+            with self.subTest(given=given):
+                error = self.refused_part(given)
+                self.assertEqual(error["param"], param)
+                self.assertIn(words, error["message"])
+
+    def test_parts_of_other_apis_are_read(self):
+        for part in ({"type": "input_text", "text": "x"}, {"type": "output_text", "text": "x"}, {"text": "x"}, "x"):
+            with self.subTest(part=part):
+                self.assertEqual(self.block(part), text("x"))
+
+    def test_an_unknown_part_is_passed_on_as_text_and_told(self):
+        part = {"type": "hologram", "depth": 3}
+        self.assertEqual(json.loads(self.block(part)["text"]), part)
+        self.assertEqual(self.changes(messages=[user(["a", part])]), "changed=messages[0].content[1]")
+
+    def test_an_image_of_the_assistant_is_named_not_sent(self):
+        turns = self.turns(ASKED, assistant([{"type": "text", "text": "Here:"},
+                                             image_url("data:image/png;base64," + PIXEL)]),
+                           user("Thanks"))
+        self.assertEqual([block["type"] for block in turns[1]["content"]], ["text", "text"])
+
+
+# ---- Tools -------------------------------------------------------------------------------------------
+
+NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+class ToolTests(RequestTestCase):
+    def tools(self, *tools: dict, **fields) -> list:
+        return self.prompt(tools=list(tools), **fields)["tools"]
+
+    def schema(self, parameters, **fields) -> dict:
+        return self.tools({"type": "function", "function": dict({"name": "f", "parameters": parameters}, **fields)})[0][
+            "input_schema"]
+
+    def test_a_tool_is_understood_in_all_its_spellings(self):
+        expected = {"name": "f", "description": "Does it", "input_schema": POINT}
+        inner = {"name": "f", "description": "Does it", "parameters": POINT}
+        for tool in ({"type": "function", "function": inner}, {"function": inner}, dict(inner, type="function"), inner,
+                     {"name": "f", "description": "Does it", "input_schema": POINT},
+                     {"type": "custom", "name": "f", "description": "Does it", "input_schema": POINT},
+                     {"type": "function", "function": dict(inner, strict=False)},
+                     {"type": "function", "function": dict(inner, strict=None)}):
+            with self.subTest(tool=tool):
+                self.assertEqual(self.tools(tool), [expected])
+        self.assertEqual(self.prompt(functions=[inner])["tools"], [expected])
+
+    def test_empty_descriptions_and_parameters_are_made_whole(self):
+        for function in ({"name": "f"}, {"name": "f", "description": "", "parameters": None},
+                         {"name": "f", "description": None, "parameters": {}},
+                         {"name": "f", "parameters": {"type": "object"}},
+                         {"name": "f", "parameters": {"type": "object", "properties": None, "required": None}}):
+            with self.subTest(function=function):
+                self.assertEqual(self.tools({"type": "function", "function": function}),
+                                 [{"name": "f", "input_schema": NO_PARAMETERS}])
+
+    def test_of_two_tools_with_one_name_the_first_stays(self):
+        tools = self.tools(a_tool("f", description="one"), a_tool("g"), a_tool("f", description="two"))
+        self.assertEqual([(tool["name"], tool.get("description")) for tool in tools], [("f", "one"), ("g", None)])
+        self.assertIn("dropped=tools[1]", self.changes(tools=[a_tool("f"), a_tool("f")]))
+
+    def test_tools_that_claude_does_not_have_are_dropped_and_told(self):
+        self.assertEqual([tool["name"] for tool in self.tools({"type": "code_interpreter"}, a_tool("f"))], ["f"])
+        self.assertEqual(self.changes(tools=[{"type": "code_interpreter"}, a_tool("f")]), "dropped=tools[0]")
+        self.assertNotIn("tools", self.sent(tools=[{"type": "code_interpreter"}], tool_choice="required"))
+
+    def test_a_custom_tool_takes_one_string_and_tells_its_grammar(self):
+        tool = self.tools({"type": "custom", "custom": {"name": "calc", "description": "Computes", "format": {
+            "type": "grammar", "grammar": {"syntax": "lark", "definition": "start: /[0-9+]+/"}}}})[0]
+        self.assertEqual(tool["input_schema"]["properties"], {"input": {"type": "string"}})
+        self.assertEqual(tool["input_schema"]["required"], ["input"])
+        self.assertRegex(tool["description"], r"(?s)Computes.*lark.*start: /\[0-9\+\]\+/")
+        self.claude.play(message(tool_use("c", "calc", {"input": "1+1"})))
+        answer = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}])
+        self.assertEqual(answer.message["tool_calls"], [{"id": "c", "type": "custom", "custom": {
+            "name": "calc", "input": "1+1"}}])
+
+    def test_web_search_becomes_claudes(self):
+        request = self.prompt(web_search_options={"search_context_size": "low", "user_location": {
+            "type": "approximate", "approximate": {"city": "Paris", "country": "FR", "region": None}}},
+            tools=[a_tool("f")])
+        self.assertEqual([tool["name"] for tool in request["tools"]], ["f", "web_search"])
+        search = request["tools"][1]
+        self.assertEqual(search["user_location"], {"type": "approximate", "city": "Paris", "country": "FR"})
+        few, usual, many = (self.sent(web_search_options=options)["tools"][0]["max_uses"] for options in (
+            {"search_context_size": "low"}, {}, {"search_context_size": "high"}))
+        self.assertLess(few, usual)
+        self.assertLess(usual, many)
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                self.assertEqual(self.sent(model=model, web_search_options={})["tools"][0]["name"], "web_search")
+
+    def test_a_clients_own_web_search_tool_can_stand_beside_claudes(self):
+        self.claude.play(lambda recorded: message(tool_use("c", recorded.body["tools"][0]["name"], {})))
+        answer = self.chat(web_search_options={}, tools=[a_tool("web_search")])
+        self.assertEqual(answer.status, 200, answer.raw)
+        self.assertEqual(answer.message["tool_calls"][0]["function"]["name"], "web_search")
+
+    def test_a_root_becomes_an_object_without_composition(self):
+        a, b = {"a": {"type": "string"}}, {"b": {"type": "integer"}}
+        one = {"type": "object", "properties": a, "required": ["a"]}
+        two = {"type": "object", "properties": b, "required": ["b"]}
+        for name, parameters, properties, required in (
+            ("anyOf", {"anyOf": [one, two]}, {**a, **b}, None), ("oneOf", {"oneOf": [one, two]}, {**a, **b}, None),
+            ("allOf", {"allOf": [one, two]}, {**a, **b}, ["a", "b"]),
+            ("beside", {"type": "object", "properties": a, "required": ["a"], "anyOf": [two, two]}, {**a, **b},
+             ["a", "b"]),
+            ("shared", {"anyOf": [one, {"properties": {**a, **b}, "required": ["b", "a"]}]}, {**a, **b}, ["a"]),
+            ("$ref", {"$ref": "#/$defs/One", "$defs": {"One": one}}, a, ["a"]),
+            ("refs", {"anyOf": [{"$ref": "#/$defs/One"}, {"$ref": "#/$defs/Two"}], "$defs": {"One": one, "Two": two}},
+             {**a, **b}, None),
+            ("null", {"anyOf": [one, {"type": "null"}]}, a, ["a"]),
+            ("type list", dict(one, type=["object", "null"]), a, ["a"]),
+            ("no type", {"properties": a, "required": ["a"]}, a, ["a"]),
+        ):
+            with self.subTest(name=name):
+                schema = self.schema(parameters)
+                self.assertEqual((schema["type"], schema["properties"], schema.get("required")),
+                                 ("object", properties, required))
+
+    def test_the_rest_of_a_schema_stays_as_it_is(self):
+        parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"type": "array", "items": {
+            "type": "number", "minimum": 2}}}, "$defs": {"A": {"enum": [1, "x"]}}, "title": "T",
+            "additionalProperties": True}
+        self.assertEqual(self.schema(dict(parameters, **{"$schema": "http://json-schema.org/draft-07/schema#"})),
+                         parameters)
+
+    def test_schemas_of_older_drafts_are_brought_up_to_date(self):
+        # zod's tuples and Pydantic 1 bounds, as MCP servers still hand them out; Claude wants draft 2020-12
+        for name, given, expected in (
+            ("tuple", {"type": "array", "items": [{"type": "string"}, {"type": "number"}]},
+             {"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}]}),
+            ("bound", {"type": "number", "minimum": 0, "exclusiveMinimum": True},
+             {"type": "number", "exclusiveMinimum": 0}),
+            ("twice", {"type": "object", "properties": {"x": {}}, "required": ["x", "x"]},
+             {"type": "object", "properties": {"x": {}}, "required": ["x"]}),
+        ):
+            with self.subTest(name=name):
+                schema = self.schema({"type": "object", "properties": {"a": given}})
+                self.assertEqual({key: schema["properties"]["a"].get(key) for key in expected}, expected)
+        self.assertEqual(self.schema({"type": "object", "properties": {"x": {}}, "required": ["x", "x"]})["required"],
+                         ["x"])
+
+    def test_strict_stays_where_the_schema_allows_it(self):
+        tool = self.tools(a_tool("f", POINT, strict=True))[0]
+        self.assertEqual((tool["strict"], tool["input_schema"]), (True, POINT))
+        for name, parameters in (
+            ("bounds", {"type": "object", "properties": {"x": {"type": "integer", "minimum": 1}}, "required": ["x"]}),
+            ("free keys", {"type": "object", "properties": {"x": {"type": "object", "additionalProperties": True}}}),
+            ("recursion", {"type": "object", "properties": {"x": {"$ref": "#/$defs/N"}}, "$defs": {"N": {
+                "type": "object", "properties": {"next": {"$ref": "#/$defs/N"}}}}}),
+        ):
+            with self.subTest(name=name):
+                tool = self.tools(a_tool("f", parameters, strict=True))[0]
+                self.assertNotIn("strict", tool)
+                self.assertEqual(tool["input_schema"], parameters)
+                self.assertEqual(self.changes(tools=[a_tool("f", parameters, strict=True)]),
+                                 "dropped=tools[0].function.strict")
+
+    def test_at_most_twenty_tools_are_strict(self):
+        tools = self.tools(*[a_tool("f%d" % at, POINT, strict=True) for at in range(25)])
+        self.assertEqual([bool(tool.get("strict")) for tool in tools], [True] * 20 + [False] * 5)
+
+    def test_a_nullable_branch_of_a_root_union_keeps_its_properties(self):
+        schema = {"anyOf": [{"type": ["object", "null"], "properties": {"a": {"type": "string"}}, "required": ["a"]},
+                            {"type": "object", "properties": {"b": {"type": "string"}}}]}
+        request = self.sent(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}])
+        self.assertEqual(sorted(request["tools"][0]["input_schema"]["properties"]), ["a", "b"])
+
+
+class SchemaSubsetTests(RequestTestCase):
+    def test_a_schema_that_says_nothing_is_asked_for_in_words(self):
+        for schema in ({"allOf": [{}]}, {"$comment": "x"}, {"allOf": [{"allOf": [{"$defs": {}}]}]}):
+            with self.subTest(schema=schema):
+                request = self.sent(response_format={"type": "json_schema",
+                                                     "json_schema": {"name": "x", "schema": schema}})
+                self.assertNotIn("format", request.get("output_config", {}))
+
+    """`response_format` of type json_schema: the schema in what Claude compiles, or the schema in words."""
+
+    def format(self, schema, **fields):
+        """The schema that Claude is held to, None where it is only asked for."""
+        request = self.prompt(response_format={"type": "json_schema", "json_schema": {
+            "name": "n", "strict": True, "description": "d", "schema": schema}}, **fields)
+        self.assertEqual("JSON Schema" in json.dumps(request["messages"]),
+                         "format" not in request.get("output_config", {}))
+        answer_format = request.get("output_config", {}).get("format")
+        self.assertIn(set(answer_format or ()), (set(), {"type", "schema"}))
+        return answer_format and answer_format["schema"]
+
+    def test_a_schema_in_the_subset_stays_as_it_is(self):
+        schema = {"type": "object", "title": "T", "description": "D", "required": ["a", "b"],
+                  "additionalProperties": False,
+                  "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"anyOf": [{"type": "string", "format": "date"},
+                                                                            {"type": "null"}]}},
+                  "$defs": {"A": {"type": "array", "items": {"enum": ["x", 1, None]}, "minItems": 1}}}
+        self.assertEqual(self.format(schema), schema)
+
+    def test_what_is_outside_goes_into_the_description(self):
+        schema = self.format({"type": "object", "properties": {
+            "a": {"type": "integer", "minimum": 3, "description": "Age"}, "b": {"type": "string", "maxLength": 9},
+            "c": {"type": "array", "items": {"type": "string"}, "minItems": 2, "uniqueItems": True},
+            "d": {"type": "string", "pattern": "^(?=x)", "format": "color"}}, "required": ["a", "b", "c", "d"]})
+        self.assertEqual(schema["additionalProperties"], False)
+        for name, left, words in (("a", {"type"}, ("Age", "minimum", "3")), ("b", {"type"}, ("maxLength", "9")),
+                                  ("c", {"type", "items"}, ("minItems", "2", "uniqueItems")),
+                                  ("d", {"type"}, ("pattern", "(?=x)", "color"))):
+            with self.subTest(name=name):
+                self.assertEqual(set(schema["properties"][name]), left | {"description"})
+                for word in words:
+                    self.assertIn(word, schema["properties"][name]["description"])
+        self.assertIn("response_format.minimum", self.changes(response_format={"type": "json_schema", "json_schema": {
+            "name": "n", "schema": {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}}}}))
+
+    def test_unions_and_references_are_brought_over(self):
+        one, two = {"type": "string"}, {"type": "integer"}
+        schema = self.format({"type": "object", "properties": {
+            "a": {"oneOf": [one, two]}, "b": {"allOf": [one]}, "c": {"$ref": "#/$defs/C", "description": "Words"}},
+            "required": ["a", "b", "c"], "$defs": {"C": {"type": "boolean"}}})
+        self.assertEqual(schema["properties"]["a"], {"anyOf": [one, two]})
+        self.assertEqual(schema["properties"]["b"]["type"], "string")
+        self.assertEqual(schema["properties"]["c"], {"type": "boolean", "description": "Words"})
+
+    def test_a_schema_that_cannot_be_brought_over_is_asked_for_in_words(self):
+        recursive = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+        for name, schema in (
+            ("recursion", recursive), ("free keys", {"type": "object", "additionalProperties": {"type": "string"}}),
+            ("any object", {"type": "object"}), ("external", {"type": "object", "properties": {"a": {
+                "$ref": "https://example.com/a.json"}}}),
+            ("nowhere", {"type": "object", "properties": {"a": {"$ref": "#/$defs/Nope"}}}),
+            ("optional", {"type": "object", "properties": {"p%d" % at: {"type": "string"} for at in range(25)}}),
+            ("unions", {"type": "object", "properties": {"p%d" % at: {"type": ["string", "null"]} for at in range(17)},
+                        "required": ["p%d" % at for at in range(17)]}),
+        ):
+            with self.subTest(name=name):
+                self.assertIsNone(self.format(schema))
+                self.assertEqual(self.changes(response_format={"type": "json_schema", "json_schema": {
+                    "name": "n", "schema": schema}}), "changed=response_format")
+
+    def test_the_limits_of_complexity_count_each_part_once(self):
+        optional = {"p%d" % at: {"type": "string"} for at in range(24)}
+        unions = {"p%d" % at: {"anyOf": [{"type": "string"}, {"type": "null"}]} for at in range(16)}
+        for name, inner in (("optional", {"type": "object", "properties": optional}),
+                            ("unions", {"type": "object", "properties": unions, "required": list(unions)})):
+            with self.subTest(name=name):
+                nested = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#/$defs/A"}},
+                          "required": ["a", "b"], "$defs": {"A": inner}}
+                self.assertIsNotNone(self.format(inner))
+                self.assertIsNotNone(self.format(nested))
+
+    def test_definitions_that_use_each_other_cost_what_they_are_long(self):
+        # every level names the next one twice: whoever writes that out never comes back
+        levels = {"L%d" % at: {"type": "object",
+                               "properties": {name: {"$ref": "#/$defs/L%d" % (at + 1)} for name in "ab"},
+                               "required": ["a", "b"]} for at in range(12)}
+        levels["L12"] = {"type": "object", "properties": {"a": {"type": "string"}}}     # one optional property in all
+        schema = {"type": "object", "properties": {"root": {"$ref": "#/$defs/L0"}}, "required": ["root"],
+                  "$defs": levels}
+        self.assertIsNotNone(self.format(schema))
+
+    def test_a_long_chain_of_definitions_is_no_stack_overflow(self):
+        levels = {"L%d" % at: {"type": "object", "properties": {"next": {"$ref": "#/$defs/L%d" % (at + 1)}}}
+                  for at in range(400)}
+        levels["L400"] = {"type": "string"}
+        schema = {"type": "object", "properties": {"root": {"$ref": "#/$defs/L0"}}, "$defs": levels}
+        self.assertIsNone(self.format(schema))
+
+    def test_no_schema_is_a_wish_for_any_object(self):
+        request = self.prompt(response_format={"type": "json_schema", "json_schema": {"name": "n"}})
+        self.assertNotIn("output_config", request)
+        self.assertIn("JSON", request["messages"][-1]["content"][-1]["text"])
+
+    def test_every_model_takes_it_whatever_else_is_asked(self):
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                self.assertEqual(self.format(POINT, model=model, tools=[a_tool("f")], reasoning_effort="low"), POINT)
+
+    def test_it_is_asked_for_in_words_beside_web_search(self):
+        self.assertIsNone(self.format(POINT, web_search_options={}))
+
+    def test_json_object_is_asked_for_in_words(self):
+        request = self.prompt(response_format={"type": "json_object"})
+        self.assertNotIn("output_config", request)
+        self.assertEqual([len(turn["content"]) for turn in request["messages"]], [2])
+        self.assertIn("JSON", request["messages"][0]["content"][1]["text"])
+        self.assertNotIn("system", request)
+
+    def test_plain_text_needs_nothing(self):
+        self.assertEqual(self.sent(response_format={"type": "text"}), self.sent())
+
+
+# ---- Conversation ------------------------------------------------------------------------------------
 
 class ConversationTests(RequestTestCase):
     def test_neighbours_of_one_role_become_one_turn(self):
@@ -1981,6 +2803,10 @@ class ConversationTests(RequestTestCase):
             with self.subTest(extra=extra):
                 turns = self.turns(ASKED, dict(assistant("b"), **extra), user("c"))
                 self.assertEqual(turns[1]["content"], expected + [text("b")])
+
+
+GOOD_HEADERS = {"anthropic-version": "2023-06-01", "content-type": "application/json", "x-api-key": "k",
+                "user-agent": "claude-gateway/0"}
 
 
 class AnyHistoryTests(unittest.TestCase):
@@ -2281,610 +3107,109 @@ class ToolHistoryTests(RequestTestCase):
         self.assertEqual(completion_from_chunks(chunks)["message"]["tool_calls"][0]["function"]["name"], "ns.do it")
 
 
-# ---- content parts
+# ---- Parameters --------------------------------------------------------------------------------------
 
-def png(width: int, height: int) -> str:
-    """The beginning of a PNG of this size, in base64: as much of it as the gateway looks at."""
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height)
-                            + b"\x08\x06\0\0\0").decode()
-
-
-def jpeg(width: int, height: int) -> str:
-    """The same of a JPEG, with a segment before the frame header."""
-    return base64.b64encode(b"\xff\xd8\xff\xe0\x00\x10" + b"JFIF\0" + bytes(9) + b"\xff\xc0\x00\x11\x08"
-                            + struct.pack(">HH", height, width) + bytes(12)).decode()
-
-
-def gif(width: int, height: int) -> str:
-    return base64.b64encode(b"GIF89a" + struct.pack("<HH", width, height) + bytes(10)).decode()
-
-
-def webp(width: int, height: int) -> str:
-    return base64.b64encode(b"RIFF\x20\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + struct.pack("<I", width - 1)[:3]
-                            + struct.pack("<I", height - 1)[:3] + bytes(8)).decode()
-
-
-PDF = base64.b64encode(b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n%%EOF\n").decode()
-
-
-def image_block(data: str, media_type: str = "image/png") -> dict:
-    return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data}}
-
-
-def pdf_block(**fields) -> dict:
-    return dict({"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}},
-                **fields)
-
-
-def text_file(words: str, **fields) -> dict:
-    return dict({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": words}}, **fields)
-
-
-def image_url(url) -> dict:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-class ContentPartTests(RequestTestCase):
-    def block(self, part: dict, **fields) -> dict:
-        """The content block that a part of a user message becomes."""
-        blocks = self.turns(user([{"type": "text", "text": "See:"}, part]), **fields)[0]["content"]
-        self.assertEqual((len(blocks), blocks[0]), (2, text("See:")))
-        return blocks[1]
-
-    def refused_part(self, part: dict) -> dict:
-        return self.refused(messages=[user([{"type": "text", "text": "See:"}, part])])
-
-    def test_an_image_that_is_none_is_told_what_it_claimed_to_be(self):
-        for declared, words in (("image/png", "this is declared image/png, but its bytes are none of these."),
-                                ("image/bmp", "this is image/bmp."),
-                                ("application/pdf", "is declared application/pdf, ")):
-            with self.subTest(declared), self.assertRaises(claude_gateway.InvalidRequest) as raised:
-                claude_gateway.blocks_from_base64("AAAA", declared, "", "image", None)
-            self.assertIn(words, str(raised.exception))
-
-    def test_an_image_is_understood_in_all_its_spellings(self):
-        url_safe = PIXEL.replace("+", "-").replace("/", "_").rstrip("=")
-        spaced = "\r\n ".join(PIXEL[start:start + 20] for start in range(0, len(PIXEL), 20))
-        for name, part in (
-            ("url object", image_url("data:image/png;base64," + PIXEL)),
-            ("bare string", {"type": "image_url", "image_url": "data:image/png;base64," + PIXEL}),
-            ("with detail", {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL,
-                                                                "detail": "low"}}),
-            ("bare base64", image_url(PIXEL)), ("no media type", image_url("data:;base64," + PIXEL)),
-            ("wrong media type", image_url("data:image/jpeg;base64," + PIXEL)),
-            ("octet-stream", image_url("data:application/octet-stream;base64," + PIXEL)),
-            ("upper case", image_url("DATA:IMAGE/PNG;BASE64," + PIXEL)),
-            ("parameters", image_url("data:image/png;charset=utf-8;base64," + PIXEL)),
-            ("line breaks", image_url("data:image/png;base64," + spaced)), ("no padding", image_url(
-                "data:image/png;base64," + PIXEL.rstrip("="))),
-                ("url-safe", image_url("data:image/png;base64," + url_safe)),
-            ("percent signs", image_url("data:image/png;base64," + urllib.parse.quote(PIXEL, safe=""))),
-            ("input_image", {"type": "input_image", "image_url": "data:image/png;base64," + PIXEL}),
-            ("anthropic", image_block(PIXEL)), ("anthropic, wrong type", image_block(PIXEL, "image/webp")),
-            ("file", {"type": "file", "file": {"file_data": "data:image/png;base64," + PIXEL, "filename": "a.png"}}),
+class ParameterTests(RequestTestCase):
+    def test_the_output_limit_is_the_clients_up_to_the_models(self):
+        for model, fields, expected in (
+            ("opus", {}, 128_000), ("claude-haiku-4-5", {}, 64_000), ("opus", {"max_tokens": 5000}, 5000),
+            ("opus", {"max_completion_tokens": 2000, "max_tokens": 5000}, 2000),
+            ("opus", {"max_tokens": 200_000}, 128_000), ("claude-haiku-4-5", {"max_completion_tokens": 100_000},
+                                                         64_000),
         ):
-            with self.subTest(name=name):
-                self.assertEqual(self.block(part), image_block(PIXEL))
+            with self.subTest(model=model, fields=fields):
+                self.assertEqual(self.sent(model=model, **fields)["max_tokens"], expected)
+        self.assertEqual(self.changes(max_tokens=200_000), "clamped=max_tokens")
 
-    def test_the_bytes_say_what_an_image_is(self):
-        for data, media_type in ((png(5, 5), "image/png"), (jpeg(5, 5), "image/jpeg"), (gif(5, 5), "image/gif"),
-                                 (webp(5, 5), "image/webp")):
-            with self.subTest(media_type=media_type):
-                self.assertEqual(self.block(image_url("data:image/jpg;base64," + data)), image_block(data, media_type))
-        for declared, data, told in (("image/png", jpeg(5, 5), "repaired="), ("image/jpg", png(5, 5), "repaired="),
-                                     ("image/jpg", jpeg(5, 5), ""), ("IMAGE/JPG", jpeg(5, 5), "")):
-            with self.subTest(declared=declared):
-                url = "data:%s;base64,%s" % (declared, data)
-                self.assertEqual(self.changes(messages=[user([image_url(url)])])[:9], told)
-
-    def test_a_web_address_is_left_to_claude(self):
-        for part in (image_url("https://example.com/a.png"),
-                     {"type": "image_url", "image_url": "https://example.com/a.png"},
-                     {"type": "input_image", "image_url": "https://example.com/a.png"},
-                     {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}):
-            with self.subTest(part=part):
-                self.assertEqual(self.block(part), {"type": "image", "source": {
-                    "type": "url", "url": "https://example.com/a.png"}})
-
-    def test_addresses_that_are_not_public_are_refused_by_name(self):
-        for url in ("file:///etc/passwd", "ftp://example.com/a.png", "http://127.0.0.1/a.png",
-                    "https://localhost/a.png",
-                    "https://a.localhost/a.png", "http://10.0.0.1/", "http://192.168.1.1/",
-                    "http://169.254.169.254/latest",
-                    "http://[::1]/", "http://[fe80::1]/", "https://0.0.0.0/", "http://[::ffff:127.0.0.1]/",
-                    "http:///a.png",
-                    "https://exa mple.com/", "javascript:alert(1)", "a.png", "", "http://[bad/"):
-            with self.subTest(url=url):
-                error = self.refused_part(image_url(url))
-                self.assertEqual(error["param"], "messages[0].content[1].image_url.url")
-                self.assertIn(url, error["message"])
-
-    def test_bad_image_data_is_refused_by_path(self):
-        svg = base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode()
-        bmp = base64.b64encode(b"BM" + bytes(60)).decode()
-        for url, words in (("data:image/png;base64,", "base64"), ("data:image/png;base64,@@@@", "base64"),
-                           ("data:image/png;base64," + PIXEL[:41], "base64"), ("data:image/png;base64", "comma"),
-                           ("data:image/svg+xml;base64," + svg, "JPEG, PNG, GIF and WebP"),
-                           ("data:image/bmp;base64," + bmp, "JPEG, PNG, GIF and WebP")):
-            with self.subTest(url=url):
-                error = self.refused_part(image_url(url))
-                self.assertEqual(error["param"], "messages[0].content[1].image_url.url")
-                self.assertIn(words, error["message"])
-
-    def test_an_image_that_is_too_large_is_refused_with_the_limit(self):
-        for data in (png(8001, 10), png(10, 8001), jpeg(9000, 20), gif(8001, 1), webp(1, 8001)):
-            with self.subTest(data=data[:8]):
-                error = self.refused_part(image_url(data if len(data) > 40 else "data:image/x;base64," + data))
-                self.assertIn("8000 x 8000", error["message"])
-        self.assertEqual(self.block(image_url("data:;base64," + png(8000, 8000)))["type"], "image")
-        heavy = base64.b64encode(base64.b64decode(PIXEL) + bytes(7_600_000)).decode()
-        self.assertIn("10 MB", self.refused_part(image_url("data:image/png;base64," + heavy))["message"])
-
-    def test_the_number_of_images_has_a_limit(self):
-        for model, most in (("claude-haiku-4-5", 100), ("claude-opus-5-5", 600)):
-            with self.subTest(model=model):
-                images = [image_url("data:image/png;base64," + PIXEL)] * (most + 1)
-                self.assertEqual(self.chat(model=model, messages=[user(images[1:])]).status, 200)
-                error = self.refused(model=model, messages=[user(images)])
-                self.assertIn(str(most), error["message"])
-                self.assertEqual(error["param"], "messages[0].content[%d].image_url.url" % most)
-
-    def test_a_pdf_is_a_document_wherever_it_hides(self):
-        for name, part, expected in (
-            ("file", {"type": "file", "file": {"file_data": "data:application/pdf;base64," + PDF, "filename": "a.pdf"}},
-             pdf_block(title="a.pdf")),
-            ("bare", {"type": "file", "file": {"file_data": PDF, "filename": "a.pdf"}}, pdf_block(title="a.pdf")),
-            ("no name", {"type": "file", "file": {"file_data": "data:application/pdf;base64," + PDF}}, pdf_block()),
-            ("wrong type", {"type": "file", "file": {"file_data": "data:text/plain;base64," + PDF}}, pdf_block()),
-            ("image_url", image_url("data:application/pdf;base64," + PDF), pdf_block()),
-            ("input_file", {"type": "input_file", "file_data": PDF, "filename": "b.pdf"}, pdf_block(title="b.pdf")),
-            ("anthropic", pdf_block(title="c"), pdf_block(title="c")),
-        ):
-            with self.subTest(name=name):
-                self.assertEqual(self.block(part), expected)
-
-    def test_text_files_are_text_documents(self):
-        encoded = base64.b64encode("Grüße".encode("utf-8")).decode()
-        for name, part, expected in (
-            ("file", {"type": "file", "file": {"file_data": "data:text/csv;base64," + encoded, "filename": "a.csv"}},
-             text_file("Grüße", title="a.csv")),
-            ("bare", {"type": "file", "file": {"file_data": encoded, "filename": "notes.MD"}},
-             text_file("Grüße", title="notes.MD")),
-            ("image_url", image_url("data:text/plain;base64," + encoded), text_file("Grüße")),
-            ("json", {"type": "file", "file": {"file_data": "data:application/json;base64," + encoded}},
-             text_file("Grüße")),
-            ("percent", image_url("data:text/plain,Hello%20there"), text_file("Hello there")),
-            ("anthropic", text_file("x", title="t"), text_file("x", title="t")),
-        ):
-            with self.subTest(name=name):
-                self.assertEqual(self.block(part), expected)
-
-    def test_what_claude_cannot_take_is_refused_by_path_and_reason(self):
-        word = base64.b64encode(b"PK\x03\x04" + bytes(40)).decode()
-        latin = base64.b64encode(b"Gr\xfc\xdfe").decode()
-        part = "messages[0].content[1]"
-        for given, param, words in (
-            ({"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}, part, "sound"),
-            ({"type": "video_url", "video_url": {"url": "https://x.example/v.mp4"}}, part, "video"),
-            ({"type": "file", "file": {"file_id": "file-1"}}, part + ".file.file_id", "file"),
-            ({"type": "file", "file": {"filename": "a.pdf"}}, part + ".file", "file_data"),
-            ({"type": "file", "file": {"file_data": word, "filename": "a.docx"}}, part + ".file.file_data", "PDF"),
-            ({"type": "file", "file": {"file_data": "data:text/plain;base64," + latin}}, part + ".file.file_data",
-             "UTF-8"),
-            ({"type": "file", "file": "a.pdf"}, part + ".file", "object"),
-            ({"type": "file"}, part, "file_data"), ({"type": "input_image", "file_id": "f"}, part + ".file_id", "file"),
-        ):
-            with self.subTest(given=given):
-                error = self.refused_part(given)
-                self.assertEqual(error["param"], param)
-                self.assertIn(words, error["message"])
-
-    def test_parts_of_other_apis_are_read(self):
-        for part in ({"type": "input_text", "text": "x"}, {"type": "output_text", "text": "x"}, {"text": "x"}, "x"):
-            with self.subTest(part=part):
-                self.assertEqual(self.block(part), text("x"))
-
-    def test_an_unknown_part_is_passed_on_as_text_and_told(self):
-        part = {"type": "hologram", "depth": 3}
-        self.assertEqual(json.loads(self.block(part)["text"]), part)
-        self.assertEqual(self.changes(messages=[user(["a", part])]), "changed=messages[0].content[1]")
-
-    def test_an_image_of_the_assistant_is_named_not_sent(self):
-        turns = self.turns(ASKED, assistant([{"type": "text", "text": "Here:"},
-                                             image_url("data:image/png;base64," + PIXEL)]),
-                           user("Thanks"))
-        self.assertEqual([block["type"] for block in turns[1]["content"]], ["text", "text"])
-
-
-# ---- tools
-
-POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
-NO_PARAMETERS = {"type": "object", "properties": {}}
-
-
-class ToolTests(RequestTestCase):
-    def tools(self, *tools: dict, **fields) -> list:
-        return self.prompt(tools=list(tools), **fields)["tools"]
-
-    def schema(self, parameters, **fields) -> dict:
-        return self.tools({"type": "function", "function": dict({"name": "f", "parameters": parameters}, **fields)})[0][
-            "input_schema"]
-
-    def test_a_tool_is_understood_in_all_its_spellings(self):
-        expected = {"name": "f", "description": "Does it", "input_schema": POINT}
-        inner = {"name": "f", "description": "Does it", "parameters": POINT}
-        for tool in ({"type": "function", "function": inner}, {"function": inner}, dict(inner, type="function"), inner,
-                     {"name": "f", "description": "Does it", "input_schema": POINT},
-                     {"type": "custom", "name": "f", "description": "Does it", "input_schema": POINT},
-                     {"type": "function", "function": dict(inner, strict=False)},
-                     {"type": "function", "function": dict(inner, strict=None)}):
-            with self.subTest(tool=tool):
-                self.assertEqual(self.tools(tool), [expected])
-        self.assertEqual(self.prompt(functions=[inner])["tools"], [expected])
-
-    def test_empty_descriptions_and_parameters_are_made_whole(self):
-        for function in ({"name": "f"}, {"name": "f", "description": "", "parameters": None},
-                         {"name": "f", "description": None, "parameters": {}},
-                         {"name": "f", "parameters": {"type": "object"}},
-                         {"name": "f", "parameters": {"type": "object", "properties": None, "required": None}}):
-            with self.subTest(function=function):
-                self.assertEqual(self.tools({"type": "function", "function": function}),
-                                 [{"name": "f", "input_schema": NO_PARAMETERS}])
-
-    def test_of_two_tools_with_one_name_the_first_stays(self):
-        tools = self.tools(a_tool("f", description="one"), a_tool("g"), a_tool("f", description="two"))
-        self.assertEqual([(tool["name"], tool.get("description")) for tool in tools], [("f", "one"), ("g", None)])
-        self.assertIn("dropped=tools[1]", self.changes(tools=[a_tool("f"), a_tool("f")]))
-
-    def test_tools_that_claude_does_not_have_are_dropped_and_told(self):
-        self.assertEqual([tool["name"] for tool in self.tools({"type": "code_interpreter"}, a_tool("f"))], ["f"])
-        self.assertEqual(self.changes(tools=[{"type": "code_interpreter"}, a_tool("f")]), "dropped=tools[0]")
-        self.assertNotIn("tools", self.sent(tools=[{"type": "code_interpreter"}], tool_choice="required"))
-
-    def test_a_custom_tool_takes_one_string_and_tells_its_grammar(self):
-        tool = self.tools({"type": "custom", "custom": {"name": "calc", "description": "Computes", "format": {
-            "type": "grammar", "grammar": {"syntax": "lark", "definition": "start: /[0-9+]+/"}}}})[0]
-        self.assertEqual(tool["input_schema"]["properties"], {"input": {"type": "string"}})
-        self.assertEqual(tool["input_schema"]["required"], ["input"])
-        self.assertRegex(tool["description"], r"(?s)Computes.*lark.*start: /\[0-9\+\]\+/")
-        self.claude.play(message(tool_use("c", "calc", {"input": "1+1"})))
-        answer = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}])
-        self.assertEqual(answer.message["tool_calls"], [{"id": "c", "type": "custom", "custom": {
-            "name": "calc", "input": "1+1"}}])
-
-    def test_web_search_becomes_claudes(self):
-        request = self.prompt(web_search_options={"search_context_size": "low", "user_location": {
-            "type": "approximate", "approximate": {"city": "Paris", "country": "FR", "region": None}}},
-            tools=[a_tool("f")])
-        self.assertEqual([tool["name"] for tool in request["tools"]], ["f", "web_search"])
-        search = request["tools"][1]
-        self.assertEqual(search["user_location"], {"type": "approximate", "city": "Paris", "country": "FR"})
-        few, usual, many = (self.sent(web_search_options=options)["tools"][0]["max_uses"] for options in (
-            {"search_context_size": "low"}, {}, {"search_context_size": "high"}))
-        self.assertLess(few, usual)
-        self.assertLess(usual, many)
+    def test_sampling_goes_to_the_models_that_take_it(self):
         for model in ALL_MODELS:
+            takes = model in OLD_MODELS + ("claude-sonnet-4-6", "claude-opus-4-6")
             with self.subTest(model=model):
-                self.assertEqual(self.sent(model=model, web_search_options={})["tools"][0]["name"], "web_search")
+                request = self.sent(model=model, temperature=0.5, top_k=7)
+                self.assertEqual({name: request.get(name) for name in ("temperature", "top_k")},
+                                 {"temperature": 0.5, "top_k": 7} if takes else {"temperature": None, "top_k": None})
+                self.assertEqual(self.changes(model=model, temperature=0.5), "" if takes else "dropped=temperature")
+                self.assertEqual(self.changes(model=model, temperature=1, top_p=1), "")
 
-    def test_a_clients_own_web_search_tool_can_stand_beside_claudes(self):
-        self.claude.play(lambda recorded: message(tool_use("c", recorded.body["tools"][0]["name"], {})))
-        answer = self.chat(web_search_options={}, tools=[a_tool("web_search")])
-        self.assertEqual(answer.status, 200, answer.raw)
-        self.assertEqual(answer.message["tool_calls"][0]["function"]["name"], "web_search")
-
-    def test_a_root_becomes_an_object_without_composition(self):
-        a, b = {"a": {"type": "string"}}, {"b": {"type": "integer"}}
-        one = {"type": "object", "properties": a, "required": ["a"]}
-        two = {"type": "object", "properties": b, "required": ["b"]}
-        for name, parameters, properties, required in (
-            ("anyOf", {"anyOf": [one, two]}, {**a, **b}, None), ("oneOf", {"oneOf": [one, two]}, {**a, **b}, None),
-            ("allOf", {"allOf": [one, two]}, {**a, **b}, ["a", "b"]),
-            ("beside", {"type": "object", "properties": a, "required": ["a"], "anyOf": [two, two]}, {**a, **b},
-             ["a", "b"]),
-            ("shared", {"anyOf": [one, {"properties": {**a, **b}, "required": ["b", "a"]}]}, {**a, **b}, ["a"]),
-            ("$ref", {"$ref": "#/$defs/One", "$defs": {"One": one}}, a, ["a"]),
-            ("refs", {"anyOf": [{"$ref": "#/$defs/One"}, {"$ref": "#/$defs/Two"}], "$defs": {"One": one, "Two": two}},
-             {**a, **b}, None),
-            ("null", {"anyOf": [one, {"type": "null"}]}, a, ["a"]),
-            ("type list", dict(one, type=["object", "null"]), a, ["a"]),
-            ("no type", {"properties": a, "required": ["a"]}, a, ["a"]),
+    def test_sampling_is_brought_into_claudes_range(self):
+        for fields, expected, told in (
+            ({"temperature": 1.7}, {"temperature": 1}, "clamped=temperature"),
+            ({"temperature": -1}, {"temperature": 0}, "clamped=temperature"),
+            ({"temperature": 0}, {"temperature": 0}, ""), ({"top_p": 0.9}, {"top_p": 0.9}, ""),
+            ({"temperature": 0.2, "top_p": 0.9}, {"temperature": 0.2}, "dropped=top_p"),
+            ({"temperature": 1, "top_p": 0.9}, {"top_p": 0.9}, ""),
+            ({"temperature": 0.2, "top_p": 1}, {"temperature": 0.2}, ""),
         ):
+            with self.subTest(fields=fields):
+                answer = self.chat(model="claude-sonnet-4-6", **fields)
+                request = self.claude.messages[-1].body
+                self.assertEqual({name: request[name] for name in ("temperature", "top_p") if name in request},
+                                 expected)
+                self.assertEqual(answer.headers.get("x-claude-gateway-changes", ""), told)
+
+    def test_stop_sequences_are_filtered_and_keep_their_order(self):
+        self.assertEqual(self.sent(stop="END")["stop_sequences"], ["END"])
+        self.assertEqual(self.sent(stop=["b", " ", "a", "", "\n\n"])["stop_sequences"], ["b", "a"])
+        self.assertEqual(self.sent(stop=["1", "2", "3", "4", "5"])["stop_sequences"], ["1", "2", "3", "4", "5"])
+        self.assertEqual(self.changes(stop=["\n"]), "dropped=stop")
+
+    def test_an_opaque_user_id_is_handed_on_and_no_address(self):
+        for fields, expected in (({"user": "u-123"}, {"user_id": "u-123"}),
+                                 ({"safety_identifier": "s"}, {"user_id": "s"}),
+                                 ({"user": "u", "safety_identifier": "s"}, {"user_id": "s"}),
+                                 ({"user": "ann@example.com"}, None), ({"user": "+49 170 1234567"}, None),
+                                 ({"user": "u" * 257}, None), ({"user": "u" * 256}, {"user_id": "u" * 256}),
+                                 ({"user": ""}, None)):
+            with self.subTest(fields=fields):
+                self.assertEqual(self.sent(**fields).get("metadata"), expected)
+        self.assertEqual(self.changes(user="ann@example.com"), "dropped=user")
+
+    def test_service_tiers_are_mapped_to_their_twins(self):
+        for tier, expected in (("auto", {}), ("default", {"service_tier": "standard_only"}), ("priority", {}),
+                               ("fast", {"speed": "fast"}), ("flex", {})):
+            with self.subTest(tier=tier):
+                request = self.sent(model="claude-opus-5-5", service_tier=tier)
+                self.assertEqual({name: request[name] for name in ("service_tier", "speed") if name in request},
+                                 expected)
+        self.assertEqual(self.changes(service_tier="flex"), "dropped=service_tier")
+        self.assertEqual(self.changes(service_tier="auto"), "")
+        self.assertEqual(self.sent(speed="fast")["speed"], "fast")
+        self.assertIn("fast-mode-2026-02-01", self.claude.messages[-1].headers["anthropic-beta"])
+
+    def test_a_field_that_says_the_default_is_no_change(self):
+        self.assertEqual(self.changes(
+            n=1, logprobs=False, top_logprobs=0, presence_penalty=0, frequency_penalty=0.0, logit_bias={},
+            temperature=1, top_p=1.0, modalities=["text"], parallel_tool_calls=True, response_format={"type": "text"},
+            stop=None, verbosity="medium", service_tier="auto", stream=False,
+            stream_options={"include_obfuscation": False}), "")
+
+    def test_what_has_no_effect_on_answers_is_not_reported_and_not_refused(self):
+        self.start(strict=True)
+        fields = {"store": True, "metadata": {"a": "b"}, "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+                  "user": "u-1", "prompt_cache_options": {"mode": "implicit"},
+                  "messages": [user([{"type": "image_url", "image_url": {
+                      "url": "data:image/png;base64," + PIXEL, "detail": "high"}}])]}
+        self.assertEqual(self.changes(**fields), "")
+
+    def test_what_has_no_counterpart_is_dropped_and_told(self):
+        for name, value in (("seed", 0), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("logit_bias", {"1": 2}),
+                            ("prediction", {"type": "content", "content": "x"}), ("audio", {"voice": "x"}),
+                            ("modalities", ["text", "audio"]), ("top_logprobs", 3), ("min_p", 0.1)):
             with self.subTest(name=name):
-                schema = self.schema(parameters)
-                self.assertEqual((schema["type"], schema["properties"], schema.get("required")),
-                                 ("object", properties, required))
+                self.assertEqual(self.changes(**{name: value}), "dropped=" + name)
 
-    def test_the_rest_of_a_schema_stays_as_it_is(self):
-        parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"type": "array", "items": {
-            "type": "number", "minimum": 2}}}, "$defs": {"A": {"enum": [1, "x"]}}, "title": "T",
-            "additionalProperties": True}
-        self.assertEqual(self.schema(dict(parameters, **{"$schema": "http://json-schema.org/draft-07/schema#"})),
-                         parameters)
-
-    def test_schemas_of_older_drafts_are_brought_up_to_date(self):
-        # zod's tuples and Pydantic 1 bounds, as MCP servers still hand them out; Claude wants draft 2020-12
-        for name, given, expected in (
-            ("tuple", {"type": "array", "items": [{"type": "string"}, {"type": "number"}]},
-             {"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}]}),
-            ("bound", {"type": "number", "minimum": 0, "exclusiveMinimum": True},
-             {"type": "number", "exclusiveMinimum": 0}),
-            ("twice", {"type": "object", "properties": {"x": {}}, "required": ["x", "x"]},
-             {"type": "object", "properties": {"x": {}}, "required": ["x"]}),
-        ):
+    def test_nothing_that_is_dropped_is_dropped_in_silence(self):
+        for name, value in (("verbosity", "extreme"), ("speed", "warp"), ("service_tier", "scale")):
             with self.subTest(name=name):
-                schema = self.schema({"type": "object", "properties": {"a": given}})
-                self.assertEqual({key: schema["properties"]["a"].get(key) for key in expected}, expected)
-        self.assertEqual(self.schema({"type": "object", "properties": {"x": {}}, "required": ["x", "x"]})["required"],
-                         ["x"])
+                answer = self.chat(**{name: value})
+                self.assertTrue(answer.status == 400 or name in answer.headers.get("x-claude-gateway-changes", ""))
 
-    def test_strict_stays_where_the_schema_allows_it(self):
-        tool = self.tools(a_tool("f", POINT, strict=True))[0]
-        self.assertEqual((tool["strict"], tool["input_schema"]), (True, POINT))
-        for name, parameters in (
-            ("bounds", {"type": "object", "properties": {"x": {"type": "integer", "minimum": 1}}, "required": ["x"]}),
-            ("free keys", {"type": "object", "properties": {"x": {"type": "object", "additionalProperties": True}}}),
-            ("recursion", {"type": "object", "properties": {"x": {"$ref": "#/$defs/N"}}, "$defs": {"N": {
-                "type": "object", "properties": {"next": {"$ref": "#/$defs/N"}}}}}),
-        ):
-            with self.subTest(name=name):
-                tool = self.tools(a_tool("f", parameters, strict=True))[0]
-                self.assertNotIn("strict", tool)
-                self.assertEqual(tool["input_schema"], parameters)
-                self.assertEqual(self.changes(tools=[a_tool("f", parameters, strict=True)]),
-                                 "dropped=tools[0].function.strict")
+    def test_a_number_beyond_floats_is_refused_by_name(self):
+        answer = self.chat(model="claude-sonnet-4-6", temperature=10 ** 350)
+        self.assertEqual((answer.status, answer.error["param"]), (400, "temperature"))
 
-    def test_at_most_twenty_tools_are_strict(self):
-        tools = self.tools(*[a_tool("f%d" % at, POINT, strict=True) for at in range(25)])
-        self.assertEqual([bool(tool.get("strict")) for tool in tools], [True] * 20 + [False] * 5)
-
-
-class SchemaSubsetTests(RequestTestCase):
-    def test_a_schema_that_says_nothing_is_asked_for_in_words(self):
-        for schema in ({"allOf": [{}]}, {"$comment": "x"}, {"allOf": [{"allOf": [{"$defs": {}}]}]}):
-            with self.subTest(schema=schema):
-                request = self.sent(response_format={"type": "json_schema",
-                                                     "json_schema": {"name": "x", "schema": schema}})
-                self.assertNotIn("format", request.get("output_config", {}))
-
-    """`response_format` of type json_schema: the schema in what Claude compiles, or the schema in words."""
-
-    def format(self, schema, **fields):
-        """The schema that Claude is held to, None where it is only asked for."""
-        request = self.prompt(response_format={"type": "json_schema", "json_schema": {
-            "name": "n", "strict": True, "description": "d", "schema": schema}}, **fields)
-        self.assertEqual("JSON Schema" in json.dumps(request["messages"]),
-                         "format" not in request.get("output_config", {}))
-        answer_format = request.get("output_config", {}).get("format")
-        self.assertIn(set(answer_format or ()), (set(), {"type", "schema"}))
-        return answer_format and answer_format["schema"]
-
-    def test_a_schema_in_the_subset_stays_as_it_is(self):
-        schema = {"type": "object", "title": "T", "description": "D", "required": ["a", "b"],
-                  "additionalProperties": False,
-                  "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"anyOf": [{"type": "string", "format": "date"},
-                                                                            {"type": "null"}]}},
-                  "$defs": {"A": {"type": "array", "items": {"enum": ["x", 1, None]}, "minItems": 1}}}
-        self.assertEqual(self.format(schema), schema)
-
-    def test_what_is_outside_goes_into_the_description(self):
-        schema = self.format({"type": "object", "properties": {
-            "a": {"type": "integer", "minimum": 3, "description": "Age"}, "b": {"type": "string", "maxLength": 9},
-            "c": {"type": "array", "items": {"type": "string"}, "minItems": 2, "uniqueItems": True},
-            "d": {"type": "string", "pattern": "^(?=x)", "format": "color"}}, "required": ["a", "b", "c", "d"]})
-        self.assertEqual(schema["additionalProperties"], False)
-        for name, left, words in (("a", {"type"}, ("Age", "minimum", "3")), ("b", {"type"}, ("maxLength", "9")),
-                                  ("c", {"type", "items"}, ("minItems", "2", "uniqueItems")),
-                                  ("d", {"type"}, ("pattern", "(?=x)", "color"))):
-            with self.subTest(name=name):
-                self.assertEqual(set(schema["properties"][name]), left | {"description"})
-                for word in words:
-                    self.assertIn(word, schema["properties"][name]["description"])
-        self.assertIn("response_format.minimum", self.changes(response_format={"type": "json_schema", "json_schema": {
-            "name": "n", "schema": {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}}}}))
-
-    def test_unions_and_references_are_brought_over(self):
-        one, two = {"type": "string"}, {"type": "integer"}
-        schema = self.format({"type": "object", "properties": {
-            "a": {"oneOf": [one, two]}, "b": {"allOf": [one]}, "c": {"$ref": "#/$defs/C", "description": "Words"}},
-            "required": ["a", "b", "c"], "$defs": {"C": {"type": "boolean"}}})
-        self.assertEqual(schema["properties"]["a"], {"anyOf": [one, two]})
-        self.assertEqual(schema["properties"]["b"]["type"], "string")
-        self.assertEqual(schema["properties"]["c"], {"type": "boolean", "description": "Words"})
-
-    def test_a_schema_that_cannot_be_brought_over_is_asked_for_in_words(self):
-        recursive = {"type": "object", "properties": {"next": {"$ref": "#"}}}
-        for name, schema in (
-            ("recursion", recursive), ("free keys", {"type": "object", "additionalProperties": {"type": "string"}}),
-            ("any object", {"type": "object"}), ("external", {"type": "object", "properties": {"a": {
-                "$ref": "https://example.com/a.json"}}}),
-            ("nowhere", {"type": "object", "properties": {"a": {"$ref": "#/$defs/Nope"}}}),
-            ("optional", {"type": "object", "properties": {"p%d" % at: {"type": "string"} for at in range(25)}}),
-            ("unions", {"type": "object", "properties": {"p%d" % at: {"type": ["string", "null"]} for at in range(17)},
-                        "required": ["p%d" % at for at in range(17)]}),
-        ):
-            with self.subTest(name=name):
-                self.assertIsNone(self.format(schema))
-                self.assertEqual(self.changes(response_format={"type": "json_schema", "json_schema": {
-                    "name": "n", "schema": schema}}), "changed=response_format")
-
-    def test_the_limits_of_complexity_count_each_part_once(self):
-        optional = {"p%d" % at: {"type": "string"} for at in range(24)}
-        unions = {"p%d" % at: {"anyOf": [{"type": "string"}, {"type": "null"}]} for at in range(16)}
-        for name, inner in (("optional", {"type": "object", "properties": optional}),
-                            ("unions", {"type": "object", "properties": unions, "required": list(unions)})):
-            with self.subTest(name=name):
-                nested = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"$ref": "#/$defs/A"}},
-                          "required": ["a", "b"], "$defs": {"A": inner}}
-                self.assertIsNotNone(self.format(inner))
-                self.assertIsNotNone(self.format(nested))
-
-    def test_definitions_that_use_each_other_cost_what_they_are_long(self):
-        # every level names the next one twice: whoever writes that out never comes back
-        levels = {"L%d" % at: {"type": "object",
-                               "properties": {name: {"$ref": "#/$defs/L%d" % (at + 1)} for name in "ab"},
-                               "required": ["a", "b"]} for at in range(12)}
-        levels["L12"] = {"type": "object", "properties": {"a": {"type": "string"}}}     # one optional property in all
-        schema = {"type": "object", "properties": {"root": {"$ref": "#/$defs/L0"}}, "required": ["root"],
-                  "$defs": levels}
-        self.assertIsNotNone(self.format(schema))
-
-    def test_a_long_chain_of_definitions_is_no_stack_overflow(self):
-        levels = {"L%d" % at: {"type": "object", "properties": {"next": {"$ref": "#/$defs/L%d" % (at + 1)}}}
-                  for at in range(400)}
-        levels["L400"] = {"type": "string"}
-        schema = {"type": "object", "properties": {"root": {"$ref": "#/$defs/L0"}}, "$defs": levels}
-        self.assertIsNone(self.format(schema))
-
-    def test_no_schema_is_a_wish_for_any_object(self):
-        request = self.prompt(response_format={"type": "json_schema", "json_schema": {"name": "n"}})
-        self.assertNotIn("output_config", request)
-        self.assertIn("JSON", request["messages"][-1]["content"][-1]["text"])
-
-    def test_every_model_takes_it_whatever_else_is_asked(self):
-        for model in ALL_MODELS:
-            with self.subTest(model=model):
-                self.assertEqual(self.format(POINT, model=model, tools=[a_tool("f")], reasoning_effort="low"), POINT)
-
-    def test_it_is_asked_for_in_words_beside_web_search(self):
-        self.assertIsNone(self.format(POINT, web_search_options={}))
-
-    def test_json_object_is_asked_for_in_words(self):
-        request = self.prompt(response_format={"type": "json_object"})
-        self.assertNotIn("output_config", request)
-        self.assertEqual([len(turn["content"]) for turn in request["messages"]], [2])
-        self.assertIn("JSON", request["messages"][0]["content"][1]["text"])
-        self.assertNotIn("system", request)
-
-    def test_plain_text_needs_nothing(self):
-        self.assertEqual(self.sent(response_format={"type": "text"}), self.sent())
-
-
-class ToolChoiceTests(RequestTestCase):
-    TOOLS = [a_tool("f", POINT), a_tool("my.tool", POINT)]
-
-    def choice(self, wish, model="claude-opus-5", tools=None, **fields):
-        return self.chosen(self.prompt(model=model, tools=tools or self.TOOLS, tool_choice=wish, **fields))
-
-    def test_every_form_is_understood(self):
-        f, other = {"type": "tool", "name": "f"}, {"type": "tool", "name": "my_tool"}
-        for wish, expected in (
-            (None, None), ("auto", None), ("none", {"type": "none"}), ("required", {"type": "any"}),
-            ("any", {"type": "any"}),
-            ({"type": "function", "function": {"name": "f"}}, f), ({"type": "function", "name": "f"}, f),
-            ({"type": "tool", "name": "my.tool"}, other), ({"type": "custom", "custom": {"name": "f"}}, f),
-            ({"function": {"name": "my.tool"}}, other), ({"type": "auto"}, None), ({"type": "any"}, {"type": "any"}),
-            ({"type": "none"}, {"type": "none"}), ({"type": "required"}, {"type": "any"}), ("", None),
-        ):
-            with self.subTest(wish=wish):
-                self.assertEqual(self.choice(wish), expected)
-
-    def test_parallel_calls_can_be_switched_off(self):
-        alone = {"disable_parallel_tool_use": True}
-        for wish, expected in ((None, dict(alone, type="auto")), ("auto", dict(alone, type="auto")),
-                               ("required", dict(alone, type="any")), ("none", {"type": "none"}),
-                               ({"type": "function", "function": {"name": "f"}}, dict(alone, type="tool", name="f"))):
-            with self.subTest(wish=wish):
-                self.assertEqual(self.choice(wish, parallel_tool_calls=False), expected)
-        self.assertNotIn("tool_choice", self.sent(parallel_tool_calls=False))
-        self.assertIsNone(self.choice("auto", parallel_tool_calls=True))
-
-    def test_a_legacy_function_call_is_a_choice_too(self):
-        functions = [{"name": "f", "parameters": POINT}]
-        for wish, expected in (("none", "none"), ("auto", "auto"), ({"name": "f"}, "tool"), (None, "auto")):
-            with self.subTest(wish=wish):
-                request = self.sent(model="claude-opus-5", functions=functions, function_call=wish)
-                self.assertEqual(request["tool_choice"]["type"], expected)
-                # their answer has room for one call
-                self.assertEqual(request["tool_choice"].get("disable_parallel_tool_use", False), expected != "none")
-
-    def test_allowed_tools_shorten_the_list(self):
-        for model in ALL_MODELS:
-            for mode, forced in (("auto", None), ("required", {"type": "any"})):
-                with self.subTest(model=model, mode=mode):
-                    request = self.prompt(model=model, tools=self.TOOLS + [a_tool("h", POINT)], tool_choice={
-                        "type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [
-                            {"type": "function", "function": {"name": "my.tool"}}, {"type": "function", "name": "f"}]}})
-                    self.assertEqual([tool["name"] for tool in request["tools"]], ["f", "my_tool"])
-                    self.assertEqual(self.chosen(request), None if model in UNFORCED else forced)
-
-    def test_a_choice_of_a_tool_that_claude_does_not_have_is_dropped(self):
-        self.assertIsNone(self.choice({"type": "web_search_preview"}))
-        self.assertIn("dropped=tool_choice", self.changes(tools=self.TOOLS, tool_choice={"type": "code_interpreter"}))
-
-    def test_models_that_can_be_forced_are(self):
-        for model in set(ALL_MODELS) - set(UNFORCED):
-            with self.subTest(model=model):
-                self.assertEqual(self.choice("required", model), {"type": "any"})
-                self.assertEqual(self.choice({"type": "function", "function": {"name": "f"}}, model),
-                                 {"type": "tool", "name": "f"})
-
-    def test_elsewhere_the_tools_schema_becomes_the_answer_format(self):
-        for model in UNFORCED:
-            for wish, tools in (({"type": "function", "function": {"name": "my.tool"}}, self.TOOLS),
-                                ("required", [a_tool("my.tool", POINT)])):
-                for stream in (False, True):
-                    with self.subTest(model=model, wish=wish, stream=stream):
-                        self.claude.play(message(text('{"x": 5}')))
-                        answer = self.chat(model=model, tools=tools, tool_choice=wish, stream=stream)
-                        request = self.claude.messages[-1].body
-                        self.assertEqual(request["output_config"]["format"], {"type": "json_schema", "schema": POINT})
-                        self.assertEqual(request["tool_choice"], {"type": "none"})
-                        self.assertIn("tool_choice", answer.headers["x-claude-gateway-changes"])
-                        whole = completion_from_chunks(answer.chunks) if stream else answer.json["choices"][0]
-                        call = whole["message"]["tool_calls"][0]
-                        self.assertEqual((call["type"], call["function"]["name"],
-                                          json.loads(call["function"]["arguments"])),
-                                         ("function", "my.tool", {"x": 5}))
-                        self.assertFalse(whole["message"]["content"])
-                        self.assertEqual(whole["finish_reason"], "tool_calls")
-
-    def test_a_forced_legacy_function_or_custom_tool_comes_back_in_its_own_shape(self):
-        self.claude.play(message(text('{"x": 5}')), message(text('{"input": "1+1"}')))
-        answer = self.chat(functions=[{"name": "f", "parameters": POINT}], function_call={"name": "f"})
-        self.assertEqual(answer.json["choices"][0]["finish_reason"], "function_call")
-        self.assertEqual(answer.message["function_call"]["name"], "f")
-        self.assertEqual(json.loads(answer.message["function_call"]["arguments"]), {"x": 5})
-        answer = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}], tool_choice="required")
-        self.assertEqual(answer.message["tool_calls"][0].get("custom"), {"name": "calc", "input": "1+1"})
-        self.claude.play(message(text('{"input": "1+1"}')))
-        chunks = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}], tool_choice="required",
-                           stream=True).chunks
-        deltas = [call for chunk in chunks for choice in chunk["choices"] for call in choice["delta"].get("tool_calls",
-                                                                                                          ())]
-        self.assertEqual([(call["index"], call.get("type"), call.get("custom")) for call in deltas],
-                         [(0, "custom", {"name": "calc", "input": "1+1"})])
-
-    def test_where_that_cannot_be_it_is_asked_for_in_words(self):
-        free = a_tool("free", {"type": "object", "additionalProperties": True})
-        for model in UNFORCED:
-            for name, wish, tools in (("several", "required", self.TOOLS), ("schema", "required", [free]),
-                                      ("named", {"type": "function", "function": {"name": "free"}},
-                                       [free, *self.TOOLS])):
-                with self.subTest(model=model, name=name):
-                    request = self.prompt(model=model, tools=tools, tool_choice=wish, messages=[system("S"), ASKED])
-                    self.assertIsNone(self.chosen(request))
-                    self.assertNotIn("format", request.get("output_config", {}))
-                    self.assertEqual(request["system"], [text("S")])
-                    words = request["messages"][-1]["content"][-1]["text"]
-                    self.assertIn("free" if name == "named" else "tool" if name == "several" else "", words)
-                    self.assertNotEqual(words, "Hi")
-        request = self.prompt(tools=self.TOOLS, tool_choice="required", parallel_tool_calls=False)
-        self.assertEqual(request["tool_choice"], {"type": "auto", "disable_parallel_tool_use": True})
-
-    def test_a_forced_tool_works_in_the_middle_of_a_loop(self):
-        history = [ASKED, calls(a_call("a")), result("a"), assistant("Done."), user("Again")]
-        for model in ALL_MODELS:
-            with self.subTest(model=model):
-                self.assertEqual(self.chat(model=model, messages=history, tools=self.TOOLS, tool_choice="required",
-                                           reasoning_effort="high").status, 200)
-
-
-# ---- thinking
 
 EFFORT_WISHES = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
-GOOD_HEADERS = {"anthropic-version": "2023-06-01", "content-type": "application/json", "x-api-key": "k",
-                "user-agent": "claude-gateway/0"}
 SHOWN = {"type": "adaptive", "display": "summarized"}
 
 
@@ -3065,8 +3390,140 @@ class ThinkingTests(RequestTestCase):
                 request = self.sent(model=model, verbosity="low", tools=[a_tool("f")], tool_choice="required")
                 self.assertIn("Keep the answer short.", request["messages"][0]["content"][-1]["text"])
 
+    def test_hidden_reasoning_stays_hidden_whatever_the_limit(self):
+        for limit in (100, 2_000):
+            with self.subTest(limit=limit):
+                request = self.sent(model="claude-opus-5-5", max_tokens=limit, reasoning={"exclude": True})
+                self.assertEqual(request["thinking"]["display"], "omitted")
 
-# ---- cache breakpoints
+
+# ---- Tool choice and answer format -------------------------------------------------------------------
+
+UNFORCED = ("claude-fable-5-2", "claude-mythos-5-2", "claude-sonnet-5-5", "claude-opus-5-5", "claude-fable-5-1",
+            "claude-mythos-5-1")                    # refuse tool_choice any and tool
+
+
+class ToolChoiceTests(RequestTestCase):
+    TOOLS = [a_tool("f", POINT), a_tool("my.tool", POINT)]
+
+    def choice(self, wish, model="claude-opus-5", tools=None, **fields):
+        return self.chosen(self.prompt(model=model, tools=tools or self.TOOLS, tool_choice=wish, **fields))
+
+    def test_every_form_is_understood(self):
+        f, other = {"type": "tool", "name": "f"}, {"type": "tool", "name": "my_tool"}
+        for wish, expected in (
+            (None, None), ("auto", None), ("none", {"type": "none"}), ("required", {"type": "any"}),
+            ("any", {"type": "any"}),
+            ({"type": "function", "function": {"name": "f"}}, f), ({"type": "function", "name": "f"}, f),
+            ({"type": "tool", "name": "my.tool"}, other), ({"type": "custom", "custom": {"name": "f"}}, f),
+            ({"function": {"name": "my.tool"}}, other), ({"type": "auto"}, None), ({"type": "any"}, {"type": "any"}),
+            ({"type": "none"}, {"type": "none"}), ({"type": "required"}, {"type": "any"}), ("", None),
+        ):
+            with self.subTest(wish=wish):
+                self.assertEqual(self.choice(wish), expected)
+
+    def test_parallel_calls_can_be_switched_off(self):
+        alone = {"disable_parallel_tool_use": True}
+        for wish, expected in ((None, dict(alone, type="auto")), ("auto", dict(alone, type="auto")),
+                               ("required", dict(alone, type="any")), ("none", {"type": "none"}),
+                               ({"type": "function", "function": {"name": "f"}}, dict(alone, type="tool", name="f"))):
+            with self.subTest(wish=wish):
+                self.assertEqual(self.choice(wish, parallel_tool_calls=False), expected)
+        self.assertNotIn("tool_choice", self.sent(parallel_tool_calls=False))
+        self.assertIsNone(self.choice("auto", parallel_tool_calls=True))
+
+    def test_a_legacy_function_call_is_a_choice_too(self):
+        functions = [{"name": "f", "parameters": POINT}]
+        for wish, expected in (("none", "none"), ("auto", "auto"), ({"name": "f"}, "tool"), (None, "auto")):
+            with self.subTest(wish=wish):
+                request = self.sent(model="claude-opus-5", functions=functions, function_call=wish)
+                self.assertEqual(request["tool_choice"]["type"], expected)
+                # their answer has room for one call
+                self.assertEqual(request["tool_choice"].get("disable_parallel_tool_use", False), expected != "none")
+
+    def test_allowed_tools_shorten_the_list(self):
+        for model in ALL_MODELS:
+            for mode, forced in (("auto", None), ("required", {"type": "any"})):
+                with self.subTest(model=model, mode=mode):
+                    request = self.prompt(model=model, tools=self.TOOLS + [a_tool("h", POINT)], tool_choice={
+                        "type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [
+                            {"type": "function", "function": {"name": "my.tool"}}, {"type": "function", "name": "f"}]}})
+                    self.assertEqual([tool["name"] for tool in request["tools"]], ["f", "my_tool"])
+                    self.assertEqual(self.chosen(request), None if model in UNFORCED else forced)
+
+    def test_a_choice_of_a_tool_that_claude_does_not_have_is_dropped(self):
+        self.assertIsNone(self.choice({"type": "web_search_preview"}))
+        self.assertIn("dropped=tool_choice", self.changes(tools=self.TOOLS, tool_choice={"type": "code_interpreter"}))
+
+    def test_models_that_can_be_forced_are(self):
+        for model in set(ALL_MODELS) - set(UNFORCED):
+            with self.subTest(model=model):
+                self.assertEqual(self.choice("required", model), {"type": "any"})
+                self.assertEqual(self.choice({"type": "function", "function": {"name": "f"}}, model),
+                                 {"type": "tool", "name": "f"})
+
+    def test_elsewhere_the_tools_schema_becomes_the_answer_format(self):
+        for model in UNFORCED:
+            for wish, tools in (({"type": "function", "function": {"name": "my.tool"}}, self.TOOLS),
+                                ("required", [a_tool("my.tool", POINT)])):
+                for stream in (False, True):
+                    with self.subTest(model=model, wish=wish, stream=stream):
+                        self.claude.play(message(text('{"x": 5}')))
+                        answer = self.chat(model=model, tools=tools, tool_choice=wish, stream=stream)
+                        request = self.claude.messages[-1].body
+                        self.assertEqual(request["output_config"]["format"], {"type": "json_schema", "schema": POINT})
+                        self.assertEqual(request["tool_choice"], {"type": "none"})
+                        self.assertIn("tool_choice", answer.headers["x-claude-gateway-changes"])
+                        whole = completion_from_chunks(answer.chunks) if stream else answer.json["choices"][0]
+                        call = whole["message"]["tool_calls"][0]
+                        self.assertEqual((call["type"], call["function"]["name"],
+                                          json.loads(call["function"]["arguments"])),
+                                         ("function", "my.tool", {"x": 5}))
+                        self.assertFalse(whole["message"]["content"])
+                        self.assertEqual(whole["finish_reason"], "tool_calls")
+
+    def test_a_forced_legacy_function_or_custom_tool_comes_back_in_its_own_shape(self):
+        self.claude.play(message(text('{"x": 5}')), message(text('{"input": "1+1"}')))
+        answer = self.chat(functions=[{"name": "f", "parameters": POINT}], function_call={"name": "f"})
+        self.assertEqual(answer.json["choices"][0]["finish_reason"], "function_call")
+        self.assertEqual(answer.message["function_call"]["name"], "f")
+        self.assertEqual(json.loads(answer.message["function_call"]["arguments"]), {"x": 5})
+        answer = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}], tool_choice="required")
+        self.assertEqual(answer.message["tool_calls"][0].get("custom"), {"name": "calc", "input": "1+1"})
+        self.claude.play(message(text('{"input": "1+1"}')))
+        chunks = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}], tool_choice="required",
+                           stream=True).chunks
+        deltas = [call for chunk in chunks for choice in chunk["choices"] for call in choice["delta"].get("tool_calls",
+                                                                                                          ())]
+        self.assertEqual([(call["index"], call.get("type"), call.get("custom")) for call in deltas],
+                         [(0, "custom", {"name": "calc", "input": "1+1"})])
+
+    def test_where_that_cannot_be_it_is_asked_for_in_words(self):
+        free = a_tool("free", {"type": "object", "additionalProperties": True})
+        for model in UNFORCED:
+            for name, wish, tools in (("several", "required", self.TOOLS), ("schema", "required", [free]),
+                                      ("named", {"type": "function", "function": {"name": "free"}},
+                                       [free, *self.TOOLS])):
+                with self.subTest(model=model, name=name):
+                    request = self.prompt(model=model, tools=tools, tool_choice=wish, messages=[system("S"), ASKED])
+                    self.assertIsNone(self.chosen(request))
+                    self.assertNotIn("format", request.get("output_config", {}))
+                    self.assertEqual(request["system"], [text("S")])
+                    words = request["messages"][-1]["content"][-1]["text"]
+                    self.assertIn("free" if name == "named" else "tool" if name == "several" else "", words)
+                    self.assertNotEqual(words, "Hi")
+        request = self.prompt(tools=self.TOOLS, tool_choice="required", parallel_tool_calls=False)
+        self.assertEqual(request["tool_choice"], {"type": "auto", "disable_parallel_tool_use": True})
+
+    def test_a_forced_tool_works_in_the_middle_of_a_loop(self):
+        history = [ASKED, calls(a_call("a")), result("a"), assistant("Done."), user("Again")]
+        for model in ALL_MODELS:
+            with self.subTest(model=model):
+                self.assertEqual(self.chat(model=model, messages=history, tools=self.TOOLS, tool_choice="required",
+                                           reasoning_effort="high").status, 200)
+
+
+# ---- Cache breakpoints -------------------------------------------------------------------------------
 
 MARK, LONG_MARK = {"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}
 
@@ -3197,8 +3654,99 @@ class CacheMarkTests(RequestTestCase):
                         self.assertTrue(marked)
                         self.assertLess(max(marked), place)
 
+    def test_a_client_that_breaks_its_own_cache_is_told_once(self):
+        self.start()
+        turns = [{"role": "user", "content": "Hello"}]
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            for turn in range(4):
+                self.chat(messages=[{"role": "system", "content": "It is %d o'clock." % turn}, *turns])
+                turns += [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on %d" % turn}]
+        told = [line for line in logged.output if "changed its system text" in line]
+        self.assertEqual(len(told), 1)
 
-# ---- a long agent session
+
+# ---- Messages request --------------------------------------------------------------------------------
+
+class ChangesHeaderTests(GatewayTestCase):
+    """x-claude-gateway-changes: what was dropped, clamped, changed or repaired."""
+
+    def test_it_groups_names_by_what_was_done(self):
+        changes = claude_gateway.Changes()
+        for verb, name in (("dropped", "temperature"), ("changed", "tool_choice"), ("dropped", "seed"),
+                           ("dropped", "temperature")):
+            changes.add(verb, name, "because")
+        self.assertEqual(changes.header(), "dropped=temperature,seed; changed=tool_choice")
+
+    def test_nothing_changed_means_no_header(self):
+        for stream in (False, True):
+            self.assertNotIn("x-claude-gateway-changes", self.chat(stream=stream, n=1, store=True).headers)
+
+    def test_it_comes_with_replies_and_streams(self):
+        for stream in (False, True):
+            told = self.chat(stream=stream, seed=1, logit_bias={"1": 2}).headers["x-claude-gateway-changes"]
+            self.assertEqual(told, "dropped=seed,logit_bias")
+
+    def test_it_is_ascii_of_1_kb_at_most_and_counts_the_rest(self):
+        for names in (["field_%03d" % at for at in range(300)], ["x" * 500 + str(at) for at in range(50)],
+                      ["\u00e9\u2028, ;=\r\n" + str(at) for at in range(300)]):
+            told = self.chat(**dict.fromkeys(names, 1)).headers["x-claude-gateway-changes"]
+            self.assertLessEqual(len(told), 1024)
+            self.assertRegex(told, r"\Adropped=[A-Za-z0-9_.\[\]-]+(,[A-Za-z0-9_.\[\]-]+)*; \+\d+ more\Z")
+            shown = len(told.split(";")[0].split(","))
+            self.assertEqual(shown + int(re.search(r"\+(\d+) more", told).group(1)), len(names))
+
+    def test_the_log_has_the_full_list_with_reasons(self):
+        self.start()
+        names = ["field_%03d" % at for at in range(300)]
+        with self.assertLogs("claude_gateway", "INFO") as logged:
+            self.chat(**dict.fromkeys(names, 1))
+            self.service.close(5)                   # the log line comes after the answer
+        told = [line for line in logged.output if "field_000" in line]
+        self.assertEqual(len(told), 1)
+        self.assertTrue(all(name in told[0] for name in names))
+
+    def test_strict_mode_lists_what_would_be_lost_and_sends_nothing(self):
+        self.start(strict=True)
+        answer = self.chat(seed=1, temperature=0.5)
+        self.assertEqual((answer.status, answer.error["code"], len(self.claude.messages)), (400, "strict", 0))
+        self.assertIn("dropped seed", answer.error["message"])
+        self.assertEqual(self.chat(store=True, metadata={"a": "b"}, n=1).status, 200)
+
+    def test_the_report_is_ascii_and_short(self):
+        fields = {"unknown_%d\u00e9" % at: 1 for at in range(200)}
+        report = self.chat(**fields).headers["x-claude-gateway-changes"]
+        self.assertLess(len(report), 1100)
+        self.assertRegex(report, r"^dropped=unknown_0_,.*; \+\d+ more$")
+
+
+def prompt_blocks(request: dict) -> list:
+    """(serialised block, whether it ends with a cache mark) in the order of the prompt."""
+    places = [*request.get("tools", ()), *request.get("system", ())]
+    places += [dict(block, role=message["role"]) for message in request["messages"] for block in message["content"]]
+    return [(json.dumps(bare(block)), "cache_control" in block) for block in places]
+
+
+class PromptCache:
+    """The rules of the prompt cache: a mark writes what comes before it, and finds what was written there or up to
+    19 blocks before."""
+
+    def __init__(self, smallest: int) -> None:
+        self.smallest, self.written = smallest, set()
+
+    def read(self, request: dict) -> tuple:
+        """(characters read from the cache, characters in all) of one request."""
+        digests, lengths, digest, length = [], [], b"", 0
+        blocks = prompt_blocks(request)
+        for block, _ in blocks:
+            digest = hashlib.sha256(digest + block.encode()).digest()
+            length += len(block)
+            digests.append(digest)
+            lengths.append(length)
+        ends = [at for at, (_, marked) in enumerate(blocks) if marked]
+        found = [at for end in ends for at in range(max(0, end - 19), end + 1) if digests[at] in self.written]
+        self.written |= {digests[end] for end in ends if lengths[end] >= self.smallest}
+        return (lengths[max(found)] if found else 0), length
+
 
 def note(number: int) -> str:
     return "It is now %d:%02d. " % divmod(600 + number, 60) + "Keep the user's rules in mind. " * 3
@@ -3230,35 +3778,6 @@ def agent_requests(turns: int):
     for number in range(turns):
         yield {"messages": list(history), "tools": AGENT_TOOLS, "reasoning_effort": "medium"}
         history += agent_turn(number)
-
-
-def prompt_blocks(request: dict) -> list:
-    """(serialised block, whether it ends with a cache mark) in the order of the prompt."""
-    places = [*request.get("tools", ()), *request.get("system", ())]
-    places += [dict(block, role=message["role"]) for message in request["messages"] for block in message["content"]]
-    return [(json.dumps(bare(block)), "cache_control" in block) for block in places]
-
-
-class PromptCache:
-    """The rules of the prompt cache: a mark writes what comes before it, and finds what was written there or up to
-    19 blocks before."""
-
-    def __init__(self, smallest: int) -> None:
-        self.smallest, self.written = smallest, set()
-
-    def read(self, request: dict) -> tuple:
-        """(characters read from the cache, characters in all) of one request."""
-        digests, lengths, digest, length = [], [], b"", 0
-        blocks = prompt_blocks(request)
-        for block, _ in blocks:
-            digest = hashlib.sha256(digest + block.encode()).digest()
-            length += len(block)
-            digests.append(digest)
-            lengths.append(length)
-        ends = [at for at, (_, marked) in enumerate(blocks) if marked]
-        found = [at for end in ends for at in range(max(0, end - 19), end + 1) if digests[at] in self.written]
-        self.written |= {digests[end] for end in ends if lengths[end] >= self.smallest}
-        return (lengths[max(found)] if found else 0), length
 
 
 class AgentSessionTests(RequestTestCase):
@@ -3329,103 +3848,8 @@ class AgentSessionTests(RequestTestCase):
         self.assertEqual(self.claude.messages[-1].raw, self.claude.messages[-2].raw)
 
 
-# ==== Across the rooms ================================================================================
+# ---- Replies -----------------------------------------------------------------------------------------
 
-
-class AcrossTheRoomsTests(GatewayTestCase):
-    """What no single room can promise: strict mode, the report, the whole road of a strange request."""
-
-    def test_a_lesson_that_did_not_help_is_not_kept(self):
-        self.start()
-        refusal = Reply(400, body=error_body("invalid_request_error", "`temperature` is deprecated for this model."))
-        self.claude.play(refusal, refusal)
-        self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.5).status, 400)
-        self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.5)["temperature"], 0.5)
-
-    def test_strict_mode_lists_what_would_be_lost_and_sends_nothing(self):
-        self.start(strict=True)
-        answer = self.chat(seed=1, temperature=0.5)
-        self.assertEqual((answer.status, answer.error["code"], len(self.claude.messages)), (400, "strict", 0))
-        self.assertIn("dropped seed", answer.error["message"])
-        self.assertEqual(self.chat(store=True, metadata={"a": "b"}, n=1).status, 200)
-
-    def test_the_report_is_ascii_and_short(self):
-        fields = {"unknown_%d\u00e9" % at: 1 for at in range(200)}
-        report = self.chat(**fields).headers["x-claude-gateway-changes"]
-        self.assertLess(len(report), 1100)
-        self.assertRegex(report, r"^dropped=unknown_0_,.*; \+\d+ more$")
-
-    def test_a_client_that_breaks_its_own_cache_is_told_once(self):
-        self.start()
-        turns = [{"role": "user", "content": "Hello"}]
-        with self.assertLogs("claude_gateway", "WARNING") as logged:
-            for turn in range(4):
-                self.chat(messages=[{"role": "system", "content": "It is %d o'clock." % turn}, *turns])
-                turns += [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on %d" % turn}]
-        told = [line for line in logged.output if "changed its system text" in line]
-        self.assertEqual(len(told), 1)
-
-    def test_a_wrong_key_waits_longer_each_time_and_a_right_one_never(self):
-        failed = claude_gateway.FailedKeys()
-        penalties = [failed.penalty("10.0.0.1") for _ in range(12)]
-        self.assertEqual((penalties[0], penalties[1], penalties[-1]), (0, 0.05, 2.0))
-        self.assertEqual(failed.penalty("10.0.0.2"), 0)
-        self.assertEqual({failed.penalty("10.0.0.1") for _ in range(2_000)}, {2.0}, "however often")
-
-    def test_settings_name_their_variables_as_the_tools_do(self):
-        config = Config(port=45_554)
-        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
-        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
-                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
-            self.assertIn(line, texts)
-        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
-
-    def test_a_number_beyond_floats_is_refused_by_name(self):
-        answer = self.chat(model="claude-sonnet-4-6", temperature=10 ** 350)
-        self.assertEqual((answer.status, answer.error["param"]), (400, "temperature"))
-
-    def test_an_entry_too_large_to_keep_pushes_nothing_out(self):
-        table = claude_gateway.Bounded(9, 100)
-        table.put("small", b"x")
-        table.put("large", b"x" * 101)
-        self.assertEqual((table.get("small"), table.get("large")), (b"x", None))
-
-    def test_an_event_nested_without_end_is_a_fault_of_the_upstream(self):
-        with self.assertRaises(claude_gateway.UpstreamFault):
-            claude_gateway.event_from_data(b"[" * 200_000)
-
-    def test_a_long_name_of_a_model_is_no_trap(self):
-        self.assertEqual(self.chat(model=":" * 400_000 + "\nx").status, 404)
-
-    def test_no_mutation_of_a_request_gets_a_500_or_no_answer(self):
-        dice, request = random.Random(5), chat_bytes("X-A: b", "Connection: close")
-        for _ in range(300):
-            data = bytearray(request)
-            for _ in range(dice.randint(1, 4)):
-                at = dice.randrange(len(data))
-                data[at : at + dice.randint(0, 3)] = dice.choice(
-                    [b"", b"\r\n", b"\0", b":", b" ", b"%", b"\xff", b"0", b"{"]
-                )
-            connection = self.connect()
-            connection.sendall(bytes(data))
-            connection.shutdown(socket.SHUT_WR)
-            answer = b""
-            with contextlib.suppress(ConnectionResetError):
-                while True:
-                    piece = connection.recv(65_536)
-                    if not piece:
-                        break
-                    answer += piece
-            self.assertNotIn(b" 500 ", answer[:20], bytes(data))
-            connection.close()
-        self.assertEqual(self.ask("GET", "/health").status, 200)
-        self.claude.violations.clear()
-
-
-# ==== Replies, streams and what happens around them ===================================================
-
-ENVELOPE_OF_TESTS = {"id": "chatcmpl-1", "created": 1}
-EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8"}
 WEB_FIND = {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "sky"}}
 WEB_FOUND = {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": [
     {"type": "web_search_result", "url": "https://example.org", "title": "T", "encrypted_content": "e",
@@ -3444,188 +3868,6 @@ def url_note(start: int, end: int, url: str, title: str = "A page") -> dict:
     """An annotation of a chat message."""
     return {"type": "url_citation", "url_citation": {"start_index": start, "end_index": end, "url": url,
                                                      "title": title}}
-
-
-def plan_with(**settings) -> claude_gateway.ReplyPlan:
-    """A plan for the way back whose tools keep their names, but for one."""
-    plan = claude_gateway.ReplyPlan(claude_gateway.ToolNames(["f", "my.tool"]))
-    for name, value in settings.items():
-        setattr(plan, name, value)
-    return plan
-
-
-def whole_and_chunks(events: list, plan, include_usage: bool = True) -> tuple:
-    """The chat completion and the chunks that the same events make."""
-    assembler = claude_gateway.MessageAssembler()
-    stream = claude_gateway.ChatStream(ENVELOPE_OF_TESTS, plan, assembler, include_usage)
-    chunks = []
-    for event in events:
-        assembler.feed(event)
-        chunks += stream.feed(event)
-    completion = claude_gateway.chat_completion_from_message(assembler.whole(), ENVELOPE_OF_TESTS, plan)
-    return json.loads(json.dumps(completion)), json.loads(json.dumps(chunks + stream.finish()))
-
-
-def bytes_to_events(data: bytes, size: int) -> list:
-    decoder = claude_gateway.EventDecoder()
-    events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at:at + size])]
-    return events + decoder.close()
-
-
-def one_by_one(*events: dict, **reply) -> Reply:
-    """An event stream that arrives event by event."""
-    return Reply(pieces=[sse([event]) for event in events], **reply)
-
-
-def refusal_of_claude(status: int, kind: str, words: str, headers=None, **details) -> Reply:
-    """A refusal that names no reason to wait."""
-    body = error_body(kind, words)
-    if details:
-        body["error"]["details"] = details
-    return Reply(status, body=body, headers=dict({"retry-after": "60"}, **(headers or {})))
-
-
-# name -> message, plan: what Claude may say and how it was asked
-ODD_TEXT = "caf\u00e9 \U0001f600 a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\r\nh\ti \\ \" {}"
-SAYINGS = {
-    "text": (message(text("Hello there")), plan_with()),
-    "odd text": (message(text(ODD_TEXT)), plan_with()),
-    "nothing": (message(), plan_with()),
-    "two texts": (message(text("a"), text("b")), plan_with()),
-    "thinking, text, calls": (message(thinking("hm\u2028", "c2ln"), text("A"),
-                                      tool_use("toolu_1", "f", {"\u2029": "\u00e9"}),
-                                      tool_use("toolu_2", "my_tool", {})), plan_with()),
-    "hidden and interleaved thinking": (message(thinking("", "c2ln"), tool_use("toolu_1", "f", {"a": [1, 2.5, None]}),
-                                                thinking("more", "c2l2"), tool_use("toolu_2", "f", {})), plan_with()),
-    "redacted": (message({"type": "redacted_thinking", "data": "ZGF0YQ"}, text("B")), plan_with()),
-    "search": (message(text("I look. "), WEB_FIND, WEB_FOUND, cited_text("Blue.", web_citation("https://a.example")),
-                       text(" And "), cited_text("far.", web_citation("https://b.example", None))), plan_with()),
-    "refusal": (message(text("Par"), stop_reason="refusal",
-                        stop_details={"type": "refusal", "category": None, "explanation": "Not that."}), plan_with()),
-    "refusal without words": (message(stop_reason="refusal", stop_details=None), plan_with()),
-    "cut call": (message(tool_use("toolu_1", "f", {"a": "long"}), stop_reason="max_tokens"), plan_with()),
-    "custom": (message(text("x"), tool_use("toolu_1", "c", {"input": "1 + \"1\"\n"}), tool_use("toolu_2", "f", {})),
-               plan_with(custom_tools={"c"})),
-    "custom, odd input": (message(tool_use("toolu_1", "c", {"text": "1"}), tool_use("toolu_2", "c", {})),
-                          plan_with(custom_tools={"c"})),
-    "legacy": (message(text("x"), tool_use("toolu_1", "my_tool", {"a": 1})), plan_with(legacy_functions=True)),
-    "legacy, no arguments": (message(tool_use("toolu_1", "f", {})), plan_with(legacy_functions=True)),
-    "forced": (message(thinking("hm", "c2ln"), text('{"a": "\u2028"}')), plan_with(forced_tool="my_tool")),
-    "forced, cut": (message(text('{"a": '), stop_reason="max_tokens"), plan_with(forced_tool="f")),
-    "forced, refused": (message(stop_reason="refusal", stop_details={"type": "refusal", "explanation": "No."}),
-                        plan_with(forced_tool="f")),
-    "forced custom": (message(text('{"input": "ls"}')), plan_with(forced_tool="c", custom_tools={"c"})),
-    "forced legacy": (message(text('{"a": 1}')), plan_with(forced_tool="f", legacy_functions=True)),
-    "JSON": (message(thinking("{}", "c2ln"), text('Here:\n```json\n{"a": "}\\""}\n```\nDone. {}')),
-             plan_with(bare_json=True)),
-    "JSON in two texts": (message(text("Here: "), text('{"a": [{}, "{"]} and more')), plan_with(bare_json=True)),
-    "no JSON": (message(text("I would rather not.")), plan_with(bare_json=True)),
-    "JSON and a call": (message(text("I look."), tool_use("toolu_1", "f", {})), plan_with(bare_json=True)),
-}
-
-
-class OddCornerTests(GatewayTestCase):
-    """Small rules, each of which was broken once."""
-
-    def test_digits_that_are_none_make_no_version(self):
-        answer = self.chat(model="claude-opus-\u00b2")
-        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
-
-    def test_reasoning_that_a_client_made_up_is_left_out(self):
-        for inner in ("[" * 200_000, "[1]", '{"thinking": 5, "signature": "c2ln"}', "1" * 5_000, "\ud800", "{"):
-            with self.subTest(inner=inner[:20]):
-                packed = base64.urlsafe_b64encode(inner.encode("utf-8", "surrogatepass")).decode()
-                answer = self.ask("POST", "/v1/responses", {"model": "opus", "input": [
-                    {"type": "reasoning", "encrypted_content": claude_gateway.OUR_ENCODING + packed},
-                    {"role": "user", "content": "Hi"}]})
-                self.assertEqual(answer.status, 200, answer.raw)
-                self.assertEqual(len(self.claude.messages[-1].body["messages"]), 1)
-
-    def test_half_a_character_in_packed_thinking_is_replaced(self):
-        packed = base64.urlsafe_b64encode(b'{"thinking": "\\ud800", "signature": "c2ln"}').decode()
-        self.assertEqual(claude_gateway.thinking_from_encrypted(claude_gateway.OUR_ENCODING + packed),
-                         [{"type": "thinking", "thinking": "\ufffd", "signature": "c2ln"}])
-
-    def test_a_responses_body_at_the_other_door_keeps_what_it_continues(self):
-        first = self.ask("POST", "/v1/responses", {"model": "opus", "input": "I am Bob"}).json
-        asked = {"model": "opus", "input": "Who am I?", "previous_response_id": first["id"]}
-        self.assertEqual(self.ask("POST", "/v1/chat/completions", asked).status, 200)
-        self.assertIn("I am Bob", json.dumps(self.claude.messages[-1].body))
-        answer = self.ask("POST", "/v1/chat/completions", dict(asked, previous_response_id="resp_none"))
-        self.assertEqual((answer.status, answer.error["code"]), (400, "previous_response_not_found"))
-
-    def test_functions_beside_tools_are_answered_as_tools(self):
-        fields = {"functions": [{"name": "f", "parameters": {"type": "object"}}],
-                  "tools": [{"type": "custom", "custom": {"name": "g"}}]}
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.play(message(tool_use("toolu_1", "g", {"input": "x"})))
-                answer = self.chat(stream=stream, **fields)
-                parts = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
-                self.assertEqual(parts["message"]["tool_calls"][0]["custom"], {"name": "g", "input": "x"})
-                self.assertEqual(parts["finish_reason"], "tool_calls")
-
-    def test_an_alias_of_a_short_name_is_listed_once_and_means_what_it_says(self):
-        self.start(alias=(("sonnet", "claude-sonnet-4-6"),))
-        listed = [entry for entry in self.ask("GET", "/v1/models").json["data"] if entry["id"] == "sonnet"]
-        self.assertEqual([entry["alias_of"] for entry in listed], ["claude-sonnet-4-6"])
-
-    def test_the_log_adds_up_the_prompts_of_one_completion(self):
-        usage = {"input_tokens": 5, "cache_read_input_tokens": 20, "output_tokens": 3}
-        self.claude.play(*[message(text("x"), usage=usage) for _ in range(3)])
-        with self.assertLogs(claude_gateway.LOG, "INFO") as caught:
-            self.ask("POST", "/v1/completions", {"model": "opus", "prompt": ["a", "b", "c"]})
-            self.service.gateway.running.wait_until_idle(5)
-        fields = next(record.fields for record in caught.records
-                      if getattr(record, "fields", {}).get("path") == "/v1/completions")
-        self.assertEqual([fields[name] for name in ("input_tokens", "cached_tokens", "output_tokens")], [75, 60, 9])
-
-    def test_hidden_reasoning_stays_hidden_whatever_the_limit(self):
-        for limit in (100, 2_000):
-            with self.subTest(limit=limit):
-                request = self.sent(model="claude-opus-5-5", max_tokens=limit, reasoning={"exclude": True})
-                self.assertEqual(request["thinking"]["display"], "omitted")
-
-    def test_a_nullable_branch_of_a_root_union_keeps_its_properties(self):
-        schema = {"anyOf": [{"type": ["object", "null"], "properties": {"a": {"type": "string"}}, "required": ["a"]},
-                            {"type": "object", "properties": {"b": {"type": "string"}}}]}
-        request = self.sent(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}])
-        self.assertEqual(sorted(request["tools"][0]["input_schema"]["properties"]), ["a", "b"])
-
-    def test_a_refused_continuation_counts_what_came_before_it_once(self):
-        self.start()
-        paused = message(text("a"), WEB_FIND, WEB_FOUND, stop_reason="pause_turn",
-                         usage={"input_tokens": 100, "output_tokens": 10})
-        self.claude.play(paused, Reply(400, body=error_body("invalid_request_error", "No")))
-        self.chat(stream=True, web_search_options={})
-        self.service.gateway.running.wait_until_idle(5)
-        tokens = self.service.gateway.counters.totals()["tokens"]
-        self.assertEqual((tokens["input"], tokens["output"]), (100, 10))
-
-    def test_a_gateway_that_stops_takes_no_request_on_an_open_connection(self):
-        service = self.start()
-        connection = self.connect()
-        connection.sendall(request_bytes("GET /health HTTP/1.1", "Host: localhost"))
-        self.assertIn(b" 200 ", received_until(connection, b"}"))
-        service.stop_accepting()
-        connection.sendall(chat_bytes())
-        answer, = answers_in(received_until(connection, b"never"))
-        self.assertEqual((answer.status, answer.error["code"], answer.headers["connection"]),
-                         (503, "gateway_busy", "close"))
-        self.assertEqual(self.claude.messages, [])
-
-    def test_the_gateways_own_refusals_have_the_type_of_their_status_on_the_native_door(self):
-        for method, headers, body, status in (("PUT", {}, b"{}", 405),
-                                              ("POST", {"content-encoding": "br"}, b"{}", 415),
-                                              ("POST", {"upgrade": "websocket"}, b"", 426),
-                                              ("POST", {"authorization": "x"}, b"{", 400)):
-            with self.subTest(status=status):
-                answer = self.ask(method, "/v1/messages", body, headers)
-                self.assertEqual((answer.status, answer.error["type"]), (status, "invalid_request_error"))
-
-    def test_a_proxys_password_is_known_for_redaction_also_without_a_scheme(self):
-        for address in ("http://me:planted@proxy.example:8080", "me:planted@proxy.example:8080"):
-            self.assertIn("planted", Config(https_proxy=address).secrets())
 
 
 class ReplyShapeTests(GatewayTestCase):
@@ -3851,6 +4093,193 @@ class ReplyShapeTests(GatewayTestCase):
         for parts in self.both(whole, tools=[{"type": "function", "function": {"name": "c"}}]):
             self.assertEqual(parts["message"]["tool_calls"][0]["type"], "function")
 
+    def test_functions_beside_tools_are_answered_as_tools(self):
+        fields = {"functions": [{"name": "f", "parameters": {"type": "object"}}],
+                  "tools": [{"type": "custom", "custom": {"name": "g"}}]}
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.play(message(tool_use("toolu_1", "g", {"input": "x"})))
+                answer = self.chat(stream=stream, **fields)
+                parts = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
+                self.assertEqual(parts["message"]["tool_calls"][0]["custom"], {"name": "g", "input": "x"})
+                self.assertEqual(parts["finish_reason"], "tool_calls")
+
+
+class BareJsonTests(GatewayTestCase):
+    """A JSON object alone, cut out of whatever Claude puts around it."""
+    CASES = (
+        ('{"a": 1}', '{"a": 1}'), ('  {"a": 1}\n', '{"a": 1}'), ("```json\n{}\n```", "{}"),
+        ('Sure: {"a": {"b": [1, {"c": 2}]}} {"d": 3}', '{"a": {"b": [1, {"c": 2}]}}'),
+        ('{"a": "}"}x', '{"a": "}"}'), ('{"a": "\\"}"}x', '{"a": "\\"}"}'), ('{"a": "\\\\"}x', '{"a": "\\\\"}'),
+        ('{"a": "\\\\\\"}"} x', '{"a": "\\\\\\"}"}'), ('{"{": "["}]', '{"{": "["}'),
+        ('x {"a": [1, 2', '{"a": [1, 2'), ("no object [1]", "no object [1]"), ("", ""), ("{", "{"),
+        ('"quoted" {"a": 1}', '{"a": 1}'), ("it's {\n}", "{\n}"),
+    )
+
+    def test_any_cut_into_three_gives_the_same_object(self):
+        for said_text, wanted in self.CASES:
+            for first in range(len(said_text) + 1):
+                for second in range(first, len(said_text) + 1):
+                    with self.subTest(said=said_text, first=first, second=second):
+                        cut = claude_gateway.BareJson()
+                        pieces = [cut.feed(said_text[:first]), cut.feed(said_text[first:second]),
+                                  cut.feed(said_text[second:])]
+                        self.assertEqual("".join(pieces) + cut.close(), wanted)
+
+    def test_a_brace_amid_the_talk_is_no_object(self):
+        for size in (1, 2, 100):
+            cut = claude_gateway.BareJson()
+            said_text = 'As {name} asked, {so to say}: {"a": 1} bye'
+            pieces = [cut.feed(said_text[at:at + size]) for at in range(0, len(said_text), size)]
+            self.assertEqual("".join(pieces) + cut.close(), '{"a": 1}')
+
+    def test_what_belongs_to_the_object_is_sent_at_once(self):
+        cut = claude_gateway.BareJson()
+        self.assertEqual([cut.feed(piece) for piece in ('x {"a"', ": 1", "}", "y")], ['{"a"', ": 1", "}", ""])
+
+    def test_json_mode_gives_it_in_messages_and_streams(self):
+        for said_text, wanted in (('Here you are:\n```json\n{"a": "}"}\n```', '{"a": "}"}'), ("I won't.", "I won't.")):
+            whole = message(thinking("{", "c2ln"), text(said_text))
+            self.claude.play(whole, whole)
+            plain = self.chat(response_format={"type": "json_object"})
+            self.assertEqual((plain.message["content"], plain.message["reasoning_content"]), (wanted, "{"))
+            streamed = self.chat(stream=True, response_format={"type": "json_object"})
+            self.assertEqual(completion_from_chunks(streamed.chunks)["message"]["content"], wanted)
+
+    def test_without_json_mode_nothing_is_cut(self):
+        self.claude.play(message(text('Here: {"a": 1} bye')))
+        self.assertEqual(self.chat().message["content"], 'Here: {"a": 1} bye')
+
+
+# ---- Streams -----------------------------------------------------------------------------------------
+
+def bytes_to_events(data: bytes, size: int) -> list:
+    decoder = claude_gateway.EventDecoder()
+    events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at:at + size])]
+    return events + decoder.close()
+
+
+class EventDecoderTests(unittest.TestCase):
+    """Section 9.2 of the HTML standard, as far as a server may go."""
+    CASES = (
+        ("LF", b'data: {"type":"a"}\n\ndata: {"type":"b"}\n\n', "a b"),
+        ("CR", b'data: {"type":"a"}\r\rdata: {"type":"b"}\r\r', "a b"),
+        ("CRLF", b'data: {"type":"a"}\r\n\r\ndata: {"type":"b"}\r\n\r\n', "a b"),
+        ("mixed", b'data: {"type":"a"}\r\n\rdata: {"type":"b"}\n\r\n', "a b"),
+        ("CR and CRLF make two", b'data: {"type":\rdata: "a"}\r\n\n', "a"),
+        ("no space", b'data:{"type":"a"}\n\n', "a"), ("two spaces", b'data:  {"type":"a"}\n\n', "a"),
+        ("a mark", b'\xef\xbb\xbfdata: {"type":"a"}\n\n', "a"),
+        ("a mark and a comment", b'\xef\xbb\xbf: hello\n\ndata: {"type":"a"}\n\n', "a"),
+        ("comments", b': x\n:\ndata: {"type":"a"}\n: y\n\n:\n\n', "a"),
+        ("other fields", b'event: a\nid: 1\nretry: 10\ndata: {"type":"a"}\nunknown\nnonsense: 1\n\n', "a"),
+        ("the name after the data", b'data: {"type":"a"}\nevent: a\n\n', "a"),
+        ("several lines", b'data: {\ndata: "type":\ndata: "a"\ndata: }\n\n', "a"),
+        ("several lines in CRLF", b'data: {\r\ndata: "type":\r\ndata: "a"}\r\n\r\n', "a"),
+        ("no data", b"event: ping\n\nevent: x\nid: 3\n\n", ""),
+        ("blank lines", b'\n\n\r\n\rdata: {"type":"a"}\n\n\n\n', "a"),
+        ("no blank line at the end", b'data: {"type":"a"}\n\ndata: {"type":"b"}\n', "a b"),
+        ("no end of line at the end", b'data: {"type":"a"}\n\ndata: {"type":"b"}', "a b"),
+        ("CR at the end", b'data: {"type":"a"}\r', "a"),
+        ("half an event at the end", b'data: {"type":"a"}\n\ndata: {"type":"b', "a"),
+        ("half a line at the end", b'data: {"type":"a"}\n\ndat', "a"),
+        ("nothing", b"", ""),
+    )
+
+    def test_every_cut_of_every_form_gives_the_same_events(self):
+        for name, data, types_of in self.CASES:
+            for size in range(1, len(data) + 1):
+                with self.subTest(name, size=size):
+                    self.assertEqual(" ".join(event["type"] for event in bytes_to_events(data, size)), types_of)
+
+    def test_only_cr_and_lf_end_lines(self):
+        odd = "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e\u00e9\U0001f600"
+        data = ('data: {"type":"a","text":%s}\n\n' % json.dumps("x", ensure_ascii=False)).encode()
+        data = data.replace(b'"x"', b'"%s"' % odd.encode()).replace(b"\x0b\x0c\x1c\x1d\x1e", b"")
+        wanted = odd.replace("\x0b\x0c\x1c\x1d\x1e", "")
+        for size in range(1, len(data) + 1):
+            self.assertEqual(bytes_to_events(data, size), [{"type": "a", "text": wanted}])
+
+    def test_empty_pieces_change_nothing(self):
+        decoder = claude_gateway.EventDecoder()
+        pieces = (b"", b'data: {"type":"a"}\r', b"", b"\n", b"", b"\r", b"", b"\n")
+        self.assertEqual([event["type"] for piece in pieces for event in decoder.feed(piece)], ["a"])
+
+    def test_what_is_no_event_of_the_api_is_the_upstreams_fault(self):
+        for data in (b"data: {oops\n\n", b"data: []\n\n", b'data: {"a": 1}\n\n', b'data: {"type": 1}\n\n',
+                     b'data: "\xff"\n\n', b"data:\n\n"):
+            with self.subTest(data=data):
+                decoder = claude_gateway.EventDecoder()
+                good = b'data: {"type":"a"}\n\n'
+                self.assertEqual(decoder.feed(good + data + good), [{"type": "a"}])
+                for tell in (decoder.check, decoder.close, lambda decoder=decoder: decoder.feed(good)):
+                    self.assertRaises(claude_gateway.UpstreamFault, tell)
+
+    def test_an_event_nested_without_end_is_a_fault_of_the_upstream(self):
+        with self.assertRaises(claude_gateway.UpstreamFault):
+            claude_gateway.event_from_data(b"[" * 200_000)
+
+
+ENVELOPE_OF_TESTS = {"id": "chatcmpl-1", "created": 1}
+
+
+def plan_with(**settings) -> claude_gateway.ReplyPlan:
+    """A plan for the way back whose tools keep their names, but for one."""
+    plan = claude_gateway.ReplyPlan(claude_gateway.ToolNames(["f", "my.tool"]))
+    for name, value in settings.items():
+        setattr(plan, name, value)
+    return plan
+
+
+def whole_and_chunks(events: list, plan, include_usage: bool = True) -> tuple:
+    """The chat completion and the chunks that the same events make."""
+    assembler = claude_gateway.MessageAssembler()
+    stream = claude_gateway.ChatStream(ENVELOPE_OF_TESTS, plan, assembler, include_usage)
+    chunks = []
+    for event in events:
+        assembler.feed(event)
+        chunks += stream.feed(event)
+    completion = claude_gateway.chat_completion_from_message(assembler.whole(), ENVELOPE_OF_TESTS, plan)
+    return json.loads(json.dumps(completion)), json.loads(json.dumps(chunks + stream.finish()))
+
+
+# name -> message, plan: what Claude may say and how it was asked
+ODD_TEXT = "caf\u00e9 \U0001f600 a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\r\nh\ti \\ \" {}"
+SAYINGS = {
+    "text": (message(text("Hello there")), plan_with()),
+    "odd text": (message(text(ODD_TEXT)), plan_with()),
+    "nothing": (message(), plan_with()),
+    "two texts": (message(text("a"), text("b")), plan_with()),
+    "thinking, text, calls": (message(thinking("hm\u2028", "c2ln"), text("A"),
+                                      tool_use("toolu_1", "f", {"\u2029": "\u00e9"}),
+                                      tool_use("toolu_2", "my_tool", {})), plan_with()),
+    "hidden and interleaved thinking": (message(thinking("", "c2ln"), tool_use("toolu_1", "f", {"a": [1, 2.5, None]}),
+                                                thinking("more", "c2l2"), tool_use("toolu_2", "f", {})), plan_with()),
+    "redacted": (message({"type": "redacted_thinking", "data": "ZGF0YQ"}, text("B")), plan_with()),
+    "search": (message(text("I look. "), WEB_FIND, WEB_FOUND, cited_text("Blue.", web_citation("https://a.example")),
+                       text(" And "), cited_text("far.", web_citation("https://b.example", None))), plan_with()),
+    "refusal": (message(text("Par"), stop_reason="refusal",
+                        stop_details={"type": "refusal", "category": None, "explanation": "Not that."}), plan_with()),
+    "refusal without words": (message(stop_reason="refusal", stop_details=None), plan_with()),
+    "cut call": (message(tool_use("toolu_1", "f", {"a": "long"}), stop_reason="max_tokens"), plan_with()),
+    "custom": (message(text("x"), tool_use("toolu_1", "c", {"input": "1 + \"1\"\n"}), tool_use("toolu_2", "f", {})),
+               plan_with(custom_tools={"c"})),
+    "custom, odd input": (message(tool_use("toolu_1", "c", {"text": "1"}), tool_use("toolu_2", "c", {})),
+                          plan_with(custom_tools={"c"})),
+    "legacy": (message(text("x"), tool_use("toolu_1", "my_tool", {"a": 1})), plan_with(legacy_functions=True)),
+    "legacy, no arguments": (message(tool_use("toolu_1", "f", {})), plan_with(legacy_functions=True)),
+    "forced": (message(thinking("hm", "c2ln"), text('{"a": "\u2028"}')), plan_with(forced_tool="my_tool")),
+    "forced, cut": (message(text('{"a": '), stop_reason="max_tokens"), plan_with(forced_tool="f")),
+    "forced, refused": (message(stop_reason="refusal", stop_details={"type": "refusal", "explanation": "No."}),
+                        plan_with(forced_tool="f")),
+    "forced custom": (message(text('{"input": "ls"}')), plan_with(forced_tool="c", custom_tools={"c"})),
+    "forced legacy": (message(text('{"a": 1}')), plan_with(forced_tool="f", legacy_functions=True)),
+    "JSON": (message(thinking("{}", "c2ln"), text('Here:\n```json\n{"a": "}\\""}\n```\nDone. {}')),
+             plan_with(bare_json=True)),
+    "JSON in two texts": (message(text("Here: "), text('{"a": [{}, "{"]} and more')), plan_with(bare_json=True)),
+    "no JSON": (message(text("I would rather not.")), plan_with(bare_json=True)),
+    "JSON and a call": (message(text("I look."), tool_use("toolu_1", "f", {})), plan_with(bare_json=True)),
+}
+
 
 class StreamShapeTests(GatewayTestCase):
     """The chunks one by one, as the strictest stream helpers want them."""
@@ -3890,7 +4319,7 @@ class StreamShapeTests(GatewayTestCase):
             data = sse(events_of(whole))
             for size in (1, 7, 64, len(data)):
                 with self.subTest(name, size=size):
-                    self.claude.play(Reply(pieces=[data[at:at + size] for at in range(0, len(data), size)]), whole)
+                    self.claude.play(FakeReply(pieces=[data[at:at + size] for at in range(0, len(data), size)]), whole)
                     streamed = completion_from_chunks(
                         self.chat(stream=True, stream_options={"include_usage": True}).chunks)
                     self.assertEqual(streamed, completion_parts(self.chat().json))
@@ -3985,7 +4414,7 @@ class StreamShapeTests(GatewayTestCase):
         go_on = threading.Event()
         self.addCleanup(go_on.set)
         events = events_of(message(text("Hello there")))
-        self.claude.play(Reply(pieces=[sse(events[:1]), go_on, sse(events[1:])]))
+        self.claude.play(FakeReply(pieces=[sse(events[:1]), go_on, sse(events[1:])]))
         connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=20)
         self.addCleanup(connection.close)
         connection.request("POST", "/v1/chat/completions", json.dumps(
@@ -4009,1553 +4438,168 @@ class StreamShapeTests(GatewayTestCase):
             self.assertEqual([delta[0]["index"] for delta in deltas[1:]], [1] * (len(deltas) - 1))
 
 
-class BareJsonTests(GatewayTestCase):
-    """A JSON object alone, cut out of whatever Claude puts around it."""
-    CASES = (
-        ('{"a": 1}', '{"a": 1}'), ('  {"a": 1}\n', '{"a": 1}'), ("```json\n{}\n```", "{}"),
-        ('Sure: {"a": {"b": [1, {"c": 2}]}} {"d": 3}', '{"a": {"b": [1, {"c": 2}]}}'),
-        ('{"a": "}"}x', '{"a": "}"}'), ('{"a": "\\"}"}x', '{"a": "\\"}"}'), ('{"a": "\\\\"}x', '{"a": "\\\\"}'),
-        ('{"a": "\\\\\\"}"} x', '{"a": "\\\\\\"}"}'), ('{"{": "["}]', '{"{": "["}'),
-        ('x {"a": [1, 2', '{"a": [1, 2'), ("no object [1]", "no object [1]"), ("", ""), ("{", "{"),
-        ('"quoted" {"a": 1}', '{"a": 1}'), ("it's {\n}", "{\n}"),
-    )
+class HotPathTests(unittest.TestCase):
+    """What is done in a quicker way for nearly every event gives what the plain way gives."""
+    TEXTS = ("", " ", "Hello", "Gr\u00fc\u00dfe \U0001f600", 'a "quoted" word', "back\\slash", "two\nlines\t",
+             "\u2028\u2029\x85", "\ud800", "\x00\x1f\x7f", "}", '"}]', "\\u0041", "</script>", "x" * 10_000)
 
-    def test_any_cut_into_three_gives_the_same_object(self):
-        for said_text, wanted in self.CASES:
-            for first in range(len(said_text) + 1):
-                for second in range(first, len(said_text) + 1):
-                    with self.subTest(said=said_text, first=first, second=second):
-                        cut = claude_gateway.BareJson()
-                        pieces = [cut.feed(said_text[:first]), cut.feed(said_text[first:second]),
-                                  cut.feed(said_text[second:])]
-                        self.assertEqual("".join(pieces) + cut.close(), wanted)
+    def test_text_deltas_are_read_as_any_json(self):
+        for words in self.TEXTS:
+            event = {"type": "content_block_delta", "index": 3, "delta": {"type": "text_delta", "text": words}}
+            for data in (json.dumps(event), json.dumps(event, separators=(",", ":")),
+                         json.dumps(event, separators=(",", ":"))[:-1] + "      }",
+                         json.dumps(event, ensure_ascii=False)):
+                with self.subTest(data=data[:100]):
+                    data = data.encode("utf-8", "surrogatepass")
+                    try:
+                        wanted = json.loads(data.decode("utf-8"))
+                    except ValueError:
+                        self.assertRaises(claude_gateway.UpstreamFault, claude_gateway.event_from_data, data)
+                        continue
+                    self.assertEqual(claude_gateway.event_from_data(data), wanted)
 
-    def test_a_brace_amid_the_talk_is_no_object(self):
-        for size in (1, 2, 100):
-            cut = claude_gateway.BareJson()
-            said_text = 'As {name} asked, {so to say}: {"a": 1} bye'
-            pieces = [cut.feed(said_text[at:at + size]) for at in range(0, len(said_text), size)]
-            self.assertEqual("".join(pieces) + cut.close(), '{"a": 1}')
+    def test_text_deltas_that_are_no_json_are_refused(self):
+        good = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}'
+        for data in (good[:-1], good + b"}", good.replace(b"Hi", b"H\x01i"), good.replace(b"Hi", b'H"i'),
+                     good.replace(b"Hi", b"H\\i"), good.replace(b"Hi", b"\xff"), good.replace(b":0,", b":,")):
+            with self.subTest(data), self.assertRaises(claude_gateway.UpstreamFault):
+                claude_gateway.event_from_data(data)
 
-    def test_what_belongs_to_the_object_is_sent_at_once(self):
-        cut = claude_gateway.BareJson()
-        self.assertEqual([cut.feed(piece) for piece in ('x {"a"', ": 1", "}", "y")], ['{"a"', ": 1", "}", ""])
+    def test_chunks_of_text_are_written_as_any_json(self):
+        assembler = claude_gateway.MessageAssembler()
+        for model in ("claude-sonnet-5-5", "", '"content":""'):
+            stream = claude_gateway.ChatStream({"id": 'chatcmpl-"1"', "created": 5}, claude_gateway.ReplyPlan(
+                claude_gateway.ToolNames()), assembler, True)
+            start = events_of(message(text("x"), model=model))[0]
+            assembler.feed(start)
+            chunks = stream.feed(start)
+            for words in self.TEXTS:
+                chunks += stream.feed({"type": "content_block_start", "index": 0,
+                                       "content_block": {"type": "text", "text": words}})
+            chunks += [dict(chunks[0], choices=[], usage={}), dict(chunks[0], choices=[
+                {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}])]
+            for chunk in chunks:
+                with self.subTest(model=model, chunk=str(chunk)[:300]):
+                    self.assertEqual(stream.json_of(chunk), claude_gateway.client_json(chunk))
 
-    def test_json_mode_gives_it_in_messages_and_streams(self):
-        for said_text, wanted in (('Here you are:\n```json\n{"a": "}"}\n```', '{"a": "}"}'), ("I won't.", "I won't.")):
-            whole = message(thinking("{", "c2ln"), text(said_text))
-            self.claude.play(whole, whole)
-            plain = self.chat(response_format={"type": "json_object"})
-            self.assertEqual((plain.message["content"], plain.message["reasoning_content"]), (wanted, "{"))
-            streamed = self.chat(stream=True, response_format={"type": "json_object"})
-            self.assertEqual(completion_from_chunks(streamed.chunks)["message"]["content"], wanted)
 
-    def test_without_json_mode_nothing_is_cut(self):
-        self.claude.play(message(text('Here: {"a": 1} bye')))
-        self.assertEqual(self.chat().message["content"], 'Here: {"a": 1} bye')
+def work_of(work) -> int:
+    """How many functions, Python's own included, are called by some work: no clock, so the same each time."""
+    count = [0]
+
+    def on_call(frame, event, argument):
+        count[0] += event in ("call", "c_call")
+    sys.setprofile(on_call)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count[0]
 
 
-class EventDecoderTests(unittest.TestCase):
-    """Section 9.2 of the HTML standard, as far as a server may go."""
-    CASES = (
-        ("LF", b'data: {"type":"a"}\n\ndata: {"type":"b"}\n\n', "a b"),
-        ("CR", b'data: {"type":"a"}\r\rdata: {"type":"b"}\r\r', "a b"),
-        ("CRLF", b'data: {"type":"a"}\r\n\r\ndata: {"type":"b"}\r\n\r\n', "a b"),
-        ("mixed", b'data: {"type":"a"}\r\n\rdata: {"type":"b"}\n\r\n', "a b"),
-        ("CR and CRLF make two", b'data: {"type":\rdata: "a"}\r\n\n', "a"),
-        ("no space", b'data:{"type":"a"}\n\n', "a"), ("two spaces", b'data:  {"type":"a"}\n\n', "a"),
-        ("a mark", b'\xef\xbb\xbfdata: {"type":"a"}\n\n', "a"),
-        ("a mark and a comment", b'\xef\xbb\xbf: hello\n\ndata: {"type":"a"}\n\n', "a"),
-        ("comments", b': x\n:\ndata: {"type":"a"}\n: y\n\n:\n\n', "a"),
-        ("other fields", b'event: a\nid: 1\nretry: 10\ndata: {"type":"a"}\nunknown\nnonsense: 1\n\n', "a"),
-        ("the name after the data", b'data: {"type":"a"}\nevent: a\n\n', "a"),
-        ("several lines", b'data: {\ndata: "type":\ndata: "a"\ndata: }\n\n', "a"),
-        ("several lines in CRLF", b'data: {\r\ndata: "type":\r\ndata: "a"}\r\n\r\n', "a"),
-        ("no data", b"event: ping\n\nevent: x\nid: 3\n\n", ""),
-        ("blank lines", b'\n\n\r\n\rdata: {"type":"a"}\n\n\n\n', "a"),
-        ("no blank line at the end", b'data: {"type":"a"}\n\ndata: {"type":"b"}\n', "a b"),
-        ("no end of line at the end", b'data: {"type":"a"}\n\ndata: {"type":"b"}', "a b"),
-        ("CR at the end", b'data: {"type":"a"}\r', "a"),
-        ("half an event at the end", b'data: {"type":"a"}\n\ndata: {"type":"b', "a"),
-        ("half a line at the end", b'data: {"type":"a"}\n\ndat', "a"),
-        ("nothing", b"", ""),
-    )
+class GrowthTests(unittest.TestCase):
+    """Twice the work takes twice the steps, and memory goes by what is kept."""
+    MODEL = BUILT_IN_MODELS["claude-opus-5-5"]
 
-    def test_every_cut_of_every_form_gives_the_same_events(self):
-        for name, data, types_of in self.CASES:
-            for size in range(1, len(data) + 1):
-                with self.subTest(name, size=size):
-                    self.assertEqual(" ".join(event["type"] for event in bytes_to_events(data, size)), types_of)
+    def assert_linear(self, work, size: int = 60) -> None:
+        work(size)                                      # what is made once is made now
+        once, twice = work_of(lambda: work(size)), work_of(lambda: work(2 * size))
+        self.assertGreater(once, size)
+        self.assertLess(twice, 2.1 * once + 50)
 
-    def test_only_cr_and_lf_end_lines(self):
-        odd = "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e\u00e9\U0001f600"
-        data = ('data: {"type":"a","text":%s}\n\n' % json.dumps("x", ensure_ascii=False)).encode()
-        data = data.replace(b'"x"', b'"%s"' % odd.encode()).replace(b"\x0b\x0c\x1c\x1d\x1e", b"")
-        wanted = odd.replace("\x0b\x0c\x1c\x1d\x1e", "")
-        for size in range(1, len(data) + 1):
-            self.assertEqual(bytes_to_events(data, size), [{"type": "a", "text": wanted}])
+    def chat(self, **fields) -> None:
+        translation = claude_gateway.messages_request_from_chat(dict({"messages": [ASKED]}, **fields), self.MODEL)
+        claude_gateway.upstream_parts(translation.request)
 
-    def test_empty_pieces_change_nothing(self):
-        decoder = claude_gateway.EventDecoder()
-        pieces = (b"", b'data: {"type":"a"}\r', b"", b"\n", b"", b"\r", b"", b"\n")
-        self.assertEqual([event["type"] for piece in pieces for event in decoder.feed(piece)], ["a"])
+    def test_requests(self):
+        def calls(count, **ids):
+            return [{"id": ids.get("same", "call_%d" % at), "type": "function",
+                     "function": {"name": "f %d" % at, "arguments": '{"a": 1'}} for at in range(count)]
+        kinds = {
+            "messages": lambda count: self.chat(messages=[ASKED, {"role": "assistant", "content": "Hm"}] * count),
+            "system messages": lambda count: self.chat(messages=[ASKED, {"role": "system", "content": "Hm"}] * count),
+            "calls of one turn": lambda count: self.chat(messages=[ASKED, {
+                "role": "assistant", "tool_calls": calls(count)}]),
+            "calls of one id": lambda count: self.chat(messages=[ASKED, {
+                "role": "assistant", "tool_calls": calls(count, same="x")}] + [
+                    {"role": "tool", "tool_call_id": "x", "content": "y"}] * count),
+            "results without calls": lambda count: self.chat(messages=[ASKED] + [
+                {"role": "tool", "tool_call_id": "x%d" % at, "content": "y"} for at in range(count)]),
+            "turns with calls": lambda count: self.chat(messages=[ASKED] + [each for at in range(count) for each in (
+                {"role": "assistant", "tool_calls": [dict(call, id="%d" % at) for call in calls(1)]},
+                {"role": "tool", "tool_call_id": str(at), "content": "y"})]),
+            "parts": lambda count: self.chat(messages=[{"role": "user", "content": [
+                {"type": "text", "text": "Hm"}, {"type": "new", "x": 1}] * count}]),
+            "tools": lambda count: self.chat(tools=[{"type": "function", "function": {
+                "name": "f %d" % at, "strict": True, "parameters": {"type": "object"}}} for at in range(count)]),
+            "properties": lambda count: self.chat(response_format={"type": "json_schema", "json_schema": {
+                "name": "x", "schema": {"type": "object", "properties": {
+                    "p%d" % at: {"type": "string", "minLength": 1} for at in range(count)}}}}),
+            "unknown fields": lambda count: self.chat(**{"field_%d" % at: 1 for at in range(count)}),
+            "items": lambda count: claude_gateway.messages_request_from_responses({"input": [
+                {"type": "message", "role": "user", "content": "Hm"},
+                {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"}] * count}, self.MODEL),
+        }
+        for name, work in kinds.items():
+            with self.subTest(name):
+                self.assert_linear(work)
 
-    def test_what_is_no_event_of_the_api_is_the_upstreams_fault(self):
-        for data in (b"data: {oops\n\n", b"data: []\n\n", b'data: {"a": 1}\n\n', b'data: {"type": 1}\n\n',
-                     b'data: "\xff"\n\n', b"data:\n\n"):
-            with self.subTest(data=data):
+    def test_a_text_that_grows_is_the_text_at_any_time_and_keeps_few_strings(self):
+        grown, plain = claude_gateway.GrowingText(), ""
+        for number in range(1_000):
+            piece = "\u00fc" * (number % 4)
+            grown.append(piece)
+            plain += piece
+            self.assertEqual((str(grown), grown.length), (plain, len(plain)))
+        self.assertLess(sum(len(held) for held in vars(grown).values() if isinstance(held, list)), 250)
+
+    def test_the_citations_of_a_block_are_all_kept_in_their_order(self):
+        cited = [{"type": "web_search_result_location", "url": "https://%d.example" % at} for at in range(5)]
+        for first in ({}, {"citations": None}, {"citations": cited[:2]}):
+            with self.subTest(first):
+                assembler = claude_gateway.MessageAssembler()
+                given = dict({"type": "text", "text": ""}, **first)
+                untouched = json.loads(json.dumps(given))
+                for event in ({"type": "message_start", "message": {}},
+                              {"type": "content_block_start", "index": 0, "content_block": given},
+                              *({"type": "content_block_delta", "index": 0, "delta": {
+                                  "type": "citations_delta", "citation": each}}
+                                for each in cited[len(first.get("citations") or ()):]),
+                              {"type": "content_block_stop", "index": 0}):
+                    assembler.feed(event)
+                self.assertEqual(assembler.message["content"][0]["citations"], cited)
+                self.assertEqual(given, untouched)
+        for odd in (5, "abc", {"a": 1}, True):
+            with self.subTest(odd):
+                assembler = claude_gateway.MessageAssembler()
+                assembler.feed({"type": "message_start", "message": {}})
+                self.assertRaises(claude_gateway.UpstreamFault, assembler.feed, {
+                    "type": "content_block_start", "index": 0, "content_block": {
+                        "type": "text", "text": "", "citations": odd}})
+
+    def test_streams(self):
+        def streamed(kind, content):
+            def work(count):
+                assembler = claude_gateway.MessageAssembler()
+                stream = kind({"id": "x", "created": 1}, claude_gateway.ReplyPlan(claude_gateway.ToolNames()),
+                              assembler, False)
                 decoder = claude_gateway.EventDecoder()
-                good = b'data: {"type":"a"}\n\n'
-                self.assertEqual(decoder.feed(good + data + good), [{"type": "a"}])
-                for tell in (decoder.check, decoder.close, lambda decoder=decoder: decoder.feed(good)):
-                    self.assertRaises(claude_gateway.UpstreamFault, tell)
-
-
-class UpstreamBodyTests(GatewayTestCase):
-    """Answers of the upstream that are not as they should be: told as failures, never as a normal end."""
-    EVENTS = events_of(message(text("Hello there")), size=100)
-
-    def failure(self, reply, stream: bool) -> tuple:
-        """Status and error of a failure, once the reply has been played; a stream must end with it."""
-        self.claude.play(reply)
-        answer = self.chat(stream=stream)
-        if answer.status == 200 and stream:
-            self.assertNotIn("[DONE]", answer.events)
-            self.assertFalse([chunk for chunk in answer.chunks if chunk.get("choices")
-                              and chunk["choices"][0]["finish_reason"]])
-        last = json.loads(answer.events[-1]) if stream and answer.status == 200 else answer.json
-        self.assertEqual(sorted(last["error"]), ["code", "message", "param", "type"])
-        return answer, last["error"]
-
-    def test_both_kinds_of_body_serve_both_kinds_of_client(self):
-        whole = message(thinking("hm", "c2ln"), cited_text("Hi", web_citation("https://a.example")),
-                        tool_use("toolu_1", "f", {"a": 1}))
-        for name, reply in (
-            ("stream", Reply(headers=EVENT_STREAM, body=sse(events_of(whole)))), ("JSON", Reply(body=whole)),
-            ("a stream that says nothing", Reply(headers={"content-type": None}, body=sse(events_of(whole)))),
-            ("JSON that says nothing", Reply(headers={"content-type": None}, body=whole)),
-            ("JSON with a charset", Reply(headers={"content-type": "application/json; charset=utf-8"}, body=whole)),
-            ("a stream in capitals", Reply(headers={"content-type": "Text/Event-Stream"}, body=sse(events_of(whole)))),
-            ("a stream that begins with a comment",
-             Reply(headers={"content-type": None}, body=b": hi\n\n" + sse(events_of(whole)))),
-            ("a stream with a mark", Reply(headers=EVENT_STREAM, body=b"\xef\xbb\xbf" + sse(events_of(whole)))),
-        ):
-            with self.subTest(name):
-                self.claude.reset()
-                self.claude.play(reply, reply)
-                plain = self.chat()
-                self.assertEqual(plain.status, 200, plain.raw)
-                streamed = completion_from_chunks(self.chat(stream=True, stream_options={"include_usage": True}).chunks)
-                parts = completion_parts(plain.json)
-                for each in (parts, streamed):
-                    call = each["message"]["tool_calls"][0]["function"]
-                    call["arguments"] = json.loads(call["arguments"])
-                self.assertEqual(parts, streamed)
-                self.assertEqual(parts["message"]["annotations"], [url_note(0, 2, "https://a.example")])
-
-    def test_a_stream_in_capitals_is_still_handed_on_event_by_event(self):
-        go_on = threading.Event()
-        self.addCleanup(go_on.set)
-        self.claude.play(Reply(headers={"content-type": "TEXT/EVENT-STREAM"},
-                               pieces=[sse(self.EVENTS[:3]), go_on, sse(self.EVENTS[3:])]))
-        connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=2)
-        self.addCleanup(connection.close)
-        connection.request("POST", "/v1/chat/completions", json.dumps(
-            {"model": "claude-sonnet-5-5", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}))
-        self.assertIn(b"assistant", connection.getresponse().readline())
-
-    def test_an_answer_without_its_end_is_502(self):
-        events = self.EVENTS
-        open_stop = dict(events[-2], delta={"stop_reason": None})
-        for name, reply in (
-            ("no message_stop", one_by_one(*events[:-1])), ("only the start", one_by_one(*events[:1])),
-            ("nothing", Reply(headers=EVENT_STREAM, body=b"")),
-            ("only pings", one_by_one({"type": "ping"}, {"type": "ping"})),
-            ("a null stop reason", one_by_one(*events[:-2], open_stop, events[-1])),
-            ("no message_delta", one_by_one(*events[:-2], events[-1])),
-            ("reset in the middle", one_by_one(*events[:4], cut=True)),
-            ("ended in the middle", one_by_one(*events[:4], chunked=False)),
-            ("too short for its length", Reply(headers=dict(EVENT_STREAM, **{"content-length": "9000"}),
-                                               body=sse(events[:4]))),
-            ("a JSON answer without a stop reason", Reply(body=dict(message(text("Hi")), stop_reason=None))),
-            ("half of a JSON answer", Reply(body=json.dumps(message(text("Hi"))).encode()[:-9])),
-            ("JSON that is no message", Reply(body={"hello": "world"})), ("an empty body", Reply(body=b"")),
-            ("a web page", Reply(headers={"content-type": "text/html"}, body=b"<html>login here</html>")),
-            ("JSON under the name of a stream", Reply(headers=EVENT_STREAM, body=message(text("Hi")))),
-            ("no event", Reply(headers=EVENT_STREAM, body=b"data: {oops\n\n")),
-            ("delta before start", one_by_one(events[-2], events[-1])),
-            ("no block in a block start", one_by_one(events[0], {"type": "content_block_start", "index": 0})),
-            ("no text in a text delta", one_by_one(events[0], events[1], {"type": "content_block_delta", "index": 0,
-                                                                          "delta": {"type": "text_delta"}})),
-            ("null in a text delta", one_by_one(events[0], events[1], {
-                "type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": None}},
-                *events[-3:])),
-            ("a call without a name", one_by_one(events[0], {
-                "type": "content_block_start", "index": 0, "content_block": {"type": "tool_use", "id": "toolu_1"}},
-                {"type": "content_block_stop", "index": 0}, *events[-2:])),
-            ("a delta outside of a block", one_by_one(events[0], {
-                "type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta",
-                                                                     "partial_json": "{}"}}, *events[-2:])),
-            ("a stop outside of a block", one_by_one(events[0], {"type": "content_block_stop", "index": 0},
-                                                     {"type": "content_block_start"})),
-        ):
-            for stream in (False, True):
-                with self.subTest(name, stream=stream):
-                    if name == "too short for its length":
-                        reply = Reply(headers=EVENT_STREAM, pieces=[sse(events[:4])], chunked=False)
-                    answer, error = self.failure(reply, stream)
-                    self.assertIn(answer.status, (200, 502) if stream else (502,))
-                    self.assertEqual((error["type"], error["code"]), ("server_error", "upstream_error"), error)
-                    self.assertNotIn("login here", error["message"])
-
-    def test_a_plain_reply_that_broke_off_is_not_asked_for_again(self):
-        self.claude.play(one_by_one(*self.EVENTS[:4], cut=True))
-        self.assertEqual((self.chat().status, len(self.claude.messages)), (502, 1))
-
-    def test_what_was_said_before_a_fault_reaches_the_client(self):
-        for name, pieces in (
-            ("pieces of their own", [sse(self.EVENTS[:4]), b"data: {oops\n\n"]),
-            ("one piece", [sse(self.EVENTS[:4]) + b"data: {oops\n\n"]),
-            ("an error in the same piece", [sse(self.EVENTS[:4] + [error_body("api_error", "x")])]),
-        ):
-            with self.subTest(name):
-                answer, _ = self.failure(Reply(pieces=pieces), stream=True)
-                self.assertIn(b"Hello there", answer.raw)
-
-    def test_what_comes_after_the_end_does_not_matter(self):
-        for tail in (b"data: [DONE]\n\n", b"data: {oops\n\n", sse([error_body("api_error", "x")])):
-            for pieces in ([sse(self.EVENTS) + tail], [sse(self.EVENTS), tail]):
-                with self.subTest(tail=tail, pieces=len(pieces)):
-                    self.claude.reset()
-                    self.claude.play(Reply(pieces=pieces), Reply(pieces=pieces))
-                    self.assertEqual(self.chat().status, 200)
-                    self.assertEqual(self.chat(stream=True).events[-1], "[DONE]")
-
-    def test_a_last_event_without_its_blank_line_counts(self):
-        data = sse(self.EVENTS)
-        for cut in (1, 2):
-            for framing in (Reply(headers=EVENT_STREAM, body=data[:-cut]), Reply(pieces=[data[:-cut]]),
-                            Reply(pieces=[data[:-cut]], chunked=False)):
-                self.claude.play(framing, framing)
-                self.assertEqual(self.chat().message["content"], "Hello there")
-                self.assertEqual(self.chat(stream=True).events[-1], "[DONE]")
-
-    def test_counts_that_are_none_cost_nobody_his_answer(self):
-        self.start()
-        odd = {"input_tokens": "ten", "output_tokens": None, "cache_read_input_tokens": [1], "server_tool_use": 5,
-               "cache_creation_input_tokens": -4, "output_tokens_details": {"thinking_tokens": "many"}}
-        whole = dict(message(text("Hi")), usage=odd)
-        events = [{"type": "message_start", "message": dict(whole, content=[], stop_reason=None)}] + \
-            events_of(message(text("Hi")))[1:-2] + [{"type": "message_delta", "delta": {"stop_reason": "end_turn"},
-                                                     "usage": odd}, {"type": "message_stop"}]
-        native = {"model": "opus", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
-        for reply in (Reply(body=whole), Reply(headers={"content-type": "text/event-stream"}, body=sse(events))):
-            for stream in (False, True):
-                with self.subTest(reply=reply.headers, stream=stream):
-                    self.claude.play(reply, reply, reply)
-                    answers = [self.chat(stream=stream),
-                               self.ask("POST", "/v1/responses", {"model": "opus", "input": "Hi", "stream": stream}),
-                               self.ask("POST", "/v1/messages", dict(native, stream=stream))]
-                    self.assertEqual([answer.status for answer in answers], [200] * 3, answers[0].raw)
-                    self.assertTrue(self.service.gateway.running.wait_until_idle(5))
-                    if not stream:
-                        self.assertEqual(answers[0].json["usage"]["total_tokens"], 0)
-
-    def test_unknown_events_blocks_and_deltas_are_skipped(self):
-        start, block, *rest = self.EVENTS
-        new_block = {"type": "content_block_start", "index": 9, "content_block": {"type": "new"}}
-        new_delta = {"type": "content_block_delta", "index": 9, "delta": {"type": "new_delta", "text": "x"}}
-        counted = {"type": "content_block_delta", "index": 0, "delta": {"type": "compaction_delta", "content": "x"}}
-        events = [{"type": "new"}, {"type": "ping"}, start, new_block, new_delta,
-                  {"type": "content_block_stop", "index": 9}, block, counted, {"type": "new", "delta": 1}, *rest]
-        self.claude.play(one_by_one(*events), one_by_one(*events))
-        self.assertEqual(self.chat().message["content"], "Hello there")
-        self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["message"]["content"], "Hello there")
-
-    def test_an_error_event_is_a_status_for_plain_clients_and_an_event_for_streams(self):
-        for kind, status, our_kind, code in (
-            ("overloaded_error", 503, "server_error", "overloaded"),
-            ("rate_limit_error", 429, "rate_limit_error", "rate_limit_exceeded"),
-            ("api_error", 500, "server_error", None),
-            ("timeout_error", 504, "server_error", "timeout"),
-            ("invalid_request_error", 400, "invalid_request_error", None),
-        ):
-            for place in (0, 1, 4):
-                events = self.EVENTS[:place] + [error_body(kind, "Sorry.")]
-                with self.subTest(kind=kind, place=place):
-                    answer, error = self.failure(one_by_one(*events), stream=False)
-                    self.assertEqual((answer.status, error["type"], error["code"]), (status, our_kind, code))
-                    self.assertTrue(error["message"].startswith("Sorry."))
-                    answer, error = self.failure(one_by_one(*events), stream=True)
-                    self.assertEqual((answer.status, error["type"], error["code"]), (200, our_kind, code))
-                    self.assertEqual(b"Hello there" in answer.raw, place == 4)
-        self.assertEqual(len(self.claude.messages), 30, "none of them is retried")
-
-    def test_an_error_event_of_an_unknown_kind_is_the_upstreams_fault(self):
-        answer, error = self.failure(one_by_one(*self.EVENTS[:3], error_body("new_error", "Sorry.")), stream=False)
-        self.assertGreaterEqual(answer.status, 500)
-        self.assertEqual(error["type"], "server_error")
-
-    def test_an_error_under_status_200_is_an_error(self):
-        for stream in (False, True):
-            answer, error = self.failure(Reply(body=error_body("overloaded_error", "Sorry.")), stream)
-            self.assertEqual((answer.status, error["code"]), (200 if stream else 503, "overloaded"))
-
-    def test_a_malformed_error_event_is_an_error_too(self):
-        for event in ({"type": "error"}, {"type": "error", "error": "x"}, {"type": "error", "error": None},
-                      {"type": "error", "error": {}}):
-            for stream in (False, True):
-                with self.subTest(event=event, stream=stream):
-                    self.failure(one_by_one(self.EVENTS[0], event), stream)
-
-    def test_the_connection_serves_the_next_request_after_a_failed_stream(self):
-        self.failure(one_by_one(*self.EVENTS[:3], error_body("api_error", "x")), stream=True)
-        self.assertEqual(self.chat().status, 200)
-
-
-class PausedAnswerTests(GatewayTestCase):
-    """pause_turn: Claude is sent its own words and goes on, which no OpenAI client could do."""
-
-    def paused(self, *blocks: dict, **fields) -> dict:
-        return message(*blocks, WEB_FIND, WEB_FOUND, stop_reason="pause_turn", **fields)
-
-    def both_kinds(self, *answers):
-        """Each kind of client asks once; gives its parts."""
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.reset()
-                self.claude.play(*answers)
-                answer = self.chat(stream=stream, web_search_options={}, stream_options={"include_usage": True})
-                self.assertEqual(answer.status, 200, answer.raw)
-                yield completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
-
-    def test_texts_counts_and_places_go_on_where_they_were(self):
-        usage = {"cache_read_input_tokens": 100, "output_tokens": 5, "output_tokens_details": {"thinking_tokens": 2}}
-        second = message(thinking("b", "c2l2"), cited_text("Blue.", web_citation("https://a.example")), usage=usage)
-        for parts in self.both_kinds(self.paused(thinking("a", "c2ln"), text("I look. "), usage=usage), second):
-            self.assertEqual(parts["message"], {
-                "role": "assistant", "content": "I look. Blue.", "reasoning_content": "ab",
-                "annotations": [url_note(8, 13, "https://a.example")]})
-            self.assertEqual(parts["finish_reason"], "stop")
-            self.assertEqual((parts["usage"]["prompt_tokens"], parts["usage"]["completion_tokens"],
-                              parts["usage"]["total_tokens"]), (224, 10, 234))
-            self.assertEqual((parts["usage"]["prompt_tokens_details"]["cached_tokens"],
-                              parts["usage"]["completion_tokens_details"]["reasoning_tokens"]), (200, 4))
-
-    def test_claude_gets_its_words_back_unchanged_and_the_rest_of_the_request_too(self):
-        blocks = [thinking("", "c2ln"), text("I look. ")]
-        for _ in self.both_kinds(self.paused(*blocks), message(text("Blue."))):
-            first, second = [request.body for request in self.claude.messages]
-            self.assertEqual(second["messages"][:-1], first["messages"])
-            self.assertEqual(second["messages"][-1], {"role": "assistant", "content": blocks + [WEB_FIND, WEB_FOUND]})
-            for name in set(first) - {"messages"}:
-                self.assertEqual(second[name], first[name])
-            self.assertEqual(set(first), set(second))
-
-    def test_two_pauses_make_one_answer(self):
-        again = dict(WEB_FIND, id="srvtoolu_2"), dict(WEB_FOUND, tool_use_id="srvtoolu_2")
-        for parts in self.both_kinds(self.paused(text("A")), message(text("B"), *again, stop_reason="pause_turn"),
-                                     message(text("C"), tool_use("toolu_1", "f", {}))):
-            self.assertEqual((parts["message"]["content"], parts["finish_reason"]), ("ABC", "tool_calls"))
-            self.assertEqual(parts["usage"]["total_tokens"], 57)
-            last = self.claude.messages[2].body["messages"]
-            self.assertEqual([turn["role"] for turn in last], ["user", "assistant"])
-            self.assertEqual([block["type"] for block in last[1]["content"]],
-                             ["text", "server_tool_use", "web_search_tool_result"] * 2)
-
-    def test_an_empty_text_is_not_sent_back(self):
-        # Claude may open a text block and say nothing in it, but takes no such block back
-        for empty in ("", "\n\n"):
-            for parts in self.both_kinds(self.paused(text(empty), text("A")), message(text("B"))):
-                self.assertEqual(parts["message"]["content"], empty + "AB")
-
-    def test_the_stream_looks_like_one(self):
-        self.claude.play(self.paused(text("A")), message(text("B"), id="msg_other"))
-        chunks = self.chat(stream=True, web_search_options={}).chunks
-        self.assertEqual(len({chunk["id"] for chunk in chunks}), 1)
-        self.assertEqual(sum("role" in chunk["choices"][0]["delta"] for chunk in chunks), 1)
-        self.assertEqual([chunk["choices"][0]["finish_reason"] for chunk in chunks if
-                          chunk["choices"][0]["finish_reason"]], ["stop"])
-
-    def test_a_refused_continuation_is_an_error(self):
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.play(self.paused(text("A")), refusal_of_claude(429, "rate_limit_error", "Slow down."))
-                answer = self.chat(stream=stream, web_search_options={})
-                error = json.loads(answer.events[-1])["error"] if stream else answer.error
-                self.assertEqual((answer.status, error["code"]), (200 if stream else 429, "rate_limit_exceeded"))
-                self.assertNotIn("[DONE]", answer.events)
-
-    def test_nothing_is_retried_once_a_stream_has_begun(self):
-        self.claude.play(self.paused(text("A")), Reply(529, body=error_body("overloaded_error", "x"),
-                                                       headers={"retry-after": "0"}))
-        answer = self.chat(stream=True, web_search_options={})
-        self.assertEqual(len(self.claude.messages), 2)
-        self.assertEqual(json.loads(answer.events[-1])["error"]["code"], "overloaded")
-
-    def test_there_is_an_end_to_it_in_streams_too(self):
-        self.claude.strict = False                  # the same search again and again is not what Claude would say
-        self.addCleanup(setattr, self.claude, "strict", True)
-        self.claude.play(*[message(text("A"), WEB_FIND, stop_reason="pause_turn")] * 20)
-        answer = self.chat(stream=True, web_search_options={})
-        self.assertEqual((answer.events[-1], len(self.claude.messages)), ("[DONE]", 9))
-        self.assertEqual(completion_from_chunks(answer.chunks)["finish_reason"], "stop")
-
-
-class ClaudeErrorTests(GatewayTestCase):
-    """Refusals of Claude in OpenAI's envelope, in the provider's words."""
-
-    def refused(self, reply: Reply, **fields) -> Answer:
-        count = len(self.claude.messages)
-        self.claude.play(reply)
-        answer = self.chat(**fields)
-        self.assertEqual(len(self.claude.messages), count + 1, "refused once, asked once")
-        self.assertEqual(sorted(answer.error), ["code", "message", "param", "type"])
-        return answer
-
-    def test_an_error_that_repeats_the_key_reaches_nobody_with_it(self):
-        for ask in (self.chat, lambda **headers: self.ask("POST", "/v1/messages", {
-                "model": "opus", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}, **headers)):
-            self.claude.play(Reply(403, body=error_body("permission_error", "The key %s may not." % SECRET)))
-            answer = ask(headers=NO_RETRY)
-            self.assertEqual(answer.error["message"], "The key *** may not.")
-
-    def test_every_status_has_its_place(self):
-        for status, kind, ours, our_kind in (
-            (404, "not_found_error", 404, "invalid_request_error"), (409, "conflict_error", 409, "server_error"),
-            (500, "api_error", 500, "server_error"), (501, "api_error", 501, "server_error"),
-            (503, "api_error", 503, "server_error"), (503, "overloaded_error", 503, "server_error"),
-            (418, "new_error", 418, None), (520, "new_error", 520, "server_error"),
-            (422, "invalid_request_error", 400, "invalid_request_error"),
-        ):
-            for stream in (False, True):
-                with self.subTest(status=status, kind=kind, stream=stream):
-                    answer = self.refused(refusal_of_claude(status, kind, "No."), stream=stream)
-                    self.assertEqual(answer.status, ours)
-                    self.assertEqual(answer.error["type"], our_kind or answer.error["type"])
-                    self.assertEqual(answer.headers["content-type"], "application/json")
-
-    def test_a_status_without_claudes_words_says_what_it_can(self):
-        page = b"<html><body>" + b"x" * 5000
-        for status, ours, code in ((400, 400, None), (401, 401, "upstream_authentication"), (403, 403, None),
-                                   (404, 404, None), (408, 504, "timeout"), (413, 413, "request_too_large"),
-                                   (429, 429, "rate_limit_exceeded"), (500, 500, None), (502, 502, None),
-                                   (503, 503, None), (504, 504, "timeout"), (529, 503, "overloaded")):
-            for body in (page, b"", b"[]", b'{"error": "x"}', b'{"error": {"message": null}}'):
-                with self.subTest(status=status, body=body[:20]):
-                    answer = self.refused(Reply(status, {"content-type": "text/html", "retry-after": "60"}, body))
-                    self.assertEqual((answer.status, answer.error["code"]), (ours, code))
-                    self.assertNotIn("<html", answer.error["message"])
-                    self.assertIn(str(status), answer.error["message"])
-
-    # the rejections of subscription tokens, as people reported them: words, our status, our code
-    REJECTIONS = (
-        (400, "invalid_request_error", "This credential is only authorized for use with Claude Code and cannot be used "
-         "for other API requests.", 400, "upstream_refused"),
-        (400, "invalid_request_error", "system: This credential is only authorized for use with Claude Code and cannot "
-         "be used for other API requests.", 400, "upstream_refused"),
-        (400, "invalid_request_error", "Third-party apps now draw from your extra usage, not your plan limits. Add "
-         "more at claude.ai/settings/usage and keep going.", 429, "insufficient_quota"),
-        (400, "invalid_request_error", "You're out of extra usage. Add more at claude.ai/settings/usage and keep "
-         "going.", 429, "insufficient_quota"),
-        (401, "authentication_error", "OAuth authentication is currently not supported.", 401,
-         "upstream_authentication"),
-        (401, "authentication_error", "OAuth token has expired. Please obtain a new token or refresh your existing "
-         "token.", 401, "upstream_authentication"),
-        (401, "authentication_error", "Invalid bearer token", 401, "upstream_authentication"),
-        (403, "permission_error", "OAuth token has been revoked. Please obtain a new token.", 401,
-         "upstream_authentication"),
-    )
-
-    def test_rejected_credentials_are_told_in_the_providers_words_with_one_hint_and_not_retried(self):
-        image = [{"type": "image_url", "image_url": {"url": "https://images.example.org/a.png"}}]
-        for status, kind, words, ours, code in self.REJECTIONS:
-            for stream, content in ((False, "Hello"), (True, "Hello"), (False, image)):
-                with self.subTest(words=words, stream=stream):
-                    answer = self.refused(refusal_of_claude(status, kind, words), stream=stream, content=content)
-                    self.assertEqual((answer.status, answer.error["code"]), (ours, code))
-                    self.assertEqual(answer.headers["x-should-retry"], "false")
-                    self.assertIn(words.rstrip(".") + ". Hint: ", answer.error["message"])
-                    self.assertEqual(answer.error["message"].count("Hint:"), 1)
-
-    def test_the_rarer_rejections_have_their_hint_too(self):
-        for reply in (
-            refusal_of_claude(403, "permission_error", "OAuth token does not meet scope requirement: user:profile"),
-            refusal_of_claude(400, "invalid_request_error", "Please update.", error_code="claude_code_version_too_old"),
-            refusal_of_claude(429, "rate_limit_error", "This request would exceed your account's rate limit. Please "
-                              "try again later.", {"anthropic-ratelimit-unified-status": "rejected"}),
-        ):
-            words = reply.body["error"]["message"]
-            with self.subTest(words=words):
-                answer = self.refused(reply)
-                self.assertIn(words.rstrip(".") + ". Hint: ", answer.error["message"])
-                self.assertEqual(answer.headers.get("x-should-retry"), "false")
-
-    def test_a_rejection_amid_a_stream_has_the_same_words(self):
-        words = self.REJECTIONS[3][2]
-        self.claude.play(one_by_one(error_body("invalid_request_error", words)))
-        error = json.loads(self.chat(stream=True).events[-1])["error"]
-        self.assertEqual(error["code"], "insufficient_quota")
-        self.assertIn(words.rstrip(".") + ". Hint: ", error["message"])
-
-    def test_spent_money_is_no_reason_to_retry(self):
-        for status, kind, words in (
-            (400, "invalid_request_error", "Your credit balance is too low to access the Anthropic API."),
-            (400, "invalid_request_error", "You have reached your specified API usage limits. You will regain access "
-                                           "on 2026-12-01 at 00:00 UTC."),
-            (402, "billing_error", "Payment required."),
-            (429, "rate_limit_error", "Extra usage is required for long context requests."),
-        ):
-            with self.subTest(words=words):
-                answer = self.refused(refusal_of_claude(status, kind, words, {"retry-after": "1"}))
-                self.assertEqual((answer.status, answer.error["type"], answer.error["code"],
-                                  answer.headers["x-should-retry"]),
-                                 (429, "insufficient_quota", "insufficient_quota", "false"))
-
-    def test_an_ordinary_refusal_leaves_retrying_to_the_client(self):
-        for status, kind in ((429, "rate_limit_error"), (529, "overloaded_error"), (500, "api_error")):
-            headers = self.refused(refusal_of_claude(status, kind, "No.")).headers
-            self.assertEqual((headers.get("x-should-retry"), headers["retry-after"]), (None, "60"))
-
-    def test_a_prompt_that_is_too_long_is_told_as_such(self):
-        for words in ("prompt is too long: 1250000 tokens > 1000000 maximum",
-                      "input length and `max_tokens` exceed context limit: 190000 + 64000 > 200000"):
-            for stream in (False, True):
-                answer = self.refused(refusal_of_claude(400, "invalid_request_error", words), stream=stream)
-                self.assertEqual((answer.status, answer.error["type"], answer.error["code"], answer.error["message"]),
-                                 (400, "invalid_request_error", "context_length_exceeded", words))
-
-    def test_a_model_that_claude_lacks_comes_with_the_nearest(self):
-        for stream in (False, True):
-            answer = self.refused(refusal_of_claude(404, "not_found_error", "model: claude-opus-5-5"), stream=stream,
-                                  model="claude-opus-5-5")
-            self.assertEqual((answer.status, answer.error["code"], answer.error["param"]),
-                             (404, "model_not_found", "model"))
-            self.assertIn("claude-opus-5", answer.error["message"])
-        answer = self.chat(model="claude-opus-3")
-        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
-        self.assertRegex(answer.error["message"], r"claude-opus-5-5.*--alias '\*=MODEL'")
-
-    def test_an_error_about_a_tool_names_it_as_the_client_does(self):
-        tools = [{"type": "function", "function": {"name": name}} for name in ("first", "my.second")]
-        for words in ("tools.1.custom.input_schema: invalid", "tools.1.input_schema.type: Field required"):
-            answer = self.refused(refusal_of_claude(400, "invalid_request_error", words), tools=tools)
-            self.assertIn("my.second", answer.error["message"])
-            self.assertIn(words, answer.error["message"])
-        answer = self.refused(refusal_of_claude(400, "invalid_request_error", "tools.9.name: odd"), tools=tools)
-        self.assertEqual(answer.error["message"], "tools.9.name: odd")
-
-    def test_headers_of_a_refusal_are_passed_on(self):
-        headers = {"request-id": "req_1", "retry-after": "7", "retry-after-ms": "7000", "x-should-retry": "true",
-                   "anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "0",
-                   "anthropic-ratelimit-tokens-limit": "1000", "anthropic-ratelimit-tokens-remaining": "10",
-                   "anthropic-ratelimit-tokens-reset": "2020-01-01T00:00:00Z", "set-cookie": "a=b",
-                   "anthropic-organization-id": "org"}
-        told = self.refused(refusal_of_claude(429, "rate_limit_error", "No.", headers)).headers
-        wanted = {"x-request-id": "req_1", "retry-after": "7", "retry-after-ms": "7000", "x-should-retry": "true",
-                  "x-ratelimit-limit-requests": "50", "x-ratelimit-remaining-requests": "0",
-                  "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "10",
-                  "x-ratelimit-reset-tokens": "0s"}
-        self.assertEqual({name: told.get(name) for name in wanted}, wanted)
-        for name in ("set-cookie", "anthropic-organization-id"):
-            self.assertNotIn(name, told)
-
-    def test_headers_of_an_answer_are_passed_on_in_streams_too(self):
-        headers = {"request-id": "req_2", "anthropic-ratelimit-requests-remaining": "3"}
-        for stream in (False, True):
-            whole = message(text("Hi"))
-            self.claude.play(one_by_one(*events_of(whole), headers=headers))
-            told = self.chat(stream=stream).headers
-            self.assertEqual((told["x-request-id"], told["x-ratelimit-remaining-requests"]), ("req_2", "3"))
-
-    def test_resets_are_told_as_a_time_from_now(self):
-        for seconds, form in ((0, r"0s"), (45, r"4[3-6]s"), (90, r"1m(2[89]|3[01])s"), (7200, r"1(19|20)m\d+s")):
-            moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
-            for suffix in (moment, moment[:-1] + ".123456+00:00"):
-                self.assertRegex(claude_gateway.duration_until(suffix), "^%s$" % form)
-
-    def test_a_reset_that_is_no_time_does_no_harm(self):
-        for moment in ("2026-99-99T99:99:99Z", "soon", "1790000000", "0000-00-00T00:00:00Z"):
-            with self.subTest(moment=moment):
-                self.claude.play(Reply(body=message(text("Hi")),
-                                       headers={"anthropic-ratelimit-requests-reset": moment}))
-                self.assertEqual(self.chat().status, 200)
-
-
-class OwnRetryTests(GatewayTestCase):
-    """At most one of our own, before anything was sent."""
-    AT_ONCE = {"retry-after": "0"}
-
-    def calls_for(self, *replies, stream: bool = False, headers=None) -> tuple:
-        self.claude.reset()
-        self.claude.play(*replies)
-        answer = self.chat(stream=stream, headers=headers)
-        return answer.status, len(self.claude.messages)
-
-    def test_what_may_pass_is_asked_once_more(self):
-        for status, kind in ((500, "api_error"), (503, "api_error"), (504, "timeout_error"), (529, "overloaded_error"),
-                             (429, "rate_limit_error")):
-            for stream in (False, True):
-                with self.subTest(status=status, stream=stream):
-                    reply = Reply(status, body=error_body(kind, "x"), headers=self.AT_ONCE)
-                    self.assertEqual(self.calls_for(reply, stream=stream), (200, 2))
-                    self.assertEqual(self.calls_for(reply, reply, stream=stream)[1], 2)
-
-    def test_what_cannot_pass_is_not(self):
-        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
-                             (403, "permission_error"), (404, "not_found_error"), (413, "request_too_large")):
-            with self.subTest(status=status):
-                reply = Reply(status, body=error_body(kind, "x"), headers=self.AT_ONCE)
-                self.assertEqual(self.calls_for(reply)[1], 1)
-
-    def test_five_seconds_is_the_longest_wait(self):
-        later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
-        past = "Wed, 21 Oct 2015 07:28:00 GMT"
-        for value, calls_made in (("5.5", 1), ("6", 1), ("100000", 1), (later, 1), ("soon", 1), ("-1", 1), (None, 1),
-                                  (past, 2), ("0", 2), ("0.01", 2)):
-            with self.subTest(value=value):
-                reply = Reply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": value})
-                self.assertEqual(self.calls_for(reply)[1], calls_made)
-        for status, kind in ((503, "api_error"), (529, "overloaded_error")):
-            with self.subTest(status=status):
-                reply = Reply(status, body=error_body(kind, "x"), headers={"retry-after": "5.5"})
-                self.assertEqual(self.calls_for(reply)[1], 1)
-
-    def test_a_client_that_retries_by_itself_is_left_to_it(self):
-        for value, calls_made in (("0", 2), ("1", 1), ("2", 1)):
-            with self.subTest(value=value):
-                reply = Reply(529, body=error_body("overloaded_error", "x"), headers=self.AT_ONCE)
-                self.assertEqual(self.calls_for(reply, headers={"x-stainless-retry-count": value})[1], calls_made)
-
-    def test_claudes_veto_holds(self):
-        reply = Reply(529, body=error_body("overloaded_error", "x"), headers=dict(self.AT_ONCE,
-                                                                                  **{"x-should-retry": "false"}))
-        self.assertEqual(self.calls_for(reply), (503, 1))
-
-    def test_a_failure_after_the_status_is_not_retried(self):
-        events = events_of(message(text("Hello there")))
-        for name, reply in (("error first", one_by_one(error_body("overloaded_error", "x"))),
-                            ("error later", one_by_one(*events[:4], error_body("overloaded_error", "x"))),
-                            ("reset", one_by_one(*events[:4], cut=True)),
-                            ("JSON", Reply(body=error_body("overloaded_error", "x")))):
-            for stream in (False, True):
-                with self.subTest(name, stream=stream):
-                    self.assertEqual(self.calls_for(reply, stream=stream)[1], 1)
-
-    def test_a_correction_is_not_the_occasion_for_a_second_retry(self):
-        self.start()
-        overloaded = Reply(529, body=error_body("overloaded_error", "x"), headers=self.AT_ONCE)
-        deprecated = Reply(400, body=error_body("invalid_request_error", "`temperature` is deprecated for this model."))
-        self.claude.play(overloaded, deprecated, overloaded)
-        answer = self.chat(model="claude-sonnet-4-6", temperature=0.5)
-        self.assertEqual((answer.status, len(self.claude.messages)), (503, 3))
-
-
-class LessonKeepingTests(GatewayTestCase):
-    """A 400 teaches something about a model, if what it taught then works."""
-
-    def setUp(self):
-        super().setUp()
-        self.start()
-
-    def refuse(self, words: str) -> None:
-        self.claude.play(refusal_of_claude(400, "invalid_request_error", words))
-
-    def test_thinking_is_learnt_in_both_directions(self):
-        self.claude.strict = False                  # its models are as documented; these have changed their mind
-        self.addCleanup(setattr, self.claude, "strict", True)
-        for model, words, before, after in (
-            ("claude-opus-4-6", "adaptive thinking is not supported on this model", "adaptive", "enabled"),
-            ("claude-haiku-4-5", '"thinking.type.enabled" is not supported for this model. Use '
-             '"thinking.type.adaptive" and "output_config.effort" to control thinking behavior.',
-             "enabled", "adaptive"),
-        ):
-            with self.subTest(model=model):
-                self.refuse(words)
-                self.assertEqual(self.chat(model=model, reasoning_effort="high").status, 200)
-                self.assertEqual([sent.body["thinking"]["type"] for sent in self.claude.messages[-2:]], [before, after])
-                count = len(self.claude.messages)
-                self.assertEqual(self.sent(model=model, reasoning_effort="high")["thinking"]["type"], after)
-                self.assertEqual(len(self.claude.messages), count + 1)
-
-    def test_a_lesson_that_did_not_help_is_forgotten_also_when_the_retry_failed_otherwise(self):
-        for second in (refusal_of_claude(529, "overloaded_error", "x"), refusal_of_claude(400, "invalid_request_error",
-                                                                                          "y"), Reply(None)):
-            with self.subTest(second=second.status):
-                self.refuse("`temperature` is deprecated for this model.")
-                self.claude.play(second, *([second] if second.status is None else []))
-                self.assertGreaterEqual(self.chat(model="claude-opus-4-6", temperature=0.3).status, 400)
-                self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
-
-    def test_a_lesson_is_logged_once(self):
-        self.refuse("`temperature` is deprecated for this model.")
-        with self.assertLogs("claude_gateway", "WARNING") as logged:
-            for _ in range(3):
-                self.chat(model="claude-sonnet-4-6", temperature=0.3)
-        self.assertEqual(len([line for line in logged.output if "learnt about claude-sonnet-4-6" in line]), 1)
-        self.assertEqual(len(self.claude.messages), 4)
-
-    def test_what_a_lesson_takes_away_is_reported(self):
-        self.refuse("`temperature` is deprecated for this model.")
-        for _ in range(2):
-            answer = self.chat(model="claude-sonnet-4-6", temperature=0.3)
-            self.assertIn("temperature", answer.headers["x-claude-gateway-changes"])
-
-    def test_a_400_that_changes_nothing_is_handed_on_at_once(self):
-        self.refuse("`temperature` is deprecated for this model.")
-        answer = self.chat(model="claude-opus-5-5")
-        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
-
-    def test_words_that_are_not_about_the_request_teach_nothing(self):
-        for words, fields in (
-            ("tools.0.custom.input_schema.properties.speed: this type is not supported", {"speed": "fast"}),
-            ("messages.0: the speed of light is not supported.", {"speed": "fast"}),
-            ("`speed` is not supported for this model.", {}),
-            ("`temperature` is deprecated for this model.", {}),
-            ("This model does not support the effort parameter.", {}),
-            ("role 'system' is not supported on this model", {}),
-            ("max_tokens: 200000 > 64000, which is the maximum", {"max_tokens": 2_000}),
-        ):
-            with self.subTest(words=words):
-                self.claude.reset()
-                self.refuse(words)
-                answer = self.chat(model="claude-opus-4-6", tools=[{"type": "function", "function": {"name": "f"}}],
-                                   **fields)
-                self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
-                self.assertIn(words, answer.error["message"])
-        sent = self.sent(model="claude-opus-4-6", speed="fast", temperature=0.3)
-        self.assertEqual((sent["speed"], sent["temperature"], sent["max_tokens"]), ("fast", 0.3, 128_000))
-
-    def test_a_model_without_a_fast_mode_is_learnt_about(self):
-        for model, words in (("claude-opus-4-6", "`speed` is not supported for this model."),
-                             ("claude-opus-4-7", "This model does not support the `speed` parameter."),
-                             ("claude-opus-4-8", "speed: Fast mode is not available"),
-                             ("claude-opus-5", "Fast mode is not available for this model")):
-            with self.subTest(words=words):
-                self.refuse(words)
-                answer = self.chat(model=model, speed="fast")
-                self.assertEqual((answer.status, answer.headers["x-claude-gateway-changes"]), (200, "dropped=speed"))
-                self.assertNotIn("speed", self.sent(model=model, speed="fast"))
-
-    def test_the_same_words_under_another_status_teach_nothing(self):
-        self.claude.play(refusal_of_claude(403, "permission_error", "`temperature` is deprecated for this model."))
-        self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.3).status, 403)
-        self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.3)["temperature"], 0.3)
-
-
-class ThinkingReplayTests(GatewayTestCase):
-    """Signed thinking goes back inside a tool loop as it came, or not at all."""
-    LOOP_TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
-    UNBOUND = ("messages.1.content.0: Invalid `signature` in `thinking` block. The block is bound to a different "
-               "conversation.")
-
-    def turn(self, *blocks: dict, history=None, headers=None, stream: bool = False, **fields) -> list:
-        """One answer of Claude's; the history with it, and with results for its calls, as a client would hold it."""
-        history = history or [{"role": "user", "content": "Hello %s" % self.id()}]
-        self.claude.play(message(*blocks))
-        answer = self.chat(messages=history, tools=self.LOOP_TOOLS, headers=headers, stream=stream, **fields)
-        self.assertEqual(answer.status, 200, answer.raw)
-        reply = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
-        return history + [reply] + [{"role": "tool", "tool_call_id": call["id"], "content": "ok"}
-                                    for call in reply.get("tool_calls", ())]
-
-    def replayed(self, history: list, headers=None, **fields) -> list:
-        """The assistant's turns of the request that this history becomes."""
-        answer = self.chat(messages=history, tools=self.LOOP_TOOLS, headers=headers, **fields)
-        self.assertEqual(answer.status, 200, answer.raw)
-        return [bare(turn["content"]) for turn in self.claude.messages[-1].body["messages"]
-                if turn["role"] == "assistant"]
-
-    def test_blocks_go_back_to_the_byte(self):
-        for name, blocks in (
-            ("plain", [thinking("hm", "c2ln"), tool_use("toolu_a", "f", {"a": 1})]),
-            ("hidden", [thinking("", "c2ln"), text("I look."), tool_use("toolu_b", "f", {})]),
-            ("redacted", [{"type": "redacted_thinking", "data": "ZGF0"}, tool_use("toolu_c", "f", {})]),
-            ("odd", [thinking(ODD_TEXT, "c2ln"), tool_use("toolu_d", "f", {"k": ODD_TEXT})]),
-            ("interleaved", [thinking("a", "c2ln"), tool_use("toolu_e", "f", {}), thinking("b", "c2l2"),
-                             tool_use("toolu_f", "g", {"b": [1.5, None, True]})]),
-            ("several", [thinking("a", "c2ln"), thinking("b", "c2l2"), text("x"), tool_use("toolu_g", "f", {})]),
-        ):
-            for stream in (False, True):
-                with self.subTest(name, stream=stream):
-                    self.assertEqual(self.replayed(self.turn(*blocks, stream=stream)), [blocks])
-
-    def test_every_turn_of_a_loop_keeps_its_own(self):
-        history, wanted = None, []
-        for number in range(3):
-            blocks = [thinking("t%d" % number, "c2ln"), tool_use("toolu_t%d" % number, "f", {"n": number})]
-            history = self.turn(*blocks, history=history)
-            wanted.append(blocks)
-        self.assertEqual(self.replayed(history), wanted)
-
-    def test_what_clients_do_to_a_turn_on_its_way_back_does_not_matter(self):
-        blocks = [thinking("hm", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"a": 1, "b": "\u00e9"})]
-        for name, change in (
-            ("spaces in arguments", lambda reply: reply["tool_calls"][0]["function"].update(
-                arguments='{ "b":"\\u00e9",\n"a": 1 }')),
-            ("parts", lambda reply: reply.update(content=[{"type": "text", "text": "I look."}])),
-            ("no reasoning", lambda reply: reply.pop("reasoning_content")),
-            ("other reasoning", lambda reply: reply.update(reasoning_content="something else")),
-            ("what SDKs add", lambda reply: reply.update(audio=None, function_call=None, annotations=[], name="x")),
-            ("an index", lambda reply: reply["tool_calls"][0].update(index=0)),
-            ("space around", lambda reply: reply.update(content="I look. ")),
-        ):
-            with self.subTest(name):
-                history = self.turn(*blocks)
-                change(history[1])
-                self.assertEqual(self.replayed(history), [blocks])
-
-    def test_an_edited_turn_goes_without_and_stays_as_edited(self):
-        blocks = [thinking("hm", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"a": 1})]
-        for name, change, wanted in (
-            ("text", lambda reply: reply.update(content="I saw."), [text("I saw."), blocks[2]]),
-            ("no text", lambda reply: reply.update(content=None), [blocks[2]]),
-            ("arguments", lambda reply: reply["tool_calls"][0]["function"].update(arguments='{"a": 2}'),
-             [blocks[1], tool_use("toolu_1", "f", {"a": 2})]),
-            ("name", lambda reply: reply["tool_calls"][0]["function"].update(name="g"),
-             [blocks[1], tool_use("toolu_1", "g", {"a": 1})]),
-        ):
-            with self.subTest(name):
-                history = self.turn(*blocks)
-                change(history[1])
-                self.assertEqual(self.replayed(history), [wanted])
-
-    def test_a_cold_start_goes_without_on_every_generation(self):
-        history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
-        for model in ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-4-8",
-                      "claude-sonnet-4-6", "claude-haiku-4-5"):
-            with self.subTest(model=model):
-                self.start()
-                self.assertEqual(self.replayed(history, model=model, reasoning_effort="high"),
-                                 [[tool_use("toolu_1", "f", {})]])
-
-    def test_clients_with_different_keys_share_no_memory(self):
-        self.start(api_key=("key-one", "key-two"))
-        blocks = [thinking("hm", "c2ln"), tool_use("toolu_1", "f", {})]
-        history = self.turn(*blocks, headers={"authorization": "Bearer key-one"})
-        self.assertEqual(self.replayed(history, headers={"api-key": "key-two"}), [blocks[1:]])
-        self.assertEqual(self.replayed(history, headers={"x-api-key": "key-one"}), [blocks])
-
-    def test_an_unsigned_text_never_becomes_thinking(self):
-        call = {"id": "toolu_x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        for extra in ({"reasoning_content": "hm"}, {"reasoning": "hm"}, {"thinking_blocks": [
-                {"type": "thinking", "thinking": "hm"}]}, {"reasoning_details": [{"type": "reasoning.text",
-                                                                                  "text": "hm"}]},
-                      {"thinking_blocks": [thinking("hm", "")]}, {"thinking_blocks": "x", "reasoning_details": {}}):
-            with self.subTest(extra=extra):
-                turn = dict({"role": "assistant", "content": None, "tool_calls": [call]}, **extra)
-                self.assertEqual(self.replayed([{"role": "user", "content": "Hi"}, turn, {
-                    "role": "tool", "tool_call_id": "toolu_x", "content": "ok"}]), [[tool_use("toolu_x", "f", {})]])
-
-    def test_blocks_that_the_client_kept_win_over_the_memory(self):
-        history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
-        for extra, blocks in (
-            ({"thinking_blocks": [thinking("own", "b3du")]}, [thinking("own", "b3du")]),
-            ({"reasoning_details": [{"type": "reasoning.text", "text": "own", "signature": "b3du", "index": 0},
-                                    {"type": "reasoning.encrypted", "data": "ZGF0", "index": 1}]},
-             [thinking("own", "b3du"), {"type": "redacted_thinking", "data": "ZGF0"}]),
-        ):
-            kept = [history[0], dict(history[1], **extra), history[2]]
-            self.assertEqual(self.replayed(kept), [blocks + [tool_use("toolu_1", "f", {})]])
-
-    def test_a_conversation_whose_blocks_do_not_hold_goes_on_without_for_ever(self):
-        self.start()
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                first = [{"role": "user", "content": "Begin %s" % stream}]
-                history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}), history=first)
-                self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
-                count = len(self.claude.messages)
-                self.assertEqual(self.replayed(history, stream=stream), [[tool_use("toolu_1", "f", {})]])
-                self.assertEqual(len(self.claude.messages), count + 2, "one retry")
-                history = self.turn(thinking("more", "c2l2"), tool_use("toolu_2", "g", {}), history=history)
-                count = len(self.claude.messages)
-                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})], [tool_use("toolu_2", "g",
-                                                                                                     {})]])
-                self.assertEqual(len(self.claude.messages), count + 1, "no block is tried again")
-
-    def test_only_that_conversation_goes_without(self):
-        self.start()
-        blocks = [thinking("hm", "c2ln"), tool_use("toolu_1", "f", {})]
-        history = self.turn(*blocks)
-        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
-        self.replayed(history)
-        other = self.turn(*blocks, history=[{"role": "user", "content": "Something else"}])
-        self.assertEqual(self.replayed(other), [blocks])
-
-    def test_blocks_that_the_client_kept_are_left_out_too_once_they_did_not_hold(self):
-        for model in ("claude-opus-5-5", "claude-haiku-4-5"):   # one decides by itself, one insists on its block
-            with self.subTest(model=model):
-                self.start()
-                turn = {"role": "assistant", "content": None, "thinking_blocks": [thinking("own", "b3du")],
-                        "tool_calls": [{"id": "toolu_1", "type": "function", "function": {"name": "f",
-                                                                                          "arguments": "{}"}}]}
-                history = [{"role": "user", "content": "Hello"}, turn, {"role": "tool", "tool_call_id": "toolu_1",
-                                                                        "content": "ok"}]
-                self.claude.play(refusal_of_claude(400, "invalid_request_error", "messages.1.content.0: Invalid "
-                                                   "`signature` in `thinking` block"))
-                self.assertEqual(self.replayed(history, model=model, reasoning_effort="high"),
-                                 [[tool_use("toolu_1", "f", {})]])
-                self.assertEqual(len(self.claude.messages), 2)
-                self.claude.reset()
-
-    def test_every_wording_about_the_blocks_leads_to_one_retry(self):
-        for words in ("messages.1.content.0: Invalid `signature` in `thinking` block",
-                      "`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be modified.",
-                      "messages.1.content.0.thinking: each thinking block must contain thinking"):
-            with self.subTest(words=words):
-                self.start()
-                history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
-                self.claude.play(*[refusal_of_claude(400, "invalid_request_error", words)] * 2)
-                count = len(self.claude.messages)
-                answer = self.chat(messages=history, tools=self.LOOP_TOOLS)
-                self.assertEqual((answer.status, len(self.claude.messages)), (400, count + 2))
-                self.claude.reset()
-
-    def test_without_blocks_such_a_refusal_is_handed_on(self):
-        self.start()
-        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
-        answer = self.chat()
-        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
-
-    def test_an_answer_without_thinking_needs_no_memory(self):
-        blocks = [text("I look."), tool_use("toolu_1", "f", {})]
-        self.assertEqual(self.replayed(self.turn(*blocks)), [blocks])
-
-
-class PictureServer:
-    """A web server on loopback: path -> (status, headers, body); `seen` has the requests."""
-
-    def __init__(self, pictures: dict) -> None:
-        seen = self.seen = []
-
-        class Pictures(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
-                status, headers, body = pictures.get(self.path, (404, {}, b""))
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                with contextlib.suppress(OSError):      # who refuses a large one hangs up
-                    self.wfile.write(body)
-
-            def log_message(self, *_) -> None:
-                """Say nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
-        self.server.daemon_threads = True
-        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
-        # the gateway refuses 127.0.0.1 by its spelling, so a public name leads there
-        self.name = "http://pictures.example.org:%d" % self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def names_that_resolve(test: unittest.TestCase, names: dict) -> None:
-    """Until the end of the test these names have these addresses; no other name asks the network."""
-    real = socket.getaddrinfo
-
-    def getaddrinfo(host, port, *more, **options):
-        if host in names:
-            return [entry for address in names[host] for entry in real(address, port, type=socket.SOCK_STREAM)]
-        return real(host, port, *more, **options)
-
-    socket.getaddrinfo = getaddrinfo
-    test.addCleanup(setattr, socket, "getaddrinfo", real)
-
-
-class PictureFetchTests(GatewayTestCase):
-    """Images by address: Claude fetches https itself; what it cannot is fetched here, under strict rules."""
-    SECURE = "https://pictures.example.org/a.png"
-    REFUSED = "Unable to download the file. Please verify the URL and try again."
-
-    def setUp(self):
-        super().setUp()
-        self.start()
-        self.fetcher = self.service.gateway.images
-
-    def serve(self, **pictures) -> PictureServer:
-        server = PictureServer({"/" + path.replace("_", "."): answer for path, answer in pictures.items()})
-        self.addCleanup(server.close)
-        names_that_resolve(self, {"pictures.example.org": ["127.0.0.1"], "private.example.org": ["127.0.0.1"]})
-        self.fetcher.permit = lambda address: address == "127.0.0.1"
-        return server
-
-    def look(self, *urls: str, **fields) -> Answer:
-        return self.chat([{"type": "image_url", "image_url": {"url": url}} for url in urls], **fields)
-
-    def sources(self) -> list:
-        return [block["source"] for block in self.claude.messages[-1].body["messages"][0]["content"]]
-
-    def test_an_https_address_is_handed_on_as_it_is(self):
-        for url in (self.SECURE, "https://pictures.example.org/a%20b.png?x=1&y=%2F#part", "HTTPS://Example.ORG/A.png",
-                    "https://8.8.8.8/a.png", "https://[2606:4700::1111]/a.png", "https://example.org:8443/a"):
-            with self.subTest(url=url):
-                self.assertEqual(self.look(url, detail="high").status, 200)
-                self.assertEqual(self.sources()[0]["type"], "url")
-                self.assertEqual(self.sources()[0]["url"][5:], url[5:])
-
-    def test_what_claude_cannot_fetch_is_fetched_once_and_sent_as_bytes(self):
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                fetched = []
-                self.fetcher.fetch = lambda url: fetched.append(url) or ("image/png", PIXEL)
-                self.claude.play(refusal_of_claude(400, "invalid_request_error", self.REFUSED))
-                count = len(self.claude.messages)
-                answer = self.look(self.SECURE, "https://pictures.example.org/b.png", self.SECURE, stream=stream)
-                self.assertEqual((answer.status, len(self.claude.messages)), (200, count + 2))
-                self.assertEqual(self.sources(), [{"type": "base64", "media_type": "image/png", "data": PIXEL}] * 3)
-                self.assertEqual(fetched, [self.SECURE, "https://pictures.example.org/b.png"])
-
-    def test_a_second_refusal_is_handed_on(self):
-        self.fetcher.fetch = lambda url: ("image/png", PIXEL)
-        self.claude.play(*[refusal_of_claude(400, "invalid_request_error", self.REFUSED)] * 2)
-        answer = self.look(self.SECURE)
-        self.assertEqual((answer.status, answer.error["message"], len(self.claude.messages)), (400, self.REFUSED, 2))
-
-    def test_claudes_words_are_not_lost_where_the_gateway_cannot_fetch_it_either(self):
-        def fetch(url):
-            raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
-        self.fetcher.fetch = fetch
-        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.REFUSED))
-        answer = self.look(self.SECURE)
-        self.assertEqual((answer.status, answer.error["param"], answer.error["code"]),
-                         (400, "image_url", "invalid_image_url"))
-        self.assertTrue(answer.error["message"].startswith("The image is not there. "))
-        self.assertTrue(answer.error["message"].endswith(self.REFUSED))
-
-    def test_a_refusal_of_another_status_fetches_nothing(self):
-        self.fetcher.fetch = lambda url: self.fail("fetched")
-        self.claude.play(refusal_of_claude(403, "permission_error", self.REFUSED))
-        self.assertEqual((self.look(self.SECURE).status, len(self.claude.messages)), (403, 1))
-
-    def test_an_image_inside_a_tool_result_is_fetched_too(self):
-        self.fetcher.fetch = lambda url: ("image/png", PIXEL)
-        call = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-        history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]},
-                   {"role": "tool", "tool_call_id": "toolu_1", "content": [
-                       {"type": "image_url", "image_url": {"url": "http://pictures.example.org/a.png"}}]}]
-        sent = self.sent(messages=history, tools=[{"type": "function", "function": {"name": "f"}}])
-        self.assertEqual(sent["messages"][2]["content"][0]["content"][0]["source"]["type"], "base64")
-
-    def test_plain_http_is_fetched_at_once(self):
-        server = self.serve(a_png=(200, {"content-type": "text/plain"}, base64.b64decode(PIXEL)))
-        self.assertEqual(self.look(server.name + "/a.png", server.name + "/a.png").status, 200)
-        self.assertEqual(len(self.claude.messages), 1)
-        self.assertEqual(self.sources(), [{"type": "base64", "media_type": "image/png", "data": PIXEL}] * 2)
-        self.assertEqual([path for path, _ in server.seen], ["/a.png"])
-
-    def test_whoever_serves_the_image_learns_nothing_of_us(self):
-        server = self.serve(a_png=(200, {}, base64.b64decode(PIXEL)))
-        self.look(server.name + "/a.png", headers={"authorization": "Bearer mine", "cookie": "a=b"})
-        headers = server.seen[0][1]
-        self.assertEqual(sorted(headers), ["accept", "accept-encoding", "connection", "host", "user-agent"])
-        self.assertNotIn(SECRET, str(headers))
-
-    def test_the_query_is_asked_for_and_the_fragment_is_not(self):
-        server = self.serve(**{"a.png?x=1&y=%2F": (200, {}, base64.b64decode(PIXEL)),
-                               "?x": (200, {}, base64.b64decode(PIXEL))})
-        for rest in ("/a.png?x=1&y=%2F#part", "?x"):
-            self.assertEqual(self.look(server.name + rest).status, 200)
-        self.assertEqual([path for path, _ in server.seen], ["/a.png?x=1&y=%2F", "/?x"])
-
-    def test_what_is_no_fitting_image_is_400_by_url_and_rule(self):
-        png_bytes = base64.b64decode(PIXEL)
-        server = self.serve(
-            page=(200, {"content-type": "image/png"}, b"<html>"), empty=(200, {}, b""),
-            svg=(200, {"content-type": "image/svg+xml"}, b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
-            big=(200, {}, png_bytes + bytes(8_000_000)), gone=(410, {}, b""), partial=(206, {}, png_bytes),
-            loop=(302, {"location": "/loop"}, b""), nowhere=(302, {}, b""),
-            pdf=(200, {}, b"%PDF-1.7\n"), file=(301, {"location": "file:///etc/passwd"}, b""),
-            data=(301, {"location": "data:image/png;base64," + PIXEL}, b""),
-            user=(301, {"location": "http://me:secret@pictures.example.org/a.png"}, b""),
-            ftp=(301, {"location": "ftp://pictures.example.org/a.png"}, b""))
-        for path, rule in (
-            ("page", "not a JPEG, PNG, GIF or WebP"), ("empty", "not a JPEG"), ("svg", "not a JPEG"),
-            ("pdf", "not a JPEG"), ("big", r"larger than 7\.\d MB"), ("gone", "status 410"), ("none", "status 404"),
-            ("partial", "status 206"), ("loop", "redirects more than"), ("nowhere", "status 302"),
-            ("file", "not a web address"), ("data", "not a web address"), ("ftp", "not a web address"),
-            ("user", "user information"),
-        ):
-            with self.subTest(path=path):
-                url = "%s/%s" % (server.name, path)
-                answer = self.look(url)
-                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"), answer.raw)
-                self.assertIn(url, answer.error["message"])
-                self.assertRegex(answer.error["message"], rule)
-        self.assertEqual(self.claude.messages, [])
-
-    def trickle(self, start: bytes, piece: bytes) -> str:
-        """The address, without its scheme, of a server that says `start` and then `piece` over and over.
-
-        Who listens for more than a second makes `patient` true.
-        """
-        listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
-        self.addCleanup(listener.close)
-        self.addCleanup(over.set)
-        self.serve()
-        self.patient = False
-
-        def answer():
-            with contextlib.suppress(OSError), listener.accept()[0] as connection:
-                connection.sendall(start)
-                for _ in range(60):
-                    over.wait(0.02)
-                    connection.sendall(piece)
-                self.patient = True
-        threading.Thread(target=answer, daemon=True).start()
-        return "://pictures.example.org:%d/a.png" % listener.getsockname()[1]
-
-    def test_a_server_that_trickles_is_given_up_whatever_it_trickles(self):
-        self.addCleanup(setattr, claude_gateway, "FETCH_TIMEOUT", claude_gateway.FETCH_TIMEOUT)
-        claude_gateway.FETCH_TIMEOUT = 0.2
-        picture = base64.b64decode(PIXEL)
-        for name, scheme, start, piece in (
-            ("a header", "http", b"HTTP/1.1 200 OK\r\nX: ", b"y"),
-            ("headers", "http", b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
-            ("a body", "http", b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + picture, b"y"),
-            ("a body without an end", "http", b"HTTP/1.1 200 OK\r\n\r\n" + picture, b"y"),
-            ("chunks", "http", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\ny\r\n"),
-            ("a handshake", "https", b"\x16\x03\x03\x3f\xff\x02", b"y"),
-        ):
-            with self.subTest(name=name):
-                url = scheme + self.trickle(start, piece)
-                with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.2 seconds"):
-                    self.fetcher.fetch(url)
-                self.assertFalse(self.patient, "it waited for the end")
-
-    def test_an_image_that_broke_off_is_not_taken_for_whole(self):
-        server = self.serve(a_png=(200, {"content-length": "1000"}, base64.b64decode(PIXEL)))
-        answer = self.look(server.name + "/a.png")
-        self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
-        self.assertIn("broke off", answer.error["message"])
-
-    def test_images_are_fetched_only_as_far_as_one_request_can_hold_them(self):
-        fetched = []
-        self.fetcher.fetch = lambda url: fetched.append(url) or ("image/png", "A" * 10_000_000)
-        for urls, calls in ((["http://pictures.example.org/%d.png" % at for at in range(10)], 4),
-                            (["http://pictures.example.org/same.png"] * 10, 1)):
-            with self.subTest(calls=calls):
-                fetched.clear()
-                answer = self.look(*urls)
-                self.assertEqual((answer.status, answer.error["code"]), (413, "request_too_large"))
-                self.assertEqual(len(fetched), calls)
-
-    def test_nothing_is_fetched_for_a_client_that_has_left(self):
-        fetched = []
-        client = self.connect()
-
-        def fetch(url):
-            fetched.append(url)
-            client.close()
-            return "image/png", PIXEL
-        self.fetcher.fetch = fetch
-        parts = [{"type": "image_url", "image_url": {"url": "http://pictures.example.org/%d.png" % at}}
-                 for at in range(3)]
-        body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": parts}]}).encode()
-        with self.assertLogs("claude_gateway", "INFO") as logged:
-            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
-                           (len(body), body))
-            self.assertTrue(eventually(lambda: "client gone" in str(logged.output), 10))
-        self.assertEqual((len(fetched), self.claude.messages), (1, []))
-
-    def test_three_redirects_are_followed_and_no_fourth(self):
-        hops = {"r%d" % number: (status, {"location": "/r%d" % (number - 1)}, b"")
-                for number, status in ((1, 301), (2, 303), (3, 307), (4, 308))}
-        server = self.serve(r0=(200, {}, base64.b64decode(PIXEL)), **hops)
-        self.assertEqual(self.look(server.name + "/r3").status, 200)
-        self.assertEqual(self.look(server.name + "/r4").status, 400)
-
-    def test_a_redirect_is_judged_like_a_first_address(self):
-        server = self.serve()
-        port = server.server.server_address[1]
-        self.fetcher.permit = lambda address: address == "127.0.0.1"
-        for target in ("http://127.0.0.2:%d/" % port, "http://10.0.0.1/", "http://169.254.169.254/",
-                       "http://[::1]:%d/" % port):
-            with self.subTest(target=target):
-                other = self.serve(a=(302, {"location": target}, b""))
-                answer = self.look(other.name + "/a")
-                self.assertEqual(answer.status, 400)
-                self.assertIn("private network", answer.error["message"])
-        self.assertEqual(server.seen, [])
-
-    # spellings of loopback, private and link-local addresses
-    PRIVATE_HOSTS = (
-        "127.0.0.1", "localhost", "LOCALHOST", "localhost.", "a.localhost", "127.0.0.1.", "10.0.0.1", "10.0.0.1.",
-        "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "0", "255.255.255.255", "224.0.0.1",
-        "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1", "017700000001", "127.1", "127.0.1", "0x0a.1",
-        "3232235521", "2852039166", "[::1]", "[::]", "[fe80::1]", "[fc00::1]", "[ff02::1]", "[::ffff:127.0.0.1]",
-        "[::ffff:7f00:1]", "[::ffff:a00:1]", "[64:ff9b::7f00:1]", "[64:ff9b::10.0.0.1]", "[2002:7f00:1::]",
-        "[2002:a00:1::1]", "me@127.0.0.1", "me:secret@10.0.0.1", "example.org@127.0.0.1", "127.0.0.1:80",
-        "[0:0:0:0:0:0:0:1]", "[fe80::1%25eth0]", "[::7f00:1]", "[::ffff:0:7f00:1]", "[64:ff9b:1::7f00:1]", "[fec0::1]",
-    )
-
-    def test_addresses_of_the_public_internet_are_taken(self):
-        for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"):
-            with self.subTest(address=address):
-                self.assertTrue(claude_gateway.is_public(address))
-
-    def test_no_spelling_of_a_private_address_is_taken(self):
-        self.fetcher.fetch = claude_gateway.ImageFetcher(Config()).fetch
-        for host in self.PRIVATE_HOSTS:
-            for scheme in ("http", "https"):
-                with self.subTest(host=host, scheme=scheme):
-                    url = "%s://%s/a.png" % (scheme, host)
-                    answer = self.look(url)
-                    self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"), answer.raw)
-                    self.assertIn(url, answer.error["message"])
-        self.assertEqual(self.claude.messages, [])
-
-    def test_the_fetcher_by_itself_refuses_them_too(self):
-        fetcher = claude_gateway.ImageFetcher(Config())
-        for host in self.PRIVATE_HOSTS:
-            with self.subTest(host=host), self.assertRaises(claude_gateway.InvalidRequest):
-                fetcher.fetch("http://%s/a.png" % host)
-
-    def test_other_schemes_and_broken_addresses_are_refused(self):
-        for url in ("file:///etc/passwd", "ftp://example.org/a.png", "gopher://example.org/", "javascript:alert(1)",
-                    "http://", "https://", "https:///a.png", "http:a.png", "https://[::1/a.png", "https://[x]/a.png",
-                    "https://exa mple.org/", "https://example.org\\@127.0.0.1/", "//example.org/a.png",
-                    "https://example.org/\r\nHost: x", "blob:https://example.org/1"):
-            with self.subTest(url=url):
-                answer = self.look(url)
-                self.assertEqual(answer.status, 400, answer.raw)
-                self.assertIn("image", answer.error["message"])
-        self.assertEqual(self.claude.messages, [])
-
-    def test_a_name_with_one_private_address_is_refused_whatever_its_others_are(self):
-        names_that_resolve(self, {"mixed.example.org": ["8.8.8.8", "10.0.0.1"], "inside.example.org": ["192.168.1.5"],
-                                  "mapped.example.org": ["::ffff:127.0.0.1"], "nat.example.org": ["64:ff9b::7f00:1"]})
-        for name in ("mixed", "inside", "mapped", "nat"):
-            with self.subTest(name=name):
-                answer = self.look("http://%s.example.org/a.png" % name)
-                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
-                self.assertIn("private network", answer.error["message"])
-
-    def test_the_connection_goes_to_the_address_that_was_checked(self):
-        server = self.serve(a_png=(200, {}, base64.b64decode(PIXEL)))
-        asked = []
-        real = socket.getaddrinfo
-
-        def once(host, port, *more, **options):
-            if host == "pictures.example.org":
-                asked.append(host)
-                # a second question would be answered otherwise, as a rebinding attacker does
-                return real("127.0.0.1" if len(asked) == 1 else "127.0.0.3", port, type=socket.SOCK_STREAM)
-            return real(host, port, *more, **options)
-
-        socket.getaddrinfo = once                   # `serve` puts the real one back
-        self.assertEqual(self.look(server.name + "/a.png").status, 200)
-        self.assertEqual((len(asked), server.seen[0][1]["host"]), (1, server.name[len("http://"):]))
-
-    def test_an_unreachable_server_is_400_that_names_the_url(self):
-        server = self.serve()
-        server.server.server_close()
-        answer = self.look(server.name + "/a.png")
-        self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
-        self.assertIn(server.name + "/a.png", answer.error["message"])
-
-    def test_where_only_a_proxy_leads_out_the_400_says_so(self):
-        names_that_resolve(self, {"closed.example.org": ["127.0.0.1"]})
-        fetcher = claude_gateway.ImageFetcher(Config(https_proxy="http://proxy.example.org:3128"), lambda address: True)
-        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "proxy"):
-            fetcher.fetch("http://closed.example.org:1/a.png")
-
-
-class ChangesHeaderTests(GatewayTestCase):
-    """x-claude-gateway-changes: what was dropped, clamped, changed or repaired."""
-
-    def test_it_groups_names_by_what_was_done(self):
-        changes = claude_gateway.Changes()
-        for verb, name in (("dropped", "temperature"), ("changed", "tool_choice"), ("dropped", "seed"),
-                           ("dropped", "temperature")):
-            changes.add(verb, name, "because")
-        self.assertEqual(changes.header(), "dropped=temperature,seed; changed=tool_choice")
-
-    def test_nothing_changed_means_no_header(self):
-        for stream in (False, True):
-            self.assertNotIn("x-claude-gateway-changes", self.chat(stream=stream, n=1, store=True).headers)
-
-    def test_it_comes_with_replies_and_streams(self):
-        for stream in (False, True):
-            told = self.chat(stream=stream, seed=1, logit_bias={"1": 2}).headers["x-claude-gateway-changes"]
-            self.assertEqual(told, "dropped=seed,logit_bias")
-
-    def test_it_is_ascii_of_1_kb_at_most_and_counts_the_rest(self):
-        for names in (["field_%03d" % at for at in range(300)], ["x" * 500 + str(at) for at in range(50)],
-                      ["\u00e9\u2028, ;=\r\n" + str(at) for at in range(300)]):
-            told = self.chat(**dict.fromkeys(names, 1)).headers["x-claude-gateway-changes"]
-            self.assertLessEqual(len(told), 1024)
-            self.assertRegex(told, r"\Adropped=[A-Za-z0-9_.\[\]-]+(,[A-Za-z0-9_.\[\]-]+)*; \+\d+ more\Z")
-            shown = len(told.split(";")[0].split(","))
-            self.assertEqual(shown + int(re.search(r"\+(\d+) more", told).group(1)), len(names))
-
-    def test_the_log_has_the_full_list_with_reasons(self):
-        self.start()
-        names = ["field_%03d" % at for at in range(300)]
-        with self.assertLogs("claude_gateway", "INFO") as logged:
-            self.chat(**dict.fromkeys(names, 1))
-            self.service.close(5)                   # the log line comes after the answer
-        told = [line for line in logged.output if "field_000" in line]
-        self.assertEqual(len(told), 1)
-        self.assertTrue(all(name in told[0] for name in names))
-
-
-class ModelListTests(GatewayTestCase):
-    """GET /v1/models: Claude's list, kept for an hour; the built-in table where there is none."""
-
-    @staticmethod
-    def entry(model_id: str, **fields) -> dict:
-        return dict({"id": model_id, "type": "model", "display_name": model_id.title(), "lifecycle": "active",
-                     "created_at": "2026-09-22T00:00:00Z", "max_input_tokens": 500_000, "max_tokens": 64_000}, **fields)
-
-    def lists(self) -> list:
-        return [request for request in self.claude.requests if request.path.startswith("/v1/models")]
-
-    def ids(self, headers=None) -> list:
-        answer = self.ask("GET", "/v1/models", headers=headers)
-        self.assertEqual((answer.status, answer.json["object"]), (200, "list"))
-        return [entry["id"] for entry in answer.json["data"]]
-
-    def test_it_is_fetched_once_and_kept(self):
-        self.claude.models = [self.entry("claude-opus-7")]
-        self.start()
-        for _ in range(3):
-            self.assertEqual(self.ids(), ["claude-opus-7", "opus"])
-        self.assertEqual(self.chat(model="opus").status, 200)
-        self.assertEqual(self.claude.messages[0].body["model"], "claude-opus-7")
-        self.assertEqual(len(self.lists()), 1)
-        self.assertEqual(self.lists()[0].headers["x-api-key"], SECRET)
-
-    def test_all_its_pages_are_read(self):
-        self.claude.models = [self.entry("claude-new-%d" % number) for number in range(1_001)]
-        self.start()
-        self.assertEqual(len([name for name in self.ids() if name.startswith("claude-new-")]), 1_001)
-        self.assertEqual(len(self.lists()), 2)
-
-    def test_an_entry_has_openais_keys(self):
-        self.claude.models = [self.entry("claude-opus-7")]
-        self.start()
-        entry = self.ask("GET", "/v1/models").json["data"][0]
-        self.assertEqual({name: entry[name] for name in ("id", "object", "created", "owned_by", "context_length",
-                                                         "max_output_tokens", "display_name")},
-                         {"id": "claude-opus-7", "object": "model", "created": 1790035200, "owned_by": "anthropic",
-                          "context_length": 500_000, "max_output_tokens": 64_000, "display_name": "Claude-Opus-7"})
-        self.assertEqual(self.ask("GET", "/v1/models/claude-opus-7").json, entry)
-
-    def test_without_a_list_the_built_in_table_serves(self):
-        for status, body in ((404, error_body("not_found_error", "Not found")), (500, b"<html>"), (200, b"{}"),
-                             (200, {"data": "x"}), (200, {"data": []}), (200, {"data": [1, {}, {"id": 5}]}),
-                             (200, {"data": [None, [], "claude-opus-7"], "has_more": True, "last_id": 5})):
-            with self.subTest(status=status, body=body):
-                route = ("GET", r"/v1/models", lambda fake, recorded, reply=Reply(status, body=body): reply)
-                self.claude._ROUTES = (route,) + FakeClaude._ROUTES
-                self.addCleanup(self.claude.__dict__.pop, "_ROUTES", None)
-                self.start()
-                ids = self.ids()
-                self.assertTrue({"claude-opus-5-5", "claude-haiku-4-5-20251001", "opus", "sonnet"} <= set(ids))
-                self.assertEqual(self.chat(model="sonnet").status, 200)
-
-    def test_whatever_happens_to_the_fetch_it_is_one_line_of_the_log_and_the_table_serves(self):
-        def fetch():
-            raise TypeError("no such thing")
-        models, torn = claude_gateway.ModelList(fetch, ()), []
-        self.addCleanup(setattr, threading, "excepthook", threading.excepthook)
-        threading.excepthook = torn.append
-        with self.assertLogs("claude_gateway", "WARNING") as logged:
-            self.assertEqual(models.catalog().resolve("opus").id, "claude-opus-5-5")
-            models.catalog()
-            for thread in threading.enumerate():
-                if thread.name == "models":
-                    thread.join(10)
-        self.assertEqual((torn, len(logged.output)), ([], 1))
-        self.assertIn("TypeError: no such thing", logged.output[0])
-
-    def test_aliases_are_listed_and_the_fallback_is_not(self):
-        self.start(alias=(("my-model", "opus"), ("*", "sonnet"), ("broken", "claude-opus-1")))
-        entries = {entry["id"]: entry for entry in self.ask("GET", "/v1/models").json["data"]}
-        self.assertEqual(entries["my-model"]["alias_of"], "claude-opus-5-5")
-        self.assertNotIn("*", entries)
-        self.assertEqual(self.ask("GET", "/v1/models/my-model").json["id"], "my-model")
-
-    def test_a_callers_own_key_asks_for_its_own_list_each_time(self):
-        self.claude.models = [self.entry("claude-opus-7")]
-        self.start()
-        self.ids()
-        self.claude.models = [self.entry("claude-fable-9")]
-        for _ in range(2):
-            self.assertEqual(self.ids({"x-api-key": "sk-ant-api03-mine"}), ["claude-fable-9", "fable"])
-        self.assertEqual(self.ids(), ["claude-opus-7", "opus"], "not shared")
-        self.assertEqual([request.headers["x-api-key"] for request in self.lists()],
-                         [SECRET, "sk-ant-api03-mine", "sk-ant-api03-mine"])
-        self.assertEqual(self.ask("GET", "/v1/models/claude-fable-9",
-                                  headers={"x-api-key": "sk-ant-api03-mine"}).json["id"], "claude-fable-9")
-
-    def test_no_other_key_of_a_caller_goes_upstream(self):
-        self.claude.models = [self.entry("claude-opus-7")]
-        self.start()
-        for headers in ({"x-api-key": "something"}, {"authorization": "Bearer sk-ant-api03-mine"},
-                        {"api-key": "sk-ant-api03-mine"}):
-            self.ids(headers)
-        self.chat(headers={"x-api-key": "sk-ant-api03-mine"})
-        self.assertEqual({request.headers["x-api-key"] for request in self.claude.requests}, {SECRET})
-
-    def test_it_needs_no_key_of_the_gateway_and_health_neither(self):
-        self.start(api_key=("the-key",))
-        self.assertTrue(self.ids())
-        self.assertEqual(self.ask("GET", "/v1/models/opus").status, 200)
-        answer = self.ask("GET", "/health")
-        self.assertEqual((answer.status, answer.json), (200, {"status": "ok", "version": claude_gateway.VERSION}))
-        self.assertEqual(self.chat().status, 401)
-
-    def test_an_unknown_one_is_404_with_the_nearest(self):
-        answer = self.ask("GET", "/v1/models/claude-oqus-5-5")
-        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
-        self.assertIn("claude-opus-5-5", answer.error["message"])
-
-
-class LeavingClientTests(GatewayTestCase):
-    """Nobody pays for words that nobody reads: a client that leaves ends the call upstream."""
-
-    def setUp(self):
-        super().setUp()
-        self.held = threading.Event()
-        self.addCleanup(self.held.set)
-
-    def leave_after(self, reply: Reply, wanted: bytes, stream: bool) -> None:
-        """Sends a request, waits until Claude has it and `wanted` has come back, closes the connection."""
-        arrived = threading.Event()
-
-        def answer(recorded):
-            arrived.set()
-            return reply
-
-        self.claude.play(answer)
-        body = json.dumps({"model": "claude-sonnet-5-5", "stream": stream,
-                           "messages": [{"role": "user", "content": "Hello"}]}).encode()
-        connection = self.connect()
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
-                           (len(body), body))
-        self.assertTrue(arrived.wait(10))
-        received = b""
-        while wanted not in received:
-            piece = connection.recv(65_536)
-            self.assertTrue(piece, received)
-            received += piece
-        self.assertFalse(self.claude.closed.is_set())
-        connection.close()
-        self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
-        self.assertEqual(len(self.claude.messages), 1)
-
-    def test_before_the_status(self):
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.reset()
-                self.leave_after(Reply(body=message(text("Hi")), hold=[self.held]), b"", stream)
-
-    def test_while_the_request_goes_out_to_an_upstream_that_does_not_read(self):
-        listener = socket.socket()
-        self.addCleanup(listener.close)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(5)
-        listener.settimeout(10)
-        self.start(base_url="http://127.0.0.1:%d" % listener.getsockname()[1])
-        self.service.gateway.models._first.set()        # the model list is of no interest here
-        body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "x" * 20_000_000}]}).encode()
-        connection = self.connect()
-        connection.sendall(chat_bytes(body=body))
-        while True:
-            upstream = listener.accept()[0]
-            self.addCleanup(upstream.close)
-            upstream.settimeout(10)
-            if upstream.recv(4).startswith(b"POST"):
-                break
-        connection.close()
-        self.assertTrue(self.service.gateway.running.wait_until_idle(10), "the request goes on")
-
-    def test_before_the_first_token(self):
-        events = events_of(message(text("Hello there")))
-        self.leave_after(Reply(pieces=[sse(events[:1]), self.held, sse(events[1:])]), b"assistant", True)
-
-    def test_amid_the_stream(self):
-        events = events_of(message(text("Hello there")), size=100)
-        self.leave_after(Reply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
-
-    def test_what_was_read_until_then_is_counted(self):
-        self.start()
-        events = events_of(message(text("Hello there"), usage={"input_tokens": 40, "output_tokens": 9}), size=100)
-        self.leave_after(Reply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
-        self.service.gateway.running.wait_until_idle(5)
-        self.assertEqual(self.service.gateway.counters.totals()["tokens"]["input"], 40)
-
-    def test_before_the_head_of_its_answer_could_be_written(self):
-        arrived = threading.Event()
-        events = events_of(message(text("Hello there")))
-        self.claude.play(lambda recorded: arrived.set() or Reply(
-            hold=[self.held], pieces=[sse(events[:1]), threading.Event(), b""]))
-        connection = self.connect()
-        connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + b"POST" * 100_000)
-        self.assertTrue(arrived.wait(10))
-        # with so much sent early it cannot be watched any more, so that only the writing tells
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.close()
-        self.held.set()
-        self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
-
-    def test_after_bytes_that_nobody_asked_for(self):
-        for path in ("/v1/chat/completions", "/v1/messages"):
-            for stream in (b"false", b"true"):
-                with self.subTest(path=path, stream=stream):
-                    self.claude.reset()
-                    arrived = threading.Event()
-                    self.claude.play(lambda recorded, arrived=arrived: arrived.set() or Reply(
-                        body=message(text("Hi")), hold=[self.held]))
-                    body = CHAT_BODY[:-1] + b',"max_tokens":9,"stream":%s}' % stream
-                    connection = self.connect()
-                    connection.sendall(request_bytes("POST %s HTTP/1.1" % path, "Host: localhost",
-                                                     "Content-Length: %d" % len(body), body=body))
-                    self.assertTrue(arrived.wait(10))
-                    connection.sendall(b"\r\n")
-                    connection.sendall(b"GET")
-                    connection.close()
-                    self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
-
-    def test_during_a_plain_request(self):
-        events = events_of(message(text("Hello there")))
-        for held_back in ([sse(events[:4]), self.held, sse(events[4:])], [self.held, sse(events)]):
-            with self.subTest(pieces=len(held_back)):
-                self.claude.reset()
-                self.leave_after(Reply(pieces=held_back), b"", False)
-
-    def test_while_claude_goes_on_after_a_pause(self):
-        arrived = threading.Event()
-
-        def go_on(recorded):
-            arrived.set()
-            return Reply(body=message(text("Hi")), hold=[self.held])
-
-        self.claude.play(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"), go_on)
-        body = json.dumps({"model": "claude-sonnet-5-5", "stream": True, "web_search_options": {},
-                           "messages": [{"role": "user", "content": "Hello"}]}).encode()
-        connection = self.connect()
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
-                           (len(body), body))
-        self.assertTrue(arrived.wait(10))
-        connection.close()
-        self.assertTrue(self.claude.wait_closed(10))
-
-    def test_others_go_on(self):
-        events = events_of(message(text("Hello there")))
-        self.leave_after(Reply(pieces=[sse(events[:2]), self.held, sse(events[2:])]), b"assistant", True)
-        self.assertEqual(self.chat().status, 200)
-
-
-# ==== Responses API ===================================================================================
+                for event in events_of(message(*content(count)), 1):
+                    for each in decoder.feed(sse([event])):
+                        assembler.feed(each)
+                        stream.feed(each)
+                stream.finish()
+            return work
+        contents = {"text": lambda count: [text("x" * count)], "blocks": lambda count: [text("x")] * count,
+                    "arguments": lambda count: [tool_use("toolu_1", "f", {"a": "x" * count})],
+                    "calls": lambda count: [tool_use("toolu_%d" % at, "f", {"a": 1}) for at in range(count)]}
+        for kind in (claude_gateway.ChatStream, claude_gateway.ResponseStream):
+            for name, content in contents.items():
+                with self.subTest(kind=kind.__name__, content=name):
+                    self.assert_linear(streamed(kind, content))
+
+
+# ---- Responses API -----------------------------------------------------------------------------------
 
 NAMESPACE = {"type": "namespace", "name": "agents", "description": "Helpers", "tools": [
     {"type": "function", "name": "close", "parameters": {"type": "object", "properties": {"id": {"type": "string"}}}}]}
@@ -5732,7 +4776,7 @@ class ResponsesReplyTests(ResponsesTestCase):
                                   ("api_error", "Oops", "server_error")):
             with self.subTest(kind=kind):
                 start = sse(events_of(message(text("Hello there")))[:4])
-                self.claude.play(Reply(pieces=[start, sse([dict(error_body(kind, words))])]))
+                self.claude.play(FakeReply(pieces=[start, sse([dict(error_body(kind, words))])]))
                 last = self.respond(stream=True).chunks[-1]
                 self.assertEqual((last["type"], last["response"]["error"]["code"]), ("response.failed", code))
                 self.assertEqual(last["response"]["error"]["message"], words)
@@ -5767,6 +4811,21 @@ class ResponsesReplyTests(ResponsesTestCase):
     def test_a_chat_body_at_the_responses_door_is_answered_as_a_response(self):
         answer = self.ask("POST", "/v1/responses", {"model": "opus", "messages": [{"role": "user", "content": "Hi"}]})
         self.assertEqual(answer.json["output"][0]["content"][0]["text"], "Hello!")
+
+    def test_reasoning_that_a_client_made_up_is_left_out(self):
+        for inner in ("[" * 200_000, "[1]", '{"thinking": 5, "signature": "c2ln"}', "1" * 5_000, "\ud800", "{"):
+            with self.subTest(inner=inner[:20]):
+                packed = base64.urlsafe_b64encode(inner.encode("utf-8", "surrogatepass")).decode()
+                answer = self.ask("POST", "/v1/responses", {"model": "opus", "input": [
+                    {"type": "reasoning", "encrypted_content": claude_gateway.OUR_ENCODING + packed},
+                    {"role": "user", "content": "Hi"}]})
+                self.assertEqual(answer.status, 200, answer.raw)
+                self.assertEqual(len(self.claude.messages[-1].body["messages"]), 1)
+
+    def test_half_a_character_in_packed_thinking_is_replaced(self):
+        packed = base64.urlsafe_b64encode(b'{"thinking": "\\ud800", "signature": "c2ln"}').decode()
+        self.assertEqual(claude_gateway.thinking_from_encrypted(claude_gateway.OUR_ENCODING + packed),
+                         [{"type": "thinking", "thinking": "\ufffd", "signature": "c2ln"}])
 
 
 class ResponsesStateTests(ResponsesTestCase):
@@ -5853,218 +4912,34 @@ class ResponsesStateTests(ResponsesTestCase):
             with self.subTest(path=path):
                 self.assertIn(self.ask(method, path, {}).status, (404, 405))
 
-
-# ==== Legacy completions ==============================================================================
-
-class LegacyCompletionTests(GatewayTestCase):
-    def complete(self, **fields) -> Answer:
-        return self.ask("POST", "/v1/completions", dict({"model": "claude-haiku-5-5", "prompt": "Once upon"}, **fields))
-
-    def test_a_prompt_is_continued(self):
-        self.claude.play(message(text(" a time")))
-        completion = self.complete(max_tokens=2000, stop=["\n\n", "END"]).json
-        self.assertEqual(completion["object"], "text_completion")
-        self.assertTrue(completion["id"].startswith("cmpl-"))
-        self.assertEqual(completion["choices"], [{"text": " a time", "index": 0, "logprobs": None,
-                                                  "finish_reason": "stop"}])
-        self.assertEqual(completion["usage"]["total_tokens"], 19)
-        request = self.claude.messages[-1].body
-        self.assertEqual((request["max_tokens"], request["stop_sequences"]), (2000, ["END"]))
-        self.assertEqual(request["messages"][0]["content"][0]["text"], "Once upon")
-
-    def test_without_a_limit_the_model_has_its_maximum(self):
-        self.complete()
-        self.assertEqual(self.claude.messages[-1].body["max_tokens"], 128000)
-
-    def test_the_stream_has_the_same_shape_and_ends_with_done(self):
-        self.claude.play(message(text(" a time, long ago")))
-        answer = self.complete(stream=True, stream_options={"include_usage": True})
-        self.assertEqual("".join(choice["text"] for chunk in answer.chunks for choice in chunk["choices"]),
-                         " a time, long ago")
-        self.assertEqual([choice["finish_reason"] for chunk in answer.chunks for choice in chunk["choices"]
-                          if choice["finish_reason"]], ["stop"])
-        self.assertEqual({chunk["object"] for chunk in answer.chunks}, {"text_completion"})
-        self.assertEqual(answer.chunks[-1]["usage"]["total_tokens"], 19)
-        self.assertEqual(answer.events[-1], "[DONE]")
-
-    def test_several_prompts_give_as_many_choices(self):
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.play(message(text("A")), message(text("B")))
-                answer = self.complete(prompt=["one", "two"], stream=stream)
-                texts = {0: "", 1: ""}
-                for choice in (choice for chunk in (answer.chunks if stream else [answer.json])
-                               for choice in chunk["choices"]):
-                    texts[choice["index"]] += choice["text"]
-                self.assertEqual(texts, {0: "A", 1: "B"})
-
-    def test_echo_and_suffix(self):
-        self.claude.play(message(text(" a time")), message(text("x = 1")))
-        self.assertEqual(self.complete(echo=True).json["choices"][0]["text"], "Once upon a time")
-        self.complete(prompt="def f():\n    ", suffix="\n    return x")
-        self.assertIn("<gap/>", self.claude.messages[-1].body["messages"][0]["content"][0]["text"])
-
-    def test_what_cannot_be_is_a_400_that_names_it(self):
-        for fields, param in (({"prompt": None}, "prompt"), ({"prompt": [1, 2]}, "prompt[0]"),
-                              ({"prompt": 5}, "prompt"), ({"prompt": ["x"] * 129}, "prompt"),
-                              ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"logprobs": 3}, "logprobs"),
-                              ({"suffix": 3}, "suffix")):
-            with self.subTest(fields=fields):
-                answer = self.complete(**fields)
-                self.assertEqual((answer.status, answer.error["param"]), (400, param))
-
-    def test_the_number_of_prompts_has_a_limit_which_is_told(self):
-        self.assertIn("128", self.complete(prompt=["x"] * 129).error["message"])
-        self.assertEqual(self.claude.messages, [])
-        self.assertEqual(len(self.complete(prompt=["x"] * 128).json["choices"]), 128)
-
-    def test_an_upstream_refusal_is_an_http_status_also_for_streams(self):
-        self.claude.play(Reply(429, body=error_body("rate_limit_error", "no"), headers={"retry-after": "30"}))
-        answer = self.complete(stream=True)
-        self.assertEqual((answer.status, answer.headers["retry-after"]), (429, "30"))
+    def test_a_responses_body_at_the_other_door_keeps_what_it_continues(self):
+        first = self.ask("POST", "/v1/responses", {"model": "opus", "input": "I am Bob"}).json
+        asked = {"model": "opus", "input": "Who am I?", "previous_response_id": first["id"]}
+        self.assertEqual(self.ask("POST", "/v1/chat/completions", asked).status, 200)
+        self.assertIn("I am Bob", json.dumps(self.claude.messages[-1].body))
+        answer = self.ask("POST", "/v1/chat/completions", dict(asked, previous_response_id="resp_none"))
+        self.assertEqual((answer.status, answer.error["code"]), (400, "previous_response_not_found"))
 
 
-# ==== The native door =================================================================================
+# ---- Memory ------------------------------------------------------------------------------------------
 
-class NativeTests(GatewayTestCase):
-    BODY = {"model": "claude-opus-5-5", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}
-
-    def native(self, headers=None, path="/v1/messages", **fields) -> Answer:
-        return self.ask("POST", path, dict(self.BODY, **fields), headers)
-
-    def test_an_answer_passes_byte_for_byte(self):
-        whole = message(text("Hi \u2028 there"))
-        body = json.dumps(whole, indent=3).encode()
-        self.claude.play(Reply(body=body))
-        self.assertEqual(self.native().raw, body)
-        stream = sse(events_of(whole))
-        self.claude.play(Reply(headers={"content-type": "text/event-stream"}, body=stream))
-        answer = self.native(stream=True)
-        self.assertEqual((answer.raw, answer.headers["content-type"]), (stream, "text/event-stream"))
-
-    def test_the_gateways_credential_replaces_the_clients(self):
-        self.native({"x-api-key": "sk-ant-api03-the-clients-own", "anthropic-version": "2023-01-01",
-                     "anthropic-beta": "files-api-2025-04-14,oauth-2025-04-20"}, path="/v1/messages?beta=true")
-        sent = self.claude.requests[-1]
-        self.assertEqual(sent.headers["x-api-key"], SECRET)
-        self.assertEqual(sent.headers["anthropic-version"], "2023-01-01")
-        self.assertEqual(sent.headers["anthropic-beta"], "files-api-2025-04-14")
-        self.assertEqual(sent.path, "/v1/messages?beta=true")
-
-    def test_short_names_resolve(self):
-        self.native(model="haiku")
-        self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
-
-    def test_caching_is_added_only_where_the_client_set_no_mark(self):
-        self.native()
-        self.assertEqual(self.claude.messages[-1].body["cache_control"], {"type": "ephemeral"})
-        marked = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
-        marked_turn = {"role": "user", "content": [marked]}
-        self.native(messages=[marked_turn])
-        self.assertNotIn("cache_control", self.claude.messages[-1].body)
-        self.start(no_cache=True)
-        self.native()
-        self.assertNotIn("cache_control", self.claude.messages[-1].body)
-
-    def test_the_system_block_of_a_subscription_token_is_there_once(self):
-        self.start(anthropic_api_key="", claude_code_oauth_token="sk-ant-oat01-x")
-        block = claude_gateway.OAUTH_SYSTEM_BLOCK
-        for system, wanted in ((None, [block]), ("Hi", [block, {"type": "text", "text": "Hi"}]),
-                               ([block, {"type": "text", "text": "Hi"}], [block, {"type": "text", "text": "Hi"}])):
-            with self.subTest(system=system):
-                self.native(**({"system": system} if system else {}))
-                self.assertEqual(self.claude.messages[-1].body["system"], wanted)
-
-    def test_errors_are_in_anthropics_envelope(self):
-        self.claude.play(Reply(429, body=error_body("rate_limit_error", "Slow"), headers={"retry-after": "60"}))
-        answer = self.native()
-        self.assertEqual((answer.status, answer.headers["retry-after"]), (429, "60"))
-        self.assertEqual(answer.json["type"], "error")
-        self.assertEqual(answer.error, {"type": "rate_limit_error", "message": "Slow"})
-        answer = self.native(model="no-such-model")
-        self.assertEqual((answer.status, answer.error["type"]), (404, "not_found_error"))
-
-    def test_an_error_keeps_claudes_status_and_headers(self):
-        told = {"anthropic-ratelimit-requests-remaining": "0", "anthropic-organization-id": "org-1"}
-        for status, kind in ((529, "overloaded_error"), (402, "billing_error"), (400, "invalid_request_error")):
-            with self.subTest(status=status):
-                self.claude.play(Reply(status, body=error_body(kind, "No"), headers=told))
-                answer = self.native(NO_RETRY)
-                self.assertEqual((answer.status, answer.error["type"]), (status, kind))
-                self.assertEqual({name: answer.headers.get(name) for name in told}, told)
-                self.assertTrue(answer.headers["request-id"])
-
-    def test_its_tokens_are_counted(self):
-        self.start()
-        usage = {"input_tokens": 5, "cache_read_input_tokens": 20, "cache_creation_input_tokens": 0, "output_tokens": 3}
-        for stream in (False, True):
-            self.claude.play(message(text("Hi"), usage=usage))
-            self.native(stream=stream)
-            self.service.gateway.running.wait_until_idle(5)
-        self.assertEqual(self.service.gateway.counters.totals()["tokens"],
-                         {"input": 10, "cache_read": 40, "cache_write": 0, "output": 6})
-
-    def test_count_tokens_passes(self):
-        answer = self.ask("POST", "/v1/messages/count_tokens", {"model": "opus", "messages": self.BODY["messages"]})
-        self.assertEqual(answer.json, {"input_tokens": 11})
-
-    def test_the_model_list_has_the_keys_of_both_apis(self):
-        listed = self.ask("GET", "/v1/models").json
-        entry = listed["data"][0]
-        for name in ("id", "object", "created", "owned_by", "type", "display_name", "created_at"):
-            self.assertIn(name, entry)
-        self.assertEqual((listed["object"], listed["has_more"], listed["first_id"]), ("list", False, entry["id"]))
-
-    def test_the_anthropic_sdk_streams_with_a_dummy_key(self):
-        try:
-            import anthropic
-        except ImportError:
-            self.skipTest("the anthropic package is not installed (it is in the dev group of pyproject.toml)")
-        client = anthropic.Anthropic(base_url="http://127.0.0.1:%d" % self.service.port, api_key="dummy", max_retries=0)
-        self.addCleanup(client.close)
-        self.claude.play(message(text("Hi there")), message(text("Hi again")))
-        with client.messages.stream(**self.BODY) as stream:
-            self.assertEqual("".join(stream.text_stream), "Hi there")
-        self.assertEqual(client.messages.create(**self.BODY).content[0].text, "Hi again")
+class MemoryTests(unittest.TestCase):
+    def test_an_entry_too_large_to_keep_pushes_nothing_out(self):
+        table = claude_gateway.Bounded(9, 100)
+        table.put("small", b"x")
+        table.put("large", b"x" * 101)
+        self.assertEqual((table.get("small"), table.get("large")), (b"x", None))
 
 
-# ==== Credentials =====================================================================================
+# ---- Credentials -------------------------------------------------------------------------------------
 
-POSIX_ONLY = unittest.skipUnless(os.name == "posix", "file modes, symlinks and signals of POSIX")
 OLD_ACCESS, OLD_REFRESH = "sk-ant-oat01-old-access", "sk-ant-ort01-old-refresh"
-NEW_ACCESS, NEW_REFRESH = "sk-ant-oat01-new-access", "sk-ant-ort01-new-refresh"
-CLAUDE_CODE_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
-CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
-REDIRECT_PAGE = "https://platform.claude.com/oauth/code/callback"
-TOKEN_FIELDS = ["access_token", "expires_at", "refresh_token", "scope", "token_type"]
-
-
-def token_answer(**fields) -> dict:
-    """What the sign-in endpoint answers when all is well."""
-    return dict({"token_type": "Bearer", "access_token": NEW_ACCESS, "expires_in": 28_800,
-                 "refresh_token": NEW_REFRESH, "scope": "user:inference user:profile"}, **fields)
 
 
 def stored_token(expires_in: float = 3_600, **fields) -> dict:
     """The token file of somebody who is signed in."""
     return dict({"token_type": "Bearer", "access_token": OLD_ACCESS, "refresh_token": OLD_REFRESH,
                  "expires_at": int(time.time() + expires_in), "scope": "user:inference user:profile"}, **fields)
-
-
-def challenge_of(code_verifier: str) -> str:
-    """PKCE's S256, written down once more."""
-    return base64.urlsafe_b64encode(hashlib.sha256(code_verifier.encode()).digest()).decode().rstrip("=")
-
-
-@contextlib.contextmanager
-def no_room_on_disk():
-    """Whatever is written to a file fails, as on a full disk; root ignores file modes, but not this."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class CredentialChoiceTests(unittest.TestCase):
@@ -6099,6 +4974,9 @@ class CredentialChoiceTests(unittest.TestCase):
         for path in ("", os.path.join(tempfile.gettempdir(), "no-such-directory", "tokens.json")):
             with self.subTest(path=path):
                 self.assertIsNone(claude_gateway.credential_from_config(Config(token_file=path), None))
+
+
+CLAUDE_CODE_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
 
 
 class CredentialHeaderTests(GatewayTestCase):
@@ -6162,11 +5040,15 @@ class CredentialHeaderTests(GatewayTestCase):
             with self.subTest(settings):
                 self.claude.reset()
                 self.start(**dict({"anthropic_api_key": ""}, **settings))
-                self.claude.play(Reply(401, body=error_body("authentication_error", "invalid x-api-key")))
+                self.claude.play(FakeReply(401, body=error_body("authentication_error", "invalid x-api-key")))
                 answer = self.chat()
                 self.assertEqual((answer.status, answer.error["code"], answer.headers["x-should-retry"]),
                                  (401, "upstream_authentication", "false"))
                 self.assertEqual(len(self.claude.messages), 1)
+
+
+CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
+REDIRECT_PAGE = "https://platform.claude.com/oauth/code/callback"
 
 
 class SignInTests(unittest.TestCase):
@@ -6207,6 +5089,15 @@ class SignInTests(unittest.TestCase):
                        "", "#", "#state", "https://[broken", REDIRECT_PAGE):
             with self.subTest(pasted), self.assertRaises(claude_gateway.GatewayError):
                 login.parse(pasted)
+
+
+NEW_ACCESS, NEW_REFRESH = "sk-ant-oat01-new-access", "sk-ant-ort01-new-refresh"
+
+
+def token_answer(**fields) -> dict:
+    """What the sign-in endpoint answers when all is well."""
+    return dict({"token_type": "Bearer", "access_token": NEW_ACCESS, "expires_in": 28_800,
+                 "refresh_token": NEW_REFRESH, "scope": "user:inference user:profile"}, **fields)
 
 
 class LoginStoreTestCase(GatewayTestCase):
@@ -6318,7 +5209,7 @@ class RefreshTests(LoginStoreTestCase):
         self.file.write(stored_token())
         self.serve_login()
         self.claude.token_replies.append(token_answer())
-        self.claude.play(Reply(401, body=error_body("authentication_error", "OAuth token has expired.")))
+        self.claude.play(FakeReply(401, body=error_body("authentication_error", "OAuth token has expired.")))
         self.assertEqual(self.chat().status, 200)
         self.assertEqual([request.headers["authorization"] for request in self.claude.messages],
                          ["Bearer " + OLD_ACCESS, "Bearer " + NEW_ACCESS])
@@ -6328,7 +5219,7 @@ class RefreshTests(LoginStoreTestCase):
         self.file.write(stored_token())
         self.serve_login()
         self.claude.token_replies += [token_answer(), token_answer(access_token="third")]
-        self.claude.play(*[Reply(401, body=error_body("authentication_error", "Invalid bearer token"))] * 3)
+        self.claude.play(*[FakeReply(401, body=error_body("authentication_error", "Invalid bearer token"))] * 3)
         answer = self.chat()
         self.assertEqual((answer.status, answer.error["code"], answer.headers["x-should-retry"]),
                          (401, "upstream_authentication", "false"))
@@ -6340,7 +5231,7 @@ class RefreshTests(LoginStoreTestCase):
         self.serve_login()
         self.claude.token_replies += [token_answer(access_token="a-%d" % turn, refresh_token="r-%d" % turn)
                                       for turn in range(5)]
-        self.claude.play(*[Reply(401, body=error_body("authentication_error", "This account is on hold."))] * 5)
+        self.claude.play(*[FakeReply(401, body=error_body("authentication_error", "This account is on hold."))] * 5)
         for _ in range(4):
             answer = self.chat()
             self.assertEqual((answer.status, answer.error["code"]), (401, "upstream_authentication"))
@@ -6354,8 +5245,8 @@ class RefreshTests(LoginStoreTestCase):
     def test_a_401_to_the_model_list_is_answered_by_a_renewal_too(self):
         self.file.write(stored_token())
         self.claude.token_replies.append(token_answer())
-        listed = Reply(body={"data": [{"type": "model", "id": "claude-sonnet-5-5"}], "has_more": False})
-        refused = Reply(401, body=error_body("authentication_error", "OAuth token has expired."))
+        listed = FakeReply(body={"data": [{"type": "model", "id": "claude-sonnet-5-5"}], "has_more": False})
+        refused = FakeReply(401, body=error_body("authentication_error", "OAuth token has expired."))
         fake = FakeClaude()                                     # one whose model list can refuse
         fake.reply_to = lambda recorded: listed if NEW_ACCESS in recorded.headers["authorization"] else refused
         with fake:
@@ -6367,7 +5258,7 @@ class RefreshTests(LoginStoreTestCase):
         self.file.write(stored_token())
         self.serve_login()
         self.claude.token_replies.append(token_answer())
-        self.claude.play(Reply(403, body=error_body("permission_error", "OAuth token has been revoked.")))
+        self.claude.play(FakeReply(403, body=error_body("permission_error", "OAuth token has been revoked.")))
         answer = self.chat()
         self.assertEqual((answer.status, len(self.claude.messages), len(self.token_requests())), (401, 1, 0))
         self.assertIn("OAuth token has been revoked.", answer.error["message"])
@@ -6397,7 +5288,7 @@ class RefreshTests(LoginStoreTestCase):
 
         def lost(recorded):
             self.file.write(stored_token(access_token="of-the-winner", refresh_token="of-the-winner-too"))
-            return Reply(400, body={"error": "invalid_grant"})
+            return FakeReply(400, body={"error": "invalid_grant"})
         self.claude.token_replies.append(lost)
         self.assertEqual(self.login().access_token(), "of-the-winner")
 
@@ -6438,9 +5329,9 @@ class RefreshTests(LoginStoreTestCase):
             login.access_token()
 
     def test_a_failing_endpoint_does_not_matter_while_the_token_is_good(self):
-        failures = (None, Reply(500, body=b"oops"), Reply(429, body=error_body("rate_limit_error", "Slow down")),
-                    Reply(404, body=b"<html>"), Reply(200, body=b"not JSON"), Reply(None),
-                    Reply(302, {"location": "https://example.org/"}))
+        failures = (None, FakeReply(500, body=b"oops"), FakeReply(404, body=b"<html>"), FakeReply(None),
+                    FakeReply(429, body=error_body("rate_limit_error", "Slow down")), FakeReply(200, body=b"not JSON"),
+                    FakeReply(302, {"location": "https://example.org/"}))
         for failure in failures:
             with self.subTest(failure):
                 self.claude.reset()
@@ -6455,7 +5346,7 @@ class RefreshTests(LoginStoreTestCase):
     def test_a_failing_endpoint_with_a_dead_token_is_a_fault_that_names_the_variable(self):
         self.file.write(stored_token(-10))
         self.serve_login()
-        self.claude.token_replies.append(Reply(500, body=b"oops"))
+        self.claude.token_replies.append(FakeReply(500, body=b"oops"))
         answer = self.chat()
         self.assertGreaterEqual(answer.status, 500)
         self.assertIn("CLAUDE_GATEWAY_TOKEN_URL", answer.error["message"])
@@ -6468,14 +5359,14 @@ class RefreshTests(LoginStoreTestCase):
                              (403, b"<html>blocked</html>"), (404, error_body("not_found_error", "Not found"))):
             with self.subTest(status=status, body=body):
                 self.file.write(stored_token(-10))
-                self.claude.token_replies.append(Reply(status, body=body))
+                self.claude.token_replies.append(FakeReply(status, body=body))
                 with self.assertRaises(claude_gateway.UpstreamFault):
                     self.login().access_token()
 
     def test_twenty_requests_at_once_make_one_renewal(self):
         self.file.write(stored_token(0))
         self.serve_login()
-        self.claude.token_replies.append(lambda _: Reply(body=token_answer(), hold=[0.05]))
+        self.claude.token_replies.append(lambda _: FakeReply(body=token_answer(), hold=[0.05]))
         self.all_at_once(20)
         self.assertEqual(len(self.token_requests()), 1)
         self.assertEqual({request.headers["authorization"] for request in self.claude.messages},
@@ -6484,11 +5375,11 @@ class RefreshTests(LoginStoreTestCase):
     def test_twenty_rejections_at_once_make_one_renewal(self):
         self.file.write(stored_token())
         self.serve_login()
-        self.claude.token_replies.append(lambda _: Reply(body=token_answer(), hold=[0.05]))
+        self.claude.token_replies.append(lambda _: FakeReply(body=token_answer(), hold=[0.05]))
 
         def reject_the_old(recorded):
             if OLD_ACCESS in recorded.headers["authorization"]:
-                return Reply(401, body=error_body("authentication_error", "OAuth token has expired."))
+                return FakeReply(401, body=error_body("authentication_error", "OAuth token has expired."))
             return message(text("Hi"), model="claude-sonnet-5-5")
         self.claude.play(*[reject_the_old] * 40)
         self.all_at_once(20)
@@ -6530,7 +5421,7 @@ class ProcessRaceTests(LoginStoreTestCase):
             with lock:
                 if recorded.body["refresh_token"] != valid[0]:
                     twice.append(recorded.body["refresh_token"])
-                    return Reply(400, body={"error": "invalid_grant"})
+                    return FakeReply(400, body={"error": "invalid_grant"})
                 number = len(self.token_requests())
                 valid[0] = "r-%d" % number
                 return token_answer(access_token="a-%d" % number, refresh_token=valid[0], expires_in=1)
@@ -6550,6 +5441,17 @@ class ProcessRaceTests(LoginStoreTestCase):
         self.assertEqual(twice, [])
         self.assertGreaterEqual(len(self.token_requests()), 200)
         self.assertEqual(self.stored()["refresh_token"], valid[0])
+
+
+@contextlib.contextmanager
+def no_room_on_disk():
+    """Whatever is written to a file fails, as on a full disk; root ignores file modes, but not this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class TokenFileTests(LoginStoreTestCase):
@@ -6807,1607 +5709,12 @@ class TokenFileTests(LoginStoreTestCase):
                 self.file.write(stored_token())
 
 
-# ==== Simulated upstream and command line =============================================================
-
-def outcome_of(arguments, environment, typed) -> SimpleNamespace:
-    """What `main` does: code, out and err.  In this process, as each process of its own costs 0.15 s."""
-    log, out, err = claude_gateway.LOG, io.StringIO(), io.StringIO()
-    kept = dict(os.environ), sys.stdin, log.handlers[:], log.level, log.propagate
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.stdin = io.TextIOWrapper(io.BytesIO(typed.encode()), "utf-8")
-    watchdog = threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM))  # a `start` that should not have started
-    watchdog.start()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = claude_gateway.main(arguments)
-    except SystemExit as end:                               # argparse
-        code = end.code
-    except Exception as failure:
-        code = 1
-        err.write("Traceback: %r" % failure)
-    finally:
-        watchdog.cancel()
-        os.environ.clear()
-        os.environ.update(kept[0])
-        sys.stdin, log.handlers[:] = kept[1:3]
-        log.setLevel(kept[3])
-        log.propagate = kept[4]
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-class Child:
-    """A command under way: what it has said so far, and ways to wait."""
-
-    def __init__(self, arguments, environment, directory, stdin=subprocess.PIPE) -> None:
-        self.process = subprocess.Popen([sys.executable, PROGRAM] + list(arguments), env=environment, cwd=directory,
-                                        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self._said = {"out": b"", "err": b""}
-        self._news = threading.Condition()
-        self._readers = [threading.Thread(target=self._collect, args=pair, daemon=True)
-                         for pair in (("out", self.process.stdout), ("err", self.process.stderr))]
-        for reader in self._readers:
-            reader.start()
-
-    def _collect(self, name, pipe):
-        for piece in iter(lambda: os.read(pipe.fileno(), 65_536), b""):
-            with self._news:
-                self._said[name] += piece
-                self._news.notify_all()
-        with self._news:
-            self._news.notify_all()
-
-    @property
-    def out(self) -> str:
-        return self._said["out"].decode("utf-8", "replace")
-
-    @property
-    def err(self) -> str:
-        return self._said["err"].decode("utf-8", "replace")
-
-    def wait_for(self, pattern, name="err"):
-        """The first match in what was said."""
-        def found():
-            return re.search(pattern, getattr(self, name))
-        with self._news:
-            self._news.wait_for(lambda: found() or self.process.poll() is not None, 20)
-        for reader in self._readers if not found() and self.process.poll() is not None else ():
-            reader.join(5)
-        if not found():
-            raise AssertionError("no %r in %r; on stderr: %s" % (pattern, getattr(self, name), self.err))
-        return found()
-
-    @property
-    def port(self) -> int:
-        return int(self.wait_for(r"(?m)^.* on http://127\.0\.0\.1:(\d+)/v1$", "out").group(1))
-
-    def type(self, words: str) -> None:
-        self.process.stdin.write(words.encode())
-        self.process.stdin.flush()
-
-    def end(self, number=None) -> int:
-        """The exit code, after this signal if there is one."""
-        if number is not None:
-            self.process.send_signal(number)
-        if self.process.stdin:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
-        for reader in self._readers:                            # they end with the process
-            reader.join(20)
-        return self.process.wait(20)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.end()
-        self.process.stdout.close()
-        self.process.stderr.close()
-
-
-class CommandTestCase(GatewayTestCase):
-    """Commands in processes of their own, with a home and a working directory that are empty, and no variables."""
-
-    @classmethod
-    def _service(cls, settings: dict) -> SimpleNamespace:
-        return SimpleNamespace(port=0, close=lambda grace: None)        # no gateway in this process
-
-    def setUp(self):
-        super().setUp()
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.home = os.path.join(directory.name, "home")
-        self.working_directory = os.path.join(directory.name, "work")
-        os.mkdir(self.home)
-        os.mkdir(self.working_directory)
-        self.token_path = os.path.join(self.home, ".config", "claude-gateway", "oauth-tokens.json")
-        if os.name == "nt":
-            self.token_path = os.path.join(self.home, "claude-gateway", "oauth-tokens.json")
-        self.token_url = self.claude.url + "/v1/oauth/token"
-        bound = socket.socket()                     # and never listens, so nobody else does
-        self.addCleanup(bound.close)
-        bound.bind(("127.0.0.1", 0))
-        self.closed_port = bound.getsockname()[1]
-
-    def environment(self, variables) -> dict:
-        kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "TEMP", "TMP") if name in os.environ}
-        # `status` shall find no gateway that happens to run on this machine
-        usual = {"HOME": self.home, "APPDATA": self.home, "PYTHONDONTWRITEBYTECODE": "1",
-                 "CLAUDE_GATEWAY_PORT": str(self.closed_port)}
-        return {name: value for name, value in dict(kept, **dict(usual, **variables)).items() if value is not None}
-
-    def child(self, *arguments, stdin=subprocess.PIPE, **variables) -> Child:
-        child = Child(arguments, self.environment(variables), self.working_directory, stdin)
-        self.addCleanup(child.close)
-        return child
-
-    def commands(self, *cases) -> list:
-        """The outcome of each case: arguments, variables, and what is typed if anything is."""
-        here = os.getcwd()
-        os.chdir(self.working_directory)
-        try:
-            results = [outcome_of(case[0], self.environment(case[1]), case[2] if len(case) > 2 else "")
-                       for case in cases]
-        finally:
-            os.chdir(here)
-        for case, result in zip(cases, results):
-            with self.subTest(case):
-                self.assertNotIn("Traceback", result.err)
-        return results
-
-    def command(self, *arguments, typed="", **variables) -> SimpleNamespace:
-        """One of these."""
-        return self.commands((arguments, variables, typed))[0]
-
-    def serve(self, *arguments, host=(), **variables) -> Child:
-        """`start` on a free port, in front of the fake; `ask` and `chat` go to it."""
-        usual = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}
-        # one address to listen on, as each takes 0.1 s to close
-        child = self.child("start", "--port", "0", *(host or ("--host", "127.0.0.1")), *arguments,
-                           **dict(usual, **variables))
-        self.service = SimpleNamespace(port=child.port)
-        self.assertEqual(self.ask("GET", "/health").status, 200)
-        return child
-
-    def sign_in(self, **fields) -> None:
-        claude_gateway.TokenFile(self.token_path).write(stored_token(**fields))
-
-    def slow_answer(self) -> threading.Event:
-        """Claude's next answer waits until this is set; returns once the request is there (see `in_flight`)."""
-        release = threading.Event()
-        self.claude.play(Reply(pieces=[release, sse(events_of(message(text("At last"), model="claude-sonnet-5-5")))]))
-        self.addCleanup(release.set)
-        return release
-
-    def in_flight(self):
-        """A chat request on its way in a thread; returns the thread and the list that its answer will be in."""
-        answers, arrived = [], len(self.claude.messages)
-
-        def ask():
-            with contextlib.suppress(OSError, http.client.HTTPException):   # it may be cut off
-                answers.append(self.chat())
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        for _ in range(1_000):
-            if len(self.claude.messages) > arrived:
-                return thread, answers
-            thread.join(0.01)
-        raise AssertionError("the request never arrived upstream")
-
-
-@POSIX_ONLY
-class DemoTests(CommandTestCase):
-    """`start --demo`: one process for all tests, with every credential there is, none of which may be used."""
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        home = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(home.cleanup)
-        cls.demo = Child(["start", "--demo", "-p", "0"], {
-            "PATH": os.environ["PATH"], "HOME": home.name, "ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_AUTH_TOKEN": SECRET,
-            "ANTHROPIC_BASE_URL": cls.claude.url, "HTTPS_PROXY": cls.claude.url}, home.name)
-        cls.addClassCleanup(cls.demo.close)
-
-    def setUp(self):
-        super().setUp()
-        self.service = SimpleNamespace(port=self.demo.port)
-
-    def tearDown(self):
-        self.assertEqual(self.claude.requests, [], "the demo asked a real address")
-        super().tearDown()
-
-    def test_it_has_limits_and_cached_tokens_to_show(self):
-        turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user",
-                                                                                          "content": "C"}]
-        usage = self.ask("POST", "/v1/chat/completions", {"model": "sonnet", "messages": turns}).json["usage"]
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
-        self.assertTrue(0 < cached < usage["prompt_tokens"], usage)
-        data = self.ask("GET", "/", headers={"accept": "application/json"}).json
-        self.assertEqual((data["upstream"], [limit["window"] for limit in data["limits"]]), ("simulated", ["5h", "7d"]))
-        for limit in data["limits"]:
-            self.assertGreater(limit["resets_at"], time.time() - 60)
-        self.assertIn("Demo: answers, tokens, costs and limits are simulated", self.demo.err)
-
-    def test_it_says_at_the_start_that_it_is_a_demo(self):
-        self.demo.wait_for("(?i)demo.*simulated")
-
-    def test_a_plain_answer_says_that_it_is_simulated(self):
-        answer = self.chat("What is up?")
-        self.assertEqual(answer.status, 200)
-        self.assertIn("simulated", answer.message["content"])
-        self.assertIn("What is up?", answer.message["content"])
-        self.assertIn("simulated", answer.headers["x-request-id"])
-
-    def test_a_stream_comes_in_pieces_and_adds_up_to_the_same_kind_of_answer(self):
-        answer = self.chat("Hi", stream=True, stream_options={"include_usage": True})
-        whole = completion_from_chunks(answer.chunks)
-        self.assertIn("simulated", whole["message"]["content"])
-        self.assertEqual((whole["finish_reason"], answer.events[-1]), ("stop", "[DONE]"))
-        self.assertGreater(sum(1 for chunk in answer.chunks if chunk["choices"]), 5)
-        self.assertGreater(whole["usage"]["total_tokens"], 0)
-
-    def test_a_tool_is_called_and_its_result_is_taken(self):
-        tool = {"type": "function", "function": {"name": "get_weather", "parameters": {
-            "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-            "required": ["city", "days"]}}}
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                answer = self.chat("Weather?", tools=[tool], stream=stream)
-                whole = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
-                call, = whole["message"]["tool_calls"]
-                self.assertEqual((call["function"]["name"], json.loads(call["function"]["arguments"])),
-                                 ("get_weather", {"city": "simulated", "days": 1}))
-                self.assertEqual(whole["finish_reason"], "tool_calls")
-        said = self.chat(tools=[tool], messages=[
-            {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}])
-        self.assertEqual(said.json["choices"][0]["finish_reason"], "stop")
-        self.assertIn("sunny", said.message["content"])
-        self.assertIn("simulated", said.message["content"])
-
-    def test_an_image_is_noticed(self):
-        answer = self.chat([{"type": "text", "text": "What is this?"},
-                            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}])
-        self.assertIn("image/png", answer.message["content"])
-        self.assertIn("simulated", answer.message["content"])
-
-    def test_a_structured_answer_fits_its_schema(self):
-        schema = {"type": "object", "additionalProperties": False, "required": ["name", "size", "kind", "tags"],
-                  "properties": {"name": {"type": "string"}, "size": {"type": "number"},
-                                 "kind": {"enum": ["a", "b"]}, "tags": {"type": "array", "items": {"type": "string"}}}}
-        answer = self.chat(response_format={"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}})
-        self.assertEqual(json.loads(answer.message["content"]),
-                         {"name": "simulated", "size": 1.5, "kind": "a", "tags": ["simulated"]})
-
-    def test_a_json_object_asked_for_in_words_is_bare(self):
-        for fields in ({}, {"verbosity": "low"}, {"stream": True}):
-            with self.subTest(fields=fields):
-                answer = self.chat("Answer in JSON", response_format={"type": "json_object"}, **fields)
-                whole = completion_from_chunks(answer.chunks) if "stream" in fields else completion_parts(answer.json)
-                said = json.loads(whole["message"]["content"])
-                self.assertIs(said["simulated"], True)
-                self.assertIn("Answer in JSON", said["answer"])
-
-    def test_a_schema_given_in_words_is_kept_to(self):
-        schema = {"type": "object", "required": ["size"], "properties": {"size": {"type": "integer"}}}
-        answer = self.chat(response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
-                           web_search_options={}, verbosity="low")          # a search excludes answer formats
-        self.assertEqual(json.loads(answer.message["content"]), {"size": 1})
-
-    def test_a_fault_of_the_simulation_is_one_line(self):
-        upstream = claude_gateway.SimulatedUpstream()
-        self.addCleanup(upstream.server_close)
-        self.addCleanup(upstream.shutdown)
-        host, port = upstream.server_address[:2]
-        shown = io.StringIO()
-        with self.assertLogs(claude_gateway.LOG, "ERROR") as logged, contextlib.redirect_stderr(shown), \
-                contextlib.closing(socket.create_connection((host, port), 5)) as connection:
-            connection.sendall(b"POST /v1/messages HTTP/1.1\r\n\r\n")    # no length: its handler crashes
-            self.assertEqual(connection.recv(100), b"")
-            self.assertTrue(eventually(lambda: logged.records))     # it hangs up just before it tells
-        self.assertEqual((len(logged.output), shown.getvalue()), (1, ""))
-        self.assertIn("the simulation failed: TypeError", logged.output[0])
-
-    def test_the_native_door_is_answered_too(self):
-        request = {"model": "sonnet", "max_tokens": 99, "messages": [{"role": "user", "content": "Hi there"}]}
-        plain = self.ask("POST", "/v1/messages", request)
-        self.assertEqual((plain.status, plain.json["type"], plain.json["stop_reason"]), (200, "message", "end_turn"))
-        self.assertIn("You wrote: Hi there", plain.json["content"][-1]["text"])
-        stream = self.ask("POST", "/v1/messages", dict(request, stream=True))
-        kinds = [json.loads(event)["type"] for event in stream.events]
-        self.assertEqual((stream.status, kinds[0], kinds[-1]), (200, "message_start", "message_stop"))
-        counted = self.ask("POST", "/v1/messages/count_tokens", {name: request[name] for name in ("model", "messages")})
-        self.assertEqual((counted.status, list(counted.json)), (200, ["input_tokens"]))
-        self.assertGreater(counted.json["input_tokens"], 5)
-        of_response = self.ask("POST", "/v1/responses/input_tokens", {"model": "sonnet", "input": "Hi there"})
-        self.assertEqual(of_response.status, 200)
-        self.assertGreater(of_response.json["input_tokens"], 5)
-
-    def test_what_it_cannot_read_is_refused_not_dropped(self):
-        for messages in ([], "Hi", [{"role": "user"}], [{"role": "user", "content": [1]}], [1]):
-            with self.subTest(messages=messages):
-                answer = self.ask("POST", "/v1/messages", {"model": "sonnet", "max_tokens": 9, "messages": messages})
-                self.assertEqual((answer.status, answer.json["error"]["type"]), (400, "invalid_request_error"))
-
-    def test_no_request_is_too_odd_for_it(self):
-        node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
-                                                 "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
-                "required": ["next", "children"], "additionalProperties": False}
-        recursive = {"type": "object", "properties": {"root": {"$ref": "#/$defs/node"}}, "required": ["root"],
-                     "$defs": {"node": node}, "additionalProperties": False}
-        cases = (
-            ("a recursive tool", {"tools": [{"type": "function", "function": {"name": "tree",
-                                                                               "parameters": recursive}}]}),
-            ("a recursive answer", {"response_format": {"type": "json_schema",
-                                                        "json_schema": {"name": "tree", "schema": recursive}}}),
-            ("a JSON object", {"response_format": {"type": "json_object"}}),
-            ("only a system message", {"messages": [{"role": "system", "content": "Be brief."}]}),
-            ("an answer begun", {"messages": [{"role": "user", "content": "Hi"},
-                                              {"role": "assistant", "content": "I was"}]}),
-            ("a late system message", {"messages": [{"role": "user", "content": "Hi"},
-                                                    {"role": "assistant", "content": "Hello"},
-                                                    {"role": "user", "content": "Well?"},
-                                                    {"role": "system", "content": "Be kind."}]}),
-            ("reasoning", {"reasoning_effort": "high"}),
-            ("a tool without parameters", {"tools": [{"type": "function", "function": {"name": "now"}}]}),
-        )
-        for name, fields in cases:
-            with self.subTest(name):
-                answer = self.chat(**fields)
-                self.assertEqual(answer.status, 200, answer.raw[:300])
-
-    def test_an_address_that_would_be_refused_does_not_stop_it(self):
-        child = self.child("start", "--demo", "-p", "0", ANTHROPIC_BASE_URL="http://example.com")
-        self.assertGreater(child.port, 0)
-
-    def test_its_status_says_what_it_is(self):
-        said = self.command("status", "--port", str(self.demo.port)).out
-        self.assertIn("Upstream:    the built-in simulation\n", said)
-
-    def test_it_has_models(self):
-        ids = [entry["id"] for entry in self.ask("GET", "/v1/models").json["data"]]
-        self.assertIn("claude-sonnet-5-5", ids)
-
-
-@POSIX_ONLY
-class StartTests(CommandTestCase):
-    def test_the_address_is_the_one_line_on_standard_output(self):
-        child = self.serve(host=("--host", "localhost"))
-        self.chat()
-        self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://127\.0\.0\.1:%d/v1\n\Z"
-                         % self.service.port)
-        self.assertIn("ANTHROPIC_API_KEY", child.err)
-        self.assertIn(self.claude.url, child.err)
-        self.assertIn("POST /v1/chat/completions", child.err)
-
-    def test_an_interrupt_is_exit_130_without_a_traceback(self):
-        child = self.serve()
-        idle = self.connect()                                   # kept alive by a client that says nothing
-        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        self.assertIn(b"200", idle.recv(100))
-        self.assertEqual(child.end(signal.SIGINT), 130)
-        self.assertNotIn("Traceback", child.err)
-
-    def test_a_signal_may_come_as_soon_as_the_address_is_out(self):
-        child = self.child("start", "-p", "0", "--host", "127.0.0.1", ANTHROPIC_API_KEY=SECRET,
-                           ANTHROPIC_BASE_URL=self.claude.url)
-        child.wait_for("on http://", "out")
-        self.assertEqual(child.end(signal.SIGTERM), 0)
-
-    def test_a_running_request_finishes_first(self):
-        child, release = self.serve(), self.slow_answer()
-        thread, answers = self.in_flight()
-        child.process.send_signal(signal.SIGTERM)
-        child.wait_for("(?i)stopping")
-        with self.assertRaises(OSError):                        # nothing new is accepted
-            self.ask("GET", "/health")
-        release.set()
-        thread.join(20)
-        self.assertEqual((answers[0].status, answers[0].message["content"]), (200, "At last"))
-        self.assertEqual(child.end(), 0)
-
-    def test_a_second_signal_ends_it_at_once(self):
-        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
-            with self.subTest(number):
-                child = self.serve()
-                self.slow_answer()
-                thread, answers = self.in_flight()
-                child.process.send_signal(number)
-                child.wait_for("(?i)stopping")
-                child.process.send_signal(number)
-                thread.join(10)                     # it would wait for its answer twice as long
-                self.assertEqual((thread.is_alive(), answers, child.end()), (False, [], code))
-                self.assertNotIn("Traceback", child.err)
-
-    def test_it_can_be_restarted_on_the_same_port_at_once(self):
-        first = self.serve()
-        connection = self.connect()
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        connection.recv(100)
-        port = str(self.service.port)
-        self.assertEqual(first.end(signal.SIGTERM), 0)
-        second = self.child("start", "--port", port, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
-        self.assertEqual(str(second.port), port)
-
-    def test_a_port_in_use_is_exit_4_and_named(self):
-        port = str(urlsplit(self.claude.url).port)
-        child = self.command("start", "--port", port, ANTHROPIC_API_KEY=SECRET)
-        self.assertEqual((child.code, child.out), (4, ""))
-        self.assertIn(port, child.err)
-        self.assertIn("--port", child.err)
-
-    def test_a_port_in_use_by_nobody_known_may_be_free_soon(self):
-        with contextlib.closing(socket.socket()) as taken, contextlib.closing(socket.socket()) as passing:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
-            passing.connect(taken.getsockname())
-            port = passing.getsockname()[1]         # its own end of the connection is not listening
-            code, _, said = run_command("start", "--port", str(port), "--host", "127.0.0.1", ANTHROPIC_API_KEY="k")
-        self.assertEqual(code, 4)
-        self.assertIn("just passing: it may be free again within a minute. Another port:", said)
-        self.assertIn("start --port %d --host 127.0.0.1" % (port % 65_535 + 1), said)
-
-    def connection(self):
-        """A connection of ours: its end, whose port it is about, and the other end."""
-        with contextlib.closing(socket.socket()) as server:
-            server.bind(("127.0.0.1", 0))
-            server.listen(1)
-            mine = socket.socket()
-            self.addCleanup(mine.close)
-            mine.bind(("127.0.0.1", 0))             # a port that no closed connection of an earlier test holds as well
-            mine.connect(server.getsockname())
-            theirs = server.accept()[0]
-            self.addCleanup(theirs.close)
-        return mine, theirs
-
-    @unittest.skipUnless(sys.platform == "linux", "no /proc/net/tcp here")
-    def test_a_port_that_a_connection_has_just_left_is_waited_for(self):
-        mine, theirs = self.connection()
-        port = mine.getsockname()[1]
-        mine.shutdown(socket.SHUT_WR)               # who closes first keeps the port in TIME-WAIT
-        theirs.close()
-        mine.recv(1)
-        mine.close()
-        child = self.child("start", "-p", str(port), "--host", "127.0.0.1", "--alias", "my model=opus",
-                           "--api-key", "the-client-key", ANTHROPIC_API_KEY=SECRET)
-        child.wait_for("waiting up to a minute.*\n")
-        self.assertIn("Port %d is held by a connection that has just closed" % port, child.err)
-        self.assertRegex(child.err, r"Or: \S+ \S+ start --port %d --host 127.0.0.1 --alias 'my model=opus' "
-                                    r"--api-key KEY\n" % (port % 65_535 + 1))
-        self.assertNotIn("the-client-key", child.err)
-        self.assertEqual((child.end(signal.SIGTERM), child.out), (0, ""))
-
-    @unittest.skipUnless(sys.platform == "linux", "no /proc/net/tcp here")
-    def test_a_port_is_taken_as_soon_as_it_is_free(self):
-        parsed = claude_gateway.argument_parser().parse_args(["start"])
-        kept = claude_gateway.TIME_WAIT_PATIENCE
-        self.addCleanup(setattr, claude_gateway, "TIME_WAIT_PATIENCE", kept)
-        for patience, closing, taken in ((kept, True, True), (kept, False, False), (-1, True, False)):
-            with self.subTest(patience=patience, closing=closing):
-                mine, theirs = self.connection()
-                gateway = Gateway(Config(host="127.0.0.1", port=mine.getsockname()[1], anthropic_api_key="k"))
-                self.addCleanup(gateway.close)
-                if closing:                         # half closed: nobody can use it any more
-                    mine.shutdown(socket.SHUT_WR)
-                finding = claude_gateway.port_finding(gateway.config)
-                self.assertEqual(finding.level, "warning" if closing else "failed")
-                self.assertIn("Wait" if closing else "claude-gateway start --port %d --host 127.0.0.1" % (
-                    gateway.config.port % 65_535 + 1), finding.step)
-                claude_gateway.TIME_WAIT_PATIENCE = patience
-                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                # whoever waits here frees the port: a reset leaves no TIME-WAIT behind
-                ends = [mine, theirs]
-                stop = SimpleNamespace(wait=lambda seconds, ends=ends: (ends.pop().close(), ends.pop().close())[0])
-                with contextlib.redirect_stderr(io.StringIO()):
-                    if taken:
-                        service = claude_gateway.service_on_its_port(gateway, parsed, stop)
-                        self.assertEqual(service.port, gateway.config.port)
-                        service.stop_accepting()
-                    else:
-                        with self.assertRaises(OSError):
-                            claude_gateway.service_on_its_port(gateway, parsed, stop)
-
-    @POSIX_ONLY
-    def test_it_runs_without_standard_output_and_error(self):
-        ended = subprocess.Popen(["sh", "-c", 'exec "$0" "$1" start --demo -p "$2" --host 127.0.0.1 >&- 2>&-',
-                                  sys.executable, PROGRAM, str(self.free_port())], env=self.environment({}))
-        self.addCleanup(ended.kill)
-        for _ in range(1_000):
-            with contextlib.suppress(OSError):
-                if self.ask("GET", "/health").status == 200:
-                    break
-            self.assertIsNone(ended.poll())
-            time.sleep(0.01)
-        ended.send_signal(signal.SIGTERM)
-        self.assertEqual(ended.wait(20), 0)
-
-    def free_port(self) -> int:
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.service = SimpleNamespace(port=probe.getsockname()[1])
-        return self.service.port
-
-    def test_on_all_addresses_the_pasted_one_is_no_address_of_this_page(self):
-        for flags, pasted, named in (((), "ADDRESS-OF-THIS-MACHINE", True),
-                                     (("--allow-host", "gateway.lan"), "gateway.lan", False)):
-            with self.subTest(flags):
-                child = self.child("start", "--demo", "-p", "0", "--host", "0.0.0.0", *flags,
-                                   CLAUDE_GATEWAY_API_KEY="k")
-                port = child.wait_for(r"on http://0\.0\.0\.0:(\d+)/v1", "out").group(1)
-                child.wait_for("base URL http://%s:%s/v1 " % (pasted, port))
-                self.assertEqual(child.end(signal.SIGTERM), 0)
-                self.assertIn("Clients: a key is needed\n", child.err)
-                self.assertEqual("--allow-host NAME" in child.err, named)
-
-    def test_the_proxy_in_use_is_named_without_its_credentials(self):
-        child = self.serve(ANTHROPIC_BASE_URL="https://upstream.test",
-                           HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:9")
-        answer = self.chat(headers={"x-stainless-retry-count": "1"})
-        child.end(signal.SIGTERM)
-        self.assertIn("Proxy: http://***@127.0.0.1:9\n", child.err)
-        self.assertIn("The proxy 127.0.0.1:9 could not be reached: ", answer.error["message"])
-        self.assertNotIn("proxy-password", child.err)
-
-    def test_on_a_terminal_a_first_start_asks_first(self):
-        try:
-            import pty
-        except ImportError:
-            self.skipTest("no pseudo terminals here")
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-        child = self.child("start", "--port", "0", stdin=slave)
-        os.close(slave)
-        child.wait_for(r"No credential\. Sign in with a Claude account now\? \[y/N\] ")
-        os.write(master, b"\n")
-        self.assertEqual(child.end(), 3)
-        self.assertRegex(child.err, r"No credential\. Set ANTHROPIC_API_KEY, or run")
-        self.assertNotIn("claude.ai", child.err)
-
-    def test_an_alias_for_nothing_known_draws_a_warning(self):
-        child = self.child("start", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
-                           "bar=opus", "--alias", "*=gpt-4o", ANTHROPIC_API_KEY="k",
-                           ANTHROPIC_BASE_URL=self.claude.url, REQUESTS_CA_BUNDLE="/nowhere.pem")
-        child.wait_for("Paste into your tool")
-        self.assertEqual(re.findall("Warning: (.*?):", child.err), ["--alias foo=sonet"])
-        self.assertIn("Warning: REQUESTS_CA_BUNDLE names /nowhere.pem, which is not there", child.err)
-        self.assertIn("Nearest: sonnet,", child.err)
-
-    def test_what_cannot_be_started_says_why_with_its_exit_code(self):
-        key = {"ANTHROPIC_API_KEY": SECRET}
-        cases = (
-            (["start"], {}, 3, "ANTHROPIC_API_KEY.*login|login.*ANTHROPIC_API_KEY"),
-            (["start", "--auth", "oauth"], key, 3, "login"),
-            (["start", "--auth", "api-key"], {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-x"}, 3, "ANTHROPIC_API_KEY"),
-            (["start", "--host", "0.0.0.0"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
-            (["start", "--host", "::"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
-            (["start", "--host", "192.0.2.7"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
-            (["start", "--host", "0.0.0.0", "--demo"], {}, 2, "CLAUDE_GATEWAY_API_KEY"),
-            (["start", "--cors-origin", "*"], key, 2, "cors-origin"),
-            (["start"], dict(key, CLAUDE_GATEWAY_PORT="", ANTHROPIC_BASE_URL="http://localhost:45554"), 2,
-             "(?i)own address"),
-            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://127.0.0.1:5123/v1"), 2, "(?i)own address"),
-            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://[::1]:5123"), 2, "(?i)own address"),
-            (["start"], dict(key, ANTHROPIC_BASE_URL="http://example.com"), 2, "ANTHROPIC_BASE_URL"),
-            (["start"], dict(key, ANTHROPIC_BASE_URL="ftp://localhost"), 2, "ANTHROPIC_BASE_URL"),
-            (["start"], dict(key, ANTHROPIC_BASE_URL="api.anthropic.com"), 2, "ANTHROPIC_BASE_URL"),
-            (["start"], dict(key, CLAUDE_GATEWAY_TOKEN_URL="http://example.com/token"), 2, "CLAUDE_GATEWAY_TOKEN_URL"),
-            (["start", "--api-key", ""], key, 2, "(?i)empty"),
-            (["start", "--api-key", " "], key, 2, "(?i)empty"),
-            (["start"], dict(key, CLAUDE_GATEWAY_API_KEY="good,,"), 2, "(?i)empty"),
-            (["start", "--port", "abc"], key, 2, "port"),
-            (["start", "--port", "65536"], key, 2, "port"),
-            (["start", "--port=-1"], key, 2, "port"),
-            (["start", "--no-such-option"], key, 2, "no-such-option"),
-            (["start", "--token-file", os.path.join(PROGRAM, "tokens.json")], {}, 3, re.escape(PROGRAM)),
-            (["start"], dict(key, HTTPS_PROXY="socks5://127.0.0.1:1080"), 2, "(?i)socks"),
-            (["bake"], {}, 2, "bake"),
-            ([], {}, 2, "start"),
-        )
-        done = self.commands(*[(arguments, variables) for arguments, variables, _, _ in cases])
-        for child, (arguments, variables, code, words) in zip(done, cases):
-            with self.subTest(arguments=arguments, variables=variables):
-                self.assertEqual(child.code, code, child.err)
-                self.assertRegex(child.err.replace("\n", " "), words)
-                self.assertEqual(child.out, "")
-                self.assertNotIn(SECRET, child.err)
-
-    def test_an_upstream_that_is_down_does_not_keep_it_from_starting(self):
-        self.serve(ANTHROPIC_BASE_URL="http://127.0.0.1:9")
-        self.assertEqual(self.chat(headers={"x-stainless-retry-count": "1"}).status, 502)
-
-    def test_a_damaged_token_file_is_named_and_left_as_it_is(self):
-        os.makedirs(os.path.dirname(self.token_path))
-        with open(self.token_path, "wb") as file:
-            file.write(b"{ torn")
-        for child in self.commands((["start"], {}), (["status"], {}), (["status", "--json"], {})):
-            with self.subTest(child):
-                self.assertIn(child.code, (1, 3))
-                self.assertIn(self.token_path, child.err)
-        with open(self.token_path, "rb") as file:
-            self.assertEqual(file.read(), b"{ torn")
-        self.assertEqual(os.listdir(os.path.dirname(self.token_path)), ["oauth-tokens.json"])
-
-    def test_keys_of_clients_are_taken_from_both_places_and_one_draws_a_warning(self):
-        child = self.serve("--api-key", "first-client-key", "--api-key", "second-client-key")
-        for key, status in (("first-client-key", 200), ("second-client-key", 200), ("third", 401)):
-            self.assertEqual(self.chat(headers={"authorization": "Bearer " + key}).status, status)
-        child.end(signal.SIGTERM)
-        self.assertEqual(len([line for line in child.err.split("\n") if "CLAUDE_GATEWAY_API_KEY" in line]), 1)
-        self.assertNotIn("client-key", child.err)
-    def test_quiet_says_nothing_but_the_address(self):
-        child, release = self.serve("-q"), self.slow_answer()
-        self.chat(nonsense=1, headers={"x-api-key": "k"}, messages="none")
-        thread, _ = self.in_flight()
-        child.process.send_signal(signal.SIGTERM)
-        for _ in range(1_000):                                  # it is stopping when it accepts nothing more
-            try:
-                socket.create_connection(("127.0.0.1", self.service.port), 5).close()
-            except OSError:
-                break
-            thread.join(0.01)
-        release.set()
-        self.assertEqual((child.end(), child.err), (0, ""))
-        self.assertIn("http://127.0.0.1:", child.out)
-
-    def test_looking_at_the_gateway_is_logged_in_full_only(self):
-        for level in ((), ("-m",), ("-V",)):
-            with self.subTest(level=level):
-                child = self.serve(*level)
-                for path in ("/", "/metrics", "/health?why=not", "/nowhere"):
-                    self.ask("GET", path)
-                self.ask("POST", "/", {})
-                child.end(signal.SIGTERM)
-                self.assertEqual(bool(re.search(r"GET +/(metrics)? +200|GET +/health +200", child.err)),
-                                 level == ("-V",))
-                self.assertRegex(child.err, r"GET +/nowhere +404")
-                self.assertRegex(child.err, r"POST +/ +405")        # what was refused is told
-
-    def test_each_level_logs_what_it_promises(self):
-        levels = ((), ("-m",), ("-V",), ("--log-format", "json", "--alias", "foo=sonet"))
-        children = [self.child("start", "-p", "0", "--host", "127.0.0.1", *level, ANTHROPIC_API_KEY=SECRET,
-                               ANTHROPIC_BASE_URL=self.claude.url) for level in levels]
-        for child in children:
-            self.service = SimpleNamespace(port=child.port)
-            self.claude.play(message(text("Words of the answer"), model="claude-sonnet-5-5"))
-            self.chat("Words of the request", seed=5)
-            child.process.send_signal(signal.SIGTERM)
-        for level, child in zip(levels, children):
-            with self.subTest(level):
-                child.end()
-                lines = [line for line in child.err.strip().split("\n") if "Stopping" not in line]  # may come between
-                about = [number for number, line in enumerate(lines) if "/v1/chat/completions" in line]
-                self.assertEqual("Words of the request" in child.err, level == ("-V",))
-                self.assertEqual("Words of the answer" in child.err, level == ("-V",))
-                if level == ():
-                    self.assertEqual(len(about), 1)
-                    self.assertRegex(lines[about[0]],
-                                     r"POST /v1/chat/completions 200 .*claude-sonnet-5-5.* in 12 .*req_")
-                    self.assertIn("seed", lines[about[0] + 1])
-                    self.assertNotRegex("".join(lines[about[0] + 2:]), r"\A\d\d:")
-                elif level == ("-m",):
-                    self.assertRegex(lines[about[0]], r"POST /v1/chat/completions 200 \d+ ms\Z")
-                    self.assertNotIn("seed", child.err)
-                elif "json" in level:
-                    entry = json.loads(lines[about[0]])
-                    self.assertEqual((entry["level"], entry["status"], entry["path"]),
-                                     ("info", 200, "/v1/chat/completions"))
-                    entries = [json.loads(line) for line in child.err.strip().split("\n")]     # all of them
-                    self.assertEqual(sum("seed" in json.dumps(entry) for entry in entries), 1)
-                    self.assertEqual([entry["level"] for entry in entries if "foo" in entry["message"]], ["warning"])
-                    self.assertTrue(any(entry["message"].startswith("Paste into your tool") for entry in entries))
-
-    def test_without_a_home_keys_work_and_logins_say_what_is_missing(self):
-        # a home that is no absolute path is what a process without a home looks like
-        child = self.serve(HOME="nowhere", APPDATA=None)
-        self.assertEqual(self.chat().status, 200)
-        child.end(signal.SIGTERM)
-        homeless = {"HOME": "nowhere", "APPDATA": None}
-        login, status, start, logout = self.commands(*[(arguments, homeless) for arguments in (
-            ["login", "--no-browser"], ["status"], ["start"], ["logout"])])
-        self.assertEqual((login.code, status.code, start.code), (2, 3, 3))
-        self.assertIn("--token-file", login.err)
-        self.assertIn(logout.code, (0, 2))
-        self.assertEqual(os.listdir(self.working_directory), [])
-
-    def test_nothing_is_read_from_the_working_directory(self):
-        for name in ("oauth-tokens.json", ".oauth-tokens.json", "claude-gateway/oauth-tokens.json",
-                     ".config/claude-gateway/oauth-tokens.json"):
-            claude_gateway.TokenFile(os.path.join(self.working_directory, name)).write(stored_token())
-        for name in (".env", "claude-gateway.env", ".claude-gateway"):
-            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
-                file.write("ANTHROPIC_API_KEY=sk-ant-api03-x\n")
-        for name in ("ssl.py", "json.py", "webbrowser.py"):
-            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
-                file.write("raise SystemExit(99)\n")
-        child = self.child("status")
-        self.assertEqual(child.end(), 3, child.err)
-
-    def test_a_login_is_used_and_named(self):
-        self.sign_in(account={"email_address": "me@example.org"})
-        child = self.serve(ANTHROPIC_API_KEY="")                # empty counts as unset
-        self.assertEqual(self.chat().status, 200)
-        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + OLD_ACCESS)
-        child.wait_for("me@example.org")
-        child.wait_for("(?i)terms")
-
-    def test_on_a_terminal_a_first_start_signs_in_first(self):
-        try:
-            import pty
-        except ImportError:
-            self.skipTest("no pseudo terminals here")
-        self.claude.token_replies.append(token_answer())
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-        child = self.child("start", "--port", "0", stdin=slave, BROWSER="true", ANTHROPIC_BASE_URL=self.claude.url,
-                           CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
-        os.close(slave)
-        child.wait_for(r"\[y/N\]")
-        os.write(master, b"y\n")
-        state = parse_qs(child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)").group(1))["state"][0]
-        child.wait_for("2026-08-22")
-        child.wait_for("Code: ")
-        os.write(master, ("the-code#%s\n" % state).encode())
-        self.service = SimpleNamespace(port=child.port)
-        self.assertEqual(self.chat().status, 200)
-        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
-        self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertEqual(len(child.out.strip().split("\n")), 1)
-
-
-def config_of(*arguments: str, **variables: str) -> Config:
-    """What `start` makes of flags and variables."""
-    return claude_gateway.config_from(claude_gateway.argument_parser().parse_args(["start"] + list(arguments)),
-                                      dict({"HOME": "/home/me", "APPDATA": "C:\\Users\\me"}, **variables))
-
-
-class OptionTests(unittest.TestCase):
-    CASES = (                                       # flags, variable, its value, field, by flag, by variable, default
-        (("--port", "1"), "PORT", "2", "port", 1, 2, 45554), (("-p", "0"), "PORT", "2", "port", 0, 2, 45554),
-        (("--host", "::1"), "HOST", "127.0.0.2", "host", "::1", "127.0.0.2", "localhost"),
-        (("--api-key", "a", "--api-key", "b"), "API_KEY", "c, d", "api_key", ("a", "b"), ("c", "d"), ()),
-        (("--verbose",), "VERBOSE", "1", "verbose", True, True, False),
-        (("-V",), "VERBOSE", "yes", "verbose", True, True, False),
-        (("--minimal",), "MINIMAL", "true", "minimal", True, True, False),
-        (("-m",), "MINIMAL", "TRUE", "minimal", True, True, False),
-        (("--quiet",), "QUIET", "on", "quiet", True, True, False), (("-q",), "QUIET", "On", "quiet", True, True, False),
-        (("--log-format", "text"), "LOG_FORMAT", "json", "log_format", "text", "json", "text"),
-        (("--auth", "oauth"), "AUTH", "api-key", "auth", "oauth", "api-key", "auto"),
-        (("--token-file", "/a"), "TOKEN_FILE", "/b", "token_file", "/a", "/b", None),
-        (("--alias", "x=opus", "--alias", "*=haiku"), "ALIAS", "y=sonnet,z=a=b", "alias",
-         (("x", "opus"), ("*", "haiku")), (("y", "sonnet"), ("z", "a=b")), ()),
-        (("--allow-host", "a", "--allow-host", "b"), "ALLOW_HOST", "c,d", "allow_host", ("a", "b"), ("c", "d"), ()),
-        (("--cors-origin", "app://x"), "CORS_ORIGIN", "null,https://y", "cors_origin", ("app://x",),
-         ("null", "https://y"), ()),
-        (("--relax-x509",), "RELAX_X509", "1", "relax_x509", True, True, False),
-        (("--no-cache",), "NO_CACHE", "1", "no_cache", True, True, False),
-        (("--strict",), "STRICT", "1", "strict", True, True, False),
-        (("--demo",), "DEMO", "1", "demo", True, True, False),
-    )
-
-    def test_flag_over_environment_over_default(self):
-        for flags, name, value, field_name, by_flag, by_variable, default in self.CASES:
-            variable = "CLAUDE_GATEWAY_" + name
-            with self.subTest(variable):
-                if default is not None:
-                    self.assertEqual(getattr(config_of(), field_name), default)
-                self.assertEqual(getattr(config_of(*flags), field_name), by_flag)
-                self.assertEqual(getattr(config_of(**{variable: value}), field_name), by_variable)
-                self.assertEqual(getattr(config_of(*flags, **{variable: value}), field_name), by_flag)
-
-    def test_an_empty_variable_counts_as_unset(self):
-        for _, name, _, _, _, _, _ in self.CASES:
-            for empty in ("", " "):
-                with self.subTest(name=name, empty=empty):
-                    self.assertEqual(config_of(**{"CLAUDE_GATEWAY_" + name: empty}), config_of())
-        for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_BASE_URL",
-                     "CLAUDE_GATEWAY_TOKEN_URL", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "SSL_CERT_FILE",
-                     "XDG_CONFIG_HOME"):
-            with self.subTest(name):
-                self.assertEqual(config_of(**{name: ""}), config_of())
-
-    def test_a_switch_in_the_environment_can_be_off(self):
-        for word in ("0", "false", "no", "off", "OFF"):
-            self.assertIs(config_of(CLAUDE_GATEWAY_DEMO=word).demo, False)
-
-    def test_values_that_make_no_sense_are_usage_errors_that_name_them(self):
-        cases = (({"CLAUDE_GATEWAY_PORT": "x"}, "(?i)port"), ({"CLAUDE_GATEWAY_PORT": "70000"}, "(?i)port"),
-                 ({"CLAUDE_GATEWAY_AUTH": "x"}, "AUTH"), ({"CLAUDE_GATEWAY_LOG_FORMAT": "xml"}, "LOG_FORMAT"),
-                 ({"CLAUDE_GATEWAY_DEMO": "maybe"}, "DEMO"), ({"CLAUDE_GATEWAY_ALIAS": "opus"}, "(?i)alias"),
-                 ({"CLAUDE_GATEWAY_ALIAS": "=opus"}, "(?i)alias"), ({"CLAUDE_GATEWAY_ALIAS": "x="}, "(?i)alias"),
-                 ({"CLAUDE_GATEWAY_API_KEY": ","}, "(?i)key"),
-                 ({"ANTHROPIC_BASE_URL": "https://user:word@example.com"}, "ANTHROPIC_BASE_URL"),
-                 ({"ANTHROPIC_BASE_URL": "http://[::1"}, "ANTHROPIC_BASE_URL"),
-                 ({"ANTHROPIC_BASE_URL": "http://example.com"}, "ANTHROPIC_BASE_URL"),
-                 ({"CLAUDE_GATEWAY_TOKEN_URL": "http://example.com/token"}, "CLAUDE_GATEWAY_TOKEN_URL"),
-                 ({"ANTHROPIC_BASE_URL": "http://localhost:99999"}, "ANTHROPIC_BASE_URL"),
-                 ({"HTTPS_PROXY": "socks5h://127.0.0.1:1"}, "(?i)proxy"),
-                 ({"HTTPS_PROXY": "http:/user:word@proxy"}, "(?i)proxy"),
-                 ({"HTTPS_PROXY": "http://[::1"}, "(?i)proxy"), ({"HTTPS_PROXY": "http://proxy:port"}, "(?i)proxy"),
-                 ({"ANTHROPIC_API_KEY": "two\nlines"}, "ANTHROPIC_API_KEY"),
-                 ({"ANTHROPIC_AUTH_TOKEN": "\u043a\u043b\u044e\u0447"}, "ANTHROPIC_AUTH_TOKEN"))
-        for variables, words in cases:
-            with self.subTest(variables):
-                with self.assertRaisesRegex(claude_gateway.UsageError, words) as raised:
-                    config_of(**variables)
-                self.assertNotIn("user:word", str(raised.exception))
-
-    def test_the_log_has_one_loudness(self):
-        for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
-                                 ((), {"CLAUDE_GATEWAY_VERBOSE": "1", "CLAUDE_GATEWAY_QUIET": "1"})):
-            with self.subTest(flags=flags):
-                with self.assertRaisesRegex(claude_gateway.UsageError, r"--\w+ and --\w+ exclude each other"):
-                    config_of(*flags, **variables)
-        config = config_of("-q", CLAUDE_GATEWAY_VERBOSE="1")               # a flag wins over a variable
-        self.assertEqual((config.quiet, config.verbose), (True, False))
-
-    def test_blanks_around_a_credential_do_not_count(self):
-        config = config_of(ANTHROPIC_API_KEY=" sk-ant-k\n", ANTHROPIC_AUTH_TOKEN="t \r\n",
-                           CLAUDE_CODE_OAUTH_TOKEN="\to")
-        self.assertEqual((config.anthropic_api_key, config.anthropic_auth_token, config.claude_code_oauth_token),
-                         ("sk-ant-k", "t", "o"))
-
-    def test_the_environment_names_are_those_that_people_have_already(self):
-        config = config_of(ANTHROPIC_API_KEY="k", ANTHROPIC_AUTH_TOKEN="t", CLAUDE_CODE_OAUTH_TOKEN="o",
-                           ANTHROPIC_BASE_URL="https://proxy.example.com/anthropic", HTTPS_PROXY="http://p:1",
-                           CLAUDE_GATEWAY_TOKEN_URL="https://api.anthropic.com/v1/oauth/token", NO_PROXY="a,b",
-                           REQUESTS_CA_BUNDLE="/ca.pem")
-        self.assertEqual((config.anthropic_api_key, config.anthropic_auth_token, config.claude_code_oauth_token,
-                          config.base_url, config.https_proxy, config.token_url, config.no_proxy, config.ca_file),
-                         ("k", "t", "o", "https://proxy.example.com/anthropic", "http://p:1",
-                          "https://api.anthropic.com/v1/oauth/token", "a,b", "/ca.pem"))
-        self.assertEqual((config_of().base_url, config_of().token_url),
-                         ("https://api.anthropic.com", "https://platform.claude.com/v1/oauth/token"))
-
-    @POSIX_ONLY
-    def test_the_token_file_lies_in_the_users_configuration_directory(self):
-        usual = os.path.join(os.path.expanduser("~"), ".config/claude-gateway/oauth-tokens.json")
-        for variables, path in (({}, usual),
-                                ({"XDG_CONFIG_HOME": "/x"}, "/x/claude-gateway/oauth-tokens.json"),
-                                # XDG: "All paths must be absolute. If [...] relative [...] ignore it."
-                                ({"XDG_CONFIG_HOME": "x"}, usual),
-                                ({"CLAUDE_GATEWAY_TOKEN_FILE": "/t.json"}, "/t.json")):
-            with self.subTest(variables):
-                self.assertEqual(config_of(**variables).token_file, path)
-
-    def test_a_key_opens_every_address(self):
-        for host in ("0.0.0.0", "::", "192.0.2.7", "gateway.example.com"):
-            claude_gateway.check_exposure(config_of("--host", host, CLAUDE_GATEWAY_API_KEY="k"))
-        for host in ("localhost", "127.0.0.1", "::1", "127.1.2.3", "gateway.localhost"):
-            claude_gateway.check_exposure(config_of("--host", host))
-
-    def test_without_a_key_only_this_machine_can_be_listened_to(self):
-        for flags in (("--host", "0.0.0.0"), ("--host", "::"), ("--host", "192.0.2.7"),
-                      ("--host", "gateway.example.com"), ("--cors-origin", "*")):
-            with self.subTest(flags), self.assertRaisesRegex(claude_gateway.UsageError, "CLAUDE_GATEWAY_API_KEY"):
-                claude_gateway.check_exposure(config_of(*flags))
-
-    def test_its_own_address_is_known_in_every_spelling(self):
-        for url, own in (("http://127.0.0.1:5123/v1", True), ("http://[::1]:5123", True),
-                         ("http://localhost:5123", True), ("http://127.0.0.1:5124", False),
-                         ("https://example.com:5123", False)):
-            with self.subTest(url):
-                self.assertEqual(claude_gateway.is_own_address(config_of("-p", "5123", ANTHROPIC_BASE_URL=url)), own)
-
-    def test_a_config_does_not_show_its_secrets(self):
-        shown = repr(config_of(ANTHROPIC_API_KEY="secret-1", ANTHROPIC_AUTH_TOKEN="secret-2",
-                               CLAUDE_CODE_OAUTH_TOKEN="secret-3", CLAUDE_GATEWAY_API_KEY="secret-4",
-                               HTTPS_PROXY="http://user:secret-5@proxy:1"))
-        self.assertNotIn("secret", shown)
-
-
-@POSIX_ONLY
-class LoginCommandTests(CommandTestCase):
-    def begin(self, *arguments, **variables):
-        """A login that waits for its code, and the query of the address it shows."""
-        child = self.child("login", "--no-browser", *arguments, CLAUDE_GATEWAY_TOKEN_URL=self.token_url, **variables)
-        address = child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)")
-        return child, {name: values[0] for name, values in parse_qs(address.group(1)).items()}
-
-    def test_the_code_is_exchanged_with_the_verifier_of_the_challenge(self):
-        self.claude.token_replies.append(token_answer(account={"email_address": "me@example.org"}))
-        child, query = self.begin()
-        child.type("the-code#%s\n" % query["state"])
-        self.assertEqual(child.end(), 0, child.err)
-        request, = self.claude.requests
-        code_verifier = request.body.pop("code_verifier")
-        self.assertEqual(request.body, {"grant_type": "authorization_code", "code": "the-code", "state": query["state"],
-                                        "client_id": CLIENT_ID, "redirect_uri": REDIRECT_PAGE})
-        self.assertEqual(request.headers["content-type"], "application/json")
-        self.assertRegex(code_verifier, r"\A[A-Za-z0-9._~-]{43,128}\Z")
-        self.assertEqual(query["code_challenge"], challenge_of(code_verifier))
-        self.assertEqual(query["redirect_uri"], REDIRECT_PAGE)
-        self.assertEqual(len({query["state"], query["code_challenge"], code_verifier}), 3, "the state is no secret")
-        with open(self.token_path, encoding="utf-8") as file:
-            stored = json.load(file)
-        self.assertEqual(sorted(set(stored) - {"account"}), TOKEN_FIELDS)
-        self.assertEqual((stored["access_token"], stored["refresh_token"], stored["token_type"]),
-                         (NEW_ACCESS, NEW_REFRESH, "Bearer"))
-        self.assertAlmostEqual(stored["expires_at"], time.time() + 28_800, delta=60)
-        self.assertEqual([oct(os.stat(path).st_mode & 0o777) for path in
-                          (self.token_path, os.path.dirname(self.token_path))], ["0o600", "0o700"])
-        self.assertIn("me@example.org", child.err)
-        self.assertIn(self.token_path, child.err)
-        self.assertEqual(child.out, "")
-        for secret in (code_verifier, NEW_ACCESS, NEW_REFRESH):
-            self.assertNotIn(secret, child.err)
-
-    def test_the_terms_are_told_with_dates_before_anything_is_asked(self):
-        helped = self.command("login", "--help")
-        child = self.command("login", "--no-browser")
-        for said in (child.err, helped.out):
-            for words in ("2026-08-22", "2026-09-14", "terms", "API key", "always fine", "client id", "redirect page",
-                          "system block"):
-                self.assertIn(words, said)
-        self.assertLess(child.err.index("2026-08-22"), child.err.index("https://claude.ai/oauth/authorize"))
-
-    def test_a_callback_address_is_taken_and_a_bare_code_is_warned_about(self):
-        for paste, warned in (("%s?code=the-code&state={state}" % REDIRECT_PAGE, False), ("the-code", True)):
-            with self.subTest(paste):
-                self.claude.reset()
-                self.claude.token_replies.append(token_answer())
-                child, query = self.begin()
-                child.type(paste.format(**query) + "\n")
-                self.assertEqual(child.end(), 0, child.err)
-                self.assertEqual("Warning" in child.err, warned)
-                self.assertEqual((self.claude.requests[0].body["code"], self.claude.requests[0].body["state"]),
-                                 ("the-code", query["state"]))
-
-    def test_a_paste_that_cannot_be_right_never_reaches_the_endpoint(self):
-        cases = (("the-code#of-another-sign-in\n", 1), ("\n", 3), ("", 3), ("https://[broken\n", 1),
-                 ("%s?error=access_denied\n" % REDIRECT_PAGE, 1))
-        done = self.commands(*[(["login", "--no-browser"], {"CLAUDE_GATEWAY_TOKEN_URL": self.token_url}, paste)
-                               for paste, _ in cases])
-        for child, (paste, code) in zip(done, cases):
-            with self.subTest(paste):
-                self.assertEqual(child.code, code, child.err)
-        self.assertEqual(self.claude.requests, [])
-        self.assertFalse(os.path.exists(self.token_path))
-
-    def test_a_refusal_is_told_in_the_endpoints_words_and_stores_nothing(self):
-        cases = ((Reply(400, body={"error": "invalid_grant", "error_description": "Code expired"}), "Code expired"),
-                 (Reply(429, body=error_body("rate_limit_error", "Slow down, please")), "Slow down, please"),
-                 (Reply(403, body=b"<html>blocked</html>"), "403"), (Reply(200, body=b"<html>"), "200"))
-        self.claude.token_replies += [reply for reply, _ in cases]
-        done = self.commands(*[(["login", "--no-browser"], {"CLAUDE_GATEWAY_TOKEN_URL": self.token_url}, "the-code\n")
-                               for _ in cases])
-        for child, (_, words) in zip(done, cases):
-            with self.subTest(words):
-                self.assertIn(child.code, (1, 3, 5))
-                self.assertIn(words, child.err)
-        self.assertFalse(os.path.exists(self.token_path))
-
-    def test_an_endpoint_that_cannot_be_reached_is_exit_5(self):
-        child = self.command("login", "--no-browser", typed="the-code\n",
-                             CLAUDE_GATEWAY_TOKEN_URL="http://127.0.0.1:9/token")
-        self.assertEqual(child.code, 5)
-        self.assertNotIn("the-code", child.err)
-
-    def test_a_redirect_of_the_endpoint_is_not_followed(self):
-        with FakeClaude() as elsewhere:
-            self.claude.token_replies.append(Reply(307, {"location": elsewhere.url + "/v1/oauth/token"}))
-            child = self.command("login", "--no-browser", typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
-            self.assertNotEqual(child.code, 0)
-            self.assertEqual(elsewhere.requests, [])
-
-    def test_a_place_that_cannot_be_written_is_named(self):
-        self.claude.token_replies.append(token_answer())
-        child = self.command("login", "--no-browser", "--token-file", os.path.join(PROGRAM, "tokens.json"),
-                             typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
-        self.assertEqual(child.code, 1)
-        self.assertIn(os.path.join(PROGRAM, "tokens.json"), child.err)
-
-    def test_an_interrupt_at_the_prompt_is_exit_130_without_a_traceback(self):
-        child, _ = self.begin()
-        child.wait_for("Code: ")
-        child.process.send_signal(signal.SIGINT)
-        self.assertEqual(child.process.wait(20), 130)
-        self.assertNotIn("Traceback", child.err)
-
-    def test_a_damaged_file_is_kept_aside_by_a_new_login(self):
-        os.makedirs(os.path.dirname(self.token_path))
-        with open(self.token_path, "wb") as file:
-            file.write(b"{ torn")
-        self.claude.token_replies.append(token_answer())
-        child = self.command("login", "--no-browser", typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
-        self.assertEqual(child.code, 0, child.err)
-        directory = os.path.dirname(self.token_path)
-        kept, = [name for name in os.listdir(directory) if "damaged" in name]
-        with open(os.path.join(directory, kept), "rb") as file:
-            self.assertEqual(file.read(), b"{ torn")
-        self.assertIn(kept, child.err)
-
-
-@POSIX_ONLY
-class OtherCommandTests(CommandTestCase):
-    def test_logout_forgets_and_says_so(self):
-        self.sign_in()
-        twice = self.commands((["logout"], {}), (["logout"], {}))
-        for child, words in zip(twice, (self.token_path, "no stored login")):
-            self.assertEqual((child.code, child.out), (0, ""))
-            self.assertIn(words, child.err)
-        self.assertFalse(os.path.exists(self.token_path))
-
-    def test_logout_from_an_impossible_place_is_no_traceback(self):
-        for child in self.commands((["logout", "--token-file", self.home], {}),
-                                   (["logout", "--token-file", os.path.join(PROGRAM, "tokens.json")], {})):
-            self.assertIn(child.code, (0, 1))
-        self.assertTrue(os.path.isdir(self.home))
-
-    def test_logout_without_a_login_writes_nothing(self):
-        self.assertIn("no stored login", self.command("logout").err)
-        self.assertEqual(os.listdir(self.home), [])
-
-    def test_a_place_that_cannot_hold_a_login_is_told_before_the_sign_in(self):
-        child = self.command("login", "--no-browser", "--token-file", os.path.join(PROGRAM, "tokens.json"))
-        self.assertEqual(child.code, 1)
-        self.assertIn("A login cannot be stored in %s: " % os.path.join(PROGRAM, "tokens.json"), child.err)
-        self.assertNotIn("Visit", child.err)
-
-    def test_an_empty_home_is_none(self):
-        child = self.command("login", "--no-browser", HOME="", APPDATA="")
-        self.assertEqual(child.code, 2)
-        self.assertIn("There is no home directory", child.err)
-
-    def test_status_tells_which_credential_and_whose(self):
-        none, key, bearer = self.commands((["status"], {}), (["status"], {"ANTHROPIC_API_KEY": SECRET}),
-                                          (["status"], {"CLAUDE_CODE_OAUTH_TOKEN": SECRET}))
-        self.assertEqual((none.code, key.code, bearer.code), (3, 0, 0))
-        nobody = "No gateway answers on port %d.\n" % self.closed_port
-        self.assertEqual(none.out, nobody + "No credential. Set ANTHROPIC_API_KEY, or run "
-                         "`claude-gateway login`; `claude-gateway start --demo` needs neither.\n")
-        self.assertIn(nobody + "`start` would use: API key from ANTHROPIC_API_KEY\n", key.out)
-        self.assertIn("CLAUDE_CODE_OAUTH_TOKEN", bearer.out)
-        self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example Ltd"})
-        login = self.command("status")
-        self.assertEqual(login.code, 0)
-        for words in ("me@example.org", "Example Ltd", self.token_path, "in 59 min)"):
-            self.assertIn(words, login.out)
-        self.assertEqual(self.claude.requests, [])
-
-    def test_status_as_json_is_one_object(self):
-        none, key = self.commands((["status", "--json"], {}), (["status", "--json"], {"ANTHROPIC_API_KEY": SECRET}))
-        self.assertEqual((none.code, json.loads(none.out)),
-                         (3, {"running": False, "port": self.closed_port, "credential": None}))
-        self.assertEqual((key.code, json.loads(key.out)["credential"]["kind"]), (0, "api_key"))
-        self.sign_in(account={"email_address": "me@example.org"})
-        login = self.command("status", "--json")
-        told = json.loads(login.out)["credential"]
-        self.assertEqual((login.code, told["kind"], told["account"], told["refreshable"]),
-                         (0, "oauth", "me@example.org", True))
-        self.assertAlmostEqual(told["expires_at"], time.time() + 3_600, delta=60)
-
-    def test_status_survives_odd_values_in_the_file(self):
-        cases = ({"account": "me"}, {"expires_at": "soon"}, {"expires_at": 1e300}, {"organization": ["x"]},
-                 {"expires_at": int(time.time() * 1000)})
-        paths = []
-        for number, fields in enumerate(cases):
-            paths.append(os.path.join(self.home, "%d.json" % number))
-            claude_gateway.TokenFile(paths[-1]).write(stored_token(**fields))
-        for child, fields in zip(self.commands(*[(["status", "--token-file", path], {}) for path in paths]), cases):
-            with self.subTest(fields):
-                self.assertIn(child.code, (0, 1, 3))
-
-    @POSIX_ONLY
-    def test_the_block_for_a_bug_report_does_not_tell_who_the_user_is(self):
-        self.sign_in(account={"email_address": "me@example.org"})
-        above, block = self.command("doctor", ANTHROPIC_BASE_URL="http://127.0.0.1:9").out.split("```")[:2]
-        self.assertIn("login from %s," % self.token_path, above)
-        self.assertIn("login from ~/.config/claude-gateway/oauth-tokens.json,", block)
-        for words in (self.home, "me@example.org"):
-            self.assertNotIn(words, block)
-
-    def test_models_lists_names_and_aliases(self):
-        self.claude.models = [{"type": "model", "id": "claude-sonnet-5-5", "display_name": "Claude Sonnet 5.5",
-                               "created_at": "2026-06-01T00:00:00Z"}]
-        live = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}
-        plain, as_json, built_in, down = self.commands(
-            (["models", "--alias", "mine=claude-sonnet-5-5"], live), (["models", "--json"], live),
-            (["models", "--json"], {}),
-            (["models"], {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}))
-        self.assertEqual([child.code for child in (plain, as_json, built_in, down)], [0] * 4)
-        self.assertRegex(plain.out, r"(?m)^claude-sonnet-5-5 ")
-        self.assertRegex(plain.out, r"(?m)^mine +-> claude-sonnet-5-5$")
-        self.assertRegex(plain.out, r"\Asonnet +-> claude-sonnet-5-5 +\w")
-        self.assertEqual(re.findall(r"(?m)^(\w+) +->", down.out), ["sonnet", "opus", "haiku", "fable", "mythos"])
-        self.assertGreater(down.out.index("\nclaude-opus-5-5 "), down.out.index("\nmythos "))
-        self.assertNotIn("claude-opus-4-8", plain.out)
-        entries = json.loads(as_json.out)
-        self.assertEqual({entry["object"] for entry in entries}, {"model"})
-        self.assertIn("claude-sonnet-5-5", [entry["id"] for entry in entries])
-        self.assertIn("claude-opus-5-5", [entry["id"] for entry in json.loads(built_in.out)])
-        self.assertIn("claude-opus-5-5", down.out)
-        self.assertIn("built-in", down.err)
-
-    def test_a_reader_that_goes_away_is_no_traceback(self):
-        reading, writing = os.pipe()
-        os.close(reading)
-        try:
-            done = subprocess.run([sys.executable, PROGRAM, "models"], env=self.environment({}), stdout=writing,
-                                  stderr=subprocess.PIPE, cwd=self.working_directory, timeout=20, check=False)
-        finally:
-            os.close(writing)
-        self.assertEqual(done.stderr, b"")
-
-    def test_the_version_and_the_help(self):
-        version, general, start, nothing, narrow = self.commands(
-            (["--version"], {}), (["--help"], {}), (["start", "-h"], {}), ([], {}),
-            (["start", "--help"], {"COLUMNS": "20"}))
-        self.assertEqual([child.code for child in (version, general, start, nothing, narrow)], [0, 0, 0, 2, 0])
-        real = self.child("--version")                          # once through the script itself
-        self.assertEqual((real.end(), real.err), (0, ""))
-        for out in (version.out, real.out):
-            self.assertRegex(out, r"\Aclaude-gateway \d+\.\d+\.\d+\n\Z")
-            self.assertEqual(out.split()[1], claude_gateway.VERSION)
-        for command in ("start", "login", "logout", "status", "models"):
-            self.assertRegex(general.out, r"(?m)^ +%s " % command)
-        for option in ("-p", "--port", "--host", "--api-key", "-V", "--verbose", "-m", "--minimal", "-q", "--quiet",
-                       "--log-format", "--auth", "--token-file", "--alias", "--allow-host", "--cors-origin",
-                       "--relax-x509", "--no-cache", "--strict", "--demo"):
-            self.assertRegex(start.out, r"(?m)^ +(-\w,? ?\S* ?,? )?%s\b" % re.escape(option))
-        self.assertIn("CLAUDE_GATEWAY_PORT", start.out)
-        self.assertIn("usage:", nothing.err)
-        for command, (_, words, _) in claude_gateway.COMMANDS.items():      # also the long names keep to their line
-            self.assertRegex(general.out, r"(?m)^    %s +%s$" % (command, re.escape(words)))
-        self.assertIn("claude-gateway/oauth-tokens.json", start.out)        # is not broken at its hyphen
-        self.assertLess(max(map(len, general.out.splitlines())), 80)
-        for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
-            self.assertEqual(child.code, 0)
-            self.assertIn("--token-file", child.out)
-
-    def test_an_option_says_what_it_means_to_its_command(self):
-        for command, words in (("status", "port of the gateway to ask"), ("setup", "port of the gateway, for the"),
-                               ("doctor", "port that `start` would listen on")):
-            self.assertIn(words, self.command(command, "--help", COLUMNS="200").out)
-        login = self.command("login", "--help").out
-        self.assertLess(login.index("sign in with a Claude account"), login.index("Anthropic's published terms"))
-        self.assertLess(max(map(len, login.splitlines())), 80)
-
-    def test_a_terminal_that_knows_only_ascii_stops_nothing(self):
-        self.sign_in(account={"email_address": "j\u00fcrgen@example.org"}, organization={"name": "Fuchs \U0001f98a"})
-        ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
-        for child in (self.child("status", **ascii_only), self.child("start", "--help", **ascii_only)):
-            self.assertEqual((child.end(), child.err), (0, ""))
-        child = self.serve("-V", "--alias", "f\u00fcchse=sonnet", **ascii_only)
-        self.assertEqual(self.chat("\U0001f98a\u2028\u00fc").status, 200)
-        self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertNotIn("Traceback", child.err)
-        self.assertNotIn("Error", child.err)
-
-
-def forms_of(secret: str) -> set:
-    """How a secret can lie in a text: as it is, in an address, and inside base64 at any of three offsets."""
-    forms = {secret, urllib.parse.quote(secret, safe="")}
-    for offset in range(3):
-        inside = base64.b64encode(b"\0" * offset + secret.encode()).decode()[4 if offset else 0:]
-        forms.add(inside[:len(inside) // 4 * 4 - 4])
-    return forms
-
-
-@POSIX_ONLY
-class SecrecyTests(CommandTestCase):
-    def assert_hidden(self, text, secrets, where):
-        for secret in secrets:
-            for form in forms_of(secret):
-                self.assertNotIn(form, text, "%s shows %s" % (where, secret))
-
-    def test_a_secret_is_masked_before_anything_is_cut_and_in_every_spelling(self):
-        redaction = claude_gateway.Redaction()
-        redaction.known = lambda: ["long" * 200, 'quo"te\\d', "schl\u00fcssel"]
-        for as_json in (False, True):
-            formatter = claude_gateway.LogFormatter(redaction, as_json)
-            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", ("shown",), None)
-            record.payload = {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500}
-            told = formatter.format(record)
-            for part in ("longlong", "quo", "schl"):
-                self.assertNotIn(part, told)
-            self.assertIn("A" * 60 + "...", told)
-        record = claude_gateway.LOG.makeRecord("x", 20, "x", 1, "a line", (), None)
-        record.fields = {"error": 'it said quo"te\\d', "status": 500}
-        self.assertEqual(json.loads(formatter.format(record))["error"], "it said ***")
-
-    def test_no_secret_is_in_any_log_or_answer(self):
-        planted = ["sk-ant-oat01-planted-old", "sk-ant-ort01-planted-old", "sk-ant-oat01-planted-new",
-                   "sk-ant-ort01-planted-new", "planted-client-key-1", "planted-client-key-2", "planted-proxy-word"]
-        variants = [(), ("-m",), ("-q",), ("-V",), ("-V", "--log-format", "json")]
-
-        def renew_once(recorded):
-            if recorded.body["refresh_token"] == planted[1]:
-                return token_answer(access_token=planted[2], refresh_token=planted[3])
-            return Reply(400, body={"error": "invalid_grant"})
-        self.claude.token_replies += [renew_once] * 50
-        children = []
-        for number, variant in enumerate(variants):
-            path = os.path.join(self.home, "tokens-%d.json" % number)
-            claude_gateway.TokenFile(path).write(stored_token(-10, access_token=planted[0], refresh_token=planted[1]))
-            children.append(self.child(
-                "start", "-p", "0", "--host", "127.0.0.1", "--token-file", path, *variant,
-                CLAUDE_GATEWAY_API_KEY=",".join(planted[4:6]), ANTHROPIC_BASE_URL=self.claude.url,
-                CLAUDE_GATEWAY_TOKEN_URL=self.token_url,
-                HTTPS_PROXY="http://planted-user:planted-proxy-word@127.0.0.1:9"))
-        for variant, child in zip(variants, children):
-            with self.subTest(variant):
-                self.service = SimpleNamespace(port=child.port)
-                answers = []
-                right, wrong = {"authorization": "Bearer " + planted[4]}, {"x-api-key": planted[4] + "x"}
-                answers += [self.chat(headers=right), self.chat(headers=right, stream=True, seed=1),
-                            self.chat(headers=wrong), self.ask("GET", "/v1/models", headers=right),
-                            self.ask("GET", "/health"), self.ask("GET", "/"),
-                            self.ask("GET", "/nothing", headers=right),
-                            self.chat(headers={"api-key": planted[5]}, model=planted[5])]
-                self.claude.play(Reply(401, body=error_body("authentication_error", "OAuth token has expired.")),
-                                 Reply(400, body=error_body("invalid_request_error", "No.")))
-                answers += [self.chat(headers=right), self.chat(headers=right)]     # 401: a renewal that is refused
-                self.assertEqual({answer.status for answer in answers} & {200, 401, 404, 400}, {200, 401, 404, 400})
-                child.process.send_signal(signal.SIGTERM)
-                heard = "".join("%s %s" % (answer.headers, answer.raw.decode()) for answer in answers
-                                if planted[5].encode() not in answer.raw)       # a model name is handed back
-                self.assert_hidden(heard, planted, "an answer")
-        for variant, child in zip(variants, children):
-            with self.subTest(variant):
-                self.assertEqual(child.end(), 0)
-                self.assert_hidden(child.out, planted, "standard output")
-                self.assert_hidden(child.err, planted, "the log")
-                self.assertNotIn("CLAUDE_GATEWAY_API_KEY", child.err)           # it is where it should be
-
-    def test_a_client_key_in_a_prompt_is_masked_in_the_log(self):
-        child = self.serve("-V", CLAUDE_GATEWAY_API_KEY="planted-client-key")
-        self.chat("My keys are planted-client-key and sk-ant-api03-planted-elsewhere.",
-                  headers={"authorization": "Bearer planted-client-key"})
-        child.end(signal.SIGTERM)
-        self.assertIn("My keys are", child.err)
-        self.assert_hidden(child.err, ["planted-client-key", "sk-ant-api03-planted-elsewhere"], "the log")
-
-    def test_a_proxy_that_refuses_learns_its_word_and_nobody_else(self):
-        heads = []
-        with socket.socket() as proxy:
-            proxy.bind(("127.0.0.1", 0))
-            proxy.listen(5)
-
-            def refuse():
-                with contextlib.suppress(OSError):
-                    while True:
-                        connection = proxy.accept()[0]
-                        heads.append("")
-                        while not heads[-1].endswith("\r\n\r\n"):
-                            heads[-1] += connection.recv(65_536).decode("latin-1")
-                        connection.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
-                        connection.close()
-            threading.Thread(target=refuse, daemon=True).start()
-            child = self.serve("-V", ANTHROPIC_BASE_URL="https://upstream.invalid",
-                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.getsockname()[1])
-            answer = self.chat(headers={"x-stainless-retry-count": "1"})
-            child.end(signal.SIGTERM)
-            proxy.shutdown(socket.SHUT_RDWR)
-        self.assertEqual(answer.status, 502)
-        self.assertIn(base64.b64encode(b"planted-user:planted-word").decode(), heads[0])
-        self.assertNotIn(SECRET, "".join(heads))
-        self.assert_hidden(answer.raw.decode() + child.out + child.err, ["planted-word", "planted-user:planted-word",
-                                                                         SECRET], "the gateway")
-
-    def test_status_and_models_show_no_secret(self):
-        cases = [{name: "planted-%s-secret" % name.lower()} for name in
-                 ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")]
-        self.sign_in(access_token="planted-access", refresh_token="planted-refresh")
-        secrets = [value for case in cases for value in case.values()] + ["planted-access", "planted-refresh"]
-        for child in self.commands(*[(arguments, dict(case, ANTHROPIC_BASE_URL="http://127.0.0.1:9"))
-                                     for arguments in (["status"], ["status", "--json"], ["models"])
-                                     for case in cases + [{}]]):
-            self.assertEqual(child.code, 0)
-            self.assert_hidden(child.out + child.err, secrets, "a command")
-
-    def test_a_key_that_no_header_can_carry_is_not_shown(self):
-        keys = ("planted-secret\nkey", "planted-secret-\u043a\u043b\u044e\u0447")
-        for child in self.commands(*[(["models"], {"ANTHROPIC_API_KEY": key, "ANTHROPIC_BASE_URL": self.claude.url})
-                                     for key in keys]):
-            self.assertNotIn("planted-secret", child.out + child.err)
-
-
-IMPORT_PROBE = """
-import os, signal, sys, threading
-seen = []
-def watch(event, arguments):
-    if event.startswith(("socket.__new__", "socket.bind", "socket.connect", "socket.getaddrinfo", "subprocess.",
-                         "os.mkdir", "os.remove", "os.rename", "os.system", "os.putenv")):
-        seen.append(event)
-    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
-        seen.append("open %s" % arguments[0])
-sys.addaudithook(watch)
-before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-sys.path.insert(0, sys.argv[1])
-import claude_gateway
-import logging
-assert not seen, seen
-assert threading.active_count() == 1
-assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-assert not logging.getLogger().handlers and os.listdir(".") == []
-"""
-
-
-class ImportTests(CommandTestCase):
-    def test_an_import_does_nothing(self):
-        done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT_PROBE, HERE], cwd=self.working_directory,
-                              env=self.environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20,
-                              check=False)
-        self.assertEqual((done.stdout, done.stderr, done.returncode), (b"", b"", 0))
-
-    @POSIX_ONLY
-    def test_a_python_that_is_too_old_shows_the_remedy(self):
-        found, versions = 0, os.path.expanduser("~/.pyenv/versions")
-        installed = sorted(os.listdir(versions)) if os.path.isdir(versions) else []
-        for version in ("3.6", "3.7"):
-            places = [shutil.which("python" + version)] + [os.path.join(versions, name, "bin", "python")
-                                                           for name in installed if name.startswith(version + ".")]
-            for place in places:
-                if not place or subprocess.run([place, "-c", ""], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                               check=False).returncode:
-                    continue
-                found += 1
-                with self.subTest(place):
-                    done = subprocess.run([place, PROGRAM, "--version"], env=self.environment({}), timeout=20,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
-                                          cwd=self.working_directory)
-                    self.assertNotEqual(done.returncode, 0)
-                    self.assertRegex(done.stderr.decode(), r"3\.8")
-                    self.assertRegex(done.stderr.decode(), r"python3\.\d+")
-        if not found:
-            self.skipTest("no such interpreter here")
-
-
-# ==== HTTP server =====================================================================================
-
-CHAT_BODY = b'{"model":"claude-sonnet-5-5","messages":[{"role":"user","content":"Hello"}]}'
-NEXT_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-NO_RETRY = {"x-stainless-retry-count": "1"}             # the client retries by itself, so the gateway does not
-MANY_BRACKETS = b'{"messages":[' + b"[]," * 1_000_000 + b"1]}"
-
-
-def request_bytes(line: str, *headers, body: bytes = b"") -> bytes:
-    """A request as it goes over the wire; headers are strings, or bytes for what no string should hold."""
-    lines = [line.encode("latin-1")] + [head if isinstance(head, bytes) else head.encode("latin-1")
-                                        for head in headers]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-
-def chat_bytes(*headers, body: bytes = CHAT_BODY, version: str = "1.1") -> bytes:
-    """A chat request with a Content-Length."""
-    return request_bytes("POST /v1/chat/completions HTTP/" + version, "Host: localhost",
-                         "Content-Length: %d" % len(body), *headers, body=body)
-
+# ---- HTTP/1.1 ----------------------------------------------------------------------------------------
 
 def chunked_chat_bytes(body: bytes, *headers) -> bytes:
     """A chat request with Transfer-Encoding: chunked, whose body is framed already."""
     return request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked",
                          *headers, body=body)
-
-
-def in_chunks(*pieces: bytes) -> bytes:
-    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces + (b"",))
-
-
-def chunks_in(data: bytes):
-    """The chunks of a chunked body, and the bytes behind it."""
-    chunks = []
-    while True:
-        size, _, data = data.partition(b"\r\n")
-        length = int(size, 16)
-        assert data[length:length + 2] == b"\r\n", data[:200]
-        chunk, data = data[:length], data[length + 2:]
-        if not length:
-            return chunks, data
-        chunks.append(chunk)
-
-
-def answers_in(data: bytes, without_body=()) -> list:
-    """Every answer in what came over a connection; `without_body`: positions of the answers to HEAD."""
-    answers: list = []
-    while data:
-        head, end, data = data.partition(b"\r\n\r\n")
-        assert end and head.startswith(b"HTTP/1.1 "), "not an answer: %r" % head[:200]
-        status_line, *lines = head.decode("latin-1").split("\r\n")
-        headers: dict = {}
-        for line in lines:
-            name, _, value = line.partition(": ")
-            assert name not in headers, "the header %s came twice" % name
-            headers[name.lower()] = value
-        status, body = int(status_line.split(" ")[1]), b""
-        if status not in (100, 204) and len(answers) not in without_body:
-            if headers.get("transfer-encoding") == "chunked":
-                chunks, data = chunks_in(data)
-                body = b"".join(chunks)
-            else:
-                length = int(headers.get("content-length", len(data)))
-                assert len(data) >= length, "a body is cut short"
-                body, data = data[:length], data[length:]
-        answers.append(Answer(status, headers, body))
-    return answers
-
-
-def received_until(connection: socket.socket, mark: bytes) -> bytes:
-    """What arrives, up to and including the mark; less if the other side ends the connection."""
-    received = b""
-    while mark not in received:
-        piece = connection.recv(65_536)
-        if not piece:
-            break
-        received += piece
-    return received
-
-
-def eventually(condition, seconds: float = 5) -> bool:
-    """Whether the condition comes true in time; for what announces itself by no event."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
-
-
-class HttpTestCase(GatewayTestCase):
-    def exchanged(self, data: bytes, without_body=(), ends: bool = False) -> list:
-        """The answers to these bytes; the gateway has to close the connection (`ends`: we stop sending first)."""
-        connection = self.connect()
-        connection.settimeout(5)
-        received, self.was_reset = b"", False
-        try:
-            connection.sendall(data)
-            if ends:
-                connection.shutdown(socket.SHUT_WR)
-        except ConnectionError:
-            self.was_reset = True
-        try:
-            piece = connection.recv(65_536)
-            while piece:
-                received += piece
-                piece = connection.recv(65_536)
-        except ConnectionError:
-            self.was_reset = True
-        self.connection = connection
-        return answers_in(received, without_body)
-
-    def assert_refused(self, data: bytes, *statuses: int) -> Answer:
-        """One answer with one of these statuses in OpenAI's envelope, then the end, whatever else was sent."""
-        answers = self.exchanged(data + NEXT_REQUEST)
-        self.assertEqual(len(answers), 1, [answer.raw for answer in answers])
-        answer = answers[0]
-        self.assertIn(answer.status, statuses)
-        self.assert_envelope(answer)
-        self.assertEqual(answer.headers["connection"], "close")
-        self.assertEqual(self.claude.messages, [])
-        return answer
-
-    def assert_not_reset(self) -> None:
-        """A reset behind an answer would make many a client throw the answer away."""
-        self.assertFalse(self.was_reset or eventually(
-            lambda: self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0.1))
-
-    def assert_envelope(self, answer: Answer) -> None:
-        self.assertEqual(set(answer.json), {"error"})
-        self.assertEqual(set(answer.error), {"message", "type", "param", "code"})
-        self.assertTrue(answer.error["message"])
-        self.assertNotIn("Traceback", answer.raw.decode())
-        self.assertEqual(answer.headers["content-type"], "application/json")
-
-    def held_chat(self, **fields):
-        """A request that waits at Claude: the client's connection, and the event that lets Claude answer."""
-        arrived, release = threading.Event(), threading.Event()
-        self.addCleanup(release.set)
-        reply = Reply(pieces=[sse(events_of(message(text("Hello!"))))], hold=[release])
-        self.claude.play(lambda recorded: arrived.set() or reply)
-        connection = self.connect()
-        connection.sendall(chat_bytes(body=json.dumps(dict(json.loads(CHAT_BODY.decode()), **fields)).encode()))
-        self.assertTrue(arrived.wait(5))
-        return connection, release
-
-
-class RouteTests(HttpTestCase):
-    def test_every_route_answers_with_v1_without_it_and_doubled(self):
-        for path in ("/models", "/v1/models", "/v1/v1/models", "//models", "//v1//models", "/v1/models/", "/models//",
-                     "/v1/models?limit=5", "/v1/models/?beta=true&x=/health", "/v1/models#top"):
-            with self.subTest(path=path):
-                answer = self.exchanged(request_bytes("GET %s HTTP/1.1" % path, "Host: localhost",
-                                                      "Connection: close"))[0]
-                self.assertEqual((answer.status, answer.json["object"]), (200, "list"))
-        for path in ("/chat/completions", "/v1/chat/completions", "/v1/v1/chat/completions", "//v1/chat//completions",
-                     "/v1/chat/completions/", "/v1/chat/completions/chat/completions",
-                     "/chat/completions?api-version=1"):
-            with self.subTest(path=path):
-                self.assertEqual(self.ask("POST", path, CHAT_BODY).json["object"], "chat.completion")
-
-    def test_every_get_route_answers(self):
-        for path, mark in (("/health", b'"status":"ok"'), ("/v1", b'"version"'), ("/", b'"version"'),
-                           ("/v1/", b'"version"'), ("/metrics", b"# HELP"), ("/v1/metrics", b"# HELP"),
-                           ("/v1/health", b'"status":"ok"'), ("/v1/models/claude-opus-5-5", b'"id":"claude-opus-5-5"')):
-            with self.subTest(path=path):
-                answer = self.ask("GET", path)
-                self.assertEqual(answer.status, 200)
-                self.assertIn(mark, answer.raw)
-
-    def test_a_model_is_found_by_its_percent_encoded_name(self):
-        answer = self.ask("GET", "/v1/models/anthropic%2Fclaude-opus-5-5")
-        self.assertEqual((answer.status, answer.json["object"]), (200, "model"))
-
-    def test_head_answers_like_get_without_the_body(self):
-        for path in ("/health", "/v1/models", "/v1", "/metrics", "/v1/models/claude-opus-5-5", "/nowhere",
-                     "/v1/responses/resp_unknown"):
-            with self.subTest(path=path):
-                head, get, after = self.exchanged(b"".join(
-                    [request_bytes("HEAD %s HTTP/1.1" % path, "Host: localhost"),
-                     request_bytes("GET %s HTTP/1.1" % path, "Host: localhost"), NEXT_REQUEST]), without_body=(0,))
-                self.assertEqual((head.status, head.headers["content-type"]), (get.status, get.headers["content-type"]))
-                if path not in ("/v1", "/metrics", "/nowhere"):     # those tell of the method, or count requests
-                    self.assertEqual(head.headers["content-length"], get.headers["content-length"])
-                self.assertEqual(after.status, 200)
-
-    def test_unknown_paths_are_404_in_the_envelope(self):
-        for path in ("/nowhere", "/api/tags", "/v1/chat", "/v2/models", "/v1x/models", "/favicon.ico", "/../etc/passwd",
-                     "/v1/models/", "/%00", "/v1/chat/completions/x"):
-            with self.subTest(path=path):
-                answer = self.ask("GET", path)
-                if path == "/v1/models/":
-                    self.assertEqual(answer.status, 200)
-                    continue
-                self.assertEqual((answer.status, answer.error["code"]), (404, "unknown_url"))
-                self.assertIn("served are /chat/completions, /responses,", answer.error["message"])
-                self.assert_envelope(answer)
-
-    def test_a_wrong_method_is_405_with_allow(self):
-        for method, path, allowed in (
-                ("GET", "/v1/chat/completions", "POST, OPTIONS"), ("PUT", "/v1/responses", "POST, OPTIONS"),
-                ("HEAD", "/v1/messages", "POST, OPTIONS"), ("POST", "/v1/models", "GET, HEAD, OPTIONS"),
-                ("DELETE", "/health", "GET, HEAD, OPTIONS"), ("BREW", "/health", "GET, HEAD, OPTIONS"),
-                ("PATCH", "/v1/responses/resp_1", "GET, DELETE, HEAD, OPTIONS"), ("TRACE", "/", "GET, HEAD, OPTIONS"),
-                ("GET", "/v1/responses/input_tokens", "POST, OPTIONS")):
-            with self.subTest(method=method, path=path):
-                answer = self.ask(method, path)
-                self.assertEqual((answer.status, answer.headers["allow"]), (405, allowed))
-                if method != "HEAD":
-                    self.assert_envelope(answer)
-
-    def test_a_websocket_upgrade_is_426(self):
-        for path in ("/v1/responses", "/v1/realtime", "/"):
-            with self.subTest(path=path):
-                answer = self.ask("GET", path, headers={"Upgrade": "websocket", "Connection": "Upgrade",
-                                                        "Sec-WebSocket-Key": "eA==", "Sec-WebSocket-Version": "13"})
-                self.assertEqual((answer.status, answer.headers["upgrade"]), (426, "HTTP/1.1"))
-                self.assert_envelope(answer)
-
-    def test_options_is_answered_on_every_path_and_on_the_star(self):
-        for target in ("/v1/chat/completions", "/nowhere", "*"):
-            with self.subTest(target=target):
-                answer, = self.exchanged(request_bytes("OPTIONS %s HTTP/1.1" % target, "Host: localhost",
-                                                       "Connection: close"))
-                self.assertEqual((answer.status, answer.raw), (204, b""))
-                self.assertEqual(answer.headers["allow"], "GET, POST, DELETE, HEAD, OPTIONS")
-                self.assertNotIn("content-length", answer.headers)
-
-    def test_an_absolute_target_is_taken_like_its_path(self):
-        for target in ("http://localhost:45554/health", "HTTP://127.0.0.1/v1/health?x=1", "http://localhost"):
-            with self.subTest(target=target):
-                answer, = self.exchanged(request_bytes("GET %s HTTP/1.1" % target, "Host: localhost",
-                                                       "Connection: close"))
-                self.assertEqual(answer.status, 200, answer.raw)
-
-    def test_the_authority_of_an_absolute_target_wins_over_host(self):
-        answer, = self.exchanged(request_bytes("GET http://evil.example/health HTTP/1.1", "Host: localhost",
-                                               "Connection: close"))
-        self.assertEqual((answer.status, answer.error["code"]), (403, "host_not_allowed"))
-        answer, = self.exchanged(request_bytes("GET http://localhost/health HTTP/1.1", "Host: evil.example",
-                                               "Connection: close"))
-        self.assertEqual(answer.status, 200)
-
-    def test_odd_targets_are_refused_and_never_a_defect(self):
-        for target in ("http://[::1/health", "//[::1/health", "//[/v1/models", "http://user@localhost/health",
-                       "http:///health", "http://localhost:port/health", "http://127.0.0.1\\@localhost/health",
-                       "http://", "ftp://localhost\\/health", "//]/", "/v1/models/%ff%fe", "/v1/models/%0d%0aX-Evil:1",
-                       "/" + "%5b" * 1000, "/v1/responses/[", "/v1/models/" + "a" * 20_000, "/" + "/v1" * 5_000):
-            with self.subTest(target=target[:60]):
-                answer, = self.exchanged(request_bytes("GET %s HTTP/1.1" % target, "Host: localhost",
-                                                       "Connection: close"))
-                self.assertIn(answer.status, (200, 400, 403, 404))
-                self.assertNotIn("x-evil", answer.headers)
-        self.assertEqual(self.ask("GET", "/health").status, 200)
 
 
 class FramingTests(HttpTestCase):
@@ -8670,6 +5977,30 @@ class FramingTests(HttpTestCase):
         self.assertEqual(self.ask("GET", "/health").status, 200)
         self.claude.violations.clear()                  # damaged JSON that is still JSON: judged by other tests
 
+    def test_no_mutation_of_a_request_gets_a_500_or_no_answer(self):
+        dice, request = random.Random(5), chat_bytes("X-A: b", "Connection: close")
+        for _ in range(300):
+            data = bytearray(request)
+            for _ in range(dice.randint(1, 4)):
+                at = dice.randrange(len(data))
+                data[at : at + dice.randint(0, 3)] = dice.choice(
+                    [b"", b"\r\n", b"\0", b":", b" ", b"%", b"\xff", b"0", b"{"]
+                )
+            connection = self.connect()
+            connection.sendall(bytes(data))
+            connection.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(ConnectionResetError):
+                while True:
+                    piece = connection.recv(65_536)
+                    if not piece:
+                        break
+                    answer += piece
+            self.assertNotIn(b" 500 ", answer[:20], bytes(data))
+            connection.close()
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+        self.claude.violations.clear()
+
 
 class BodyTests(HttpTestCase):
     def test_chunked_bodies_are_put_together(self):
@@ -8847,7 +6178,7 @@ class BodyTests(HttpTestCase):
                 service.gateway.body_budget = claude_gateway.Budget(room)
                 arrived, release = threading.Event(), threading.Event()
                 self.addCleanup(release.set)
-                reply = Reply(pieces=[sse(events_of(message(text("late"))))], hold=[release])
+                reply = FakeReply(pieces=[sse(events_of(message(text("late"))))], hold=[release])
                 self.claude.play(lambda recorded, arrived=arrived, reply=reply: arrived.set() or reply)
                 first = self.connect()
                 first.sendall(asked)
@@ -8862,529 +6193,6 @@ class BodyTests(HttpTestCase):
         for byte in chat_bytes("Connection: close"):
             connection.sendall(bytes([byte]))
         self.assertEqual(answers_in(received_until(connection, b"never"))[0].status, 200)
-
-
-class JsonDoorTests(HttpTestCase):
-    def ask_chat(self, body: bytes) -> Answer:
-        return self.ask("POST", "/v1/chat/completions", body)
-
-    def with_number(self, number: bytes) -> Answer:
-        return self.ask_chat(CHAT_BODY[:-1] + b',"seed":' + number + b"}")
-
-    def test_what_is_not_a_json_object_in_utf_8_is_refused(self):
-        for name, body, words in (
-                ("empty", b"", "JSON"), ("cut", b'{"model":', "JSON"), ("list", b"[]", "not a JSON object"),
-                ("string", b'"hello"', "not a JSON object"), ("null", b"null", "not a JSON object"),
-                ("number", b"5", "not a JSON object"), ("two objects", b"{}{}", "JSON"), ("form", b"a=b", "JSON"),
-                ("Latin-1", CHAT_BODY.replace(b"Hello", b"Gr\xfc\xdfe"), "not UTF-8 (byte"),
-                ("UTF-16", CHAT_BODY.decode().encode("utf-16"), "not UTF-8"),
-                ("UTF-16 without mark", CHAT_BODY.decode().encode("utf-16-le"), "JSON"),
-                ("encoded surrogate", CHAT_BODY.replace(b"Hello", b"\xed\xa0\x80"), "not UTF-8"),
-                ("overlong", CHAT_BODY.replace(b"Hello", b"\xc0\xaf"), "not UTF-8"),
-                ("NUL", CHAT_BODY + b"\0", "JSON"), ("raw line end", CHAT_BODY.replace(b"Hello", b"a\nb"), "JSON"),
-                ("comment", b"{/* */}", "JSON"), ("single quotes", b"{'model':'x'}", "JSON")):
-            with self.subTest(name):
-                answer = self.ask_chat(body)
-                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
-                self.assertIn(words, answer.error["message"])
-                self.assert_envelope(answer)
-
-    def test_numbers_that_json_does_not_know_are_refused(self):
-        for number in (b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"1" * 401, b"-" + b"9" * 100_000,
-                       b"01", b"+1", b".5", b"0x10", b"1_000"):
-            with self.subTest(number=number[:20]):
-                answer = self.with_number(number)
-                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
-
-    def test_numbers_too_large_for_a_float_are_no_defect(self):
-        for name in ("temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "n", "seed",
-                     "presence_penalty", "frequency_penalty", "top_logprobs", "thinking_budget", "logit_bias"):
-            for sign in (b"", b"-"):
-                with self.subTest(name=name, sign=sign):
-                    answer = self.ask_chat(CHAT_BODY[:-1] + b',"%s":%s1%s}' % (name.encode(), sign, b"0" * 350))
-                    self.assertIn(answer.status, (200, 400))
-
-    def test_a_byte_order_mark_is_skipped(self):
-        self.assertEqual(self.ask_chat(b"\xef\xbb\xbf" + CHAT_BODY).status, 200)
-
-    def test_of_duplicate_keys_the_last_wins(self):
-        self.assertEqual(self.ask_chat(b'{"messages":[],"model":"nothing",' + CHAT_BODY[1:]).status, 200)
-        self.assertEqual(self.claude.messages[-1].body["model"], "claude-sonnet-5-5")
-
-    def test_deep_nesting_and_masses_of_brackets_are_refused_before_parsing(self):
-        for name, body, words in (
-                ("100,000 lists", b"[" * 100_000, "nested"), ("closed", b"[" * 100_000 + b"]" * 100_000, "nested"),
-                ("objects", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested"),
-                ("201", b"[" * 201 + b"]" * 201, "nested"),
-                ("201 inside", CHAT_BODY[:-1] + b',"metadata":{"a":' + b"[" * 200 + b"]" * 200 + b"}}", "nested"),
-                ("hidden behind quotes", b'{"a\\"[[":"\\\\","b":' + b"[" * 300 + b"]" * 300 + b"}", "nested"),
-                ("a million flat ones", MANY_BRACKETS, "1000000 brackets"),
-                ("nothing but brackets", b"[" * 5_000_000, "brackets")):
-            with self.subTest(name):
-                answer = self.ask_chat(body)
-                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_json"))
-                self.assertIn(words, answer.error["message"])
-
-    def test_depth_is_the_same_of_a_value_and_of_its_text(self):
-        """The text is looked at where the parser would go too deep for the stack: there it has to be right."""
-        for name, value in (("nothing", None), ("a string", '[[[["{{'), ("a list", [1, [], [2, [3, []]], "["]),
-                            ("objects", {"a\\": {"[": {"\"{": []}}}), ("both", [{"a": [{"b": {}}, "]]]"]}, {}]),
-                            ("ends of strings", ["\\", "\\\"", "\"\\", {"\\\"[": [[]]}])):
-            with self.subTest(name):
-                text = json.dumps(value).encode()
-                deeper = [claude_gateway.nests_deeper(value, limit) for limit in range(9)]
-                self.assertEqual(deeper, sorted(deeper, reverse=True))
-                self.assertEqual([claude_gateway.text_nests_deeper(text, limit) for limit in range(9)], deeper)
-        self.assertEqual([claude_gateway.nests_deeper([[]], limit) for limit in (0, 1, 2)], [True, True, False])
-
-    def test_no_depth_is_too_much_for_a_small_stack(self):
-        """A thread has 1 MB of it on Alpine Linux; some versions of the parser recurse further than that."""
-        done = subprocess.run([sys.executable, "-c", "import sys, threading; sys.path.insert(0, %r)\n"
-                               "import claude_gateway\n"
-                               "def parse():\n"
-                               "    for text in '[', '{\"a\":', '[{\"a\":':\n"
-                               "        try:\n"
-                               "            claude_gateway.json_within_bounds(text * 100000)\n"
-                               "        except ValueError as refusal:\n"
-                               "            print(refusal)\n"
-                               "threading.stack_size(1 << 20)\n"
-                               "threading.Thread(target=parse).start()" % os.path.dirname(PROGRAM)],
-                              stdout=subprocess.PIPE, timeout=60, check=False)
-        self.assertEqual(done.stdout.decode().splitlines(), ["nested more than 200 deep"] * 3)
-
-    def test_nesting_within_reason_and_brackets_in_strings_are_no_matter(self):
-        for name, content in (("brackets", "[" * 5_000), ("escaped quotes", '\\"[{' * 1_000), ("braces", "{" * 5_000),
-                              ("backslashes", "\\" * 999 + '"' + "[" * 300), ("code", "f([{1: 2}])" * 5_000)):
-            with self.subTest(name):
-                request = self.sent(content=content)
-                self.assertEqual(bare(request["messages"][0]["content"]), [{"type": "text", "text": content}])
-        schema: dict = {"type": "string"}
-        for _ in range(60):
-            schema = {"type": "object", "properties": {"a": schema}}
-        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
-        self.assertEqual(self.sent(tools=tools)["tools"][0]["input_schema"], schema)
-
-    def test_lone_surrogates_are_replaced_and_reported(self):
-        answer = self.ask_chat(CHAT_BODY.replace(b"Hello", b"a\\ud800b\\uDFFFc\\ud83d\\ude00\\udc00\\ud800"))
-        self.assertEqual(answer.status, 200, answer.raw)
-        self.assertEqual(bare(self.claude.messages[-1].body["messages"][0]["content"]),
-                         [{"type": "text", "text": "a\ufffdb\ufffdc\U0001f600\ufffd\ufffd"}])
-        self.assertIn("lone_surrogates", answer.headers["x-claude-gateway-changes"])
-
-    def test_lone_surrogates_in_names_and_tool_schemas_are_replaced_too(self):
-        body = CHAT_BODY[:-1] + (b',"tools":[{"type":"function","function":{"name":"f","description":"\\ud800",'
-                                 b'"parameters":{"type":"object","properties":{"\\udfff":{"type":"string"}}}}}]}')
-        self.assertEqual(self.ask_chat(body).status, 200)
-        sent = self.claude.messages[-1].body["tools"][0]
-        self.assertEqual((sent["description"], list(sent["input_schema"]["properties"])), ("\ufffd", ["\ufffd"]))
-
-    def test_whole_surrogate_pairs_are_not_reported(self):
-        answer = self.ask_chat(CHAT_BODY.replace(b"Hello", b"\\ud83d\\ude00 \\\\ud800"))
-        self.assertNotIn("x-claude-gateway-changes", answer.headers)
-        self.assertEqual(bare(self.claude.messages[-1].body["messages"][0]["content"]),
-                         [{"type": "text", "text": "\U0001f600 \\ud800"}])
-
-
-class AccessTests(HttpTestCase):
-    config = {"allow_host": ("My-Box.example", "box"), "cors_origin": ("https://app.example", "app://obsidian.md",
-                                                                      "null")}
-
-    def test_known_hosts_are_accepted(self):
-        for host in ("localhost", "LOCALHOST:1", "localhost.", "a.localhost:80", "127.0.0.1", "127.9.9.9:1", "[::1]:5",
-                     "192.168.1.20:45554", "10.0.0.1", "[fe80::1]", "8.8.8.8", "host.docker.internal:45554",
-                     "my-box.example", "MY-BOX.EXAMPLE:443", "box"):
-            with self.subTest(host=host):
-                self.assertEqual(self.ask("GET", "/health", headers={"host": host}).status, 200)
-
-    def test_other_hosts_are_403_on_every_route_with_the_option_that_would_help(self):
-        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil-localhost", "my-box",
-                     "box.example", "0x7f000001", "127.1", "2130706433"):
-            for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("OPTIONS", "/"),
-                                 ("GET", "/nowhere"), ("GET", "/")):
-                with self.subTest(host=host, path=path):
-                    answer = self.ask(method, path, headers={"host": host + ":45554"})
-                    self.assertEqual((answer.status, answer.error["code"]), (403, "host_not_allowed"))
-                    self.assertIn("--allow-host " + host, answer.error["message"])
-                    self.assert_envelope(answer)
-
-    def test_the_bound_name_is_accepted(self):
-        # a name of this machine that is neither an address nor localhost; Config alone is asked, nothing is bound
-        gateway = self.service.gateway
-        self.addCleanup(setattr, gateway, "config", gateway.config)
-        gateway.config = claude_gateway.replace(gateway.config, host="Workstation.lan")
-        self.assertEqual(self.ask("GET", "/health", headers={"host": "workstation.lan:45554"}).status, 200)
-
-    def test_loopback_and_chosen_origins_get_cors_headers_on_success_error_and_stream(self):
-        for origin in ("http://localhost:3000", "https://localhost", "http://127.0.0.1:8080", "http://[::1]:5173",
-                       "http://app.localhost:1", "https://app.example", "app://obsidian.md", "null"):
-            for name, fields in (("success", {}), ("error", {"n": 2}), ("stream", {"stream": True})):
-                with self.subTest(origin=origin, name=name):
-                    headers = self.chat(headers={"origin": origin}, **fields).headers
-                    self.assertEqual(headers["access-control-allow-origin"], origin)
-                    self.assertEqual(headers["vary"].lower(), "origin")
-                    self.assertIn("x-request-id", headers["access-control-expose-headers"])
-                    self.assertNotIn("access-control-allow-credentials", headers)
-        for path, status in (("/nowhere", 404), ("/v1/chat/completions", 405), ("/v1/models/none", 404)):
-            with self.subTest(path=path):
-                answer = self.ask("GET", path, headers={"origin": "http://localhost:3000"})
-                self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]),
-                                 (status, "http://localhost:3000"))
-
-    def test_other_origins_are_403_on_every_route_and_get_no_cors_headers(self):
-        for origin in ("http://evil.example", "https://localhost.evil.example", "http://localhost:3000.evil.example",
-                       "http://127.0.0.1.evil.example", "http://evil.example:127.0.0.1", "https://app.example:444",
-                       "http://app.example", "app://other", "file://", "chrome-extension://abc", "http://192.168.1.2",
-                       "localhost", "", "http://localhost:3000 http://evil.example", "http://user@localhost",
-                       "http://notlocalhost"):
-            for method, path in (("POST", "/v1/chat/completions"), ("OPTIONS", "/v1/chat/completions"),
-                                 ("GET", "/health"), ("GET", "/v1/models")):
-                with self.subTest(origin=origin, method=method, path=path):
-                    answer = self.ask(method, path, CHAT_BODY if method == "POST" else None, {"origin": origin})
-                    self.assertEqual((answer.status, answer.error["code"]), (403, "origin_not_allowed"))
-                    self.assertIn("--cors-origin", answer.error["message"])
-                    self.assertEqual([name for name in answer.headers if name.startswith("access-control")], [])
-        self.assertEqual(self.claude.messages, [])
-
-    def test_without_an_origin_there_are_no_cors_headers(self):
-        self.assertEqual([name for name in self.chat().headers if name.startswith("access-control")], [])
-
-    def test_a_star_lets_every_origin_in(self):
-        self.start(cors_origin=("*",), api_key=("key",))
-        answer = self.chat(headers={"origin": "https://anywhere.example", "authorization": "Bearer key"})
-        self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]),
-                         (200, "https://anywhere.example"))
-
-    def test_a_preflight_may_ask_for_any_headers_and_for_the_private_network(self):
-        wanted = "authorization, content-type, x-stainless-os, x-my-own-header"
-        answer = self.ask("OPTIONS", "/v1/chat/completions", headers={
-            "origin": "http://localhost:3000", "access-control-request-method": "POST",
-            "access-control-request-headers": wanted, "access-control-request-private-network": "true"})
-        self.assertEqual(answer.status, 204)
-        self.assertEqual(answer.headers["access-control-allow-headers"], wanted)
-        self.assertEqual(answer.headers["access-control-allow-private-network"], "true")
-        self.assertEqual(answer.headers["access-control-allow-origin"], "http://localhost:3000")
-        self.assertEqual(set(answer.headers["access-control-allow-methods"].split(", ")),
-                         {"GET", "POST", "DELETE", "HEAD", "OPTIONS"})
-        plain = self.ask("OPTIONS", "/", headers={"origin": "null"})
-        self.assertNotIn("access-control-allow-private-network", plain.headers)
-
-    def test_a_request_that_comes_back_to_its_own_gateway_is_508(self):
-        instance_id = self.service.gateway.instance_id
-        for hops in (instance_id, "other-gateway,%s" % instance_id, "%s, other-gateway" % instance_id):
-            with self.subTest(hops=hops):
-                answer = self.chat(headers={"x-claude-gateway-hop": hops})
-                self.assertEqual((answer.status, answer.error["code"]), (508, "loop_detected"))
-        self.assertEqual(self.claude.messages, [])
-
-    def test_the_hops_of_other_gateways_are_passed_on(self):
-        self.chat(headers={"x-claude-gateway-hop": "other-gateway"})
-        self.assertEqual(self.claude.messages[-1].headers["x-claude-gateway-hop"],
-                         "other-gateway," + self.service.gateway.instance_id)
-
-    def test_two_gateways_that_point_at_each_other_answer_508(self):
-        with contextlib.closing(socket.socket()) as reserved:
-            reserved.bind(("127.0.0.1", 0))
-            port = reserved.getsockname()[1]
-        first = self.start(base_url="http://127.0.0.1:%d" % port)
-        second = self.start(base_url="http://127.0.0.1:%d" % first.port, port=port)
-        for service in (first, second):                 # each would wait for the model list of the other
-            service.gateway.models._first.set()
-            service.gateway.models._next_fetch = float("inf")
-        answer = self.chat()
-        self.assertEqual(answer.status, 508, answer.raw)
-        self.assertEqual(answer.headers["x-should-retry"], "false")
-
-
-class ClientKeyTests(HttpTestCase):
-    config = {"api_key": ("first-key", "zweiter-schlüssel")}
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.service.gateway.failed_keys = claude_gateway.FailedKeys()     # earlier tests must not slow this one
-
-    def test_a_key_is_taken_in_all_four_forms(self):
-        for key in ("first-key", "zweiter-schlüssel"):
-            for name, value in (("authorization", "Bearer " + key), ("authorization", "bearer   " + key),
-                                ("authorization", key), ("x-api-key", key), ("api-key", key)):
-                with self.subTest(name=name, value=value):
-                    answer = self.chat(headers={name: value.encode("utf-8")})
-                    self.assertEqual(answer.status, 200, answer.raw)
-
-    def test_one_right_key_is_enough(self):
-        self.assertEqual(self.chat(headers={"authorization": "Bearer sk-dummy", "x-api-key": "first-key"}).status, 200)
-
-    def test_wrong_keys_are_401_in_one_shape_that_does_not_repeat_them(self):
-        shapes = set()
-        for headers in ({"authorization": "Bearer first-ke"}, {"authorization": "Bearer first-key2"},
-                        {"x-api-key": "First-key"}, {"api-key": "not-a-key"},
-                        {"authorization": "Basic Zmlyc3Qta2V5"}, {"authorization": "Bearer first-key,zweiter"},
-                        {"authorization": b"Bearer \xff\xfe"}, {"authorization": "Bearer " + "x" * 10_000}):
-            with self.subTest(headers=headers):
-                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
-                answer = self.chat(headers=headers)
-                self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
-                self.assertEqual(answer.headers["www-authenticate"], "Bearer")
-                self.assert_envelope(answer)
-                shapes.add((answer.raw, tuple(name for name in answer.headers)))
-        self.assertEqual(len(shapes), 1)
-        self.assertEqual(self.claude.messages, [])
-
-    def test_no_key_is_401_too(self):
-        for headers in ({}, {"authorization": "Bearer "}, {"authorization": ""}, {"x-api-key": ""},
-                        {"cookie": "key=first-key"}):
-            with self.subTest(headers=headers):
-                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
-                answer = self.chat(headers=headers)
-                self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
-
-    def test_every_route_needs_the_key_but_the_few_of_the_contract(self):
-        for method, path, status in (
-                ("GET", "/health", 200), ("HEAD", "/v1/health", 200), ("GET", "/v1/models", 200), ("GET", "/", 200),
-                ("GET", "/v1/models/claude-opus-5-5", 200), ("OPTIONS", "/v1/chat/completions", 204),
-                ("GET", "/metrics", 401), ("HEAD", "/metrics", 401), ("POST", "/v1/chat/completions", 401),
-                ("POST", "/v1/responses", 401), ("GET", "/v1/responses/resp_1", 401),
-                ("DELETE", "/v1/responses/resp_1", 401), ("GET", "/v1/responses/resp_1/input_items", 401),
-                ("POST", "/v1/responses/input_tokens", 401), ("POST", "/v1/completions", 401),
-                ("POST", "/v1/models", 401), ("DELETE", "/v1/models/claude-opus-5-5", 401), ("POST", "/", 401),
-                ("POST", "//v1//chat/completions/", 401), ("POST", "/v1/v1/chat/completions", 401),
-                ("POST", "/v1/messages/count_tokens", 401), ("POST", "/v1/messages", 401), ("GET", "/nowhere", 401),
-                ("POST", "/v1/chat/completions/chat/completions", 401)):
-            with self.subTest(method=method, path=path):
-                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
-                self.assertEqual(self.ask(method, path, CHAT_BODY if method == "POST" else None).status, status)
-        self.assertEqual(self.claude.messages, [])
-
-    def test_the_data_of_the_status_page_needs_the_key(self):
-        self.assertEqual(self.ask("GET", "/").json, {"status": "ok", "version": claude_gateway.VERSION,
-                                                     "key_needed": True})
-        self.assertIn("requests", json.dumps(self.ask("GET", "/", headers={"x-api-key": "first-key"}).json))
-
-    def test_a_wrong_key_is_refused_at_the_status_page_too_and_slowed(self):
-        # its numbers would show at once whether a guess is right
-        for headers in ({"authorization": "Bearer no"}, {"x-api-key": "no"}):
-            answer = self.ask("GET", "/", headers=headers)
-            self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
-        self.assertGreater(self.service.gateway.failed_keys.penalty("127.0.0.1"), 0.05)
-
-    def test_an_absolute_target_does_not_get_around_the_key(self):
-        answer, = self.exchanged(request_bytes("POST http://localhost/v1/chat/completions HTTP/1.1", "Host: localhost",
-                                               "Content-Length: %d" % len(CHAT_BODY), "Connection: close",
-                                               body=CHAT_BODY))
-        self.assertEqual(answer.status, 401)
-
-    def test_every_key_is_compared_as_a_digest_in_constant_time(self):
-        compare, compared = hmac.compare_digest, []
-        self.addCleanup(setattr, hmac, "compare_digest", compare)
-        hmac.compare_digest = lambda one, other: compared.append((len(one), len(other))) or compare(one, other)
-        for key in ("first-key", "zweiter-schl\u00fcssel", "x", "y" * 500):
-            compared.clear()
-            self.ask("GET", "/metrics", headers={"x-api-key": key.encode("utf-8")})
-            self.assertEqual(compared, [(32, 32)] * 2, "no key ends the search early")
-
-    def test_failures_are_slowed_per_address_and_bounded(self):
-        failed = claude_gateway.FailedKeys()
-        self.assertEqual([failed.penalty("10.0.0.1") for _ in range(8)], [0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0])
-        self.assertEqual(failed.penalty("10.0.0.2"), 0.0)
-        for number in range(10_000):
-            failed.penalty("10.1.%d.%d" % divmod(number, 250))
-        self.assertEqual(failed.penalty("10.0.0.1"), 0.0, "no more than 10,000 addresses are kept in mind")
-
-    def test_a_refusal_waits_and_a_success_does_not(self):
-        sleep, slept = time.sleep, []
-        self.addCleanup(setattr, time, "sleep", sleep)
-        time.sleep = slept.append
-        for key in ("no", "no", "first-key", "no", "first-key"):
-            self.chat(headers={"x-api-key": key})
-        self.assertEqual(slept, [0.0, 0.05, 0.1])
-
-    def test_a_slowed_refusal_takes_no_place_from_a_correct_key(self):
-        service = self.start(api_key=("first-key",))
-        service.gateway.running = claude_gateway.Running(1)
-        for _ in range(9):
-            service.gateway.failed_keys.penalty("127.0.0.1")
-        wrong = self.connect()
-        wrong.sendall(chat_bytes("Authorization: Bearer no"))
-        eventually(lambda: service.gateway.running.count, 0.2)
-        self.assertEqual(self.chat(headers={"authorization": "Bearer first-key"}).status, 200)
-
-    def test_the_clients_key_does_not_go_upstream(self):
-        for name, value in (("authorization", "Bearer first-key"), ("x-api-key", "first-key"),
-                            ("api-key", "first-key")):
-            with self.subTest(name=name):
-                self.assertEqual(self.chat(headers={name: value}).status, 200)
-                recorded = self.claude.messages[-1]
-                self.assertNotIn("first-key", json.dumps(recorded.headers) + recorded.raw.decode())
-                self.assertEqual(recorded.headers["x-api-key"], SECRET)
-                self.assertNotIn("authorization", recorded.headers)
-
-    def test_the_wrong_key_is_refused_before_the_body_is_read(self):
-        connection = self.connect()
-        connection.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost",
-                                         "Content-Length: 1000000", "Expect: 100-continue",
-                                         "Authorization: Bearer no"))
-        self.assertIn(b"HTTP/1.1 401 ", received_until(connection, b"\r\n\r\n"))
-
-
-class AnyKeyTests(HttpTestCase):
-    def test_without_a_configured_key_any_or_none_is_accepted_and_none_goes_upstream(self):
-        for headers in ({}, {"authorization": "Bearer sk-dummy"}, {"authorization": "EMPTY"}, {"authorization": ""},
-                        {"authorization": "Bearer "}, {"x-api-key": "sk-ant-mine"}, {"api-key": "azure"},
-                        {"authorization": b"Bearer \xc3\xa9"}):
-            with self.subTest(headers=headers):
-                self.assertEqual(self.chat(headers=headers).status, 200)
-                self.assertEqual(self.claude.messages[-1].headers["x-api-key"], SECRET)
-                self.assertNotIn("authorization", self.claude.messages[-1].headers)
-
-
-class ConnectionTests(HttpTestCase):
-    def test_an_answer_amid_the_shutdown_ends_its_connection(self):
-        service = self.start()
-        connection, release = self.held_chat()
-        closing = threading.Thread(target=service.close, args=(10,))
-        closing.start()
-        self.assertTrue(eventually(lambda: service.gateway.running.draining))
-        release.set()
-        answer, = answers_in(b"".join(iter(lambda: connection.recv(65_536), b"")))
-        closing.join(10)
-        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
-
-    def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
-        service = self.start()
-        service.gateway.running = claude_gateway.Running(1)
-        connection, release = self.held_chat()
-        for method, path, body in (("POST", "/v1/chat/completions", CHAT_BODY), ("GET", "/v1/models", None)):
-            answer = self.ask(method, path, body)
-            self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
-            self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
-            self.assert_envelope(answer)
-        release.set()
-        self.assertIn(b"HTTP/1.1 200 ", received_until(connection, b"\r\n\r\n"))
-        self.assertTrue(eventually(lambda: service.gateway.running.count == 0))
-        self.assertEqual(self.chat().status, 200)
-
-    def test_a_client_that_leaves_stops_claude_before_the_first_token(self):
-        for name, leave in (("closes", lambda connection: connection.close()),
-                            ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
-            for stream in (False, True):
-                with self.subTest(name, stream=stream):
-                    self.claude.closed.clear()
-                    connection, _ = self.held_chat(stream=stream)
-                    leave(connection)
-                    self.assertTrue(self.claude.wait_closed(10))
-
-    def test_a_client_that_leaves_stops_claude_in_the_middle_of_a_stream(self):
-        for name, leave in (("closes", lambda connection: connection.close()),
-                            ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
-            for stream in (b"true", b"false"):
-                with self.subTest(name, stream=stream):
-                    self.claude.closed.clear()
-                    begun, never = threading.Event(), threading.Event()
-                    self.addCleanup(never.set)
-                    events = events_of(message(text("Hello, world")))
-                    self.claude.play(lambda recorded: begun.set() or Reply(pieces=[sse(events[:4]), never]))
-                    connection = self.connect()
-                    connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":%s}' % stream))
-                    self.assertTrue(begun.wait(5))
-                    if stream == b"true":
-                        received_until(connection, b"Hello")
-                    leave(connection)
-                    self.assertTrue(self.claude.wait_closed(10))
-
-    def test_idle_and_stalled_connections_do_not_delay_a_working_one(self):
-        if resource:                                    # both ends of each are ours
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4_096)), hard))
-        idle = [self.connect() for _ in range(500)]
-        for connection in idle[:50]:
-            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n")
-        self.assertEqual(self.chat().status, 200)
-        idle[0].sendall(b"\r\n" + b" " * 50)            # and each of them still works
-        self.assertIn(b"HTTP/1.1 400 ", received_until(idle[0], b"\r\n\r\n"))
-        idle[499].sendall(NEXT_REQUEST)
-        self.assertIn(b"HTTP/1.1 200 ", received_until(idle[499], b"\r\n\r\n"))
-        for connection in idle:                         # before the limit is what it was
-            connection.close()
-        self.assertTrue(eventually(lambda: threading.active_count() < 400))
-
-    def test_connections_beyond_the_cap_are_told_so(self):
-        service = self.start()
-        service.listeners[0]._connections = claude_gateway.Budget(1)
-        first = self.connect()
-        first.sendall(request_bytes("GET /health HTTP/1.1", "Host: localhost"))
-        self.assertIn(b"HTTP/1.1 200 ", received_until(first, b"\r\n\r\n"))
-        answer, = self.exchanged(b"")
-        self.assertEqual((answer.status, answer.headers["connection"]), (503, "close"))
-        self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
-        self.assert_envelope(answer)
-        first.close()
-        self.assertTrue(eventually(lambda: self.exchanged(NEXT_REQUEST)[0].status == 200))
-
-    def test_threads_and_descriptors_return_to_the_baseline(self):
-        def descriptors() -> int:
-            return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-
-        def settled() -> bool:                          # the pool of upstream connections is emptied on purpose
-            self.service.gateway.upstream.close()
-            return threading.active_count() <= threads and descriptors() <= files
-
-        self.chat()
-        events, release = events_of(message(text("Hello"))), threading.Event()
-        self.claude.play(Reply(pieces=[sse(events[:2]), release, sse(events[2:])]))
-        connection = self.connect()
-        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
-        received_until(connection, b"assistant")        # if there is a pump it runs now, and stays
-        release.set()
-        received_until(connection, b"never")
-        connection.close()
-        threads, files = 0, 0
-        eventually(settled, 0.3)
-        threads, files = threading.active_count(), descriptors()
-        body = CHAT_BODY[:-1] + b',"stream":true}'
-        for number in range(25):
-            self.assertEqual(self.chat(stream=bool(number % 2)).status, 200)
-            self.assertEqual(self.ask("GET", "/nowhere").status, 404)
-            for data in (chat_bytes(body=body), chat_bytes()[:-4]):     # gone without waiting, gone in mid-body
-                with contextlib.closing(socket.create_connection(("127.0.0.1", self.service.port))) as connection:
-                    connection.sendall(data)
-        self.assertTrue(eventually(settled), (threads, threading.active_count(), files, descriptors()))
-
-    def test_a_reader_of_client_bytes_keeps_both_limits(self):
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        self.addCleanup(theirs.close)
-        reader = claude_gateway.ClientReader(ours)
-        theirs.sendall(b"early")
-        reader.allow(5)
-        self.assertEqual(reader.read(2), b"ea")
-        reader.allow(60, 0)                             # the total is used up, although there is something to read
-        self.assertRaises(socket.timeout, reader.read, 2)
-        reader.allow(5, 5)
-        self.assertEqual(reader.read(9), b"rly")
-        reader.allow(0.01, 60)                          # silence for longer than a pause
-        self.assertRaises(socket.timeout, reader.read, 2)
-
-    def test_a_reader_of_client_bytes_gives_them_in_order_however_they_came(self):
-        ours, theirs = socket.socketpair()
-        self.addCleanup(ours.close)
-        reader = claude_gateway.ClientReader(ours)
-        with theirs:
-            theirs.sendall(b"one\ntwo")
-            self.assertEqual(reader.line(99), b"one\n")
-            theirs.sendall(b"\nthree\nfour")
-            self.assertEqual(reader.line(99), b"two\n")
-            self.assertEqual(reader.read(2), b"th")
-            self.assertEqual(reader.line(2), b"re")
-            self.assertEqual(reader.line(99), b"e\n")
-        self.assertEqual(reader.line(99), b"four")
-        self.assertEqual([reader.read(9), reader.line(9), reader.more()], [b"", b"", False])
-
-    def test_no_wait_for_a_client_is_without_an_end(self):
-        for name, most in (("IDLE_TIMEOUT", 120), ("HEAD_TIMEOUT", 60), ("BODY_TIMEOUT", 60), ("WRITE_TIMEOUT", 120)):
-            with self.subTest(name):
-                self.assertLessEqual(getattr(claude_gateway, name), most)
-        # a server that closes an idle connection earlier than clients expect loses their next request
-        self.assertGreaterEqual(claude_gateway.IDLE_TIMEOUT, 60)
 
 
 class SlowClientTests(HttpTestCase):
@@ -9440,208 +6248,47 @@ class SlowClientTests(HttpTestCase):
     def test_a_client_that_does_not_read_its_answer_is_given_up(self):
         connection = self.limit("WRITE_TIMEOUT", 0.2)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        self.claude.play(Reply(body=message(text("x" * 20_000_000))))
+        self.claude.play(FakeReply(body=message(text("x" * 20_000_000))))
         connection.sendall(chat_bytes())
         self.assertTrue(eventually(lambda: self.claude.messages, 5))
         self.assertTrue(self.service.gateway.running.wait_until_idle(5))
 
 
-class StreamFramingTests(HttpTestCase):
-    def streamed(self, pieces, version: str = "1.1", **fields) -> bytes:
-        """All bytes of a streamed answer to these upstream pieces."""
-        self.claude.play(Reply(pieces=pieces))
-        connection = self.connect()
-        body = json.dumps(dict(json.loads(CHAT_BODY.decode()), stream=True, **fields)).encode()
-        connection.sendall(chat_bytes("Connection: close", body=body, version=version))
-        return received_until(connection, b"never")
+class BodyFramingTests(unittest.TestCase):
+    CHUNKED = b"5;x=y\r\nHello\r\n7\r\n, world\r\n0\r\nX-Sum: 1\r\n\r\n"
 
-    def test_each_event_is_on_its_way_before_the_next_arrives(self):
-        events = events_of(message(text("one two")), 4)
-        starts = [at for at, event in enumerate(events) if event["type"] == "content_block_delta"]
-        first, second = threading.Event(), threading.Event()
-        self.addCleanup(first.set)
-        self.addCleanup(second.set)
-        self.claude.play(Reply(pieces=[sse(events[:starts[0]]), first, sse(events[starts[0]:starts[1]]), second,
-                                       sse(events[starts[1]:])]))
-        connection = self.connect()
-        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
-        self.assertIn(b'"role":"assistant"', received_until(connection, b'"role":"assistant"'))
-        first.set()
-        self.assertIn(b'"content":"one "', received_until(connection, b'"content":"one "'))
-        second.set()
-        self.assertIn(b"data: [DONE]\n\n\r\n0\r\n\r\n", received_until(connection, b"0\r\n\r\n"))
+    def fed(self, chunked, length, data: bytes, size: int):
+        framing = claude_gateway.BodyFraming(chunked, length)
+        body = b"".join(framing.feed(data[at:at + size]) for at in range(0, len(data), size))
+        return body, framing.done, framing.surplus
 
-    def test_junk_in_mid_stream_is_told_at_once_though_the_upstream_stays(self):
-        never = threading.Event()
-        self.addCleanup(never.set)
-        begun = sse(events_of(message(text("Hello")))[:4])
-        answer, = answers_in(self.streamed([begun + b"data: {junk\n\n", never]))
-        self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
-        self.assertIn("Hello", completion_from_chunks(answer.chunks[:-1])["message"]["content"])
+    def test_any_cut_of_the_bytes_gives_the_same_body(self):
+        for size in range(1, len(self.CHUNKED) + 1):
+            self.assertEqual(self.fed(True, None, self.CHUNKED, size), (b"Hello, world", True, False))
+            self.assertEqual(self.fed(True, None, self.CHUNKED[:-1], size), (b"Hello, world", False, False))
+            self.assertEqual(self.fed(False, 5, b"Hello", size), (b"Hello", True, False))
+            self.assertEqual(self.fed(False, None, b"Hello", size), (b"Hello", False, False))
 
-    def test_events_that_tell_the_client_nothing_do_not_put_off_its_sign_of_life(self):
-        self.addCleanup(setattr, claude_gateway, "KEEPALIVE_INTERVAL", claude_gateway.KEEPALIVE_INTERVAL)
-        claude_gateway.KEEPALIVE_INTERVAL = 0.3
-        events, ping, told = events_of(message(text("Hello"))), sse([{"type": "ping"}]), threading.Event()
-        self.addCleanup(told.set)
+    def test_what_comes_behind_the_body_is_told(self):
+        self.assertEqual(self.fed(True, None, self.CHUNKED + b"HTTP", 100), (b"Hello, world", True, True))
+        self.assertEqual(self.fed(False, 5, b"Hello, world", 100), (b"Hello", True, True))
 
-        def pings():                                    # much more often than a sign of life is due
-            yield sse(events[:1])
-            while not told.wait(0.02):
-                yield ping
-            yield sse(events[1:])
-        self.claude.play(Reply(pieces=pings()))
-        connection = self.connect()
-        connection.settimeout(5)
-        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
-        self.assertIn(b": keep-alive", received_until(connection, b": keep-alive\n\n"))
-        told.set()
-        self.assertIn(b"[DONE]", received_until(connection, b"never"))
+    def test_chunks_that_do_not_hold_together_are_faults(self):
+        for data in (b"zz\r\n", b"\r\n", b"-1\r\n", b"5\r\nHelloX\r\n", b"11111111111111111\r\n", b"0x5\r\nHello",
+                     b"5 5\r\nHello", b"1" * 70_000):
+            with self.subTest(data[:20]), self.assertRaises(claude_gateway.UpstreamFault):
+                self.fed(True, None, data, 100_000)
 
-    def test_http_1_1_gets_chunks_and_http_1_0_the_end_of_the_connection(self):
-        pieces = [sse(events_of(message(text("Hello"))))]
-        new, old = answers_in(self.streamed(pieces))[0], answers_in(self.streamed(pieces, version="1.0"))[0]
-        self.assertEqual(new.headers["transfer-encoding"], "chunked")
-        self.assertNotIn("transfer-encoding", old.headers)
-        self.assertEqual(old.headers["connection"], "close")
-        for answer in (new, old):
-            self.assertNotIn("content-length", answer.headers)
-            self.assertEqual(answer.headers["content-type"], "text/event-stream; charset=utf-8")
-            self.assertEqual(answer.headers["cache-control"], "no-cache")
-            self.assertEqual(answer.headers["x-accel-buffering"], "no")
-            self.assertEqual(answer.events[-1], "[DONE]")
-            self.assertEqual(completion_from_chunks(answer.chunks)["message"]["content"], "Hello")
-
-    def test_events_that_arrive_together_leave_together(self):
-        head, _, body = self.streamed([sse(events_of(message(text("one two three")), 4))]).partition(b"\r\n\r\n")
-        chunks, rest = chunks_in(body)
-        self.assertEqual(rest, b"")
-        self.assertLessEqual(len(chunks), 3)            # everything; what the end adds; [DONE]
-        self.assertGreaterEqual(chunks[0].count(b"data: "), 5)
-
-    def test_events_cut_anywhere_give_the_same_answer(self):
-        data = sse(events_of(message(text("Gr\u00fc\u00dfe \U0001f600"))))
-        whole = completion_from_chunks(answers_in(self.streamed([data]))[0].chunks)
-        for size in (1, 7, 64):
-            with self.subTest(size=size):
-                pieces = [data[at:at + size] for at in range(0, len(data), size)]
-                self.assertEqual(completion_from_chunks(answers_in(self.streamed(pieces))[0].chunks), whole)
-        self.assertEqual(whole["message"]["content"], "Gr\u00fc\u00dfe \U0001f600")
-
-    def test_line_separators_inside_text_reach_the_client_escaped(self):
-        words = "a\u2028b\u2029c\x85d"
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.play(message(text(words)))
-                answer = self.chat(stream=stream)
-                told = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
-                self.assertEqual(told["content"], words)
-                for character in "\u2028\u2029\x85":
-                    self.assertNotIn(character.encode("utf-8"), answer.raw)
-
-    def test_a_failure_in_mid_stream_is_an_error_event_a_proper_end_and_no_done(self):
-        events = events_of(message(text("Hello, world")))
-        refused = sse(events[:5] + [error_body("overloaded_error", "Busy")])
-        for name, reply in (("broken off", Reply(pieces=[sse(events[:5])], cut=True)),
-                            ("no message_stop", Reply(pieces=[sse(events[:-1])])),
-                            ("error event", Reply(pieces=[refused]))):
-            with self.subTest(name):
-                self.claude.play(reply)
-                connection = self.connect()
-                connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + NEXT_REQUEST)
-                answer, = answers_in(received_until(connection, b"never"))
-                self.assertEqual(answer.status, 200)
-                self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
-                self.assertNotIn("[DONE]", answer.events)
-
-    def test_headers_of_claude_cannot_inject_headers_or_a_body(self):
-        for name in ("request-id", "retry-after", "anthropic-ratelimit-requests-limit",
-                     "anthropic-ratelimit-requests-reset"):
-            for value in ("a\r\n x-evil: 1", "a\r\n\tx-evil: 1\r\n \r\n <html>", "a\rx-evil: 1", "a\nx-evil: 1", "a\0b",
-                          "\xe9\x85", "a" * 5_000):
-                for status in (200, 429):
-                    with self.subTest(name=name, value=value[:20], status=status):
-                        self.claude.play(Reply(status, {name: value}, message(text("Hi")) if status == 200
-                                               else error_body("rate_limit_error", "Slow down")))
-                        answers = self.exchanged(chat_bytes("Connection: close", "x-stainless-retry-count: 1"))
-                        self.assertEqual([answer.status for answer in answers], [status])
-                        self.assertNotIn("x-evil", answers[0].headers)
-                        self.assertLess(max(len(value) for value in answers[0].headers.values()), 1_000)
-
-    def test_no_header_of_an_answer_can_inject_another(self):
-        self.addCleanup(claude_gateway.ROUTES["/health"].update, claude_gateway.ROUTES["/health"])
-        claude_gateway.ROUTES["/health"]["GET"] = lambda *_: claude_gateway.Reply({}, {"x-odd": "a\r\nx-evil: b\0"})
-        answer = self.ask("GET", "/health")
-        self.assertEqual((answer.status, answer.headers["x-odd"]), (200, "a  x-evil: b "))
-        self.assertNotIn("x-evil", answer.headers)
-
-    def test_the_clients_request_id_and_path_cannot_inject_headers(self):
-        answer = self.ask("GET", "/v1/models/x%0d%0aX-Evil:%201", headers={"x-request-id": "mine"})
-        self.assertEqual(answer.status, 404)
-        self.assertNotIn("x-evil", answer.headers)
+    def test_only_a_body_without_any_length_may_end_with_the_connection(self):
+        framing = claude_gateway.BodyFraming(False, None)
+        framing.end()
+        self.assertTrue(framing.done)
+        for chunked, length in ((True, None), (False, 5)):
+            with self.assertRaises(claude_gateway.UpstreamFault):
+                claude_gateway.BodyFraming(chunked, length).end()
 
 
-class WatchTests(unittest.TestCase):
-    def setUp(self) -> None:
-        self.upstream, self.claude = socket.socketpair()
-        self.client, self.user = socket.socketpair()
-        for end in (self.upstream, self.claude, self.client, self.user):
-            self.addCleanup(end.close)
-
-    def test_a_silent_stream_gets_a_sign_of_life_and_goes_on(self):
-        watch = claude_gateway.Watch(self.client, patience=5)
-        signs = []
-
-        def idle() -> None:
-            signs.append(time.monotonic())
-            self.claude.sendall(b"event")
-
-        watch.idle = idle
-        watch.last_sent = time.monotonic() - claude_gateway.KEEPALIVE_INTERVAL - 1
-        watch.readable(self.upstream)
-        self.assertEqual(len(signs), 1)
-        self.assertGreater(watch.last_sent, time.monotonic() - 5)
-        self.assertEqual(claude_gateway.KEEPALIVE_INTERVAL, 10)
-
-    def test_a_stream_that_is_not_silent_gets_none(self):
-        watch = claude_gateway.Watch(self.client, patience=5)
-        watch.idle = lambda: self.fail("too early")
-        self.claude.sendall(b"event")
-        watch.readable(self.upstream)
-
-    def test_an_upstream_that_does_not_read_is_given_up(self):
-        self.upstream.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.upstream.send(b"x" * 65_536)
-        with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
-            claude_gateway.Watch(self.client, patience=0.01).writable(self.upstream)
-        self.assertIn("read nothing", str(caught.exception))
-        self.claude.recv(10_000_000)
-        claude_gateway.Watch(self.client, patience=5).writable(self.upstream)
-
-    def test_a_silent_upstream_is_given_up(self):
-        for client in (self.client, None):
-            with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
-                claude_gateway.Watch(client, patience=0.01).readable(self.upstream)
-            self.assertEqual((caught.exception.status, caught.exception.code), (504, "timeout"))
-
-    def test_a_client_that_ends_its_side_is_gone(self):
-        self.user.shutdown(socket.SHUT_WR)
-        for wait in (lambda watch: watch.readable(self.upstream), lambda watch: watch.pause(5)):
-            with self.assertRaises(claude_gateway.ClientGone):
-                wait(claude_gateway.Watch(self.client, patience=5))
-
-    def test_a_client_that_sends_its_next_request_early_is_not_gone(self):
-        self.user.sendall(NEXT_REQUEST)
-        self.claude.sendall(b"event")
-        watch = claude_gateway.Watch(self.client, patience=5)
-        watch.readable(self.upstream)
-        watch.pause(0.01)
-        self.assertEqual(self.client.recv(100), NEXT_REQUEST)       # it was only looked at
-
-
-# ==== Upstream ========================================================================================
+# ---- Upstream ----------------------------------------------------------------------------------------
 
 MESSAGE_JSON = json.dumps(message(text("Hello!"))).encode()
 MESSAGE_EVENTS = sse(events_of(message(text("Hello!"))))
@@ -9824,7 +6471,7 @@ class UpstreamRequestTests(UpstreamTestCase):
     SMALL_BODY = b'{"model": "claude-opus-5-5", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}'
 
     def test_an_answer_has_a_largest_size(self):
-        self.claude.play(Reply(body=message(text("x" * 2_000_000))))
+        self.claude.play(FakeReply(body=message(text("x" * 2_000_000))))
         reply = self.service.gateway.upstream.messages(self.SMALL_BODY, claude_gateway.Watch())
         self.addCleanup(reply.close)
         with self.assertRaisesRegex(claude_gateway.UpstreamFault, "larger than 1000000 bytes"):
@@ -9954,40 +6601,6 @@ class UpstreamRequestTests(UpstreamTestCase):
         raw = self.start_before([b""], [b""], [b""], [b""])
         self.assertEqual(self.chat().status, 502)
         self.assertEqual(len(raw.posts), 2)
-
-
-class BodyFramingTests(unittest.TestCase):
-    CHUNKED = b"5;x=y\r\nHello\r\n7\r\n, world\r\n0\r\nX-Sum: 1\r\n\r\n"
-
-    def fed(self, chunked, length, data: bytes, size: int):
-        framing = claude_gateway.BodyFraming(chunked, length)
-        body = b"".join(framing.feed(data[at:at + size]) for at in range(0, len(data), size))
-        return body, framing.done, framing.surplus
-
-    def test_any_cut_of_the_bytes_gives_the_same_body(self):
-        for size in range(1, len(self.CHUNKED) + 1):
-            self.assertEqual(self.fed(True, None, self.CHUNKED, size), (b"Hello, world", True, False))
-            self.assertEqual(self.fed(True, None, self.CHUNKED[:-1], size), (b"Hello, world", False, False))
-            self.assertEqual(self.fed(False, 5, b"Hello", size), (b"Hello", True, False))
-            self.assertEqual(self.fed(False, None, b"Hello", size), (b"Hello", False, False))
-
-    def test_what_comes_behind_the_body_is_told(self):
-        self.assertEqual(self.fed(True, None, self.CHUNKED + b"HTTP", 100), (b"Hello, world", True, True))
-        self.assertEqual(self.fed(False, 5, b"Hello, world", 100), (b"Hello", True, True))
-
-    def test_chunks_that_do_not_hold_together_are_faults(self):
-        for data in (b"zz\r\n", b"\r\n", b"-1\r\n", b"5\r\nHelloX\r\n", b"11111111111111111\r\n", b"0x5\r\nHello",
-                     b"5 5\r\nHello", b"1" * 70_000):
-            with self.subTest(data[:20]), self.assertRaises(claude_gateway.UpstreamFault):
-                self.fed(True, None, data, 100_000)
-
-    def test_only_a_body_without_any_length_may_end_with_the_connection(self):
-        framing = claude_gateway.BodyFraming(False, None)
-        framing.end()
-        self.assertTrue(framing.done)
-        for chunked, length in ((True, None), (False, 5)):
-            with self.assertRaises(claude_gateway.UpstreamFault):
-                claude_gateway.BodyFraming(chunked, length).end()
 
 
 class UpstreamAnswerTests(UpstreamTestCase):
@@ -10223,6 +6836,387 @@ class UpstreamAnswerTests(UpstreamTestCase):
             with self.assertRaises(claude_gateway.UpstreamTimeout):
                 gateway.upstream.messages(b"{}", claude_gateway.Watch(patience=0.05))
             gateway.close()
+
+
+EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8"}
+
+
+class UpstreamBodyTests(GatewayTestCase):
+    """Answers of the upstream that are not as they should be: told as failures, never as a normal end."""
+    EVENTS = events_of(message(text("Hello there")), size=100)
+
+    def failure(self, reply, stream: bool) -> tuple:
+        """Status and error of a failure, once the reply has been played; a stream must end with it."""
+        self.claude.play(reply)
+        answer = self.chat(stream=stream)
+        if answer.status == 200 and stream:
+            self.assertNotIn("[DONE]", answer.events)
+            self.assertFalse([chunk for chunk in answer.chunks if chunk.get("choices")
+                              and chunk["choices"][0]["finish_reason"]])
+        last = json.loads(answer.events[-1]) if stream and answer.status == 200 else answer.json
+        self.assertEqual(sorted(last["error"]), ["code", "message", "param", "type"])
+        return answer, last["error"]
+
+    def test_both_kinds_of_body_serve_both_kinds_of_client(self):
+        whole = message(thinking("hm", "c2ln"), cited_text("Hi", web_citation("https://a.example")),
+                        tool_use("toolu_1", "f", {"a": 1}))
+        for name, reply in (
+            ("stream", FakeReply(headers=EVENT_STREAM, body=sse(events_of(whole)))), ("JSON", FakeReply(body=whole)),
+            ("a stream that says nothing", FakeReply(headers={"content-type": None}, body=sse(events_of(whole)))),
+            ("JSON that says nothing", FakeReply(headers={"content-type": None}, body=whole)),
+            ("JSON with a charset", FakeReply(headers={"content-type": "application/json; charset=utf-8"}, body=whole)),
+            ("a stream in capitals",
+             FakeReply(headers={"content-type": "Text/Event-Stream"}, body=sse(events_of(whole)))),
+            ("a stream that begins with a comment",
+             FakeReply(headers={"content-type": None}, body=b": hi\n\n" + sse(events_of(whole)))),
+            ("a stream with a mark", FakeReply(headers=EVENT_STREAM, body=b"\xef\xbb\xbf" + sse(events_of(whole)))),
+        ):
+            with self.subTest(name):
+                self.claude.reset()
+                self.claude.play(reply, reply)
+                plain = self.chat()
+                self.assertEqual(plain.status, 200, plain.raw)
+                streamed = completion_from_chunks(self.chat(stream=True, stream_options={"include_usage": True}).chunks)
+                parts = completion_parts(plain.json)
+                for each in (parts, streamed):
+                    call = each["message"]["tool_calls"][0]["function"]
+                    call["arguments"] = json.loads(call["arguments"])
+                self.assertEqual(parts, streamed)
+                self.assertEqual(parts["message"]["annotations"], [url_note(0, 2, "https://a.example")])
+
+    def test_a_stream_in_capitals_is_still_handed_on_event_by_event(self):
+        go_on = threading.Event()
+        self.addCleanup(go_on.set)
+        self.claude.play(FakeReply(headers={"content-type": "TEXT/EVENT-STREAM"},
+                                   pieces=[sse(self.EVENTS[:3]), go_on, sse(self.EVENTS[3:])]))
+        connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=2)
+        self.addCleanup(connection.close)
+        connection.request("POST", "/v1/chat/completions", json.dumps(
+            {"model": "claude-sonnet-5-5", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}))
+        self.assertIn(b"assistant", connection.getresponse().readline())
+
+    def test_an_answer_without_its_end_is_502(self):
+        events = self.EVENTS
+        open_stop = dict(events[-2], delta={"stop_reason": None})
+        for name, reply in (
+            ("no message_stop", one_by_one(*events[:-1])), ("only the start", one_by_one(*events[:1])),
+            ("nothing", FakeReply(headers=EVENT_STREAM, body=b"")),
+            ("only pings", one_by_one({"type": "ping"}, {"type": "ping"})),
+            ("a null stop reason", one_by_one(*events[:-2], open_stop, events[-1])),
+            ("no message_delta", one_by_one(*events[:-2], events[-1])),
+            ("reset in the middle", one_by_one(*events[:4], cut=True)),
+            ("ended in the middle", one_by_one(*events[:4], chunked=False)),
+            ("too short for its length", FakeReply(headers=dict(EVENT_STREAM, **{"content-length": "9000"}),
+                                                   body=sse(events[:4]))),
+            ("a JSON answer without a stop reason", FakeReply(body=dict(message(text("Hi")), stop_reason=None))),
+            ("half of a JSON answer", FakeReply(body=json.dumps(message(text("Hi"))).encode()[:-9])),
+            ("JSON that is no message", FakeReply(body={"hello": "world"})), ("an empty body", FakeReply(body=b"")),
+            ("a web page", FakeReply(headers={"content-type": "text/html"}, body=b"<html>login here</html>")),
+            ("JSON under the name of a stream", FakeReply(headers=EVENT_STREAM, body=message(text("Hi")))),
+            ("no event", FakeReply(headers=EVENT_STREAM, body=b"data: {oops\n\n")),
+            ("delta before start", one_by_one(events[-2], events[-1])),
+            ("no block in a block start", one_by_one(events[0], {"type": "content_block_start", "index": 0})),
+            ("no text in a text delta", one_by_one(events[0], events[1], {"type": "content_block_delta", "index": 0,
+                                                                          "delta": {"type": "text_delta"}})),
+            ("null in a text delta", one_by_one(events[0], events[1], {
+                "type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": None}},
+                *events[-3:])),
+            ("a call without a name", one_by_one(events[0], {
+                "type": "content_block_start", "index": 0, "content_block": {"type": "tool_use", "id": "toolu_1"}},
+                {"type": "content_block_stop", "index": 0}, *events[-2:])),
+            ("a delta outside of a block", one_by_one(events[0], {
+                "type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta",
+                                                                     "partial_json": "{}"}}, *events[-2:])),
+            ("a stop outside of a block", one_by_one(events[0], {"type": "content_block_stop", "index": 0},
+                                                     {"type": "content_block_start"})),
+        ):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    if name == "too short for its length":
+                        reply = FakeReply(headers=EVENT_STREAM, pieces=[sse(events[:4])], chunked=False)
+                    answer, error = self.failure(reply, stream)
+                    self.assertIn(answer.status, (200, 502) if stream else (502,))
+                    self.assertEqual((error["type"], error["code"]), ("server_error", "upstream_error"), error)
+                    self.assertNotIn("login here", error["message"])
+
+    def test_a_plain_reply_that_broke_off_is_not_asked_for_again(self):
+        self.claude.play(one_by_one(*self.EVENTS[:4], cut=True))
+        self.assertEqual((self.chat().status, len(self.claude.messages)), (502, 1))
+
+    def test_what_was_said_before_a_fault_reaches_the_client(self):
+        for name, pieces in (
+            ("pieces of their own", [sse(self.EVENTS[:4]), b"data: {oops\n\n"]),
+            ("one piece", [sse(self.EVENTS[:4]) + b"data: {oops\n\n"]),
+            ("an error in the same piece", [sse(self.EVENTS[:4] + [error_body("api_error", "x")])]),
+        ):
+            with self.subTest(name):
+                answer, _ = self.failure(FakeReply(pieces=pieces), stream=True)
+                self.assertIn(b"Hello there", answer.raw)
+
+    def test_what_comes_after_the_end_does_not_matter(self):
+        for tail in (b"data: [DONE]\n\n", b"data: {oops\n\n", sse([error_body("api_error", "x")])):
+            for pieces in ([sse(self.EVENTS) + tail], [sse(self.EVENTS), tail]):
+                with self.subTest(tail=tail, pieces=len(pieces)):
+                    self.claude.reset()
+                    self.claude.play(FakeReply(pieces=pieces), FakeReply(pieces=pieces))
+                    self.assertEqual(self.chat().status, 200)
+                    self.assertEqual(self.chat(stream=True).events[-1], "[DONE]")
+
+    def test_a_last_event_without_its_blank_line_counts(self):
+        data = sse(self.EVENTS)
+        for cut in (1, 2):
+            for framing in (FakeReply(headers=EVENT_STREAM, body=data[:-cut]), FakeReply(pieces=[data[:-cut]]),
+                            FakeReply(pieces=[data[:-cut]], chunked=False)):
+                self.claude.play(framing, framing)
+                self.assertEqual(self.chat().message["content"], "Hello there")
+                self.assertEqual(self.chat(stream=True).events[-1], "[DONE]")
+
+    def test_counts_that_are_none_cost_nobody_his_answer(self):
+        self.start()
+        odd = {"input_tokens": "ten", "output_tokens": None, "cache_read_input_tokens": [1], "server_tool_use": 5,
+               "cache_creation_input_tokens": -4, "output_tokens_details": {"thinking_tokens": "many"}}
+        whole = dict(message(text("Hi")), usage=odd)
+        events = [{"type": "message_start", "message": dict(whole, content=[], stop_reason=None)}] + \
+            events_of(message(text("Hi")))[1:-2] + [{"type": "message_delta", "delta": {"stop_reason": "end_turn"},
+                                                     "usage": odd}, {"type": "message_stop"}]
+        native = {"model": "opus", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+        for reply in (FakeReply(body=whole), FakeReply(headers=EVENT_STREAM, body=sse(events))):
+            for stream in (False, True):
+                with self.subTest(reply=reply.headers, stream=stream):
+                    self.claude.play(reply, reply, reply)
+                    answers = [self.chat(stream=stream),
+                               self.ask("POST", "/v1/responses", {"model": "opus", "input": "Hi", "stream": stream}),
+                               self.ask("POST", "/v1/messages", dict(native, stream=stream))]
+                    self.assertEqual([answer.status for answer in answers], [200] * 3, answers[0].raw)
+                    self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+                    if not stream:
+                        self.assertEqual(answers[0].json["usage"]["total_tokens"], 0)
+
+    def test_unknown_events_blocks_and_deltas_are_skipped(self):
+        start, block, *rest = self.EVENTS
+        new_block = {"type": "content_block_start", "index": 9, "content_block": {"type": "new"}}
+        new_delta = {"type": "content_block_delta", "index": 9, "delta": {"type": "new_delta", "text": "x"}}
+        counted = {"type": "content_block_delta", "index": 0, "delta": {"type": "compaction_delta", "content": "x"}}
+        events = [{"type": "new"}, {"type": "ping"}, start, new_block, new_delta,
+                  {"type": "content_block_stop", "index": 9}, block, counted, {"type": "new", "delta": 1}, *rest]
+        self.claude.play(one_by_one(*events), one_by_one(*events))
+        self.assertEqual(self.chat().message["content"], "Hello there")
+        self.assertEqual(completion_from_chunks(self.chat(stream=True).chunks)["message"]["content"], "Hello there")
+
+    def test_an_error_event_is_a_status_for_plain_clients_and_an_event_for_streams(self):
+        for kind, status, our_kind, code in (
+            ("overloaded_error", 503, "server_error", "overloaded"),
+            ("rate_limit_error", 429, "rate_limit_error", "rate_limit_exceeded"),
+            ("api_error", 500, "server_error", None),
+            ("timeout_error", 504, "server_error", "timeout"),
+            ("invalid_request_error", 400, "invalid_request_error", None),
+        ):
+            for place in (0, 1, 4):
+                events = self.EVENTS[:place] + [error_body(kind, "Sorry.")]
+                with self.subTest(kind=kind, place=place):
+                    answer, error = self.failure(one_by_one(*events), stream=False)
+                    self.assertEqual((answer.status, error["type"], error["code"]), (status, our_kind, code))
+                    self.assertTrue(error["message"].startswith("Sorry."))
+                    answer, error = self.failure(one_by_one(*events), stream=True)
+                    self.assertEqual((answer.status, error["type"], error["code"]), (200, our_kind, code))
+                    self.assertEqual(b"Hello there" in answer.raw, place == 4)
+        self.assertEqual(len(self.claude.messages), 30, "none of them is retried")
+
+    def test_an_error_event_of_an_unknown_kind_is_the_upstreams_fault(self):
+        answer, error = self.failure(one_by_one(*self.EVENTS[:3], error_body("new_error", "Sorry.")), stream=False)
+        self.assertGreaterEqual(answer.status, 500)
+        self.assertEqual(error["type"], "server_error")
+
+    def test_an_error_under_status_200_is_an_error(self):
+        for stream in (False, True):
+            answer, error = self.failure(FakeReply(body=error_body("overloaded_error", "Sorry.")), stream)
+            self.assertEqual((answer.status, error["code"]), (200 if stream else 503, "overloaded"))
+
+    def test_a_malformed_error_event_is_an_error_too(self):
+        for event in ({"type": "error"}, {"type": "error", "error": "x"}, {"type": "error", "error": None},
+                      {"type": "error", "error": {}}):
+            for stream in (False, True):
+                with self.subTest(event=event, stream=stream):
+                    self.failure(one_by_one(self.EVENTS[0], event), stream)
+
+    def test_the_connection_serves_the_next_request_after_a_failed_stream(self):
+        self.failure(one_by_one(*self.EVENTS[:3], error_body("api_error", "x")), stream=True)
+        self.assertEqual(self.chat().status, 200)
+
+
+class OwnRetryTests(GatewayTestCase):
+    """At most one of our own, before anything was sent."""
+    AT_ONCE = {"retry-after": "0"}
+
+    def calls_for(self, *replies, stream: bool = False, headers=None) -> tuple:
+        self.claude.reset()
+        self.claude.play(*replies)
+        answer = self.chat(stream=stream, headers=headers)
+        return answer.status, len(self.claude.messages)
+
+    def test_what_may_pass_is_asked_once_more(self):
+        for status, kind in ((500, "api_error"), (503, "api_error"), (504, "timeout_error"), (529, "overloaded_error"),
+                             (429, "rate_limit_error")):
+            for stream in (False, True):
+                with self.subTest(status=status, stream=stream):
+                    reply = FakeReply(status, body=error_body(kind, "x"), headers=self.AT_ONCE)
+                    self.assertEqual(self.calls_for(reply, stream=stream), (200, 2))
+                    self.assertEqual(self.calls_for(reply, reply, stream=stream)[1], 2)
+
+    def test_what_cannot_pass_is_not(self):
+        for status, kind in ((400, "invalid_request_error"), (401, "authentication_error"), (402, "billing_error"),
+                             (403, "permission_error"), (404, "not_found_error"), (413, "request_too_large")):
+            with self.subTest(status=status):
+                reply = FakeReply(status, body=error_body(kind, "x"), headers=self.AT_ONCE)
+                self.assertEqual(self.calls_for(reply)[1], 1)
+
+    def test_five_seconds_is_the_longest_wait(self):
+        later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
+        past = "Wed, 21 Oct 2015 07:28:00 GMT"
+        for value, calls_made in (("5.5", 1), ("6", 1), ("100000", 1), (later, 1), ("soon", 1), ("-1", 1), (None, 1),
+                                  (past, 2), ("0", 2), ("0.01", 2)):
+            with self.subTest(value=value):
+                reply = FakeReply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": value})
+                self.assertEqual(self.calls_for(reply)[1], calls_made)
+        for status, kind in ((503, "api_error"), (529, "overloaded_error")):
+            with self.subTest(status=status):
+                reply = FakeReply(status, body=error_body(kind, "x"), headers={"retry-after": "5.5"})
+                self.assertEqual(self.calls_for(reply)[1], 1)
+
+    def test_a_client_that_retries_by_itself_is_left_to_it(self):
+        for value, calls_made in (("0", 2), ("1", 1), ("2", 1)):
+            with self.subTest(value=value):
+                reply = FakeReply(529, body=error_body("overloaded_error", "x"), headers=self.AT_ONCE)
+                self.assertEqual(self.calls_for(reply, headers={"x-stainless-retry-count": value})[1], calls_made)
+
+    def test_claudes_veto_holds(self):
+        reply = FakeReply(529, body=error_body("overloaded_error", "x"), headers=dict(self.AT_ONCE,
+                                                                                      **{"x-should-retry": "false"}))
+        self.assertEqual(self.calls_for(reply), (503, 1))
+
+    def test_a_failure_after_the_status_is_not_retried(self):
+        events = events_of(message(text("Hello there")))
+        for name, reply in (("error first", one_by_one(error_body("overloaded_error", "x"))),
+                            ("error later", one_by_one(*events[:4], error_body("overloaded_error", "x"))),
+                            ("reset", one_by_one(*events[:4], cut=True)),
+                            ("JSON", FakeReply(body=error_body("overloaded_error", "x")))):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    self.assertEqual(self.calls_for(reply, stream=stream)[1], 1)
+
+    def test_a_correction_is_not_the_occasion_for_a_second_retry(self):
+        self.start()
+        overloaded = FakeReply(529, body=error_body("overloaded_error", "x"), headers=self.AT_ONCE)
+        deprecated = FakeReply(400, body=error_body("invalid_request_error",
+                                                    "`temperature` is deprecated for this model."))
+        self.claude.play(overloaded, deprecated, overloaded)
+        answer = self.chat(model="claude-sonnet-4-6", temperature=0.5)
+        self.assertEqual((answer.status, len(self.claude.messages)), (503, 3))
+
+
+class WatchTests(unittest.TestCase):
+    def setUp(self) -> None:
+        self.upstream, self.claude = socket.socketpair()
+        self.client, self.user = socket.socketpair()
+        for end in (self.upstream, self.claude, self.client, self.user):
+            self.addCleanup(end.close)
+
+    def test_a_silent_stream_gets_a_sign_of_life_and_goes_on(self):
+        watch = claude_gateway.Watch(self.client, patience=5)
+        signs = []
+
+        def idle() -> None:
+            signs.append(time.monotonic())
+            self.claude.sendall(b"event")
+
+        watch.idle = idle
+        watch.last_sent = time.monotonic() - claude_gateway.KEEPALIVE_INTERVAL - 1
+        watch.readable(self.upstream)
+        self.assertEqual(len(signs), 1)
+        self.assertGreater(watch.last_sent, time.monotonic() - 5)
+        self.assertEqual(claude_gateway.KEEPALIVE_INTERVAL, 10)
+
+    def test_a_stream_that_is_not_silent_gets_none(self):
+        watch = claude_gateway.Watch(self.client, patience=5)
+        watch.idle = lambda: self.fail("too early")
+        self.claude.sendall(b"event")
+        watch.readable(self.upstream)
+
+    def test_an_upstream_that_does_not_read_is_given_up(self):
+        self.upstream.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.upstream.send(b"x" * 65_536)
+        with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
+            claude_gateway.Watch(self.client, patience=0.01).writable(self.upstream)
+        self.assertIn("read nothing", str(caught.exception))
+        self.claude.recv(10_000_000)
+        claude_gateway.Watch(self.client, patience=5).writable(self.upstream)
+
+    def test_a_silent_upstream_is_given_up(self):
+        for client in (self.client, None):
+            with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
+                claude_gateway.Watch(client, patience=0.01).readable(self.upstream)
+            self.assertEqual((caught.exception.status, caught.exception.code), (504, "timeout"))
+
+    def test_a_client_that_ends_its_side_is_gone(self):
+        self.user.shutdown(socket.SHUT_WR)
+        for wait in (lambda watch: watch.readable(self.upstream), lambda watch: watch.pause(5)):
+            with self.assertRaises(claude_gateway.ClientGone):
+                wait(claude_gateway.Watch(self.client, patience=5))
+
+    def test_a_client_that_sends_its_next_request_early_is_not_gone(self):
+        self.user.sendall(NEXT_REQUEST)
+        self.claude.sendall(b"event")
+        watch = claude_gateway.Watch(self.client, patience=5)
+        watch.readable(self.upstream)
+        watch.pause(0.01)
+        self.assertEqual(self.client.recv(100), NEXT_REQUEST)       # it was only looked at
+
+
+class PictureServer:
+    """A web server on loopback: path -> (status, headers, body); `seen` has the requests."""
+
+    def __init__(self, pictures: dict) -> None:
+        seen = self.seen = []
+
+        class Pictures(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+                status, headers, body = pictures.get(self.path, (404, {}, b""))
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(OSError):      # who refuses a large one hangs up
+                    self.wfile.write(body)
+
+            def log_message(self, *_) -> None:
+                """Say nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+        self.server.daemon_threads = True
+        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        # the gateway refuses 127.0.0.1 by its spelling, so a public name leads there
+        self.name = "http://pictures.example.org:%d" % self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def names_that_resolve(test: unittest.TestCase, names: dict) -> None:
+    """Until the end of the test these names have these addresses; no other name asks the network."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host, port, *more, **options):
+        if host in names:
+            return [entry for address in names[host] for entry in real(address, port, type=socket.SOCK_STREAM)]
+        return real(host, port, *more, **options)
+
+    socket.getaddrinfo = getaddrinfo
+    test.addCleanup(setattr, socket, "getaddrinfo", real)
 
 
 def make_certificate(path: str, key: str) -> None:
@@ -10569,280 +7563,7 @@ class ProxyTests(TlsTestCase):
         self.assertNotEqual(proxy.heads, [])
 
 
-# ==== Status page =====================================================================================
-
-# The page's script in front of a document and a server that are made up: each step is a status, a body, and
-# what is typed into the form before (if anything is).
-PAGE_HARNESS = r"""
-const steps = %s, told = [], elements = {};
-function element() {
-  return { hidden: true, style: {}, listeners: {}, children: [],
-           append(...more) { this.children.push(...more); }, replaceChildren(...all) { this.children = all; },
-           get all() { return (this.textContent ?? "") + this.children.map((one) => one.all ?? one).join("|"); },
-           addEventListener(name, on) { this.listeners[name] = on; } };
-}
-globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element };
-globalThis.location = { origin: "http://localhost" };
-let tick, sent, shown;
-globalThis.setInterval = (update) => { tick = update; };
-globalThis.fetch = async (path, { headers }) => {
-  const [status, body] = steps[told.length];
-  sent = headers.authorization ?? null;
-  if (!status) throw new TypeError("refused");
-  return { status, ok: status === 200, json: async () => JSON.parse(body) };
-};
-async function run() {
-  for (let at = 0; at < steps.length; at += 1) {
-    const typed = steps[at][2], form = elements.key;
-    if (typed) {
-      document.getElementById("secret").value = typed;
-      form.listeners.submit({ preventDefault() {} });
-    } else if (at) tick();
-    await new Promise((next) => setImmediate(next));
-    const [ask, wrong, data, state] = ["ask", "wrong", "data", "state"].map(document.getElementById);
-    shown = Object.fromEntries(Object.entries(elements).map(([id, one]) => [id, one.all]));
-    shown.hidden = Object.keys(elements).filter((id) => elements[id].hidden);
-    told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
-  }
-  console.log(JSON.stringify([told, shown]));
-}
-run();
-%s
-"""
-
-
-class StatusTests(GatewayTestCase):
-    def setUp(self):
-        super().setUp()
-        self.start()                                # counts from zero
-
-    def status(self, **headers) -> dict:
-        self.settle()
-        return self.ask("GET", "/", headers=dict({"accept": "application/json"}, **headers)).json
-
-    def settle(self) -> None:
-        """Waits until nothing runs: a request is counted just after its answer is out."""
-        self.service.gateway.running.wait_until_idle(10)
-
-    def test_requests_tokens_cache_and_errors_are_counted(self):
-        usage = {"input_tokens": 100, "cache_read_input_tokens": 800, "cache_creation_input_tokens": 100,
-                 "output_tokens": 50}
-        self.claude.play(message(text("A"), usage=usage), message(text("B"), usage=usage))
-        self.chat()
-        self.chat(stream=True)
-        self.chat(model="no-such-model")
-        data = self.status()
-        self.assertEqual(data["requests"], {"total": 3, "running": 0})      # besides the one that asks
-        self.assertEqual(data["tokens"], {"input": 200, "cache_read": 1600, "cache_write": 200, "output": 100})
-        self.assertEqual(data["errors"], {"model_not_found": 1})
-        # sonnet 5.5: $2 fresh, $0.10 read; 1600 reads save 1.90 each, 200 writes cost 0.50 more each, per million
-        self.assertEqual(data["cache"], {"share_percent": 80, "saved_usd": round((1600 * 1.9 - 200 * 0.5) / 1e6, 4)})
-        # and $10 out: 200 fresh, 200 written for a quarter more, 1600 read, 100 out
-        self.assertEqual(data["cost"], {"usd": round((200 * 2 + 200 * 2.5 + 1600 * 0.1 + 100 * 10) / 1e6, 4),
-                                        "without_price": []})
-        self.settle()
-        told = self.ask("GET", "/metrics").raw.decode()
-        self.assertIn('claude_gateway_cost_usd_total{model="claude-sonnet-5-5"} 0.00206\n', told)
-        self.assertIn('claude_gateway_cache_saved_usd{model="claude-sonnet-5-5"} 0.00294\n', told)
-        self.assertIn('claude_gateway_requests_running 0\n', told)
-
-    def test_list_prices_are_those_of_november_2026(self):
-        # US dollars per million tokens: in, in from the cache, out; no price of mythos 5.2 is known
-        prices = {"fable-5-2": (8, 0.2, 40), "mythos-5-2": None, "haiku-5-5": (0.1, 0.01, 0.5),
-                  "sonnet-5-5": (2, 0.1, 10), "opus-5-5": (4, 0.2, 20), "fable-5-1": (10, 0.25, 50),
-                  "mythos-5-1": (10, 0.25, 50), "opus-5": (5, 0.5, 25), "sonnet-5": (2, 0.2, 10),
-                  "fable-5": (10, 1, 50), "mythos-5": (10, 1, 50), "opus-4-8": (5, 0.5, 25), "opus-4-7": (5, 0.5, 25),
-                  "sonnet-4-6": (3, 0.3, 15), "opus-4-6": (5, 0.5, 25), "opus-4-5-20251101": (5, 0.5, 25),
-                  "haiku-4-5-20251001": (1, 0.1, 5), "sonnet-4-5-20250929": (3, 0.3, 15)}
-        self.assertEqual({model.id[len("claude-"):]: model.price for model in BUILT_IN_MODELS.values()}, prices)
-
-    def test_a_model_without_a_price_is_named(self):
-        self.claude.play(message(text("A"), model="claude-mythos-5-2"))
-        self.chat(model="claude-mythos-5-2")
-        self.assertEqual(self.status()["cost"], {"usd": 0, "without_price": ["claude-mythos-5-2"]})
-
-    def test_a_window_that_is_new_goes_by_its_own_name(self):
-        self.claude.play(Reply(body=message(text("A")), headers={
-            "anthropic-ratelimit-unified-30d-utilization": "0.1", "anthropic-ratelimit-unified-5h-utilization": "0.2"}))
-        self.chat()
-        self.assertEqual([(limit["title"], limit["used"]) for limit in self.status()["limits"]],
-                         [("5 hours", 0.2), ("30d", 0.1)])
-
-    def test_the_names_begin_with_the_one_to_take(self):
-        self.assertEqual(list(self.status()["models"]), ["sonnet", "opus", "haiku", "fable", "mythos"])
-
-    def test_what_is_written_for_an_hour_costs_as_much_again(self):
-        self.claude.play(message(text("A"), usage={
-            "input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 1_000_000,
-            "cache_creation": {"ephemeral_5m_input_tokens": 400_000, "ephemeral_1h_input_tokens": 600_000},
-            "output_tokens": 1}))
-        self.chat()
-        data = self.status()
-        self.assertEqual(data["tokens"]["cache_write"], 1_000_000)
-        # sonnet 5.5: $2 a million; 0.4 million cost 25 % more, 0.6 million 100 %
-        self.assertEqual(data["cache"]["saved_usd"], -(0.4 * 0.5 + 0.6 * 2))
-
-    def test_plan_windows_and_rate_limits_come_from_the_latest_answer(self):
-        reset = int(time.time()) + 3600
-        self.claude.play(Reply(body=message(text("A")), headers={
-            "anthropic-ratelimit-unified-5h-utilization": "0.42", "anthropic-ratelimit-unified-5h-reset": str(reset),
-            "anthropic-ratelimit-unified-5h-status": "allowed",
-            "anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "40",
-            "anthropic-ratelimit-requests-reset": "2031-01-01T00:00:00Z"}))
-        self.chat()
-        windows = {limit["window"]: limit for limit in self.status()["limits"]}
-        self.assertEqual(windows["5h"], {"window": "5h", "title": "5 hours", "used": 0.42, "resets_at": reset,
-                                         "over": False, "status": "allowed"})
-        self.assertEqual((windows["requests"]["used"], windows["requests"]["resets_at"]), (0.2, 1924992000))
-
-    def test_odd_limit_headers_do_no_harm(self):
-        self.claude.play(Reply(body=message(text("A")), headers={
-            "anthropic-ratelimit-unified-5h-utilization": "nan", "anthropic-ratelimit-unified-7d-utilization": "1.04",
-            "anthropic-ratelimit-unified-7d-reset": "soon", "anthropic-ratelimit-tokens-limit": "0",
-            "anthropic-ratelimit-tokens-remaining": "0"}))
-        self.chat()
-        self.assertEqual([(limit["window"], limit["used"]) for limit in self.status()["limits"]], [("7d", 1.04)])
-
-    def test_a_browser_gets_a_page_that_loads_nothing_from_elsewhere(self):
-        answer = self.ask("GET", "/", headers={"accept": "text/html,application/xhtml+xml"})
-        page = answer.raw.decode()
-        self.assertTrue(answer.headers["content-type"].startswith("text/html"))
-        self.assertIn("default-src 'none'", answer.headers["content-security-policy"])
-        nonce = re.search(r"script-src 'nonce-([\w-]+)'", answer.headers["content-security-policy"]).group(1)
-        self.assertIn('<script nonce="%s">' % nonce, page)
-        self.assertNotIn("NONCE", page)
-        self.assertEqual(re.findall(r"(?:src|href)=|https?://|@import", page), [])
-
-    def test_with_a_client_key_the_numbers_need_it_and_the_page_does_not(self):
-        self.start(api_key=("the-client-key",))
-        self.assertEqual(self.ask("GET", "/", headers={"accept": "text/html"}).status, 200)
-        self.assertEqual(set(self.status()), {"status", "version", "key_needed"})
-        self.assertIn("tokens", self.status(authorization="Bearer the-client-key"))
-        self.assertEqual(self.ask("GET", "/metrics").status, 401)
-        self.assertEqual(self.ask("GET", "/metrics", headers={"x-api-key": "the-client-key"}).status, 200)
-
-    def page(self, steps) -> list:
-        """What the page's script did at each step, and what it showed in the end."""
-        script = re.search(r"<script[^>]*>(.*)</script>", claude_gateway.PAGE, re.S).group(1)
-        ended = subprocess.run(["node", "-e", PAGE_HARNESS % (json.dumps(steps), script)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, TZ="UTC"))
-        self.assertEqual(ended.stderr.decode(), "")
-        return json.loads(ended.stdout.decode())
-
-    @unittest.skipUnless(shutil.which("node"), "no node here")
-    def test_the_page_shows_what_it_cost_and_how_long_things_last(self):
-        data = self.status()
-        data.update(upstream="simulated", uptime_seconds=97_200, cost={"usd": 1.234, "without_price": ["x"]})
-        data["cache"]["saved_usd"] = -0.5
-        data["credential"] = {"description": "login", "expires_at": 1_893_456_000, "refreshable": True}
-        data["limits"] = [{"title": "5 hours", "used": 0.5, "resets_at": time.time() + 28_770}]
-        shown = self.page([(200, json.dumps(data), "")])[1]
-        self.assertEqual((shown["cost"], shown["saved"]),
-                         ("$1.23", "by list prices; caching saved -$0.50; without x"))
-        self.assertEqual(shown["running"], "0 running, up for 1 d 3 h")
-        self.assertIn("50 %, reset in 7 h 59 min", shown["limits"])
-        self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
-        self.assertTrue(shown["names"].startswith("sonnet| claude-sonnet-5-5|"), shown["names"])
-        self.assertNotIn("demo", shown["hidden"])
-        data["upstream"] = "https://api.anthropic.com"
-        self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
-
-    @unittest.skipUnless(shutil.which("node"), "no node here")
-    def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(self):
-        data = json.dumps(self.status())
-        needed = json.dumps({"status": "ok", "version": "1", "key_needed": True})
-        refused = json.dumps({"error": {"message": "wrong", "code": "invalid_api_key"}})
-        steps = ((200, needed, ""), (401, refused, "wrong"), (200, needed, ""), (200, needed, "older"),
-                 (200, data, "right"), (200, data, ""), (503, "{}", ""), (0, "", ""))
-        self.assertEqual(self.page(steps)[0], [    # form, "not right", numbers, state, the key sent
-            [True, False, False, "running", None], [True, True, False, "running", "Bearer wrong"],
-            [True, True, False, "running", None], [True, True, False, "running", "Bearer older"],
-            [False, False, True, "running", "Bearer right"], [False, False, True, "running", "Bearer right"],
-            [False, False, True, "not reachable", "Bearer right"],
-            [False, False, True, "not reachable", "Bearer right"]])
-
-    def test_metrics_keep_to_prometheus_text_format(self):
-        self.chat()
-        self.settle()
-        answer = self.ask("GET", "/metrics")
-        self.assertTrue(answer.headers["content-type"].startswith("text/plain; version=0.0.4"))
-        families = {}
-        for line in answer.raw.decode().splitlines():
-            with self.subTest(line=line):
-                if line.startswith("# TYPE"):
-                    families[line.split()[2]] = line.split()[3]
-                elif not line.startswith("#"):
-                    match = re.match(r'([a-z_]+)(\{([a-z_]+="(\\.|[^"\\])*",?)*\})? -?[\d.e+-]+$', line)
-                    self.assertTrue(match)
-                    self.assertIn(match.group(1), families)
-        self.assertEqual({kind for name, kind in families.items() if name.endswith("_total")}, {"counter"})
-        self.assertIn('claude_gateway_requests_total{route="/chat/completions",status="200"} 1', answer.raw.decode())
-        self.assertIn('claude_gateway_tokens_total{model="claude-sonnet-5-5",kind="output"} 7', answer.raw.decode())
-
-    def test_a_line_of_a_failure_has_its_columns(self):
-        with self.assertLogs(claude_gateway.LOG, "DEBUG") as logged:
-            self.chat(model="no-such-model", headers={"user-agent": "aider/1"})
-            self.ask("POST", "/v1/messages", {"model": "none-either", "messages": []})
-            self.ask("GET", "/v1/no-such-route")
-            self.settle()
-        lines = {record.fields["asked"]: record for record in logged.records if hasattr(record, "fields")}
-        self.assertEqual({(asked, record.levelname) for asked, record in lines.items()},
-                         {("no-such-model", "WARNING"), ("none-either", "WARNING"), ("", "WARNING")})
-        self.assertRegex(lines["no-such-model"].getMessage(), r" 404  aider {10}no-such-model -> - {27}\d+/\d+ ms")
-        self.assertRegex(lines[""].getMessage(), r" 404  - {14}- {44}\d+/\d+ ms")
-        said = [record.payload for record in logged.records if str(record.msg).startswith("to the client")]
-        self.assertEqual([body.get("error", {}).get("code") for body in said][::2], ["model_not_found", "unknown_url"])
-
-    def test_no_secret_is_in_any_of_it(self):
-        self.chat()
-        for path in ("/", "/metrics"):
-            self.assertNotIn(SECRET, self.ask("GET", path).raw.decode())
-
-    def test_labels_are_bounded(self):
-        for at in range(5):
-            self.ask("GET", "/no/such/place/%d" % at)
-        self.settle()
-        self.assertIn('route="other",status="404"} 5', self.ask("GET", "/metrics").raw.decode())
-
-
-# ==== Pump ============================================================================================
-
-class Pumped:
-    """Every stream goes through the pump, as they do where many run at once."""
-
-    def setUp(self):
-        super().setUp()
-        self.addCleanup(setattr, claude_gateway, "PUMP_FROM", claude_gateway.PUMP_FROM)
-        claude_gateway.PUMP_FROM = 0
-
-
-class PumpedLeavingClientTests(Pumped, LeavingClientTests):
-    pass
-
-
-class PumpedPausedAnswerTests(Pumped, PausedAnswerTests):
-    pass
-
-
-class PumpedCompletionTests(Pumped, LegacyCompletionTests):
-    pass
-
-
-class PumpedNativeTests(Pumped, NativeTests):
-    pass
-
-
-class PumpedConnectionTests(Pumped, ConnectionTests):
-    pass
-
-
-class PumpedStreamShapeTests(Pumped, StreamShapeTests):
-    pass
-
-
-class PumpedTlsTests(Pumped, TlsTests):
-    pass
-
+# ---- Event loop --------------------------------------------------------------------------------------
 
 class PumpTests(unittest.TestCase):
     """The pump between two socket pairs: Claude speaks to `upstream`, the user reads from `client`."""
@@ -11049,6 +7770,15 @@ class PumpTests(unittest.TestCase):
         self.assertTrue(self.ended.is_set())
 
 
+class Pumped:
+    """Every stream goes through the pump, as they do where many run at once."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(setattr, claude_gateway, "PUMP_FROM", claude_gateway.PUMP_FROM)
+        claude_gateway.PUMP_FROM = 0
+
+
 class PumpedStreamTests(Pumped, UpstreamTestCase):
     STREAM = CHAT_BODY[:-1] + b',"stream":true}'
 
@@ -11057,9 +7787,9 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
         self.release = threading.Event()
         self.addCleanup(self.release.set)
 
-    def held(self, words: str = "Hello there") -> Reply:
+    def held(self, words: str = "Hello there") -> FakeReply:
         events = events_of(message(text(words)), 100)
-        return Reply(pieces=[sse(events[:2]), self.release, sse(events[2:])])
+        return FakeReply(pieces=[sse(events[:2]), self.release, sse(events[2:])])
 
     def test_streams_that_wait_share_one_thread(self):
         self.start()
@@ -11116,7 +7846,7 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
                            ("junk", b"data: {nonsense\n\n")):
             with self.subTest(name):
                 self.release.clear()
-                self.claude.play(Reply(pieces=[sse(events[:3]), self.release, rest], cut=not rest))
+                self.claude.play(FakeReply(pieces=[sse(events[:3]), self.release, rest], cut=not rest))
                 connection = self.connect()
                 connection.sendall(chat_bytes(body=self.STREAM))
                 received = received_until(connection, b"assistant")
@@ -11133,7 +7863,7 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
         raw = []
         for most in (0, 1_000):
             claude_gateway.PUMP_FROM = most
-            self.claude.play(Reply(pieces=[sse([event]) for event in events_of(reply, 3)]))
+            self.claude.play(FakeReply(pieces=[sse([event]) for event in events_of(reply, 3)]))
             raw.append(bare_bytes(self.chat(stream=True, tools=tools, stream_options={"include_usage": True}).raw))
         self.assertEqual(raw[0], raw[1])
 
@@ -11162,8 +7892,8 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
         self.addCleanup(setattr, threading.Thread, "start", start)
         paused = events_of(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"))
         for name, reply, last in (("whole", self.held(), "[DONE]"),
-                                  ("to be continued", Reply(pieces=[sse(paused[:2]), self.release, sse(paused[2:])]),
-                                   "gateway_busy")):
+                                  ("to be continued", FakeReply(pieces=[
+                                      sse(paused[:2]), self.release, sse(paused[2:])]), "gateway_busy")):
             with self.subTest(name):
                 self.release.clear()
                 self.claude.play(reply)
@@ -11191,168 +7921,2485 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
         self.assertTrue(self.claude.wait_closed(5))
 
 
-class HotPathTests(unittest.TestCase):
-    """What is done in a quicker way for nearly every event gives what the plain way gives."""
-    TEXTS = ("", " ", "Hello", "Gr\u00fc\u00dfe \U0001f600", 'a "quoted" word', "back\\slash", "two\nlines\t",
-             "\u2028\u2029\x85", "\ud800", "\x00\x1f\x7f", "}", '"}]', "\\u0041", "</script>", "x" * 10_000)
-
-    def test_text_deltas_are_read_as_any_json(self):
-        for words in self.TEXTS:
-            event = {"type": "content_block_delta", "index": 3, "delta": {"type": "text_delta", "text": words}}
-            for data in (json.dumps(event), json.dumps(event, separators=(",", ":")),
-                         json.dumps(event, separators=(",", ":"))[:-1] + "      }",
-                         json.dumps(event, ensure_ascii=False)):
-                with self.subTest(data=data[:100]):
-                    data = data.encode("utf-8", "surrogatepass")
-                    try:
-                        wanted = json.loads(data.decode("utf-8"))
-                    except ValueError:
-                        self.assertRaises(claude_gateway.UpstreamFault, claude_gateway.event_from_data, data)
-                        continue
-                    self.assertEqual(claude_gateway.event_from_data(data), wanted)
-
-    def test_text_deltas_that_are_no_json_are_refused(self):
-        good = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}'
-        for data in (good[:-1], good + b"}", good.replace(b"Hi", b"H\x01i"), good.replace(b"Hi", b'H"i'),
-                     good.replace(b"Hi", b"H\\i"), good.replace(b"Hi", b"\xff"), good.replace(b":0,", b":,")):
-            with self.subTest(data), self.assertRaises(claude_gateway.UpstreamFault):
-                claude_gateway.event_from_data(data)
-
-    def test_chunks_of_text_are_written_as_any_json(self):
-        assembler = claude_gateway.MessageAssembler()
-        for model in ("claude-sonnet-5-5", "", '"content":""'):
-            stream = claude_gateway.ChatStream({"id": 'chatcmpl-"1"', "created": 5}, claude_gateway.ReplyPlan(
-                claude_gateway.ToolNames()), assembler, True)
-            start = events_of(message(text("x"), model=model))[0]
-            assembler.feed(start)
-            chunks = stream.feed(start)
-            for words in self.TEXTS:
-                chunks += stream.feed({"type": "content_block_start", "index": 0,
-                                       "content_block": {"type": "text", "text": words}})
-            chunks += [dict(chunks[0], choices=[], usage={}), dict(chunks[0], choices=[
-                {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}])]
-            for chunk in chunks:
-                with self.subTest(model=model, chunk=str(chunk)[:300]):
-                    self.assertEqual(stream.json_of(chunk), claude_gateway.client_json(chunk))
+class PumpedStreamShapeTests(Pumped, StreamShapeTests):
+    pass
 
 
-def work_of(work) -> int:
-    """How many functions, Python's own included, are called by some work: no clock, so the same each time."""
-    count = [0]
-
-    def on_call(frame, event, argument):
-        count[0] += event in ("call", "c_call")
-    sys.setprofile(on_call)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count[0]
+class PumpedTlsTests(Pumped, TlsTests):
+    pass
 
 
-class GrowthTests(unittest.TestCase):
-    """Twice the work takes twice the steps, and memory goes by what is kept."""
-    MODEL = BUILT_IN_MODELS["claude-opus-5-5"]
+# ---- Image fetching ----------------------------------------------------------------------------------
 
-    def assert_linear(self, work, size: int = 60) -> None:
-        work(size)                                      # what is made once is made now
-        once, twice = work_of(lambda: work(size)), work_of(lambda: work(2 * size))
-        self.assertGreater(once, size)
-        self.assertLess(twice, 2.1 * once + 50)
+class PictureFetchTests(GatewayTestCase):
+    """Images by address: Claude fetches https itself; what it cannot is fetched here, under strict rules."""
+    SECURE = "https://pictures.example.org/a.png"
+    REFUSED = "Unable to download the file. Please verify the URL and try again."
 
-    def chat(self, **fields) -> None:
-        translation = claude_gateway.messages_request_from_chat(dict({"messages": [ASKED]}, **fields), self.MODEL)
-        claude_gateway.upstream_parts(translation.request)
+    def setUp(self):
+        super().setUp()
+        self.start()
+        self.fetcher = self.service.gateway.images
 
-    def test_requests(self):
-        def calls(count, **ids):
-            return [{"id": ids.get("same", "call_%d" % at), "type": "function",
-                     "function": {"name": "f %d" % at, "arguments": '{"a": 1'}} for at in range(count)]
-        kinds = {
-            "messages": lambda count: self.chat(messages=[ASKED, {"role": "assistant", "content": "Hm"}] * count),
-            "system messages": lambda count: self.chat(messages=[ASKED, {"role": "system", "content": "Hm"}] * count),
-            "calls of one turn": lambda count: self.chat(messages=[ASKED, {
-                "role": "assistant", "tool_calls": calls(count)}]),
-            "calls of one id": lambda count: self.chat(messages=[ASKED, {
-                "role": "assistant", "tool_calls": calls(count, same="x")}] + [
-                    {"role": "tool", "tool_call_id": "x", "content": "y"}] * count),
-            "results without calls": lambda count: self.chat(messages=[ASKED] + [
-                {"role": "tool", "tool_call_id": "x%d" % at, "content": "y"} for at in range(count)]),
-            "turns with calls": lambda count: self.chat(messages=[ASKED] + [each for at in range(count) for each in (
-                {"role": "assistant", "tool_calls": [dict(call, id="%d" % at) for call in calls(1)]},
-                {"role": "tool", "tool_call_id": str(at), "content": "y"})]),
-            "parts": lambda count: self.chat(messages=[{"role": "user", "content": [
-                {"type": "text", "text": "Hm"}, {"type": "new", "x": 1}] * count}]),
-            "tools": lambda count: self.chat(tools=[{"type": "function", "function": {
-                "name": "f %d" % at, "strict": True, "parameters": {"type": "object"}}} for at in range(count)]),
-            "properties": lambda count: self.chat(response_format={"type": "json_schema", "json_schema": {
-                "name": "x", "schema": {"type": "object", "properties": {
-                    "p%d" % at: {"type": "string", "minLength": 1} for at in range(count)}}}}),
-            "unknown fields": lambda count: self.chat(**{"field_%d" % at: 1 for at in range(count)}),
-            "items": lambda count: claude_gateway.messages_request_from_responses({"input": [
-                {"type": "message", "role": "user", "content": "Hm"},
-                {"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"}] * count}, self.MODEL),
-        }
-        for name, work in kinds.items():
+    def serve(self, **pictures) -> PictureServer:
+        server = PictureServer({"/" + path.replace("_", "."): answer for path, answer in pictures.items()})
+        self.addCleanup(server.close)
+        names_that_resolve(self, {"pictures.example.org": ["127.0.0.1"], "private.example.org": ["127.0.0.1"]})
+        self.fetcher.permit = lambda address: address == "127.0.0.1"
+        return server
+
+    def look(self, *urls: str, **fields) -> Answer:
+        return self.chat([{"type": "image_url", "image_url": {"url": url}} for url in urls], **fields)
+
+    def sources(self) -> list:
+        return [block["source"] for block in self.claude.messages[-1].body["messages"][0]["content"]]
+
+    def test_an_https_address_is_handed_on_as_it_is(self):
+        for url in (self.SECURE, "https://pictures.example.org/a%20b.png?x=1&y=%2F#part", "HTTPS://Example.ORG/A.png",
+                    "https://8.8.8.8/a.png", "https://[2606:4700::1111]/a.png", "https://example.org:8443/a"):
+            with self.subTest(url=url):
+                self.assertEqual(self.look(url, detail="high").status, 200)
+                self.assertEqual(self.sources()[0]["type"], "url")
+                self.assertEqual(self.sources()[0]["url"][5:], url[5:])
+
+    def test_what_claude_cannot_fetch_is_fetched_once_and_sent_as_bytes(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                fetched = []
+                self.fetcher.fetch = lambda url: fetched.append(url) or ("image/png", PIXEL)
+                self.claude.play(refusal_of_claude(400, "invalid_request_error", self.REFUSED))
+                count = len(self.claude.messages)
+                answer = self.look(self.SECURE, "https://pictures.example.org/b.png", self.SECURE, stream=stream)
+                self.assertEqual((answer.status, len(self.claude.messages)), (200, count + 2))
+                self.assertEqual(self.sources(), [{"type": "base64", "media_type": "image/png", "data": PIXEL}] * 3)
+                self.assertEqual(fetched, [self.SECURE, "https://pictures.example.org/b.png"])
+
+    def test_a_second_refusal_is_handed_on(self):
+        self.fetcher.fetch = lambda url: ("image/png", PIXEL)
+        self.claude.play(*[refusal_of_claude(400, "invalid_request_error", self.REFUSED)] * 2)
+        answer = self.look(self.SECURE)
+        self.assertEqual((answer.status, answer.error["message"], len(self.claude.messages)), (400, self.REFUSED, 2))
+
+    def test_claudes_words_are_not_lost_where_the_gateway_cannot_fetch_it_either(self):
+        def fetch(url):
+            raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
+        self.fetcher.fetch = fetch
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.REFUSED))
+        answer = self.look(self.SECURE)
+        self.assertEqual((answer.status, answer.error["param"], answer.error["code"]),
+                         (400, "image_url", "invalid_image_url"))
+        self.assertTrue(answer.error["message"].startswith("The image is not there. "))
+        self.assertTrue(answer.error["message"].endswith(self.REFUSED))
+
+    def test_a_refusal_of_another_status_fetches_nothing(self):
+        self.fetcher.fetch = lambda url: self.fail("fetched")
+        self.claude.play(refusal_of_claude(403, "permission_error", self.REFUSED))
+        self.assertEqual((self.look(self.SECURE).status, len(self.claude.messages)), (403, 1))
+
+    def test_an_image_inside_a_tool_result_is_fetched_too(self):
+        self.fetcher.fetch = lambda url: ("image/png", PIXEL)
+        call = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]},
+                   {"role": "tool", "tool_call_id": "toolu_1", "content": [
+                       {"type": "image_url", "image_url": {"url": "http://pictures.example.org/a.png"}}]}]
+        sent = self.sent(messages=history, tools=[{"type": "function", "function": {"name": "f"}}])
+        self.assertEqual(sent["messages"][2]["content"][0]["content"][0]["source"]["type"], "base64")
+
+    def test_plain_http_is_fetched_at_once(self):
+        server = self.serve(a_png=(200, {"content-type": "text/plain"}, base64.b64decode(PIXEL)))
+        self.assertEqual(self.look(server.name + "/a.png", server.name + "/a.png").status, 200)
+        self.assertEqual(len(self.claude.messages), 1)
+        self.assertEqual(self.sources(), [{"type": "base64", "media_type": "image/png", "data": PIXEL}] * 2)
+        self.assertEqual([path for path, _ in server.seen], ["/a.png"])
+
+    def test_whoever_serves_the_image_learns_nothing_of_us(self):
+        server = self.serve(a_png=(200, {}, base64.b64decode(PIXEL)))
+        self.look(server.name + "/a.png", headers={"authorization": "Bearer mine", "cookie": "a=b"})
+        headers = server.seen[0][1]
+        self.assertEqual(sorted(headers), ["accept", "accept-encoding", "connection", "host", "user-agent"])
+        self.assertNotIn(SECRET, str(headers))
+
+    def test_the_query_is_asked_for_and_the_fragment_is_not(self):
+        server = self.serve(**{"a.png?x=1&y=%2F": (200, {}, base64.b64decode(PIXEL)),
+                               "?x": (200, {}, base64.b64decode(PIXEL))})
+        for rest in ("/a.png?x=1&y=%2F#part", "?x"):
+            self.assertEqual(self.look(server.name + rest).status, 200)
+        self.assertEqual([path for path, _ in server.seen], ["/a.png?x=1&y=%2F", "/?x"])
+
+    def test_what_is_no_fitting_image_is_400_by_url_and_rule(self):
+        png_bytes = base64.b64decode(PIXEL)
+        server = self.serve(
+            page=(200, {"content-type": "image/png"}, b"<html>"), empty=(200, {}, b""),
+            svg=(200, {"content-type": "image/svg+xml"}, b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+            big=(200, {}, png_bytes + bytes(8_000_000)), gone=(410, {}, b""), partial=(206, {}, png_bytes),
+            loop=(302, {"location": "/loop"}, b""), nowhere=(302, {}, b""),
+            pdf=(200, {}, b"%PDF-1.7\n"), file=(301, {"location": "file:///etc/passwd"}, b""),
+            data=(301, {"location": "data:image/png;base64," + PIXEL}, b""),
+            user=(301, {"location": "http://me:secret@pictures.example.org/a.png"}, b""),
+            ftp=(301, {"location": "ftp://pictures.example.org/a.png"}, b""))
+        for path, rule in (
+            ("page", "not a JPEG, PNG, GIF or WebP"), ("empty", "not a JPEG"), ("svg", "not a JPEG"),
+            ("pdf", "not a JPEG"), ("big", r"larger than 7\.\d MB"), ("gone", "status 410"), ("none", "status 404"),
+            ("partial", "status 206"), ("loop", "redirects more than"), ("nowhere", "status 302"),
+            ("file", "not a web address"), ("data", "not a web address"), ("ftp", "not a web address"),
+            ("user", "user information"),
+        ):
+            with self.subTest(path=path):
+                url = "%s/%s" % (server.name, path)
+                answer = self.look(url)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"), answer.raw)
+                self.assertIn(url, answer.error["message"])
+                self.assertRegex(answer.error["message"], rule)
+        self.assertEqual(self.claude.messages, [])
+
+    def trickle(self, start: bytes, piece: bytes) -> str:
+        """The address, without its scheme, of a server that says `start` and then `piece` over and over.
+
+        Who listens for more than a second makes `patient` true.
+        """
+        listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+        self.addCleanup(listener.close)
+        self.addCleanup(over.set)
+        self.serve()
+        self.patient = False
+
+        def answer():
+            with contextlib.suppress(OSError), listener.accept()[0] as connection:
+                connection.sendall(start)
+                for _ in range(60):
+                    over.wait(0.02)
+                    connection.sendall(piece)
+                self.patient = True
+        threading.Thread(target=answer, daemon=True).start()
+        return "://pictures.example.org:%d/a.png" % listener.getsockname()[1]
+
+    def test_a_server_that_trickles_is_given_up_whatever_it_trickles(self):
+        self.addCleanup(setattr, claude_gateway, "FETCH_TIMEOUT", claude_gateway.FETCH_TIMEOUT)
+        claude_gateway.FETCH_TIMEOUT = 0.2
+        picture = base64.b64decode(PIXEL)
+        for name, scheme, start, piece in (
+            ("a header", "http", b"HTTP/1.1 200 OK\r\nX: ", b"y"),
+            ("headers", "http", b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+            ("a body", "http", b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + picture, b"y"),
+            ("a body without an end", "http", b"HTTP/1.1 200 OK\r\n\r\n" + picture, b"y"),
+            ("chunks", "http", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\ny\r\n"),
+            ("a handshake", "https", b"\x16\x03\x03\x3f\xff\x02", b"y"),
+        ):
+            with self.subTest(name=name):
+                url = scheme + self.trickle(start, piece)
+                with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.2 seconds"):
+                    self.fetcher.fetch(url)
+                self.assertFalse(self.patient, "it waited for the end")
+
+    def test_an_image_that_broke_off_is_not_taken_for_whole(self):
+        server = self.serve(a_png=(200, {"content-length": "1000"}, base64.b64decode(PIXEL)))
+        answer = self.look(server.name + "/a.png")
+        self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
+        self.assertIn("broke off", answer.error["message"])
+
+    def test_images_are_fetched_only_as_far_as_one_request_can_hold_them(self):
+        fetched = []
+        self.fetcher.fetch = lambda url: fetched.append(url) or ("image/png", "A" * 10_000_000)
+        for urls, calls in ((["http://pictures.example.org/%d.png" % at for at in range(10)], 4),
+                            (["http://pictures.example.org/same.png"] * 10, 1)):
+            with self.subTest(calls=calls):
+                fetched.clear()
+                answer = self.look(*urls)
+                self.assertEqual((answer.status, answer.error["code"]), (413, "request_too_large"))
+                self.assertEqual(len(fetched), calls)
+
+    def test_nothing_is_fetched_for_a_client_that_has_left(self):
+        fetched = []
+        client = self.connect()
+
+        def fetch(url):
+            fetched.append(url)
+            client.close()
+            return "image/png", PIXEL
+        self.fetcher.fetch = fetch
+        parts = [{"type": "image_url", "image_url": {"url": "http://pictures.example.org/%d.png" % at}}
+                 for at in range(3)]
+        body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": parts}]}).encode()
+        with self.assertLogs("claude_gateway", "INFO") as logged:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
+                           (len(body), body))
+            self.assertTrue(eventually(lambda: "client gone" in str(logged.output), 10))
+        self.assertEqual((len(fetched), self.claude.messages), (1, []))
+
+    def test_three_redirects_are_followed_and_no_fourth(self):
+        hops = {"r%d" % number: (status, {"location": "/r%d" % (number - 1)}, b"")
+                for number, status in ((1, 301), (2, 303), (3, 307), (4, 308))}
+        server = self.serve(r0=(200, {}, base64.b64decode(PIXEL)), **hops)
+        self.assertEqual(self.look(server.name + "/r3").status, 200)
+        self.assertEqual(self.look(server.name + "/r4").status, 400)
+
+    def test_a_redirect_is_judged_like_a_first_address(self):
+        server = self.serve()
+        port = server.server.server_address[1]
+        self.fetcher.permit = lambda address: address == "127.0.0.1"
+        for target in ("http://127.0.0.2:%d/" % port, "http://10.0.0.1/", "http://169.254.169.254/",
+                       "http://[::1]:%d/" % port):
+            with self.subTest(target=target):
+                other = self.serve(a=(302, {"location": target}, b""))
+                answer = self.look(other.name + "/a")
+                self.assertEqual(answer.status, 400)
+                self.assertIn("private network", answer.error["message"])
+        self.assertEqual(server.seen, [])
+
+    # spellings of loopback, private and link-local addresses
+    PRIVATE_HOSTS = (
+        "127.0.0.1", "localhost", "LOCALHOST", "localhost.", "a.localhost", "127.0.0.1.", "10.0.0.1", "10.0.0.1.",
+        "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "0", "255.255.255.255", "224.0.0.1",
+        "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1", "017700000001", "127.1", "127.0.1", "0x0a.1",
+        "3232235521", "2852039166", "[::1]", "[::]", "[fe80::1]", "[fc00::1]", "[ff02::1]", "[::ffff:127.0.0.1]",
+        "[::ffff:7f00:1]", "[::ffff:a00:1]", "[64:ff9b::7f00:1]", "[64:ff9b::10.0.0.1]", "[2002:7f00:1::]",
+        "[2002:a00:1::1]", "me@127.0.0.1", "me:secret@10.0.0.1", "example.org@127.0.0.1", "127.0.0.1:80",
+        "[0:0:0:0:0:0:0:1]", "[fe80::1%25eth0]", "[::7f00:1]", "[::ffff:0:7f00:1]", "[64:ff9b:1::7f00:1]", "[fec0::1]",
+    )
+
+    def test_addresses_of_the_public_internet_are_taken(self):
+        for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"):
+            with self.subTest(address=address):
+                self.assertTrue(claude_gateway.is_public(address))
+
+    def test_no_spelling_of_a_private_address_is_taken(self):
+        self.fetcher.fetch = claude_gateway.ImageFetcher(Config()).fetch
+        for host in self.PRIVATE_HOSTS:
+            for scheme in ("http", "https"):
+                with self.subTest(host=host, scheme=scheme):
+                    url = "%s://%s/a.png" % (scheme, host)
+                    answer = self.look(url)
+                    self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"), answer.raw)
+                    self.assertIn(url, answer.error["message"])
+        self.assertEqual(self.claude.messages, [])
+
+    def test_the_fetcher_by_itself_refuses_them_too(self):
+        fetcher = claude_gateway.ImageFetcher(Config())
+        for host in self.PRIVATE_HOSTS:
+            with self.subTest(host=host), self.assertRaises(claude_gateway.InvalidRequest):
+                fetcher.fetch("http://%s/a.png" % host)
+
+    def test_other_schemes_and_broken_addresses_are_refused(self):
+        for url in ("file:///etc/passwd", "ftp://example.org/a.png", "gopher://example.org/", "javascript:alert(1)",
+                    "http://", "https://", "https:///a.png", "http:a.png", "https://[::1/a.png", "https://[x]/a.png",
+                    "https://exa mple.org/", "https://example.org\\@127.0.0.1/", "//example.org/a.png",
+                    "https://example.org/\r\nHost: x", "blob:https://example.org/1"):
+            with self.subTest(url=url):
+                answer = self.look(url)
+                self.assertEqual(answer.status, 400, answer.raw)
+                self.assertIn("image", answer.error["message"])
+        self.assertEqual(self.claude.messages, [])
+
+    def test_a_name_with_one_private_address_is_refused_whatever_its_others_are(self):
+        names_that_resolve(self, {"mixed.example.org": ["8.8.8.8", "10.0.0.1"], "inside.example.org": ["192.168.1.5"],
+                                  "mapped.example.org": ["::ffff:127.0.0.1"], "nat.example.org": ["64:ff9b::7f00:1"]})
+        for name in ("mixed", "inside", "mapped", "nat"):
+            with self.subTest(name=name):
+                answer = self.look("http://%s.example.org/a.png" % name)
+                self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
+                self.assertIn("private network", answer.error["message"])
+
+    def test_the_connection_goes_to_the_address_that_was_checked(self):
+        server = self.serve(a_png=(200, {}, base64.b64decode(PIXEL)))
+        asked = []
+        real = socket.getaddrinfo
+
+        def once(host, port, *more, **options):
+            if host == "pictures.example.org":
+                asked.append(host)
+                # a second question would be answered otherwise, as a rebinding attacker does
+                return real("127.0.0.1" if len(asked) == 1 else "127.0.0.3", port, type=socket.SOCK_STREAM)
+            return real(host, port, *more, **options)
+
+        socket.getaddrinfo = once                   # `serve` puts the real one back
+        self.assertEqual(self.look(server.name + "/a.png").status, 200)
+        self.assertEqual((len(asked), server.seen[0][1]["host"]), (1, server.name[len("http://"):]))
+
+    def test_an_unreachable_server_is_400_that_names_the_url(self):
+        server = self.serve()
+        server.server.server_close()
+        answer = self.look(server.name + "/a.png")
+        self.assertEqual((answer.status, answer.error["code"]), (400, "invalid_image_url"))
+        self.assertIn(server.name + "/a.png", answer.error["message"])
+
+    def test_where_only_a_proxy_leads_out_the_400_says_so(self):
+        names_that_resolve(self, {"closed.example.org": ["127.0.0.1"]})
+        fetcher = claude_gateway.ImageFetcher(Config(https_proxy="http://proxy.example.org:3128"), lambda address: True)
+        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "proxy"):
+            fetcher.fetch("http://closed.example.org:1/a.png")
+
+
+# ---- Exchange ----------------------------------------------------------------------------------------
+
+class ModelLessonTests(RequestTestCase):
+    def setUp(self):
+        super().setUp()
+        self.start()                                # lessons outlive a request, not a gateway
+
+    def is_free(self, request: dict) -> bool:
+        return self.chosen(request) is None
+
+    def refuse_once(self, words: str) -> None:
+        self.claude.play(FakeReply(400, body=error_body("invalid_request_error", words)))
+
+    def test_a_400_that_names_a_parameter_is_learnt_from(self):
+        prefill = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One,"}]
+        for model, words, fields, gone in (
+            ("claude-sonnet-4-6", "`temperature` is deprecated for this model.", {"temperature": 0.3},
+             lambda request: "temperature" not in request),
+            ("claude-opus-4-8", 'tool_choice: type "tool" and "any" are not supported for this model.',
+             {"tools": [a_tool("f"), a_tool("g")], "tool_choice": "required"}, self.is_free),
+            ("claude-opus-4-5", "This model does not support the effort parameter.", {"reasoning_effort": "low"},
+             lambda request: "output_config" not in request),
+            ("claude-haiku-4-5",
+             "This model does not support assistant message prefill. The conversation must end with "
+             "a user message.", {"messages": prefill}, lambda request: request["messages"][-1]["role"] == "user"),
+            ("claude-haiku-5-5", '"thinking.type.disabled" is not supported for this model.',
+             {"reasoning_effort": "none"}, lambda request: request.get("thinking", {}).get("type") != "disabled"),
+            ("claude-fable-5", "role 'system' is not supported on this model",
+             {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
+             lambda request: [turn["role"] for turn in request["messages"]] == ["user"]),
+        ):
+            with self.subTest(words=words):
+                self.refuse_once(words)
+                self.assertEqual(self.chat(model=model, **fields).status, 200)
+                self.assertFalse(gone(self.claude.messages[-2].body))
+                self.assertTrue(gone(self.claude.messages[-1].body))
+                self.assertTrue(gone(self.sent(model=model, **fields)), "not remembered")
+
+    def test_a_lower_output_limit_is_learnt(self):
+        self.refuse_once("max_tokens: 128000 > 96000, which is the maximum allowed number of output tokens for x")
+        self.chat(model="claude-opus-5-5")
+        self.assertEqual(self.sent(model="claude-opus-5-5")["max_tokens"], 96_000)
+
+    def test_a_lesson_whose_retry_fails_is_forgotten(self):
+        self.refuse_once("`temperature` is deprecated for this model.")
+        self.refuse_once("something else is wrong")
+        self.assertEqual(self.chat(model="claude-opus-4-6", temperature=0.3).status, 400)
+        self.assertEqual(len(self.claude.messages), 2)
+        self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
+
+    def test_a_lesson_about_one_model_is_none_about_another(self):
+        self.refuse_once("`temperature` is deprecated for this model.")
+        self.chat(model="claude-sonnet-4-6", temperature=0.3)
+        self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
+
+    def test_a_400_about_something_else_is_handed_on(self):
+        self.refuse_once("messages.0.content.0.image.source: could not process image")
+        answer = self.chat(model="claude-opus-4-6", temperature=0.3)
+        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
+        self.assertIn("could not process image", answer.error["message"])
+
+    def test_an_error_about_a_tool_names_the_tool(self):
+        self.refuse_once("tools.1.custom.input_schema: JSON schema is invalid")
+        error = self.chat(tools=[a_tool("first"), a_tool("my.tool")]).error
+        self.assertIn("my.tool", error["message"])
+
+
+class LessonKeepingTests(GatewayTestCase):
+    """A 400 teaches something about a model, if what it taught then works."""
+
+    def setUp(self):
+        super().setUp()
+        self.start()
+
+    def refuse(self, words: str) -> None:
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", words))
+
+    def test_thinking_is_learnt_in_both_directions(self):
+        self.claude.strict = False                  # its models are as documented; these have changed their mind
+        self.addCleanup(setattr, self.claude, "strict", True)
+        for model, words, before, after in (
+            ("claude-opus-4-6", "adaptive thinking is not supported on this model", "adaptive", "enabled"),
+            ("claude-haiku-4-5", '"thinking.type.enabled" is not supported for this model. Use '
+             '"thinking.type.adaptive" and "output_config.effort" to control thinking behavior.',
+             "enabled", "adaptive"),
+        ):
+            with self.subTest(model=model):
+                self.refuse(words)
+                self.assertEqual(self.chat(model=model, reasoning_effort="high").status, 200)
+                self.assertEqual([sent.body["thinking"]["type"] for sent in self.claude.messages[-2:]], [before, after])
+                count = len(self.claude.messages)
+                self.assertEqual(self.sent(model=model, reasoning_effort="high")["thinking"]["type"], after)
+                self.assertEqual(len(self.claude.messages), count + 1)
+
+    def test_a_lesson_that_did_not_help_is_forgotten_also_when_the_retry_failed_otherwise(self):
+        for second in (refusal_of_claude(529, "overloaded_error", "x"), refusal_of_claude(400, "invalid_request_error",
+                                                                                          "y"), FakeReply(None)):
+            with self.subTest(second=second.status):
+                self.refuse("`temperature` is deprecated for this model.")
+                self.claude.play(second, *([second] if second.status is None else []))
+                self.assertGreaterEqual(self.chat(model="claude-opus-4-6", temperature=0.3).status, 400)
+                self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
+
+    def test_a_lesson_is_logged_once(self):
+        self.refuse("`temperature` is deprecated for this model.")
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            for _ in range(3):
+                self.chat(model="claude-sonnet-4-6", temperature=0.3)
+        self.assertEqual(len([line for line in logged.output if "learnt about claude-sonnet-4-6" in line]), 1)
+        self.assertEqual(len(self.claude.messages), 4)
+
+    def test_what_a_lesson_takes_away_is_reported(self):
+        self.refuse("`temperature` is deprecated for this model.")
+        for _ in range(2):
+            answer = self.chat(model="claude-sonnet-4-6", temperature=0.3)
+            self.assertIn("temperature", answer.headers["x-claude-gateway-changes"])
+
+    def test_a_400_that_changes_nothing_is_handed_on_at_once(self):
+        self.refuse("`temperature` is deprecated for this model.")
+        answer = self.chat(model="claude-opus-5-5")
+        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
+
+    def test_words_that_are_not_about_the_request_teach_nothing(self):
+        for words, fields in (
+            ("tools.0.custom.input_schema.properties.speed: this type is not supported", {"speed": "fast"}),
+            ("messages.0: the speed of light is not supported.", {"speed": "fast"}),
+            ("`speed` is not supported for this model.", {}),
+            ("`temperature` is deprecated for this model.", {}),
+            ("This model does not support the effort parameter.", {}),
+            ("role 'system' is not supported on this model", {}),
+            ("max_tokens: 200000 > 64000, which is the maximum", {"max_tokens": 2_000}),
+        ):
+            with self.subTest(words=words):
+                self.claude.reset()
+                self.refuse(words)
+                answer = self.chat(model="claude-opus-4-6", tools=[{"type": "function", "function": {"name": "f"}}],
+                                   **fields)
+                self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
+                self.assertIn(words, answer.error["message"])
+        sent = self.sent(model="claude-opus-4-6", speed="fast", temperature=0.3)
+        self.assertEqual((sent["speed"], sent["temperature"], sent["max_tokens"]), ("fast", 0.3, 128_000))
+
+    def test_a_model_without_a_fast_mode_is_learnt_about(self):
+        for model, words in (("claude-opus-4-6", "`speed` is not supported for this model."),
+                             ("claude-opus-4-7", "This model does not support the `speed` parameter."),
+                             ("claude-opus-4-8", "speed: Fast mode is not available"),
+                             ("claude-opus-5", "Fast mode is not available for this model")):
+            with self.subTest(words=words):
+                self.refuse(words)
+                answer = self.chat(model=model, speed="fast")
+                self.assertEqual((answer.status, answer.headers["x-claude-gateway-changes"]), (200, "dropped=speed"))
+                self.assertNotIn("speed", self.sent(model=model, speed="fast"))
+
+    def test_the_same_words_under_another_status_teach_nothing(self):
+        self.claude.play(refusal_of_claude(403, "permission_error", "`temperature` is deprecated for this model."))
+        self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.3).status, 403)
+        self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.3)["temperature"], 0.3)
+
+    def test_a_lesson_that_did_not_help_is_not_kept(self):
+        self.start()
+        refusal = refusal_of_claude(400, "invalid_request_error", "`temperature` is deprecated for this model.")
+        self.claude.play(refusal, refusal)
+        self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.5).status, 400)
+        self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.5)["temperature"], 0.5)
+
+
+class ThinkingReplayTests(GatewayTestCase):
+    """Signed thinking goes back inside a tool loop as it came, or not at all."""
+    LOOP_TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    UNBOUND = ("messages.1.content.0: Invalid `signature` in `thinking` block. The block is bound to a different "
+               "conversation.")
+
+    def turn(self, *blocks: dict, history=None, headers=None, stream: bool = False, **fields) -> list:
+        """One answer of Claude's; the history with it, and with results for its calls, as a client would hold it."""
+        history = history or [{"role": "user", "content": "Hello %s" % self.id()}]
+        self.claude.play(message(*blocks))
+        answer = self.chat(messages=history, tools=self.LOOP_TOOLS, headers=headers, stream=stream, **fields)
+        self.assertEqual(answer.status, 200, answer.raw)
+        reply = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
+        return history + [reply] + [{"role": "tool", "tool_call_id": call["id"], "content": "ok"}
+                                    for call in reply.get("tool_calls", ())]
+
+    def replayed(self, history: list, headers=None, **fields) -> list:
+        """The assistant's turns of the request that this history becomes."""
+        answer = self.chat(messages=history, tools=self.LOOP_TOOLS, headers=headers, **fields)
+        self.assertEqual(answer.status, 200, answer.raw)
+        return [bare(turn["content"]) for turn in self.claude.messages[-1].body["messages"]
+                if turn["role"] == "assistant"]
+
+    def test_blocks_go_back_to_the_byte(self):
+        for name, blocks in (
+            ("plain", [thinking("hm", "c2ln"), tool_use("toolu_a", "f", {"a": 1})]),
+            ("hidden", [thinking("", "c2ln"), text("I look."), tool_use("toolu_b", "f", {})]),
+            ("redacted", [{"type": "redacted_thinking", "data": "ZGF0"}, tool_use("toolu_c", "f", {})]),
+            ("odd", [thinking(ODD_TEXT, "c2ln"), tool_use("toolu_d", "f", {"k": ODD_TEXT})]),
+            ("interleaved", [thinking("a", "c2ln"), tool_use("toolu_e", "f", {}), thinking("b", "c2l2"),
+                             tool_use("toolu_f", "g", {"b": [1.5, None, True]})]),
+            ("several", [thinking("a", "c2ln"), thinking("b", "c2l2"), text("x"), tool_use("toolu_g", "f", {})]),
+        ):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    self.assertEqual(self.replayed(self.turn(*blocks, stream=stream)), [blocks])
+
+    def test_every_turn_of_a_loop_keeps_its_own(self):
+        history, wanted = None, []
+        for number in range(3):
+            blocks = [thinking("t%d" % number, "c2ln"), tool_use("toolu_t%d" % number, "f", {"n": number})]
+            history = self.turn(*blocks, history=history)
+            wanted.append(blocks)
+        self.assertEqual(self.replayed(history), wanted)
+
+    def test_what_clients_do_to_a_turn_on_its_way_back_does_not_matter(self):
+        blocks = [thinking("hm", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"a": 1, "b": "\u00e9"})]
+        for name, change in (
+            ("spaces in arguments", lambda reply: reply["tool_calls"][0]["function"].update(
+                arguments='{ "b":"\\u00e9",\n"a": 1 }')),
+            ("parts", lambda reply: reply.update(content=[{"type": "text", "text": "I look."}])),
+            ("no reasoning", lambda reply: reply.pop("reasoning_content")),
+            ("other reasoning", lambda reply: reply.update(reasoning_content="something else")),
+            ("what SDKs add", lambda reply: reply.update(audio=None, function_call=None, annotations=[], name="x")),
+            ("an index", lambda reply: reply["tool_calls"][0].update(index=0)),
+            ("space around", lambda reply: reply.update(content="I look. ")),
+        ):
             with self.subTest(name):
-                self.assert_linear(work)
+                history = self.turn(*blocks)
+                change(history[1])
+                self.assertEqual(self.replayed(history), [blocks])
 
-    def test_a_text_that_grows_is_the_text_at_any_time_and_keeps_few_strings(self):
-        grown, plain = claude_gateway.GrowingText(), ""
-        for number in range(1_000):
-            piece = "\u00fc" * (number % 4)
-            grown.append(piece)
-            plain += piece
-            self.assertEqual((str(grown), grown.length), (plain, len(plain)))
-        self.assertLess(sum(len(held) for held in vars(grown).values() if isinstance(held, list)), 250)
+    def test_an_edited_turn_goes_without_and_stays_as_edited(self):
+        blocks = [thinking("hm", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"a": 1})]
+        for name, change, wanted in (
+            ("text", lambda reply: reply.update(content="I saw."), [text("I saw."), blocks[2]]),
+            ("no text", lambda reply: reply.update(content=None), [blocks[2]]),
+            ("arguments", lambda reply: reply["tool_calls"][0]["function"].update(arguments='{"a": 2}'),
+             [blocks[1], tool_use("toolu_1", "f", {"a": 2})]),
+            ("name", lambda reply: reply["tool_calls"][0]["function"].update(name="g"),
+             [blocks[1], tool_use("toolu_1", "g", {"a": 1})]),
+        ):
+            with self.subTest(name):
+                history = self.turn(*blocks)
+                change(history[1])
+                self.assertEqual(self.replayed(history), [wanted])
 
-    def test_the_citations_of_a_block_are_all_kept_in_their_order(self):
-        cited = [{"type": "web_search_result_location", "url": "https://%d.example" % at} for at in range(5)]
-        for first in ({}, {"citations": None}, {"citations": cited[:2]}):
-            with self.subTest(first):
-                assembler = claude_gateway.MessageAssembler()
-                given = dict({"type": "text", "text": ""}, **first)
-                untouched = json.loads(json.dumps(given))
-                for event in ({"type": "message_start", "message": {}},
-                              {"type": "content_block_start", "index": 0, "content_block": given},
-                              *({"type": "content_block_delta", "index": 0, "delta": {
-                                  "type": "citations_delta", "citation": each}}
-                                for each in cited[len(first.get("citations") or ()):]),
-                              {"type": "content_block_stop", "index": 0}):
-                    assembler.feed(event)
-                self.assertEqual(assembler.message["content"][0]["citations"], cited)
-                self.assertEqual(given, untouched)
-        for odd in (5, "abc", {"a": 1}, True):
-            with self.subTest(odd):
-                assembler = claude_gateway.MessageAssembler()
-                assembler.feed({"type": "message_start", "message": {}})
-                self.assertRaises(claude_gateway.UpstreamFault, assembler.feed, {
-                    "type": "content_block_start", "index": 0, "content_block": {
-                        "type": "text", "text": "", "citations": odd}})
+    def test_a_cold_start_goes_without_on_every_generation(self):
+        history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+        for model in ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-opus-4-8",
+                      "claude-sonnet-4-6", "claude-haiku-4-5"):
+            with self.subTest(model=model):
+                self.start()
+                self.assertEqual(self.replayed(history, model=model, reasoning_effort="high"),
+                                 [[tool_use("toolu_1", "f", {})]])
 
-    def test_streams(self):
-        def streamed(kind, content):
-            def work(count):
-                assembler = claude_gateway.MessageAssembler()
-                stream = kind({"id": "x", "created": 1}, claude_gateway.ReplyPlan(claude_gateway.ToolNames()),
-                              assembler, False)
-                decoder = claude_gateway.EventDecoder()
-                for event in events_of(message(*content(count)), 1):
-                    for each in decoder.feed(sse([event])):
-                        assembler.feed(each)
-                        stream.feed(each)
-                stream.finish()
-            return work
-        contents = {"text": lambda count: [text("x" * count)], "blocks": lambda count: [text("x")] * count,
-                    "arguments": lambda count: [tool_use("toolu_1", "f", {"a": "x" * count})],
-                    "calls": lambda count: [tool_use("toolu_%d" % at, "f", {"a": 1}) for at in range(count)]}
-        for kind in (claude_gateway.ChatStream, claude_gateway.ResponseStream):
-            for name, content in contents.items():
-                with self.subTest(kind=kind.__name__, content=name):
-                    self.assert_linear(streamed(kind, content))
+    def test_clients_with_different_keys_share_no_memory(self):
+        self.start(api_key=("key-one", "key-two"))
+        blocks = [thinking("hm", "c2ln"), tool_use("toolu_1", "f", {})]
+        history = self.turn(*blocks, headers={"authorization": "Bearer key-one"})
+        self.assertEqual(self.replayed(history, headers={"api-key": "key-two"}), [blocks[1:]])
+        self.assertEqual(self.replayed(history, headers={"x-api-key": "key-one"}), [blocks])
+
+    def test_an_unsigned_text_never_becomes_thinking(self):
+        call = {"id": "toolu_x", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        for extra in ({"reasoning_content": "hm"}, {"reasoning": "hm"}, {"thinking_blocks": [
+                {"type": "thinking", "thinking": "hm"}]}, {"reasoning_details": [{"type": "reasoning.text",
+                                                                                  "text": "hm"}]},
+                      {"thinking_blocks": [thinking("hm", "")]}, {"thinking_blocks": "x", "reasoning_details": {}}):
+            with self.subTest(extra=extra):
+                turn = dict({"role": "assistant", "content": None, "tool_calls": [call]}, **extra)
+                self.assertEqual(self.replayed([{"role": "user", "content": "Hi"}, turn, {
+                    "role": "tool", "tool_call_id": "toolu_x", "content": "ok"}]), [[tool_use("toolu_x", "f", {})]])
+
+    def test_blocks_that_the_client_kept_win_over_the_memory(self):
+        history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+        for extra, blocks in (
+            ({"thinking_blocks": [thinking("own", "b3du")]}, [thinking("own", "b3du")]),
+            ({"reasoning_details": [{"type": "reasoning.text", "text": "own", "signature": "b3du", "index": 0},
+                                    {"type": "reasoning.encrypted", "data": "ZGF0", "index": 1}]},
+             [thinking("own", "b3du"), {"type": "redacted_thinking", "data": "ZGF0"}]),
+        ):
+            kept = [history[0], dict(history[1], **extra), history[2]]
+            self.assertEqual(self.replayed(kept), [blocks + [tool_use("toolu_1", "f", {})]])
+
+    def test_a_conversation_whose_blocks_do_not_hold_goes_on_without_for_ever(self):
+        self.start()
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                first = [{"role": "user", "content": "Begin %s" % stream}]
+                history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}), history=first)
+                self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
+                count = len(self.claude.messages)
+                self.assertEqual(self.replayed(history, stream=stream), [[tool_use("toolu_1", "f", {})]])
+                self.assertEqual(len(self.claude.messages), count + 2, "one retry")
+                history = self.turn(thinking("more", "c2l2"), tool_use("toolu_2", "g", {}), history=history)
+                count = len(self.claude.messages)
+                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})], [tool_use("toolu_2", "g",
+                                                                                                     {})]])
+                self.assertEqual(len(self.claude.messages), count + 1, "no block is tried again")
+
+    def test_only_that_conversation_goes_without(self):
+        self.start()
+        blocks = [thinking("hm", "c2ln"), tool_use("toolu_1", "f", {})]
+        history = self.turn(*blocks)
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
+        self.replayed(history)
+        other = self.turn(*blocks, history=[{"role": "user", "content": "Something else"}])
+        self.assertEqual(self.replayed(other), [blocks])
+
+    def test_blocks_that_the_client_kept_are_left_out_too_once_they_did_not_hold(self):
+        for model in ("claude-opus-5-5", "claude-haiku-4-5"):   # one decides by itself, one insists on its block
+            with self.subTest(model=model):
+                self.start()
+                turn = {"role": "assistant", "content": None, "thinking_blocks": [thinking("own", "b3du")],
+                        "tool_calls": [{"id": "toolu_1", "type": "function", "function": {"name": "f",
+                                                                                          "arguments": "{}"}}]}
+                history = [{"role": "user", "content": "Hello"}, turn, {"role": "tool", "tool_call_id": "toolu_1",
+                                                                        "content": "ok"}]
+                self.claude.play(refusal_of_claude(400, "invalid_request_error", "messages.1.content.0: Invalid "
+                                                   "`signature` in `thinking` block"))
+                self.assertEqual(self.replayed(history, model=model, reasoning_effort="high"),
+                                 [[tool_use("toolu_1", "f", {})]])
+                self.assertEqual(len(self.claude.messages), 2)
+                self.claude.reset()
+
+    def test_every_wording_about_the_blocks_leads_to_one_retry(self):
+        for words in ("messages.1.content.0: Invalid `signature` in `thinking` block",
+                      "`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be modified.",
+                      "messages.1.content.0.thinking: each thinking block must contain thinking"):
+            with self.subTest(words=words):
+                self.start()
+                history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+                self.claude.play(*[refusal_of_claude(400, "invalid_request_error", words)] * 2)
+                count = len(self.claude.messages)
+                answer = self.chat(messages=history, tools=self.LOOP_TOOLS)
+                self.assertEqual((answer.status, len(self.claude.messages)), (400, count + 2))
+                self.claude.reset()
+
+    def test_without_blocks_such_a_refusal_is_handed_on(self):
+        self.start()
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
+        answer = self.chat()
+        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
+
+    def test_an_answer_without_thinking_needs_no_memory(self):
+        blocks = [text("I look."), tool_use("toolu_1", "f", {})]
+        self.assertEqual(self.replayed(self.turn(*blocks)), [blocks])
 
 
-# ==== Commands of every day ===========================================================================
+class PausedAnswerTests(GatewayTestCase):
+    """pause_turn: Claude is sent its own words and goes on, which no OpenAI client could do."""
+
+    def paused(self, *blocks: dict, **fields) -> dict:
+        return message(*blocks, WEB_FIND, WEB_FOUND, stop_reason="pause_turn", **fields)
+
+    def both_kinds(self, *answers):
+        """Each kind of client asks once; gives its parts."""
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.reset()
+                self.claude.play(*answers)
+                answer = self.chat(stream=stream, web_search_options={}, stream_options={"include_usage": True})
+                self.assertEqual(answer.status, 200, answer.raw)
+                yield completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
+
+    def test_texts_counts_and_places_go_on_where_they_were(self):
+        usage = {"cache_read_input_tokens": 100, "output_tokens": 5, "output_tokens_details": {"thinking_tokens": 2}}
+        second = message(thinking("b", "c2l2"), cited_text("Blue.", web_citation("https://a.example")), usage=usage)
+        for parts in self.both_kinds(self.paused(thinking("a", "c2ln"), text("I look. "), usage=usage), second):
+            self.assertEqual(parts["message"], {
+                "role": "assistant", "content": "I look. Blue.", "reasoning_content": "ab",
+                "annotations": [url_note(8, 13, "https://a.example")]})
+            self.assertEqual(parts["finish_reason"], "stop")
+            self.assertEqual((parts["usage"]["prompt_tokens"], parts["usage"]["completion_tokens"],
+                              parts["usage"]["total_tokens"]), (224, 10, 234))
+            self.assertEqual((parts["usage"]["prompt_tokens_details"]["cached_tokens"],
+                              parts["usage"]["completion_tokens_details"]["reasoning_tokens"]), (200, 4))
+
+    def test_claude_gets_its_words_back_unchanged_and_the_rest_of_the_request_too(self):
+        blocks = [thinking("", "c2ln"), text("I look. ")]
+        for _ in self.both_kinds(self.paused(*blocks), message(text("Blue."))):
+            first, second = [request.body for request in self.claude.messages]
+            self.assertEqual(second["messages"][:-1], first["messages"])
+            self.assertEqual(second["messages"][-1], {"role": "assistant", "content": blocks + [WEB_FIND, WEB_FOUND]})
+            for name in set(first) - {"messages"}:
+                self.assertEqual(second[name], first[name])
+            self.assertEqual(set(first), set(second))
+
+    def test_two_pauses_make_one_answer(self):
+        again = dict(WEB_FIND, id="srvtoolu_2"), dict(WEB_FOUND, tool_use_id="srvtoolu_2")
+        for parts in self.both_kinds(self.paused(text("A")), message(text("B"), *again, stop_reason="pause_turn"),
+                                     message(text("C"), tool_use("toolu_1", "f", {}))):
+            self.assertEqual((parts["message"]["content"], parts["finish_reason"]), ("ABC", "tool_calls"))
+            self.assertEqual(parts["usage"]["total_tokens"], 57)
+            last = self.claude.messages[2].body["messages"]
+            self.assertEqual([turn["role"] for turn in last], ["user", "assistant"])
+            self.assertEqual([block["type"] for block in last[1]["content"]],
+                             ["text", "server_tool_use", "web_search_tool_result"] * 2)
+
+    def test_an_empty_text_is_not_sent_back(self):
+        # Claude may open a text block and say nothing in it, but takes no such block back
+        for empty in ("", "\n\n"):
+            for parts in self.both_kinds(self.paused(text(empty), text("A")), message(text("B"))):
+                self.assertEqual(parts["message"]["content"], empty + "AB")
+
+    def test_the_stream_looks_like_one(self):
+        self.claude.play(self.paused(text("A")), message(text("B"), id="msg_other"))
+        chunks = self.chat(stream=True, web_search_options={}).chunks
+        self.assertEqual(len({chunk["id"] for chunk in chunks}), 1)
+        self.assertEqual(sum("role" in chunk["choices"][0]["delta"] for chunk in chunks), 1)
+        self.assertEqual([chunk["choices"][0]["finish_reason"] for chunk in chunks if
+                          chunk["choices"][0]["finish_reason"]], ["stop"])
+
+    def test_a_refused_continuation_is_an_error(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.play(self.paused(text("A")), refusal_of_claude(429, "rate_limit_error", "Slow down."))
+                answer = self.chat(stream=stream, web_search_options={})
+                error = json.loads(answer.events[-1])["error"] if stream else answer.error
+                self.assertEqual((answer.status, error["code"]), (200 if stream else 429, "rate_limit_exceeded"))
+                self.assertNotIn("[DONE]", answer.events)
+
+    def test_nothing_is_retried_once_a_stream_has_begun(self):
+        self.claude.play(self.paused(text("A")), FakeReply(529, body=error_body("overloaded_error", "x"),
+                                                           headers={"retry-after": "0"}))
+        answer = self.chat(stream=True, web_search_options={})
+        self.assertEqual(len(self.claude.messages), 2)
+        self.assertEqual(json.loads(answer.events[-1])["error"]["code"], "overloaded")
+
+    def test_there_is_an_end_to_it_in_streams_too(self):
+        self.claude.strict = False                  # the same search again and again is not what Claude would say
+        self.addCleanup(setattr, self.claude, "strict", True)
+        self.claude.play(*[message(text("A"), WEB_FIND, stop_reason="pause_turn")] * 20)
+        answer = self.chat(stream=True, web_search_options={})
+        self.assertEqual((answer.events[-1], len(self.claude.messages)), ("[DONE]", 9))
+        self.assertEqual(completion_from_chunks(answer.chunks)["finish_reason"], "stop")
+
+
+class PumpedPausedAnswerTests(Pumped, PausedAnswerTests):
+    pass
+
+
+class LeavingClientTests(GatewayTestCase):
+    """Nobody pays for words that nobody reads: a client that leaves ends the call upstream."""
+
+    def setUp(self):
+        super().setUp()
+        self.held = threading.Event()
+        self.addCleanup(self.held.set)
+
+    def leave_after(self, reply: FakeReply, wanted: bytes, stream: bool) -> None:
+        """Sends a request, waits until Claude has it and `wanted` has come back, closes the connection."""
+        arrived = threading.Event()
+
+        def answer(recorded):
+            arrived.set()
+            return reply
+
+        self.claude.play(answer)
+        body = json.dumps({"model": "claude-sonnet-5-5", "stream": stream,
+                           "messages": [{"role": "user", "content": "Hello"}]}).encode()
+        connection = self.connect()
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
+                           (len(body), body))
+        self.assertTrue(arrived.wait(10))
+        received = b""
+        while wanted not in received:
+            piece = connection.recv(65_536)
+            self.assertTrue(piece, received)
+            received += piece
+        self.assertFalse(self.claude.closed.is_set())
+        connection.close()
+        self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+        self.assertEqual(len(self.claude.messages), 1)
+
+    def test_before_the_status(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.reset()
+                self.leave_after(FakeReply(body=message(text("Hi")), hold=[self.held]), b"", stream)
+
+    def test_while_the_request_goes_out_to_an_upstream_that_does_not_read(self):
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        listener.settimeout(10)
+        self.start(base_url="http://127.0.0.1:%d" % listener.getsockname()[1])
+        self.service.gateway.models._first.set()        # the model list is of no interest here
+        body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "x" * 20_000_000}]}).encode()
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=body))
+        while True:
+            upstream = listener.accept()[0]
+            self.addCleanup(upstream.close)
+            upstream.settimeout(10)
+            if upstream.recv(4).startswith(b"POST"):
+                break
+        connection.close()
+        self.assertTrue(self.service.gateway.running.wait_until_idle(10), "the request goes on")
+
+    def test_before_the_first_token(self):
+        events = events_of(message(text("Hello there")))
+        self.leave_after(FakeReply(pieces=[sse(events[:1]), self.held, sse(events[1:])]), b"assistant", True)
+
+    def test_amid_the_stream(self):
+        events = events_of(message(text("Hello there")), size=100)
+        self.leave_after(FakeReply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
+
+    def test_what_was_read_until_then_is_counted(self):
+        self.start()
+        events = events_of(message(text("Hello there"), usage={"input_tokens": 40, "output_tokens": 9}), size=100)
+        self.leave_after(FakeReply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
+        self.service.gateway.running.wait_until_idle(5)
+        self.assertEqual(self.service.gateway.counters.totals()["tokens"]["input"], 40)
+
+    def test_before_the_head_of_its_answer_could_be_written(self):
+        arrived = threading.Event()
+        events = events_of(message(text("Hello there")))
+        self.claude.play(lambda recorded: arrived.set() or FakeReply(
+            hold=[self.held], pieces=[sse(events[:1]), threading.Event(), b""]))
+        connection = self.connect()
+        connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + b"POST" * 100_000)
+        self.assertTrue(arrived.wait(10))
+        # with so much sent early it cannot be watched any more, so that only the writing tells
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        self.held.set()
+        self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+
+    def test_after_bytes_that_nobody_asked_for(self):
+        for path in ("/v1/chat/completions", "/v1/messages"):
+            for stream in (b"false", b"true"):
+                with self.subTest(path=path, stream=stream):
+                    self.claude.reset()
+                    arrived = threading.Event()
+                    self.claude.play(lambda recorded, arrived=arrived: arrived.set() or FakeReply(
+                        body=message(text("Hi")), hold=[self.held]))
+                    body = CHAT_BODY[:-1] + b',"max_tokens":9,"stream":%s}' % stream
+                    connection = self.connect()
+                    connection.sendall(request_bytes("POST %s HTTP/1.1" % path, "Host: localhost",
+                                                     "Content-Length: %d" % len(body), body=body))
+                    self.assertTrue(arrived.wait(10))
+                    connection.sendall(b"\r\n")
+                    connection.sendall(b"GET")
+                    connection.close()
+                    self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+
+    def test_during_a_plain_request(self):
+        events = events_of(message(text("Hello there")))
+        for held_back in ([sse(events[:4]), self.held, sse(events[4:])], [self.held, sse(events)]):
+            with self.subTest(pieces=len(held_back)):
+                self.claude.reset()
+                self.leave_after(FakeReply(pieces=held_back), b"", False)
+
+    def test_while_claude_goes_on_after_a_pause(self):
+        arrived = threading.Event()
+
+        def go_on(recorded):
+            arrived.set()
+            return FakeReply(body=message(text("Hi")), hold=[self.held])
+
+        self.claude.play(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"), go_on)
+        body = json.dumps({"model": "claude-sonnet-5-5", "stream": True, "web_search_options": {},
+                           "messages": [{"role": "user", "content": "Hello"}]}).encode()
+        connection = self.connect()
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
+                           (len(body), body))
+        self.assertTrue(arrived.wait(10))
+        connection.close()
+        self.assertTrue(self.claude.wait_closed(10))
+
+    def test_others_go_on(self):
+        events = events_of(message(text("Hello there")))
+        self.leave_after(FakeReply(pieces=[sse(events[:2]), self.held, sse(events[2:])]), b"assistant", True)
+        self.assertEqual(self.chat().status, 200)
+
+
+class PumpedLeavingClientTests(Pumped, LeavingClientTests):
+    pass
+
+
+# ---- Endpoints ---------------------------------------------------------------------------------------
+
+class RouteTests(HttpTestCase):
+    def test_every_route_answers_with_v1_without_it_and_doubled(self):
+        for path in ("/models", "/v1/models", "/v1/v1/models", "//models", "//v1//models", "/v1/models/", "/models//",
+                     "/v1/models?limit=5", "/v1/models/?beta=true&x=/health", "/v1/models#top"):
+            with self.subTest(path=path):
+                answer = self.exchanged(request_bytes("GET %s HTTP/1.1" % path, "Host: localhost",
+                                                      "Connection: close"))[0]
+                self.assertEqual((answer.status, answer.json["object"]), (200, "list"))
+        for path in ("/chat/completions", "/v1/chat/completions", "/v1/v1/chat/completions", "//v1/chat//completions",
+                     "/v1/chat/completions/", "/v1/chat/completions/chat/completions",
+                     "/chat/completions?api-version=1"):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask("POST", path, CHAT_BODY).json["object"], "chat.completion")
+
+    def test_every_get_route_answers(self):
+        for path, mark in (("/health", b'"status":"ok"'), ("/v1", b'"version"'), ("/", b'"version"'),
+                           ("/v1/", b'"version"'), ("/metrics", b"# HELP"), ("/v1/metrics", b"# HELP"),
+                           ("/v1/health", b'"status":"ok"'), ("/v1/models/claude-opus-5-5", b'"id":"claude-opus-5-5"')):
+            with self.subTest(path=path):
+                answer = self.ask("GET", path)
+                self.assertEqual(answer.status, 200)
+                self.assertIn(mark, answer.raw)
+
+    def test_a_model_is_found_by_its_percent_encoded_name(self):
+        answer = self.ask("GET", "/v1/models/anthropic%2Fclaude-opus-5-5")
+        self.assertEqual((answer.status, answer.json["object"]), (200, "model"))
+
+    def test_head_answers_like_get_without_the_body(self):
+        for path in ("/health", "/v1/models", "/v1", "/metrics", "/v1/models/claude-opus-5-5", "/nowhere",
+                     "/v1/responses/resp_unknown"):
+            with self.subTest(path=path):
+                head, get, after = self.exchanged(b"".join(
+                    [request_bytes("HEAD %s HTTP/1.1" % path, "Host: localhost"),
+                     request_bytes("GET %s HTTP/1.1" % path, "Host: localhost"), NEXT_REQUEST]), without_body=(0,))
+                self.assertEqual((head.status, head.headers["content-type"]), (get.status, get.headers["content-type"]))
+                if path not in ("/v1", "/metrics", "/nowhere"):     # those tell of the method, or count requests
+                    self.assertEqual(head.headers["content-length"], get.headers["content-length"])
+                self.assertEqual(after.status, 200)
+
+    def test_unknown_paths_are_404_in_the_envelope(self):
+        for path in ("/nowhere", "/api/tags", "/v1/chat", "/v2/models", "/v1x/models", "/favicon.ico", "/../etc/passwd",
+                     "/v1/models/", "/%00", "/v1/chat/completions/x"):
+            with self.subTest(path=path):
+                answer = self.ask("GET", path)
+                if path == "/v1/models/":
+                    self.assertEqual(answer.status, 200)
+                    continue
+                self.assertEqual((answer.status, answer.error["code"]), (404, "unknown_url"))
+                self.assertIn("served are /chat/completions, /responses,", answer.error["message"])
+                self.assert_envelope(answer)
+
+    def test_a_wrong_method_is_405_with_allow(self):
+        for method, path, allowed in (
+                ("GET", "/v1/chat/completions", "POST, OPTIONS"), ("PUT", "/v1/responses", "POST, OPTIONS"),
+                ("HEAD", "/v1/messages", "POST, OPTIONS"), ("POST", "/v1/models", "GET, HEAD, OPTIONS"),
+                ("DELETE", "/health", "GET, HEAD, OPTIONS"), ("BREW", "/health", "GET, HEAD, OPTIONS"),
+                ("PATCH", "/v1/responses/resp_1", "GET, DELETE, HEAD, OPTIONS"), ("TRACE", "/", "GET, HEAD, OPTIONS"),
+                ("GET", "/v1/responses/input_tokens", "POST, OPTIONS")):
+            with self.subTest(method=method, path=path):
+                answer = self.ask(method, path)
+                self.assertEqual((answer.status, answer.headers["allow"]), (405, allowed))
+                if method != "HEAD":
+                    self.assert_envelope(answer)
+
+    def test_a_websocket_upgrade_is_426(self):
+        for path in ("/v1/responses", "/v1/realtime", "/"):
+            with self.subTest(path=path):
+                answer = self.ask("GET", path, headers={"Upgrade": "websocket", "Connection": "Upgrade",
+                                                        "Sec-WebSocket-Key": "eA==", "Sec-WebSocket-Version": "13"})
+                self.assertEqual((answer.status, answer.headers["upgrade"]), (426, "HTTP/1.1"))
+                self.assert_envelope(answer)
+
+    def test_options_is_answered_on_every_path_and_on_the_star(self):
+        for target in ("/v1/chat/completions", "/nowhere", "*"):
+            with self.subTest(target=target):
+                answer, = self.exchanged(request_bytes("OPTIONS %s HTTP/1.1" % target, "Host: localhost",
+                                                       "Connection: close"))
+                self.assertEqual((answer.status, answer.raw), (204, b""))
+                self.assertEqual(answer.headers["allow"], "GET, POST, DELETE, HEAD, OPTIONS")
+                self.assertNotIn("content-length", answer.headers)
+
+    def test_an_absolute_target_is_taken_like_its_path(self):
+        for target in ("http://localhost:45554/health", "HTTP://127.0.0.1/v1/health?x=1", "http://localhost"):
+            with self.subTest(target=target):
+                answer, = self.exchanged(request_bytes("GET %s HTTP/1.1" % target, "Host: localhost",
+                                                       "Connection: close"))
+                self.assertEqual(answer.status, 200, answer.raw)
+
+    def test_the_authority_of_an_absolute_target_wins_over_host(self):
+        answer, = self.exchanged(request_bytes("GET http://evil.example/health HTTP/1.1", "Host: localhost",
+                                               "Connection: close"))
+        self.assertEqual((answer.status, answer.error["code"]), (403, "host_not_allowed"))
+        answer, = self.exchanged(request_bytes("GET http://localhost/health HTTP/1.1", "Host: evil.example",
+                                               "Connection: close"))
+        self.assertEqual(answer.status, 200)
+
+    def test_odd_targets_are_refused_and_never_a_defect(self):
+        for target in ("http://[::1/health", "//[::1/health", "//[/v1/models", "http://user@localhost/health",
+                       "http:///health", "http://localhost:port/health", "http://127.0.0.1\\@localhost/health",
+                       "http://", "ftp://localhost\\/health", "//]/", "/v1/models/%ff%fe", "/v1/models/%0d%0aX-Evil:1",
+                       "/" + "%5b" * 1000, "/v1/responses/[", "/v1/models/" + "a" * 20_000, "/" + "/v1" * 5_000):
+            with self.subTest(target=target[:60]):
+                answer, = self.exchanged(request_bytes("GET %s HTTP/1.1" % target, "Host: localhost",
+                                                       "Connection: close"))
+                self.assertIn(answer.status, (200, 400, 403, 404))
+                self.assertNotIn("x-evil", answer.headers)
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+
+
+class ModelListTests(GatewayTestCase):
+    """GET /v1/models: Claude's list, kept for an hour; the built-in table where there is none."""
+
+    @staticmethod
+    def entry(model_id: str, **fields) -> dict:
+        return dict({"id": model_id, "type": "model", "display_name": model_id.title(), "lifecycle": "active",
+                     "created_at": "2026-09-22T00:00:00Z", "max_input_tokens": 500_000, "max_tokens": 64_000}, **fields)
+
+    def lists(self) -> list:
+        return [request for request in self.claude.requests if request.path.startswith("/v1/models")]
+
+    def ids(self, headers=None) -> list:
+        answer = self.ask("GET", "/v1/models", headers=headers)
+        self.assertEqual((answer.status, answer.json["object"]), (200, "list"))
+        return [entry["id"] for entry in answer.json["data"]]
+
+    def test_it_is_fetched_once_and_kept(self):
+        self.claude.models = [self.entry("claude-opus-7")]
+        self.start()
+        for _ in range(3):
+            self.assertEqual(self.ids(), ["claude-opus-7", "opus"])
+        self.assertEqual(self.chat(model="opus").status, 200)
+        self.assertEqual(self.claude.messages[0].body["model"], "claude-opus-7")
+        self.assertEqual(len(self.lists()), 1)
+        self.assertEqual(self.lists()[0].headers["x-api-key"], SECRET)
+
+    def test_all_its_pages_are_read(self):
+        self.claude.models = [self.entry("claude-new-%d" % number) for number in range(1_001)]
+        self.start()
+        self.assertEqual(len([name for name in self.ids() if name.startswith("claude-new-")]), 1_001)
+        self.assertEqual(len(self.lists()), 2)
+
+    def test_an_entry_has_openais_keys(self):
+        self.claude.models = [self.entry("claude-opus-7")]
+        self.start()
+        entry = self.ask("GET", "/v1/models").json["data"][0]
+        self.assertEqual({name: entry[name] for name in ("id", "object", "created", "owned_by", "context_length",
+                                                         "max_output_tokens", "display_name")},
+                         {"id": "claude-opus-7", "object": "model", "created": 1790035200, "owned_by": "anthropic",
+                          "context_length": 500_000, "max_output_tokens": 64_000, "display_name": "Claude-Opus-7"})
+        self.assertEqual(self.ask("GET", "/v1/models/claude-opus-7").json, entry)
+
+    def test_without_a_list_the_built_in_table_serves(self):
+        for status, body in ((404, error_body("not_found_error", "Not found")), (500, b"<html>"), (200, b"{}"),
+                             (200, {"data": "x"}), (200, {"data": []}), (200, {"data": [1, {}, {"id": 5}]}),
+                             (200, {"data": [None, [], "claude-opus-7"], "has_more": True, "last_id": 5})):
+            with self.subTest(status=status, body=body):
+                route = ("GET", r"/v1/models", lambda fake, recorded, reply=FakeReply(status, body=body): reply)
+                self.claude._ROUTES = (route,) + FakeClaude._ROUTES
+                self.addCleanup(self.claude.__dict__.pop, "_ROUTES", None)
+                self.start()
+                ids = self.ids()
+                self.assertTrue({"claude-opus-5-5", "claude-haiku-4-5-20251001", "opus", "sonnet"} <= set(ids))
+                self.assertEqual(self.chat(model="sonnet").status, 200)
+
+    def test_whatever_happens_to_the_fetch_it_is_one_line_of_the_log_and_the_table_serves(self):
+        def fetch():
+            raise TypeError("no such thing")
+        models, torn = claude_gateway.ModelList(fetch, ()), []
+        self.addCleanup(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = torn.append
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            self.assertEqual(models.catalog().resolve("opus").id, "claude-opus-5-5")
+            models.catalog()
+            for thread in threading.enumerate():
+                if thread.name == "models":
+                    thread.join(10)
+        self.assertEqual((torn, len(logged.output)), ([], 1))
+        self.assertIn("TypeError: no such thing", logged.output[0])
+
+    def test_aliases_are_listed_and_the_fallback_is_not(self):
+        self.start(alias=(("my-model", "opus"), ("*", "sonnet"), ("broken", "claude-opus-1")))
+        entries = {entry["id"]: entry for entry in self.ask("GET", "/v1/models").json["data"]}
+        self.assertEqual(entries["my-model"]["alias_of"], "claude-opus-5-5")
+        self.assertNotIn("*", entries)
+        self.assertEqual(self.ask("GET", "/v1/models/my-model").json["id"], "my-model")
+
+    def test_a_callers_own_key_asks_for_its_own_list_each_time(self):
+        self.claude.models = [self.entry("claude-opus-7")]
+        self.start()
+        self.ids()
+        self.claude.models = [self.entry("claude-fable-9")]
+        for _ in range(2):
+            self.assertEqual(self.ids({"x-api-key": "sk-ant-api03-mine"}), ["claude-fable-9", "fable"])
+        self.assertEqual(self.ids(), ["claude-opus-7", "opus"], "not shared")
+        self.assertEqual([request.headers["x-api-key"] for request in self.lists()],
+                         [SECRET, "sk-ant-api03-mine", "sk-ant-api03-mine"])
+        self.assertEqual(self.ask("GET", "/v1/models/claude-fable-9",
+                                  headers={"x-api-key": "sk-ant-api03-mine"}).json["id"], "claude-fable-9")
+
+    def test_no_other_key_of_a_caller_goes_upstream(self):
+        self.claude.models = [self.entry("claude-opus-7")]
+        self.start()
+        for headers in ({"x-api-key": "something"}, {"authorization": "Bearer sk-ant-api03-mine"},
+                        {"api-key": "sk-ant-api03-mine"}):
+            self.ids(headers)
+        self.chat(headers={"x-api-key": "sk-ant-api03-mine"})
+        self.assertEqual({request.headers["x-api-key"] for request in self.claude.requests}, {SECRET})
+
+    def test_it_needs_no_key_of_the_gateway_and_health_neither(self):
+        self.start(api_key=("the-key",))
+        self.assertTrue(self.ids())
+        self.assertEqual(self.ask("GET", "/v1/models/opus").status, 200)
+        answer = self.ask("GET", "/health")
+        self.assertEqual((answer.status, answer.json), (200, {"status": "ok", "version": claude_gateway.VERSION}))
+        self.assertEqual(self.chat().status, 401)
+
+    def test_an_unknown_one_is_404_with_the_nearest(self):
+        answer = self.ask("GET", "/v1/models/claude-oqus-5-5")
+        self.assertEqual((answer.status, answer.error["code"]), (404, "model_not_found"))
+        self.assertIn("claude-opus-5-5", answer.error["message"])
+
+    def test_an_alias_of_a_short_name_is_listed_once_and_means_what_it_says(self):
+        self.start(alias=(("sonnet", "claude-sonnet-4-6"),))
+        listed = [entry for entry in self.ask("GET", "/v1/models").json["data"] if entry["id"] == "sonnet"]
+        self.assertEqual([entry["alias_of"] for entry in listed], ["claude-sonnet-4-6"])
+
+
+# ---- Legacy completions ------------------------------------------------------------------------------
+
+class LegacyCompletionTests(GatewayTestCase):
+    def complete(self, **fields) -> Answer:
+        return self.ask("POST", "/v1/completions", dict({"model": "claude-haiku-5-5", "prompt": "Once upon"}, **fields))
+
+    def test_a_prompt_is_continued(self):
+        self.claude.play(message(text(" a time")))
+        completion = self.complete(max_tokens=2000, stop=["\n\n", "END"]).json
+        self.assertEqual(completion["object"], "text_completion")
+        self.assertTrue(completion["id"].startswith("cmpl-"))
+        self.assertEqual(completion["choices"], [{"text": " a time", "index": 0, "logprobs": None,
+                                                  "finish_reason": "stop"}])
+        self.assertEqual(completion["usage"]["total_tokens"], 19)
+        request = self.claude.messages[-1].body
+        self.assertEqual((request["max_tokens"], request["stop_sequences"]), (2000, ["END"]))
+        self.assertEqual(request["messages"][0]["content"][0]["text"], "Once upon")
+
+    def test_without_a_limit_the_model_has_its_maximum(self):
+        self.complete()
+        self.assertEqual(self.claude.messages[-1].body["max_tokens"], 128000)
+
+    def test_the_stream_has_the_same_shape_and_ends_with_done(self):
+        self.claude.play(message(text(" a time, long ago")))
+        answer = self.complete(stream=True, stream_options={"include_usage": True})
+        self.assertEqual("".join(choice["text"] for chunk in answer.chunks for choice in chunk["choices"]),
+                         " a time, long ago")
+        self.assertEqual([choice["finish_reason"] for chunk in answer.chunks for choice in chunk["choices"]
+                          if choice["finish_reason"]], ["stop"])
+        self.assertEqual({chunk["object"] for chunk in answer.chunks}, {"text_completion"})
+        self.assertEqual(answer.chunks[-1]["usage"]["total_tokens"], 19)
+        self.assertEqual(answer.events[-1], "[DONE]")
+
+    def test_several_prompts_give_as_many_choices(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.play(message(text("A")), message(text("B")))
+                answer = self.complete(prompt=["one", "two"], stream=stream)
+                texts = {0: "", 1: ""}
+                for choice in (choice for chunk in (answer.chunks if stream else [answer.json])
+                               for choice in chunk["choices"]):
+                    texts[choice["index"]] += choice["text"]
+                self.assertEqual(texts, {0: "A", 1: "B"})
+
+    def test_echo_and_suffix(self):
+        self.claude.play(message(text(" a time")), message(text("x = 1")))
+        self.assertEqual(self.complete(echo=True).json["choices"][0]["text"], "Once upon a time")
+        self.complete(prompt="def f():\n    ", suffix="\n    return x")
+        self.assertIn("<gap/>", self.claude.messages[-1].body["messages"][0]["content"][0]["text"])
+
+    def test_what_cannot_be_is_a_400_that_names_it(self):
+        for fields, param in (({"prompt": None}, "prompt"), ({"prompt": [1, 2]}, "prompt[0]"),
+                              ({"prompt": 5}, "prompt"), ({"prompt": ["x"] * 129}, "prompt"),
+                              ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"logprobs": 3}, "logprobs"),
+                              ({"suffix": 3}, "suffix")):
+            with self.subTest(fields=fields):
+                answer = self.complete(**fields)
+                self.assertEqual((answer.status, answer.error["param"]), (400, param))
+
+    def test_the_number_of_prompts_has_a_limit_which_is_told(self):
+        self.assertIn("128", self.complete(prompt=["x"] * 129).error["message"])
+        self.assertEqual(self.claude.messages, [])
+        self.assertEqual(len(self.complete(prompt=["x"] * 128).json["choices"]), 128)
+
+    def test_an_upstream_refusal_is_an_http_status_also_for_streams(self):
+        self.claude.play(FakeReply(429, body=error_body("rate_limit_error", "no"), headers={"retry-after": "30"}))
+        answer = self.complete(stream=True)
+        self.assertEqual((answer.status, answer.headers["retry-after"]), (429, "30"))
+
+
+class PumpedCompletionTests(Pumped, LegacyCompletionTests):
+    pass
+
+
+# ---- Native pass-through -----------------------------------------------------------------------------
+
+class NativeTests(GatewayTestCase):
+    BODY = {"model": "claude-opus-5-5", "max_tokens": 100, "messages": [{"role": "user", "content": "Hello"}]}
+
+    def native(self, headers=None, path="/v1/messages", **fields) -> Answer:
+        return self.ask("POST", path, dict(self.BODY, **fields), headers)
+
+    def test_an_answer_passes_byte_for_byte(self):
+        whole = message(text("Hi \u2028 there"))
+        body = json.dumps(whole, indent=3).encode()
+        self.claude.play(FakeReply(body=body))
+        self.assertEqual(self.native().raw, body)
+        stream = sse(events_of(whole))
+        self.claude.play(FakeReply(headers={"content-type": "text/event-stream"}, body=stream))
+        answer = self.native(stream=True)
+        self.assertEqual((answer.raw, answer.headers["content-type"]), (stream, "text/event-stream"))
+
+    def test_the_gateways_credential_replaces_the_clients(self):
+        self.native({"x-api-key": "sk-ant-api03-the-clients-own", "anthropic-version": "2023-01-01",
+                     "anthropic-beta": "files-api-2025-04-14,oauth-2025-04-20"}, path="/v1/messages?beta=true")
+        sent = self.claude.requests[-1]
+        self.assertEqual(sent.headers["x-api-key"], SECRET)
+        self.assertEqual(sent.headers["anthropic-version"], "2023-01-01")
+        self.assertEqual(sent.headers["anthropic-beta"], "files-api-2025-04-14")
+        self.assertEqual(sent.path, "/v1/messages?beta=true")
+
+    def test_short_names_resolve(self):
+        self.native(model="haiku")
+        self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
+
+    def test_caching_is_added_only_where_the_client_set_no_mark(self):
+        self.native()
+        self.assertEqual(self.claude.messages[-1].body["cache_control"], {"type": "ephemeral"})
+        marked = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+        marked_turn = {"role": "user", "content": [marked]}
+        self.native(messages=[marked_turn])
+        self.assertNotIn("cache_control", self.claude.messages[-1].body)
+        self.start(no_cache=True)
+        self.native()
+        self.assertNotIn("cache_control", self.claude.messages[-1].body)
+
+    def test_the_system_block_of_a_subscription_token_is_there_once(self):
+        self.start(anthropic_api_key="", claude_code_oauth_token="sk-ant-oat01-x")
+        block = claude_gateway.OAUTH_SYSTEM_BLOCK
+        for system, wanted in ((None, [block]), ("Hi", [block, {"type": "text", "text": "Hi"}]),
+                               ([block, {"type": "text", "text": "Hi"}], [block, {"type": "text", "text": "Hi"}])):
+            with self.subTest(system=system):
+                self.native(**({"system": system} if system else {}))
+                self.assertEqual(self.claude.messages[-1].body["system"], wanted)
+
+    def test_errors_are_in_anthropics_envelope(self):
+        self.claude.play(FakeReply(429, body=error_body("rate_limit_error", "Slow"), headers={"retry-after": "60"}))
+        answer = self.native()
+        self.assertEqual((answer.status, answer.headers["retry-after"]), (429, "60"))
+        self.assertEqual(answer.json["type"], "error")
+        self.assertEqual(answer.error, {"type": "rate_limit_error", "message": "Slow"})
+        answer = self.native(model="no-such-model")
+        self.assertEqual((answer.status, answer.error["type"]), (404, "not_found_error"))
+
+    def test_an_error_keeps_claudes_status_and_headers(self):
+        told = {"anthropic-ratelimit-requests-remaining": "0", "anthropic-organization-id": "org-1"}
+        for status, kind in ((529, "overloaded_error"), (402, "billing_error"), (400, "invalid_request_error")):
+            with self.subTest(status=status):
+                self.claude.play(FakeReply(status, body=error_body(kind, "No"), headers=told))
+                answer = self.native(NO_RETRY)
+                self.assertEqual((answer.status, answer.error["type"]), (status, kind))
+                self.assertEqual({name: answer.headers.get(name) for name in told}, told)
+                self.assertTrue(answer.headers["request-id"])
+
+    def test_its_tokens_are_counted(self):
+        self.start()
+        usage = {"input_tokens": 5, "cache_read_input_tokens": 20, "cache_creation_input_tokens": 0, "output_tokens": 3}
+        for stream in (False, True):
+            self.claude.play(message(text("Hi"), usage=usage))
+            self.native(stream=stream)
+            self.service.gateway.running.wait_until_idle(5)
+        self.assertEqual(self.service.gateway.counters.totals()["tokens"],
+                         {"input": 10, "cache_read": 40, "cache_write": 0, "output": 6})
+
+    def test_count_tokens_passes(self):
+        answer = self.ask("POST", "/v1/messages/count_tokens", {"model": "opus", "messages": self.BODY["messages"]})
+        self.assertEqual(answer.json, {"input_tokens": 11})
+
+    def test_the_model_list_has_the_keys_of_both_apis(self):
+        listed = self.ask("GET", "/v1/models").json
+        entry = listed["data"][0]
+        for name in ("id", "object", "created", "owned_by", "type", "display_name", "created_at"):
+            self.assertIn(name, entry)
+        self.assertEqual((listed["object"], listed["has_more"], listed["first_id"]), ("list", False, entry["id"]))
+
+    def test_the_anthropic_sdk_streams_with_a_dummy_key(self):
+        try:
+            import anthropic
+        except ImportError:
+            self.skipTest("the anthropic package is not installed (it is in the dev group of pyproject.toml)")
+        client = anthropic.Anthropic(base_url="http://127.0.0.1:%d" % self.service.port, api_key="dummy", max_retries=0)
+        self.addCleanup(client.close)
+        self.claude.play(message(text("Hi there")), message(text("Hi again")))
+        with client.messages.stream(**self.BODY) as stream:
+            self.assertEqual("".join(stream.text_stream), "Hi there")
+        self.assertEqual(client.messages.create(**self.BODY).content[0].text, "Hi again")
+
+    def test_the_gateways_own_refusals_have_the_type_of_their_status_on_the_native_door(self):
+        for method, headers, body, status in (("PUT", {}, b"{}", 405),
+                                              ("POST", {"content-encoding": "br"}, b"{}", 415),
+                                              ("POST", {"upgrade": "websocket"}, b"", 426),
+                                              ("POST", {"authorization": "x"}, b"{", 400)):
+            with self.subTest(status=status):
+                answer = self.ask(method, "/v1/messages", body, headers)
+                self.assertEqual((answer.status, answer.error["type"]), (status, "invalid_request_error"))
+
+
+class PumpedNativeTests(Pumped, NativeTests):
+    pass
+
+
+# ---- Status page -------------------------------------------------------------------------------------
+
+# The page's script in front of a document and a server that are made up: each step is a status, a body, and
+# what is typed into the form before (if anything is).
+PAGE_HARNESS = r"""
+const steps = %s, told = [], elements = {};
+function element() {
+  return { hidden: true, style: {}, listeners: {}, children: [],
+           append(...more) { this.children.push(...more); }, replaceChildren(...all) { this.children = all; },
+           get all() { return (this.textContent ?? "") + this.children.map((one) => one.all ?? one).join("|"); },
+           addEventListener(name, on) { this.listeners[name] = on; } };
+}
+globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element };
+globalThis.location = { origin: "http://localhost" };
+let tick, sent, shown;
+globalThis.setInterval = (update) => { tick = update; };
+globalThis.fetch = async (path, { headers }) => {
+  const [status, body] = steps[told.length];
+  sent = headers.authorization ?? null;
+  if (!status) throw new TypeError("refused");
+  return { status, ok: status === 200, json: async () => JSON.parse(body) };
+};
+async function run() {
+  for (let at = 0; at < steps.length; at += 1) {
+    const typed = steps[at][2], form = elements.key;
+    if (typed) {
+      document.getElementById("secret").value = typed;
+      form.listeners.submit({ preventDefault() {} });
+    } else if (at) tick();
+    await new Promise((next) => setImmediate(next));
+    const [ask, wrong, data, state] = ["ask", "wrong", "data", "state"].map(document.getElementById);
+    shown = Object.fromEntries(Object.entries(elements).map(([id, one]) => [id, one.all]));
+    shown.hidden = Object.keys(elements).filter((id) => elements[id].hidden);
+    told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
+  }
+  console.log(JSON.stringify([told, shown]));
+}
+run();
+%s
+"""
+
+
+class StatusTests(GatewayTestCase):
+    def setUp(self):
+        super().setUp()
+        self.start()                                # counts from zero
+
+    def status(self, **headers) -> dict:
+        self.settle()
+        return self.ask("GET", "/", headers=dict({"accept": "application/json"}, **headers)).json
+
+    def settle(self) -> None:
+        """Waits until nothing runs: a request is counted just after its answer is out."""
+        self.service.gateway.running.wait_until_idle(10)
+
+    def test_requests_tokens_cache_and_errors_are_counted(self):
+        usage = {"input_tokens": 100, "cache_read_input_tokens": 800, "cache_creation_input_tokens": 100,
+                 "output_tokens": 50}
+        self.claude.play(message(text("A"), usage=usage), message(text("B"), usage=usage))
+        self.chat()
+        self.chat(stream=True)
+        self.chat(model="no-such-model")
+        data = self.status()
+        self.assertEqual(data["requests"], {"total": 3, "running": 0})      # besides the one that asks
+        self.assertEqual(data["tokens"], {"input": 200, "cache_read": 1600, "cache_write": 200, "output": 100})
+        self.assertEqual(data["errors"], {"model_not_found": 1})
+        # sonnet 5.5: $2 fresh, $0.10 read; 1600 reads save 1.90 each, 200 writes cost 0.50 more each, per million
+        self.assertEqual(data["cache"], {"share_percent": 80, "saved_usd": round((1600 * 1.9 - 200 * 0.5) / 1e6, 4)})
+        # and $10 out: 200 fresh, 200 written for a quarter more, 1600 read, 100 out
+        self.assertEqual(data["cost"], {"usd": round((200 * 2 + 200 * 2.5 + 1600 * 0.1 + 100 * 10) / 1e6, 4),
+                                        "without_price": []})
+        self.settle()
+        told = self.ask("GET", "/metrics").raw.decode()
+        self.assertIn('claude_gateway_cost_usd_total{model="claude-sonnet-5-5"} 0.00206\n', told)
+        self.assertIn('claude_gateway_cache_saved_usd{model="claude-sonnet-5-5"} 0.00294\n', told)
+        self.assertIn('claude_gateway_requests_running 0\n', told)
+
+    def test_list_prices_are_those_of_november_2026(self):
+        # US dollars per million tokens: in, in from the cache, out; no price of mythos 5.2 is known
+        prices = {"fable-5-2": (8, 0.2, 40), "mythos-5-2": None, "haiku-5-5": (0.1, 0.01, 0.5),
+                  "sonnet-5-5": (2, 0.1, 10), "opus-5-5": (4, 0.2, 20), "fable-5-1": (10, 0.25, 50),
+                  "mythos-5-1": (10, 0.25, 50), "opus-5": (5, 0.5, 25), "sonnet-5": (2, 0.2, 10),
+                  "fable-5": (10, 1, 50), "mythos-5": (10, 1, 50), "opus-4-8": (5, 0.5, 25), "opus-4-7": (5, 0.5, 25),
+                  "sonnet-4-6": (3, 0.3, 15), "opus-4-6": (5, 0.5, 25), "opus-4-5-20251101": (5, 0.5, 25),
+                  "haiku-4-5-20251001": (1, 0.1, 5), "sonnet-4-5-20250929": (3, 0.3, 15)}
+        self.assertEqual({model.id[len("claude-"):]: model.price for model in BUILT_IN_MODELS.values()}, prices)
+
+    def test_a_model_without_a_price_is_named(self):
+        self.claude.play(message(text("A"), model="claude-mythos-5-2"))
+        self.chat(model="claude-mythos-5-2")
+        self.assertEqual(self.status()["cost"], {"usd": 0, "without_price": ["claude-mythos-5-2"]})
+
+    def test_a_window_that_is_new_goes_by_its_own_name(self):
+        self.claude.play(FakeReply(body=message(text("A")), headers={
+            "anthropic-ratelimit-unified-30d-utilization": "0.1", "anthropic-ratelimit-unified-5h-utilization": "0.2"}))
+        self.chat()
+        self.assertEqual([(limit["title"], limit["used"]) for limit in self.status()["limits"]],
+                         [("5 hours", 0.2), ("30d", 0.1)])
+
+    def test_the_names_begin_with_the_one_to_take(self):
+        self.assertEqual(list(self.status()["models"]), ["sonnet", "opus", "haiku", "fable", "mythos"])
+
+    def test_what_is_written_for_an_hour_costs_as_much_again(self):
+        self.claude.play(message(text("A"), usage={
+            "input_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 1_000_000,
+            "cache_creation": {"ephemeral_5m_input_tokens": 400_000, "ephemeral_1h_input_tokens": 600_000},
+            "output_tokens": 1}))
+        self.chat()
+        data = self.status()
+        self.assertEqual(data["tokens"]["cache_write"], 1_000_000)
+        # sonnet 5.5: $2 a million; 0.4 million cost 25 % more, 0.6 million 100 %
+        self.assertEqual(data["cache"]["saved_usd"], -(0.4 * 0.5 + 0.6 * 2))
+
+    def test_plan_windows_and_rate_limits_come_from_the_latest_answer(self):
+        reset = int(time.time()) + 3600
+        self.claude.play(FakeReply(body=message(text("A")), headers={
+            "anthropic-ratelimit-unified-5h-utilization": "0.42", "anthropic-ratelimit-unified-5h-reset": str(reset),
+            "anthropic-ratelimit-unified-5h-status": "allowed",
+            "anthropic-ratelimit-requests-limit": "50", "anthropic-ratelimit-requests-remaining": "40",
+            "anthropic-ratelimit-requests-reset": "2031-01-01T00:00:00Z"}))
+        self.chat()
+        windows = {limit["window"]: limit for limit in self.status()["limits"]}
+        self.assertEqual(windows["5h"], {"window": "5h", "title": "5 hours", "used": 0.42, "resets_at": reset,
+                                         "over": False, "status": "allowed"})
+        self.assertEqual((windows["requests"]["used"], windows["requests"]["resets_at"]), (0.2, 1924992000))
+
+    def test_odd_limit_headers_do_no_harm(self):
+        self.claude.play(FakeReply(body=message(text("A")), headers={
+            "anthropic-ratelimit-unified-5h-utilization": "nan", "anthropic-ratelimit-unified-7d-utilization": "1.04",
+            "anthropic-ratelimit-unified-7d-reset": "soon", "anthropic-ratelimit-tokens-limit": "0",
+            "anthropic-ratelimit-tokens-remaining": "0"}))
+        self.chat()
+        self.assertEqual([(limit["window"], limit["used"]) for limit in self.status()["limits"]], [("7d", 1.04)])
+
+    def test_a_browser_gets_a_page_that_loads_nothing_from_elsewhere(self):
+        answer = self.ask("GET", "/", headers={"accept": "text/html,application/xhtml+xml"})
+        page = answer.raw.decode()
+        self.assertTrue(answer.headers["content-type"].startswith("text/html"))
+        self.assertIn("default-src 'none'", answer.headers["content-security-policy"])
+        nonce = re.search(r"script-src 'nonce-([\w-]+)'", answer.headers["content-security-policy"]).group(1)
+        self.assertIn('<script nonce="%s">' % nonce, page)
+        self.assertNotIn("NONCE", page)
+        self.assertEqual(re.findall(r"(?:src|href)=|https?://|@import", page), [])
+
+    def test_with_a_client_key_the_numbers_need_it_and_the_page_does_not(self):
+        self.start(api_key=("the-client-key",))
+        self.assertEqual(self.ask("GET", "/", headers={"accept": "text/html"}).status, 200)
+        self.assertEqual(set(self.status()), {"status", "version", "key_needed"})
+        self.assertIn("tokens", self.status(authorization="Bearer the-client-key"))
+        self.assertEqual(self.ask("GET", "/metrics").status, 401)
+        self.assertEqual(self.ask("GET", "/metrics", headers={"x-api-key": "the-client-key"}).status, 200)
+
+    def page(self, steps) -> list:
+        """What the page's script did at each step, and what it showed in the end."""
+        script = re.search(r"<script[^>]*>(.*)</script>", claude_gateway.PAGE, re.S).group(1)
+        ended = subprocess.run(["node", "-e", PAGE_HARNESS % (json.dumps(steps), script)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, TZ="UTC"))
+        self.assertEqual(ended.stderr.decode(), "")
+        return json.loads(ended.stdout.decode())
+
+    @unittest.skipUnless(shutil.which("node"), "no node here")
+    def test_the_page_shows_what_it_cost_and_how_long_things_last(self):
+        data = self.status()
+        data.update(upstream="simulated", uptime_seconds=97_200, cost={"usd": 1.234, "without_price": ["x"]})
+        data["cache"]["saved_usd"] = -0.5
+        data["credential"] = {"description": "login", "expires_at": 1_893_456_000, "refreshable": True}
+        data["limits"] = [{"title": "5 hours", "used": 0.5, "resets_at": time.time() + 28_770}]
+        shown = self.page([(200, json.dumps(data), "")])[1]
+        self.assertEqual((shown["cost"], shown["saved"]),
+                         ("$1.23", "by list prices; caching saved -$0.50; without x"))
+        self.assertEqual(shown["running"], "0 running, up for 1 d 3 h")
+        self.assertIn("50 %, reset in 7 h 59 min", shown["limits"])
+        self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
+        self.assertTrue(shown["names"].startswith("sonnet| claude-sonnet-5-5|"), shown["names"])
+        self.assertNotIn("demo", shown["hidden"])
+        data["upstream"] = "https://api.anthropic.com"
+        self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
+
+    @unittest.skipUnless(shutil.which("node"), "no node here")
+    def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(self):
+        data = json.dumps(self.status())
+        needed = json.dumps({"status": "ok", "version": "1", "key_needed": True})
+        refused = json.dumps({"error": {"message": "wrong", "code": "invalid_api_key"}})
+        steps = ((200, needed, ""), (401, refused, "wrong"), (200, needed, ""), (200, needed, "older"),
+                 (200, data, "right"), (200, data, ""), (503, "{}", ""), (0, "", ""))
+        self.assertEqual(self.page(steps)[0], [    # form, "not right", numbers, state, the key sent
+            [True, False, False, "running", None], [True, True, False, "running", "Bearer wrong"],
+            [True, True, False, "running", None], [True, True, False, "running", "Bearer older"],
+            [False, False, True, "running", "Bearer right"], [False, False, True, "running", "Bearer right"],
+            [False, False, True, "not reachable", "Bearer right"],
+            [False, False, True, "not reachable", "Bearer right"]])
+
+    def test_metrics_keep_to_prometheus_text_format(self):
+        self.chat()
+        self.settle()
+        answer = self.ask("GET", "/metrics")
+        self.assertTrue(answer.headers["content-type"].startswith("text/plain; version=0.0.4"))
+        families = {}
+        for line in answer.raw.decode().splitlines():
+            with self.subTest(line=line):
+                if line.startswith("# TYPE"):
+                    families[line.split()[2]] = line.split()[3]
+                elif not line.startswith("#"):
+                    match = re.match(r'([a-z_]+)(\{([a-z_]+="(\\.|[^"\\])*",?)*\})? -?[\d.e+-]+$', line)
+                    self.assertTrue(match)
+                    self.assertIn(match.group(1), families)
+        self.assertEqual({kind for name, kind in families.items() if name.endswith("_total")}, {"counter"})
+        self.assertIn('claude_gateway_requests_total{route="/chat/completions",status="200"} 1', answer.raw.decode())
+        self.assertIn('claude_gateway_tokens_total{model="claude-sonnet-5-5",kind="output"} 7', answer.raw.decode())
+
+    def test_a_line_of_a_failure_has_its_columns(self):
+        with self.assertLogs(claude_gateway.LOG, "DEBUG") as logged:
+            self.chat(model="no-such-model", headers={"user-agent": "aider/1"})
+            self.ask("POST", "/v1/messages", {"model": "none-either", "messages": []})
+            self.ask("GET", "/v1/no-such-route")
+            self.settle()
+        lines = {record.fields["asked"]: record for record in logged.records if hasattr(record, "fields")}
+        self.assertEqual({(asked, record.levelname) for asked, record in lines.items()},
+                         {("no-such-model", "WARNING"), ("none-either", "WARNING"), ("", "WARNING")})
+        self.assertRegex(lines["no-such-model"].getMessage(), r" 404  aider {10}no-such-model -> - {27}\d+/\d+ ms")
+        self.assertRegex(lines[""].getMessage(), r" 404  - {14}- {44}\d+/\d+ ms")
+        said = [record.payload for record in logged.records if str(record.msg).startswith("to the client")]
+        self.assertEqual([body.get("error", {}).get("code") for body in said][::2], ["model_not_found", "unknown_url"])
+
+    def test_no_secret_is_in_any_of_it(self):
+        self.chat()
+        for path in ("/", "/metrics"):
+            self.assertNotIn(SECRET, self.ask("GET", path).raw.decode())
+
+    def test_labels_are_bounded(self):
+        for at in range(5):
+            self.ask("GET", "/no/such/place/%d" % at)
+        self.settle()
+        self.assertIn('route="other",status="404"} 5', self.ask("GET", "/metrics").raw.decode())
+
+    def test_a_refused_continuation_counts_what_came_before_it_once(self):
+        self.start()
+        paused = message(text("a"), WEB_FIND, WEB_FOUND, stop_reason="pause_turn",
+                         usage={"input_tokens": 100, "output_tokens": 10})
+        self.claude.play(paused, FakeReply(400, body=error_body("invalid_request_error", "No")))
+        self.chat(stream=True, web_search_options={})
+        self.service.gateway.running.wait_until_idle(5)
+        tokens = self.service.gateway.counters.totals()["tokens"]
+        self.assertEqual((tokens["input"], tokens["output"]), (100, 10))
+
+
+# ---- HTTP server -------------------------------------------------------------------------------------
+
+class AccessTests(HttpTestCase):
+    config = {"allow_host": ("My-Box.example", "box"), "cors_origin": ("https://app.example", "app://obsidian.md",
+                                                                      "null")}
+
+    def test_known_hosts_are_accepted(self):
+        for host in ("localhost", "LOCALHOST:1", "localhost.", "a.localhost:80", "127.0.0.1", "127.9.9.9:1", "[::1]:5",
+                     "192.168.1.20:45554", "10.0.0.1", "[fe80::1]", "8.8.8.8", "host.docker.internal:45554",
+                     "my-box.example", "MY-BOX.EXAMPLE:443", "box"):
+            with self.subTest(host=host):
+                self.assertEqual(self.ask("GET", "/health", headers={"host": host}).status, 200)
+
+    def test_other_hosts_are_403_on_every_route_with_the_option_that_would_help(self):
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "evil-localhost", "my-box",
+                     "box.example", "0x7f000001", "127.1", "2130706433"):
+            for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("OPTIONS", "/"),
+                                 ("GET", "/nowhere"), ("GET", "/")):
+                with self.subTest(host=host, path=path):
+                    answer = self.ask(method, path, headers={"host": host + ":45554"})
+                    self.assertEqual((answer.status, answer.error["code"]), (403, "host_not_allowed"))
+                    self.assertIn("--allow-host " + host, answer.error["message"])
+                    self.assert_envelope(answer)
+
+    def test_the_bound_name_is_accepted(self):
+        # a name of this machine that is neither an address nor localhost; Config alone is asked, nothing is bound
+        gateway = self.service.gateway
+        self.addCleanup(setattr, gateway, "config", gateway.config)
+        gateway.config = claude_gateway.replace(gateway.config, host="Workstation.lan")
+        self.assertEqual(self.ask("GET", "/health", headers={"host": "workstation.lan:45554"}).status, 200)
+
+    def test_loopback_and_chosen_origins_get_cors_headers_on_success_error_and_stream(self):
+        for origin in ("http://localhost:3000", "https://localhost", "http://127.0.0.1:8080", "http://[::1]:5173",
+                       "http://app.localhost:1", "https://app.example", "app://obsidian.md", "null"):
+            for name, fields in (("success", {}), ("error", {"n": 2}), ("stream", {"stream": True})):
+                with self.subTest(origin=origin, name=name):
+                    headers = self.chat(headers={"origin": origin}, **fields).headers
+                    self.assertEqual(headers["access-control-allow-origin"], origin)
+                    self.assertEqual(headers["vary"].lower(), "origin")
+                    self.assertIn("x-request-id", headers["access-control-expose-headers"])
+                    self.assertNotIn("access-control-allow-credentials", headers)
+        for path, status in (("/nowhere", 404), ("/v1/chat/completions", 405), ("/v1/models/none", 404)):
+            with self.subTest(path=path):
+                answer = self.ask("GET", path, headers={"origin": "http://localhost:3000"})
+                self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]),
+                                 (status, "http://localhost:3000"))
+
+    def test_other_origins_are_403_on_every_route_and_get_no_cors_headers(self):
+        for origin in ("http://evil.example", "https://localhost.evil.example", "http://localhost:3000.evil.example",
+                       "http://127.0.0.1.evil.example", "http://evil.example:127.0.0.1", "https://app.example:444",
+                       "http://app.example", "app://other", "file://", "chrome-extension://abc", "http://192.168.1.2",
+                       "localhost", "", "http://localhost:3000 http://evil.example", "http://user@localhost",
+                       "http://notlocalhost"):
+            for method, path in (("POST", "/v1/chat/completions"), ("OPTIONS", "/v1/chat/completions"),
+                                 ("GET", "/health"), ("GET", "/v1/models")):
+                with self.subTest(origin=origin, method=method, path=path):
+                    answer = self.ask(method, path, CHAT_BODY if method == "POST" else None, {"origin": origin})
+                    self.assertEqual((answer.status, answer.error["code"]), (403, "origin_not_allowed"))
+                    self.assertIn("--cors-origin", answer.error["message"])
+                    self.assertEqual([name for name in answer.headers if name.startswith("access-control")], [])
+        self.assertEqual(self.claude.messages, [])
+
+    def test_without_an_origin_there_are_no_cors_headers(self):
+        self.assertEqual([name for name in self.chat().headers if name.startswith("access-control")], [])
+
+    def test_a_star_lets_every_origin_in(self):
+        self.start(cors_origin=("*",), api_key=("key",))
+        answer = self.chat(headers={"origin": "https://anywhere.example", "authorization": "Bearer key"})
+        self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]),
+                         (200, "https://anywhere.example"))
+
+    def test_a_preflight_may_ask_for_any_headers_and_for_the_private_network(self):
+        wanted = "authorization, content-type, x-stainless-os, x-my-own-header"
+        answer = self.ask("OPTIONS", "/v1/chat/completions", headers={
+            "origin": "http://localhost:3000", "access-control-request-method": "POST",
+            "access-control-request-headers": wanted, "access-control-request-private-network": "true"})
+        self.assertEqual(answer.status, 204)
+        self.assertEqual(answer.headers["access-control-allow-headers"], wanted)
+        self.assertEqual(answer.headers["access-control-allow-private-network"], "true")
+        self.assertEqual(answer.headers["access-control-allow-origin"], "http://localhost:3000")
+        self.assertEqual(set(answer.headers["access-control-allow-methods"].split(", ")),
+                         {"GET", "POST", "DELETE", "HEAD", "OPTIONS"})
+        plain = self.ask("OPTIONS", "/", headers={"origin": "null"})
+        self.assertNotIn("access-control-allow-private-network", plain.headers)
+
+    def test_a_request_that_comes_back_to_its_own_gateway_is_508(self):
+        instance_id = self.service.gateway.instance_id
+        for hops in (instance_id, "other-gateway,%s" % instance_id, "%s, other-gateway" % instance_id):
+            with self.subTest(hops=hops):
+                answer = self.chat(headers={"x-claude-gateway-hop": hops})
+                self.assertEqual((answer.status, answer.error["code"]), (508, "loop_detected"))
+        self.assertEqual(self.claude.messages, [])
+
+    def test_the_hops_of_other_gateways_are_passed_on(self):
+        self.chat(headers={"x-claude-gateway-hop": "other-gateway"})
+        self.assertEqual(self.claude.messages[-1].headers["x-claude-gateway-hop"],
+                         "other-gateway," + self.service.gateway.instance_id)
+
+    def test_two_gateways_that_point_at_each_other_answer_508(self):
+        with contextlib.closing(socket.socket()) as reserved:
+            reserved.bind(("127.0.0.1", 0))
+            port = reserved.getsockname()[1]
+        first = self.start(base_url="http://127.0.0.1:%d" % port)
+        second = self.start(base_url="http://127.0.0.1:%d" % first.port, port=port)
+        for service in (first, second):                 # each would wait for the model list of the other
+            service.gateway.models._first.set()
+            service.gateway.models._next_fetch = float("inf")
+        answer = self.chat()
+        self.assertEqual(answer.status, 508, answer.raw)
+        self.assertEqual(answer.headers["x-should-retry"], "false")
+
+
+class ClientKeyTests(HttpTestCase):
+    config = {"api_key": ("first-key", "zweiter-schlüssel")}
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.service.gateway.failed_keys = claude_gateway.FailedKeys()     # earlier tests must not slow this one
+
+    def test_a_key_is_taken_in_all_four_forms(self):
+        for key in ("first-key", "zweiter-schlüssel"):
+            for name, value in (("authorization", "Bearer " + key), ("authorization", "bearer   " + key),
+                                ("authorization", key), ("x-api-key", key), ("api-key", key)):
+                with self.subTest(name=name, value=value):
+                    answer = self.chat(headers={name: value.encode("utf-8")})
+                    self.assertEqual(answer.status, 200, answer.raw)
+
+    def test_one_right_key_is_enough(self):
+        self.assertEqual(self.chat(headers={"authorization": "Bearer sk-dummy", "x-api-key": "first-key"}).status, 200)
+
+    def test_wrong_keys_are_401_in_one_shape_that_does_not_repeat_them(self):
+        shapes = set()
+        for headers in ({"authorization": "Bearer first-ke"}, {"authorization": "Bearer first-key2"},
+                        {"x-api-key": "First-key"}, {"api-key": "not-a-key"},
+                        {"authorization": "Basic Zmlyc3Qta2V5"}, {"authorization": "Bearer first-key,zweiter"},
+                        {"authorization": b"Bearer \xff\xfe"}, {"authorization": "Bearer " + "x" * 10_000}):
+            with self.subTest(headers=headers):
+                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
+                answer = self.chat(headers=headers)
+                self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
+                self.assertEqual(answer.headers["www-authenticate"], "Bearer")
+                self.assert_envelope(answer)
+                shapes.add((answer.raw, tuple(name for name in answer.headers)))
+        self.assertEqual(len(shapes), 1)
+        self.assertEqual(self.claude.messages, [])
+
+    def test_no_key_is_401_too(self):
+        for headers in ({}, {"authorization": "Bearer "}, {"authorization": ""}, {"x-api-key": ""},
+                        {"cookie": "key=first-key"}):
+            with self.subTest(headers=headers):
+                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
+                answer = self.chat(headers=headers)
+                self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
+
+    def test_every_route_needs_the_key_but_the_few_of_the_contract(self):
+        for method, path, status in (
+                ("GET", "/health", 200), ("HEAD", "/v1/health", 200), ("GET", "/v1/models", 200), ("GET", "/", 200),
+                ("GET", "/v1/models/claude-opus-5-5", 200), ("OPTIONS", "/v1/chat/completions", 204),
+                ("GET", "/metrics", 401), ("HEAD", "/metrics", 401), ("POST", "/v1/chat/completions", 401),
+                ("POST", "/v1/responses", 401), ("GET", "/v1/responses/resp_1", 401),
+                ("DELETE", "/v1/responses/resp_1", 401), ("GET", "/v1/responses/resp_1/input_items", 401),
+                ("POST", "/v1/responses/input_tokens", 401), ("POST", "/v1/completions", 401),
+                ("POST", "/v1/models", 401), ("DELETE", "/v1/models/claude-opus-5-5", 401), ("POST", "/", 401),
+                ("POST", "//v1//chat/completions/", 401), ("POST", "/v1/v1/chat/completions", 401),
+                ("POST", "/v1/messages/count_tokens", 401), ("POST", "/v1/messages", 401), ("GET", "/nowhere", 401),
+                ("POST", "/v1/chat/completions/chat/completions", 401)):
+            with self.subTest(method=method, path=path):
+                self.service.gateway.failed_keys = claude_gateway.FailedKeys()
+                self.assertEqual(self.ask(method, path, CHAT_BODY if method == "POST" else None).status, status)
+        self.assertEqual(self.claude.messages, [])
+
+    def test_the_data_of_the_status_page_needs_the_key(self):
+        self.assertEqual(self.ask("GET", "/").json, {"status": "ok", "version": claude_gateway.VERSION,
+                                                     "key_needed": True})
+        self.assertIn("requests", json.dumps(self.ask("GET", "/", headers={"x-api-key": "first-key"}).json))
+
+    def test_a_wrong_key_is_refused_at_the_status_page_too_and_slowed(self):
+        # its numbers would show at once whether a guess is right
+        for headers in ({"authorization": "Bearer no"}, {"x-api-key": "no"}):
+            answer = self.ask("GET", "/", headers=headers)
+            self.assertEqual((answer.status, answer.error["code"]), (401, "invalid_api_key"))
+        self.assertGreater(self.service.gateway.failed_keys.penalty("127.0.0.1"), 0.05)
+
+    def test_an_absolute_target_does_not_get_around_the_key(self):
+        answer, = self.exchanged(request_bytes("POST http://localhost/v1/chat/completions HTTP/1.1", "Host: localhost",
+                                               "Content-Length: %d" % len(CHAT_BODY), "Connection: close",
+                                               body=CHAT_BODY))
+        self.assertEqual(answer.status, 401)
+
+    def test_every_key_is_compared_as_a_digest_in_constant_time(self):
+        compare, compared = hmac.compare_digest, []
+        self.addCleanup(setattr, hmac, "compare_digest", compare)
+        hmac.compare_digest = lambda one, other: compared.append((len(one), len(other))) or compare(one, other)
+        for key in ("first-key", "zweiter-schl\u00fcssel", "x", "y" * 500):
+            compared.clear()
+            self.ask("GET", "/metrics", headers={"x-api-key": key.encode("utf-8")})
+            self.assertEqual(compared, [(32, 32)] * 2, "no key ends the search early")
+
+    def test_failures_are_slowed_per_address_and_bounded(self):
+        failed = claude_gateway.FailedKeys()
+        self.assertEqual([failed.penalty("10.0.0.1") for _ in range(8)], [0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0])
+        self.assertEqual(failed.penalty("10.0.0.2"), 0.0)
+        for number in range(10_000):
+            failed.penalty("10.1.%d.%d" % divmod(number, 250))
+        self.assertEqual(failed.penalty("10.0.0.1"), 0.0, "no more than 10,000 addresses are kept in mind")
+
+    def test_a_refusal_waits_and_a_success_does_not(self):
+        sleep, slept = time.sleep, []
+        self.addCleanup(setattr, time, "sleep", sleep)
+        time.sleep = slept.append
+        for key in ("no", "no", "first-key", "no", "first-key"):
+            self.chat(headers={"x-api-key": key})
+        self.assertEqual(slept, [0.0, 0.05, 0.1])
+
+    def test_a_slowed_refusal_takes_no_place_from_a_correct_key(self):
+        service = self.start(api_key=("first-key",))
+        service.gateway.running = claude_gateway.Running(1)
+        for _ in range(9):
+            service.gateway.failed_keys.penalty("127.0.0.1")
+        wrong = self.connect()
+        wrong.sendall(chat_bytes("Authorization: Bearer no"))
+        eventually(lambda: service.gateway.running.count, 0.2)
+        self.assertEqual(self.chat(headers={"authorization": "Bearer first-key"}).status, 200)
+
+    def test_the_clients_key_does_not_go_upstream(self):
+        for name, value in (("authorization", "Bearer first-key"), ("x-api-key", "first-key"),
+                            ("api-key", "first-key")):
+            with self.subTest(name=name):
+                self.assertEqual(self.chat(headers={name: value}).status, 200)
+                recorded = self.claude.messages[-1]
+                self.assertNotIn("first-key", json.dumps(recorded.headers) + recorded.raw.decode())
+                self.assertEqual(recorded.headers["x-api-key"], SECRET)
+                self.assertNotIn("authorization", recorded.headers)
+
+    def test_the_wrong_key_is_refused_before_the_body_is_read(self):
+        connection = self.connect()
+        connection.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost",
+                                         "Content-Length: 1000000", "Expect: 100-continue",
+                                         "Authorization: Bearer no"))
+        self.assertIn(b"HTTP/1.1 401 ", received_until(connection, b"\r\n\r\n"))
+
+    def test_a_wrong_key_waits_longer_each_time_and_a_right_one_never(self):
+        failed = claude_gateway.FailedKeys()
+        penalties = [failed.penalty("10.0.0.1") for _ in range(12)]
+        self.assertEqual((penalties[0], penalties[1], penalties[-1]), (0, 0.05, 2.0))
+        self.assertEqual(failed.penalty("10.0.0.2"), 0)
+        self.assertEqual({failed.penalty("10.0.0.1") for _ in range(2_000)}, {2.0}, "however often")
+
+
+class AnyKeyTests(HttpTestCase):
+    def test_without_a_configured_key_any_or_none_is_accepted_and_none_goes_upstream(self):
+        for headers in ({}, {"authorization": "Bearer sk-dummy"}, {"authorization": "EMPTY"}, {"authorization": ""},
+                        {"authorization": "Bearer "}, {"x-api-key": "sk-ant-mine"}, {"api-key": "azure"},
+                        {"authorization": b"Bearer \xc3\xa9"}):
+            with self.subTest(headers=headers):
+                self.assertEqual(self.chat(headers=headers).status, 200)
+                self.assertEqual(self.claude.messages[-1].headers["x-api-key"], SECRET)
+                self.assertNotIn("authorization", self.claude.messages[-1].headers)
+
+
+class ConnectionTests(HttpTestCase):
+    def test_an_answer_amid_the_shutdown_ends_its_connection(self):
+        service = self.start()
+        connection, release = self.held_chat()
+        closing = threading.Thread(target=service.close, args=(10,))
+        closing.start()
+        self.assertTrue(eventually(lambda: service.gateway.running.draining))
+        release.set()
+        answer, = answers_in(b"".join(iter(lambda: connection.recv(65_536), b"")))
+        closing.join(10)
+        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
+    def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
+        service = self.start()
+        service.gateway.running = claude_gateway.Running(1)
+        connection, release = self.held_chat()
+        for method, path, body in (("POST", "/v1/chat/completions", CHAT_BODY), ("GET", "/v1/models", None)):
+            answer = self.ask(method, path, body)
+            self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
+            self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
+            self.assert_envelope(answer)
+        release.set()
+        self.assertIn(b"HTTP/1.1 200 ", received_until(connection, b"\r\n\r\n"))
+        self.assertTrue(eventually(lambda: service.gateway.running.count == 0))
+        self.assertEqual(self.chat().status, 200)
+
+    def test_a_client_that_leaves_stops_claude_before_the_first_token(self):
+        for name, leave in (("closes", lambda connection: connection.close()),
+                            ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
+            for stream in (False, True):
+                with self.subTest(name, stream=stream):
+                    self.claude.closed.clear()
+                    connection, _ = self.held_chat(stream=stream)
+                    leave(connection)
+                    self.assertTrue(self.claude.wait_closed(10))
+
+    def test_a_client_that_leaves_stops_claude_in_the_middle_of_a_stream(self):
+        for name, leave in (("closes", lambda connection: connection.close()),
+                            ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
+            for stream in (b"true", b"false"):
+                with self.subTest(name, stream=stream):
+                    self.claude.closed.clear()
+                    begun, never = threading.Event(), threading.Event()
+                    self.addCleanup(never.set)
+                    events = events_of(message(text("Hello, world")))
+                    self.claude.play(lambda recorded: begun.set() or FakeReply(pieces=[sse(events[:4]), never]))
+                    connection = self.connect()
+                    connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":%s}' % stream))
+                    self.assertTrue(begun.wait(5))
+                    if stream == b"true":
+                        received_until(connection, b"Hello")
+                    leave(connection)
+                    self.assertTrue(self.claude.wait_closed(10))
+
+    def test_idle_and_stalled_connections_do_not_delay_a_working_one(self):
+        if resource:                                    # both ends of each are ours
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4_096)), hard))
+        idle = [self.connect() for _ in range(500)]
+        for connection in idle[:50]:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n")
+        self.assertEqual(self.chat().status, 200)
+        idle[0].sendall(b"\r\n" + b" " * 50)            # and each of them still works
+        self.assertIn(b"HTTP/1.1 400 ", received_until(idle[0], b"\r\n\r\n"))
+        idle[499].sendall(NEXT_REQUEST)
+        self.assertIn(b"HTTP/1.1 200 ", received_until(idle[499], b"\r\n\r\n"))
+        for connection in idle:                         # before the limit is what it was
+            connection.close()
+        self.assertTrue(eventually(lambda: threading.active_count() < 400))
+
+    def test_connections_beyond_the_cap_are_told_so(self):
+        service = self.start()
+        service.listeners[0]._connections = claude_gateway.Budget(1)
+        first = self.connect()
+        first.sendall(request_bytes("GET /health HTTP/1.1", "Host: localhost"))
+        self.assertIn(b"HTTP/1.1 200 ", received_until(first, b"\r\n\r\n"))
+        answer, = self.exchanged(b"")
+        self.assertEqual((answer.status, answer.headers["connection"]), (503, "close"))
+        self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
+        self.assert_envelope(answer)
+        first.close()
+        self.assertTrue(eventually(lambda: self.exchanged(NEXT_REQUEST)[0].status == 200))
+
+    def test_threads_and_descriptors_return_to_the_baseline(self):
+        def descriptors() -> int:
+            return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+        def settled() -> bool:                          # the pool of upstream connections is emptied on purpose
+            self.service.gateway.upstream.close()
+            return threading.active_count() <= threads and descriptors() <= files
+
+        self.chat()
+        events, release = events_of(message(text("Hello"))), threading.Event()
+        self.claude.play(FakeReply(pieces=[sse(events[:2]), release, sse(events[2:])]))
+        connection = self.connect()
+        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
+        received_until(connection, b"assistant")        # if there is a pump it runs now, and stays
+        release.set()
+        received_until(connection, b"never")
+        connection.close()
+        threads, files = 0, 0
+        eventually(settled, 0.3)
+        threads, files = threading.active_count(), descriptors()
+        body = CHAT_BODY[:-1] + b',"stream":true}'
+        for number in range(25):
+            self.assertEqual(self.chat(stream=bool(number % 2)).status, 200)
+            self.assertEqual(self.ask("GET", "/nowhere").status, 404)
+            for data in (chat_bytes(body=body), chat_bytes()[:-4]):     # gone without waiting, gone in mid-body
+                with contextlib.closing(socket.create_connection(("127.0.0.1", self.service.port))) as connection:
+                    connection.sendall(data)
+        self.assertTrue(eventually(settled), (threads, threading.active_count(), files, descriptors()))
+
+    def test_a_reader_of_client_bytes_keeps_both_limits(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        reader = claude_gateway.ClientReader(ours)
+        theirs.sendall(b"early")
+        reader.allow(5)
+        self.assertEqual(reader.read(2), b"ea")
+        reader.allow(60, 0)                             # the total is used up, although there is something to read
+        self.assertRaises(socket.timeout, reader.read, 2)
+        reader.allow(5, 5)
+        self.assertEqual(reader.read(9), b"rly")
+        reader.allow(0.01, 60)                          # silence for longer than a pause
+        self.assertRaises(socket.timeout, reader.read, 2)
+
+    def test_a_reader_of_client_bytes_gives_them_in_order_however_they_came(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        reader = claude_gateway.ClientReader(ours)
+        with theirs:
+            theirs.sendall(b"one\ntwo")
+            self.assertEqual(reader.line(99), b"one\n")
+            theirs.sendall(b"\nthree\nfour")
+            self.assertEqual(reader.line(99), b"two\n")
+            self.assertEqual(reader.read(2), b"th")
+            self.assertEqual(reader.line(2), b"re")
+            self.assertEqual(reader.line(99), b"e\n")
+        self.assertEqual(reader.line(99), b"four")
+        self.assertEqual([reader.read(9), reader.line(9), reader.more()], [b"", b"", False])
+
+    def test_no_wait_for_a_client_is_without_an_end(self):
+        for name, most in (("IDLE_TIMEOUT", 120), ("HEAD_TIMEOUT", 60), ("BODY_TIMEOUT", 60), ("WRITE_TIMEOUT", 120)):
+            with self.subTest(name):
+                self.assertLessEqual(getattr(claude_gateway, name), most)
+        # a server that closes an idle connection earlier than clients expect loses their next request
+        self.assertGreaterEqual(claude_gateway.IDLE_TIMEOUT, 60)
+
+    def test_a_gateway_that_stops_takes_no_request_on_an_open_connection(self):
+        service = self.start()
+        connection = self.connect()
+        connection.sendall(request_bytes("GET /health HTTP/1.1", "Host: localhost"))
+        self.assertIn(b" 200 ", received_until(connection, b"}"))
+        service.stop_accepting()
+        connection.sendall(chat_bytes())
+        answer, = answers_in(received_until(connection, b"never"))
+        self.assertEqual((answer.status, answer.error["code"], answer.headers["connection"]),
+                         (503, "gateway_busy", "close"))
+        self.assertEqual(self.claude.messages, [])
+
+
+class PumpedConnectionTests(Pumped, ConnectionTests):
+    pass
+
+
+class StreamFramingTests(HttpTestCase):
+    def streamed(self, pieces, version: str = "1.1", **fields) -> bytes:
+        """All bytes of a streamed answer to these upstream pieces."""
+        self.claude.play(FakeReply(pieces=pieces))
+        connection = self.connect()
+        body = json.dumps(dict(json.loads(CHAT_BODY.decode()), stream=True, **fields)).encode()
+        connection.sendall(chat_bytes("Connection: close", body=body, version=version))
+        return received_until(connection, b"never")
+
+    def test_each_event_is_on_its_way_before_the_next_arrives(self):
+        events = events_of(message(text("one two")), 4)
+        starts = [at for at, event in enumerate(events) if event["type"] == "content_block_delta"]
+        first, second = threading.Event(), threading.Event()
+        self.addCleanup(first.set)
+        self.addCleanup(second.set)
+        self.claude.play(FakeReply(pieces=[sse(events[:starts[0]]), first, sse(events[starts[0]:starts[1]]), second,
+                                           sse(events[starts[1]:])]))
+        connection = self.connect()
+        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
+        self.assertIn(b'"role":"assistant"', received_until(connection, b'"role":"assistant"'))
+        first.set()
+        self.assertIn(b'"content":"one "', received_until(connection, b'"content":"one "'))
+        second.set()
+        self.assertIn(b"data: [DONE]\n\n\r\n0\r\n\r\n", received_until(connection, b"0\r\n\r\n"))
+
+    def test_junk_in_mid_stream_is_told_at_once_though_the_upstream_stays(self):
+        never = threading.Event()
+        self.addCleanup(never.set)
+        begun = sse(events_of(message(text("Hello")))[:4])
+        answer, = answers_in(self.streamed([begun + b"data: {junk\n\n", never]))
+        self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
+        self.assertIn("Hello", completion_from_chunks(answer.chunks[:-1])["message"]["content"])
+
+    def test_events_that_tell_the_client_nothing_do_not_put_off_its_sign_of_life(self):
+        self.addCleanup(setattr, claude_gateway, "KEEPALIVE_INTERVAL", claude_gateway.KEEPALIVE_INTERVAL)
+        claude_gateway.KEEPALIVE_INTERVAL = 0.3
+        events, ping, told = events_of(message(text("Hello"))), sse([{"type": "ping"}]), threading.Event()
+        self.addCleanup(told.set)
+
+        def pings():                                    # much more often than a sign of life is due
+            yield sse(events[:1])
+            while not told.wait(0.02):
+                yield ping
+            yield sse(events[1:])
+        self.claude.play(FakeReply(pieces=pings()))
+        connection = self.connect()
+        connection.settimeout(5)
+        connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
+        self.assertIn(b": keep-alive", received_until(connection, b": keep-alive\n\n"))
+        told.set()
+        self.assertIn(b"[DONE]", received_until(connection, b"never"))
+
+    def test_http_1_1_gets_chunks_and_http_1_0_the_end_of_the_connection(self):
+        pieces = [sse(events_of(message(text("Hello"))))]
+        new, old = answers_in(self.streamed(pieces))[0], answers_in(self.streamed(pieces, version="1.0"))[0]
+        self.assertEqual(new.headers["transfer-encoding"], "chunked")
+        self.assertNotIn("transfer-encoding", old.headers)
+        self.assertEqual(old.headers["connection"], "close")
+        for answer in (new, old):
+            self.assertNotIn("content-length", answer.headers)
+            self.assertEqual(answer.headers["content-type"], "text/event-stream; charset=utf-8")
+            self.assertEqual(answer.headers["cache-control"], "no-cache")
+            self.assertEqual(answer.headers["x-accel-buffering"], "no")
+            self.assertEqual(answer.events[-1], "[DONE]")
+            self.assertEqual(completion_from_chunks(answer.chunks)["message"]["content"], "Hello")
+
+    def test_events_that_arrive_together_leave_together(self):
+        head, _, body = self.streamed([sse(events_of(message(text("one two three")), 4))]).partition(b"\r\n\r\n")
+        chunks, rest = chunks_in(body)
+        self.assertEqual(rest, b"")
+        self.assertLessEqual(len(chunks), 3)            # everything; what the end adds; [DONE]
+        self.assertGreaterEqual(chunks[0].count(b"data: "), 5)
+
+    def test_events_cut_anywhere_give_the_same_answer(self):
+        data = sse(events_of(message(text("Gr\u00fc\u00dfe \U0001f600"))))
+        whole = completion_from_chunks(answers_in(self.streamed([data]))[0].chunks)
+        for size in (1, 7, 64):
+            with self.subTest(size=size):
+                pieces = [data[at:at + size] for at in range(0, len(data), size)]
+                self.assertEqual(completion_from_chunks(answers_in(self.streamed(pieces))[0].chunks), whole)
+        self.assertEqual(whole["message"]["content"], "Gr\u00fc\u00dfe \U0001f600")
+
+    def test_line_separators_inside_text_reach_the_client_escaped(self):
+        words = "a\u2028b\u2029c\x85d"
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.play(message(text(words)))
+                answer = self.chat(stream=stream)
+                told = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
+                self.assertEqual(told["content"], words)
+                for character in "\u2028\u2029\x85":
+                    self.assertNotIn(character.encode("utf-8"), answer.raw)
+
+    def test_a_failure_in_mid_stream_is_an_error_event_a_proper_end_and_no_done(self):
+        events = events_of(message(text("Hello, world")))
+        refused = sse(events[:5] + [error_body("overloaded_error", "Busy")])
+        for name, reply in (("broken off", FakeReply(pieces=[sse(events[:5])], cut=True)),
+                            ("no message_stop", FakeReply(pieces=[sse(events[:-1])])),
+                            ("error event", FakeReply(pieces=[refused]))):
+            with self.subTest(name):
+                self.claude.play(reply)
+                connection = self.connect()
+                connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + NEXT_REQUEST)
+                answer, = answers_in(received_until(connection, b"never"))
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(set(json.loads(answer.events[-1])), {"error"})
+                self.assertNotIn("[DONE]", answer.events)
+
+    def test_headers_of_claude_cannot_inject_headers_or_a_body(self):
+        for name in ("request-id", "retry-after", "anthropic-ratelimit-requests-limit",
+                     "anthropic-ratelimit-requests-reset"):
+            for value in ("a\r\n x-evil: 1", "a\r\n\tx-evil: 1\r\n \r\n <html>", "a\rx-evil: 1", "a\nx-evil: 1", "a\0b",
+                          "\xe9\x85", "a" * 5_000):
+                for status in (200, 429):
+                    with self.subTest(name=name, value=value[:20], status=status):
+                        self.claude.play(FakeReply(status, {name: value}, message(text("Hi")) if status == 200
+                                                   else error_body("rate_limit_error", "Slow down")))
+                        answers = self.exchanged(chat_bytes("Connection: close", "x-stainless-retry-count: 1"))
+                        self.assertEqual([answer.status for answer in answers], [status])
+                        self.assertNotIn("x-evil", answers[0].headers)
+                        self.assertLess(max(len(value) for value in answers[0].headers.values()), 1_000)
+
+    def test_no_header_of_an_answer_can_inject_another(self):
+        self.addCleanup(claude_gateway.ROUTES["/health"].update, claude_gateway.ROUTES["/health"])
+        claude_gateway.ROUTES["/health"]["GET"] = lambda *_: claude_gateway.Reply({}, {"x-odd": "a\r\nx-evil: b\0"})
+        answer = self.ask("GET", "/health")
+        self.assertEqual((answer.status, answer.headers["x-odd"]), (200, "a  x-evil: b "))
+        self.assertNotIn("x-evil", answer.headers)
+
+    def test_the_clients_request_id_and_path_cannot_inject_headers(self):
+        answer = self.ask("GET", "/v1/models/x%0d%0aX-Evil:%201", headers={"x-request-id": "mine"})
+        self.assertEqual(answer.status, 404)
+        self.assertNotIn("x-evil", answer.headers)
+
+
+# ---- Simulated upstream ------------------------------------------------------------------------------
+
+def outcome_of(arguments, environment, typed) -> SimpleNamespace:
+    """What `main` does: code, out and err.  In this process, as each process of its own costs 0.15 s."""
+    log, out, err = claude_gateway.LOG, io.StringIO(), io.StringIO()
+    kept = dict(os.environ), sys.stdin, log.handlers[:], log.level, log.propagate
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdin = io.TextIOWrapper(io.BytesIO(typed.encode()), "utf-8")
+    watchdog = threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM))  # a `start` that should not have started
+    watchdog.start()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = claude_gateway.main(arguments)
+    except SystemExit as end:                               # argparse
+        code = end.code
+    except Exception as failure:
+        code = 1
+        err.write("Traceback: %r" % failure)
+    finally:
+        watchdog.cancel()
+        os.environ.clear()
+        os.environ.update(kept[0])
+        sys.stdin, log.handlers[:] = kept[1:3]
+        log.setLevel(kept[3])
+        log.propagate = kept[4]
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+class Child:
+    """A command under way: what it has said so far, and ways to wait."""
+
+    def __init__(self, arguments, environment, directory, stdin=subprocess.PIPE) -> None:
+        self.process = subprocess.Popen([sys.executable, PROGRAM] + list(arguments), env=environment, cwd=directory,
+                                        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._said = {"out": b"", "err": b""}
+        self._news = threading.Condition()
+        self._readers = [threading.Thread(target=self._collect, args=pair, daemon=True)
+                         for pair in (("out", self.process.stdout), ("err", self.process.stderr))]
+        for reader in self._readers:
+            reader.start()
+
+    def _collect(self, name, pipe):
+        for piece in iter(lambda: os.read(pipe.fileno(), 65_536), b""):
+            with self._news:
+                self._said[name] += piece
+                self._news.notify_all()
+        with self._news:
+            self._news.notify_all()
+
+    @property
+    def out(self) -> str:
+        return self._said["out"].decode("utf-8", "replace")
+
+    @property
+    def err(self) -> str:
+        return self._said["err"].decode("utf-8", "replace")
+
+    def wait_for(self, pattern, name="err"):
+        """The first match in what was said."""
+        def found():
+            return re.search(pattern, getattr(self, name))
+        with self._news:
+            self._news.wait_for(lambda: found() or self.process.poll() is not None, 20)
+        for reader in self._readers if not found() and self.process.poll() is not None else ():
+            reader.join(5)
+        if not found():
+            raise AssertionError("no %r in %r; on stderr: %s" % (pattern, getattr(self, name), self.err))
+        return found()
+
+    @property
+    def port(self) -> int:
+        return int(self.wait_for(r"(?m)^.* on http://127\.0\.0\.1:(\d+)/v1$", "out").group(1))
+
+    def type(self, words: str) -> None:
+        self.process.stdin.write(words.encode())
+        self.process.stdin.flush()
+
+    def end(self, number=None) -> int:
+        """The exit code, after this signal if there is one."""
+        if number is not None:
+            self.process.send_signal(number)
+        if self.process.stdin:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        for reader in self._readers:                            # they end with the process
+            reader.join(20)
+        return self.process.wait(20)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.end()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+class CommandTestCase(GatewayTestCase):
+    """Commands in processes of their own, with a home and a working directory that are empty, and no variables."""
+
+    @classmethod
+    def _service(cls, settings: dict) -> SimpleNamespace:
+        return SimpleNamespace(port=0, close=lambda grace: None)        # no gateway in this process
+
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.home = os.path.join(directory.name, "home")
+        self.working_directory = os.path.join(directory.name, "work")
+        os.mkdir(self.home)
+        os.mkdir(self.working_directory)
+        self.token_path = os.path.join(self.home, ".config", "claude-gateway", "oauth-tokens.json")
+        if os.name == "nt":
+            self.token_path = os.path.join(self.home, "claude-gateway", "oauth-tokens.json")
+        self.token_url = self.claude.url + "/v1/oauth/token"
+        bound = socket.socket()                     # and never listens, so nobody else does
+        self.addCleanup(bound.close)
+        bound.bind(("127.0.0.1", 0))
+        self.closed_port = bound.getsockname()[1]
+
+    def environment(self, variables) -> dict:
+        kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "TEMP", "TMP") if name in os.environ}
+        # `status` shall find no gateway that happens to run on this machine
+        usual = {"HOME": self.home, "APPDATA": self.home, "PYTHONDONTWRITEBYTECODE": "1",
+                 "CLAUDE_GATEWAY_PORT": str(self.closed_port)}
+        return {name: value for name, value in dict(kept, **dict(usual, **variables)).items() if value is not None}
+
+    def child(self, *arguments, stdin=subprocess.PIPE, **variables) -> Child:
+        child = Child(arguments, self.environment(variables), self.working_directory, stdin)
+        self.addCleanup(child.close)
+        return child
+
+    def commands(self, *cases) -> list:
+        """The outcome of each case: arguments, variables, and what is typed if anything is."""
+        here = os.getcwd()
+        os.chdir(self.working_directory)
+        try:
+            results = [outcome_of(case[0], self.environment(case[1]), case[2] if len(case) > 2 else "")
+                       for case in cases]
+        finally:
+            os.chdir(here)
+        for case, result in zip(cases, results):
+            with self.subTest(case):
+                self.assertNotIn("Traceback", result.err)
+        return results
+
+    def command(self, *arguments, typed="", **variables) -> SimpleNamespace:
+        """One of these."""
+        return self.commands((arguments, variables, typed))[0]
+
+    def serve(self, *arguments, host=(), **variables) -> Child:
+        """`start` on a free port, in front of the fake; `ask` and `chat` go to it."""
+        usual = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}
+        # one address to listen on, as each takes 0.1 s to close
+        child = self.child("start", "--port", "0", *(host or ("--host", "127.0.0.1")), *arguments,
+                           **dict(usual, **variables))
+        self.service = SimpleNamespace(port=child.port)
+        self.assertEqual(self.ask("GET", "/health").status, 200)
+        return child
+
+    def sign_in(self, **fields) -> None:
+        claude_gateway.TokenFile(self.token_path).write(stored_token(**fields))
+
+    def slow_answer(self) -> threading.Event:
+        """Claude's next answer waits until this is set; returns once the request is there (see `in_flight`)."""
+        release = threading.Event()
+        self.claude.play(FakeReply(pieces=[release, sse(events_of(message(text("At last"))))]))
+        self.addCleanup(release.set)
+        return release
+
+    def in_flight(self):
+        """A chat request on its way in a thread; returns the thread and the list that its answer will be in."""
+        answers, arrived = [], len(self.claude.messages)
+
+        def ask():
+            with contextlib.suppress(OSError, http.client.HTTPException):   # it may be cut off
+                answers.append(self.chat())
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        for _ in range(1_000):
+            if len(self.claude.messages) > arrived:
+                return thread, answers
+            thread.join(0.01)
+        raise AssertionError("the request never arrived upstream")
+
+
+@POSIX_ONLY
+class DemoTests(CommandTestCase):
+    """`start --demo`: one process for all tests, with every credential there is, none of which may be used."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        home = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(home.cleanup)
+        cls.demo = Child(["start", "--demo", "-p", "0"], {
+            "PATH": os.environ["PATH"], "HOME": home.name, "ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_AUTH_TOKEN": SECRET,
+            "ANTHROPIC_BASE_URL": cls.claude.url, "HTTPS_PROXY": cls.claude.url}, home.name)
+        cls.addClassCleanup(cls.demo.close)
+
+    def setUp(self):
+        super().setUp()
+        self.service = SimpleNamespace(port=self.demo.port)
+
+    def tearDown(self):
+        self.assertEqual(self.claude.requests, [], "the demo asked a real address")
+        super().tearDown()
+
+    def test_it_has_limits_and_cached_tokens_to_show(self):
+        turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user",
+                                                                                          "content": "C"}]
+        usage = self.ask("POST", "/v1/chat/completions", {"model": "sonnet", "messages": turns}).json["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        self.assertTrue(0 < cached < usage["prompt_tokens"], usage)
+        data = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        self.assertEqual((data["upstream"], [limit["window"] for limit in data["limits"]]), ("simulated", ["5h", "7d"]))
+        for limit in data["limits"]:
+            self.assertGreater(limit["resets_at"], time.time() - 60)
+        self.assertIn("Demo: answers, tokens, costs and limits are simulated", self.demo.err)
+
+    def test_it_says_at_the_start_that_it_is_a_demo(self):
+        self.demo.wait_for("(?i)demo.*simulated")
+
+    def test_a_plain_answer_says_that_it_is_simulated(self):
+        answer = self.chat("What is up?")
+        self.assertEqual(answer.status, 200)
+        self.assertIn("simulated", answer.message["content"])
+        self.assertIn("What is up?", answer.message["content"])
+        self.assertIn("simulated", answer.headers["x-request-id"])
+
+    def test_a_stream_comes_in_pieces_and_adds_up_to_the_same_kind_of_answer(self):
+        answer = self.chat("Hi", stream=True, stream_options={"include_usage": True})
+        whole = completion_from_chunks(answer.chunks)
+        self.assertIn("simulated", whole["message"]["content"])
+        self.assertEqual((whole["finish_reason"], answer.events[-1]), ("stop", "[DONE]"))
+        self.assertGreater(sum(1 for chunk in answer.chunks if chunk["choices"]), 5)
+        self.assertGreater(whole["usage"]["total_tokens"], 0)
+
+    def test_a_tool_is_called_and_its_result_is_taken(self):
+        tool = {"type": "function", "function": {"name": "get_weather", "parameters": {
+            "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city", "days"]}}}
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                answer = self.chat("Weather?", tools=[tool], stream=stream)
+                whole = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
+                call, = whole["message"]["tool_calls"]
+                self.assertEqual((call["function"]["name"], json.loads(call["function"]["arguments"])),
+                                 ("get_weather", {"city": "simulated", "days": 1}))
+                self.assertEqual(whole["finish_reason"], "tool_calls")
+        said = self.chat(tools=[tool], messages=[
+            {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}])
+        self.assertEqual(said.json["choices"][0]["finish_reason"], "stop")
+        self.assertIn("sunny", said.message["content"])
+        self.assertIn("simulated", said.message["content"])
+
+    def test_an_image_is_noticed(self):
+        answer = self.chat([{"type": "text", "text": "What is this?"},
+                            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}])
+        self.assertIn("image/png", answer.message["content"])
+        self.assertIn("simulated", answer.message["content"])
+
+    def test_a_structured_answer_fits_its_schema(self):
+        schema = {"type": "object", "additionalProperties": False, "required": ["name", "size", "kind", "tags"],
+                  "properties": {"name": {"type": "string"}, "size": {"type": "number"},
+                                 "kind": {"enum": ["a", "b"]}, "tags": {"type": "array", "items": {"type": "string"}}}}
+        answer = self.chat(response_format={"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}})
+        self.assertEqual(json.loads(answer.message["content"]),
+                         {"name": "simulated", "size": 1.5, "kind": "a", "tags": ["simulated"]})
+
+    def test_a_json_object_asked_for_in_words_is_bare(self):
+        for fields in ({}, {"verbosity": "low"}, {"stream": True}):
+            with self.subTest(fields=fields):
+                answer = self.chat("Answer in JSON", response_format={"type": "json_object"}, **fields)
+                whole = completion_from_chunks(answer.chunks) if "stream" in fields else completion_parts(answer.json)
+                said = json.loads(whole["message"]["content"])
+                self.assertIs(said["simulated"], True)
+                self.assertIn("Answer in JSON", said["answer"])
+
+    def test_a_schema_given_in_words_is_kept_to(self):
+        schema = {"type": "object", "required": ["size"], "properties": {"size": {"type": "integer"}}}
+        answer = self.chat(response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+                           web_search_options={}, verbosity="low")          # a search excludes answer formats
+        self.assertEqual(json.loads(answer.message["content"]), {"size": 1})
+
+    def test_a_fault_of_the_simulation_is_one_line(self):
+        upstream = claude_gateway.SimulatedUpstream()
+        self.addCleanup(upstream.server_close)
+        self.addCleanup(upstream.shutdown)
+        host, port = upstream.server_address[:2]
+        shown = io.StringIO()
+        with self.assertLogs(claude_gateway.LOG, "ERROR") as logged, contextlib.redirect_stderr(shown), \
+                contextlib.closing(socket.create_connection((host, port), 5)) as connection:
+            connection.sendall(b"POST /v1/messages HTTP/1.1\r\n\r\n")    # no length: its handler crashes
+            self.assertEqual(connection.recv(100), b"")
+            self.assertTrue(eventually(lambda: logged.records))     # it hangs up just before it tells
+        self.assertEqual((len(logged.output), shown.getvalue()), (1, ""))
+        self.assertIn("the simulation failed: TypeError", logged.output[0])
+
+    def test_the_native_door_is_answered_too(self):
+        request = {"model": "sonnet", "max_tokens": 99, "messages": [{"role": "user", "content": "Hi there"}]}
+        plain = self.ask("POST", "/v1/messages", request)
+        self.assertEqual((plain.status, plain.json["type"], plain.json["stop_reason"]), (200, "message", "end_turn"))
+        self.assertIn("You wrote: Hi there", plain.json["content"][-1]["text"])
+        stream = self.ask("POST", "/v1/messages", dict(request, stream=True))
+        kinds = [json.loads(event)["type"] for event in stream.events]
+        self.assertEqual((stream.status, kinds[0], kinds[-1]), (200, "message_start", "message_stop"))
+        counted = self.ask("POST", "/v1/messages/count_tokens", {name: request[name] for name in ("model", "messages")})
+        self.assertEqual((counted.status, list(counted.json)), (200, ["input_tokens"]))
+        self.assertGreater(counted.json["input_tokens"], 5)
+        of_response = self.ask("POST", "/v1/responses/input_tokens", {"model": "sonnet", "input": "Hi there"})
+        self.assertEqual(of_response.status, 200)
+        self.assertGreater(of_response.json["input_tokens"], 5)
+
+    def test_what_it_cannot_read_is_refused_not_dropped(self):
+        for messages in ([], "Hi", [{"role": "user"}], [{"role": "user", "content": [1]}], [1]):
+            with self.subTest(messages=messages):
+                answer = self.ask("POST", "/v1/messages", {"model": "sonnet", "max_tokens": 9, "messages": messages})
+                self.assertEqual((answer.status, answer.json["error"]["type"]), (400, "invalid_request_error"))
+
+    def test_no_request_is_too_odd_for_it(self):
+        node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+                                                 "children": {"type": "array", "items": {"$ref": "#/$defs/node"}}},
+                "required": ["next", "children"], "additionalProperties": False}
+        recursive = {"type": "object", "properties": {"root": {"$ref": "#/$defs/node"}}, "required": ["root"],
+                     "$defs": {"node": node}, "additionalProperties": False}
+        cases = (
+            ("a recursive tool", {"tools": [{"type": "function", "function": {"name": "tree",
+                                                                               "parameters": recursive}}]}),
+            ("a recursive answer", {"response_format": {"type": "json_schema",
+                                                        "json_schema": {"name": "tree", "schema": recursive}}}),
+            ("a JSON object", {"response_format": {"type": "json_object"}}),
+            ("only a system message", {"messages": [{"role": "system", "content": "Be brief."}]}),
+            ("an answer begun", {"messages": [{"role": "user", "content": "Hi"},
+                                              {"role": "assistant", "content": "I was"}]}),
+            ("a late system message", {"messages": [{"role": "user", "content": "Hi"},
+                                                    {"role": "assistant", "content": "Hello"},
+                                                    {"role": "user", "content": "Well?"},
+                                                    {"role": "system", "content": "Be kind."}]}),
+            ("reasoning", {"reasoning_effort": "high"}),
+            ("a tool without parameters", {"tools": [{"type": "function", "function": {"name": "now"}}]}),
+        )
+        for name, fields in cases:
+            with self.subTest(name):
+                answer = self.chat(**fields)
+                self.assertEqual(answer.status, 200, answer.raw[:300])
+
+    def test_an_address_that_would_be_refused_does_not_stop_it(self):
+        child = self.child("start", "--demo", "-p", "0", ANTHROPIC_BASE_URL="http://example.com")
+        self.assertGreater(child.port, 0)
+
+    def test_its_status_says_what_it_is(self):
+        said = self.command("status", "--port", str(self.demo.port)).out
+        self.assertIn("Upstream:    the built-in simulation\n", said)
+
+    def test_it_has_models(self):
+        ids = [entry["id"] for entry in self.ask("GET", "/v1/models").json["data"]]
+        self.assertIn("claude-sonnet-5-5", ids)
+
+
+# ---- Diagnosis ---------------------------------------------------------------------------------------
 
 def run_command(*arguments, given=b"", **variables):
     """A command with a bare environment: (exit code, standard output, standard error)."""
@@ -11374,45 +10421,16 @@ def bare_environment(home: str, variables: dict) -> dict:
     return dict(kept, HOME=home, PYTHONDONTWRITEBYTECODE="1", **variables)
 
 
-class DailyCommandTests(GatewayTestCase):
-    def free_port(self) -> str:
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            return str(probe.getsockname()[1])
+def free_port() -> str:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
-    def test_status_asks_the_running_gateway(self):
-        self.start()
-        self.chat()
-        self.service.gateway.running.wait_until_idle(10)
-        code, said, _ = run_command("status", "--port", str(self.service.port))
-        self.assertEqual(code, 0)
-        self.assertIn("is running.", said)
-        self.assertRegex(said, r"\nUp for: +\d+ s\nModels: +sonnet = claude-sonnet-5-5, opus = ")
-        self.assertIn("\nRequests:    1, 0 running\n", said)
-        self.assertIn("\nCost:        $0.00 by list prices\n", said)
-        code, said, _ = run_command("status", "--json", CLAUDE_GATEWAY_PORT=str(self.service.port))
-        told = json.loads(said)
-        self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
-                         (0, 1, True, "api_key"))
 
-    def test_status_of_a_gateway_with_keys(self):
-        self.start(api_key=("the-client-key",))
-        port = str(self.service.port)
-        for key, words in (("", "set CLAUDE_GATEWAY_API_KEY"), ("the-client-key", "Requests:"),
-                           ("wrong", "The key in CLAUDE_GATEWAY_API_KEY is none of its keys.")):
-            with self.subTest(key=key):
-                code, said, _ = run_command("status", "--port", port, CLAUDE_GATEWAY_API_KEY=key)
-                self.assertEqual(code, 0)
-                self.assertIn("is running.", said)
-                self.assertIn(words, said)
-        self.assertIn("The key given with --api-key is none of",
-                      outcome_of(["status", "--port", port, "--api-key", "wrong"], {}, "").out)
-        told = json.loads(run_command("status", "--json", "--port", port)[1])
-        self.assertEqual((told["running"], told["key_needed"], told["credential"]), (True, True, None))
-
+class DoctorTests(GatewayTestCase):
     def test_doctor_finds_nothing_wrong_on_a_healthy_machine(self):
         self.claude.models = [{"id": "claude-haiku-5-5", "type": "model", "lifecycle": "active"}]
-        code, said, _ = run_process("doctor", "--port", self.free_port(), "--live", ANTHROPIC_BASE_URL=self.claude.url,
+        code, said, _ = run_process("doctor", "--port", free_port(), "--live", ANTHROPIC_BASE_URL=self.claude.url,
                                     ANTHROPIC_API_KEY=SECRET)
         self.assertEqual(code, 0, said)
         for name in ("Python", "File", "Port", "Proxy", "Certificates", "DNS", "Upstream", "Clock", "Credential",
@@ -11446,7 +10464,7 @@ class DailyCommandTests(GatewayTestCase):
             path = os.path.join(folder, "tokens.json")
             expiry = int(time.time()) + 600
             claude_gateway.TokenFile(path).write(stored_token(expires_at=expiry, account={"email_address": "me@x.org"}))
-            code, said, _ = run_command("doctor", "--json", "--live", "--port", self.free_port(), "--token-file", path,
+            code, said, _ = run_command("doctor", "--json", "--live", "--port", free_port(), "--token-file", path,
                                         ANTHROPIC_BASE_URL="http://127.0.0.1:%d" % port)
         found = {finding["name"]: finding for finding in json.loads(said)}
         self.assertEqual(code, 5)
@@ -11472,7 +10490,7 @@ class DailyCommandTests(GatewayTestCase):
 
     def doctor(self, **variables):
         """The findings of `doctor --json`, by name, and the exit code; nothing of it leaves this machine."""
-        done = outcome_of(["doctor", "--json", "-p", self.free_port()], dict({
+        done = outcome_of(["doctor", "--json", "-p", free_port()], dict({
             "HOME": "/nowhere", "ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, **variables), "")
         return {finding["name"]: finding for finding in json.loads(done.out)}, done.code
 
@@ -11498,15 +10516,6 @@ class DailyCommandTests(GatewayTestCase):
         self.assertEqual([(finding.level, finding.detail) for finding in wrong],
                          [("warning", "ALL_PROXY is set, and not used here")])
 
-    def test_commands_that_call_nobody_are_not_stopped_by_the_way_out(self):
-        bad = {"HTTPS_PROXY": "socks5://h:1", "ANTHROPIC_BASE_URL": "x", "CLAUDE_GATEWAY_LOG_FORMAT": "xml",
-               "HOME": "/nowhere"}
-        for arguments in (["setup", "codex"], ["translate"], ["logout"], ["completion", "bash"]):
-            with self.subTest(arguments):
-                done = outcome_of(arguments, bad, "")
-                self.assertNotIn("socks", done.err.lower() + done.out.lower().replace("bash", ""))
-                self.assertNotIn("expected", done.err)
-
     def test_doctor_says_what_to_do_with_a_refused_credential(self):
         def refuse():
             raise claude_gateway.ClaudeError(401, {"type": "authentication_error", "message": "invalid x-api-key"})
@@ -11516,54 +10525,8 @@ class DailyCommandTests(GatewayTestCase):
             self.assertTrue(finding.step.startswith(step), finding)
             self.assertIn("invalid x-api-key. Hint:", finding.detail)
 
-    def test_what_is_missing_depends_on_what_auth_allows(self):
-        key = {"ANTHROPIC_API_KEY": SECRET, "CLAUDE_CODE_OAUTH_TOKEN": ""}
-        for auth, variables, words, not_this in (
-                ("oauth", key, r"No login, .*\(there is ANTHROPIC_API_KEY\).*Run `claude-gateway login`", "Set ANTH"),
-                ("oauth", {}, "No login, and --auth oauth takes nothing else. Run", "there is"),
-                ("api-key", {"CLAUDE_CODE_OAUTH_TOKEN": "t"}, r"No API key, .*CLAUDE_CODE_OAUTH_TOKEN", "login`")):
-            for command in (["start"], ["status", "-p", self.free_port()]):
-                with self.subTest(auth=auth, command=command):
-                    done = outcome_of([*command, "--auth", auth], dict({"HOME": "/nowhere"}, **variables), "")
-                    self.assertEqual(done.code, 3)
-                    self.assertRegex(done.err + done.out, words)
-                    self.assertNotIn(not_this, done.err + done.out)
-
-    def test_a_token_that_is_over_is_renewed_at_the_next_request(self):
-        self.assertRegex(claude_gateway.expiry_words(1_700_000_000, True), "expired; it is renewed at the next request")
-        self.assertTrue(claude_gateway.expiry_words(1_700_000_000, False).endswith("(expired)"))
-        for seconds, words in ((30, "30 s"), (28_799, "7 h 59 min"), (7_200, "2 h"), (200_000, "2 d 7 h"),
-                               (90, "1 min")):
-            self.assertEqual(claude_gateway.duration_words(seconds), words)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "tokens.json")
-            with open(path, "wb") as file:
-                file.write(b"{ torn")
-            done = outcome_of(["status", "-p", self.free_port(), "--token-file", path], {}, "")
-        self.assertRegex(done.err, "login` replaces it.*logout` removes it")
-
-    def test_translate_prints_valid_json_in_any_locale(self):
-        chat = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "\U0001f98a\u00fc"}]}).encode()
-        for encoding, shown in (("ascii", False), ("utf-8", True)):
-            with self.subTest(encoding), tempfile.NamedTemporaryFile() as file:
-                file.write(chat)
-                file.flush()
-                raw = io.BytesIO()
-                with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding)) as out, \
-                        contextlib.redirect_stderr(io.StringIO()):
-                    self.assertEqual(claude_gateway.main(["translate", file.name]), 0)
-                    out.flush()
-                told = raw.getvalue().decode(encoding)
-                self.assertEqual(json.loads(told)["messages"][0]["content"][0]["text"], "\U0001f98a\u00fc")
-                self.assertEqual("\U0001f98a" in told, shown)
-
-    def test_a_hint_keeps_the_users_own_port(self):
-        port = self.free_port()
-        done = outcome_of(["status", "-p", port, "--auth", "api-key"], {"ANTHROPIC_API_KEY": "k"}, "")
-        self.assertIn("Start one: claude-gateway start --port %s --auth api-key\n" % port, done.out)
-
     def test_doctor_masks_the_proxys_credentials(self):
-        code, said, _ = run_command("doctor", "--port", self.free_port(),
+        code, said, _ = run_command("doctor", "--port", free_port(),
                                     HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:1")
         self.assertIn("***@127.0.0.1:1", said)
         self.assertNotIn("proxy-password", said)
@@ -11579,33 +10542,25 @@ class DailyCommandTests(GatewayTestCase):
         self.assertTrue(said.endswith("\nAll 6 checks passed.\n"))
         self.assertNotRegex(said, r"(?m) $")
 
-    def test_translate_shows_the_request_and_sends_nothing(self):
-        chat = {"model": "gpt-4o", "seed": 1, "messages": [{"role": "user", "content": "Hi"}]}
-        code, said, changes = run_command("translate", given=json.dumps(chat).encode())
-        self.assertEqual((code, json.loads(said)["model"]), (0, "claude-sonnet-5-5"))
-        self.assertIn("dropped seed", changes)
-        code, said, _ = run_command("translate", given=b'{"model": "opus", "input": "Hi"}')
-        self.assertEqual(json.loads(said)["messages"][0]["content"][0]["text"], "Hi")
-        self.assertEqual(run_command("translate", given=b"{")[0], 1)
-        self.assertEqual(run_command("translate", "/no/such/file")[0], 2)
+    def test_doctor_notices_a_gateway_upstream(self):
+        config = Config(base_url="http://127.0.0.1:%d" % self.service.port)
+        upstream = claude_gateway.Upstream(config, "")
+        self.addCleanup(upstream.close)
+        found = {finding.name: finding for finding in claude_gateway.network_findings(config, upstream)}
+        self.assertEqual((found["Upstream"].level, found["Clock"].level), ("warning", "ok"))
+        self.assertIn("is a claude-gateway itself", found["Upstream"].detail)
 
-    @POSIX_ONLY
-    def test_translate_of_nothing_is_wrong_usage(self):
-        with tempfile.NamedTemporaryFile() as empty:
-            for redirection, words in (("<&-", "Standard input is closed"), ("</dev/null", "Standard input is empty"),
-                                       (empty.name, "%s is empty" % empty.name)):
-                with self.subTest(redirection=redirection):
-                    ended = subprocess.run(["sh", "-c", '"$0" "$1" translate ' + redirection, sys.executable, PROGRAM],
-                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
-                    self.assertEqual((ended.returncode, ended.stdout), (2, b""))
-                    self.assertIn("claude-gateway: %s; translate wants a request" % words, ended.stderr.decode())
-                    self.assertEqual(ended.stderr.decode().count("\n"), 1)
 
-    def test_translate_reads_a_saved_answer_backwards(self):
-        whole = message(text("Hi"))
-        for saved in (json.dumps(whole).encode(), json.dumps(whole, indent=2).encode(), sse(events_of(whole))):
-            code, said, _ = run_command("translate", given=saved)
-            self.assertEqual((code, json.loads(said)["choices"][0]["message"]["content"]), (0, "Hi"))
+# ---- Tool settings -----------------------------------------------------------------------------------
+
+class SetupTests(unittest.TestCase):
+    def test_settings_name_their_variables_as_the_tools_do(self):
+        config = Config(port=45_554)
+        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
+        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
+                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
+            self.assertIn(line, texts)
+        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
 
     def test_setup_prints_settings_for_every_tool_and_writes_nothing(self):
         for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
@@ -11705,6 +10660,969 @@ class DailyCommandTests(GatewayTestCase):
         ended = subprocess.run(["bash", "-c", script + "\n" + "\n".join(asks)], stdout=subprocess.PIPE, timeout=20)
         self.assertEqual(ended.stdout.decode().splitlines(), [completed for _, completed in self.COMPLETIONS])
 
+    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
+        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
+                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
+            with self.subTest(given=given):
+                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
+        code, said, _ = run_command("setup")
+        self.assertEqual(code, 0)
+        for name, tool in claude_gateway.TOOL_SETTINGS.items():
+            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
+        for name in claude_gateway.SERVICE_FILES:
+            self.assertRegex(said, r"(?m)^%s " % name)
+
+
+# ---- Log ---------------------------------------------------------------------------------------------
+
+class LogTests(GatewayTestCase):
+    def test_the_log_adds_up_the_prompts_of_one_completion(self):
+        usage = {"input_tokens": 5, "cache_read_input_tokens": 20, "output_tokens": 3}
+        self.claude.play(*[message(text("x"), usage=usage) for _ in range(3)])
+        with self.assertLogs(claude_gateway.LOG, "INFO") as caught:
+            self.ask("POST", "/v1/completions", {"model": "opus", "prompt": ["a", "b", "c"]})
+            self.service.gateway.running.wait_until_idle(5)
+        fields = next(record.fields for record in caught.records
+                      if getattr(record, "fields", {}).get("path") == "/v1/completions")
+        self.assertEqual([fields[name] for name in ("input_tokens", "cached_tokens", "output_tokens")], [75, 60, 9])
+
+    def test_the_debug_log_shows_both_sides_of_a_stream_too(self):
+        log = claude_gateway.LOG
+        self.addCleanup(log.setLevel, log.level)
+        with self.assertLogs(log, "DEBUG") as caught:
+            self.claude.play(message(text("Wie immer")))
+            self.chat("Guten Tag", stream=True)
+            self.ask("GET", "/health")
+            self.ask("GET", "/", headers={"accept": "text/html"})
+            self.service.gateway.running.wait_until_idle(5)
+        told = {entry.msg.split(":")[0]: entry.payload for entry in caught.records if hasattr(entry, "payload")}
+        self.assertIn("Guten Tag", json.dumps(told["from the client"]))
+        self.assertIn("Guten Tag", json.dumps(told["to Claude"]))
+        self.assertIn("Wie immer", json.dumps(told["from Claude"]))
+        self.assertEqual(told["to the client"]["status"], "ok")     # of the page there is nothing to show
+
+
+class LogLevelTests(CommandTestCase):
+    def test_quiet_says_nothing_but_the_address(self):
+        child, release = self.serve("-q"), self.slow_answer()
+        self.chat(nonsense=1, headers={"x-api-key": "k"}, messages="none")
+        thread, _ = self.in_flight()
+        child.process.send_signal(signal.SIGTERM)
+        for _ in range(1_000):                                  # it is stopping when it accepts nothing more
+            try:
+                socket.create_connection(("127.0.0.1", self.service.port), 5).close()
+            except OSError:
+                break
+            thread.join(0.01)
+        release.set()
+        self.assertEqual((child.end(), child.err), (0, ""))
+        self.assertIn("http://127.0.0.1:", child.out)
+
+    def test_looking_at_the_gateway_is_logged_in_full_only(self):
+        for level in ((), ("-m",), ("-V",)):
+            with self.subTest(level=level):
+                child = self.serve(*level)
+                for path in ("/", "/metrics", "/health?why=not", "/nowhere"):
+                    self.ask("GET", path)
+                self.ask("POST", "/", {})
+                child.end(signal.SIGTERM)
+                self.assertEqual(bool(re.search(r"GET +/(metrics)? +200|GET +/health +200", child.err)),
+                                 level == ("-V",))
+                self.assertRegex(child.err, r"GET +/nowhere +404")
+                self.assertRegex(child.err, r"POST +/ +405")        # what was refused is told
+
+    def test_each_level_logs_what_it_promises(self):
+        levels = ((), ("-m",), ("-V",), ("--log-format", "json", "--alias", "foo=sonet"))
+        children = [self.child("start", "-p", "0", "--host", "127.0.0.1", *level, ANTHROPIC_API_KEY=SECRET,
+                               ANTHROPIC_BASE_URL=self.claude.url) for level in levels]
+        for child in children:
+            self.service = SimpleNamespace(port=child.port)
+            self.claude.play(message(text("Words of the answer"), model="claude-sonnet-5-5"))
+            self.chat("Words of the request", seed=5)
+            child.process.send_signal(signal.SIGTERM)
+        for level, child in zip(levels, children):
+            with self.subTest(level):
+                child.end()
+                lines = [line for line in child.err.strip().split("\n") if "Stopping" not in line]  # may come between
+                about = [number for number, line in enumerate(lines) if "/v1/chat/completions" in line]
+                self.assertEqual("Words of the request" in child.err, level == ("-V",))
+                self.assertEqual("Words of the answer" in child.err, level == ("-V",))
+                if level == ():
+                    self.assertEqual(len(about), 1)
+                    self.assertRegex(lines[about[0]],
+                                     r"POST /v1/chat/completions 200 .*claude-sonnet-5-5.* in 12 .*req_")
+                    self.assertIn("seed", lines[about[0] + 1])
+                    self.assertNotRegex("".join(lines[about[0] + 2:]), r"\A\d\d:")
+                elif level == ("-m",):
+                    self.assertRegex(lines[about[0]], r"POST /v1/chat/completions 200 \d+ ms\Z")
+                    self.assertNotIn("seed", child.err)
+                elif "json" in level:
+                    entry = json.loads(lines[about[0]])
+                    self.assertEqual((entry["level"], entry["status"], entry["path"]),
+                                     ("info", 200, "/v1/chat/completions"))
+                    entries = [json.loads(line) for line in child.err.strip().split("\n")]     # all of them
+                    self.assertEqual(sum("seed" in json.dumps(entry) for entry in entries), 1)
+                    self.assertEqual([entry["level"] for entry in entries if "foo" in entry["message"]], ["warning"])
+                    self.assertTrue(any(entry["message"].startswith("Paste into your tool") for entry in entries))
+
+
+# ---- Command line ------------------------------------------------------------------------------------
+
+class OptionTests(unittest.TestCase):
+    CASES = (                                       # flags, variable, its value, field, by flag, by variable, default
+        (("--port", "1"), "PORT", "2", "port", 1, 2, 45554), (("-p", "0"), "PORT", "2", "port", 0, 2, 45554),
+        (("--host", "::1"), "HOST", "127.0.0.2", "host", "::1", "127.0.0.2", "localhost"),
+        (("--api-key", "a", "--api-key", "b"), "API_KEY", "c, d", "api_key", ("a", "b"), ("c", "d"), ()),
+        (("--verbose",), "VERBOSE", "1", "verbose", True, True, False),
+        (("-V",), "VERBOSE", "yes", "verbose", True, True, False),
+        (("--minimal",), "MINIMAL", "true", "minimal", True, True, False),
+        (("-m",), "MINIMAL", "TRUE", "minimal", True, True, False),
+        (("--quiet",), "QUIET", "on", "quiet", True, True, False), (("-q",), "QUIET", "On", "quiet", True, True, False),
+        (("--log-format", "text"), "LOG_FORMAT", "json", "log_format", "text", "json", "text"),
+        (("--auth", "oauth"), "AUTH", "api-key", "auth", "oauth", "api-key", "auto"),
+        (("--token-file", "/a"), "TOKEN_FILE", "/b", "token_file", "/a", "/b", None),
+        (("--alias", "x=opus", "--alias", "*=haiku"), "ALIAS", "y=sonnet,z=a=b", "alias",
+         (("x", "opus"), ("*", "haiku")), (("y", "sonnet"), ("z", "a=b")), ()),
+        (("--allow-host", "a", "--allow-host", "b"), "ALLOW_HOST", "c,d", "allow_host", ("a", "b"), ("c", "d"), ()),
+        (("--cors-origin", "app://x"), "CORS_ORIGIN", "null,https://y", "cors_origin", ("app://x",),
+         ("null", "https://y"), ()),
+        (("--relax-x509",), "RELAX_X509", "1", "relax_x509", True, True, False),
+        (("--no-cache",), "NO_CACHE", "1", "no_cache", True, True, False),
+        (("--strict",), "STRICT", "1", "strict", True, True, False),
+        (("--demo",), "DEMO", "1", "demo", True, True, False),
+    )
+
+    def test_flag_over_environment_over_default(self):
+        for flags, name, value, field_name, by_flag, by_variable, default in self.CASES:
+            variable = "CLAUDE_GATEWAY_" + name
+            with self.subTest(variable):
+                if default is not None:
+                    self.assertEqual(getattr(config_of(), field_name), default)
+                self.assertEqual(getattr(config_of(*flags), field_name), by_flag)
+                self.assertEqual(getattr(config_of(**{variable: value}), field_name), by_variable)
+                self.assertEqual(getattr(config_of(*flags, **{variable: value}), field_name), by_flag)
+
+    def test_an_empty_variable_counts_as_unset(self):
+        for _, name, _, _, _, _, _ in self.CASES:
+            for empty in ("", " "):
+                with self.subTest(name=name, empty=empty):
+                    self.assertEqual(config_of(**{"CLAUDE_GATEWAY_" + name: empty}), config_of())
+        for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_BASE_URL",
+                     "CLAUDE_GATEWAY_TOKEN_URL", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "SSL_CERT_FILE",
+                     "XDG_CONFIG_HOME"):
+            with self.subTest(name):
+                self.assertEqual(config_of(**{name: ""}), config_of())
+
+    def test_a_switch_in_the_environment_can_be_off(self):
+        for word in ("0", "false", "no", "off", "OFF"):
+            self.assertIs(config_of(CLAUDE_GATEWAY_DEMO=word).demo, False)
+
+    def test_values_that_make_no_sense_are_usage_errors_that_name_them(self):
+        cases = (({"CLAUDE_GATEWAY_PORT": "x"}, "(?i)port"), ({"CLAUDE_GATEWAY_PORT": "70000"}, "(?i)port"),
+                 ({"CLAUDE_GATEWAY_AUTH": "x"}, "AUTH"), ({"CLAUDE_GATEWAY_LOG_FORMAT": "xml"}, "LOG_FORMAT"),
+                 ({"CLAUDE_GATEWAY_DEMO": "maybe"}, "DEMO"), ({"CLAUDE_GATEWAY_ALIAS": "opus"}, "(?i)alias"),
+                 ({"CLAUDE_GATEWAY_ALIAS": "=opus"}, "(?i)alias"), ({"CLAUDE_GATEWAY_ALIAS": "x="}, "(?i)alias"),
+                 ({"CLAUDE_GATEWAY_API_KEY": ","}, "(?i)key"),
+                 ({"ANTHROPIC_BASE_URL": "https://user:word@example.com"}, "ANTHROPIC_BASE_URL"),
+                 ({"ANTHROPIC_BASE_URL": "http://[::1"}, "ANTHROPIC_BASE_URL"),
+                 ({"ANTHROPIC_BASE_URL": "http://example.com"}, "ANTHROPIC_BASE_URL"),
+                 ({"CLAUDE_GATEWAY_TOKEN_URL": "http://example.com/token"}, "CLAUDE_GATEWAY_TOKEN_URL"),
+                 ({"ANTHROPIC_BASE_URL": "http://localhost:99999"}, "ANTHROPIC_BASE_URL"),
+                 ({"HTTPS_PROXY": "socks5h://127.0.0.1:1"}, "(?i)proxy"),
+                 ({"HTTPS_PROXY": "http:/user:word@proxy"}, "(?i)proxy"),
+                 ({"HTTPS_PROXY": "http://[::1"}, "(?i)proxy"), ({"HTTPS_PROXY": "http://proxy:port"}, "(?i)proxy"),
+                 ({"ANTHROPIC_API_KEY": "two\nlines"}, "ANTHROPIC_API_KEY"),
+                 ({"ANTHROPIC_AUTH_TOKEN": "\u043a\u043b\u044e\u0447"}, "ANTHROPIC_AUTH_TOKEN"))
+        for variables, words in cases:
+            with self.subTest(variables):
+                with self.assertRaisesRegex(claude_gateway.UsageError, words) as raised:
+                    config_of(**variables)
+                self.assertNotIn("user:word", str(raised.exception))
+
+    def test_the_log_has_one_loudness(self):
+        for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
+                                 ((), {"CLAUDE_GATEWAY_VERBOSE": "1", "CLAUDE_GATEWAY_QUIET": "1"})):
+            with self.subTest(flags=flags):
+                with self.assertRaisesRegex(claude_gateway.UsageError, r"--\w+ and --\w+ exclude each other"):
+                    config_of(*flags, **variables)
+        config = config_of("-q", CLAUDE_GATEWAY_VERBOSE="1")               # a flag wins over a variable
+        self.assertEqual((config.quiet, config.verbose), (True, False))
+
+    def test_blanks_around_a_credential_do_not_count(self):
+        config = config_of(ANTHROPIC_API_KEY=" sk-ant-k\n", ANTHROPIC_AUTH_TOKEN="t \r\n",
+                           CLAUDE_CODE_OAUTH_TOKEN="\to")
+        self.assertEqual((config.anthropic_api_key, config.anthropic_auth_token, config.claude_code_oauth_token),
+                         ("sk-ant-k", "t", "o"))
+
+    def test_the_environment_names_are_those_that_people_have_already(self):
+        config = config_of(ANTHROPIC_API_KEY="k", ANTHROPIC_AUTH_TOKEN="t", CLAUDE_CODE_OAUTH_TOKEN="o",
+                           ANTHROPIC_BASE_URL="https://proxy.example.com/anthropic", HTTPS_PROXY="http://p:1",
+                           CLAUDE_GATEWAY_TOKEN_URL="https://api.anthropic.com/v1/oauth/token", NO_PROXY="a,b",
+                           REQUESTS_CA_BUNDLE="/ca.pem")
+        self.assertEqual((config.anthropic_api_key, config.anthropic_auth_token, config.claude_code_oauth_token,
+                          config.base_url, config.https_proxy, config.token_url, config.no_proxy, config.ca_file),
+                         ("k", "t", "o", "https://proxy.example.com/anthropic", "http://p:1",
+                          "https://api.anthropic.com/v1/oauth/token", "a,b", "/ca.pem"))
+        self.assertEqual((config_of().base_url, config_of().token_url),
+                         ("https://api.anthropic.com", "https://platform.claude.com/v1/oauth/token"))
+
+    @POSIX_ONLY
+    def test_the_token_file_lies_in_the_users_configuration_directory(self):
+        usual = os.path.join(os.path.expanduser("~"), ".config/claude-gateway/oauth-tokens.json")
+        for variables, path in (({}, usual),
+                                ({"XDG_CONFIG_HOME": "/x"}, "/x/claude-gateway/oauth-tokens.json"),
+                                # XDG: "All paths must be absolute. If [...] relative [...] ignore it."
+                                ({"XDG_CONFIG_HOME": "x"}, usual),
+                                ({"CLAUDE_GATEWAY_TOKEN_FILE": "/t.json"}, "/t.json")):
+            with self.subTest(variables):
+                self.assertEqual(config_of(**variables).token_file, path)
+
+    def test_a_key_opens_every_address(self):
+        for host in ("0.0.0.0", "::", "192.0.2.7", "gateway.example.com"):
+            claude_gateway.check_exposure(config_of("--host", host, CLAUDE_GATEWAY_API_KEY="k"))
+        for host in ("localhost", "127.0.0.1", "::1", "127.1.2.3", "gateway.localhost"):
+            claude_gateway.check_exposure(config_of("--host", host))
+
+    def test_without_a_key_only_this_machine_can_be_listened_to(self):
+        for flags in (("--host", "0.0.0.0"), ("--host", "::"), ("--host", "192.0.2.7"),
+                      ("--host", "gateway.example.com"), ("--cors-origin", "*")):
+            with self.subTest(flags), self.assertRaisesRegex(claude_gateway.UsageError, "CLAUDE_GATEWAY_API_KEY"):
+                claude_gateway.check_exposure(config_of(*flags))
+
+    def test_its_own_address_is_known_in_every_spelling(self):
+        for url, own in (("http://127.0.0.1:5123/v1", True), ("http://[::1]:5123", True),
+                         ("http://localhost:5123", True), ("http://127.0.0.1:5124", False),
+                         ("https://example.com:5123", False)):
+            with self.subTest(url):
+                self.assertEqual(claude_gateway.is_own_address(config_of("-p", "5123", ANTHROPIC_BASE_URL=url)), own)
+
+
+@POSIX_ONLY
+class StartTests(CommandTestCase):
+    def test_the_address_is_the_one_line_on_standard_output(self):
+        child = self.serve(host=("--host", "localhost"))
+        self.chat()
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://127\.0\.0\.1:%d/v1\n\Z"
+                         % self.service.port)
+        self.assertIn("ANTHROPIC_API_KEY", child.err)
+        self.assertIn(self.claude.url, child.err)
+        self.assertIn("POST /v1/chat/completions", child.err)
+
+    def test_an_interrupt_is_exit_130_without_a_traceback(self):
+        child = self.serve()
+        idle = self.connect()                                   # kept alive by a client that says nothing
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.assertIn(b"200", idle.recv(100))
+        self.assertEqual(child.end(signal.SIGINT), 130)
+        self.assertNotIn("Traceback", child.err)
+
+    def test_a_signal_may_come_as_soon_as_the_address_is_out(self):
+        child = self.child("start", "-p", "0", "--host", "127.0.0.1", ANTHROPIC_API_KEY=SECRET,
+                           ANTHROPIC_BASE_URL=self.claude.url)
+        child.wait_for("on http://", "out")
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+
+    def test_a_running_request_finishes_first(self):
+        child, release = self.serve(), self.slow_answer()
+        thread, answers = self.in_flight()
+        child.process.send_signal(signal.SIGTERM)
+        child.wait_for("(?i)stopping")
+        with self.assertRaises(OSError):                        # nothing new is accepted
+            self.ask("GET", "/health")
+        release.set()
+        thread.join(20)
+        self.assertEqual((answers[0].status, answers[0].message["content"]), (200, "At last"))
+        self.assertEqual(child.end(), 0)
+
+    def test_a_second_signal_ends_it_at_once(self):
+        for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+            with self.subTest(number):
+                child = self.serve()
+                self.slow_answer()
+                thread, answers = self.in_flight()
+                child.process.send_signal(number)
+                child.wait_for("(?i)stopping")
+                child.process.send_signal(number)
+                thread.join(10)                     # it would wait for its answer twice as long
+                self.assertEqual((thread.is_alive(), answers, child.end()), (False, [], code))
+                self.assertNotIn("Traceback", child.err)
+
+    def test_it_can_be_restarted_on_the_same_port_at_once(self):
+        first = self.serve()
+        connection = self.connect()
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.recv(100)
+        port = str(self.service.port)
+        self.assertEqual(first.end(signal.SIGTERM), 0)
+        second = self.child("start", "--port", port, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+        self.assertEqual(str(second.port), port)
+
+    def test_a_port_in_use_is_exit_4_and_named(self):
+        port = str(urlsplit(self.claude.url).port)
+        child = self.command("start", "--port", port, ANTHROPIC_API_KEY=SECRET)
+        self.assertEqual((child.code, child.out), (4, ""))
+        self.assertIn(port, child.err)
+        self.assertIn("--port", child.err)
+
+    def test_a_port_in_use_by_nobody_known_may_be_free_soon(self):
+        with contextlib.closing(socket.socket()) as taken, contextlib.closing(socket.socket()) as passing:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            passing.connect(taken.getsockname())
+            port = passing.getsockname()[1]         # its own end of the connection is not listening
+            code, _, said = run_command("start", "--port", str(port), "--host", "127.0.0.1", ANTHROPIC_API_KEY="k")
+        self.assertEqual(code, 4)
+        self.assertIn("just passing: it may be free again within a minute. Another port:", said)
+        self.assertIn("start --port %d --host 127.0.0.1" % (port % 65_535 + 1), said)
+
+    def connection(self):
+        """A connection of ours: its end, whose port it is about, and the other end."""
+        with contextlib.closing(socket.socket()) as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen(1)
+            mine = socket.socket()
+            self.addCleanup(mine.close)
+            mine.bind(("127.0.0.1", 0))             # a port that no closed connection of an earlier test holds as well
+            mine.connect(server.getsockname())
+            theirs = server.accept()[0]
+            self.addCleanup(theirs.close)
+        return mine, theirs
+
+    @unittest.skipUnless(sys.platform == "linux", "no /proc/net/tcp here")
+    def test_a_port_that_a_connection_has_just_left_is_waited_for(self):
+        mine, theirs = self.connection()
+        port = mine.getsockname()[1]
+        mine.shutdown(socket.SHUT_WR)               # who closes first keeps the port in TIME-WAIT
+        theirs.close()
+        mine.recv(1)
+        mine.close()
+        child = self.child("start", "-p", str(port), "--host", "127.0.0.1", "--alias", "my model=opus",
+                           "--api-key", "the-client-key", ANTHROPIC_API_KEY=SECRET)
+        child.wait_for("waiting up to a minute.*\n")
+        self.assertIn("Port %d is held by a connection that has just closed" % port, child.err)
+        self.assertRegex(child.err, r"Or: \S+ \S+ start --port %d --host 127.0.0.1 --alias 'my model=opus' "
+                                    r"--api-key KEY\n" % (port % 65_535 + 1))
+        self.assertNotIn("the-client-key", child.err)
+        self.assertEqual((child.end(signal.SIGTERM), child.out), (0, ""))
+
+    @unittest.skipUnless(sys.platform == "linux", "no /proc/net/tcp here")
+    def test_a_port_is_taken_as_soon_as_it_is_free(self):
+        parsed = claude_gateway.argument_parser().parse_args(["start"])
+        kept = claude_gateway.TIME_WAIT_PATIENCE
+        self.addCleanup(setattr, claude_gateway, "TIME_WAIT_PATIENCE", kept)
+        for patience, closing, taken in ((kept, True, True), (kept, False, False), (-1, True, False)):
+            with self.subTest(patience=patience, closing=closing):
+                mine, theirs = self.connection()
+                gateway = Gateway(Config(host="127.0.0.1", port=mine.getsockname()[1], anthropic_api_key="k"))
+                self.addCleanup(gateway.close)
+                if closing:                         # half closed: nobody can use it any more
+                    mine.shutdown(socket.SHUT_WR)
+                finding = claude_gateway.port_finding(gateway.config)
+                self.assertEqual(finding.level, "warning" if closing else "failed")
+                self.assertIn("Wait" if closing else "claude-gateway start --port %d --host 127.0.0.1" % (
+                    gateway.config.port % 65_535 + 1), finding.step)
+                claude_gateway.TIME_WAIT_PATIENCE = patience
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                # whoever waits here frees the port: a reset leaves no TIME-WAIT behind
+                ends = [mine, theirs]
+                stop = SimpleNamespace(wait=lambda seconds, ends=ends: (ends.pop().close(), ends.pop().close())[0])
+                with contextlib.redirect_stderr(io.StringIO()):
+                    if taken:
+                        service = claude_gateway.service_on_its_port(gateway, parsed, stop)
+                        self.assertEqual(service.port, gateway.config.port)
+                        service.stop_accepting()
+                    else:
+                        with self.assertRaises(OSError):
+                            claude_gateway.service_on_its_port(gateway, parsed, stop)
+
+    @POSIX_ONLY
+    def test_it_runs_without_standard_output_and_error(self):
+        ended = subprocess.Popen(["sh", "-c", 'exec "$0" "$1" start --demo -p "$2" --host 127.0.0.1 >&- 2>&-',
+                                  sys.executable, PROGRAM, str(free_port())], env=self.environment({}))
+        self.addCleanup(ended.kill)
+        for _ in range(1_000):
+            with contextlib.suppress(OSError):
+                if self.ask("GET", "/health").status == 200:
+                    break
+            self.assertIsNone(ended.poll())
+            time.sleep(0.01)
+        ended.send_signal(signal.SIGTERM)
+        self.assertEqual(ended.wait(20), 0)
+
+    def free_port(self) -> int:
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.service = SimpleNamespace(port=probe.getsockname()[1])
+        return self.service.port
+
+    def test_on_all_addresses_the_pasted_one_is_no_address_of_this_page(self):
+        for flags, pasted, named in (((), "ADDRESS-OF-THIS-MACHINE", True),
+                                     (("--allow-host", "gateway.lan"), "gateway.lan", False)):
+            with self.subTest(flags):
+                child = self.child("start", "--demo", "-p", "0", "--host", "0.0.0.0", *flags,
+                                   CLAUDE_GATEWAY_API_KEY="k")
+                port = child.wait_for(r"on http://0\.0\.0\.0:(\d+)/v1", "out").group(1)
+                child.wait_for("base URL http://%s:%s/v1 " % (pasted, port))
+                self.assertEqual(child.end(signal.SIGTERM), 0)
+                self.assertIn("Clients: a key is needed\n", child.err)
+                self.assertEqual("--allow-host NAME" in child.err, named)
+
+    def test_the_proxy_in_use_is_named_without_its_credentials(self):
+        child = self.serve(ANTHROPIC_BASE_URL="https://upstream.test",
+                           HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:9")
+        answer = self.chat(headers={"x-stainless-retry-count": "1"})
+        child.end(signal.SIGTERM)
+        self.assertIn("Proxy: http://***@127.0.0.1:9\n", child.err)
+        self.assertIn("The proxy 127.0.0.1:9 could not be reached: ", answer.error["message"])
+        self.assertNotIn("proxy-password", child.err)
+
+    def test_on_a_terminal_a_first_start_asks_first(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("no pseudo terminals here")
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        child = self.child("start", "--port", "0", stdin=slave)
+        os.close(slave)
+        child.wait_for(r"No credential\. Sign in with a Claude account now\? \[y/N\] ")
+        os.write(master, b"\n")
+        self.assertEqual(child.end(), 3)
+        self.assertRegex(child.err, r"No credential\. Set ANTHROPIC_API_KEY, or run")
+        self.assertNotIn("claude.ai", child.err)
+
+    def test_an_alias_for_nothing_known_draws_a_warning(self):
+        child = self.child("start", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
+                           "bar=opus", "--alias", "*=gpt-4o", ANTHROPIC_API_KEY="k",
+                           ANTHROPIC_BASE_URL=self.claude.url, REQUESTS_CA_BUNDLE="/nowhere.pem")
+        child.wait_for("Paste into your tool")
+        self.assertEqual(re.findall("Warning: (.*?):", child.err), ["--alias foo=sonet"])
+        self.assertIn("Warning: REQUESTS_CA_BUNDLE names /nowhere.pem, which is not there", child.err)
+        self.assertIn("Nearest: sonnet,", child.err)
+
+    def test_what_cannot_be_started_says_why_with_its_exit_code(self):
+        key = {"ANTHROPIC_API_KEY": SECRET}
+        cases = (
+            (["start"], {}, 3, "ANTHROPIC_API_KEY.*login|login.*ANTHROPIC_API_KEY"),
+            (["start", "--auth", "oauth"], key, 3, "login"),
+            (["start", "--auth", "api-key"], {"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-x"}, 3, "ANTHROPIC_API_KEY"),
+            (["start", "--host", "0.0.0.0"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "::"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "192.0.2.7"], key, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--host", "0.0.0.0", "--demo"], {}, 2, "CLAUDE_GATEWAY_API_KEY"),
+            (["start", "--cors-origin", "*"], key, 2, "cors-origin"),
+            (["start"], dict(key, CLAUDE_GATEWAY_PORT="", ANTHROPIC_BASE_URL="http://localhost:45554"), 2,
+             "(?i)own address"),
+            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://127.0.0.1:5123/v1"), 2, "(?i)own address"),
+            (["start", "-p", "5123"], dict(key, ANTHROPIC_BASE_URL="http://[::1]:5123"), 2, "(?i)own address"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="http://example.com"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="ftp://localhost"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, ANTHROPIC_BASE_URL="api.anthropic.com"), 2, "ANTHROPIC_BASE_URL"),
+            (["start"], dict(key, CLAUDE_GATEWAY_TOKEN_URL="http://example.com/token"), 2, "CLAUDE_GATEWAY_TOKEN_URL"),
+            (["start", "--api-key", ""], key, 2, "(?i)empty"),
+            (["start", "--api-key", " "], key, 2, "(?i)empty"),
+            (["start"], dict(key, CLAUDE_GATEWAY_API_KEY="good,,"), 2, "(?i)empty"),
+            (["start", "--port", "abc"], key, 2, "port"),
+            (["start", "--port", "65536"], key, 2, "port"),
+            (["start", "--port=-1"], key, 2, "port"),
+            (["start", "--no-such-option"], key, 2, "no-such-option"),
+            (["start", "--token-file", os.path.join(PROGRAM, "tokens.json")], {}, 3, re.escape(PROGRAM)),
+            (["start"], dict(key, HTTPS_PROXY="socks5://127.0.0.1:1080"), 2, "(?i)socks"),
+            (["bake"], {}, 2, "bake"),
+            ([], {}, 2, "start"),
+        )
+        done = self.commands(*[(arguments, variables) for arguments, variables, _, _ in cases])
+        for child, (arguments, variables, code, words) in zip(done, cases):
+            with self.subTest(arguments=arguments, variables=variables):
+                self.assertEqual(child.code, code, child.err)
+                self.assertRegex(child.err.replace("\n", " "), words)
+                self.assertEqual(child.out, "")
+                self.assertNotIn(SECRET, child.err)
+
+    def test_an_upstream_that_is_down_does_not_keep_it_from_starting(self):
+        self.serve(ANTHROPIC_BASE_URL="http://127.0.0.1:9")
+        self.assertEqual(self.chat(headers={"x-stainless-retry-count": "1"}).status, 502)
+
+    def test_a_damaged_token_file_is_named_and_left_as_it_is(self):
+        os.makedirs(os.path.dirname(self.token_path))
+        with open(self.token_path, "wb") as file:
+            file.write(b"{ torn")
+        for child in self.commands((["start"], {}), (["status"], {}), (["status", "--json"], {})):
+            with self.subTest(child):
+                self.assertIn(child.code, (1, 3))
+                self.assertIn(self.token_path, child.err)
+        with open(self.token_path, "rb") as file:
+            self.assertEqual(file.read(), b"{ torn")
+        self.assertEqual(os.listdir(os.path.dirname(self.token_path)), ["oauth-tokens.json"])
+
+    def test_keys_of_clients_are_taken_from_both_places_and_one_draws_a_warning(self):
+        child = self.serve("--api-key", "first-client-key", "--api-key", "second-client-key")
+        for key, status in (("first-client-key", 200), ("second-client-key", 200), ("third", 401)):
+            self.assertEqual(self.chat(headers={"authorization": "Bearer " + key}).status, status)
+        child.end(signal.SIGTERM)
+        self.assertEqual(len([line for line in child.err.split("\n") if "CLAUDE_GATEWAY_API_KEY" in line]), 1)
+        self.assertNotIn("client-key", child.err)
+
+    def test_without_a_home_keys_work_and_logins_say_what_is_missing(self):
+        # a home that is no absolute path is what a process without a home looks like
+        child = self.serve(HOME="nowhere", APPDATA=None)
+        self.assertEqual(self.chat().status, 200)
+        child.end(signal.SIGTERM)
+        homeless = {"HOME": "nowhere", "APPDATA": None}
+        login, status, start, logout = self.commands(*[(arguments, homeless) for arguments in (
+            ["login", "--no-browser"], ["status"], ["start"], ["logout"])])
+        self.assertEqual((login.code, status.code, start.code), (2, 3, 3))
+        self.assertIn("--token-file", login.err)
+        self.assertIn(logout.code, (0, 2))
+        self.assertEqual(os.listdir(self.working_directory), [])
+
+    def test_nothing_is_read_from_the_working_directory(self):
+        for name in ("oauth-tokens.json", ".oauth-tokens.json", "claude-gateway/oauth-tokens.json",
+                     ".config/claude-gateway/oauth-tokens.json"):
+            claude_gateway.TokenFile(os.path.join(self.working_directory, name)).write(stored_token())
+        for name in (".env", "claude-gateway.env", ".claude-gateway"):
+            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
+                file.write("ANTHROPIC_API_KEY=sk-ant-api03-x\n")
+        for name in ("ssl.py", "json.py", "webbrowser.py"):
+            with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
+                file.write("raise SystemExit(99)\n")
+        child = self.child("status")
+        self.assertEqual(child.end(), 3, child.err)
+
+    def test_a_login_is_used_and_named(self):
+        self.sign_in(account={"email_address": "me@example.org"})
+        child = self.serve(ANTHROPIC_API_KEY="")                # empty counts as unset
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + OLD_ACCESS)
+        child.wait_for("me@example.org")
+        child.wait_for("(?i)terms")
+
+    def test_on_a_terminal_a_first_start_signs_in_first(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("no pseudo terminals here")
+        self.claude.token_replies.append(token_answer())
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        child = self.child("start", "--port", "0", stdin=slave, BROWSER="true", ANTHROPIC_BASE_URL=self.claude.url,
+                           CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        os.close(slave)
+        child.wait_for(r"\[y/N\]")
+        os.write(master, b"y\n")
+        state = parse_qs(child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)").group(1))["state"][0]
+        child.wait_for("2026-08-22")
+        child.wait_for("Code: ")
+        os.write(master, ("the-code#%s\n" % state).encode())
+        self.service = SimpleNamespace(port=child.port)
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertEqual(len(child.out.strip().split("\n")), 1)
+
+
+TOKEN_FIELDS = ["access_token", "expires_at", "refresh_token", "scope", "token_type"]
+
+
+def challenge_of(code_verifier: str) -> str:
+    """PKCE's S256, written down once more."""
+    return base64.urlsafe_b64encode(hashlib.sha256(code_verifier.encode()).digest()).decode().rstrip("=")
+
+
+@POSIX_ONLY
+class LoginCommandTests(CommandTestCase):
+    def begin(self, *arguments, **variables):
+        """A login that waits for its code, and the query of the address it shows."""
+        child = self.child("login", "--no-browser", *arguments, CLAUDE_GATEWAY_TOKEN_URL=self.token_url, **variables)
+        address = child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)")
+        return child, {name: values[0] for name, values in parse_qs(address.group(1)).items()}
+
+    def test_the_code_is_exchanged_with_the_verifier_of_the_challenge(self):
+        self.claude.token_replies.append(token_answer(account={"email_address": "me@example.org"}))
+        child, query = self.begin()
+        child.type("the-code#%s\n" % query["state"])
+        self.assertEqual(child.end(), 0, child.err)
+        request, = self.claude.requests
+        code_verifier = request.body.pop("code_verifier")
+        self.assertEqual(request.body, {"grant_type": "authorization_code", "code": "the-code", "state": query["state"],
+                                        "client_id": CLIENT_ID, "redirect_uri": REDIRECT_PAGE})
+        self.assertEqual(request.headers["content-type"], "application/json")
+        self.assertRegex(code_verifier, r"\A[A-Za-z0-9._~-]{43,128}\Z")
+        self.assertEqual(query["code_challenge"], challenge_of(code_verifier))
+        self.assertEqual(query["redirect_uri"], REDIRECT_PAGE)
+        self.assertEqual(len({query["state"], query["code_challenge"], code_verifier}), 3, "the state is no secret")
+        with open(self.token_path, encoding="utf-8") as file:
+            stored = json.load(file)
+        self.assertEqual(sorted(set(stored) - {"account"}), TOKEN_FIELDS)
+        self.assertEqual((stored["access_token"], stored["refresh_token"], stored["token_type"]),
+                         (NEW_ACCESS, NEW_REFRESH, "Bearer"))
+        self.assertAlmostEqual(stored["expires_at"], time.time() + 28_800, delta=60)
+        self.assertEqual([oct(os.stat(path).st_mode & 0o777) for path in
+                          (self.token_path, os.path.dirname(self.token_path))], ["0o600", "0o700"])
+        self.assertIn("me@example.org", child.err)
+        self.assertIn(self.token_path, child.err)
+        self.assertEqual(child.out, "")
+        for secret in (code_verifier, NEW_ACCESS, NEW_REFRESH):
+            self.assertNotIn(secret, child.err)
+
+    def test_the_terms_are_told_with_dates_before_anything_is_asked(self):
+        helped = self.command("login", "--help")
+        child = self.command("login", "--no-browser")
+        for said in (child.err, helped.out):
+            for words in ("2026-08-22", "2026-09-14", "terms", "API key", "always fine", "client id", "redirect page",
+                          "system block"):
+                self.assertIn(words, said)
+        self.assertLess(child.err.index("2026-08-22"), child.err.index("https://claude.ai/oauth/authorize"))
+
+    def test_a_callback_address_is_taken_and_a_bare_code_is_warned_about(self):
+        for paste, warned in (("%s?code=the-code&state={state}" % REDIRECT_PAGE, False), ("the-code", True)):
+            with self.subTest(paste):
+                self.claude.reset()
+                self.claude.token_replies.append(token_answer())
+                child, query = self.begin()
+                child.type(paste.format(**query) + "\n")
+                self.assertEqual(child.end(), 0, child.err)
+                self.assertEqual("Warning" in child.err, warned)
+                self.assertEqual((self.claude.requests[0].body["code"], self.claude.requests[0].body["state"]),
+                                 ("the-code", query["state"]))
+
+    def test_a_paste_that_cannot_be_right_never_reaches_the_endpoint(self):
+        cases = (("the-code#of-another-sign-in\n", 1), ("\n", 3), ("", 3), ("https://[broken\n", 1),
+                 ("%s?error=access_denied\n" % REDIRECT_PAGE, 1))
+        done = self.commands(*[(["login", "--no-browser"], {"CLAUDE_GATEWAY_TOKEN_URL": self.token_url}, paste)
+                               for paste, _ in cases])
+        for child, (paste, code) in zip(done, cases):
+            with self.subTest(paste):
+                self.assertEqual(child.code, code, child.err)
+        self.assertEqual(self.claude.requests, [])
+        self.assertFalse(os.path.exists(self.token_path))
+
+    def test_a_refusal_is_told_in_the_endpoints_words_and_stores_nothing(self):
+        cases = ((FakeReply(400, body={"error": "invalid_grant", "error_description": "Code expired"}), "Code expired"),
+                 (FakeReply(429, body=error_body("rate_limit_error", "Slow down, please")), "Slow down, please"),
+                 (FakeReply(403, body=b"<html>blocked</html>"), "403"), (FakeReply(200, body=b"<html>"), "200"))
+        self.claude.token_replies += [reply for reply, _ in cases]
+        done = self.commands(*[(["login", "--no-browser"], {"CLAUDE_GATEWAY_TOKEN_URL": self.token_url}, "the-code\n")
+                               for _ in cases])
+        for child, (_, words) in zip(done, cases):
+            with self.subTest(words):
+                self.assertIn(child.code, (1, 3, 5))
+                self.assertIn(words, child.err)
+        self.assertFalse(os.path.exists(self.token_path))
+
+    def test_an_endpoint_that_cannot_be_reached_is_exit_5(self):
+        child = self.command("login", "--no-browser", typed="the-code\n",
+                             CLAUDE_GATEWAY_TOKEN_URL="http://127.0.0.1:9/token")
+        self.assertEqual(child.code, 5)
+        self.assertNotIn("the-code", child.err)
+
+    def test_a_redirect_of_the_endpoint_is_not_followed(self):
+        with FakeClaude() as elsewhere:
+            self.claude.token_replies.append(FakeReply(307, {"location": elsewhere.url + "/v1/oauth/token"}))
+            child = self.command("login", "--no-browser", typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+            self.assertNotEqual(child.code, 0)
+            self.assertEqual(elsewhere.requests, [])
+
+    def test_a_place_that_cannot_be_written_is_named(self):
+        self.claude.token_replies.append(token_answer())
+        child = self.command("login", "--no-browser", "--token-file", os.path.join(PROGRAM, "tokens.json"),
+                             typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        self.assertEqual(child.code, 1)
+        self.assertIn(os.path.join(PROGRAM, "tokens.json"), child.err)
+
+    def test_an_interrupt_at_the_prompt_is_exit_130_without_a_traceback(self):
+        child, _ = self.begin()
+        child.wait_for("Code: ")
+        child.process.send_signal(signal.SIGINT)
+        self.assertEqual(child.process.wait(20), 130)
+        self.assertNotIn("Traceback", child.err)
+
+    def test_a_damaged_file_is_kept_aside_by_a_new_login(self):
+        os.makedirs(os.path.dirname(self.token_path))
+        with open(self.token_path, "wb") as file:
+            file.write(b"{ torn")
+        self.claude.token_replies.append(token_answer())
+        child = self.command("login", "--no-browser", typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        self.assertEqual(child.code, 0, child.err)
+        directory = os.path.dirname(self.token_path)
+        kept, = [name for name in os.listdir(directory) if "damaged" in name]
+        with open(os.path.join(directory, kept), "rb") as file:
+            self.assertEqual(file.read(), b"{ torn")
+        self.assertIn(kept, child.err)
+
+
+@POSIX_ONLY
+class OtherCommandTests(CommandTestCase):
+    def test_logout_forgets_and_says_so(self):
+        self.sign_in()
+        twice = self.commands((["logout"], {}), (["logout"], {}))
+        for child, words in zip(twice, (self.token_path, "no stored login")):
+            self.assertEqual((child.code, child.out), (0, ""))
+            self.assertIn(words, child.err)
+        self.assertFalse(os.path.exists(self.token_path))
+
+    def test_logout_from_an_impossible_place_is_no_traceback(self):
+        for child in self.commands((["logout", "--token-file", self.home], {}),
+                                   (["logout", "--token-file", os.path.join(PROGRAM, "tokens.json")], {})):
+            self.assertIn(child.code, (0, 1))
+        self.assertTrue(os.path.isdir(self.home))
+
+    def test_logout_without_a_login_writes_nothing(self):
+        self.assertIn("no stored login", self.command("logout").err)
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_a_place_that_cannot_hold_a_login_is_told_before_the_sign_in(self):
+        child = self.command("login", "--no-browser", "--token-file", os.path.join(PROGRAM, "tokens.json"))
+        self.assertEqual(child.code, 1)
+        self.assertIn("A login cannot be stored in %s: " % os.path.join(PROGRAM, "tokens.json"), child.err)
+        self.assertNotIn("Visit", child.err)
+
+    def test_an_empty_home_is_none(self):
+        child = self.command("login", "--no-browser", HOME="", APPDATA="")
+        self.assertEqual(child.code, 2)
+        self.assertIn("There is no home directory", child.err)
+
+    def test_status_tells_which_credential_and_whose(self):
+        none, key, bearer = self.commands((["status"], {}), (["status"], {"ANTHROPIC_API_KEY": SECRET}),
+                                          (["status"], {"CLAUDE_CODE_OAUTH_TOKEN": SECRET}))
+        self.assertEqual((none.code, key.code, bearer.code), (3, 0, 0))
+        nobody = "No gateway answers on port %d.\n" % self.closed_port
+        self.assertEqual(none.out, nobody + "No credential. Set ANTHROPIC_API_KEY, or run "
+                         "`claude-gateway login`; `claude-gateway start --demo` needs neither.\n")
+        self.assertIn(nobody + "`start` would use: API key from ANTHROPIC_API_KEY\n", key.out)
+        self.assertIn("CLAUDE_CODE_OAUTH_TOKEN", bearer.out)
+        self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example Ltd"})
+        login = self.command("status")
+        self.assertEqual(login.code, 0)
+        for words in ("me@example.org", "Example Ltd", self.token_path, "in 59 min)"):
+            self.assertIn(words, login.out)
+        self.assertEqual(self.claude.requests, [])
+
+    def test_status_as_json_is_one_object(self):
+        none, key = self.commands((["status", "--json"], {}), (["status", "--json"], {"ANTHROPIC_API_KEY": SECRET}))
+        self.assertEqual((none.code, json.loads(none.out)),
+                         (3, {"running": False, "port": self.closed_port, "credential": None}))
+        self.assertEqual((key.code, json.loads(key.out)["credential"]["kind"]), (0, "api_key"))
+        self.sign_in(account={"email_address": "me@example.org"})
+        login = self.command("status", "--json")
+        told = json.loads(login.out)["credential"]
+        self.assertEqual((login.code, told["kind"], told["account"], told["refreshable"]),
+                         (0, "oauth", "me@example.org", True))
+        self.assertAlmostEqual(told["expires_at"], time.time() + 3_600, delta=60)
+
+    def test_status_survives_odd_values_in_the_file(self):
+        cases = ({"account": "me"}, {"expires_at": "soon"}, {"expires_at": 1e300}, {"organization": ["x"]},
+                 {"expires_at": int(time.time() * 1000)})
+        paths = []
+        for number, fields in enumerate(cases):
+            paths.append(os.path.join(self.home, "%d.json" % number))
+            claude_gateway.TokenFile(paths[-1]).write(stored_token(**fields))
+        for child, fields in zip(self.commands(*[(["status", "--token-file", path], {}) for path in paths]), cases):
+            with self.subTest(fields):
+                self.assertIn(child.code, (0, 1, 3))
+
+    @POSIX_ONLY
+    def test_the_block_for_a_bug_report_does_not_tell_who_the_user_is(self):
+        self.sign_in(account={"email_address": "me@example.org"})
+        above, block = self.command("doctor", ANTHROPIC_BASE_URL="http://127.0.0.1:9").out.split("```")[:2]
+        self.assertIn("login from %s," % self.token_path, above)
+        self.assertIn("login from ~/.config/claude-gateway/oauth-tokens.json,", block)
+        for words in (self.home, "me@example.org"):
+            self.assertNotIn(words, block)
+
+    def test_models_lists_names_and_aliases(self):
+        self.claude.models = [{"type": "model", "id": "claude-sonnet-5-5", "display_name": "Claude Sonnet 5.5",
+                               "created_at": "2026-06-01T00:00:00Z"}]
+        live = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}
+        plain, as_json, built_in, down = self.commands(
+            (["models", "--alias", "mine=claude-sonnet-5-5"], live), (["models", "--json"], live),
+            (["models", "--json"], {}),
+            (["models"], {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}))
+        self.assertEqual([child.code for child in (plain, as_json, built_in, down)], [0] * 4)
+        self.assertRegex(plain.out, r"(?m)^claude-sonnet-5-5 ")
+        self.assertRegex(plain.out, r"(?m)^mine +-> claude-sonnet-5-5$")
+        self.assertRegex(plain.out, r"\Asonnet +-> claude-sonnet-5-5 +\w")
+        self.assertEqual(re.findall(r"(?m)^(\w+) +->", down.out), ["sonnet", "opus", "haiku", "fable", "mythos"])
+        self.assertGreater(down.out.index("\nclaude-opus-5-5 "), down.out.index("\nmythos "))
+        self.assertNotIn("claude-opus-4-8", plain.out)
+        entries = json.loads(as_json.out)
+        self.assertEqual({entry["object"] for entry in entries}, {"model"})
+        self.assertIn("claude-sonnet-5-5", [entry["id"] for entry in entries])
+        self.assertIn("claude-opus-5-5", [entry["id"] for entry in json.loads(built_in.out)])
+        self.assertIn("claude-opus-5-5", down.out)
+        self.assertIn("built-in", down.err)
+
+    def test_a_reader_that_goes_away_is_no_traceback(self):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            done = subprocess.run([sys.executable, PROGRAM, "models"], env=self.environment({}), stdout=writing,
+                                  stderr=subprocess.PIPE, cwd=self.working_directory, timeout=20, check=False)
+        finally:
+            os.close(writing)
+        self.assertEqual(done.stderr, b"")
+
+    def test_the_version_and_the_help(self):
+        version, general, start, nothing, narrow = self.commands(
+            (["--version"], {}), (["--help"], {}), (["start", "-h"], {}), ([], {}),
+            (["start", "--help"], {"COLUMNS": "20"}))
+        self.assertEqual([child.code for child in (version, general, start, nothing, narrow)], [0, 0, 0, 2, 0])
+        real = self.child("--version")                          # once through the script itself
+        self.assertEqual((real.end(), real.err), (0, ""))
+        for out in (version.out, real.out):
+            self.assertRegex(out, r"\Aclaude-gateway \d+\.\d+\.\d+\n\Z")
+            self.assertEqual(out.split()[1], claude_gateway.VERSION)
+        for command in ("start", "login", "logout", "status", "models"):
+            self.assertRegex(general.out, r"(?m)^ +%s " % command)
+        for option in ("-p", "--port", "--host", "--api-key", "-V", "--verbose", "-m", "--minimal", "-q", "--quiet",
+                       "--log-format", "--auth", "--token-file", "--alias", "--allow-host", "--cors-origin",
+                       "--relax-x509", "--no-cache", "--strict", "--demo"):
+            self.assertRegex(start.out, r"(?m)^ +(-\w,? ?\S* ?,? )?%s\b" % re.escape(option))
+        self.assertIn("CLAUDE_GATEWAY_PORT", start.out)
+        self.assertIn("usage:", nothing.err)
+        for command, (_, words, _) in claude_gateway.COMMANDS.items():      # also the long names keep to their line
+            self.assertRegex(general.out, r"(?m)^    %s +%s$" % (command, re.escape(words)))
+        self.assertIn("claude-gateway/oauth-tokens.json", start.out)        # is not broken at its hyphen
+        self.assertLess(max(map(len, general.out.splitlines())), 80)
+        for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
+            self.assertEqual(child.code, 0)
+            self.assertIn("--token-file", child.out)
+
+    def test_an_option_says_what_it_means_to_its_command(self):
+        for command, words in (("status", "port of the gateway to ask"), ("setup", "port of the gateway, for the"),
+                               ("doctor", "port that `start` would listen on")):
+            self.assertIn(words, self.command(command, "--help", COLUMNS="200").out)
+        login = self.command("login", "--help").out
+        self.assertLess(login.index("sign in with a Claude account"), login.index("Anthropic's published terms"))
+        self.assertLess(max(map(len, login.splitlines())), 80)
+
+    def test_a_terminal_that_knows_only_ascii_stops_nothing(self):
+        self.sign_in(account={"email_address": "j\u00fcrgen@example.org"}, organization={"name": "Fuchs \U0001f98a"})
+        ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+        for child in (self.child("status", **ascii_only), self.child("start", "--help", **ascii_only)):
+            self.assertEqual((child.end(), child.err), (0, ""))
+        child = self.serve("-V", "--alias", "f\u00fcchse=sonnet", **ascii_only)
+        self.assertEqual(self.chat("\U0001f98a\u2028\u00fc").status, 200)
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertNotIn("Traceback", child.err)
+        self.assertNotIn("Error", child.err)
+
+
+class DailyCommandTests(GatewayTestCase):
+    def test_status_asks_the_running_gateway(self):
+        self.start()
+        self.chat()
+        self.service.gateway.running.wait_until_idle(10)
+        code, said, _ = run_command("status", "--port", str(self.service.port))
+        self.assertEqual(code, 0)
+        self.assertIn("is running.", said)
+        self.assertRegex(said, r"\nUp for: +\d+ s\nModels: +sonnet = claude-sonnet-5-5, opus = ")
+        self.assertIn("\nRequests:    1, 0 running\n", said)
+        self.assertIn("\nCost:        $0.00 by list prices\n", said)
+        code, said, _ = run_command("status", "--json", CLAUDE_GATEWAY_PORT=str(self.service.port))
+        told = json.loads(said)
+        self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
+                         (0, 1, True, "api_key"))
+
+    def test_status_of_a_gateway_with_keys(self):
+        self.start(api_key=("the-client-key",))
+        port = str(self.service.port)
+        for key, words in (("", "set CLAUDE_GATEWAY_API_KEY"), ("the-client-key", "Requests:"),
+                           ("wrong", "The key in CLAUDE_GATEWAY_API_KEY is none of its keys.")):
+            with self.subTest(key=key):
+                code, said, _ = run_command("status", "--port", port, CLAUDE_GATEWAY_API_KEY=key)
+                self.assertEqual(code, 0)
+                self.assertIn("is running.", said)
+                self.assertIn(words, said)
+        self.assertIn("The key given with --api-key is none of",
+                      outcome_of(["status", "--port", port, "--api-key", "wrong"], {}, "").out)
+        told = json.loads(run_command("status", "--json", "--port", port)[1])
+        self.assertEqual((told["running"], told["key_needed"], told["credential"]), (True, True, None))
+
+    def test_commands_that_call_nobody_are_not_stopped_by_the_way_out(self):
+        bad = {"HTTPS_PROXY": "socks5://h:1", "ANTHROPIC_BASE_URL": "x", "CLAUDE_GATEWAY_LOG_FORMAT": "xml",
+               "HOME": "/nowhere"}
+        for arguments in (["setup", "codex"], ["translate"], ["logout"], ["completion", "bash"]):
+            with self.subTest(arguments):
+                done = outcome_of(arguments, bad, "")
+                self.assertNotIn("socks", done.err.lower() + done.out.lower().replace("bash", ""))
+                self.assertNotIn("expected", done.err)
+
+    def test_what_is_missing_depends_on_what_auth_allows(self):
+        key = {"ANTHROPIC_API_KEY": SECRET, "CLAUDE_CODE_OAUTH_TOKEN": ""}
+        for auth, variables, words, not_this in (
+                ("oauth", key, r"No login, .*\(there is ANTHROPIC_API_KEY\).*Run `claude-gateway login`", "Set ANTH"),
+                ("oauth", {}, "No login, and --auth oauth takes nothing else. Run", "there is"),
+                ("api-key", {"CLAUDE_CODE_OAUTH_TOKEN": "t"}, r"No API key, .*CLAUDE_CODE_OAUTH_TOKEN", "login`")):
+            for command in (["start"], ["status", "-p", free_port()]):
+                with self.subTest(auth=auth, command=command):
+                    done = outcome_of([*command, "--auth", auth], dict({"HOME": "/nowhere"}, **variables), "")
+                    self.assertEqual(done.code, 3)
+                    self.assertRegex(done.err + done.out, words)
+                    self.assertNotIn(not_this, done.err + done.out)
+
+    def test_a_token_that_is_over_is_renewed_at_the_next_request(self):
+        self.assertRegex(claude_gateway.expiry_words(1_700_000_000, True), "expired; it is renewed at the next request")
+        self.assertTrue(claude_gateway.expiry_words(1_700_000_000, False).endswith("(expired)"))
+        for seconds, words in ((30, "30 s"), (28_799, "7 h 59 min"), (7_200, "2 h"), (200_000, "2 d 7 h"),
+                               (90, "1 min")):
+            self.assertEqual(claude_gateway.duration_words(seconds), words)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "tokens.json")
+            with open(path, "wb") as file:
+                file.write(b"{ torn")
+            done = outcome_of(["status", "-p", free_port(), "--token-file", path], {}, "")
+        self.assertRegex(done.err, "login` replaces it.*logout` removes it")
+
+    def test_translate_prints_valid_json_in_any_locale(self):
+        chat = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "\U0001f98a\u00fc"}]}).encode()
+        for encoding, shown in (("ascii", False), ("utf-8", True)):
+            with self.subTest(encoding), tempfile.NamedTemporaryFile() as file:
+                file.write(chat)
+                file.flush()
+                raw = io.BytesIO()
+                with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding)) as out, \
+                        contextlib.redirect_stderr(io.StringIO()):
+                    self.assertEqual(claude_gateway.main(["translate", file.name]), 0)
+                    out.flush()
+                told = raw.getvalue().decode(encoding)
+                self.assertEqual(json.loads(told)["messages"][0]["content"][0]["text"], "\U0001f98a\u00fc")
+                self.assertEqual("\U0001f98a" in told, shown)
+
+    def test_a_hint_keeps_the_users_own_port(self):
+        port = free_port()
+        done = outcome_of(["status", "-p", port, "--auth", "api-key"], {"ANTHROPIC_API_KEY": "k"}, "")
+        self.assertIn("Start one: claude-gateway start --port %s --auth api-key\n" % port, done.out)
+
+    def test_translate_shows_the_request_and_sends_nothing(self):
+        chat = {"model": "gpt-4o", "seed": 1, "messages": [{"role": "user", "content": "Hi"}]}
+        code, said, changes = run_command("translate", given=json.dumps(chat).encode())
+        self.assertEqual((code, json.loads(said)["model"]), (0, "claude-sonnet-5-5"))
+        self.assertIn("dropped seed", changes)
+        code, said, _ = run_command("translate", given=b'{"model": "opus", "input": "Hi"}')
+        self.assertEqual(json.loads(said)["messages"][0]["content"][0]["text"], "Hi")
+        self.assertEqual(run_command("translate", given=b"{")[0], 1)
+        self.assertEqual(run_command("translate", "/no/such/file")[0], 2)
+
+    @POSIX_ONLY
+    def test_translate_of_nothing_is_wrong_usage(self):
+        with tempfile.NamedTemporaryFile() as empty:
+            for redirection, words in (("<&-", "Standard input is closed"), ("</dev/null", "Standard input is empty"),
+                                       (empty.name, "%s is empty" % empty.name)):
+                with self.subTest(redirection=redirection):
+                    ended = subprocess.run(["sh", "-c", '"$0" "$1" translate ' + redirection, sys.executable, PROGRAM],
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+                    self.assertEqual((ended.returncode, ended.stdout), (2, b""))
+                    self.assertIn("claude-gateway: %s; translate wants a request" % words, ended.stderr.decode())
+                    self.assertEqual(ended.stderr.decode().count("\n"), 1)
+
+    def test_translate_reads_a_saved_answer_backwards(self):
+        whole = message(text("Hi"))
+        for saved in (json.dumps(whole).encode(), json.dumps(whole, indent=2).encode(), sse(events_of(whole))):
+            code, said, _ = run_command("translate", given=saved)
+            self.assertEqual((code, json.loads(said)["choices"][0]["message"]["content"]), (0, "Hi"))
+
     def test_unknown_words_are_answered_with_the_nearest_if_one_is_near(self):
         for arguments, nearest, usage in (
                 (["stat"], "start", ""), (["start", "--prot", "1"], "--port", "start "), (["docter"], "doctor", ""),
@@ -11741,31 +11659,11 @@ class DailyCommandTests(GatewayTestCase):
             self.addCleanup(os.environ.pop, "FORCE_COLOR", None)
             self.assertIs(claude_gateway.wants_colour(io.StringIO()), wanted)
 
-    def test_doctor_notices_a_gateway_upstream(self):
-        config = Config(base_url="http://127.0.0.1:%d" % self.service.port)
-        upstream = claude_gateway.Upstream(config, "")
-        self.addCleanup(upstream.close)
-        found = {finding.name: finding for finding in claude_gateway.network_findings(config, upstream)}
-        self.assertEqual((found["Upstream"].level, found["Clock"].level), ("warning", "ok"))
-        self.assertIn("is a claude-gateway itself", found["Upstream"].detail)
-
     def test_a_dash_means_standard_input(self):
         stdin = SimpleNamespace(buffer=io.BytesIO(b'{"model": "opus", "input": "Hi"}'), isatty=lambda: False)
         self.addCleanup(setattr, sys, "stdin", sys.stdin)
         sys.stdin = stdin
         self.assertIn(b"opus", claude_gateway.given_to_translate("-"))
-
-    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
-        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
-                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
-            with self.subTest(given=given):
-                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
-        code, said, _ = run_command("setup")
-        self.assertEqual(code, 0)
-        for name, tool in claude_gateway.TOOL_SETTINGS.items():
-            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
-        for name in claude_gateway.SERVICE_FILES:
-            self.assertRegex(said, r"(?m)^%s " % name)
 
     def test_commands_are_named_as_they_can_be_typed(self):
         kept = sys.argv
@@ -11779,6 +11677,7 @@ class DailyCommandTests(GatewayTestCase):
                 sys.argv = [script]
                 self.assertEqual(claude_gateway.as_typed("`claude-gateway start`, the claude-gateway"),
                                  "`%s`, the claude-gateway" % typed)
+
     def test_a_port_in_use_says_by_whom_and_what_to_do(self):
         code, _, said = run_process("start", "--port", str(self.service.port), ANTHROPIC_API_KEY="k")
         self.assertEqual(code, 4)
@@ -11786,7 +11685,188 @@ class DailyCommandTests(GatewayTestCase):
             os.path.basename(sys.executable), PROGRAM, self.service.port % 65_535 + 1), said)
 
 
-# ==== As a library ====================================================================================
+def forms_of(secret: str) -> set:
+    """How a secret can lie in a text: as it is, in an address, and inside base64 at any of three offsets."""
+    forms = {secret, urllib.parse.quote(secret, safe="")}
+    for offset in range(3):
+        inside = base64.b64encode(b"\0" * offset + secret.encode()).decode()[4 if offset else 0:]
+        forms.add(inside[:len(inside) // 4 * 4 - 4])
+    return forms
+
+
+@POSIX_ONLY
+class SecrecyTests(CommandTestCase):
+    def assert_hidden(self, text, secrets, where):
+        for secret in secrets:
+            for form in forms_of(secret):
+                self.assertNotIn(form, text, "%s shows %s" % (where, secret))
+
+    def test_a_secret_is_masked_before_anything_is_cut_and_in_every_spelling(self):
+        redaction = claude_gateway.Redaction()
+        redaction.known = lambda: ["long" * 200, 'quo"te\\d', "schl\u00fcssel"]
+        for as_json in (False, True):
+            formatter = claude_gateway.LogFormatter(redaction, as_json)
+            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", ("shown",), None)
+            record.payload = {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500}
+            told = formatter.format(record)
+            for part in ("longlong", "quo", "schl"):
+                self.assertNotIn(part, told)
+            self.assertIn("A" * 60 + "...", told)
+        record = claude_gateway.LOG.makeRecord("x", 20, "x", 1, "a line", (), None)
+        record.fields = {"error": 'it said quo"te\\d', "status": 500}
+        self.assertEqual(json.loads(formatter.format(record))["error"], "it said ***")
+
+    def test_no_secret_is_in_any_log_or_answer(self):
+        planted = ["sk-ant-oat01-planted-old", "sk-ant-ort01-planted-old", "sk-ant-oat01-planted-new",
+                   "sk-ant-ort01-planted-new", "planted-client-key-1", "planted-client-key-2", "planted-proxy-word"]
+        variants = [(), ("-m",), ("-q",), ("-V",), ("-V", "--log-format", "json")]
+
+        def renew_once(recorded):
+            if recorded.body["refresh_token"] == planted[1]:
+                return token_answer(access_token=planted[2], refresh_token=planted[3])
+            return FakeReply(400, body={"error": "invalid_grant"})
+        self.claude.token_replies += [renew_once] * 50
+        children = []
+        for number, variant in enumerate(variants):
+            path = os.path.join(self.home, "tokens-%d.json" % number)
+            claude_gateway.TokenFile(path).write(stored_token(-10, access_token=planted[0], refresh_token=planted[1]))
+            children.append(self.child(
+                "start", "-p", "0", "--host", "127.0.0.1", "--token-file", path, *variant,
+                CLAUDE_GATEWAY_API_KEY=",".join(planted[4:6]), ANTHROPIC_BASE_URL=self.claude.url,
+                CLAUDE_GATEWAY_TOKEN_URL=self.token_url,
+                HTTPS_PROXY="http://planted-user:planted-proxy-word@127.0.0.1:9"))
+        for variant, child in zip(variants, children):
+            with self.subTest(variant):
+                self.service = SimpleNamespace(port=child.port)
+                answers = []
+                right, wrong = {"authorization": "Bearer " + planted[4]}, {"x-api-key": planted[4] + "x"}
+                answers += [self.chat(headers=right), self.chat(headers=right, stream=True, seed=1),
+                            self.chat(headers=wrong), self.ask("GET", "/v1/models", headers=right),
+                            self.ask("GET", "/health"), self.ask("GET", "/"),
+                            self.ask("GET", "/nothing", headers=right),
+                            self.chat(headers={"api-key": planted[5]}, model=planted[5])]
+                self.claude.play(FakeReply(401, body=error_body("authentication_error", "OAuth token has expired.")),
+                                 FakeReply(400, body=error_body("invalid_request_error", "No.")))
+                answers += [self.chat(headers=right), self.chat(headers=right)]     # 401: a renewal that is refused
+                self.assertEqual({answer.status for answer in answers} & {200, 401, 404, 400}, {200, 401, 404, 400})
+                child.process.send_signal(signal.SIGTERM)
+                heard = "".join("%s %s" % (answer.headers, answer.raw.decode()) for answer in answers
+                                if planted[5].encode() not in answer.raw)       # a model name is handed back
+                self.assert_hidden(heard, planted, "an answer")
+        for variant, child in zip(variants, children):
+            with self.subTest(variant):
+                self.assertEqual(child.end(), 0)
+                self.assert_hidden(child.out, planted, "standard output")
+                self.assert_hidden(child.err, planted, "the log")
+                self.assertNotIn("CLAUDE_GATEWAY_API_KEY", child.err)           # it is where it should be
+
+    def test_a_client_key_in_a_prompt_is_masked_in_the_log(self):
+        child = self.serve("-V", CLAUDE_GATEWAY_API_KEY="planted-client-key")
+        self.chat("My keys are planted-client-key and sk-ant-api03-planted-elsewhere.",
+                  headers={"authorization": "Bearer planted-client-key"})
+        child.end(signal.SIGTERM)
+        self.assertIn("My keys are", child.err)
+        self.assert_hidden(child.err, ["planted-client-key", "sk-ant-api03-planted-elsewhere"], "the log")
+
+    def test_a_proxy_that_refuses_learns_its_word_and_nobody_else(self):
+        heads = []
+        with socket.socket() as proxy:
+            proxy.bind(("127.0.0.1", 0))
+            proxy.listen(5)
+
+            def refuse():
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection = proxy.accept()[0]
+                        heads.append("")
+                        while not heads[-1].endswith("\r\n\r\n"):
+                            heads[-1] += connection.recv(65_536).decode("latin-1")
+                        connection.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+                        connection.close()
+            threading.Thread(target=refuse, daemon=True).start()
+            child = self.serve("-V", ANTHROPIC_BASE_URL="https://upstream.invalid",
+                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.getsockname()[1])
+            answer = self.chat(headers={"x-stainless-retry-count": "1"})
+            child.end(signal.SIGTERM)
+            proxy.shutdown(socket.SHUT_RDWR)
+        self.assertEqual(answer.status, 502)
+        self.assertIn(base64.b64encode(b"planted-user:planted-word").decode(), heads[0])
+        self.assertNotIn(SECRET, "".join(heads))
+        self.assert_hidden(answer.raw.decode() + child.out + child.err, ["planted-word", "planted-user:planted-word",
+                                                                         SECRET], "the gateway")
+
+    def test_status_and_models_show_no_secret(self):
+        cases = [{name: "planted-%s-secret" % name.lower()} for name in
+                 ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")]
+        self.sign_in(access_token="planted-access", refresh_token="planted-refresh")
+        secrets = [value for case in cases for value in case.values()] + ["planted-access", "planted-refresh"]
+        for child in self.commands(*[(arguments, dict(case, ANTHROPIC_BASE_URL="http://127.0.0.1:9"))
+                                     for arguments in (["status"], ["status", "--json"], ["models"])
+                                     for case in cases + [{}]]):
+            self.assertEqual(child.code, 0)
+            self.assert_hidden(child.out + child.err, secrets, "a command")
+
+    def test_a_key_that_no_header_can_carry_is_not_shown(self):
+        keys = ("planted-secret\nkey", "planted-secret-\u043a\u043b\u044e\u0447")
+        for child in self.commands(*[(["models"], {"ANTHROPIC_API_KEY": key, "ANTHROPIC_BASE_URL": self.claude.url})
+                                     for key in keys]):
+            self.assertNotIn("planted-secret", child.out + child.err)
+
+
+IMPORT_PROBE = """
+import os, signal, sys, threading
+seen = []
+def watch(event, arguments):
+    if event.startswith(("socket.__new__", "socket.bind", "socket.connect", "socket.getaddrinfo", "subprocess.",
+                         "os.mkdir", "os.remove", "os.rename", "os.system", "os.putenv")):
+        seen.append(event)
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        seen.append("open %s" % arguments[0])
+sys.addaudithook(watch)
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+sys.path.insert(0, sys.argv[1])
+import claude_gateway
+import logging
+assert not seen, seen
+assert threading.active_count() == 1
+assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+assert not logging.getLogger().handlers and os.listdir(".") == []
+"""
+
+
+class ImportTests(CommandTestCase):
+    def test_an_import_does_nothing(self):
+        done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT_PROBE, HERE], cwd=self.working_directory,
+                              env=self.environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20,
+                              check=False)
+        self.assertEqual((done.stdout, done.stderr, done.returncode), (b"", b"", 0))
+
+    @POSIX_ONLY
+    def test_a_python_that_is_too_old_shows_the_remedy(self):
+        found, versions = 0, os.path.expanduser("~/.pyenv/versions")
+        installed = sorted(os.listdir(versions)) if os.path.isdir(versions) else []
+        for version in ("3.6", "3.7"):
+            places = [shutil.which("python" + version)] + [os.path.join(versions, name, "bin", "python")
+                                                           for name in installed if name.startswith(version + ".")]
+            for place in places:
+                if not place or subprocess.run([place, "-c", ""], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                               check=False).returncode:
+                    continue
+                found += 1
+                with self.subTest(place):
+                    done = subprocess.run([place, PROGRAM, "--version"], env=self.environment({}), timeout=20,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+                                          cwd=self.working_directory)
+                    self.assertNotEqual(done.returncode, 0)
+                    self.assertRegex(done.stderr.decode(), r"3\.8")
+                    self.assertRegex(done.stderr.decode(), r"python3\.\d+")
+        if not found:
+            self.skipTest("no such interpreter here")
+
+
+# ==== All together ==================================================================================
+
+# ---- Library -----------------------------------------------------------------------------------------
 
 class LibraryTests(GatewayTestCase):
     def test_requests_and_replies_translate_without_a_server(self):
@@ -11815,23 +11895,8 @@ class LibraryTests(GatewayTestCase):
         closing.join(10)
         self.assertFalse(closing.is_alive())
 
-    def test_the_debug_log_shows_both_sides_of_a_stream_too(self):
-        log = claude_gateway.LOG
-        self.addCleanup(log.setLevel, log.level)
-        with self.assertLogs(log, "DEBUG") as caught:
-            self.claude.play(message(text("Wie immer")))
-            self.chat("Guten Tag", stream=True)
-            self.ask("GET", "/health")
-            self.ask("GET", "/", headers={"accept": "text/html"})
-            self.service.gateway.running.wait_until_idle(5)
-        told = {entry.msg.split(":")[0]: entry.payload for entry in caught.records if hasattr(entry, "payload")}
-        self.assertIn("Guten Tag", json.dumps(told["from the client"]))
-        self.assertIn("Guten Tag", json.dumps(told["to Claude"]))
-        self.assertIn("Wie immer", json.dumps(told["from Claude"]))
-        self.assertEqual(told["to the client"]["status"], "ok")     # of the page there is nothing to show
 
-
-# ==== Real tools ======================================================================================
+# ---- Real SDK ----------------------------------------------------------------------------------------
 
 try:
     import openai
@@ -11898,7 +11963,7 @@ class OpenAiSdkTests(GatewayTestCase):
         for status, kind, exception in cases:
             for stream in (False, True):
                 with self.subTest(status=status, stream=stream):
-                    reply = Reply(status, body=error_body(kind, "no"), headers={"retry-after": "60"})
+                    reply = FakeReply(status, body=error_body(kind, "no"), headers={"retry-after": "60"})
                     self.claude.play(reply)
                     with self.assertRaises(exception) as caught:
                         self.client.chat.completions.create(**self.asked, stream=stream)
@@ -11907,7 +11972,7 @@ class OpenAiSdkTests(GatewayTestCase):
     def test_an_error_amid_a_stream_is_raised_and_not_taken_for_an_end(self):
         events = events_of(message(text("Hello there")))[:4]
         error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
-        self.claude.play(Reply(pieces=[sse(events + [error])]))
+        self.claude.play(FakeReply(pieces=[sse(events + [error])]))
         with self.assertRaises(openai.APIError) as caught:
             for _ in self.client.chat.completions.create(**self.asked, stream=True):
                 pass
@@ -11917,7 +11982,7 @@ class OpenAiSdkTests(GatewayTestCase):
     def test_a_refusal_that_no_retry_mends_costs_one_call(self):
         client = self.client.with_options(max_retries=2)
         body = error_body("invalid_request_error", "Your credit balance is too low to access the Anthropic API.")
-        self.claude.play(*[Reply(400, body=body)] * 3)
+        self.claude.play(*[FakeReply(400, body=body)] * 3)
         with self.assertRaises(openai.RateLimitError) as caught:
             client.chat.completions.create(**self.asked)
         self.assertEqual(caught.exception.code, "insufficient_quota")
@@ -11925,7 +11990,7 @@ class OpenAiSdkTests(GatewayTestCase):
 
     def test_leaving_a_stream_stops_the_call_upstream(self):
         never = threading.Event()
-        self.claude.play(Reply(pieces=[sse(events_of(message(text("Hello there")))[:4]), never]))
+        self.claude.play(FakeReply(pieces=[sse(events_of(message(text("Hello there")))[:4]), never]))
         stream = self.client.chat.completions.create(**self.asked, stream=True)
         next(iter(stream))
         stream.close()
@@ -12000,8 +12065,7 @@ class OpenAiSdkTests(GatewayTestCase):
             self.client.models.retrieve("claude-2")
 
 
-# ==== Recorded traffic ================================================================================
-
+# ---- Recorded traffic --------------------------------------------------------------------------------
 
 def recorded_lines(name):
     with open(os.path.join(RECORDED, name), encoding="utf-8") as file:
@@ -12028,142 +12092,6 @@ def recorded_answers():
 def is_whole(body):
     """Whether a recorded stream has its end; hand-made fixtures of broken ones are there too."""
     return body.lstrip()[:1] == b"{" or b"message_stop" in body
-
-
-@unittest.skipUnless(os.path.isdir(RECORDED), "no recorded traffic beside the project")
-class RecordedAnswerTests(GatewayTestCase):
-    def test_a_stream_adds_up_to_the_full_reply_for_every_answer(self):
-        count = 0
-        for case, kind, body in recorded_answers():
-            with self.subTest(case=case):
-                reply = Reply(headers={"content-type": kind}, body=body)
-                self.claude.play(reply, reply)
-                plain = self.chat()
-                stream = self.chat(stream=True, stream_options={"include_usage": True})
-                if not is_whole(body):
-                    self.assertEqual((plain.status, "error" in json.loads(stream.events[-1])), (502, True))
-                    continue
-                self.assertEqual(plain.status, 200, plain.raw)
-                self.assertEqual(stream.events[-1], "[DONE]")
-                self.assertEqual(completion_from_chunks(stream.chunks), completion_parts(plain.json))
-                for call in plain.message.get("tool_calls", ()):
-                    if plain.json["choices"][0]["finish_reason"] != "length":
-                        self.assertIsInstance(json.loads(call["function"]["arguments"]), dict)
-                count += 1
-        self.assertGreater(count, 450)
-
-    def test_no_thinking_and_no_server_tool_shows_in_what_clients_act_on(self):
-        for case, kind, body in recorded_answers():
-            if not is_whole(body):
-                continue
-            with self.subTest(case=case):
-                self.claude.play(Reply(headers={"content-type": kind}, body=body))
-                answer = self.chat()
-                for call in answer.message.get("tool_calls", ()):
-                    self.assertFalse(call["id"].startswith("srvtoolu_"))
-                self.assertNotIn("reasoning_content", [name for name, value in answer.message.items() if not value])
-
-    def test_any_cut_of_a_recorded_stream_gives_the_same_chunks(self):
-        plan = claude_gateway.ReplyPlan(claude_gateway.ToolNames())
-        for case, kind, body in recorded_answers():
-            if not (kind or "").startswith("text/event-stream") or not is_whole(body):
-                continue
-            with self.subTest(case=case):
-                wholes = []
-                for size in (1, 7, 1000, len(body)):
-                    decoder, assembler = claude_gateway.EventDecoder(), claude_gateway.MessageAssembler()
-                    stream = claude_gateway.ChatStream({"id": "chatcmpl-1", "created": 1}, plan, assembler, True)
-                    events = [event for at in range(0, len(body), size) for event in decoder.feed(body[at:at + size])]
-                    chunks = []
-                    for event in events + decoder.close():
-                        assembler.feed(event)
-                        chunks += stream.feed(event)
-                    wholes.append(chunks + stream.finish())
-                self.assertTrue(all(whole == wholes[0] for whole in wholes[1:]))
-
-    def test_every_recorded_refusal_reaches_the_client_as_an_error_of_its_kind(self):
-        cases = recorded_lines("anthropic.jsonl") + recorded_lines("reported_errors.jsonl")
-        for case in cases:
-            answer = case["response"]
-            if answer["status"] == 200:
-                continue
-            with self.subTest(case=case["id"]):
-                reply = Reply(answer["status"], headers=dict(answer["headers"], **{"retry-after": "60"}),
-                              body=answer["body"].encode("utf-8"))
-                self.claude.play(reply)
-                result = self.chat()
-                self.assertGreaterEqual(result.status, 400)
-                self.assertLess(result.status, 504)
-                words = (json.loads(answer["body"]).get("error") or {}).get("message", "")
-                self.assertIn(words, result.error["message"])
-                self.assertTrue(result.error["type"])
-
-    def test_every_reported_error_amid_a_stream_is_told_as_one(self):
-        for case in recorded_lines("reported_errors.jsonl"):
-            if case["response"]["status"] != 200:
-                continue
-            for stream in (False, True):
-                with self.subTest(case=case["id"], stream=stream):
-                    start = sse(events_of(message(text("Hello there")))[:4])
-                    self.claude.play(Reply(pieces=[start, case["response"]["body"].encode("utf-8")]))
-                    answer = self.chat(stream=stream)
-                    error = json.loads(answer.events[-1])["error"] if stream else answer.error
-                    self.assertIn(error["message"], case["response"]["body"])
-
-    @unittest.skipUnless(openai, SDK_MISSING)
-    def test_the_real_sdk_takes_every_answer_and_its_stream(self):
-        client = openai.OpenAI(base_url=self.service.url, api_key="x", max_retries=0)
-        self.addCleanup(client.close)
-        asked = {"model": "claude-opus-5-5", "messages": [{"role": "user", "content": "Hello"}]}
-        for case, kind, body in recorded_answers():
-            if not is_whole(body):
-                continue
-            with self.subTest(case=case):
-                reply = Reply(headers={"content-type": kind}, body=body)
-                self.claude.play(reply, reply)
-                plain = client.chat.completions.create(**asked)
-                with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
-                    with contextlib.suppress(openai.LengthFinishReasonError, openai.ContentFilterFinishReasonError):
-                        stream.until_done()         # raises these two by design, after it has read all
-                    final = stream.current_completion_snapshot
-                one, other = plain.choices[0], final.choices[0]
-                self.assertEqual(one.finish_reason, other.finish_reason)
-                self.assertEqual(one.message.content or "", other.message.content or "")
-                self.assertEqual([call.function.arguments for call in one.message.tool_calls or ()],
-                                 [call.function.arguments for call in other.message.tool_calls or ()])
-                self.assertEqual(plain.usage, final.usage)
-
-
-    def test_the_events_of_a_response_add_up_to_the_plain_one_for_every_answer(self):
-        asked = {"model": "claude-opus-5-5", "input": "Hello", "include": ["reasoning.encrypted_content"]}
-        for case, kind, body in recorded_answers():
-            if not is_whole(body):
-                continue
-            with self.subTest(case=case):
-                reply = Reply(headers={"content-type": kind}, body=body)
-                self.claude.play(reply, reply)
-                plain = self.ask("POST", "/v1/responses", asked)
-                events = self.ask("POST", "/v1/responses", dict(asked, stream=True)).chunks
-                self.assertEqual(plain.status, 200, plain.raw)
-                self.assertEqual([event["sequence_number"] for event in events], list(range(len(events))))
-                self.assertEqual(without_ids(events[-1]["response"]), without_ids(plain.json))
-                self.assertEqual(output_from_events(events), events[-1]["response"]["output"])
-
-    @unittest.skipUnless(openai, SDK_MISSING)
-    def test_the_real_sdk_takes_every_response_and_its_stream(self):
-        client = openai.OpenAI(base_url=self.service.url, api_key="x", max_retries=0)
-        self.addCleanup(client.close)
-        for case, kind, body in recorded_answers():
-            if not is_whole(body):
-                continue
-            with self.subTest(case=case):
-                reply = Reply(headers={"content-type": kind}, body=body)
-                self.claude.play(reply, reply)
-                plain = client.responses.create(model="opus", input="Hello")
-                with client.responses.stream(model="opus", input="Hello") as stream:
-                    events = list(stream)
-                self.assertEqual(events[-1].response.output_text, plain.output_text)
-                self.assertEqual(plain.usage, events[-1].response.usage)
 
 
 def without_ids(value):
@@ -12194,6 +12122,141 @@ def output_from_events(events):
             assert shown == texts[at], (shown, texts[at])
             items[at] = item
     return [items[at] for at in sorted(items)]
+
+
+@unittest.skipUnless(os.path.isdir(RECORDED), "no recorded traffic beside the project")
+class RecordedAnswerTests(GatewayTestCase):
+    def test_a_stream_adds_up_to_the_full_reply_for_every_answer(self):
+        count = 0
+        for case, kind, body in recorded_answers():
+            with self.subTest(case=case):
+                reply = FakeReply(headers={"content-type": kind}, body=body)
+                self.claude.play(reply, reply)
+                plain = self.chat()
+                stream = self.chat(stream=True, stream_options={"include_usage": True})
+                if not is_whole(body):
+                    self.assertEqual((plain.status, "error" in json.loads(stream.events[-1])), (502, True))
+                    continue
+                self.assertEqual(plain.status, 200, plain.raw)
+                self.assertEqual(stream.events[-1], "[DONE]")
+                self.assertEqual(completion_from_chunks(stream.chunks), completion_parts(plain.json))
+                for call in plain.message.get("tool_calls", ()):
+                    if plain.json["choices"][0]["finish_reason"] != "length":
+                        self.assertIsInstance(json.loads(call["function"]["arguments"]), dict)
+                count += 1
+        self.assertGreater(count, 450)
+
+    def test_no_thinking_and_no_server_tool_shows_in_what_clients_act_on(self):
+        for case, kind, body in recorded_answers():
+            if not is_whole(body):
+                continue
+            with self.subTest(case=case):
+                self.claude.play(FakeReply(headers={"content-type": kind}, body=body))
+                answer = self.chat()
+                for call in answer.message.get("tool_calls", ()):
+                    self.assertFalse(call["id"].startswith("srvtoolu_"))
+                self.assertNotIn("reasoning_content", [name for name, value in answer.message.items() if not value])
+
+    def test_any_cut_of_a_recorded_stream_gives_the_same_chunks(self):
+        plan = claude_gateway.ReplyPlan(claude_gateway.ToolNames())
+        for case, kind, body in recorded_answers():
+            if not (kind or "").startswith("text/event-stream") or not is_whole(body):
+                continue
+            with self.subTest(case=case):
+                wholes = []
+                for size in (1, 7, 1000, len(body)):
+                    decoder, assembler = claude_gateway.EventDecoder(), claude_gateway.MessageAssembler()
+                    stream = claude_gateway.ChatStream({"id": "chatcmpl-1", "created": 1}, plan, assembler, True)
+                    events = [event for at in range(0, len(body), size) for event in decoder.feed(body[at:at + size])]
+                    chunks = []
+                    for event in events + decoder.close():
+                        assembler.feed(event)
+                        chunks += stream.feed(event)
+                    wholes.append(chunks + stream.finish())
+                self.assertTrue(all(whole == wholes[0] for whole in wholes[1:]))
+
+    def test_every_recorded_refusal_reaches_the_client_as_an_error_of_its_kind(self):
+        cases = recorded_lines("anthropic.jsonl") + recorded_lines("reported_errors.jsonl")
+        for case in cases:
+            answer = case["response"]
+            if answer["status"] == 200:
+                continue
+            with self.subTest(case=case["id"]):
+                reply = FakeReply(answer["status"], headers=dict(answer["headers"], **{"retry-after": "60"}),
+                                  body=answer["body"].encode("utf-8"))
+                self.claude.play(reply)
+                result = self.chat()
+                self.assertGreaterEqual(result.status, 400)
+                self.assertLess(result.status, 504)
+                words = (json.loads(answer["body"]).get("error") or {}).get("message", "")
+                self.assertIn(words, result.error["message"])
+                self.assertTrue(result.error["type"])
+
+    def test_every_reported_error_amid_a_stream_is_told_as_one(self):
+        for case in recorded_lines("reported_errors.jsonl"):
+            if case["response"]["status"] != 200:
+                continue
+            for stream in (False, True):
+                with self.subTest(case=case["id"], stream=stream):
+                    start = sse(events_of(message(text("Hello there")))[:4])
+                    self.claude.play(FakeReply(pieces=[start, case["response"]["body"].encode("utf-8")]))
+                    answer = self.chat(stream=stream)
+                    error = json.loads(answer.events[-1])["error"] if stream else answer.error
+                    self.assertIn(error["message"], case["response"]["body"])
+
+    @unittest.skipUnless(openai, SDK_MISSING)
+    def test_the_real_sdk_takes_every_answer_and_its_stream(self):
+        client = openai.OpenAI(base_url=self.service.url, api_key="x", max_retries=0)
+        self.addCleanup(client.close)
+        asked = {"model": "claude-opus-5-5", "messages": [{"role": "user", "content": "Hello"}]}
+        for case, kind, body in recorded_answers():
+            if not is_whole(body):
+                continue
+            with self.subTest(case=case):
+                reply = FakeReply(headers={"content-type": kind}, body=body)
+                self.claude.play(reply, reply)
+                plain = client.chat.completions.create(**asked)
+                with client.chat.completions.stream(**asked, stream_options={"include_usage": True}) as stream:
+                    with contextlib.suppress(openai.LengthFinishReasonError, openai.ContentFilterFinishReasonError):
+                        stream.until_done()         # raises these two by design, after it has read all
+                    final = stream.current_completion_snapshot
+                one, other = plain.choices[0], final.choices[0]
+                self.assertEqual(one.finish_reason, other.finish_reason)
+                self.assertEqual(one.message.content or "", other.message.content or "")
+                self.assertEqual([call.function.arguments for call in one.message.tool_calls or ()],
+                                 [call.function.arguments for call in other.message.tool_calls or ()])
+                self.assertEqual(plain.usage, final.usage)
+
+    def test_the_events_of_a_response_add_up_to_the_plain_one_for_every_answer(self):
+        asked = {"model": "claude-opus-5-5", "input": "Hello", "include": ["reasoning.encrypted_content"]}
+        for case, kind, body in recorded_answers():
+            if not is_whole(body):
+                continue
+            with self.subTest(case=case):
+                reply = FakeReply(headers={"content-type": kind}, body=body)
+                self.claude.play(reply, reply)
+                plain = self.ask("POST", "/v1/responses", asked)
+                events = self.ask("POST", "/v1/responses", dict(asked, stream=True)).chunks
+                self.assertEqual(plain.status, 200, plain.raw)
+                self.assertEqual([event["sequence_number"] for event in events], list(range(len(events))))
+                self.assertEqual(without_ids(events[-1]["response"]), without_ids(plain.json))
+                self.assertEqual(output_from_events(events), events[-1]["response"]["output"])
+
+    @unittest.skipUnless(openai, SDK_MISSING)
+    def test_the_real_sdk_takes_every_response_and_its_stream(self):
+        client = openai.OpenAI(base_url=self.service.url, api_key="x", max_retries=0)
+        self.addCleanup(client.close)
+        for case, kind, body in recorded_answers():
+            if not is_whole(body):
+                continue
+            with self.subTest(case=case):
+                reply = FakeReply(headers={"content-type": kind}, body=body)
+                self.claude.play(reply, reply)
+                plain = client.responses.create(model="opus", input="Hello")
+                with client.responses.stream(model="opus", input="Hello") as stream:
+                    events = list(stream)
+                self.assertEqual(events[-1].response.output_text, plain.output_text)
+                self.assertEqual(plain.usage, events[-1].response.usage)
 
 
 def without_earlier(body):
@@ -12251,7 +12314,7 @@ class RecordedRequestTests(GatewayTestCase):
                     self.assertEqual(violations(sent, headers), [])
 
 
-# ==== The README ======================================================================================
+# ---- README ------------------------------------------------------------------------------------------
 
 with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme_file:
     README = readme_file.read()
@@ -12388,6 +12451,8 @@ class ReadmeTests(unittest.TestCase):
         for word in ("/work", "../shared", "/root", "pypi.org", "npmjs", "session"):
             self.assertNotIn(word, README)
 
+
+# ---- The file ----------------------------------------------------------------------------------------
 
 class FileTests(unittest.TestCase):
     """Promises about the file itself."""

@@ -130,7 +130,7 @@ MUTANTS = (
            "JsonDoorTests"),
     Mutant("json: lone surrogates", r'if re.search(rb"\\u[dD][89a-fA-F]", body):', "if False:", "JsonDoorTests"),
     Mutant("json: numbers out of range", "if not abs(value) < 1e300:", "if False:",
-           "AcrossTheRoomsTests JsonDoorTests"),
+           "ParameterTests JsonDoorTests"),
     # ---- browsers
     Mutant("browser: Host", "if not (is_loopback_host(name) or is_address(name) or name in allowed):", "if False:",
            "AccessTests"),
@@ -151,11 +151,11 @@ MUTANTS = (
            "ClientKeyTests"),
     Mutant("key: refusals are slowed",
            "            time.sleep(self.gateway.failed_keys.penalty(self.client_address[0]))\n",
-           "", "ClientKeyTests AcrossTheRoomsTests"),
+           "", "ClientKeyTests"),
     Mutant("key: slowed for a bounded time", "return min(2.0, 0.05 *", "return max(0.0, 0.05 *",
-           "ClientKeyTests AcrossTheRoomsTests"),
+           "ClientKeyTests"),
     Mutant("key: slowed addresses are forgotten", "while len(self._failures) > 10_000:", "while False:",
-           "ClientKeyTests AcrossTheRoomsTests"),
+           "ClientKeyTests"),
     Mutant("key: a slowed refusal takes no place",
            "                self.gateway.running.leave()\n                self._entered",
            "                pass\n                self._entered", "ClientKeyTests"),
@@ -443,7 +443,7 @@ MUTANTS = (
     Mutant("upstream: 32 MB on the native door", "    data = within_upstream_limit(upstream_json(body))",
            "    data = upstream_json(body)", "BodyTests"),
     Mutant("shutdown: no request on an open connection", "if self.draining or self.count >= self._most:",
-           "if self.count >= self._most:", "OddCornerTests"),
+           "if self.count >= self._most:", "ConnectionTests"),
 )
 
 
