@@ -4697,10 +4697,6 @@ class Head(NamedTuple):
     version: str
     headers: Dict[str, str]
 
-    @property
-    def has_body(self) -> bool:
-        return "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
-
 
 class UpstreamHead(NamedTuple):
     """Status line and headers (names in lower case; of two with the same name the first counts) of an answer."""
@@ -5048,8 +5044,8 @@ class UpstreamConnection(Peer):
     def _open_tunnel(self, target: str, request: Any) -> None:
         """Asks the proxy for a way through.  Raises OSError where it refuses."""
         call = replace(request.call, patience=CONNECT_TIMEOUT)
-        headers = {name: value for name, value in request.headers.items() if name == "Proxy-authorization"}
-        self.ask("CONNECT", target, dict({"Host": target}, **headers), b"", call)
+        authorization = {name: value for name, value in request.headers.items() if name == "Proxy-authorization"}
+        self.ask("CONNECT", target, dict({"Host": target}, **authorization), b"", call)
         head = self.answer(call)
         if head.status != 200:
             raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
@@ -5090,26 +5086,20 @@ class UpstreamConnection(Peer):
             begun = begun or bool(received)
             if not b"HTTP/".startswith(received[:5]):
                 status_line(received.decode("latin-1"))
+            data, wait = None, None
             try:
-                data = self._receive(call)
+                data = self.read()
+                while data is None:
+                    wait = wait or call.wait_for(self.sock)
+                    call.client.wait(wait)
+                    data = self.read()
             except OSError:
                 if not begun:
                     raise
-                data = b""
             if not data:
                 raise UpstreamFault(BROKE_OFF) if begun else http.client.RemoteDisconnected(
                     "it ended the connection instead of an answer")
             received += data
-
-    def _receive(self, call: UpstreamCall) -> bytes:
-        """What comes next, waited for; b"" at the end of the connection."""
-        data, wait = self.read(), None
-        while data is None:
-            wait = wait or call.wait_for(self.sock)
-            call.client.wait(wait)
-            data = self.read()
-        return data
-
 
 def address_of(netloc: str, default_port: int) -> tuple[str, int]:
     """Host and port of the part of a URL that names them."""
@@ -5213,6 +5203,7 @@ class UpstreamReply:
         self._framing = head.framing()
         self._closed = False
         self.status, self.headers = head.status, head.headers
+        self.is_stream = self.headers.get("content-type", "").lower().startswith("text/event-stream")
         encoding = self.headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip"):    # the opener closes the connection
             raise UpstreamFault("The upstream answered in an encoding that nobody asked for: %s." % encoding)
@@ -5221,10 +5212,6 @@ class UpstreamReply:
     @property
     def complete(self) -> bool:
         return self._framing.done
-
-    @property
-    def is_stream(self) -> bool:
-        return self.headers.get("content-type", "").lower().startswith("text/event-stream")
 
     def pieces(self) -> Iterator[Any]:
         """The body as it arrives, a Wait where there is nothing yet.  Raises UpstreamFault when it breaks off."""
@@ -5621,7 +5608,8 @@ class EventLoop:
             ready, self._ready = self._ready, []
             for stream in ready:
                 self._with(stream, self._move)
-            for key, events in self._selector.select(0 if self._ready else self._seconds_to_check()):
+            seconds = 0.0 if self._ready else max(0.0, self._check_at - time.monotonic())
+            for key, events in self._selector.select(seconds):
                 if key.data is None:
                     self._bell.recv(4_096)
                 elif key.fileobj is key.data.sock:
@@ -5698,9 +5686,6 @@ class EventLoop:
             change(sock, events, stream)
             stream.registered[sock] = events        # one by one: what has failed here may not stay behind
         self._check_at = min(self._check_at, stream.due_at())
-
-    def _seconds_to_check(self) -> float:
-        return max(0.0, self._check_at - time.monotonic())
 
     def _check(self) -> None:
         """Looks after streams for which nothing has happened for too long."""
@@ -5884,8 +5869,8 @@ class Incoming:
     body: dict
     argument: str = ""                              # what stands behind /models/
     owner: str = ""                                 # digest of the client's key: memories are not shared
-    anthropic_key: str = ""                         # a caller's own key, for /models only
     call: UpstreamCall = dataclasses.field(default_factory=UpstreamCall)
+    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)   # closed when all is over
     record: Record = dataclasses.field(default_factory=Record)
     surrogates_replaced: bool = False
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)      # for the native pass-through
@@ -5905,7 +5890,6 @@ class Reply:
     failure: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
     keep_alive: bool = True                         # comments may go in between: Claude's own bytes stay as they are
     raw: Optional[bytes] = None                     # a body that is not JSON
-    close: Callable[[], None] = lambda: None        # to be called when the client has it all, or has gone
 
 
 class Gateway:
@@ -5967,6 +5951,7 @@ class Exchange:
         self._counted = False                       # the tokens of this answer
         self.assembler = MessageAssembler()
         self.translation: Translation
+        incoming.held.callback(self.close)
 
     def open(self) -> None:
         """Sends the request until Claude takes it; returns when the answer begins.  Raises GatewayError."""
@@ -5992,7 +5977,7 @@ class Exchange:
 
     def whole_message(self) -> dict:
         """Reads the answer to its end."""
-        for _ in self.call.client.waited(self.batches(lambda event: [])):
+        for _ in self.call.client.waited(self.batches()):
             pass
         return self.assembler.whole()
 
@@ -6006,7 +5991,7 @@ class Exchange:
         changes = self.translation.changes.header()
         return dict(headers, **{CHANGES_HEADER: changes}) if changes else headers
 
-    def batches(self, translate: Callable[[dict], List[dict]]) -> Iterator[Any]:
+    def batches(self, translate: Callable[[dict], List[dict]] | None = None) -> Iterator[Any]:
         """What `translate` makes of each event, in batches that arrived together; `assembler` sees them first.
 
         Among them a Wait where there is nothing yet, and NEEDS_THREAD before work that takes time.  An answer that
@@ -6114,7 +6099,7 @@ class Exchange:
             LOG.debug("from Claude: %s", message, extra={"payload": message})
             count_tokens(self._gateway, self._incoming.record, self._known.id, message["usage"])
 
-    def _batches_of_stream(self, translate: Callable[[dict], List[dict]]) -> Iterator[Any]:
+    def _batches_of_stream(self, translate: Callable[[dict], List[dict]] | None) -> Iterator[Any]:
         for events in self._event_batches():
             if not isinstance(events, list):        # something to wait for
                 yield events
@@ -6123,7 +6108,7 @@ class Exchange:
             try:
                 for event in events:
                     self.assembler.feed(event)
-                    translated += translate(event)
+                    translated += translate(event) if translate else ()
                     if self.assembler.done:
                         break
             except GatewayError:
@@ -6278,19 +6263,16 @@ def upstream_json(value: Any) -> bytes:
 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
-    body = incoming.body
-    include_usage = wants_usage(body)
+    include_usage = wants_usage(incoming.body)
     exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
-    with closed_on_failure(exchange):
-        exchange.open()
-        plan = exchange.translation.plan
-        envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
-        if wants_stream(body):
-            stream = ChatStream(envelope, plan, exchange.assembler, include_usage)
-            return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
-                         closing=b"data: [DONE]\n\n", close=exchange.close)
-        message = exchange.whole_message()
-        return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers(), close=exchange.close)
+    exchange.open()
+    plan = exchange.translation.plan
+    envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
+    if incoming.record.stream:
+        stream = ChatStream(envelope, plan, exchange.assembler, include_usage)
+        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
+                     closing=b"data: [DONE]\n\n")
+    return Reply(chat_completion_from_message(exchange.whole_message(), envelope, plan), exchange.headers())
 
 
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> Exchange:
@@ -6326,15 +6308,6 @@ def wants_usage(body: dict) -> bool:
     return optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
 
 
-@contextlib.contextmanager
-def closed_on_failure(exchange: Exchange) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        exchange.close()
-        raise
-
-
 def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
     """The steps of a stream, its last events included."""
     yield from exchange.batches(stream.feed)
@@ -6346,19 +6319,17 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     body = incoming.body
     earlier = earlier_items(gateway, incoming)
     exchange = exchange_for(gateway, incoming, earlier)
-    with closed_on_failure(exchange):
-        exchange.open()
-        envelope = response_envelope("resp_" + secrets.token_hex(16), int(time.time()), body)
-        include = body.get("include")
-        encrypted = isinstance(include, list) and ENCRYPTED_REASONING in include
-        stream = ResponseStream(envelope, exchange.translation.plan, exchange.assembler, encrypted)
-        steps = response_steps(gateway, incoming, exchange, stream, earlier)
-        if wants_stream(body):
-            return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail,
-                         close=exchange.close)
-        for _ in incoming.call.client.waited(steps):
-            pass
-        return Reply(stream.response, exchange.headers(), close=exchange.close)
+    exchange.open()
+    envelope = response_envelope("resp_" + secrets.token_hex(16), int(time.time()), body)
+    include = body.get("include")
+    encrypted = isinstance(include, list) and ENCRYPTED_REASONING in include
+    stream = ResponseStream(envelope, exchange.translation.plan, exchange.assembler, encrypted)
+    steps = response_steps(gateway, incoming, exchange, stream, earlier)
+    if incoming.record.stream:
+        return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
+    for _ in incoming.call.client.waited(steps):
+        pass
+    return Reply(stream.response, exchange.headers())
 
 
 def response_steps(gateway: Gateway, incoming: Incoming, exchange: Exchange, stream: ResponseStream,
@@ -6432,11 +6403,9 @@ def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
                       "stop_sequences", "metadata", "service_tier", "speed")
     reply = gateway.upstream.messages(within_upstream_limit(upstream_json(request)), incoming.call,
                                       path="/v1/messages/count_tokens")
-    try:
-        return Reply({"object": "response.input_tokens",
-                      "input_tokens": json_object_from(reply.read()).get("input_tokens")})
-    finally:
-        reply.close()
+    incoming.held.callback(reply.close)
+    return Reply({"object": "response.input_tokens",
+                  "input_tokens": json_object_from(reply.read()).get("input_tokens")})
 
 
 def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6454,9 +6423,10 @@ def one_model(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
     """The models that a caller may use: its own list where it brought an Anthropic key for this one call."""
-    if incoming.anthropic_key:
+    key = incoming.headers.get("x-api-key", "")
+    if re.match(r"sk-ant-[\x21-\x7e]+\Z", key):
         try:
-            return catalog_from_entries(gateway.upstream.models(incoming.anthropic_key) or [], gateway.config.alias)
+            return catalog_from_entries(gateway.upstream.models(key) or [], gateway.config.alias)
         except GatewayError as fault:
             LOG.info("no model list for the caller's key (%s): using the gateway's", fault)
     return gateway.models.catalog()
@@ -6485,14 +6455,11 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     exchanges = [exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
                  for prompt in prompts]
     text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(text.close)
-        exchanges[0].open()
-        headers = exchanges[0].headers()
-        reply = Reply(headers=headers, steps=text.steps(include_usage), closing=b"data: [DONE]\n\n",
-                      close=text.close) if wants_stream(body) else Reply(text.whole(), headers, close=text.close)
-        on_failure.pop_all()
-    return reply
+    exchanges[0].open()
+    headers = exchanges[0].headers()
+    if wants_stream(body):
+        return Reply(headers=headers, steps=text.steps(include_usage), closing=b"data: [DONE]\n\n")
+    return Reply(text.whole(), headers)
 
 
 def prompts_of(body: dict) -> list[str]:
@@ -6556,10 +6523,6 @@ class TextCompletion:
                 choices[choice["index"]]["text"] += choice["text"]
                 choices[choice["index"]]["finish_reason"] = choice["finish_reason"]
         return dict(self._envelope, model=self._model(), choices=choices, usage=usage_from_message(self._usage))
-
-    def close(self) -> None:
-        for exchange in self._exchanges:
-            exchange.close()
 
     def _model(self) -> str:
         return self._exchanges[-1].assembler.message["model"]
@@ -6633,12 +6596,13 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
                    **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
     passing = PassingUsage(reply.is_stream)
 
-    def close() -> None:
+    def finish() -> None:
         reply.close()
         usage = passing.usage()
         if usage:
             count_tokens(gateway, incoming.record, body["model"], usage)
-    return Reply(headers=headers, steps=passing.steps(reply.pieces()), keep_alive=False, named_events=True, close=close,
+    incoming.held.callback(finish)
+    return Reply(headers=headers, steps=passing.steps(reply.pieces()), keep_alive=False, named_events=True,
                  failure=lambda failure: [failure.anthropic_body()])
 
 
@@ -7035,7 +6999,8 @@ EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "
                              *RATE_LIMIT_HEADERS.values()])
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
 
-NO_HEAD = Head("", "", "1.1", {"connection": "close"})         # where a head is malformed
+# in place of a malformed head: whatever follows it is not a request
+NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 KEEP_ALIVE = b": keep-alive\n\n"                    # a comment: clients read on
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -7177,12 +7142,6 @@ def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
     return owner
 
 
-def anthropic_key(head: Head) -> str:
-    """A caller's own Anthropic key; only /models looks at it."""
-    key = head.headers.get("x-api-key", "")
-    return key if re.match(r"sk-ant-[\x21-\x7e]+\Z", key) else ""
-
-
 class StreamedReply:
     """A reply in pieces as it goes over the wire."""
 
@@ -7228,7 +7187,8 @@ class RequestCycle:
         # what came in
         self._gateway, self._config, self._limits = gateway, gateway.config, gateway.config.limits
         self._peer, self._address, self._head = peer, address, head
-        self._body_unread, self._body_begun = head.has_body, False
+        self._body_unread = "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
+        self._body_begun = False
         # what has gone out
         self.client = Client(peer, self._limits)
         self.keep_alive = not ends_connection(head.version, head.headers)   # whether the connection may go on
@@ -7240,7 +7200,7 @@ class RequestCycle:
         # what has to be given back, whatever happens
         self._entered = False                       # a place among the running requests
         self._reserved = 0                          # bytes of the budget of all bodies
-        self._reply: Optional[Reply] = None
+        self._held = contextlib.ExitStack()         # what the endpoint opens
 
     def run(self, failure: BaseException | None = None) -> Wait | None:
         """Answers the request, or goes on with its stream in a thread again; the catch-all of the program is here.
@@ -7264,20 +7224,13 @@ class RequestCycle:
                 self._end()
         return wait
 
-    def refuse(self, failure: GatewayError) -> None:
-        """The answer to a malformed head; whatever follows it is not a request."""
-        self._body_unread = True
-        self._send_failure(failure)
-        self._end()
-
     def _end(self) -> None:
         """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
         with contextlib.ExitStack() as steps:       # they run from the last to the first
             steps.callback(self._leave)             # who waits for an idle gateway finds everything counted
             steps.callback(self._log)
             steps.callback(self._gateway.body_budget.give, self._reserved)
-            if self._reply:
-                steps.callback(self._reply.close)
+            steps.callback(self._held.close)
 
     def _leave(self) -> None:
         if self._entered:
@@ -7310,7 +7263,7 @@ class RequestCycle:
         if "websocket" in head.headers.get("upgrade", "").lower():
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
-        owner = self._owner(path)
+        owner = self._owner(path) if self._config.api_key else ""
         endpoint = endpoint_of(head.method, path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
@@ -7318,15 +7271,14 @@ class RequestCycle:
                           "back to it.", headers={"x-should-retry": "false"})
         call = UpstreamCall(self.client, hops, self._limits.upstream_silence,
                     may_retry=head.headers.get("x-stainless-retry-count", "0") == "0")
-        incoming = Incoming({}, argument, owner, anthropic_key(head), call, self._record, headers=head.headers,
+        incoming = Incoming({}, argument, owner, call, self._held, self._record, headers=head.headers,
                             query=head.target.partition("?")[2])
         body = self._read_body(length) if self._body_unread else b""
         if head.method == "POST":
             incoming.body, incoming.surrogates_replaced = json_from_body(body)
             LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
         del body                                    # a large one need not wait for Claude's answer
-        self._reply = endpoint(self._gateway, incoming)
-        return self._send_reply(self._reply)
+        return self._send_reply(endpoint(self._gateway, incoming))
 
     def _checked_head(self) -> Head:
         """The head with a path as its target.  Raises GatewayError for a foreign host or origin."""
@@ -7345,8 +7297,6 @@ class RequestCycle:
 
     def _owner(self, path: str) -> str:
         """The owner of what this request leaves behind: a digest of the key.  A wrong key is refused after a pause."""
-        if not self._config.api_key:
-            return ""
         digests = keys_sent(self._head)
         owner = owner_of(digests, self._config.api_key)
         guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
@@ -7355,7 +7305,7 @@ class RequestCycle:
         self._leave()                               # a slowed refusal takes nobody's place
         time.sleep(self._gateway.failed_keys.penalty(self._address))
         raise Refused(401, "invalid_api_key", "Invalid API key." if digests else
-                      "An API key of this gateway is needed (Authorization: Bearer KEY).",
+                      "A key of this gateway is needed (Authorization: Bearer KEY).",
                       headers={"www-authenticate": "Bearer"})
 
     # -- the body
@@ -7376,7 +7326,7 @@ class RequestCycle:
         if encoding not in ("identity", ""):
             self._reserve(limits.max_body)          # what it may become
             body = inflated(body, encoding, limits.max_body)
-        self._reserve(len(body) - self._reserved)
+            self._reserve(len(body) - self._reserved)
         return body
 
     def _received(self, framing: RequestFraming, pause: float, total: float) -> bytes:
@@ -7403,7 +7353,7 @@ class RequestCycle:
         """Before an early answer: a small body is read, so that it is not taken for the next request."""
         headers = self._head.headers
         length = headers.get("content-length", "")
-        if self._body_unread and self.keep_alive and not self._body_begun and re.match(r"[0-9]{1,5}\Z", length) \
+        if self.keep_alive and not self._body_begun and re.match(r"[0-9]{1,5}\Z", length) \
                 and "expect" not in headers and "transfer-encoding" not in headers:
             with contextlib.suppress(OSError, GatewayError):
                 self._received(RequestFraming(int(length), self._limits.max_body), 2, 2)
@@ -7423,7 +7373,8 @@ class RequestCycle:
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """A whole answer in one write."""
-        self._drain_body()
+        if self._body_unread:
+            self._drain_body()
         headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
         self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
         if self._body_unread:
@@ -7570,7 +7521,7 @@ class Connection:
         except OSError:
             return None
         except GatewayError as refusal:
-            RequestCycle(self._gateway, peer, self._address, NO_HEAD, started).refuse(refusal)
+            RequestCycle(self._gateway, peer, self._address, NO_HEAD, started).run(refusal)
             return None
         return RequestCycle(self._gateway, peer, self._address, head, started) if head else None
 
@@ -8148,12 +8099,13 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     with contextlib.closing(Gateway(config, credential)) as gateway:
         usages = []
         for _ in range(2):
+            incoming = Incoming(body)
             try:
-                reply = chat_completions(gateway, Incoming(body))
+                with incoming.held:
+                    reply = chat_completions(gateway, incoming)
             except GatewayError as fault:
                 yield Finding("Live call", "failed", str(fault), "See what Claude says of it.", 5)
                 return
-            reply.close()
             completion = reply.body
             usages.append(completion["usage"])
             if len(usages) == 1:

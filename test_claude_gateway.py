@@ -49,7 +49,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain, takewhile
+from itertools import chain, repeat, takewhile
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
@@ -59,7 +59,7 @@ except ImportError:
     resource = None                                 # Windows
 
 import claude_gateway
-from claude_gateway import BUILT_IN_MODELS, Config, Gateway, Service
+from claude_gateway import BUILT_IN_MODELS, Config, Gateway, Limits, Service
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "claude_gateway.py")
@@ -1868,7 +1868,7 @@ class ModelNameTests(RequestTestCase):
                   BUILT_IN_MODELS["claude-haiku-4-5-20251001"]]
         self.assertEqual(self.resolved("gpt-4o-mini", models=models), "claude-haiku-4-5-20251001")
         for name in ("gpt-5", "o3", "opus"):
-            with self.subTest(name=name), self.assertRaises(claude_gateway.ModelNotFound):
+            with self.subTest(name=name), self.assertRaises(claude_gateway.Refused):
                 self.resolved(name, models=models)
 
     def test_retired_and_unknown_names_are_404_with_names_that_work(self):
@@ -5110,6 +5110,7 @@ class LoginStoreTestCase(GatewayTestCase):
         self.directory = os.path.join(directory.name, "claude-gateway")
         self.token_path = os.path.join(self.directory, "oauth-tokens.json")
         self.file = claude_gateway.TokenFile(self.token_path)
+        self.limits = Limits()
         self.token_url = self.claude.url + "/v1/oauth/token"
 
     def stored(self) -> dict:
@@ -5123,17 +5124,17 @@ class LoginStoreTestCase(GatewayTestCase):
         """The login in the file, as the gateway uses it."""
         upstream = claude_gateway.Upstream(Config(base_url=self.claude.url), "test")
         self.addCleanup(upstream.close)
-        return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json)
+        return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json,
+                                          self.limits)
 
     def renewals_are_long_ago(self) -> None:
-        """Until the end of the test a token is never too new to be renewed."""
-        self.addCleanup(setattr, claude_gateway, "RENEWAL_HOLDS", claude_gateway.RENEWAL_HOLDS)
-        claude_gateway.RENEWAL_HOLDS = 0
+        """For the logins that follow a token is never too new to be renewed."""
+        self.limits = Limits(renewal_holds=0)
 
     def serve_login(self, **settings):
         """The gateway with the login in the file."""
         return self.start(**dict({"anthropic_api_key": "", "token_file": self.token_path,
-                                  "token_url": self.token_url}, **settings))
+                                  "token_url": self.token_url, "limits": self.limits}, **settings))
 
 
 class RefreshTests(LoginStoreTestCase):
@@ -5457,8 +5458,7 @@ def no_room_on_disk():
 class TokenFileTests(LoginStoreTestCase):
     @POSIX_ONLY
     def test_tokens_that_could_not_be_saved_are_saved_under_the_lock(self):
-        self.addCleanup(setattr, claude_gateway, "LOCK_PATIENCE", claude_gateway.LOCK_PATIENCE)
-        claude_gateway.LOCK_PATIENCE = 0.05
+        self.file = claude_gateway.TokenFile(self.token_path, Limits(lock_patience=0.05))
         self.file.write(stored_token(-10))
         login = self.login()
         self.claude.token_replies += [token_answer()]
@@ -5471,12 +5471,11 @@ class TokenFileTests(LoginStoreTestCase):
 
     @POSIX_ONLY
     def test_there_is_one_lock_by_whatever_name_the_file_is_known(self):
-        self.addCleanup(setattr, claude_gateway, "LOCK_PATIENCE", claude_gateway.LOCK_PATIENCE)
-        claude_gateway.LOCK_PATIENCE = 0.05
         self.file.write(stored_token())
         link = os.path.join(self.directory, "link.json")
         os.symlink(self.file.path, link)
-        with self.file.lock(), self.assertRaises(claude_gateway.UpstreamFault), claude_gateway.TokenFile(link).lock():
+        linked = claude_gateway.TokenFile(link, Limits(lock_patience=0.05))
+        with self.file.lock(), self.assertRaises(claude_gateway.UpstreamFault), linked.lock():
             pass
 
     def test_where_there_is_no_file_nobody_is_signed_in(self):
@@ -5835,12 +5834,12 @@ class FramingTests(HttpTestCase):
         for cut in range(len(head)):
             for twice in range(cut, len(head), 7):
                 received, lines = bytearray(), []
-                growing = claude_gateway.GrowingHead(received, claude_gateway.request_line, ValueError)
+                reader = claude_gateway.HeadReader(received, claude_gateway.request_line, ValueError)
                 for piece in (head[:cut], head[cut:twice], head[twice:]):
                     received += piece
                     blank = claude_gateway.BLANK_LINES.match(received)
                     del received[:blank.end()]
-                    lines = lines or growing.lines()
+                    lines = lines or reader.lines()
                 self.assertEqual((lines, bytes(received)), ([
                     "GET /health HTTP/1.1", "Host: localhost", "X-Test: 1"], b"rest"))
 
@@ -6159,7 +6158,7 @@ class BodyTests(HttpTestCase):
 
     def test_a_packed_body_is_unpacked_only_where_the_budget_has_room_for_what_it_may_become(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(claude_gateway.MAX_BODY + 1_000)
+        service.gateway.body_budget = claude_gateway.Budget(Limits.max_body + 1_000)
         packed, headers = gzip.compress(CHAT_BODY), {"content-encoding": "gzip"}
         for _ in range(2):                              # the room is given back
             self.assertEqual(self.ask("POST", "/v1/chat/completions", packed, headers).status, 200)
@@ -6172,7 +6171,7 @@ class BodyTests(HttpTestCase):
         for name, asked, room in (
                 ("chunked", chunked_chat_bytes(in_chunks(CHAT_BODY), "Connection: close"), 1_000),
                 ("packed", chat_bytes("Content-Encoding: gzip", "Connection: close", body=packed),
-                 claude_gateway.MAX_BODY + 1_000)):
+                 Limits.max_body + 1_000)):
             with self.subTest(name):
                 service = self.start()
                 service.gateway.body_budget = claude_gateway.Budget(room)
@@ -6200,9 +6199,7 @@ class SlowClientTests(HttpTestCase):
 
     def limit(self, name: str, seconds: float) -> socket.socket:
         """A connection to a gateway whose limit of this name is short."""
-        self.addCleanup(setattr, claude_gateway, name, getattr(claude_gateway, name))
-        setattr(claude_gateway, name, seconds)
-        self.start()
+        self.start(limits=Limits(**{name: seconds}))
         connection = self.connect()
         connection.settimeout(3)
         return connection
@@ -6213,10 +6210,10 @@ class SlowClientTests(HttpTestCase):
         self.assertEqual(received[9:12], status)
 
     def test_a_connection_that_says_nothing_is_closed(self):
-        self.assert_ended(self.limit("IDLE_TIMEOUT", 0.2), b"")
+        self.assert_ended(self.limit("idle_timeout", 0.2), b"")
 
     def test_a_head_has_so_much_time_in_all_however_steadily_it_comes(self):
-        connection = self.limit("HEAD_TIMEOUT", 0.3)
+        connection = self.limit("head_timeout", 0.3)
         connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
         connection.settimeout(0.02)
         for _ in range(100):
@@ -6227,12 +6224,12 @@ class SlowClientTests(HttpTestCase):
         self.assert_ended(connection, b"408")
 
     def test_a_body_that_stops_is_given_up(self):
-        connection = self.limit("BODY_TIMEOUT", 0.2)
+        connection = self.limit("body_timeout", 0.2)
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
         self.assert_ended(connection, b"408")
 
     def test_a_body_has_so_much_time_in_all_however_steadily_it_comes(self):
-        connection = self.limit("BODY_TIMEOUT", 0.3)
+        connection = self.limit("body_timeout", 0.3)
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n")
         connection.settimeout(0.02)
         for _ in range(90):
@@ -6246,7 +6243,7 @@ class SlowClientTests(HttpTestCase):
         self.assert_ended(connection, b"408")
 
     def test_a_client_that_does_not_read_its_answer_is_given_up(self):
-        connection = self.limit("WRITE_TIMEOUT", 0.2)
+        connection = self.limit("write_timeout", 0.2)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         self.claude.play(FakeReply(body=message(text("x" * 20_000_000))))
         connection.sendall(chat_bytes())
@@ -6428,7 +6425,7 @@ class UpstreamRequestTests(UpstreamTestCase):
         for path in ("/a b", "/\u00fc", "/a\x00"):
             with self.subTest(path):
                 self.start(base_url=self.claude.url + path)
-                self.assertIn("is not one of HTTP", self.chat(headers=NO_RETRY).error["message"])
+                self.assertIn("is an invalid URL", self.chat(headers=NO_RETRY).error["message"])
 
     def test_large_and_small_requests_arrive_whole(self):
         for size in (1, 60_000, 70_000, 3_000_000):
@@ -6472,25 +6469,26 @@ class UpstreamRequestTests(UpstreamTestCase):
 
     def test_an_answer_has_a_largest_size(self):
         self.claude.play(FakeReply(body=message(text("x" * 2_000_000))))
-        reply = self.service.gateway.upstream.messages(self.SMALL_BODY, claude_gateway.Watch())
+        reply = self.service.gateway.upstream.messages(self.SMALL_BODY, claude_gateway.UpstreamCall())
         self.addCleanup(reply.close)
         with self.assertRaisesRegex(claude_gateway.UpstreamFault, "larger than 1000000 bytes"):
             reply.read(1_000_000)
 
     def test_an_answer_that_is_closed_twice_gives_its_connection_back_once(self):
         upstream, body = self.service.gateway.upstream, self.SMALL_BODY
-        reply = upstream.messages(body, claude_gateway.Watch())
+        reply = upstream.messages(body, claude_gateway.UpstreamCall())
         reply.read()
         reply.close()
         reply.close()
-        two = [upstream.messages(body, claude_gateway.Watch()) for _ in range(2)]       # under way at the same time
+        # two that are under way at the same time
+        two = [upstream.messages(body, claude_gateway.UpstreamCall()) for _ in range(2)]
         self.assertEqual([json.loads(reply.read().decode())["type"] for reply in two], ["message"] * 2)
         for reply in two:
             reply.close()
 
     def test_a_connection_that_comes_back_after_the_end_is_closed(self):
-        pool, connection = claude_gateway.ConnectionPool(), claude_gateway.WatchedConnection("localhost")
-        connection.sock, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        pool, connection = claude_gateway.ConnectionPool(), claude_gateway.Peer(ours)
         pool.close()
         pool.give("key", connection)
         with theirs:
@@ -6725,7 +6723,7 @@ class UpstreamAnswerTests(UpstreamTestCase):
         for begin, words in ((b"SSH-2.0-OpenSSH_9.9", "SSH-2.0"), (b"HTTP/1.1 2000 OK\r\n", "2000"),
                              (b"HTTP/2 200\r\nx-test: 1\r\n", "HTTP/2"),
                              (b"HTTP/1.1 200 OK\r\n" + b"x-test: 1\r\n" * 102, "100 header lines"),
-                             *((upstream_bytes(MESSAGE_JSON, "content-length:" + length, length=False), "length")
+                             *((upstream_bytes(MESSAGE_JSON, "content-length:" + length, length=False), "-Length")
                                for length in (" +2", " -1", " 2, 2", " 0x2", "\r\n 2", " " + "9" * 50))):
             with self.subTest(begin[:40]):
                 never = threading.Event()
@@ -6744,7 +6742,7 @@ class UpstreamAnswerTests(UpstreamTestCase):
                 self.assertEqual(len(raw.posts), 2)
 
     def test_tls_has_words_of_its_own_for_a_connection_that_has_ended(self):
-        connection = claude_gateway.WatchedConnection
+        connection = claude_gateway.UpstreamConnection
         for name in ("ask", "answer"):
             for failure in (ConnectionResetError(), ssl.SSLEOFError(8, "EOF"), ssl.SSLZeroReturnError(6, "closed")):
                 with self.subTest(name, failure=failure):
@@ -6834,7 +6832,7 @@ class UpstreamAnswerTests(UpstreamTestCase):
             with self.assertRaises(claude_gateway.UpstreamTimeout):
                 gateway.upstream.get("/v1/models", timeout=0.05)
             with self.assertRaises(claude_gateway.UpstreamTimeout):
-                gateway.upstream.messages(b"{}", claude_gateway.Watch(patience=0.05))
+                gateway.upstream.messages(b"{}", claude_gateway.UpstreamCall(patience=0.05))
             gateway.close()
 
 
@@ -7114,33 +7112,41 @@ class OwnRetryTests(GatewayTestCase):
         self.assertEqual((answer.status, len(self.claude.messages)), (503, 3))
 
 
-class WatchTests(unittest.TestCase):
+class ClientTests(unittest.TestCase):
+    """The client of a request while the upstream is waited for: `claude` and `user` are the far ends of both."""
+
     def setUp(self) -> None:
         self.upstream, self.claude = socket.socketpair()
-        self.client, self.user = socket.socketpair()
-        for end in (self.upstream, self.claude, self.client, self.user):
+        ours, self.user = socket.socketpair()
+        for end in (self.upstream, self.claude, ours, self.user):
             self.addCleanup(end.close)
+        self.peer = claude_gateway.Peer(ours)
+        self.client = claude_gateway.Client(self.peer)
+
+    def wait(self, seconds: float, client=None, writing: bool = False) -> None:
+        wait = claude_gateway.UpstreamCall(patience=seconds).wait_for(self.upstream)
+        (client or self.client).wait(wait, writing)
 
     def test_a_silent_stream_gets_a_sign_of_life_and_goes_on(self):
-        watch = claude_gateway.Watch(self.client, patience=5)
-        signs = []
+        self.client.keep_alive = b": on"
+        self.client.last_sent = time.monotonic() - Limits.keepalive_interval - 1
 
-        def idle() -> None:
-            signs.append(time.monotonic())
+        def answer() -> None:
+            received_until(self.user, b": on")
             self.claude.sendall(b"event")
-
-        watch.idle = idle
-        watch.last_sent = time.monotonic() - claude_gateway.KEEPALIVE_INTERVAL - 1
-        watch.readable(self.upstream)
-        self.assertEqual(len(signs), 1)
-        self.assertGreater(watch.last_sent, time.monotonic() - 5)
-        self.assertEqual(claude_gateway.KEEPALIVE_INTERVAL, 10)
+        answering = threading.Thread(target=answer, daemon=True)
+        answering.start()
+        self.wait(5)
+        answering.join(5)
+        self.assertGreater(self.client.last_sent, time.monotonic() - 5)
+        self.assertEqual(Limits.keepalive_interval, 10)
 
     def test_a_stream_that_is_not_silent_gets_none(self):
-        watch = claude_gateway.Watch(self.client, patience=5)
-        watch.idle = lambda: self.fail("too early")
+        self.client.keep_alive = b": on"
         self.claude.sendall(b"event")
-        watch.readable(self.upstream)
+        self.wait(5)
+        self.user.setblocking(False)
+        self.assertRaises(BlockingIOError, self.user.recv, 9)
 
     def test_an_upstream_that_does_not_read_is_given_up(self):
         self.upstream.setblocking(False)
@@ -7148,30 +7154,28 @@ class WatchTests(unittest.TestCase):
             while True:
                 self.upstream.send(b"x" * 65_536)
         with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
-            claude_gateway.Watch(self.client, patience=0.01).writable(self.upstream)
+            self.wait(0.01, writing=True)
         self.assertIn("read nothing", str(caught.exception))
         self.claude.recv(10_000_000)
-        claude_gateway.Watch(self.client, patience=5).writable(self.upstream)
+        self.wait(5, writing=True)
 
     def test_a_silent_upstream_is_given_up(self):
-        for client in (self.client, None):
+        for client in (self.client, claude_gateway.Client()):
             with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
-                claude_gateway.Watch(client, patience=0.01).readable(self.upstream)
+                self.wait(0.01, client)
             self.assertEqual((caught.exception.status, caught.exception.code), (504, "timeout"))
 
     def test_a_client_that_ends_its_side_is_gone(self):
         self.user.shutdown(socket.SHUT_WR)
-        for wait in (lambda watch: watch.readable(self.upstream), lambda watch: watch.pause(5)):
-            with self.assertRaises(claude_gateway.ClientGone):
-                wait(claude_gateway.Watch(self.client, patience=5))
+        for wait in (lambda: self.wait(5), lambda: self.client.pause(5)):
+            self.assertRaises(claude_gateway.ClientGone, wait)
 
     def test_a_client_that_sends_its_next_request_early_is_not_gone(self):
         self.user.sendall(NEXT_REQUEST)
         self.claude.sendall(b"event")
-        watch = claude_gateway.Watch(self.client, patience=5)
-        watch.readable(self.upstream)
-        watch.pause(0.01)
-        self.assertEqual(self.client.recv(100), NEXT_REQUEST)       # it was only looked at
+        self.wait(5)
+        self.client.pause(0.01)
+        self.assertEqual(self.peer.read(), NEXT_REQUEST)
 
 
 class PictureServer:
@@ -7379,10 +7383,8 @@ class TlsTests(TlsTestCase):
             gateway = Gateway(Config(base_url=raw.url, anthropic_api_key=SECRET, ca_file=self.certificate))
             self.addCleanup(gateway.close)
             threading.Timer(3, never.set).start()       # where the deadline does not hold, the test ends all the same
-            watch = claude_gateway.Watch(patience=0.1)
-            watch.may_retry = False
             with self.assertRaises(claude_gateway.UpstreamTimeout):
-                gateway.upstream.messages(b"{}", watch)
+                gateway.upstream.messages(b"{}", claude_gateway.UpstreamCall(patience=0.1, may_retry=False))
 
     def test_a_client_that_leaves_before_the_first_token_stops_claude_over_tls_too(self):
         never = threading.Event()
@@ -7465,8 +7467,7 @@ class ProxyTests(TlsTestCase):
         self.assertEqual(raw.connections, 1)            # a tunnel is kept as well
         for head in proxy.heads:
             self.assertTrue(head.startswith(b"CONNECT upstream.test:8443 HTTP/1."), head)
-            self.assertIn(b"proxy-authorization: Basic " + base64.b64encode(b"user:pass word"),
-                          head.replace(b"Proxy-Authorization", b"proxy-authorization"))
+            self.assertIn(b"\r\nProxy-authorization: Basic " + base64.b64encode(b"user:pass word"), head)
             self.assertNotIn(SECRET.encode(), head)
         head = raw.posts[0][0].lower()
         self.assertIn(b"host: upstream.test:8443", head)
@@ -7565,53 +7566,58 @@ class ProxyTests(TlsTestCase):
 
 # ---- Event loop --------------------------------------------------------------------------------------
 
-class PumpTests(unittest.TestCase):
-    """The pump between two socket pairs: Claude speaks to `upstream`, the user reads from `client`."""
+class EventLoopTests(unittest.TestCase):
+    """The event loop between two socket pairs: Claude speaks to `upstream`, the user reads from `client`."""
 
     def setUp(self):
-        self.pump = claude_gateway.Pump()
+        self.loop = claude_gateway.EventLoop()
         self.upstream, self.claude = socket.socketpair()
         self.client, self.user = socket.socketpair()
         for end in (self.upstream, self.claude, self.client, self.user):
             end.settimeout(10)
             self.addCleanup(end.close)
-        self.addCleanup(self.pump.close)
+        self.addCleanup(self.loop.close)
         self.ended, self.failures = threading.Event(), []
 
-    def another(self, pieces):
-        """Client, pieces and watch of a stream that waits for nothing."""
-        client, user = socket.socketpair()
-        self.addCleanup(client.close)
+    def another(self, *steps, wait=None):
+        """A stream of these steps to a client of its own; what went wrong with it, once `failed` is set."""
+        ours, user = socket.socketpair()
+        self.addCleanup(ours.close)
         self.addCleanup(user.close)
-        return client, pieces, claude_gateway.Watch(client)
+        failures, failed = [], threading.Event()
+        stream = claude_gateway.RunningStream(
+            claude_gateway.Client(claude_gateway.Peer(ours)), *steps, wait,
+            lambda over, failure: failures.append(failure) or failed.set())
+        return stream, failures, failed
 
-    def pumped(self, patience: float = 60, keep_alive: bytes = b": on\n\n"):
+    def wait_for_upstream(self, patience: float = 60):
+        return claude_gateway.UpstreamCall(patience=patience).wait_for(self.upstream)
+
+    def stream(self, patience: float = 60, keep_alive: bytes = b": on\n\n", limits: Limits = Limits(), steps=None):
         """A stream that hands on what Claude says until it says a full stop."""
-        watch = claude_gateway.Watch(self.client, patience)
-        watch.may_wait, watch.wants = False, self.upstream
         self.upstream.settimeout(0)
 
         def words():
-            watch.wants = None
             while True:
                 try:
                     heard = self.upstream.recv(1_000_000)
                 except BlockingIOError:
-                    watch.wants = self.upstream
-                    yield b""
-                    watch.wants = None
+                    yield self.wait_for_upstream(patience)
                     continue
                 yield heard
                 if heard.endswith(b"."):
                     return
 
-        def end(failure):
+        def end(over, failure):
             self.failures.append(failure)
             self.ended.set()
-        return claude_gateway.PumpedStream(self.client, words(), watch, keep_alive, end)
+        self.peer = claude_gateway.Peer(self.client)
+        client = claude_gateway.Client(self.peer, limits)
+        client.keep_alive = keep_alive
+        return claude_gateway.RunningStream(client, steps or words(), self.wait_for_upstream(patience), end)
 
     def test_what_claude_says_reaches_the_client_until_the_end(self):
-        self.pump.add(self.pumped())
+        self.loop.add(self.stream())
         for words in (b"Hello", b", world", b"."):
             self.claude.sendall(words)
             self.assertEqual(received_until(self.user, words), words)
@@ -7619,45 +7625,43 @@ class PumpTests(unittest.TestCase):
         self.assertEqual(self.failures, [None])
 
     def test_a_client_that_ends_its_side_ends_the_stream(self):
-        self.pump.add(self.pumped())
+        self.loop.add(self.stream())
         self.user.shutdown(socket.SHUT_WR)
         self.assertTrue(self.ended.wait(10))
         self.assertIsInstance(self.failures[0], claude_gateway.ClientGone)
 
     def test_a_client_that_sends_its_next_request_early_is_not_gone(self):
         self.user.sendall(NEXT_REQUEST)
-        self.pump.add(self.pumped())
+        self.loop.add(self.stream())
         self.claude.sendall(b"Hello.")
         self.assertEqual(received_until(self.user, b"."), b"Hello.")
         self.assertTrue(self.ended.wait(10))
-        self.assertEqual((self.failures, self.client.recv(100)), ([None], NEXT_REQUEST))
+        self.assertEqual((self.failures, self.peer.read_within(5)), ([None], NEXT_REQUEST))
 
     def test_a_silent_upstream_is_given_up(self):
-        self.pump.add(self.pumped(patience=0.05))
+        self.loop.add(self.stream(patience=0.05))
         self.assertTrue(self.ended.wait(10))
         self.assertIsInstance(self.failures[0], claude_gateway.UpstreamTimeout)
 
     def test_a_silent_stream_gets_signs_of_life_where_it_may_have_them(self):
-        self.addCleanup(setattr, claude_gateway, "KEEPALIVE_INTERVAL", claude_gateway.KEEPALIVE_INTERVAL)
-        claude_gateway.KEEPALIVE_INTERVAL = 0.02
-        self.pump.add(self.pumped())
+        self.loop.add(self.stream(limits=Limits(keepalive_interval=0.02)))
         self.assertEqual(received_until(self.user, b": on\n\n: on\n\n")[:12], b": on\n\n: on\n\n")
-        self.pump.close()
-        self.pump = claude_gateway.Pump()
-        self.addCleanup(self.pump.close)
+        self.loop.close()
+        self.loop = claude_gateway.EventLoop()
+        self.addCleanup(self.loop.close)
         self.ended.clear()
         self.user.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             self.user.recv(1_000)
         self.user.settimeout(10)
-        self.pump.add(self.pumped(patience=0.1, keep_alive=b""))
+        self.loop.add(self.stream(patience=0.1, keep_alive=b""))
         self.assertTrue(self.ended.wait(10))
         self.user.setblocking(False)
         self.assertRaises(BlockingIOError, self.user.recv, 100)
 
     def test_a_client_that_does_not_read_is_waited_for_and_then_gets_everything(self):
         much = b"x" * 5_000_000 + b"."
-        self.pump.add(self.pumped())
+        self.loop.add(self.stream())
         talking = threading.Thread(target=self.claude.sendall, args=(much,), daemon=True)
         talking.start()
         self.assertFalse(self.ended.wait(0.1))
@@ -7665,10 +7669,8 @@ class PumpTests(unittest.TestCase):
         self.assertTrue(self.ended.wait(10))
 
     def test_a_client_that_never_reads_is_given_up(self):
-        self.addCleanup(setattr, claude_gateway, "WRITE_TIMEOUT", claude_gateway.WRITE_TIMEOUT)
-        claude_gateway.WRITE_TIMEOUT = 0.05
         self.claude.settimeout(None)
-        self.pump.add(self.pumped())
+        self.loop.add(self.stream(limits=Limits(write_timeout=0.05)))
 
         def talk():
             with contextlib.suppress(OSError):
@@ -7684,10 +7686,9 @@ class PumpTests(unittest.TestCase):
         def failing():
             raise RuntimeError("broken")
             yield b""
-        self.pump.add(self.pumped())
-        failures, failed = [], threading.Event()
-        self.pump.add(claude_gateway.PumpedStream(*self.another(failing()), b"",
-                                                  lambda failure: failures.append(failure) or failed.set()))
+        self.loop.add(self.stream())
+        stream, failures, failed = self.another(failing())
+        self.loop.add(stream)
         self.assertTrue(failed.wait(10))
         self.assertEqual([type(failure) for failure in failures], [RuntimeError])
         self.claude.sendall(b"Hello.")
@@ -7700,86 +7701,73 @@ class PumpTests(unittest.TestCase):
             while not endless.is_set():
                 yield b""
         self.addCleanup(endless.set)
-        self.pump.add(claude_gateway.PumpedStream(*self.another(always()), b"", lambda failure: None))
-        self.pump.add(self.pumped())
+        self.loop.add(self.another(always())[0])
+        self.loop.add(self.stream())
         self.claude.sendall(b"Hello.")
         self.assertEqual(received_until(self.user, b"."), b"Hello.")
         endless.set()
 
     def test_a_stream_that_is_due_for_a_sign_of_life_between_two_turns_gets_it_and_goes_on(self):
-        self.addCleanup(setattr, claude_gateway, "KEEPALIVE_INTERVAL", claude_gateway.KEEPALIVE_INTERVAL)
-        claude_gateway.KEEPALIVE_INTERVAL = 0.01
         registered, stop = [], threading.Event()
 
-        def pieces():
-            yield b""                                   # waits for its upstream first
-            watch.wants = None
+        def steps():
+            yield self.wait_for_upstream()
             while not stop.is_set():
                 registered.append(len(stream.registered))
                 yield b""
             yield b"."
-        watch = claude_gateway.Watch(self.client)
-        watch.wants = self.upstream
-        stream = claude_gateway.PumpedStream(self.client, pieces(), watch, b": on\n\n",
-                                             lambda failure: self.failures.append(failure) or self.ended.set())
-        self.pump.add(stream)
+        stream = self.stream(limits=Limits(keepalive_interval=0.01), steps=steps())
+        self.loop.add(stream)
         self.claude.sendall(b"!")
         received_until(self.user, b": on\n\n: on\n\n: on\n\n")
         stop.set()
         self.assertTrue(self.ended.wait(10))
         # in its later turns it waits for no socket: that of the upstream may be another stream's by then
-        self.assertEqual((self.failures, set(registered[claude_gateway.PUMP_STEPS:])), ([None], {0}))
+        self.assertEqual((self.failures, set(registered[claude_gateway.LOOP_STEPS:])), ([None], {0}))
 
     def test_a_stream_whose_sockets_cannot_be_watched_leaves_nothing_behind(self):
-        self.pump.add(self.pumped())                    # its upstream is registered ...
-        watch = claude_gateway.Watch(self.another(())[0])
-        watch.wants = self.upstream                     # ... so that this stream cannot have it, too
-        failures, failed = [], threading.Event()
-
-        def waiting():
-            while True:
-                yield b""
-        self.pump.add(claude_gateway.PumpedStream(watch.client, waiting(), watch, b"",
-                                                  lambda failure: failures.append(failure) or failed.set()))
+        self.loop.add(self.stream())                    # its upstream is registered ...
+        # ... so that this stream cannot have it, too
+        stream, failures, failed = self.another(repeat(self.wait_for_upstream()))
+        self.loop.add(stream)
         self.assertTrue(failed.wait(10))
         self.assertIsInstance(failures[0], KeyError)
-        self.assertEqual(len(self.pump._selector.get_map()), 3)         # the bell, and the first stream's two
+        self.assertEqual(len(self.loop._selector.get_map()), 3)         # the bell, and the first stream's two
 
     @unittest.skipUnless(resource, "limits of POSIX")
     def test_where_there_is_no_descriptor_for_it_a_stream_is_refused_and_a_later_one_served(self):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        stream = self.pumped()
+        stream = self.stream()
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
-            self.pump.add(stream)
+            self.loop.add(stream)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        self.assertIsInstance(self.failures[0], claude_gateway.Busy)
+        self.assertEqual(self.failures[0].code, "gateway_busy")
         self.ended.clear()
-        self.pump.add(self.pumped())
+        self.loop.add(self.stream())
         self.claude.sendall(b"Hello.")
         self.assertEqual(received_until(self.user, b"."), b"Hello.")
 
     def test_its_end_ends_every_stream(self):
-        self.pump.add(self.pumped())
-        self.pump.close()
+        self.loop.add(self.stream())
+        self.loop.close()
         self.assertTrue(self.ended.is_set())
-        self.assertIsInstance(self.failures[0], claude_gateway.Busy)
+        self.assertEqual(self.failures[0].code, "gateway_busy")
         self.ended.clear()
-        self.pump.add(self.pumped())                    # and of one that comes too late
+        self.loop.add(self.stream())                    # and of one that comes too late
         self.assertTrue(self.ended.is_set())
 
 
-class Pumped:
-    """Every stream goes through the pump, as they do where many run at once."""
+class InEventLoop:
+    """Every stream goes through the event loop, as they do where many run at once."""
 
-    def setUp(self):
-        super().setUp()
-        self.addCleanup(setattr, claude_gateway, "PUMP_FROM", claude_gateway.PUMP_FROM)
-        claude_gateway.PUMP_FROM = 0
+    @classmethod
+    def _service(cls, settings):
+        return super()._service(dict({"limits": Limits(event_loop_from=0)}, **settings))
 
 
-class PumpedStreamTests(Pumped, UpstreamTestCase):
+class RunningStreamTests(InEventLoop, UpstreamTestCase):
     STREAM = CHAT_BODY[:-1] + b',"stream":true}'
 
     def setUp(self):
@@ -7795,7 +7783,7 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
         self.start()
         self.claude.play(*[self.held() for _ in range(40)])
         connections = [self.connect() for _ in range(40)]
-        pumps = [thread.name for thread in threading.enumerate()].count("pump")
+        loops = [thread.name for thread in threading.enumerate()].count("event loop")
         before = threading.active_count()               # Claude's own threads come on top, one a stream
         for connection in connections:
             connection.sendall(chat_bytes(body=self.STREAM))
@@ -7803,7 +7791,7 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
             received_until(connection, b"assistant")
         names = lambda: [thread.name for thread in threading.enumerate()]  # noqa: E731
         self.assertTrue(eventually(lambda: threading.active_count() <= before + 40 + 2), names())
-        self.assertEqual(names().count("pump"), pumps + 1)
+        self.assertEqual(names().count("event loop"), loops + 1)
         self.release.set()
         for connection in connections:
             received = received_until(connection, b"0\r\n\r\n")
@@ -7811,14 +7799,13 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
             self.assertIn(b"[DONE]", received)
 
     def test_few_streams_stay_in_their_threads(self):
-        claude_gateway.PUMP_FROM = 5
-        pumps = [thread.name for thread in threading.enumerate()].count("pump")
-        self.start()
+        loops = [thread.name for thread in threading.enumerate()].count("event loop")
+        self.start(limits=Limits(event_loop_from=5))
         self.claude.play(self.held())
         connection = self.connect()
         connection.sendall(chat_bytes(body=self.STREAM))
         received_until(connection, b"assistant")
-        self.assertEqual([thread.name for thread in threading.enumerate()].count("pump"), pumps)
+        self.assertEqual([thread.name for thread in threading.enumerate()].count("event loop"), loops)
         self.release.set()
         self.assertIn(b"[DONE]", received_until(connection, b"0\r\n\r\n"))
 
@@ -7830,7 +7817,7 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
                 connection = self.connect()
                 connection.sendall(chat_bytes(body=self.STREAM) + (NEXT_REQUEST[:20] if early else b""))
                 received = received_until(connection, b"assistant")
-                if early:                               # the rest of it, while the stream is in the pump
+                if early:                               # the rest of it, while the stream is in the event loop
                     connection.sendall(NEXT_REQUEST[20:])
                 self.release.set()
                 received += received_until(connection, b"0\r\n\r\n")
@@ -7862,12 +7849,12 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
         tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
         raw = []
         for most in (0, 1_000):
-            claude_gateway.PUMP_FROM = most
+            self.start(limits=Limits(event_loop_from=most))
             self.claude.play(FakeReply(pieces=[sse([event]) for event in events_of(reply, 3)]))
             raw.append(bare_bytes(self.chat(stream=True, tools=tools, stream_options={"include_usage": True}).raw))
         self.assertEqual(raw[0], raw[1])
 
-    def test_requests_in_the_pump_count_as_running_and_get_their_grace(self):
+    def test_requests_in_the_event_loop_count_as_running_and_get_their_grace(self):
         service = self.start()
         self.claude.play(self.held())
         connection = self.connect()
@@ -7921,11 +7908,11 @@ class PumpedStreamTests(Pumped, UpstreamTestCase):
         self.assertTrue(self.claude.wait_closed(5))
 
 
-class PumpedStreamShapeTests(Pumped, StreamShapeTests):
+class EventLoopStreamShapeTests(InEventLoop, StreamShapeTests):
     pass
 
 
-class PumpedTlsTests(Pumped, TlsTests):
+class EventLoopTlsTests(InEventLoop, TlsTests):
     pass
 
 
@@ -8074,8 +8061,7 @@ class PictureFetchTests(GatewayTestCase):
         return "://pictures.example.org:%d/a.png" % listener.getsockname()[1]
 
     def test_a_server_that_trickles_is_given_up_whatever_it_trickles(self):
-        self.addCleanup(setattr, claude_gateway, "FETCH_TIMEOUT", claude_gateway.FETCH_TIMEOUT)
-        claude_gateway.FETCH_TIMEOUT = 0.2
+        self.fetcher = claude_gateway.ImageFetcher(Config(limits=Limits(fetch_timeout=0.2)))
         picture = base64.b64decode(PIXEL)
         for name, scheme, start, piece in (
             ("a header", "http", b"HTTP/1.1 200 OK\r\nX: ", b"y"),
@@ -8664,7 +8650,7 @@ class PausedAnswerTests(GatewayTestCase):
         self.assertEqual(completion_from_chunks(answer.chunks)["finish_reason"], "stop")
 
 
-class PumpedPausedAnswerTests(Pumped, PausedAnswerTests):
+class EventLoopPausedAnswerTests(InEventLoop, PausedAnswerTests):
     pass
 
 
@@ -8805,7 +8791,7 @@ class LeavingClientTests(GatewayTestCase):
         self.assertEqual(self.chat().status, 200)
 
 
-class PumpedLeavingClientTests(Pumped, LeavingClientTests):
+class EventLoopLeavingClientTests(InEventLoop, LeavingClientTests):
     pass
 
 
@@ -9108,7 +9094,7 @@ class LegacyCompletionTests(GatewayTestCase):
         self.assertEqual((answer.status, answer.headers["retry-after"]), (429, "30"))
 
 
-class PumpedCompletionTests(Pumped, LegacyCompletionTests):
+class EventLoopCompletionTests(InEventLoop, LegacyCompletionTests):
     pass
 
 
@@ -9225,7 +9211,7 @@ class NativeTests(GatewayTestCase):
                 self.assertEqual((answer.status, answer.error["type"]), (status, "invalid_request_error"))
 
 
-class PumpedNativeTests(Pumped, NativeTests):
+class EventLoopNativeTests(InEventLoop, NativeTests):
     pass
 
 
@@ -9832,7 +9818,7 @@ class ConnectionTests(HttpTestCase):
         self.claude.play(FakeReply(pieces=[sse(events[:2]), release, sse(events[2:])]))
         connection = self.connect()
         connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
-        received_until(connection, b"assistant")        # if there is a pump it runs now, and stays
+        received_until(connection, b"assistant")        # if there is an event loop it runs now, and stays
         release.set()
         received_until(connection, b"never")
         connection.close()
@@ -9848,42 +9834,36 @@ class ConnectionTests(HttpTestCase):
                     connection.sendall(data)
         self.assertTrue(eventually(settled), (threads, threading.active_count(), files, descriptors()))
 
-    def test_a_reader_of_client_bytes_keeps_both_limits(self):
+    def test_a_peer_is_waited_for_within_both_limits(self):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
         self.addCleanup(theirs.close)
-        reader = claude_gateway.ClientReader(ours)
+        peer = claude_gateway.Peer(ours)
         theirs.sendall(b"early")
-        reader.allow(5)
-        self.assertEqual(reader.read(2), b"ea")
-        reader.allow(60, 0)                             # the total is used up, although there is something to read
-        self.assertRaises(socket.timeout, reader.read, 2)
-        reader.allow(5, 5)
-        self.assertEqual(reader.read(9), b"rly")
-        reader.allow(0.01, 60)                          # silence for longer than a pause
-        self.assertRaises(socket.timeout, reader.read, 2)
+        # the time in all is used up, although there is something to read
+        self.assertRaises(socket.timeout, peer.read_within, 60, time.monotonic())
+        self.assertEqual(peer.read_within(5, time.monotonic() + 5), b"early")
+        # silence for longer than a pause
+        self.assertRaises(socket.timeout, peer.read_within, 0.01, time.monotonic() + 60)
 
-    def test_a_reader_of_client_bytes_gives_them_in_order_however_they_came(self):
+    def test_a_peer_gives_its_bytes_in_order_however_they_came(self):
         ours, theirs = socket.socketpair()
         self.addCleanup(ours.close)
-        reader = claude_gateway.ClientReader(ours)
+        peer = claude_gateway.Peer(ours)
         with theirs:
-            theirs.sendall(b"one\ntwo")
-            self.assertEqual(reader.line(99), b"one\n")
-            theirs.sendall(b"\nthree\nfour")
-            self.assertEqual(reader.line(99), b"two\n")
-            self.assertEqual(reader.read(2), b"th")
-            self.assertEqual(reader.line(2), b"re")
-            self.assertEqual(reader.line(99), b"e\n")
-        self.assertEqual(reader.line(99), b"four")
-        self.assertEqual([reader.read(9), reader.line(9), reader.more()], [b"", b"", False])
+            theirs.sendall(b"one")
+            self.assertEqual([peer.read(), peer.read(), peer.read()], [None, b"one", None])
+            theirs.sendall(b"three")
+            peer.unread += b"two"
+            self.assertEqual([peer.read_within(5), peer.read_within(5)], [b"two", b"three"])
+        self.assertEqual([peer.read_within(5), peer.read_within(5)], [b"", b""])
 
     def test_no_wait_for_a_client_is_without_an_end(self):
-        for name, most in (("IDLE_TIMEOUT", 120), ("HEAD_TIMEOUT", 60), ("BODY_TIMEOUT", 60), ("WRITE_TIMEOUT", 120)):
+        for name, most in (("idle_timeout", 120), ("head_timeout", 60), ("body_timeout", 60), ("write_timeout", 120)):
             with self.subTest(name):
-                self.assertLessEqual(getattr(claude_gateway, name), most)
+                self.assertLessEqual(getattr(Limits, name), most)
         # a server that closes an idle connection earlier than clients expect loses their next request
-        self.assertGreaterEqual(claude_gateway.IDLE_TIMEOUT, 60)
+        self.assertGreaterEqual(Limits.idle_timeout, 60)
 
     def test_a_gateway_that_stops_takes_no_request_on_an_open_connection(self):
         service = self.start()
@@ -9898,7 +9878,7 @@ class ConnectionTests(HttpTestCase):
         self.assertEqual(self.claude.messages, [])
 
 
-class PumpedConnectionTests(Pumped, ConnectionTests):
+class EventLoopConnectionTests(InEventLoop, ConnectionTests):
     pass
 
 
@@ -9936,8 +9916,7 @@ class StreamFramingTests(HttpTestCase):
         self.assertIn("Hello", completion_from_chunks(answer.chunks[:-1])["message"]["content"])
 
     def test_events_that_tell_the_client_nothing_do_not_put_off_its_sign_of_life(self):
-        self.addCleanup(setattr, claude_gateway, "KEEPALIVE_INTERVAL", claude_gateway.KEEPALIVE_INTERVAL)
-        claude_gateway.KEEPALIVE_INTERVAL = 0.3
+        self.start(limits=Limits(keepalive_interval=0.3))
         events, ping, told = events_of(message(text("Hello"))), sse([{"type": "ping"}]), threading.Event()
         self.addCleanup(told.set)
 
@@ -12458,7 +12437,7 @@ class FileTests(unittest.TestCase):
     """Promises about the file itself."""
     with open(PROGRAM, encoding="utf-8") as program_file:
         SOURCE = program_file.read()
-    ROOMS = dict(re.findall(r"^# ---- ([A-Z][\w ]*?) -+\n(.*?)(?=^# ---- [A-Z]|\Z)", SOURCE, re.M | re.S))
+    ROOMS = dict(re.findall(r"^# ---- ([A-Z][\w ./-]*?) -+\n(.*?)(?=^# ---- [A-Z]|\Z)", SOURCE, re.M | re.S))
 
     def test_translation_touches_nothing_outside(self):
         outside = {"open", "print", "os", "sys", "time", "secrets", "socket", "select", "threading", "http", "ssl",
@@ -12469,7 +12448,7 @@ class FileTests(unittest.TestCase):
                 self.assertEqual(names & outside, set())
 
     def test_the_map_in_the_docstring_names_the_rooms_in_their_order(self):
-        named = re.search(r"Rooms, in order, each using only those above it: (.*?)\.", " ".join(
+        named = re.search(r"Rooms, in order, each using only those above it: (.*?)\.(?: |$)", " ".join(
             claude_gateway.__doc__.split())).group(1)
         self.assertEqual(named.split(", "), list(self.ROOMS))
 
