@@ -25,7 +25,7 @@ One request on its way:
 
 Rooms, in order, each using only those above it: Configuration, Small tools, Errors, Models, Requests,
 Replies, Streams, Responses API, Memory, Credentials, HTTP/1.1, Upstream, Event loop, Image fetching, Exchange,
-Endpoints, Legacy completions, Native pass-through, Status page, HTTP server, Service, Simulated upstream,
+Endpoints, Legacy completions, Native pass-through, Status page, Routes, HTTP server, Service, Simulated upstream,
 Diagnosis, Tool settings, Command line.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
@@ -4649,6 +4649,112 @@ class Peer:
         self.sock.close()
 
 
+class Wait(NamedTuple):
+    """What a stream yields that has nothing to go on with until this socket can be read."""
+    sock: socket.socket
+    deadline: float                                 # of time.monotonic(); then the upstream is given up
+    seconds: float                                  # from its last byte until then
+
+
+NEEDS_THREAD: Any = object()                        # what a stream yields before work that takes time
+
+
+def silence(wait: Wait, what: str = "sent") -> UpstreamTimeout:
+    return UpstreamTimeout("The upstream has %s nothing for %g seconds." % (what, wait.seconds))
+
+
+class Client:
+    """The client of one request while the upstream is waited for: is it gone, and has it heard anything lately?
+
+    Without a connection (as a library) nobody can leave.
+    """
+
+    def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
+        self.peer, self._limits = peer, limits
+        self.watched = peer is not None
+        self.idle_comment = b""                     # for one that has heard nothing; none before a stream
+        self.last_sent = time.monotonic()
+
+    @property
+    def comment_due(self) -> float:
+        return self.last_sent + self._limits.keepalive_interval if self.idle_comment else math.inf
+
+    @property
+    def write_deadline(self) -> float:
+        return self.last_sent + self._limits.write_timeout
+
+    def wait(self, wait: Wait, writing: bool = False) -> None:
+        """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
+        readers, writers = ([], [wait.sock]) if writing else ([wait.sock], [])
+        while True:
+            client = [self.peer.sock] if self.peer and self.watched else []
+            until = min(wait.deadline, self.comment_due)
+            ready = wait_ready([*readers, *client], until - time.monotonic(), writers)
+            if client and client[0] in ready:
+                self.check()
+            if wait.sock in ready:
+                return
+            if time.monotonic() >= wait.deadline:
+                raise silence(wait, "read" if writing else "sent")
+            if time.monotonic() >= self.comment_due:
+                self.send(self.idle_comment)
+
+    def waited(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """The steps of a stream without its waits, which take place in this thread."""
+        for step in steps:
+            if isinstance(step, Wait):
+                self.wait(step)
+            elif step is not NEEDS_THREAD:
+                yield step
+
+    def pause(self, seconds: float) -> None:
+        """Sleeps, unless the client leaves meanwhile; 0 seconds just check that.  Raises ClientGone."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            if not self.peer or not self.watched:
+                time.sleep(left)
+            elif wait_ready([self.peer.sock], left):
+                self.check()
+            if time.monotonic() >= deadline:
+                return
+
+    def check(self) -> None:
+        """A client whose read side has ended is gone; one that sends early (pipelining) is not.
+
+        Early bytes are put aside, or nothing behind them could be seen; what would be too much is left where it is,
+        and the client is not watched any more.
+        """
+        assert self.peer
+        keep = len(self.peer.unread) < READ_SIZE
+        try:
+            data = self.peer.sock.recv(4_096, 0 if keep else socket.MSG_PEEK)
+        except BlockingIOError:                     # nothing after all
+            return
+        except OSError:
+            data = b""
+        if not data:
+            raise ClientGone
+        if keep:
+            self.peer.unread += data
+        else:
+            self.watched = False
+
+    def send(self, data: bytes) -> None:
+        """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
+        assert self.peer
+        try:
+            self.peer.send(data, self._wait_until_it_reads)
+        except OSError:
+            raise ClientGone from None
+        self.last_sent = time.monotonic()
+
+    def _wait_until_it_reads(self, writing: bool) -> None:
+        assert self.peer
+        if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
+            raise ClientGone
+
+
 class HeadReader:
     """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.
 
@@ -4896,112 +5002,6 @@ class RequestFraming(BodyFraming):
 # ---- Upstream ----------------------------------------------------------------------------------------
 # One authenticated call to the Messages API: connections, headers, timeouts, one retry.  Knows nothing of the
 # body.  Foreign exceptions end here: what comes out is a GatewayError, or ClientGone.
-
-
-class Wait(NamedTuple):
-    """What a stream yields that has nothing to go on with until this socket can be read."""
-    sock: socket.socket
-    deadline: float                                 # of time.monotonic(); then the upstream is given up
-    seconds: float                                  # from its last byte until then
-
-
-NEEDS_THREAD: Any = object()                        # what a stream yields before work that takes time
-
-
-def silence(wait: Wait, what: str = "sent") -> UpstreamTimeout:
-    return UpstreamTimeout("The upstream has %s nothing for %g seconds." % (what, wait.seconds))
-
-
-class Client:
-    """The client of one request while the upstream is waited for: is it gone, and has it heard anything lately?
-
-    Without a connection (as a library) nobody can leave.
-    """
-
-    def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
-        self.peer, self._limits = peer, limits
-        self.watched = peer is not None
-        self.keep_alive = b""                       # a comment for one that has heard nothing; none before a stream
-        self.last_sent = time.monotonic()
-
-    @property
-    def keep_alive_at(self) -> float:
-        return self.last_sent + self._limits.keepalive_interval if self.keep_alive else math.inf
-
-    @property
-    def write_deadline(self) -> float:
-        return self.last_sent + self._limits.write_timeout
-
-    def wait(self, wait: Wait, writing: bool = False) -> None:
-        """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
-        readers, writers = ([], [wait.sock]) if writing else ([wait.sock], [])
-        while True:
-            client = [self.peer.sock] if self.peer and self.watched else []
-            until = min(wait.deadline, self.keep_alive_at)
-            ready = wait_ready([*readers, *client], until - time.monotonic(), writers)
-            if client and client[0] in ready:
-                self.check()
-            if wait.sock in ready:
-                return
-            if time.monotonic() >= wait.deadline:
-                raise silence(wait, "read" if writing else "sent")
-            if time.monotonic() >= self.keep_alive_at:
-                self.send(self.keep_alive)
-
-    def waited(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """The steps of a stream without its waits, which take place in this thread."""
-        for step in steps:
-            if isinstance(step, Wait):
-                self.wait(step)
-            elif step is not NEEDS_THREAD:
-                yield step
-
-    def pause(self, seconds: float) -> None:
-        """Sleeps, unless the client leaves meanwhile; for 0 seconds it only looks.  Raises ClientGone."""
-        deadline = time.monotonic() + seconds
-        while True:
-            left = max(0.0, deadline - time.monotonic())
-            if not self.peer or not self.watched:
-                time.sleep(left)
-            elif wait_ready([self.peer.sock], left):
-                self.check()
-            if time.monotonic() >= deadline:
-                return
-
-    def check(self) -> None:
-        """A client whose read side has ended is gone; one that sends early (pipelining) is not.
-
-        Early bytes are put aside, or nothing behind them could be seen; what would be too much is left where it is,
-        and the client is not watched any more.
-        """
-        assert self.peer
-        keep = len(self.peer.unread) < READ_SIZE
-        try:
-            data = self.peer.sock.recv(4_096, 0 if keep else socket.MSG_PEEK)
-        except BlockingIOError:                     # nothing after all
-            return
-        except OSError:
-            data = b""
-        if not data:
-            raise ClientGone
-        if keep:
-            self.peer.unread += data
-        else:
-            self.watched = False
-
-    def send(self, data: bytes) -> None:
-        """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
-        assert self.peer
-        try:
-            self.peer.send(data, self._wait_until_it_reads)
-        except OSError:
-            raise ClientGone from None
-        self.last_sent = time.monotonic()
-
-    def _wait_until_it_reads(self, writing: bool) -> None:
-        assert self.peer
-        if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
-            raise ClientGone
 
 
 @dataclasses.dataclass
@@ -5543,7 +5543,7 @@ class RunningStream:
         """When there is something to do even if nothing happens."""
         if self.unsent:
             return self.client.write_deadline
-        return min(self.wait.deadline if self.wait else math.inf, self.client.keep_alive_at)
+        return min(self.wait.deadline if self.wait else math.inf, self.client.comment_due)
 
 
 class EventLoop:
@@ -5701,7 +5701,7 @@ class EventLoop:
             raise socket.timeout("the client does not read")
         if stream.wait and now >= stream.wait.deadline:
             raise silence(stream.wait)
-        self._send(stream, stream.client.keep_alive)
+        self._send(stream, stream.client.idle_comment)
         if stream.registered or stream.unsent:      # otherwise its next turn comes by itself
             self._register(stream, stream.wanted())
 
@@ -5888,7 +5888,7 @@ class Reply:
     named_events: bool = False                      # each event with an `event:` line, as the Responses API has it
     closing: bytes = b""                            # ends a stream that did not fail
     failure: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
-    keep_alive: bool = True                         # comments may go in between: Claude's own bytes stay as they are
+    idle_comments: bool = True                      # may go in between: Claude's own bytes stay as they are
     raw: Optional[bytes] = None                     # a body that is not JSON
 
 
@@ -6279,7 +6279,7 @@ def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] =
     """The exchange for a body in either of OpenAI's shapes: some tools post one to the other's door."""
     body, record = incoming.body, incoming.record
     asked = optional(text_of, body.get("model"), "model")
-    record.asked, record.stream = asked or "", wants_stream(body)
+    record.asked, record.stream = asked or "", optional(boolean_of, body.get("stream"), "stream", False)
     model = gateway.models.catalog().resolve(asked)
     record.used = model.id
     if is_responses_body(body):
@@ -6293,14 +6293,6 @@ def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] =
 
 def is_responses_body(body: dict) -> bool:
     return "messages" not in body and ("input" in body or "instructions" in body)
-
-
-def wants_stream(body: dict) -> bool:
-    return optional(boolean_of, body.get("stream"), "stream", False)
-
-
-def wants_storing(body: dict) -> bool:
-    return optional(boolean_of, body.get("store"), "store", True)
 
 
 def wants_usage(body: dict) -> bool:
@@ -6338,7 +6330,7 @@ def response_steps(gateway: Gateway, incoming: Incoming, exchange: Exchange, str
     body = incoming.body
     yield from exchange.batches(stream.feed)
     last_events = stream.finish()
-    if wants_storing(body) and is_responses_body(body):
+    if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
         yield NEEDS_THREAD                          # a long history takes a while to write down
         gateway.responses.put(incoming.owner, stream.response, [*earlier, *items_from_input(body.get("input"))])
     yield last_events
@@ -6457,7 +6449,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
     exchanges[0].open()
     headers = exchanges[0].headers()
-    if wants_stream(body):
+    if incoming.record.stream:
         return Reply(headers=headers, steps=text.steps(include_usage), closing=b"data: [DONE]\n\n")
     return Reply(text.whole(), headers)
 
@@ -6602,7 +6594,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         if usage:
             count_tokens(gateway, incoming.record, body["model"], usage)
     incoming.held.callback(finish)
-    return Reply(headers=headers, steps=passing.steps(reply.pieces()), keep_alive=False, named_events=True,
+    return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
                  failure=lambda failure: [failure.anthropic_body()])
 
 
@@ -6966,10 +6958,9 @@ PAGE = """<!doctype html>
 """
 
 
-# ---- HTTP server -------------------------------------------------------------------------------------
-# Checked requests to their endpoints, replies to bytes; knows no field of either API.  What could be abused
-# (timeouts, limits, foreign hosts and origins) is closed here, because whoever reaches this port spends the owner's
-# money.  Rules by RFC 9110 and 9112.
+# ---- Routes ------------------------------------------------------------------------------------------
+# What is served where, and to whom: foreign hosts, foreign origins and wrong keys are refused, because whoever
+# reaches this port spends the owner's money.
 
 Endpoint = Callable[[Gateway, Incoming], Reply]
 # path (without /v1) -> method -> endpoint
@@ -6993,16 +6984,7 @@ ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
              (re.compile(r"/responses/([^/]+)/input_items"), "/responses/{id}/input_items"))
 WITHOUT_KEY = {"/models", "/models/{id}", "/health", "/"}       # for every other path a configured key is needed
 NATIVE = {"/messages", "/messages/count_tokens"}                # whose errors are in Anthropic's shape
-
-CONTROLS = re.compile(r"[\x00-\x1f\x7f]")          # none of them leaves in a header
-EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "x-should-retry",
-                             *RATE_LIMIT_HEADERS.values()])
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
-
-# in place of a malformed head: whatever follows it is not a request
-NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
-KEEP_ALIVE = b": keep-alive\n\n"                    # a comment: clients read on
-LAST_CHUNK = b"0\r\n\r\n"
 
 
 def route_of(target: str) -> tuple[str, str]:
@@ -7016,6 +6998,77 @@ def route_of(target: str) -> tuple[str, str]:
         if match and match.end() == len(path):
             return route, urllib.parse.unquote(match.group(1))
     return path, ""
+
+
+def endpoint_of(method: str, path: str) -> Endpoint:
+    methods = ROUTES.get(path)
+    if methods is None:
+        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
+            method, printable(path), ", ".join(route for route in ROUTES if "{" not in route)))
+    endpoint = methods.get("GET" if method == "HEAD" else method)
+    if endpoint is None:
+        names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
+        raise Refused(405, "method_not_allowed", "%s does not support %s." % (printable(path), method),
+                      headers={"allow": ", ".join(names)})
+    return endpoint
+
+
+def named_host(head: Head) -> tuple[str | None, Head]:
+    """The host that a request names, and the request with a path as its target."""
+    absolute = re.match(r"https?://([^/?#]*)", head.target, re.I)
+    if absolute:                                    # its authority wins over Host (RFC 9112, 3.2.2)
+        host, path = absolute.group(1), head.target[absolute.end():]
+        return host, head._replace(target=path if path.startswith("/") else "/" + path)
+    if not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
+        raise InvalidRequest("The request target is not a path.", code="bad_request_line")
+    return head.headers.get("host"), head           # HTTP/1.0 may leave it out
+
+
+def allowed_host(host: str, config: Config) -> tuple[str, bool]:
+    """The name in a Host header, and whether it may be this gateway's: a web page's own name never reaches us
+    (DNS rebinding)."""
+    match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
+    if not match:
+        raise InvalidRequest("The Host header is malformed.", code="bad_header")
+    name = match.group(1).strip("[]").rstrip(".").lower()
+    allowed = {"host.docker.internal", config.host.lower(), *(entry.lower() for entry in config.allow_host)}
+    return name, is_loopback_host(name) or is_address(name) or name in allowed
+
+
+def origin_allowed(origin: str, config: Config) -> bool:
+    """Against web pages that spend the owner's quota."""
+    return LOOPBACK_ORIGIN.match(origin) is not None or origin in config.cors_origin or "*" in config.cors_origin
+
+
+def keys_sent(head: Head) -> list[bytes]:
+    """Digests of the keys in a request: neither length nor content shows in the time it takes to compare them."""
+    authorization = head.headers.get("authorization", "")
+    sent = [re.sub(r"^bearer\s+", "", authorization, flags=re.I), head.headers.get("x-api-key", ""),
+            head.headers.get("api-key", "")]
+    return [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
+
+
+def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
+    """A digest of the configured key that was sent, "" where none was."""
+    owner = ""
+    for key in keys:
+        known = hashlib.sha256(key.encode("utf-8")).digest()
+        for digest in digests:
+            if hmac.compare_digest(known, digest):
+                owner = known.hex()
+    return owner
+
+
+# ---- HTTP server -------------------------------------------------------------------------------------
+# Bytes to checked requests, replies to bytes; knows no field of either API.  Every wait and every size is bounded.
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f]")          # none of them leaves in a header
+EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "x-should-retry",
+                             *RATE_LIMIT_HEADERS.values()])
+# in place of a malformed head: whatever follows it is not a request
+NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
+IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 def json_from_body(body: bytes) -> tuple[dict, bool]:
@@ -7065,46 +7118,6 @@ def inflated(body: bytes, encoding: str, limit: int) -> bytes:
     return plain
 
 
-def endpoint_of(method: str, path: str) -> Endpoint:
-    methods = ROUTES.get(path)
-    if methods is None:
-        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
-            method, printable(path), ", ".join(route for route in ROUTES if "{" not in route)))
-    endpoint = methods.get("GET" if method == "HEAD" else method)
-    if endpoint is None:
-        names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-        raise Refused(405, "method_not_allowed", "%s does not support %s." % (printable(path), method),
-                      headers={"allow": ", ".join(names)})
-    return endpoint
-
-
-def named_host(head: Head) -> tuple[str | None, Head]:
-    """The host that a request names, and the request with a path as its target."""
-    absolute = re.match(r"https?://([^/?#]*)", head.target, re.I)
-    if absolute:                                    # its authority wins over Host (RFC 9112, 3.2.2)
-        host, path = absolute.group(1), head.target[absolute.end():]
-        return host, head._replace(target=path if path.startswith("/") else "/" + path)
-    if not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
-        raise InvalidRequest("The request target is not a path.", code="bad_request_line")
-    return head.headers.get("host"), head           # HTTP/1.0 may leave it out
-
-
-def allowed_host(host: str, config: Config) -> tuple[str, bool]:
-    """The name in a Host header, and whether it may be this gateway's: a web page's own name never reaches us
-    (DNS rebinding)."""
-    match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
-    if not match:
-        raise InvalidRequest("The Host header is malformed.", code="bad_header")
-    name = match.group(1).strip("[]").rstrip(".").lower()
-    allowed = {"host.docker.internal", config.host.lower(), *(entry.lower() for entry in config.allow_host)}
-    return name, is_loopback_host(name) or is_address(name) or name in allowed
-
-
-def origin_allowed(origin: str, config: Config) -> bool:
-    """Against web pages that spend the owner's quota."""
-    return LOOPBACK_ORIGIN.match(origin) is not None or origin in config.cors_origin or "*" in config.cors_origin
-
-
 def cors_headers(head: Head, config: Config) -> dict[str, str]:
     origin = head.headers.get("origin")
     if origin is None or not origin_allowed(origin, config):
@@ -7123,25 +7136,6 @@ def preflight_headers(head: Head) -> dict[str, str]:
     return headers
 
 
-def keys_sent(head: Head) -> list[bytes]:
-    """Digests of the keys in a request: neither length nor content shows in the time it takes to compare them."""
-    authorization = head.headers.get("authorization", "")
-    sent = [re.sub(r"^bearer\s+", "", authorization, flags=re.I), head.headers.get("x-api-key", ""),
-            head.headers.get("api-key", "")]
-    return [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
-
-
-def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
-    """A digest of the configured key that was sent, "" where none was."""
-    owner = ""
-    for key in keys:
-        known = hashlib.sha256(key.encode("utf-8")).digest()
-        for digest in digests:
-            if hmac.compare_digest(known, digest):
-                owner = known.hex()
-    return owner
-
-
 class StreamedReply:
     """A reply in pieces as it goes over the wire."""
 
@@ -7151,7 +7145,7 @@ class StreamedReply:
                              "x-accel-buffering": "no"}, **reply.headers)
         if chunked:
             self.headers["transfer-encoding"] = "chunked"
-        self.keep_alive = self._wire(KEEP_ALIVE) if reply.keep_alive else b""
+        self.idle_comment = self._wire(IDLE_COMMENT) if reply.idle_comments else b""
 
     def steps(self) -> Iterator[Any]:
         """Bytes to send, its end included; a Wait or NEEDS_THREAD in between."""
@@ -7270,7 +7264,7 @@ class RequestCycle:
             raise Refused(508, "loop_detected", "This request came from this very gateway: its upstream address leads "
                           "back to it.", headers={"x-should-retry": "false"})
         call = UpstreamCall(self.client, hops, self._limits.upstream_silence,
-                    may_retry=head.headers.get("x-stainless-retry-count", "0") == "0")
+                            may_retry=head.headers.get("x-stainless-retry-count", "0") == "0")
         incoming = Incoming({}, argument, owner, call, self._held, self._record, headers=head.headers,
                             query=head.target.partition("?")[2])
         body = self._read_body(length) if self._body_unread else b""
@@ -7398,7 +7392,7 @@ class RequestCycle:
         """A body in pieces, with a comment when nothing goes out for a while."""
         self.keep_alive = self.keep_alive and self._head.version == "1.1"
         self.client.send(self._head_bytes(200, stream.headers))
-        self._stream, self.steps, self.client.keep_alive = stream, stream.steps(), stream.keep_alive
+        self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
         return self._go_on()
 
     def _go_on(self) -> Wait | None:
@@ -7416,17 +7410,19 @@ class RequestCycle:
         """An error as a status and body or, once a stream has begun, as its last event."""
         failure = failure.reworded(masked(str(failure), self._gateway.secrets()))   # whoever's words it repeats
         self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
-        with contextlib.suppress(ClientGone):
+        status, headers, body = (
+            (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
+            else (failure.status, failure.headers, failure.body()))
+        try:
             if self._stream:
                 self.keep_alive = False
                 self._record.status = failure.status
                 self.client.send(self._stream.failure(failure))
-                return
-            status, headers, body = (
-                (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
-                else (failure.status, failure.headers, failure.body()))
-            LOG.debug("to the client: %s", body, extra={"payload": body})
-            self._send(status, client_json(body), dict(headers, **{"content-type": "application/json"}))
+            else:
+                LOG.debug("to the client: %s", body, extra={"payload": body})
+                self._send(status, client_json(body), dict(headers, **{"content-type": "application/json"}))
+        except ClientGone:
+            self.keep_alive = False
 
     def _linger(self) -> None:
         """Reads on for a moment after refusing a body, so that the client sees the answer and no reset."""
@@ -7495,7 +7491,7 @@ class Connection:
                 if wait or not cycle.keep_alive:
                     break
                 cycle, failure = self._next_cycle(), None
-        except Exception as defect:
+        except Exception as defect:                 # it costs one connection, and nobody is above this thread
             log_lost_connection(defect)
         if cycle and wait:                          # from here on this thread may not touch it any more
             self._gateway.event_loop.add(RunningStream(cycle.client, cycle.steps, wait,
@@ -7515,9 +7511,9 @@ class Connection:
         """Waits for the next request and reads its head; None at the end of the connection."""
         peer = self._peer
         try:
-            first = peer.read_within(self._limits.idle_timeout)
+            received = bytearray(peer.read_within(self._limits.idle_timeout))
             started = time.monotonic()
-            head = self._read_head(first, started + self._limits.head_timeout) if first else None
+            head = self._read_head(received, started + self._limits.head_timeout)
         except OSError:
             return None
         except GatewayError as refusal:
@@ -7525,9 +7521,8 @@ class Connection:
             return None
         return RequestCycle(self._gateway, peer, self._address, head, started) if head else None
 
-    def _read_head(self, first: bytes, deadline: float) -> Head | None:
+    def _read_head(self, received: bytearray, deadline: float) -> Head | None:
         """Request line and headers; what cannot become a request is refused before all of it is there."""
-        received = bytearray(first)
         reader = HeadReader(received, request_line, too_large_head)
         while True:
             blank = BLANK_LINES.match(received)     # skipped before a request (RFC 9112, 2.2)

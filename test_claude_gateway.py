@@ -7128,7 +7128,7 @@ class ClientTests(unittest.TestCase):
         (client or self.client).wait(wait, writing)
 
     def test_a_silent_stream_gets_a_sign_of_life_and_goes_on(self):
-        self.client.keep_alive = b": on"
+        self.client.idle_comment = b": on"
         self.client.last_sent = time.monotonic() - Limits.keepalive_interval - 1
 
         def answer() -> None:
@@ -7142,7 +7142,7 @@ class ClientTests(unittest.TestCase):
         self.assertEqual(Limits.keepalive_interval, 10)
 
     def test_a_stream_that_is_not_silent_gets_none(self):
-        self.client.keep_alive = b": on"
+        self.client.idle_comment = b": on"
         self.claude.sendall(b"event")
         self.wait(5)
         self.user.setblocking(False)
@@ -7613,7 +7613,7 @@ class EventLoopTests(unittest.TestCase):
             self.ended.set()
         self.peer = claude_gateway.Peer(self.client)
         client = claude_gateway.Client(self.peer, limits)
-        client.keep_alive = keep_alive
+        client.idle_comment = keep_alive
         return claude_gateway.RunningStream(client, steps or words(), self.wait_for_upstream(patience), end)
 
     def test_what_claude_says_reaches_the_client_until_the_end(self):
