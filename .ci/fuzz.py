@@ -204,15 +204,15 @@ def answers(events, searching):
 def framings(chunks, cuts, noise):
     body = b"".join(chunks)
     wire = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks if chunk) + b"0\r\n\r\n"
-    framing, at, read = gateway.BodyFraming(True, None), 0, b""
-    for cut in sorted(min(cut, len(wire)) for cut in cuts) + [len(wire)]:
-        read += framing.feed(wire[at:cut])
-        at = cut
-    assert read == body and framing.done and not framing.surplus
-    try:
-        gateway.BodyFraming(True, None).feed(noise)
-    except gateway.GatewayError:
-        pass
+    for framing in (gateway.BodyFraming(True, None), gateway.RequestFraming(None, 1_000)):
+        at, read = 0, b""
+        for cut in sorted(min(cut, len(wire)) for cut in cuts) + [len(wire)]:
+            read += framing.feed(wire[at:cut])
+            at = cut
+        assert read == body and framing.done and not framing.surplus
+    for framing in (gateway.BodyFraming(True, None), gateway.RequestFraming(None, 1_000)):
+        with contextlib.suppress(gateway.GatewayError):
+            framing.feed(noise)
 
 
 def damaged(event):
