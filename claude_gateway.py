@@ -91,7 +91,7 @@ OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
 OAUTH_REDIRECT_URI = "https://platform.claude.com/oauth/code/callback"
 OAUTH_SCOPES = "user:inference user:profile"
 FAST_MODE_BETA = "fast-mode-2026-02-01"         # sent with `speed`; some models take the field only with it
-OAUTH_BETA = "oauth-2025-04-20"                 # the API takes no OAuth token without this beta header
+OAUTH_BETA = "oauth-2025-04-20"                 # the API accepts OAuth tokens with this header only
 # Tokens of a subscription login are known to be refused unless the system prompt begins with this sentence in
 # a block of its own.  It is sent with such tokens only, and is the one thing we say that is not the client's.
 OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
@@ -145,7 +145,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a gateway is told from outside; `config_from` reads it from flags and environment."""
+    """Everything that is set from outside; `config_from` reads it from flags and environment."""
     host: str = "localhost"
     port: int = DEFAULT_PORT
     api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
@@ -320,7 +320,7 @@ def is_public(address: str) -> bool:
 
 
 class GatewayError(Exception):
-    """Something the client should be told, in OpenAI's terms."""
+    """An error that the client should learn of, in OpenAI's terms."""
     status: int = 500
     kind: str = "server_error"
     code: Optional[str] = None
@@ -5194,7 +5194,7 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
 class UpstreamReply:
     """An answer of the upstream: status, headers (lower case), and the body in the pieces it comes in.
 
-    `give_back` takes its connection, for another request; None where there can be no other.
+    `give_back` keeps its connection for another request; None where there can be no other.
     """
 
     def __init__(self, connection: UpstreamConnection, head: UpstreamHead, call: UpstreamCall,
@@ -5406,7 +5406,7 @@ def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
     """Verifying TLS, with more certificate authorities where the environment names some."""
     context = ssl.create_default_context()
     if ca_file:
-        usual = ssl.get_default_verify_paths()      # OpenSSL takes $SSL_CERT_FILE instead of these, not as well
+        usual = ssl.get_default_verify_paths()      # OpenSSL uses $SSL_CERT_FILE instead of these, not as well
         for kind, path in (("cafile", usual.openssl_cafile), ("capath", usual.openssl_capath)):
             with contextlib.suppress(OSError):
                 context.load_verify_locations(**{kind: path})
@@ -5492,18 +5492,18 @@ def fault_before_answer(fault: Exception, request: Any) -> GatewayError:
 
 
 def fault_from(fault: Exception, what: str, who: str = "The upstream") -> GatewayError:
-    """Any exception of sockets, TLS or http.client as an UpstreamFault whose words name the cause."""
+    """Any exception of sockets, TLS or http.client as an UpstreamFault whose message names the cause."""
     reason: Any = getattr(fault, "reason", None) if isinstance(fault, urllib.error.URLError) else fault
     if isinstance(reason, GatewayError):
         return reason
     if isinstance(reason, (socket.timeout, TimeoutError)):
         return UpstreamTimeout("%s %s: no answer in time." % (who, what))
-    words = str(reason) or type(reason).__name__
+    message = str(reason) or type(reason).__name__
     if isinstance(reason, ssl.SSLError):
-        cause = next((advice for pattern, advice in TLS_CAUSES if "CERTIFICATE_VERIFY_FAILED" in words
-                      and re.search(pattern, words, re.I)), "")
-        return UpstreamFault("%s %s: TLS failed (%s)%s." % (who, what, words, ": " + cause if cause else ""))
-    failure = UpstreamFault("%s %s: %s." % (who, what, words))
+        cause = next((advice for pattern, advice in TLS_CAUSES if "CERTIFICATE_VERIFY_FAILED" in message
+                      and re.search(pattern, message, re.I)), "")
+        return UpstreamFault("%s %s: TLS failed (%s)%s." % (who, what, message, ": " + cause if cause else ""))
+    failure = UpstreamFault("%s %s: %s." % (who, what, message))
     failure.may_pass = isinstance(reason, OSError)  # who has answered nonsense would do it again
     return failure
 
@@ -5528,7 +5528,7 @@ class RunningStream:
         assert client.peer
         self.client, self.sock, self.steps, self.ended = client, client.peer.sock, steps, ended
         self.wait = wait                            # None between two turns, and while the client has to read first
-        self.unsent = b""                           # what the client has not taken yet; nothing is read meanwhile
+        self.unsent = b""                           # what the client has not accepted yet; nothing is read meanwhile
         self.registered: Dict[socket.socket, int] = {}      # with the selector: socket -> events
 
     def wanted(self) -> dict[socket.socket, int]:
@@ -5654,7 +5654,7 @@ class EventLoop:
         self._ready.append(stream)
 
     def _send(self, stream: RunningStream, data: bytes) -> None:
-        """Sends what the client takes now."""
+        """Sends what the client accepts now."""
         stream.client.last_sent = time.monotonic()
         try:
             stream.unsent = data[stream.sock.send(data):]
@@ -5945,7 +5945,7 @@ class Exchange:
         self._conversation = conversation_key(incoming.owner, history)
         self._replay = gateway.answers.may_replay(self._conversation)
         self._images: Dict[str, Tuple[str, str]] = {}
-        self._inline = ""                           # Claude's words, once images by address have been refused
+        self._inline = ""                           # Claude's message, once images by address have been refused
         self._reply: Optional[UpstreamReply] = None
         self._headers: Dict[str, str] = {}
         self._counted = False                       # the tokens of this answer
@@ -5954,7 +5954,7 @@ class Exchange:
         incoming.held.callback(self.close)
 
     def open(self) -> None:
-        """Sends the request until Claude takes it; returns when the answer begins.  Raises GatewayError."""
+        """Sends the request until Claude accepts it; returns when the answer begins.  Raises GatewayError."""
         while True:
             self.translation = self.translate()
             if self._gateway.config.strict and self.translation.changes.told:
@@ -6089,7 +6089,7 @@ class Exchange:
         return False
 
     def _matters(self, lesson: dict) -> bool:
-        """Whether a lesson would make another request of this one; if not, the refusal's words mean something else."""
+        """Whether a lesson would make another request of this one; if not, the refusal means something else."""
         return self._translated(replace(self._known, **lesson)).request != self._translated(self._known).request
 
     def _count_tokens(self) -> None:
@@ -6157,7 +6157,7 @@ def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -
 
 
 def within_upstream_limit(body: bytes) -> bytes:
-    """A body for Claude, of a size that it takes."""
+    """A body for Claude, of a size that it accepts."""
     if len(body) > MAX_UPSTREAM_BODY:
         raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts up to "
                       "32 MB." % (len(body) / 1e6))
@@ -6276,7 +6276,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> Exchange:
-    """The exchange for a body in either of OpenAI's shapes: some tools post one to the other's door."""
+    """The exchange for a body in either of OpenAI's shapes: some tools post one to the path of the other."""
     body, record = incoming.body, incoming.record
     asked = optional(text_of, body.get("model"), "model")
     record.asked, record.stream = asked or "", optional(boolean_of, body.get("stream"), "stream", False)
@@ -6432,7 +6432,7 @@ def health(gateway: Gateway, incoming: Incoming) -> Reply:
 # ---- Legacy completions ------------------------------------------------------------------------------
 # OpenAI's older API, of texts that are continued: each prompt becomes a chat turn that asks for it.
 
-MOST_PROMPTS = 128                                  # of one request: OpenAI takes 2,048, but every one is a call here
+MOST_PROMPTS = 128                                  # of one request: OpenAI accepts 2,048, but each is a call here
 COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
                      "only: no comment, no repetition of the text, no code fence.")
 INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
@@ -7324,7 +7324,7 @@ class RequestCycle:
         return body
 
     def _received(self, framing: RequestFraming, pause: float, total: float) -> bytes:
-        """A body, counted as it arrives: who only promises megabytes takes no room from others."""
+        """A body, counted as it arrives: a client that only promises megabytes takes no room from others."""
         self._body_begun, deadline = True, time.monotonic() + total
         pieces: list[bytes] = []
         while not framing.done:
@@ -7408,7 +7408,7 @@ class RequestCycle:
 
     def _send_failure(self, failure: GatewayError) -> None:
         """An error as a status and body or, once a stream has begun, as its last event."""
-        failure = failure.reworded(masked(str(failure), self._gateway.secrets()))   # whoever's words it repeats
+        failure = failure.reworded(masked(str(failure), self._gateway.secrets()))   # whoever wrote it
         self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
         status, headers, body = (
             (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
@@ -7599,7 +7599,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own: a connection, until it ends or the event loop takes its stream."""
+        """In a thread of its own: a connection, until it ends or its stream moves to the event loop."""
         def release() -> None:
             self.shutdown_request(request)
             self._connections.give(1)
