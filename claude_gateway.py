@@ -5981,10 +5981,6 @@ class Exchange:
             pass
         return self.assembler.whole()
 
-    @property
-    def model_id(self) -> str:
-        return self._known.id
-
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""
         headers = dict(headers_from_claude(self._headers))
@@ -6520,7 +6516,8 @@ class TextCompletion:
         return self._exchanges[-1].assembler.message["model"]
 
     def _chunk(self, exchange: Exchange, choice: dict) -> dict:
-        return dict(self._envelope, model=exchange.assembler.message.get("model", exchange.model_id), choices=[choice])
+        model = exchange.assembler.message.get("model", exchange.translation.request["model"])
+        return dict(self._envelope, model=model, choices=[choice])
 
     @staticmethod
     def _choice(index: int, text: str, reason: str | None) -> dict:
@@ -7523,7 +7520,8 @@ class Connection:
 
     def _read_head(self, received: bytearray, deadline: float) -> Head | None:
         """Request line and headers; what cannot become a request is refused before all of it is there."""
-        reader = HeadReader(received, request_line, too_large_head)
+        reader = HeadReader(received, request_line, lambda what: Refused(
+            431, "request_header_fields_too_large", "The request head " + what))
         while True:
             blank = BLANK_LINES.match(received)     # skipped before a request (RFC 9112, 2.2)
             del received[:blank.end() if blank else 0]
@@ -7539,10 +7537,6 @@ class Connection:
             if not more:
                 return None
             received += more
-
-
-def too_large_head(what: str) -> GatewayError:
-    return Refused(431, "request_header_fields_too_large", "The request head " + what)
 
 
 def log_lost_connection(failure: BaseException | None) -> None:
