@@ -5933,7 +5933,7 @@ class Exchange:
     """One request to Claude and the answer, with the corrections that a refusal calls for.
 
     A refused request is corrected and sent again when the refusal says how: a parameter that the model does not
-    take, signed thinking that does not hold, an image address that Claude cannot fetch.  Each at most once.
+    accept, signed thinking that does not hold, an image address that Claude cannot fetch.  Each at most once.
     """
 
     def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate,
