@@ -30,7 +30,6 @@ import json
 import math
 import os
 import plistlib
-import random
 import re
 import shutil
 import signal
@@ -2016,13 +2015,15 @@ class LiveModelListTests(RequestTestCase):
                     self.assertGreater(model.max_output, 0)
 
     def test_the_models_on_offer_have_the_shape_of_openai(self):
-        self.start(alias=(("my/model", "haiku"), ("*", "opus")))
+        self.start(alias=(("my/model", "opus"), ("*", "opus"), ("broken", "claude-opus-1")))
         body = self.ask("GET", "/v1/models").json
         self.assertEqual(body["object"], "list")
         entries = {entry["id"]: entry for entry in body["data"]}
         self.assertEqual(len(entries), len(body["data"]))
         self.assertLessEqual(set(ALL_MODELS) | {"opus", "sonnet", "haiku", "fable", "mythos", "my/model"}, set(entries))
         self.assertNotIn("*", entries)
+        self.assertEqual(entries["my/model"]["alias_of"], "claude-opus-5-5")
+        self.assertEqual(self.ask("GET", "/v1/models/my%2Fmodel").json["id"], "my/model")
         for entry in entries.values():
             with self.subTest(id=entry["id"]):
                 self.assertEqual((entry["object"], entry["owned_by"]), ("model", "anthropic"))
@@ -2151,14 +2152,8 @@ class RequestDoorTests(RequestTestCase):
         request = self.sent(min_p=0.1, keep_alive="5m", options={"num_ctx": 1}, whatever=[1])
         self.assertEqual(set(request) - {"model", "max_tokens", "stream", "thinking", "messages"}, set())
 
-    def test_lone_surrogates_become_replacement_characters(self):
-        # inside `arguments` they are escaped twice, so the door for bodies does not see them
-        for body, where in ((r'"Hi \ud83d"', lambda turns: turns[-1]["content"][0]["text"]),):
-            raw = '{"model": "opus", "messages": [{"role": "user", "content": %s}]}' % body
-            answer = self.ask("POST", "/v1/chat/completions", raw.encode("ascii"))
-            self.assertEqual(answer.status, 200, answer.raw)
-            self.assertEqual(where(self.claude.messages[-1].body["messages"]), "Hi \ufffd")
-            self.assertIn("lone_surrogates", answer.headers["x-claude-gateway-changes"])
+    def test_lone_surrogates_in_arguments_become_replacement_characters(self):
+        # they are escaped twice there, so whoever reads the body does not see them
         turns = self.turns(ASKED, calls(a_call("a", "f", '{"x": "\\ud83d"}')), result("a"), tools=[a_tool("f")])
         self.assertEqual(turns[1]["content"][0]["input"], {"x": "\ufffd"})
 
@@ -2171,8 +2166,9 @@ class RequestDoorTests(RequestTestCase):
                 "response_format": {"type": "json_object"}, "tool_choice": "required"}
         before = json.dumps(chat)
         for model in BUILT_IN_MODELS.values():
-            claude_gateway.messages_request_from_chat(chat, model, [{"type": "text", "text": "P"}])
+            claude_gateway.messages_request_from_chat(chat, model, [claude_gateway.OAUTH_SYSTEM_BLOCK])
         self.assertEqual(json.dumps(chat), before)
+        self.assertEqual(set(claude_gateway.OAUTH_SYSTEM_BLOCK), {"type", "text"})
 
     def test_hostile_values_are_told_and_never_break_the_gateway(self):
         for fields in (
@@ -3482,22 +3478,6 @@ class ToolChoiceTests(RequestTestCase):
                         self.assertFalse(whole["message"]["content"])
                         self.assertEqual(whole["finish_reason"], "tool_calls")
 
-    def test_a_forced_legacy_function_or_custom_tool_comes_back_in_its_own_shape(self):
-        self.claude.play(message(text('{"x": 5}')), message(text('{"input": "1+1"}')))
-        answer = self.chat(functions=[{"name": "f", "parameters": POINT}], function_call={"name": "f"})
-        self.assertEqual(answer.json["choices"][0]["finish_reason"], "function_call")
-        self.assertEqual(answer.message["function_call"]["name"], "f")
-        self.assertEqual(json.loads(answer.message["function_call"]["arguments"]), {"x": 5})
-        answer = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}], tool_choice="required")
-        self.assertEqual(answer.message["tool_calls"][0].get("custom"), {"name": "calc", "input": "1+1"})
-        self.claude.play(message(text('{"input": "1+1"}')))
-        chunks = self.chat(tools=[{"type": "custom", "custom": {"name": "calc"}}], tool_choice="required",
-                           stream=True).chunks
-        deltas = [call for chunk in chunks for choice in chunk["choices"] for call in choice["delta"].get("tool_calls",
-                                                                                                          ())]
-        self.assertEqual([(call["index"], call.get("type"), call.get("custom")) for call in deltas],
-                         [(0, "custom", {"name": "calc", "input": "1+1"})])
-
     def test_where_that_cannot_be_it_is_asked_for_in_words(self):
         free = a_tool("free", {"type": "object", "additionalProperties": True})
         for model in UNFORCED:
@@ -3712,12 +3692,6 @@ class ChangesHeaderTests(GatewayTestCase):
         self.assertIn("dropped seed", answer.error["message"])
         self.assertEqual(self.chat(store=True, metadata={"a": "b"}, n=1).status, 200)
 
-    def test_the_report_is_ascii_and_short(self):
-        fields = {"unknown_%d\u00e9" % at: 1 for at in range(200)}
-        report = self.chat(**fields).headers["x-claude-gateway-changes"]
-        self.assertLess(len(report), 1100)
-        self.assertRegex(report, r"^dropped=unknown_0_,.*; \+\d+ more$")
-
 
 def prompt_blocks(request: dict) -> list:
     """(serialised block, whether it ends with a cache mark) in the order of the prompt."""
@@ -3913,18 +3887,6 @@ class ReplyShapeTests(GatewayTestCase):
         for parts in self.both(message(thinking("First. ", "c2ln"), text("A"), thinking("Then.", "c2l2"), text("B"))):
             self.assertEqual(parts["message"], {"role": "assistant", "content": "AB",
                                                 "reasoning_content": "First. Then."})
-
-    def test_tool_names_that_claude_refuses_come_back_as_the_client_wrote_them(self):
-        long_name = "n" * 90
-        tools = [{"type": "function", "function": {"name": name}} for name in ("my.tool", "my_tool", long_name)]
-        sent = self.sent(tools=tools)
-        names = [tool["name"] for tool in sent["tools"]]
-        uses = [tool_use("toolu_%d" % at, name, {}) for at, name in enumerate(names)]
-        for parts in self.both(message(*uses), tools=tools):
-            self.assertEqual([call["function"]["name"] for call in parts["message"]["tool_calls"]],
-                             ["my.tool", "my_tool", long_name])
-            self.assertEqual([call["id"] for call in parts["message"]["tool_calls"]],
-                             ["toolu_0", "toolu_1", "toolu_2"])
 
     def test_a_call_without_arguments_has_an_empty_object(self):
         bare_call = [{"type": "message_start", "message": message()}, {"type": "content_block_start", "index": 0,
@@ -4410,20 +4372,6 @@ class StreamShapeTests(GatewayTestCase):
                                             "transfer-encoding", "content-encoding")],
             ["text/event-stream; charset=utf-8", "no-cache", "no", None, "chunked", None])
 
-    def test_the_first_chunk_does_not_wait_for_the_second_event(self):
-        go_on = threading.Event()
-        self.addCleanup(go_on.set)
-        events = events_of(message(text("Hello there")))
-        self.claude.play(FakeReply(pieces=[sse(events[:1]), go_on, sse(events[1:])]))
-        connection = http.client.HTTPConnection("127.0.0.1", self.service.port, timeout=20)
-        self.addCleanup(connection.close)
-        connection.request("POST", "/v1/chat/completions", json.dumps(
-            {"model": "claude-sonnet-5-5", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}))
-        response = connection.getresponse()
-        self.assertIn(b'"role": "assistant"', response.readline().replace(b'":"', b'": "'))
-        go_on.set()
-        self.assertTrue(response.read().endswith(b"data: [DONE]\n\n"))
-
     def test_the_upstream_is_always_asked_for_a_stream(self):
         for stream in (False, True, None):
             self.assertIs(self.sent(stream=stream)["stream"], True)
@@ -4794,8 +4742,10 @@ class ResponsesReplyTests(ResponsesTestCase):
                          {"type": "thinking", "thinking": "", "signature": "c2lnbmVk"})
 
     def test_foreign_and_damaged_reasoning_is_left_out(self):
-        for content in ("gAAAAABforeign", "claude-gateway-1.!!!", "claude-gateway-1.bm90IGpzb24=", None):
-            with self.subTest(content=content):
+        made_up = [claude_gateway.OUR_ENCODING + base64.urlsafe_b64encode(words).decode() for words in (
+            b"[" * 200_000, b"[1]", b'{"thinking": 5, "signature": "c2ln"}', b"1" * 5_000, b"\xed\xa0\x80", b"{")]
+        for content in ("gAAAAABforeign", "claude-gateway-1.!!!", "claude-gateway-1.bm90IGpzb24=", None, *made_up):
+            with self.subTest(content=str(content)[:50]):
                 request = self.became([{"role": "user", "content": "Hello"},
                                        {"type": "reasoning", "summary": [], "encrypted_content": content},
                                        {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "More"}])
@@ -4811,16 +4761,6 @@ class ResponsesReplyTests(ResponsesTestCase):
     def test_a_chat_body_at_the_responses_door_is_answered_as_a_response(self):
         answer = self.ask("POST", "/v1/responses", {"model": "opus", "messages": [{"role": "user", "content": "Hi"}]})
         self.assertEqual(answer.json["output"][0]["content"][0]["text"], "Hello!")
-
-    def test_reasoning_that_a_client_made_up_is_left_out(self):
-        for inner in ("[" * 200_000, "[1]", '{"thinking": 5, "signature": "c2ln"}', "1" * 5_000, "\ud800", "{"):
-            with self.subTest(inner=inner[:20]):
-                packed = base64.urlsafe_b64encode(inner.encode("utf-8", "surrogatepass")).decode()
-                answer = self.ask("POST", "/v1/responses", {"model": "opus", "input": [
-                    {"type": "reasoning", "encrypted_content": claude_gateway.OUR_ENCODING + packed},
-                    {"role": "user", "content": "Hi"}]})
-                self.assertEqual(answer.status, 200, answer.raw)
-                self.assertEqual(len(self.claude.messages[-1].body["messages"]), 1)
 
     def test_half_a_character_in_packed_thinking_is_replaced(self):
         packed = base64.urlsafe_b64encode(b'{"thinking": "\\ud800", "signature": "c2ln"}').decode()
@@ -5954,7 +5894,7 @@ class FramingTests(HttpTestCase):
             return int.from_bytes(hashlib.sha256(b"seed %d" % rolled[0]).digest()[:4], "big") % sides
 
         spice = [b"\r", b"\n", b"\0", b" ", b":", b"\r\n", b"\xff", b"\r\n\r\n", b"0", b"-1", b"chunked", b"[", b'"',
-                 b"HTTP/1.1", b"\r\n ", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"\\ud800",
+                 b"%", b"HTTP/1.1", b"\r\n ", b"Content-Length: 3\r\n", b"Transfer-Encoding: chunked\r\n", b"\\ud800",
                  b"1e999"]
         for number in range(300):
             data = good[number % len(good)]
@@ -5976,30 +5916,6 @@ class FramingTests(HttpTestCase):
                     self.assertIn(answer.status, (200, 204, 400, 403, 404, 405, 408, 413, 415, 426, 431, 501, 505))
         self.assertEqual(self.ask("GET", "/health").status, 200)
         self.claude.violations.clear()                  # damaged JSON that is still JSON: judged by other tests
-
-    def test_no_mutation_of_a_request_gets_a_500_or_no_answer(self):
-        dice, request = random.Random(5), chat_bytes("X-A: b", "Connection: close")
-        for _ in range(300):
-            data = bytearray(request)
-            for _ in range(dice.randint(1, 4)):
-                at = dice.randrange(len(data))
-                data[at : at + dice.randint(0, 3)] = dice.choice(
-                    [b"", b"\r\n", b"\0", b":", b" ", b"%", b"\xff", b"0", b"{"]
-                )
-            connection = self.connect()
-            connection.sendall(bytes(data))
-            connection.shutdown(socket.SHUT_WR)
-            answer = b""
-            with contextlib.suppress(ConnectionResetError):
-                while True:
-                    piece = connection.recv(65_536)
-                    if not piece:
-                        break
-                    answer += piece
-            self.assertNotIn(b" 500 ", answer[:20], bytes(data))
-            connection.close()
-        self.assertEqual(self.ask("GET", "/health").status, 200)
-        self.claude.violations.clear()
 
 
 class BodyTests(HttpTestCase):
@@ -8231,7 +8147,9 @@ class PictureFetchTests(GatewayTestCase):
 
 # ---- Exchange ----------------------------------------------------------------------------------------
 
-class ModelLessonTests(RequestTestCase):
+class LessonTests(RequestTestCase):
+    """A 400 teaches something about a model, if what it taught then works."""
+
     def setUp(self):
         super().setUp()
         self.start()                                # lessons outlive a request, not a gateway
@@ -8239,8 +8157,8 @@ class ModelLessonTests(RequestTestCase):
     def is_free(self, request: dict) -> bool:
         return self.chosen(request) is None
 
-    def refuse_once(self, words: str) -> None:
-        self.claude.play(FakeReply(400, body=error_body("invalid_request_error", words)))
+    def refuse(self, words: str) -> None:
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", words))
 
     def test_a_400_that_names_a_parameter_is_learnt_from(self):
         prefill = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One,"}]
@@ -8261,50 +8179,21 @@ class ModelLessonTests(RequestTestCase):
              lambda request: [turn["role"] for turn in request["messages"]] == ["user"]),
         ):
             with self.subTest(words=words):
-                self.refuse_once(words)
+                self.refuse(words)
                 self.assertEqual(self.chat(model=model, **fields).status, 200)
                 self.assertFalse(gone(self.claude.messages[-2].body))
                 self.assertTrue(gone(self.claude.messages[-1].body))
                 self.assertTrue(gone(self.sent(model=model, **fields)), "not remembered")
 
     def test_a_lower_output_limit_is_learnt(self):
-        self.refuse_once("max_tokens: 128000 > 96000, which is the maximum allowed number of output tokens for x")
+        self.refuse("max_tokens: 128000 > 96000, which is the maximum allowed number of output tokens for x")
         self.chat(model="claude-opus-5-5")
         self.assertEqual(self.sent(model="claude-opus-5-5")["max_tokens"], 96_000)
 
-    def test_a_lesson_whose_retry_fails_is_forgotten(self):
-        self.refuse_once("`temperature` is deprecated for this model.")
-        self.refuse_once("something else is wrong")
-        self.assertEqual(self.chat(model="claude-opus-4-6", temperature=0.3).status, 400)
-        self.assertEqual(len(self.claude.messages), 2)
-        self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
-
     def test_a_lesson_about_one_model_is_none_about_another(self):
-        self.refuse_once("`temperature` is deprecated for this model.")
+        self.refuse("`temperature` is deprecated for this model.")
         self.chat(model="claude-sonnet-4-6", temperature=0.3)
         self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
-
-    def test_a_400_about_something_else_is_handed_on(self):
-        self.refuse_once("messages.0.content.0.image.source: could not process image")
-        answer = self.chat(model="claude-opus-4-6", temperature=0.3)
-        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
-        self.assertIn("could not process image", answer.error["message"])
-
-    def test_an_error_about_a_tool_names_the_tool(self):
-        self.refuse_once("tools.1.custom.input_schema: JSON schema is invalid")
-        error = self.chat(tools=[a_tool("first"), a_tool("my.tool")]).error
-        self.assertIn("my.tool", error["message"])
-
-
-class LessonKeepingTests(GatewayTestCase):
-    """A 400 teaches something about a model, if what it taught then works."""
-
-    def setUp(self):
-        super().setUp()
-        self.start()
-
-    def refuse(self, words: str) -> None:
-        self.claude.play(refusal_of_claude(400, "invalid_request_error", words))
 
     def test_thinking_is_learnt_in_both_directions(self):
         self.claude.strict = False                  # its models are as documented; these have changed their mind
@@ -8323,11 +8212,12 @@ class LessonKeepingTests(GatewayTestCase):
                 self.assertEqual(self.sent(model=model, reasoning_effort="high")["thinking"]["type"], after)
                 self.assertEqual(len(self.claude.messages), count + 1)
 
-    def test_a_lesson_that_did_not_help_is_forgotten_also_when_the_retry_failed_otherwise(self):
-        for second in (refusal_of_claude(529, "overloaded_error", "x"), refusal_of_claude(400, "invalid_request_error",
-                                                                                          "y"), FakeReply(None)):
-            with self.subTest(second=second.status):
-                self.refuse("`temperature` is deprecated for this model.")
+    def test_a_lesson_that_did_not_help_is_forgotten(self):
+        first = refusal_of_claude(400, "invalid_request_error", "`temperature` is deprecated for this model.")
+        for second in (first, refusal_of_claude(400, "invalid_request_error", "something else is wrong"),
+                       refusal_of_claude(529, "overloaded_error", "x"), FakeReply(None)):
+            with self.subTest(second=second):
+                self.claude.play(first)
                 self.claude.play(second, *([second] if second.status is None else []))
                 self.assertGreaterEqual(self.chat(model="claude-opus-4-6", temperature=0.3).status, 400)
                 self.assertEqual(self.sent(model="claude-opus-4-6", temperature=0.3)["temperature"], 0.3)
@@ -8346,11 +8236,6 @@ class LessonKeepingTests(GatewayTestCase):
             answer = self.chat(model="claude-sonnet-4-6", temperature=0.3)
             self.assertIn("temperature", answer.headers["x-claude-gateway-changes"])
 
-    def test_a_400_that_changes_nothing_is_handed_on_at_once(self):
-        self.refuse("`temperature` is deprecated for this model.")
-        answer = self.chat(model="claude-opus-5-5")
-        self.assertEqual((answer.status, len(self.claude.messages)), (400, 1))
-
     def test_words_that_are_not_about_the_request_teach_nothing(self):
         for words, fields in (
             ("tools.0.custom.input_schema.properties.speed: this type is not supported", {"speed": "fast"}),
@@ -8359,6 +8244,7 @@ class LessonKeepingTests(GatewayTestCase):
             ("`temperature` is deprecated for this model.", {}),
             ("This model does not support the effort parameter.", {}),
             ("role 'system' is not supported on this model", {}),
+            ("messages.0.content.0.image.source: could not process image", {"temperature": 0.3}),
             ("max_tokens: 200000 > 64000, which is the maximum", {"max_tokens": 2_000}),
         ):
             with self.subTest(words=words):
@@ -8386,13 +8272,6 @@ class LessonKeepingTests(GatewayTestCase):
         self.claude.play(refusal_of_claude(403, "permission_error", "`temperature` is deprecated for this model."))
         self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.3).status, 403)
         self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.3)["temperature"], 0.3)
-
-    def test_a_lesson_that_did_not_help_is_not_kept(self):
-        self.start()
-        refusal = refusal_of_claude(400, "invalid_request_error", "`temperature` is deprecated for this model.")
-        self.claude.play(refusal, refusal)
-        self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.5).status, 400)
-        self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.5)["temperature"], 0.5)
 
 
 class ThinkingReplayTests(GatewayTestCase):
@@ -8989,13 +8868,6 @@ class ModelListTests(GatewayTestCase):
                     thread.join(10)
         self.assertEqual((torn, len(logged.output)), ([], 1))
         self.assertIn("TypeError: no such thing", logged.output[0])
-
-    def test_aliases_are_listed_and_the_fallback_is_not(self):
-        self.start(alias=(("my-model", "opus"), ("*", "sonnet"), ("broken", "claude-opus-1")))
-        entries = {entry["id"]: entry for entry in self.ask("GET", "/v1/models").json["data"]}
-        self.assertEqual(entries["my-model"]["alias_of"], "claude-opus-5-5")
-        self.assertNotIn("*", entries)
-        self.assertEqual(self.ask("GET", "/v1/models/my-model").json["id"], "my-model")
 
     def test_a_callers_own_key_asks_for_its_own_list_each_time(self):
         self.claude.models = [self.entry("claude-opus-7")]
@@ -9676,6 +9548,7 @@ class ClientKeyTests(HttpTestCase):
     def test_failures_are_slowed_per_address_and_bounded(self):
         failed = claude_gateway.FailedKeys()
         self.assertEqual([failed.penalty("10.0.0.1") for _ in range(8)], [0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0])
+        self.assertEqual({failed.penalty("10.0.0.1") for _ in range(2_000)}, {2.0}, "however often")
         self.assertEqual(failed.penalty("10.0.0.2"), 0.0)
         for number in range(10_000):
             failed.penalty("10.1.%d.%d" % divmod(number, 250))
@@ -9715,13 +9588,6 @@ class ClientKeyTests(HttpTestCase):
                                          "Content-Length: 1000000", "Expect: 100-continue",
                                          "Authorization: Bearer no"))
         self.assertIn(b"HTTP/1.1 401 ", received_until(connection, b"\r\n\r\n"))
-
-    def test_a_wrong_key_waits_longer_each_time_and_a_right_one_never(self):
-        failed = claude_gateway.FailedKeys()
-        penalties = [failed.penalty("10.0.0.1") for _ in range(12)]
-        self.assertEqual((penalties[0], penalties[1], penalties[-1]), (0, 0.05, 2.0))
-        self.assertEqual(failed.penalty("10.0.0.2"), 0)
-        self.assertEqual({failed.penalty("10.0.0.1") for _ in range(2_000)}, {2.0}, "however often")
 
 
 class AnyKeyTests(HttpTestCase):
@@ -9917,7 +9783,7 @@ class StreamFramingTests(HttpTestCase):
         first, second = threading.Event(), threading.Event()
         self.addCleanup(first.set)
         self.addCleanup(second.set)
-        self.claude.play(FakeReply(pieces=[sse(events[:starts[0]]), first, sse(events[starts[0]:starts[1]]), second,
+        self.claude.play(FakeReply(pieces=[sse(events[:1]), first, sse(events[1:starts[1]]), second,
                                            sse(events[starts[1]:])]))
         connection = self.connect()
         connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
@@ -9974,15 +9840,6 @@ class StreamFramingTests(HttpTestCase):
         self.assertEqual(rest, b"")
         self.assertLessEqual(len(chunks), 3)            # everything; what the end adds; [DONE]
         self.assertGreaterEqual(chunks[0].count(b"data: "), 5)
-
-    def test_events_cut_anywhere_give_the_same_answer(self):
-        data = sse(events_of(message(text("Gr\u00fc\u00dfe \U0001f600"))))
-        whole = completion_from_chunks(answers_in(self.streamed([data]))[0].chunks)
-        for size in (1, 7, 64):
-            with self.subTest(size=size):
-                pieces = [data[at:at + size] for at in range(0, len(data), size)]
-                self.assertEqual(completion_from_chunks(answers_in(self.streamed(pieces))[0].chunks), whole)
-        self.assertEqual(whole["message"]["content"], "Gr\u00fc\u00dfe \U0001f600")
 
     def test_line_separators_inside_text_reach_the_client_escaped(self):
         words = "a\u2028b\u2029c\x85d"
@@ -11877,16 +11734,6 @@ class LibraryTests(GatewayTestCase):
         completion = claude_gateway.chat_completion_from_message(
             message(text("Hi")), {"id": "chatcmpl-1", "created": 1}, translation.plan)
         self.assertEqual(completion["choices"][0]["message"]["content"], "Hi")
-
-    def test_arguments_are_left_as_they_were(self):
-        chat = {"model": "opus", "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": [
-            {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]}],
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
-        before = json.dumps(chat)
-        claude_gateway.messages_request_from_chat(chat, BUILT_IN_MODELS["claude-opus-5-5"],
-                                                  [claude_gateway.OAUTH_SYSTEM_BLOCK])
-        self.assertEqual(json.dumps(chat), before)
-        self.assertEqual(set(claude_gateway.OAUTH_SYSTEM_BLOCK), {"type", "text"})
 
     def test_a_service_that_was_never_started_closes_at_once(self):
         service = Service(Gateway(Config(base_url=self.claude.url, anthropic_api_key=SECRET, host="127.0.0.1", port=0)))

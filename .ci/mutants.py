@@ -265,10 +265,10 @@ MUTANTS = (
     Mutant("retry: none once a stream has begun", "self._incoming.watch.may_retry = False", "pass",
            "PausedAnswerTests"),
     Mutant("retry: lessons that change nothing", "if lesson and self._matters(lesson):", "if lesson:",
-           "LessonKeepingTests"),
+           "LessonTests"),
     Mutant("retry: lessons that did not help", "            self._lesson = lesson\n",
            "            self._lesson = lesson\n            self._gateway.lessons.learn(self._known, lesson)\n",
-           "LessonKeepingTests"),
+           "LessonTests"),
     # ---- clients that leave
     Mutant("watch: a client that leaves", "            if self.client and self.client in ready:\n",
            "            if False:\n", "LeavingClientTests WatchTests ConnectionTests"),
