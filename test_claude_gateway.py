@@ -6220,19 +6220,16 @@ def upstream_bytes(body: bytes, *headers, status: str = "200 OK", length: bool =
     return request_bytes("HTTP/1.1 " + status, *kinds, *headers, *lengths, body=body)
 
 
-class RawUpstream:
-    """An upstream down to its bytes.  Each connection plays the next script: a list with one entry per POST, which is
-    bytes, or a list of bytes, Events to wait for and functions to call.  A script that is over ends the connection."""
+class LoopbackServer:
+    """A server on a port of its own: each connection is handed to `serve`, in a thread."""
 
-    def __init__(self, *scripts, context: ssl.SSLContext = None, banner: bytes = b"") -> None:
-        self.scripts, self.posts, self.connections, self.context = list(scripts), [], 0, context
-        self._banner = banner                           # said at once on every connection, which then ends
-        self.closed, self.stopped = threading.Event(), threading.Event()
+    def __init__(self, serve) -> None:
+        self._serve_one = serve
+        self.stopped = threading.Event()
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(20)
         self.port = self._listener.getsockname()[1]
-        self.url = "%s://127.0.0.1:%d" % ("https" if context else "http", self.port)
 
     def __enter__(self):
         threading.Thread(target=self._accept, daemon=True).start()
@@ -6248,12 +6245,27 @@ class RawUpstream:
         with contextlib.suppress(OSError):
             while True:
                 connection = self._listener.accept()[0]
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+                threading.Thread(target=self._serve_and_close, args=(connection,), daemon=True).start()
+
+    def _serve_and_close(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), contextlib.closing(connection):
+            self._serve_one(connection)
+
+
+class RawUpstream(LoopbackServer):
+    """An upstream down to its bytes.  Each connection plays the next script: a list with one entry per POST, which is
+    bytes, or a list of bytes, Events to wait for and functions to call.  A script that is over ends the connection."""
+
+    def __init__(self, *scripts, context: ssl.SSLContext = None, banner: bytes = b"") -> None:
+        super().__init__(self._serve)
+        self.scripts, self.posts, self.connections, self.context = list(scripts), [], 0, context
+        self._banner = banner                           # said at once on every connection, which then ends
+        self.closed = threading.Event()
+        self.url = "%s://127.0.0.1:%d" % ("https" if context else "http", self.port)
 
     def _serve(self, connection: socket.socket) -> None:
         connection.settimeout(10)
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            stack.callback(connection.close)
+        with contextlib.ExitStack() as stack:
             if self._banner:
                 connection.sendall(self._banner)
                 connection.recv(65_536)
@@ -6439,26 +6451,18 @@ class UpstreamRequestTests(UpstreamTestCase):
                 self.assertEqual(raw.connections, 2)
 
     def test_an_answer_that_comes_before_the_request_was_read_is_the_answer(self):
-        listener = socket.socket()
-        self.addCleanup(listener.close)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(5)
         refusal = upstream_bytes(json.dumps(error_body("request_too_large", "Too much")).encode(),
                                  "connection: close", status="413 Too Large")
 
-        def refuse():
-            with contextlib.suppress(OSError):
-                while True:
-                    connection = listener.accept()[0]
-                    asked = connection.recv(1_000)
-                    connection.sendall(refusal if asked.startswith(b"POST") else upstream_bytes(
-                        b"{}", "connection: close", status="404 Not Found"))
-                    connection.close()                  # with most of the request unread: a reset
-        threading.Thread(target=refuse, daemon=True).start()
-        self.start(base_url="http://127.0.0.1:%d" % listener.getsockname()[1])
-        answer = self.chat("x" * 20_000_000, headers=NO_RETRY)
+        def refuse(connection: socket.socket) -> None:  # and close it with most of the request unread: a reset
+            asked = connection.recv(1_000)
+            connection.sendall(refusal if asked.startswith(b"POST") else upstream_bytes(
+                b"{}", "connection: close", status="404 Not Found"))
+
+        with LoopbackServer(refuse) as server:
+            self.start(base_url="http://127.0.0.1:%d" % server.port)
+            answer = self.chat("x" * 20_000_000, headers=NO_RETRY)
         self.assertEqual((answer.status, answer.error["message"]), (413, "Too much"))
-        listener.shutdown(socket.SHUT_RDWR)
 
     def test_an_upstream_that_goes_on_after_the_end_does_not_hold_up_the_client(self):
         told, never = [], threading.Event()
@@ -7311,45 +7315,26 @@ class TlsTests(TlsTestCase):
         self.assertTrue(raw.closed.wait(10))
 
 
-class TinyProxy:
+class TinyProxy(LoopbackServer):
     """An HTTP proxy that knows CONNECT, and leads everything to one port."""
 
     def __init__(self, target_port: int, refusal: bytes, greeting: bytes) -> None:
+        super().__init__(self._serve)
         self.heads, self.after = [], []                 # what a CONNECT said; the first bytes inside each tunnel
         self._target, self._refusal, self._greeting = target_port, refusal, greeting
-        self._listener = socket.socket()
-        self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(20)
-        self.port = self._listener.getsockname()[1]
-
-    def __enter__(self):
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection = self._listener.accept()[0]
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with contextlib.suppress(OSError), contextlib.closing(client):
-            self.heads.append(received_until(client, b"\r\n\r\n"))
-            if self._refusal:
-                client.sendall(self._refusal)
-                return
-            with contextlib.closing(socket.create_connection(("127.0.0.1", self._target))) as server:
-                client.sendall(self._greeting)
-                threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
-                self._pump(client, server, self.after)
+        self.heads.append(received_until(client, b"\r\n\r\n"))
+        if self._refusal:
+            client.sendall(self._refusal)
+            return
+        with contextlib.closing(socket.create_connection(("127.0.0.1", self._target))) as server:
+            client.sendall(self._greeting)
+            threading.Thread(target=self._copy, args=(server, client), daemon=True).start()
+            self._copy(client, server, self.after)
 
     @staticmethod
-    def _pump(source: socket.socket, target: socket.socket, seen: list = None) -> None:
+    def _copy(source: socket.socket, target: socket.socket, seen: list = None) -> None:
         with contextlib.suppress(OSError):
             piece = source.recv(65_536)
             while piece:
@@ -8547,7 +8532,7 @@ class PumpedPausedAnswerTests(Pumped, PausedAnswerTests):
     pass
 
 
-class LeavingClientTests(GatewayTestCase):
+class LeavingClientTests(HttpTestCase):
     """Nobody pays for words that nobody reads: a client that leaves ends the call upstream."""
 
     def setUp(self):
@@ -8555,36 +8540,34 @@ class LeavingClientTests(GatewayTestCase):
         self.held = threading.Event()
         self.addCleanup(self.held.set)
 
-    def leave_after(self, reply: FakeReply, wanted: bytes, stream: bool) -> None:
-        """Sends a request, waits until Claude has it and `wanted` has come back, closes the connection."""
+    def leave_after(self, *replies, wanted: bytes = b"", leave=socket.socket.close, **fields) -> None:
+        """Sends a request, waits until Claude is at the last reply and `wanted` has come back, and leaves."""
+        self.claude.reset()
         arrived = threading.Event()
-
-        def answer(recorded):
-            arrived.set()
-            return reply
-
-        self.claude.play(answer)
-        body = json.dumps({"model": "claude-sonnet-5-5", "stream": stream,
-                           "messages": [{"role": "user", "content": "Hello"}]}).encode()
+        self.claude.play(*replies[:-1], lambda recorded: arrived.set() or replies[-1])
         connection = self.connect()
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
-                           (len(body), body))
+        connection.sendall(chat_bytes(body=json.dumps(dict(json.loads(CHAT_BODY), **fields)).encode()))
         self.assertTrue(arrived.wait(10))
-        received = b""
-        while wanted not in received:
-            piece = connection.recv(65_536)
-            self.assertTrue(piece, received)
-            received += piece
+        self.assertIn(wanted, received_until(connection, wanted))
         self.assertFalse(self.claude.closed.is_set())
-        connection.close()
+        leave(connection)
         self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
-        self.assertEqual(len(self.claude.messages), 1)
+        self.assertEqual(len(self.claude.messages), len(replies))
 
-    def test_before_the_status(self):
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.reset()
-                self.leave_after(FakeReply(body=message(text("Hi")), hold=[self.held]), b"", stream)
+    def test_at_any_moment(self):
+        events = events_of(message(text("Hello there")), size=100)
+        no_status = FakeReply(body=message(text("Hi")), hold=[self.held])
+        no_token, midway = (FakeReply(pieces=[sse(events[:at]), self.held, sse(events[at:])]) for at in (1, 4))
+        for moment, reply, wanted, stream in (
+            ("before the status", no_status, b"", False), ("before the status of a stream", no_status, b"", True),
+            ("before the first token", no_token, b"assistant", True), ("amid a stream", midway, b"Hello there", True),
+            ("amid a plain request", midway, b"", False),
+            ("before the first event", FakeReply(pieces=[self.held, sse(events)]), b"", False),
+        ):
+            for way, leave in (("closes", socket.socket.close),
+                               ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
+                with self.subTest(moment, way=way):
+                    self.leave_after(reply, wanted=wanted, leave=leave, stream=stream)
 
     def test_while_the_request_goes_out_to_an_upstream_that_does_not_read(self):
         listener = socket.socket()
@@ -8607,18 +8590,10 @@ class LeavingClientTests(GatewayTestCase):
         connection.close()
         self.assertTrue(self.service.gateway.running.wait_until_idle(10), "the request goes on")
 
-    def test_before_the_first_token(self):
-        events = events_of(message(text("Hello there")))
-        self.leave_after(FakeReply(pieces=[sse(events[:1]), self.held, sse(events[1:])]), b"assistant", True)
-
-    def test_amid_the_stream(self):
-        events = events_of(message(text("Hello there")), size=100)
-        self.leave_after(FakeReply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
-
     def test_what_was_read_until_then_is_counted(self):
         self.start()
         events = events_of(message(text("Hello there"), usage={"input_tokens": 40, "output_tokens": 9}), size=100)
-        self.leave_after(FakeReply(pieces=[sse(events[:4]), self.held, sse(events[4:])]), b"Hello there", True)
+        self.leave_after(FakeReply(pieces=[sse(events[:4]), self.held]), wanted=b"Hello there", stream=True)
         self.service.gateway.running.wait_until_idle(5)
         self.assertEqual(self.service.gateway.counters.totals()["tokens"]["input"], 40)
 
@@ -8654,33 +8629,13 @@ class LeavingClientTests(GatewayTestCase):
                     connection.close()
                     self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
 
-    def test_during_a_plain_request(self):
-        events = events_of(message(text("Hello there")))
-        for held_back in ([sse(events[:4]), self.held, sse(events[4:])], [self.held, sse(events)]):
-            with self.subTest(pieces=len(held_back)):
-                self.claude.reset()
-                self.leave_after(FakeReply(pieces=held_back), b"", False)
-
     def test_while_claude_goes_on_after_a_pause(self):
-        arrived = threading.Event()
-
-        def go_on(recorded):
-            arrived.set()
-            return FakeReply(body=message(text("Hi")), hold=[self.held])
-
-        self.claude.play(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"), go_on)
-        body = json.dumps({"model": "claude-sonnet-5-5", "stream": True, "web_search_options": {},
-                           "messages": [{"role": "user", "content": "Hello"}]}).encode()
-        connection = self.connect()
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
-                           (len(body), body))
-        self.assertTrue(arrived.wait(10))
-        connection.close()
-        self.assertTrue(self.claude.wait_closed(10))
+        self.leave_after(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"),
+                         FakeReply(body=message(text("Hi")), hold=[self.held]), stream=True, web_search_options={})
 
     def test_others_go_on(self):
-        events = events_of(message(text("Hello there")))
-        self.leave_after(FakeReply(pieces=[sse(events[:2]), self.held, sse(events[2:])]), b"assistant", True)
+        start = sse(events_of(message(text("Hello there")))[:2])
+        self.leave_after(FakeReply(pieces=[start, self.held]), wanted=b"assistant", stream=True)
         self.assertEqual(self.chat().status, 200)
 
 
@@ -9627,34 +9582,6 @@ class ConnectionTests(HttpTestCase):
         self.assertTrue(eventually(lambda: service.gateway.running.count == 0))
         self.assertEqual(self.chat().status, 200)
 
-    def test_a_client_that_leaves_stops_claude_before_the_first_token(self):
-        for name, leave in (("closes", lambda connection: connection.close()),
-                            ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
-            for stream in (False, True):
-                with self.subTest(name, stream=stream):
-                    self.claude.closed.clear()
-                    connection, _ = self.held_chat(stream=stream)
-                    leave(connection)
-                    self.assertTrue(self.claude.wait_closed(10))
-
-    def test_a_client_that_leaves_stops_claude_in_the_middle_of_a_stream(self):
-        for name, leave in (("closes", lambda connection: connection.close()),
-                            ("half-closes", lambda connection: connection.shutdown(socket.SHUT_WR))):
-            for stream in (b"true", b"false"):
-                with self.subTest(name, stream=stream):
-                    self.claude.closed.clear()
-                    begun, never = threading.Event(), threading.Event()
-                    self.addCleanup(never.set)
-                    events = events_of(message(text("Hello, world")))
-                    self.claude.play(lambda recorded: begun.set() or FakeReply(pieces=[sse(events[:4]), never]))
-                    connection = self.connect()
-                    connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":%s}' % stream))
-                    self.assertTrue(begun.wait(5))
-                    if stream == b"true":
-                        received_until(connection, b"Hello")
-                    leave(connection)
-                    self.assertTrue(self.claude.wait_closed(10))
-
     def test_idle_and_stalled_connections_do_not_delay_a_working_one(self):
         if resource:                                    # both ends of each are ours
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -9882,7 +9809,7 @@ class StreamFramingTests(HttpTestCase):
                         self.assertLess(max(len(value) for value in answers[0].headers.values()), 1_000)
 
     def test_no_header_of_an_answer_can_inject_another(self):
-        self.addCleanup(claude_gateway.ROUTES["/health"].update, claude_gateway.ROUTES["/health"])
+        self.addCleanup(claude_gateway.ROUTES["/health"].update, dict(claude_gateway.ROUTES["/health"]))
         claude_gateway.ROUTES["/health"]["GET"] = lambda *_: claude_gateway.Reply({}, {"x-odd": "a\r\nx-evil: b\0"})
         answer = self.ask("GET", "/health")
         self.assertEqual((answer.status, answer.headers["x-odd"]), (200, "a  x-evil: b "))
@@ -11626,29 +11553,15 @@ class SecrecyTests(CommandTestCase):
         self.assert_hidden(child.err, ["planted-client-key", "sk-ant-api03-planted-elsewhere"], "the log")
 
     def test_a_proxy_that_refuses_learns_its_word_and_nobody_else(self):
-        heads = []
-        with socket.socket() as proxy:
-            proxy.bind(("127.0.0.1", 0))
-            proxy.listen(5)
-
-            def refuse():
-                with contextlib.suppress(OSError):
-                    while True:
-                        connection = proxy.accept()[0]
-                        heads.append("")
-                        while not heads[-1].endswith("\r\n\r\n"):
-                            heads[-1] += connection.recv(65_536).decode("latin-1")
-                        connection.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
-                        connection.close()
-            threading.Thread(target=refuse, daemon=True).start()
+        refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+        with TinyProxy(0, refusal, greeting=b"") as proxy:
             child = self.serve("-V", ANTHROPIC_BASE_URL="https://upstream.invalid",
-                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.getsockname()[1])
-            answer = self.chat(headers={"x-stainless-retry-count": "1"})
+                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.port)
+            answer = self.chat(headers=NO_RETRY)
             child.end(signal.SIGTERM)
-            proxy.shutdown(socket.SHUT_RDWR)
         self.assertEqual(answer.status, 502)
-        self.assertIn(base64.b64encode(b"planted-user:planted-word").decode(), heads[0])
-        self.assertNotIn(SECRET, "".join(heads))
+        self.assertIn(base64.b64encode(b"planted-user:planted-word"), proxy.heads[0])
+        self.assertNotIn(SECRET.encode(), b"".join(proxy.heads))
         self.assert_hidden(answer.raw.decode() + child.out + child.err, ["planted-word", "planted-user:planted-word",
                                                                          SECRET], "the gateway")
 
