@@ -11553,15 +11553,29 @@ class SecrecyTests(CommandTestCase):
         self.assert_hidden(child.err, ["planted-client-key", "sk-ant-api03-planted-elsewhere"], "the log")
 
     def test_a_proxy_that_refuses_learns_its_word_and_nobody_else(self):
-        refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
-        with TinyProxy(0, refusal, greeting=b"") as proxy:
+        heads = []
+        with socket.socket() as proxy:
+            proxy.bind(("127.0.0.1", 0))
+            proxy.listen(5)
+
+            def refuse():
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection = proxy.accept()[0]
+                        heads.append("")
+                        while not heads[-1].endswith("\r\n\r\n"):
+                            heads[-1] += connection.recv(65_536).decode("latin-1")
+                        connection.sendall(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+                        connection.close()
+            threading.Thread(target=refuse, daemon=True).start()
             child = self.serve("-V", ANTHROPIC_BASE_URL="https://upstream.invalid",
-                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.port)
-            answer = self.chat(headers=NO_RETRY)
+                               HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.getsockname()[1])
+            answer = self.chat(headers={"x-stainless-retry-count": "1"})
             child.end(signal.SIGTERM)
+            proxy.shutdown(socket.SHUT_RDWR)
         self.assertEqual(answer.status, 502)
-        self.assertIn(base64.b64encode(b"planted-user:planted-word"), proxy.heads[0])
-        self.assertNotIn(SECRET.encode(), b"".join(proxy.heads))
+        self.assertIn(base64.b64encode(b"planted-user:planted-word").decode(), heads[0])
+        self.assertNotIn(SECRET, "".join(heads))
         self.assert_hidden(answer.raw.decode() + child.out + child.err, ["planted-word", "planted-user:planted-word",
                                                                          SECRET], "the gateway")
 
@@ -12214,39 +12228,113 @@ class ReadmeTests(unittest.TestCase):
 
 # ---- The file ----------------------------------------------------------------------------------------
 
+def dotted(node) -> str:
+    """A name as it is written, `socket.create_connection`; behind what is no name, `.connect`."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def rooms_in(source: str) -> dict:
+    """The line of each banner -> its room."""
+    banners = (re.match(r"# ---- (.+?)[ -]*$", line) for line in source.split("\n"))
+    return {number: banner.group(1) for number, banner in enumerate(banners, 1) if banner}
+
+
+def names_in(source: str) -> dict:
+    """Top-level name -> the statement that defines it."""
+    return {name: statement for statement in ast.parse(source).body
+            for name in [getattr(statement, "name", None), *(
+                node.id for target in getattr(statement, "targets", [getattr(statement, "target", None)]) if target
+                for node in ast.walk(target) if isinstance(node, ast.Name))] if name}
+
+
+def running(node):
+    """What runs of a statement: its nodes without the annotations."""
+    yield node
+    for field_name, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and field_name not in ("annotation", "returns"):
+                yield from running(child)
+
+
 class FileTests(unittest.TestCase):
-    """Promises about the file itself."""
+    """Promises about the file itself; those of its docstring are read from there."""
     with open(PROGRAM, encoding="utf-8") as program_file:
         SOURCE = program_file.read()
-    ROOMS = dict(re.findall(r"^# ---- ([A-Z][\w ]*?) -+\n(.*?)(?=^# ---- [A-Z]|\Z)", SOURCE, re.M | re.S))
+    with open(__file__, encoding="utf-8") as test_file:
+        TESTS = test_file.read()
+    ROOMS = list(rooms_in(SOURCE).values())
+    BANNERS = list(rooms_in(SOURCE))
+    NAMES = names_in(SOURCE)
+    OUTSIDE = re.compile(r"(open|print|input|os|time|datetime|random|secrets|uuid|socket|select|selectors|threading|"
+                         r"http|ssl|subprocess|tempfile|logging|LOG|urllib\.request|sys\.(std.*|argv))\Z")
+    CONNECTING = re.compile(r"socket\.create_connection|http\.client\.HTTPS?Connection|.*\.connect(_ex)?|"
+                            r"urllib\.request\.(urlopen|urlretrieve|build_opener|OpenerDirector)")
+    WRITING = re.compile(r"os\.(open|replace|renames?|unlink|remove(dirs)?|rmdir|mkdir|makedirs|f?chmod|link|symlink|"
+                         r"f?truncate)|(tempfile|shutil|subprocess|pathlib)\..*")
 
-    def test_translation_touches_nothing_outside(self):
-        outside = {"open", "print", "os", "sys", "time", "secrets", "socket", "select", "threading", "http", "ssl",
-                   "LOG"}
-        for room in ("Models", "Requests", "Replies", "Streams", "Responses API"):
-            with self.subTest(room=room):
-                names = {node.id for node in ast.walk(ast.parse(self.ROOMS[room])) if isinstance(node, ast.Name)}
-                self.assertEqual(names & outside, set())
+    def promised(self, beginning: str) -> list:
+        """What the docstring lists behind these words."""
+        docstring = " ".join(ast.get_docstring(ast.parse(self.SOURCE)).split())
+        listed = re.search(re.escape(beginning) + r" (.+?)\.( |$)", docstring)
+        self.assertIsNotNone(listed, f"the docstring does not say: {beginning} ...")
+        return listed.group(1).split(", ")
+
+    def room_of(self, name: str) -> int:
+        """The number of the room that defines a name; -1 above the first."""
+        return sum(line < self.NAMES[name].lineno for line in self.BANNERS) - 1
+
+    def used_by(self, name: str) -> set:
+        return {node.id for node in ast.walk(self.NAMES[name])
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+    def places(self, concerned) -> list:
+        """The top-level names whose statements contain such a thing, in their order."""
+        return [name for name, statement in self.NAMES.items() if any(map(concerned, ast.walk(statement)))]
 
     def test_the_map_in_the_docstring_names_the_rooms_in_their_order(self):
-        named = re.search(r"Rooms, in order, each using only those above it: (.*?)\.", " ".join(
-            claude_gateway.__doc__.split())).group(1)
-        self.assertEqual(named.split(", "), list(self.ROOMS))
+        self.assertEqual(self.promised("Rooms, in order, each using only those above it:"), self.ROOMS)
 
     def test_a_room_uses_only_the_rooms_above_it(self):
-        rooms = list(self.ROOMS)
-        home = {}
-        for room in rooms:
-            for node in ast.parse(self.ROOMS[room]).body:
-                names = [node.name] if hasattr(node, "name") else [
-                    target.id for target in getattr(node, "targets", [getattr(node, "target", None)])
-                    if isinstance(target, ast.Name)]
-                home.update(dict.fromkeys(names, room))
-        for room in rooms:
-            for node in ast.walk(ast.parse("from __future__ import annotations\n" + self.ROOMS[room])):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in home:
-                    with self.subTest(room=room, name=node.id):
-                        self.assertLessEqual(rooms.index(home[node.id]), rooms.index(room))
+        for name in self.NAMES:
+            for used in self.used_by(name) & set(self.NAMES):
+                with self.subTest(name=name, used=used):
+                    self.assertLessEqual(self.room_of(used), self.room_of(name))
+
+    def test_translation_and_what_it_calls_touch_nothing_outside(self):
+        first, last = self.promised("Without socket, file, clock, randomness or log: the rooms from")[0].split(" to ")
+        self.assertEqual((first, last), ("JSON", "Responses API"))
+        rooms = range(self.ROOMS.index(first), self.ROOMS.index(last) + 1)
+        reached = [name for name in self.NAMES if self.room_of(name) in rooms]
+        errors = {name for name in self.NAMES if isinstance(getattr(claude_gateway, name), type)
+                  and issubclass(getattr(claude_gateway, name), Exception)}     # raised, these may look at the clock
+        for name in reached:                            # a list that grows on the way
+            used = {dotted(node) for node in running(self.NAMES[name])}
+            with self.subTest(name):
+                self.assertEqual(list(filter(self.OUTSIDE.match, used)), [])
+            reached += (used & set(self.NAMES)) - errors - set(reached)
+
+    def test_every_place_that_connects_is_in_the_docstring(self):
+        self.assertEqual(self.promised("Places that connect:"), self.places(
+            lambda node: isinstance(node, ast.Attribute) and self.CONNECTING.fullmatch(dotted(node))))
+
+    def test_every_place_that_writes_is_in_the_docstring(self):
+        def writes(node) -> bool:
+            if not isinstance(node, ast.Call) or any(dotted(value) == "os.devnull" for value in node.args):
+                return False
+            modes = node.args[1:2] + [keyword.value for keyword in node.keywords if keyword.arg == "mode"]
+            return bool(self.WRITING.fullmatch(dotted(node.func))) or dotted(node.func) in ("open", "io.open") and any(
+                not isinstance(mode, ast.Constant) or set("wax+") & set(mode.value) for mode in modes)
+        self.assertEqual(self.promised("Places that write:"), self.places(writes))
+
+    def test_tests_stand_in_the_order_of_the_rooms(self):
+        tested = [room for room in rooms_in(self.TESTS).values() if room in self.ROOMS]
+        self.assertEqual(tested, sorted(tested, key=self.ROOMS.index))
+
+    def test_no_name_of_a_test_means_something_else_in_the_program(self):
+        for name in set(names_in(self.TESTS)) & set(self.NAMES):
+            self.assertEqual(globals()[name], getattr(claude_gateway, name), name)
 
     def test_nothing_is_imported_but_the_standard_library(self):
         imported = {(node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0]
