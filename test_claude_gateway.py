@@ -29,6 +29,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import plistlib
 import re
 import shutil
@@ -49,7 +50,6 @@ import zlib
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, takewhile
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
@@ -1036,11 +1036,11 @@ class FakeClaude:
         """The next reply in the queue, if the request is flawless."""
         if len(recorded.raw) > 32 * MIB:
             return FakeReply(413, body=error_body("request_too_large", "Request exceeds the maximum size"))
-        found = self._violations(recorded) if self.strict else []
+        asked = recorded.body or {}
+        found = violations(asked, recorded.headers) if self.strict else []
         self.violations.extend(found)
         if found:
             return FakeReply(400, body=error_body("invalid_request_error", found[0]))
-        asked = recorded.body or {}
         reply = self._next(self._replies, recorded) or message(text("Hello!"), model=asked.get("model", MODEL))
         if isinstance(reply, dict) and asked.get("stream"):
             return FakeReply(pieces=[sse([event]) for event in events_of(reply)])
@@ -1056,12 +1056,6 @@ class FakeClaude:
         while callable(reply):
             reply = reply(recorded)
         return reply
-
-    def _violations(self, recorded: SentRequest) -> list[str]:
-        """What is wrong with a request, its bytes included."""
-        if recorded.body is None:
-            return ["body: the request body is not a valid JSON object"]
-        return violations(recorded.body, recorded.headers)
 
     def _count(self, recorded: SentRequest) -> FakeReply:
         """As many tokens as the test likes."""
@@ -3889,27 +3883,17 @@ class ReplyShapeTests(GatewayTestCase):
                                                 "reasoning_content": "First. Then."})
 
     def test_a_call_without_arguments_has_an_empty_object(self):
-        bare_call = [{"type": "message_start", "message": message()}, {"type": "content_block_start", "index": 0,
-                     "content_block": tool_use("toolu_1", "f", {})}, {"type": "content_block_stop", "index": 0},
-                     {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 1}},
-                     {"type": "message_stop"}]
-        for name, reply in (("no delta", one_by_one(*bare_call)),
-                            ("an empty delta", message(tool_use("toolu_1", "f", {})))):
+        whole = message(tool_use("toolu_1", "f", {}))
+        bare_call = [event for event in events_of(whole) if event["type"] != "content_block_delta"]
+        for name, reply in (("no delta", one_by_one(*bare_call)), ("an empty delta", whole)):
             with self.subTest(name):
                 for parts in self.both(reply):
                     self.assertEqual(parts["message"]["tool_calls"][0]["function"]["arguments"], "{}")
 
     def test_input_that_comes_whole_with_its_block_is_not_lost(self):
-        call = tool_use("toolu_1", "f", {"a": "\u00e9"})
-        events = [{"type": "message_start", "message": message()},
-                  {"type": "content_block_start", "index": 0, "content_block": call},
-                  {"type": "content_block_stop", "index": 0},
-                  {"type": "content_block_start", "index": 1, "content_block": text("Hi")},
-                  {"type": "content_block_stop", "index": 1},
-                  {"type": "content_block_start", "index": 2, "content_block": thinking("hm", "c2ln")},
-                  {"type": "content_block_stop", "index": 2},
-                  {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {}},
-                  {"type": "message_stop"}]
+        blocks = [tool_use("toolu_1", "f", {"a": "\u00e9"}), text("Hi"), thinking("hm", "c2ln")]
+        events = [dict(event, content_block=blocks[event["index"]]) if event["type"] == "content_block_start" else event
+                  for event in events_of(message(*blocks)) if event["type"] != "content_block_delta"]
         for parts in self.both(one_by_one(*events)):
             self.assertEqual(json.loads(parts["message"]["tool_calls"][0]["function"]["arguments"]), {"a": "\u00e9"})
             self.assertEqual((parts["message"]["content"], parts["message"]["reasoning_content"]), ("Hi", "hm"))
@@ -4058,13 +4042,9 @@ class ReplyShapeTests(GatewayTestCase):
     def test_functions_beside_tools_are_answered_as_tools(self):
         fields = {"functions": [{"name": "f", "parameters": {"type": "object"}}],
                   "tools": [{"type": "custom", "custom": {"name": "g"}}]}
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.play(message(tool_use("toolu_1", "g", {"input": "x"})))
-                answer = self.chat(stream=stream, **fields)
-                parts = completion_from_chunks(answer.chunks) if stream else completion_parts(answer.json)
-                self.assertEqual(parts["message"]["tool_calls"][0]["custom"], {"name": "g", "input": "x"})
-                self.assertEqual(parts["finish_reason"], "tool_calls")
+        for parts in self.both(message(tool_use("toolu_1", "g", {"input": "x"})), **fields):
+            self.assertEqual(parts["message"]["tool_calls"][0]["custom"], {"name": "g", "input": "x"})
+            self.assertEqual(parts["finish_reason"], "tool_calls")
 
 
 class BareJsonTests(GatewayTestCase):
@@ -5053,7 +5033,7 @@ class LoginStoreTestCase(GatewayTestCase):
         self.token_url = self.claude.url + "/v1/oauth/token"
 
     def stored(self) -> dict:
-        return json.loads(Path(self.token_path).read_bytes())
+        return json.loads(pathlib.Path(self.token_path).read_bytes())
 
     def token_requests(self) -> list:
         return [request for request in self.claude.requests if request.path.endswith("/oauth/token")]
@@ -5442,7 +5422,7 @@ class TokenFileTests(LoginStoreTestCase):
     @POSIX_ONLY
     def test_writing_over_a_file_with_a_loose_mode_tightens_it(self):
         os.makedirs(self.directory, 0o755)
-        Path(self.token_path).write_text(json.dumps(stored_token()), "utf-8")
+        pathlib.Path(self.token_path).write_text(json.dumps(stored_token()), "utf-8")
         os.chmod(self.token_path, 0o666)
         self.file.write(stored_token())
         self.assertEqual(oct(os.stat(self.token_path).st_mode & 0o777), "0o600")
@@ -5473,36 +5453,36 @@ class TokenFileTests(LoginStoreTestCase):
         target = os.path.join(os.path.dirname(self.directory), "elsewhere.json")
         for name, content in (("good", json.dumps(stored_token())), ("damaged", "{")):
             with self.subTest(name):
-                Path(target).write_text(content, "utf-8")
+                pathlib.Path(target).write_text(content, "utf-8")
                 if not os.path.islink(self.token_path):
                     os.symlink(target, self.token_path)
                 self.file.write(stored_token(access_token="through-the-link"))
                 self.assertTrue(os.path.islink(self.token_path))
                 self.assertFalse(os.path.islink(target))
-                self.assertEqual(json.loads(Path(target).read_bytes())["access_token"], "through-the-link")
+                self.assertEqual(json.loads(pathlib.Path(target).read_bytes())["access_token"], "through-the-link")
 
     def test_a_damaged_file_is_reported_by_name_and_kept_aside(self):
         os.makedirs(self.directory)
         for content in (b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe{}", b"{}", b'{"access_token": 5}',
                         b'{"access_token": ""}', b'{"access_token": "a"', b"[" * 100_000):
             with self.subTest(content[:40]):
-                Path(self.token_path).write_bytes(content)
+                pathlib.Path(self.token_path).write_bytes(content)
                 with self.assertRaises(claude_gateway.TokenFileDamaged) as raised:
                     self.file.read()
                 self.assertIn(self.token_path, str(raised.exception))
-                self.assertEqual(Path(self.token_path).read_bytes(), content, "reading it changed it")
+                self.assertEqual(pathlib.Path(self.token_path).read_bytes(), content, "reading it changed it")
                 self.file.write(stored_token())
                 aside, = set(os.listdir(self.directory)) - {"oauth-tokens.json"}
-                self.assertEqual(Path(self.directory, aside).read_bytes(), content)
+                self.assertEqual(pathlib.Path(self.directory, aside).read_bytes(), content)
                 self.assertEqual(self.stored()["access_token"], OLD_ACCESS)
                 os.unlink(os.path.join(self.directory, aside))
 
     def test_two_damaged_files_in_one_second_are_both_kept(self):
         os.makedirs(self.directory)
         for content in (b"first {", b"second {"):
-            Path(self.token_path).write_bytes(content)
+            pathlib.Path(self.token_path).write_bytes(content)
             self.file.write(stored_token())
-        kept = sorted(path.read_bytes() for path in Path(self.directory).glob("*damaged*"))
+        kept = sorted(path.read_bytes() for path in pathlib.Path(self.directory).glob("*damaged*"))
         self.assertEqual(kept, [b"first {", b"second {"])
 
     def test_a_directory_in_its_place_is_left_alone(self):
@@ -5585,7 +5565,7 @@ class TokenFileTests(LoginStoreTestCase):
         login = self.login()
         self.assertEqual(login.access_token(), OLD_ACCESS)
         os.rename(self.directory, self.directory + ".away")
-        Path(self.directory).touch()
+        pathlib.Path(self.directory).touch()
         self.claude.token_replies += [token_answer(), token_answer(access_token="third", refresh_token="third-r")]
         with self.assertLogs("claude_gateway", "WARNING"):
             self.assertEqual(login.access_token(rejected=OLD_ACCESS), NEW_ACCESS)
@@ -5601,14 +5581,14 @@ class TokenFileTests(LoginStoreTestCase):
         self.file.write(stored_token())
         login = self.login()
         login.access_token()
-        Path(self.token_path).write_bytes(b"{ torn")
+        pathlib.Path(self.token_path).write_bytes(b"{ torn")
         self.claude.token_replies.append(token_answer())
         with self.assertLogs("claude_gateway", "WARNING"):
             self.assertEqual(login.access_token(), OLD_ACCESS)
             self.assertEqual(login.access_token(rejected=OLD_ACCESS), NEW_ACCESS)
         self.assertEqual(self.stored()["access_token"], NEW_ACCESS)
         kept, = [name for name in os.listdir(self.directory) if "damaged" in name]
-        self.assertEqual(Path(self.directory, kept).read_bytes(), b"{ torn")
+        self.assertEqual(pathlib.Path(self.directory, kept).read_bytes(), b"{ torn")
 
     @POSIX_ONLY
     def test_a_kill_at_any_moment_leaves_a_whole_file(self):
@@ -8945,16 +8925,10 @@ class NativeTests(GatewayTestCase):
         self.assertEqual(sent.headers["anthropic-beta"], "files-api-2025-04-14")
         self.assertEqual(sent.path, "/v1/messages?beta=true")
 
-    def test_short_names_resolve(self):
-        self.native(model="haiku")
-        self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
-
     def test_caching_is_added_only_where_the_client_set_no_mark(self):
         self.native()
         self.assertEqual(self.claude.messages[-1].body["cache_control"], {"type": "ephemeral"})
-        marked = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
-        marked_turn = {"role": "user", "content": [marked]}
-        self.native(messages=[marked_turn])
+        self.native(messages=[user([dict(text("x"), cache_control={"type": "ephemeral"})])])
         self.assertNotIn("cache_control", self.claude.messages[-1].body)
         self.start(no_cache=True)
         self.native()
@@ -8970,10 +8944,9 @@ class NativeTests(GatewayTestCase):
                 self.assertEqual(self.claude.messages[-1].body["system"], wanted)
 
     def test_errors_are_in_anthropics_envelope(self):
-        self.claude.play(FakeReply(429, body=error_body("rate_limit_error", "Slow"), headers={"retry-after": "60"}))
+        self.claude.play(refusal_of_claude(429, "rate_limit_error", "Slow"))
         answer = self.native()
-        self.assertEqual((answer.status, answer.headers["retry-after"]), (429, "60"))
-        self.assertEqual(answer.json["type"], "error")
+        self.assertEqual((answer.status, answer.headers["retry-after"], answer.json["type"]), (429, "60", "error"))
         self.assertEqual(answer.error, {"type": "rate_limit_error", "message": "Slow"})
         answer = self.native(model="no-such-model")
         self.assertEqual((answer.status, answer.error["type"]), (404, "not_found_error"))
@@ -8988,12 +8961,13 @@ class NativeTests(GatewayTestCase):
                 self.assertEqual({name: answer.headers.get(name) for name in told}, told)
                 self.assertTrue(answer.headers["request-id"])
 
-    def test_its_tokens_are_counted(self):
+    def test_short_names_resolve_and_tokens_are_counted(self):
         self.start()
         usage = {"input_tokens": 5, "cache_read_input_tokens": 20, "cache_creation_input_tokens": 0, "output_tokens": 3}
         for stream in (False, True):
             self.claude.play(message(text("Hi"), usage=usage))
-            self.native(stream=stream)
+            self.native(stream=stream, model="haiku")
+            self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
             self.service.gateway.running.wait_until_idle(5)
         self.assertEqual(self.service.gateway.counters.totals()["tokens"],
                          {"input": 10, "cache_read": 40, "cache_write": 0, "output": 6})
@@ -12239,7 +12213,7 @@ def running(node):
 
 class FileTests(unittest.TestCase):
     """Promises about the file itself; those of its docstring are read from there."""
-    SOURCE, TESTS = Path(PROGRAM).read_text("utf-8"), Path(__file__).read_text("utf-8")
+    SOURCE, TESTS = pathlib.Path(PROGRAM).read_text("utf-8"), pathlib.Path(__file__).read_text("utf-8")
     ROOMS = list(rooms_in(SOURCE).values())
     BANNERS = list(rooms_in(SOURCE))
     NAMES = names_in(SOURCE)
