@@ -12194,9 +12194,9 @@ def rooms_in(source: str) -> dict:
     return {number: banner.group(1) for number, banner in enumerate(banners, 1) if banner}
 
 
-def names_in(source: str) -> dict:
+def names_in(tree: ast.Module) -> dict:
     """Top-level name -> the statement that defines it."""
-    return {name: statement for statement in ast.parse(source).body
+    return {name: statement for statement in tree.body
             for name in [getattr(statement, "name", None), *(
                 node.id for target in getattr(statement, "targets", [getattr(statement, "target", None)]) if target
                 for node in ast.walk(target) if isinstance(node, ast.Name))] if name}
@@ -12217,7 +12217,8 @@ class FileTests(unittest.TestCase):
     SOURCE, TESTS = pathlib.Path(PROGRAM).read_text("utf-8"), pathlib.Path(__file__).read_text("utf-8")
     ROOMS = list(rooms_in(SOURCE).values())
     BANNERS = list(rooms_in(SOURCE))
-    NAMES = names_in(SOURCE)
+    TREE = ast.parse(SOURCE)
+    NAMES = names_in(TREE)
     OUTSIDE = re.compile(r"(open|print|input|os|time|datetime|random|secrets|uuid|socket|select|selectors|threading|"
                          r"http|ssl|subprocess|tempfile|logging|LOG|urllib\.request|sys\.(std.*|argv))\Z")
     CONNECTING = re.compile(r"socket\.create_connection|http\.client\.HTTPS?Connection|.*\.connect(_ex)?|"
@@ -12227,7 +12228,7 @@ class FileTests(unittest.TestCase):
 
     def promised(self, beginning: str) -> list:
         """What the docstring lists behind these words."""
-        docstring = " ".join(ast.get_docstring(ast.parse(self.SOURCE)).split())
+        docstring = " ".join(ast.get_docstring(self.TREE).split())
         listed = re.search(re.escape(beginning) + r" (.+?)\.( |$)", docstring)
         self.assertIsNotNone(listed, f"the docstring does not say: {beginning} ...")
         return listed.group(1).split(", ")
@@ -12283,12 +12284,12 @@ class FileTests(unittest.TestCase):
         self.assertEqual(tested, sorted(tested, key=self.ROOMS.index))
 
     def test_no_name_of_a_test_means_something_else_in_the_program(self):
-        for name in set(names_in(self.TESTS)) & set(self.NAMES):
+        for name in set(names_in(ast.parse(self.TESTS))) & set(self.NAMES):
             self.assertEqual(globals()[name], getattr(claude_gateway, name), name)
 
     def test_nothing_is_imported_but_the_standard_library(self):
         imported = {(node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0]
-                    for node in ast.walk(ast.parse(self.SOURCE)) if isinstance(node, (ast.Import, ast.ImportFrom))
+                    for node in ast.walk(self.TREE) if isinstance(node, (ast.Import, ast.ImportFrom))
                     for name in node.names}
         known = getattr(sys, "stdlib_module_names", None)
         if known is None:
