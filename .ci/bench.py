@@ -366,7 +366,7 @@ def growth_cases(gateway):
     def chat(**fields):
         translation = gateway.messages_request_from_chat(dict({"messages": [{"role": "user", "content": "Hi"}]},
                                                               **fields), model)
-        gateway.Prefixes().broken_part("x", gateway.upstream_parts(translation.request))
+        gateway.messages_request_json(translation.request)
 
     def turns(count):
         chat(messages=[{"role": ("user", "assistant")[at % 2], "content": "Word %d" % at} for at in range(count)])

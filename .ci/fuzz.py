@@ -178,20 +178,20 @@ def streams(cuts, noise):
         pass
 
 
-def answers(events, searching):
+def answers(events, planned):
     """Events in an order that Claude would not use, some of them damaged, through both kinds of stream."""
-    plan = gateway.ReplyPlan(gateway.ToolNames())
-    plan.bare_json = searching
+    plan = gateway.ReplyPlan(gateway.ToolNames(), bare_json=planned == "JSON", forced_tool="f" * (planned == "tool"))
     for kind in (gateway.ChatStream, gateway.ResponseStream):
         assembler = gateway.MessageAssembler()
-        stream = kind({"id": "x_1", "created": 1}, plan, assembler, True)
-        told = []
+        planned_events = gateway.PlannedEvents(plan, assembler)
+        stream = kind({"id": "x_1", "created": 1}, plan, planned_events.assembler, True)
+        feed, told = planned_events.then(stream.feed), []
         try:
             for event in events:
                 assembler.feed(event)
-                told += stream.feed(event)
+                told += feed(event)
                 if assembler.done:
-                    told += stream.finish()
+                    told += planned_events.finish(stream.feed) + stream.finish()
                     gateway.responses_usage(assembler.usage)
                     break
         except gateway.GatewayError:
@@ -204,15 +204,15 @@ def answers(events, searching):
 def framings(chunks, cuts, noise):
     body = b"".join(chunks)
     wire = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks if chunk) + b"0\r\n\r\n"
-    framing, at, read = gateway.BodyFraming(True, None), 0, b""
-    for cut in sorted(min(cut, len(wire)) for cut in cuts) + [len(wire)]:
-        read += framing.feed(wire[at:cut])
-        at = cut
-    assert read == body and framing.done and not framing.surplus
-    try:
-        gateway.BodyFraming(True, None).feed(noise)
-    except gateway.GatewayError:
-        pass
+    for framing in (gateway.BodyFraming(True, None), gateway.RequestFraming(None, 1_000)):
+        at, read = 0, b""
+        for cut in sorted(min(cut, len(wire)) for cut in cuts) + [len(wire)]:
+            read += framing.feed(wire[at:cut])
+            at = cut
+        assert read == body and framing.done and not framing.surplus
+    for framing in (gateway.BodyFraming(True, None), gateway.RequestFraming(None, 1_000)):
+        with contextlib.suppress(gateway.GatewayError):
+            framing.feed(noise)
 
 
 def damaged(event):
@@ -223,7 +223,7 @@ def damaged(event):
 
 TARGETS = (
     (answers, (some.lists(some.sampled_from(EVENTS).flatmap(damaged), max_size=12).map(
-        lambda events: EVENTS[:1] + events + EVENTS[-2:]), some.booleans())),
+        lambda events: EVENTS[:1] + events + EVENTS[-2:]), some.sampled_from(["", "JSON", "tool"]))),
     (framings, (some.lists(some.binary(max_size=20), max_size=6), some.lists(some.integers(0, 60), max_size=6),
                 some.one_of(some.binary(), some.text("0123456789abcdefx;\r\n ", max_size=40).map(str.encode)))),
     (chats, (CHATS, MODELS)), (responses, (RESPONSES, MODELS)),
