@@ -115,6 +115,7 @@ MAX_DIGITS = 400                                # no number of either API is lon
 MAX_HEAD = 65_536                               # bytes of request line and headers together
 MAX_HEADERS = 100                               # header lines
 READ_SIZE = 65_536                              # bytes that one read of a socket may bring
+MOST_INFLATED = 1_000_000                       # bytes that are unpacked at once
 BACKLOG = 1_024                                 # connections the system queues while we accept; the default is 5
 
 SLOWEST_BODY = 50_000                           # bytes a second of a whole body, beyond the first `body_timeout`
@@ -136,7 +137,7 @@ HOP_HEADER = "x-claude-gateway-hop"             # carries the ids of the gateway
 class Limits:
     """How much one gateway accepts, and how long it waits (in seconds)."""
     max_body: int = 40_000_000                      # bytes, raw and decoded: Claude's 32 MB plus JSON overhead
-    max_bodies: int = 400_000_000                   # bytes of all request bodies in flight together
+    max_bodies: int = 400_000_000                   # bytes of all request bodies in flight; each takes three in memory
     max_requests: int = 2_000                       # at once; beyond: 503
     max_connections: int = 4_000                    # at once, idle ones included; most of them hold a thread
     event_loop_from: int = 32                       # requests at once; fewer are quicker in their own threads
@@ -147,7 +148,7 @@ class Limits:
     keepalive_interval: float = 10                  # of silence before a stream gets a comment line
     upstream_silence: float = 300                   # without a byte from Claude (its pings count)
     token_timeout: float = 30                       # without a byte from the sign-in endpoint
-    fetch_timeout: float = 20                       # for one image, redirects included, looking up names not
+    fetch_timeout: float = 20                       # for one image, redirects included
     lock_patience: float = 60                       # for another process to refresh; one call may take 40
     renewal_holds: float = 60                       # a new token that is refused within them is not the cause
 
@@ -235,6 +236,15 @@ UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
     return UNPRINTABLE.sub("?", value)[:limit]
+
+
+# control characters, line ends of Unicode, marks that turn the direction of text, halves of surrogate pairs
+UNSAFE_IN_LOG = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Text with escapes for whatever could forge a line of the log or control a terminal."""
+    return UNSAFE_IN_LOG.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 SAME_IN_JSON = re.compile(r"[ !#-\[\]-~]+\Z")
@@ -548,8 +558,6 @@ def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
 NOT_OPENING = bytes(set(range(256)) - set(b"{["))
 NOT_BRACKETS = bytes(set(range(256)) - set(b'{}[]"'))
 BRACKET_KINDS = bytes.maketrans(b"[]", b"{}")
-# 3.12.3 to 3.13 let their parser recurse 10,000 deep, which a thread's stack of 1 MB (as on Alpine Linux) does not hold
-OVERFLOWS = (3, 12) <= sys.version_info < (3, 14)
 
 
 def refuse_constant(name: str) -> float:
@@ -572,40 +580,38 @@ def bounded_int(digits: str) -> int:
     return int(digits)
 
 
+def or_none(hook: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same hook for numbers of the upstream: one that is not finite or not sane is unknown, no error."""
+    def number(digits: str) -> Any:
+        try:
+            return hook(digits)
+        except ValueError:
+            return None
+    return number
+
+
 BOUNDED_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int)
+LENIENT_JSON = json.JSONDecoder(parse_constant=or_none(refuse_constant), parse_float=or_none(finite_float),
+                                parse_int=or_none(bounded_int))
 
 
-def json_within_bounds(text: str) -> Any:
-    """JSON text as a value.  Raises ValueError for what is not JSON, and for what would cost too much."""
+def json_within_bounds(text: str, decoder: json.JSONDecoder = BOUNDED_JSON) -> Any:
+    """JSON text as a value.  Raises ValueError for what is not JSON, and for what would cost too much.
+
+    Its depth is checked before it is parsed: where a thread's stack is small (1 MB on Alpine Linux), the parser of
+    some Pythons would overflow it, which ends the process.
+    """
     data = text.encode("utf-8", "surrogatepass")
     brackets = len(data.translate(None, NOT_OPENING))
     if brackets > MAX_BRACKETS:
         raise ValueError("more than %d brackets" % MAX_BRACKETS)
-    too_deep = ValueError("nested more than %d deep" % MAX_NESTING)
-    if brackets > MAX_NESTING and OVERFLOWS and text_nests_deeper(data, MAX_NESTING):
-        raise too_deep
-    try:
-        value = BOUNDED_JSON.decode(text)
-    except RecursionError:
-        raise too_deep from None
-    if brackets > MAX_NESTING and nests_deeper(value, MAX_NESTING):
-        raise too_deep
-    return value
+    if brackets > MAX_NESTING and nests_deeper(data, MAX_NESTING):
+        raise ValueError("nested more than %d deep" % MAX_NESTING)
+    return decoder.decode(text)
 
 
-def nests_deeper(value: Any, limit: int) -> bool:
-    """Whether lists and objects nest more than `limit` deep."""
-    level = [each for each in [value] if type(each) in (dict, list)]
-    for _ in range(limit):
-        if not level:
-            return False
-        level = [member for each in level for member in (each.values() if type(each) is dict else each)
-                 if type(member) in (dict, list)]
-    return bool(level)
-
-
-def text_nests_deeper(data: bytes, limit: int) -> bool:
-    """The same of JSON text, where it may not be parsed yet.  A few passes in C, not a scan in Python."""
+def nests_deeper(data: bytes, limit: int) -> bool:
+    """Whether lists and objects in JSON text nest more than `limit` deep.  A few passes in C, no scan in Python."""
     plain = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(BRACKET_KINDS, NOT_BRACKETS)
     brackets = b"".join(plain.split(b'"')[::2])
     for _ in range(limit):
@@ -655,8 +661,8 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
 def json_object_from(body: bytes) -> dict:
     """A body of the upstream as an object.  Raises UpstreamFault."""
     try:
-        value = json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError):
+        value = json_within_bounds(body.decode("utf-8"), LENIENT_JSON)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise UpstreamFault("The upstream answered with something that is not a JSON object.")
@@ -675,8 +681,8 @@ def event_from_data(data: bytes) -> dict:
         if match:
             return {"type": "content_block_delta", "index": int(match.group(1)),
                     "delta": {"type": "text_delta", "text": match.group(2).decode("utf-8")}}
-        event = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError):
+        event = json_within_bounds(data.decode("utf-8"), LENIENT_JSON)
+    except ValueError:
         event = None
     if not isinstance(event, dict) or not isinstance(event.get("type"), str):
         raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API.")
@@ -694,8 +700,8 @@ def client_json(value: Any) -> bytes:
     text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
     try:
         return text.encode("utf-8")
-    except UnicodeEncodeError:                      # half a surrogate pair from upstream: escaped, it is valid JSON
-        return json.dumps(value, separators=(",", ":")).encode("ascii")
+    except UnicodeEncodeError:                      # from the upstream; what clients send is replaced at the door
+        return client_json(without_lone_surrogates(value))
 
 
 UPSTREAM_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -2831,11 +2837,15 @@ class EventDecoder:
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
         self._at_start = True
+        self._held = 0                              # bytes since the last whole event
         self._fault: Optional[UpstreamFault] = None
 
     def feed(self, piece: bytes) -> list[dict]:
         """The events that `piece` completes.  Data that is not JSON ends them, see `check`."""
+        if self._held > MAX_UPSTREAM_BODY:
+            self._fault = UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
         self.check()
+        self._held += len(piece)
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
@@ -2858,6 +2868,8 @@ class EventDecoder:
                 except UpstreamFault as fault:
                     self._fault = fault
                     break
+        if events:
+            self._held = len(self._rest[0])
         return events
 
     def check(self) -> None:
@@ -2972,8 +2984,8 @@ class MessageAssembler:
             self._block["citations"] = [*(self._block.get("citations") or ()), *self._citations]
         partial = self._block.get("partial_json")
         if partial:
-            with contextlib.suppress(ValueError, RecursionError):       # cut by max_tokens: the text stays
-                self._block["input"] = json.loads(partial)
+            with contextlib.suppress(ValueError):   # cut by max_tokens: the text stays
+                self._block["input"] = json_within_bounds(partial, LENIENT_JSON)
         self._grown.clear()
         self._citations = []
 
@@ -3214,7 +3226,7 @@ def arguments_of(block: dict) -> str:
 def input_of_custom(arguments: str) -> str:
     """The string in `{"input": ...}`; whatever else Claude made of it, as it is."""
     with contextlib.suppress(ValueError):
-        value = json.loads(arguments)
+        value = json_within_bounds(arguments, LENIENT_JSON)
         if isinstance(value, dict) and isinstance(value.get("input"), str):
             return value["input"]
     return arguments
@@ -4143,7 +4155,7 @@ class TokenFile:
         if not self.path:
             return None
         try:
-            with open(self.path, "rb") as file:
+            with while_held(lambda: open(self.path, "rb")) as file:
                 token = json.loads(file.read(1_000_000).decode("utf-8"))
         except FileNotFoundError:
             return None
@@ -4177,7 +4189,7 @@ class TokenFile:
                 json.dump(token, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            while_held(lambda: os.replace(temporary, target))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -4233,11 +4245,28 @@ class TokenFile:
         """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
         try:
             self.read()
-        except TokenFileDamaged:
-            if os.path.isfile(target):
+        except TokenFileDamaged as damage:
+            if os.path.isfile(target) and not is_held(damage.__cause__):
                 aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
                 os.replace(target, aside)
                 LOG.warning("the damaged token file is kept as %s", aside)
+
+
+def is_held(fault: BaseException | None) -> bool:
+    """Whether another program just has the file open, as antivirus and indexers on Windows do for a moment."""
+    return getattr(fault, "winerror", None) in (5, 32, 33)
+
+
+def while_held(work: Callable[[], Any]) -> Any:
+    """The result of some work on a file, tried for two seconds while another program has it open."""
+    deadline = time.monotonic() + 2
+    while True:
+        try:
+            return work()
+        except OSError as fault:
+            if not is_held(fault) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def lock_file(descriptor: int, patience: float) -> None:
@@ -4255,7 +4284,7 @@ def lock_file(descriptor: int, patience: float) -> None:
         except BlockingIOError:
             pass
         except OSError as fault:
-            if os.name != "nt" or fault.errno not in (13, 36):
+            if os.name != "nt" or fault.errno not in (0, 13, 36):
                 return                              # no locks here
         if time.monotonic() > deadline:             # going on without it could cost the login
             raise UpstreamFault("Another process has held the lock of the token file for %d seconds." % patience)
@@ -4721,7 +4750,13 @@ class HeadReader:
     def __init__(self, received: bytearray, check_first: Callable[[str], Any],
                  too_large: Callable[[str], GatewayError]) -> None:
         self._received, self._check_first, self._too_large = received, check_first, too_large
-        self._searched = self._line_ends = 0
+        self._searched = self._line_ends = self._skipped = 0
+
+    def skip_blank_lines(self) -> None:
+        """Drops what is allowed before a request (RFC 9112, 2.2), and counts it: it may not go on for ever."""
+        blank = BLANK_LINES.match(self._received)
+        self._skipped += blank.end() if blank else 0
+        del self._received[:blank.end() if blank else 0]
 
     def lines(self) -> list[str]:
         """Takes the head from the bytes that have come once it is whole, as its lines; [] until then."""
@@ -4730,7 +4765,7 @@ class HeadReader:
         size = end.end() if end else len(received)
         self._line_ends += received.count(b"\n", self._searched, size)
         self._searched = size
-        if size > MAX_HEAD or self._line_ends > MAX_HEADERS + 2:
+        if size + self._skipped > MAX_HEAD or self._line_ends > MAX_HEADERS + 2:
             raise self._too_large("has more than %d bytes or %d header lines." % (MAX_HEAD, MAX_HEADERS))
         if end:
             lines = received[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
@@ -4791,7 +4826,7 @@ def request_line(line: str) -> tuple[str, str, str]:
     match = REQUEST_LINE.match(line)
     if not match:
         raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
-    return match.group(1).upper(), match.group(2), match.group(3)
+    return match.group(1), match.group(2), match.group(3)
 
 
 def head_from_lines(lines: list[str]) -> Head:
@@ -5091,14 +5126,17 @@ class ConnectionPool:
         if surplus:
             surplus.close()
 
+    def close_old(self, age: float = POOL_AGE) -> None:
+        """Closes what nobody has used for that long."""
+        with self._lock:
+            for connections in self._idle.values():
+                while connections and time.monotonic() - connections[0].last_used >= age:
+                    connections.pop(0).close()
+
     def close(self) -> None:
         """Closes all; one that is given back later is closed, too."""
-        with self._lock:
-            self._size = 0
-            for connections in self._idle.values():
-                for connection in connections:
-                    connection.close()
-            self._idle.clear()
+        self._size = 0
+        self.close_old(0)
 
 
 class PooledHandler(urllib.request.AbstractHTTPHandler):
@@ -5181,12 +5219,20 @@ class UpstreamReply:
                 wait = None
                 if not data:
                     framing.end()
-                piece = framing.feed(data)
-                yield self._inflate.decompress(piece) if self._inflate else piece
+                yield from self._unpacked(framing.feed(data))
         except (OSError, http.client.HTTPException, zlib.error) as fault:
             raise fault_from(fault, "broke off in the middle of its answer") from fault
         if self._inflate and not self._inflate.eof:
             raise UpstreamFault(BROKE_OFF)
+
+    def _unpacked(self, piece: bytes) -> Iterator[bytes]:
+        """Bit by bit, as gzip can hold a thousand times its size; a client that has left ends it."""
+        if not self._inflate:
+            yield piece
+        while self._inflate and piece and not self._inflate.eof:
+            yield self._inflate.decompress(piece, MOST_INFLATED)
+            piece = self._inflate.unconsumed_tail
+            self._call.client.pause(0)
 
     def read(self, limit: int = 64_000_000) -> bytes:
         """The whole body, waited for in this thread."""
@@ -5298,6 +5344,9 @@ class Upstream:
         finally:
             reply.close()
 
+    def close_old_connections(self) -> None:
+        self._handler.pool.close_old()
+
     def close(self) -> None:
         self._handler.pool.close()
 
@@ -5337,10 +5386,11 @@ class Upstream:
             reply: UpstreamReply = opener.open(request)
         except (OSError, http.client.HTTPException) as fault:
             raise fault_before_answer(fault, request) from fault
-        if 300 <= reply.status < 400:
+        if reply.status != 200 and not 400 <= reply.status < 600:
             reply.close()
             raise UpstreamFault("The upstream answered with a redirect (%d), which is not followed: it would take the "
-                                "credential elsewhere." % reply.status)
+                                "credential elsewhere." % reply.status if 300 <= reply.status < 400 else
+                                "The upstream answered with status %d, which its API does not use." % reply.status)
         return reply
 
 
@@ -5359,7 +5409,10 @@ def bypasses_proxy(config: Config, host: str) -> bool:
 
 def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
     """Verifying TLS, with more certificate authorities where the environment names some."""
-    context = ssl.create_default_context()
+    try:
+        context = ssl.create_default_context()
+    except OSError as fault:                        # PyPy, where the system has none
+        raise UpstreamFault("Python finds no certificate authorities on this machine (%s)." % fault) from fault
     if ca_file:
         usual = ssl.get_default_verify_paths()      # OpenSSL uses $SSL_CERT_FILE instead of these, not as well
         for kind, path in (("cafile", usual.openssl_cafile), ("capath", usual.openssl_capath)):
@@ -5667,6 +5720,35 @@ FETCH_REDIRECTS = 3
 MAX_FETCHED = 7_500_000                             # bytes: as base64 the 10 MB that Claude accepts
 
 
+class Download(threading.Thread):
+    """One image on its way, in a thread of its own: a name look-up that takes too long cannot be ended, only left."""
+
+    def __init__(self, work: Callable[[Download], Tuple[str, str]]) -> None:
+        super().__init__(name="image", daemon=True)
+        self.ended, self._bell = socket.socketpair()        # the first ends with the work
+        self._work, self._sockets, self._given_up = work, [self._bell], False
+        self.outcome: Any = None                    # the image, or what went wrong
+
+    def run(self) -> None:
+        try:
+            self.outcome = self._work(self)
+        except Exception as fault:
+            self.outcome = fault
+        self._bell.close()
+
+    def uses(self, sock: socket.socket) -> None:
+        """From here on this socket ends with the download; a TLS layer above it is left alone."""
+        self._sockets.append(sock)
+        if self._given_up:
+            self.give_up()
+
+    def give_up(self) -> None:
+        self._given_up = True
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
 class ImageFetcher:
     """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
 
@@ -5675,16 +5757,27 @@ class ImageFetcher:
         self._tls = functools.partial(tls_context, config.ca_file, config.relax_x509)
         self.permit = permit
 
-    def fetch(self, url: str) -> tuple[str, str]:
-        """Media type and base64 of the image at `url`.  Raises InvalidRequest that names URL and rule."""
-        deadline = time.monotonic() + self._timeout
+    def fetch(self, url: str, client: Client) -> tuple[str, str]:
+        """Media type and base64 of the image at `url`.  Raises InvalidRequest that names URL and rule; ClientGone."""
+        download = Download(functools.partial(self._fetched, url))
+        try:
+            download.start()
+            client.wait(Wait(download.ended, time.monotonic() + self._timeout, self._timeout))
+        except UpstreamTimeout:
+            raise self._refusal(url, "took longer than %g seconds" % self._timeout) from None
+        finally:
+            download.give_up()
+            download.ended.close()
+        if isinstance(download.outcome, Exception):
+            raise download.outcome
+        return download.outcome
+
+    def _fetched(self, url: str, download: Download) -> tuple[str, str]:
         here = url
         for _ in range(FETCH_REDIRECTS + 1):
             try:
-                status, location, body = self._get(here, url, deadline)
+                status, location, body = self._get(here, url, download)
             except (OSError, http.client.HTTPException, ValueError) as fault:
-                if time.monotonic() >= deadline:
-                    raise self._late(url) from fault
                 hint = " (images are fetched directly, but here only a proxy may lead out)" if self._proxied else ""
                 raise self._refusal(url, "could not be fetched: %s%s" % (fault, hint)) from fault
             if status in (301, 302, 303, 307, 308) and location:
@@ -5698,7 +5791,7 @@ class ImageFetcher:
             return media_type, base64.b64encode(body).decode()
         raise self._refusal(url, "redirects more than %d times" % FETCH_REDIRECTS)
 
-    def _get(self, here: str, url: str, deadline: float) -> tuple[int, str | None, bytes]:
+    def _get(self, here: str, url: str, download: Download) -> tuple[int, str | None, bytes]:
         """One hop: status, Location, and the body if the status is 200."""
         if not HTTP_URL.match(here):
             raise self._refusal(url, "leads to something that is not a web address")
@@ -5708,27 +5801,23 @@ class ImageFetcher:
         if parts.username or parts.password or not host:
             raise self._refusal(url, "has user information or no host in it")
         address = self._checked_address(host, port, url)
-        connection = http.client.HTTPConnection(host, port, timeout=max(0.1, deadline - time.monotonic()))
-        sock = socket.create_connection((address, port), timeout=max(0.1, min(CONNECT_TIMEOUT,
-                                                                              deadline - time.monotonic())))
-        left = max(0.1, deadline - time.monotonic())
-        sock.settimeout(left)
-        alarm = threading.Timer(left, lambda: shut_down(sock))      # the timeout starts again with every byte
-        alarm.daemon = True
-        alarm.start()
+        connection = http.client.HTTPConnection(host, port)
+        sock = socket.create_connection((address, port), CONNECT_TIMEOUT)
         try:
+            sock.settimeout(self._timeout)
+            download.uses(sock)
             if secure:
                 sock = self._tls().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                download.uses(sock)
                 sock.do_handshake()
             connection.sock = sock
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
             connection.request("GET", urllib.parse.quote(target, safe="/%?=&;:@!$'()*+,~"), headers={
                 "User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"})
             response = connection.getresponse()
-            body = self._read(response, url, deadline) if response.status == 200 else b""
+            body = self._read(response, url) if response.status == 200 else b""
             return response.status, response.getheader("Location"), body
         finally:
-            alarm.cancel()
             connection.close()
             sock.close()
 
@@ -5739,12 +5828,10 @@ class ImageFetcher:
             raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
         return str(found[0])
 
-    def _read(self, response: http.client.HTTPResponse, url: str, deadline: float) -> bytes:
+    def _read(self, response: http.client.HTTPResponse, url: str) -> bytes:
         body = bytearray()
         while True:
             piece = response.read1(65_536)
-            if time.monotonic() >= deadline:
-                raise self._late(url)
             body += piece
             if len(body) > MAX_FETCHED:
                 raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
@@ -5753,18 +5840,9 @@ class ImageFetcher:
             if not piece:
                 return bytes(body)
 
-    def _late(self, url: str) -> InvalidRequest:
-        return self._refusal(url, "took longer than %g seconds" % self._timeout)
-
     @staticmethod
     def _refusal(url: str, what: str) -> InvalidRequest:
         return InvalidRequest("The image %r %s." % (url[:200], what), "image_url", "invalid_image_url")
-
-
-def shut_down(sock: socket.socket) -> None:
-    """Ends whatever waits for a socket, in another thread; a TLS layer above it is left alone."""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 # ---- Exchange ----------------------------------------------------------------------------------------
@@ -5984,7 +6062,7 @@ class Exchange:
         url = source["url"]
         if url not in self._images:
             try:
-                self._images[url] = self._gateway.images.fetch(url)
+                self._images[url] = self._gateway.images.fetch(url, self.call.client)
             except InvalidRequest as failure:
                 if not self._inline:
                     raise
@@ -6543,8 +6621,8 @@ class PassingUsage:
     def usage(self) -> dict:
         """What was counted so far, {} for an answer without any."""
         if self._body:
-            with contextlib.suppress(ValueError, RecursionError):
-                usage = value_in(json.loads(b"".join(self._body).decode("utf-8")), "usage")
+            with contextlib.suppress(ValueError):
+                usage = value_in(json_within_bounds(b"".join(self._body).decode("utf-8"), LENIENT_JSON), "usage")
                 return usage if isinstance(usage, dict) else {}
         return self._usage
 
@@ -6906,7 +6984,7 @@ def route_of(target: str) -> tuple[str, str]:
     matter."""
     path = re.sub(r"/{2,}", "/", re.sub(r"[?#].*", "", target))
     path = re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
-    path = re.sub(r"(/chat/completions)+$", "/chat/completions", path)
+    path = re.sub(r"^(/chat/completions)+$", "/chat/completions", path)     # from the start only: it stays linear
     for pattern, route in ARGUMENTS:
         match = pattern.match(path)
         if match and match.end() == len(path):
@@ -7009,6 +7087,13 @@ def inflated(body: bytes, encoding: str, limit: int) -> bytes:
     if len(plain) > limit:
         raise Refused(413, "request_too_large", "The body has more than %d MB when unpacked." % (limit // 1_000_000))
     return plain
+
+
+def parsed_weight(body: bytes) -> int:
+    """What a body counts in the budget beyond its size: small members have up to 18 times their size once parsed, and
+    a character beyond the basic plane gives all others of its string four bytes, too."""
+    wide = len(body) > 4_000_000 and re.search(rb"\\u[dD][89abAB]|[\xf0-\xf4]", body)
+    return 5 * len(body) if wide else min(25 * (body.count(b",") + body.count(b":")), 5 * len(body))
 
 
 def cors_headers(head: Head, config: Config) -> dict[str, str]:
@@ -7162,6 +7247,7 @@ class RequestCycle:
                             query=head.target.partition("?")[2])
         body = self._read_body(length) if self._body_unread else b""
         if head.method == "POST":
+            self._reserve(parsed_weight(body))
             incoming.body, incoming.surrogates_replaced = json_from_body(body)
             LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
         del body                                    # a large one need not wait for Claude's answer
@@ -7180,6 +7266,11 @@ class RequestCycle:
             origin = printable(origin)
             raise Refused(403, "origin_not_allowed", "Origin %s may not call this gateway. If it should: "
                           "--cors-origin %s" % (origin, origin))
+        navigates = (head.method, head.target, head.headers.get("sec-fetch-mode")) == ("GET", "/", "navigate")
+        if origin is None and head.headers.get("sec-fetch-site") in ("cross-site", "same-site") \
+                and head.method != "OPTIONS" and not navigates:
+            raise Refused(403, "origin_not_allowed", "A web page of another site may not call this gateway. If it "
+                          "should: let it send its Origin, and add --cors-origin with it.")
         return head
 
     def _owner(self, path: str) -> str:
@@ -7419,8 +7510,7 @@ class Connection:
         reader = HeadReader(received, request_line, lambda what: Refused(
             431, "request_header_fields_too_large", "The request head " + what))
         while True:
-            blank = BLANK_LINES.match(received)     # skipped before a request (RFC 9112, 2.2)
-            del received[:blank.end() if blank else 0]
+            reader.skip_blank_lines()
             lines = reader.lines()
             if lines:
                 self._peer.unread += received
@@ -7472,6 +7562,10 @@ class Listener(socketserver.ThreadingTCPServer):
             raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, address
+
+    def service_actions(self) -> None:
+        """Called by the loop of the socket server, at least every half second."""
+        self.gateway.upstream.close_old_connections()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._connections.take(1):
@@ -7541,6 +7635,10 @@ class Service:
             listener.server_close()
 
 
+# Windows denies access to a port that another program has for itself
+IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
+
+
 def listeners_for(gateway: Gateway) -> list[Listener]:
     """Sockets on the configured host; `localhost` is 127.0.0.1 and, where there is one, ::1.  Raises OSError."""
     host, port = gateway.config.host, gateway.config.port
@@ -7552,7 +7650,7 @@ def listeners_for(gateway: Gateway) -> list[Listener]:
         try:
             return [first, Listener(("::1", first.server_address[1]), socket.AF_INET6, gateway)]
         except OSError as fault:
-            if fault.errno != errno.EADDRINUSE:
+            if fault.errno not in IN_USE:
                 return [first]                      # no IPv6 here
             first.server_close()
             if port:
@@ -7804,8 +7902,10 @@ class LogFormatter(logging.Formatter):
         message = masked(message, self._secrets())
         if payload is not None:                     # last: the beginning of a secret is not recognised
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
-        if not self.as_json:
+        if not self.as_json:                        # JSON has escapes of its own
             moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+            # of several lines only where we quote a traceback
+            message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
             return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
                 "%s %s" % (moment, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
@@ -7851,13 +7951,21 @@ def prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def own_file() -> str:
+    """The file that this program is in, or the archive around it; "" where it came from neither."""
+    path = "" if getattr(sys, "frozen", False) else os.path.abspath(globals().get("__file__") or "")
+    while not os.path.isfile(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return path if os.path.isfile(path) else ""
+
+
 def as_typed(text: str) -> str:
     """A text with every command of ours as it can be typed here: the script's path where it is not installed.
 
     A lower-case word behind `claude-gateway` is a command: no prose puts one there.
     """
     script = sys.argv[0] if sys.argv else ""
-    if not script.endswith(".py") or os.path.basename(script) != os.path.basename(__file__):
+    if not script or os.path.basename(script) != os.path.basename(own_file()):
         return text
     script = '"%s"' % script if " " in script else script
     typed = "%s %s " % (os.path.basename(sys.executable or "") or "python3", script)
@@ -7872,7 +7980,7 @@ def say(text: str, level: int = logging.INFO) -> None:
         if isinstance(handler.formatter, LogFormatter) and handler.formatter.as_json:
             handler.handle(LOG.makeRecord(LOG.name, level, "", 0, "%s", (text,), None))
             return
-    print(text, file=sys.stderr, flush=True)
+    print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -8124,19 +8232,29 @@ def port_finding(config: Config) -> Finding:
 def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
     if not config.https_proxy:
-        return Finding("Proxy", "ok", "none")
+        system = replace(config, https_proxy=urllib.request.getproxies().get("https", ""))      # on macOS and Windows
+        return Finding("Proxy", "warning", "%s, in the system's settings, is not used" % shown_proxy(system),
+                       "Set HTTPS_PROXY to it.") if system.https_proxy else Finding("Proxy", "ok", "none")
     exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
     return Finding("Proxy", "ok", shown_proxy(config) + (
         ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else ""))
+
+
+NO_AUTHORITIES = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2] \
+    if sys.platform == "darwin" else "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
 
 
 def authorities_finding(config: Config) -> Finding:
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except UpstreamFault as fault:
-        return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable, FAILURE)
+        return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable
+                       if config.ca_variable else NO_AUTHORITIES, FAILURE)
     strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
     count = context.cert_store_stats()["x509_ca"]
+    directory = ssl.get_default_verify_paths().capath       # those in there are read when they are needed
+    if not count and not (directory and os.listdir(directory)):
+        return Finding("Certificates", "warning", "no certificate authorities", NO_AUTHORITIES)
     return Finding("Certificates", "ok", "%d authorit%s%s%s" % (
         count, "y" if count == 1 else "ies",
         ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
@@ -8146,8 +8264,11 @@ def authorities_finding(config: Config) -> Finding:
 def machine_findings(config: Config) -> Iterator[Finding]:
     """Python, the file, the port, the network settings: checks that work without a network."""
     yield Finding("Python", "ok", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
-    with open(os.path.abspath(__file__), "rb") as file:
-        yield Finding("File", "ok", "claude-gateway %s, sha256 %s" % (VERSION, hashlib.sha256(file.read()).hexdigest()))
+    origin = "not from a file of its own"
+    if own_file():
+        with open(own_file(), "rb") as file:
+            origin = "sha256 " + hashlib.sha256(file.read()).hexdigest()
+    yield Finding("File", "ok", "claude-gateway %s, %s" % (VERSION, origin))
     yield port_finding(config)
     yield proxy_finding(config)
     yield authorities_finding(config)
@@ -8554,12 +8675,19 @@ WantedBy=default.target"""),
   <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
 </dict>
 </plist>"""),
-    "windows": ToolSettings("Windows: a task that runs when you sign in", "a terminal (cmd)", """\
-:: keys, if no login is stored or clients need one:
-:: setx ANTHROPIC_API_KEY sk-ant-...
-:: setx CLAUDE_GATEWAY_API_KEY ...
-schtasks /Create /TN "Claude Gateway" /SC ONLOGON /TR "\\"PYTHONW\\" \\"FILE\\" START"
-schtasks /Run /TN "Claude Gateway\""""),
+    "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
+# keys, if no login is stored or clients need one:
+# [Environment]::SetEnvironmentVariable('ANTHROPIC_API_KEY', 'sk-ant-...', 'User')
+# [Environment]::SetEnvironmentVariable('CLAUDE_GATEWAY_API_KEY', '...', 'User')
+$action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
+$trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
+$settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit 0 -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
+Register-ScheduledTask 'Claude Gateway' -Action $action -Trigger $trigger -Settings $settings
+Start-ScheduledTask 'Claude Gateway'
+# where that is denied: a shortcut in the start-up folder does the same
+# $place = Join-Path ([Environment]::GetFolderPath('Startup')) 'Claude Gateway.lnk'
+# $link = (New-Object -ComObject WScript.Shell).CreateShortcut($place)
+# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()"""),
     "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .
 # docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
@@ -8597,10 +8725,10 @@ def setup_name(text: str) -> str:
 
 def filled(config: Config, path_form: Callable[[str], str], argument_form: str, between: str) -> dict[str, str]:
     """The placeholders of the settings -> their values here."""
-    origin, python = "http://localhost:%d" % config.port, sys.executable or "python3"
+    origin, python = "http://localhost:%d" % config.port, own_file() and sys.executable or "python3"
     arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
     paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
-             "FILE": os.path.abspath(__file__), "HOME": os.path.expanduser("~")}
+             "FILE": own_file() or "/path/to/claude_gateway.py", "HOME": os.path.expanduser("~")}
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": 'env_key = "CLAUDE_GATEWAY_API_KEY"' if config.api_key else "",
@@ -8612,6 +8740,7 @@ def filled(config: Config, path_form: Callable[[str], str], argument_form: str, 
 SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
     "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
     "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
+    "windows": (lambda path: path.replace("'", "''"), "%s", " "),
     "docker": (str, '"%s"', ", ")}
 
 
@@ -8774,7 +8903,7 @@ def raise_descriptor_limit() -> None:
 
 def report_port(config: Config, fault: OSError) -> int:
     """Says why the gateway cannot listen; the exit code."""
-    if fault.errno == errno.EADDRINUSE:
+    if fault.errno in IN_USE:
         say("Port %d is in use%s. Another port: claude-gateway start --port %d" % (
             config.port, " by another claude-gateway" if running_status(config) else "", config.port % 65_535 + 1),
             logging.ERROR)
