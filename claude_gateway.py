@@ -111,11 +111,9 @@ REFRESH_BACKOFF = 2                             # seconds between attempts while
 MAX_UPSTREAM_BODY = 32_000_000                  # bytes: what the Messages API accepts
 MAX_BRACKETS = 1_000_000                        # a body of nothing but brackets costs 60 times its size
 MAX_NESTING = 200                               # below the recursion limit of every Python, with room to spare
-MAX_DIGITS = 400                                # no number of either API is longer; int() is quadratic
 MAX_HEAD = 65_536                               # bytes of request line and headers together
 MAX_HEADERS = 100                               # header lines
 READ_SIZE = 65_536                              # bytes that one read of a socket may bring
-MOST_INFLATED = 1_000_000                       # bytes that are unpacked at once
 BACKLOG = 1_024                                 # connections the system queues while we accept; the default is 5
 
 SLOWEST_BODY = 50_000                           # bytes a second of a whole body, beyond the first `body_timeout`
@@ -231,15 +229,13 @@ def count_in(value: Any, *path: str) -> int:
 
 
 UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
+# control characters, line ends of Unicode, marks that turn the direction of text, halves of surrogate pairs
+UNSAFE_IN_LOG = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
     return UNPRINTABLE.sub("?", value)[:limit]
-
-
-# control characters, line ends of Unicode, marks that turn the direction of text, halves of surrogate pairs
-UNSAFE_IN_LOG = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
@@ -560,47 +556,27 @@ NOT_BRACKETS = bytes(set(range(256)) - set(b'{}[]"'))
 BRACKET_KINDS = bytes.maketrans(b"[]", b"{}")
 
 
-def refuse_constant(name: str) -> float:
-    """json's hook for NaN and Infinity, which are no JSON."""
-    raise ValueError(name + " is not a JSON number")
-
-
-def finite_float(digits: str) -> float:
-    """json's hook for numbers: 1e400 would become infinity."""
+def finite_number(digits: str) -> Any:
+    """json's hook for numbers, NaN and Infinity.  Raises ValueError for what is not finite, as 1e400; the time of int()
+    is quadratic, so that comes later."""
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError("%s is too large for a number" % digits[:20])
-    return number
+        raise ValueError("%s is not a finite number" % digits[:20])
+    return int(digits) if digits.lstrip("-").isdigit() else number
 
 
-def bounded_int(digits: str) -> int:
-    """json's hook for whole numbers: the time of int() is quadratic."""
-    if len(digits) > MAX_DIGITS:
-        raise ValueError("a number of %d digits" % len(digits))
-    return int(digits)
+def lenient_number(digits: str) -> Any:
+    """The same hook for the upstream's numbers: one that is not finite is unknown, and ends no request."""
+    return finite_number(digits) if math.isfinite(float(digits)) else None
 
 
-def or_none(hook: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The same hook for numbers of the upstream: one that is not finite or not sane is unknown, no error."""
-    def number(digits: str) -> Any:
-        try:
-            return hook(digits)
-        except ValueError:
-            return None
-    return number
-
-
-BOUNDED_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float, parse_int=bounded_int)
-LENIENT_JSON = json.JSONDecoder(parse_constant=or_none(refuse_constant), parse_float=or_none(finite_float),
-                                parse_int=or_none(bounded_int))
+BOUNDED_JSON, LENIENT_JSON = (json.JSONDecoder(parse_constant=hook, parse_float=hook, parse_int=hook)
+                              for hook in (finite_number, lenient_number))
 
 
 def json_within_bounds(text: str, decoder: json.JSONDecoder = BOUNDED_JSON) -> Any:
-    """JSON text as a value.  Raises ValueError for what is not JSON, and for what would cost too much.
-
-    Its depth is checked before it is parsed: where a thread's stack is small (1 MB on Alpine Linux), the parser of
-    some Pythons would overflow it, which ends the process.
-    """
+    """JSON text as a value.  Raises ValueError for what is not JSON, and for what would cost too much: also for depth
+    that the parsers of some Pythons would end the process at, where a thread's stack is small (as on Alpine Linux)."""
     data = text.encode("utf-8", "surrogatepass")
     brackets = len(data.translate(None, NOT_OPENING))
     if brackets > MAX_BRACKETS:
@@ -4246,25 +4222,23 @@ class TokenFile:
         try:
             self.read()
         except TokenFileDamaged as damage:
-            if os.path.isfile(target) and not is_held(damage.__cause__):
+            if os.path.isfile(target) and getattr(damage.__cause__, "winerror", 0) not in HELD:
                 aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
                 os.replace(target, aside)
                 LOG.warning("the damaged token file is kept as %s", aside)
 
 
-def is_held(fault: BaseException | None) -> bool:
-    """Whether another program just has the file open, as antivirus and indexers on Windows do for a moment."""
-    return getattr(fault, "winerror", None) in (5, 32, 33)
+HELD = (5, 32, 33)                                  # winerror: another program has the file open, an antivirus perhaps
 
 
 def while_held(work: Callable[[], Any]) -> Any:
-    """The result of some work on a file, tried for two seconds while another program has it open."""
+    """The result of some work on a file, tried again for two seconds while another program has it open."""
     deadline = time.monotonic() + 2
     while True:
         try:
             return work()
         except OSError as fault:
-            if not is_held(fault) or time.monotonic() > deadline:
+            if getattr(fault, "winerror", 0) not in HELD or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
 
@@ -4750,13 +4724,8 @@ class HeadReader:
     def __init__(self, received: bytearray, check_first: Callable[[str], Any],
                  too_large: Callable[[str], GatewayError]) -> None:
         self._received, self._check_first, self._too_large = received, check_first, too_large
-        self._searched = self._line_ends = self._skipped = 0
-
-    def skip_blank_lines(self) -> None:
-        """Drops what is allowed before a request (RFC 9112, 2.2), and counts it: it may not go on for ever."""
-        blank = BLANK_LINES.match(self._received)
-        self._skipped += blank.end() if blank else 0
-        del self._received[:blank.end() if blank else 0]
+        self._searched = self._line_ends = 0
+        self.skipped = 0                            # bytes in front of it, which count as well
 
     def lines(self) -> list[str]:
         """Takes the head from the bytes that have come once it is whole, as its lines; [] until then."""
@@ -4765,7 +4734,7 @@ class HeadReader:
         size = end.end() if end else len(received)
         self._line_ends += received.count(b"\n", self._searched, size)
         self._searched = size
-        if size + self._skipped > MAX_HEAD or self._line_ends > MAX_HEADERS + 2:
+        if size + self.skipped > MAX_HEAD or self._line_ends > MAX_HEADERS + 2:
             raise self._too_large("has more than %d bytes or %d header lines." % (MAX_HEAD, MAX_HEADERS))
         if end:
             lines = received[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
@@ -5230,7 +5199,7 @@ class UpstreamReply:
         if not self._inflate:
             yield piece
         while self._inflate and piece and not self._inflate.eof:
-            yield self._inflate.decompress(piece, MOST_INFLATED)
+            yield self._inflate.decompress(piece, READ_SIZE)
             piece = self._inflate.unconsumed_tail
             self._call.client.pause(0)
 
@@ -5274,6 +5243,7 @@ class Upstream:
         self._base_url = config.base_url.rstrip("/")
         self._instance_id = instance_id
         self._handler = PooledHandler(functools.partial(tls_context, config.ca_file, config.relax_x509))
+        self.pool = self._handler.pool
         self._direct, self._proxied = urllib.request.OpenerDirector(), urllib.request.OpenerDirector()
         self._proxied.add_handler(urllib.request.ProxyHandler({"https": config.https_proxy}
                                                               if config.https_proxy else {}))
@@ -5344,11 +5314,8 @@ class Upstream:
         finally:
             reply.close()
 
-    def close_old_connections(self) -> None:
-        self._handler.pool.close_old()
-
     def close(self) -> None:
-        self._handler.pool.close()
+        self.pool.close()
 
     def _ask(self, method: str, path: str, body: bytes | None, headers: dict[str, str], call: UpstreamCall,
              beta: Sequence[str] = (), key: str | None = None) -> UpstreamReply:
@@ -5409,10 +5376,7 @@ def bypasses_proxy(config: Config, host: str) -> bool:
 
 def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
     """Verifying TLS, with more certificate authorities where the environment names some."""
-    try:
-        context = ssl.create_default_context()
-    except OSError as fault:                        # PyPy, where the system has none
-        raise UpstreamFault("Python finds no certificate authorities on this machine (%s)." % fault) from fault
+    context = ssl.create_default_context()
     if ca_file:
         usual = ssl.get_default_verify_paths()      # OpenSSL uses $SSL_CERT_FILE instead of these, not as well
         for kind, path in (("cafile", usual.openssl_cafile), ("capath", usual.openssl_capath)):
@@ -5815,7 +5779,11 @@ class ImageFetcher:
             connection.request("GET", urllib.parse.quote(target, safe="/%?=&;:@!$'()*+,~"), headers={
                 "User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"})
             response = connection.getresponse()
-            body = self._read(response, url) if response.status == 200 else b""
+            body = response.read(MAX_FETCHED + 1) if response.status == 200 else b""
+            if len(body) > MAX_FETCHED:
+                raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
+            if response.status == 200 and response.length:
+                raise self._refusal(url, "broke off in the middle")
             return response.status, response.getheader("Location"), body
         finally:
             connection.close()
@@ -5827,18 +5795,6 @@ class ImageFetcher:
         if not found or not all(self.permit(str(address)) for address in found):
             raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
         return str(found[0])
-
-    def _read(self, response: http.client.HTTPResponse, url: str) -> bytes:
-        body = bytearray()
-        while True:
-            piece = response.read1(65_536)
-            body += piece
-            if len(body) > MAX_FETCHED:
-                raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
-            if not piece and response.length:
-                raise self._refusal(url, "broke off in the middle")
-            if not piece:
-                return bytes(body)
 
     @staticmethod
     def _refusal(url: str, what: str) -> InvalidRequest:
@@ -5997,7 +5953,6 @@ class Exchange:
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
             return
-
 
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""
@@ -7266,9 +7221,9 @@ class RequestCycle:
             origin = printable(origin)
             raise Refused(403, "origin_not_allowed", "Origin %s may not call this gateway. If it should: "
                           "--cors-origin %s" % (origin, origin))
-        navigates = (head.method, head.target, head.headers.get("sec-fetch-mode")) == ("GET", "/", "navigate")
-        if origin is None and head.headers.get("sec-fetch-site") in ("cross-site", "same-site") \
-                and head.method != "OPTIONS" and not navigates:
+        request = head.method, head.target, head.headers.get("sec-fetch-mode")
+        if head.headers.get("sec-fetch-site") in ("cross-site", "same-site") and origin is None \
+                and head.method != "OPTIONS" and request != ("GET", "/", "navigate"):
             raise Refused(403, "origin_not_allowed", "A web page of another site may not call this gateway. If it "
                           "should: let it send its Origin, and add --cors-origin with it.")
         return head
@@ -7510,7 +7465,9 @@ class Connection:
         reader = HeadReader(received, request_line, lambda what: Refused(
             431, "request_header_fields_too_large", "The request head " + what))
         while True:
-            reader.skip_blank_lines()
+            blank = BLANK_LINES.match(received)     # dropped before a request (RFC 9112, 2.2)
+            reader.skipped += blank.end() if blank else 0
+            del received[:blank.end() if blank else 0]
             lines = reader.lines()
             if lines:
                 self._peer.unread += received
@@ -7563,9 +7520,8 @@ class Listener(socketserver.ThreadingTCPServer):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, address
 
-    def service_actions(self) -> None:
-        """Called by the loop of the socket server, at least every half second."""
-        self.gateway.upstream.close_old_connections()
+    def service_actions(self) -> None:              # called by the loop of the socket server every half second
+        self.gateway.upstream.pool.close_old()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._connections.take(1):
@@ -7593,6 +7549,8 @@ class Listener(socketserver.ThreadingTCPServer):
         log_lost_connection(sys.exc_info()[1])
 
 
+# Windows denies access to a port that another program has for itself
+IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
 TOO_MANY_CONNECTIONS = client_json(busy("The gateway has too many connections.").body())
 
 
@@ -7633,10 +7591,6 @@ class Service:
             if self._started:
                 listener.shutdown()                 # would wait for ever for a loop that never ran
             listener.server_close()
-
-
-# Windows denies access to a port that another program has for itself
-IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
 
 
 def listeners_for(gateway: Gateway) -> list[Listener]:
@@ -8240,21 +8194,19 @@ def proxy_finding(config: Config) -> Finding:
         ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else ""))
 
 
-NO_AUTHORITIES = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2] \
-    if sys.platform == "darwin" else "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
-
-
 def authorities_finding(config: Config) -> Finding:
+    step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2] \
+        if sys.platform == "darwin" else "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
     try:
         context = tls_context(config.ca_file, config.relax_x509)
-    except UpstreamFault as fault:
+    except (UpstreamFault, OSError) as fault:       # OSError: PyPy, where the system has no authorities
         return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable
-                       if config.ca_variable else NO_AUTHORITIES, FAILURE)
+                       if config.ca_variable else step, FAILURE)
     strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
     count = context.cert_store_stats()["x509_ca"]
     directory = ssl.get_default_verify_paths().capath       # those in there are read when they are needed
     if not count and not (directory and os.listdir(directory)):
-        return Finding("Certificates", "warning", "no certificate authorities", NO_AUTHORITIES)
+        return Finding("Certificates", "warning", "no certificate authorities", step)
     return Finding("Certificates", "ok", "%d authorit%s%s%s" % (
         count, "y" if count == 1 else "ies",
         ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
@@ -8677,8 +8629,8 @@ WantedBy=default.target"""),
 </plist>"""),
     "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
 # keys, if no login is stored or clients need one:
-# [Environment]::SetEnvironmentVariable('ANTHROPIC_API_KEY', 'sk-ant-...', 'User')
-# [Environment]::SetEnvironmentVariable('CLAUDE_GATEWAY_API_KEY', '...', 'User')
+# setx ANTHROPIC_API_KEY sk-ant-...
+# setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
 $trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
 $settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit 0 -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
