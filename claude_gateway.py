@@ -5778,13 +5778,13 @@ class ImageFetcher:
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
             connection.request("GET", urllib.parse.quote(target, safe="/%?=&;:@!$'()*+,~"), headers={
                 "User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"})
-            response = connection.getresponse()
-            body = response.read(MAX_FETCHED + 1) if response.status == 200 else b""
-            if len(body) > MAX_FETCHED:
-                raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
-            if response.status == 200 and response.length:
-                raise self._refusal(url, "broke off in the middle")
-            return response.status, response.getheader("Location"), body
+            with connection.getresponse() as response:
+                body = response.read(MAX_FETCHED + 1) if response.status == 200 else b""
+                if len(body) > MAX_FETCHED:
+                    raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
+                if body and response.length:
+                    raise self._refusal(url, "broke off in the middle")
+                return response.status, response.getheader("Location"), body
         finally:
             connection.close()
             sock.close()

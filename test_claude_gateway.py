@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import builtins
 import collections
 import contextlib
 import gzip
@@ -27,6 +28,7 @@ import hmac
 import http.client
 import io
 import json
+import logging
 import math
 import os
 import pathlib
@@ -46,6 +48,7 @@ import unittest
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipapp
 import zlib
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1750,19 +1753,22 @@ class JsonDoorTests(HttpTestCase):
                 self.assertIn(words, answer.error["message"])
 
     def test_depth_is_the_same_of_a_value_and_of_its_text(self):
-        """The text is looked at where the parser would go too deep for the stack: there it has to be right."""
+        """The text is looked at, as the parser may go too deep for the stack."""
+        def depth_of(value) -> int:
+            members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            return isinstance(value, (dict, list)) + max(map(depth_of, members), default=0)
+
         for name, value in (("nothing", None), ("a string", '[[[["{{'), ("a list", [1, [], [2, [3, []]], "["]),
                             ("objects", {"a\\": {"[": {"\"{": []}}}), ("both", [{"a": [{"b": {}}, "]]]"]}, {}]),
                             ("ends of strings", ["\\", "\\\"", "\"\\", {"\\\"[": [[]]}])):
             with self.subTest(name):
                 text = json.dumps(value).encode()
-                deeper = [claude_gateway.nests_deeper(value, limit) for limit in range(9)]
-                self.assertEqual(deeper, sorted(deeper, reverse=True))
-                self.assertEqual([claude_gateway.text_nests_deeper(text, limit) for limit in range(9)], deeper)
-        self.assertEqual([claude_gateway.nests_deeper([[]], limit) for limit in (0, 1, 2)], [True, True, False])
+                deeper = [depth_of(value) > limit for limit in range(9)]
+                self.assertEqual([claude_gateway.nests_deeper(text, limit) for limit in range(9)], deeper)
+        self.assertEqual([claude_gateway.nests_deeper(b"[[]]", limit) for limit in (0, 1, 2)], [True, True, False])
 
     def test_no_depth_is_too_much_for_a_small_stack(self):
-        """A thread has 1 MB of it on Alpine Linux; some versions of the parser recurse further than that."""
+        """A thread has 128 KB of it on Alpine Linux; the parsers of all versions recurse further than that."""
         done = subprocess.run([sys.executable, "-c", "import sys, threading; sys.path.insert(0, %r)\n"
                                "import claude_gateway\n"
                                "def parse():\n"
@@ -1771,10 +1777,31 @@ class JsonDoorTests(HttpTestCase):
                                "            claude_gateway.json_within_bounds(text * 100000)\n"
                                "        except ValueError as refusal:\n"
                                "            print(refusal)\n"
-                               "threading.stack_size(1 << 20)\n"
+                               "        for parse in claude_gateway.event_from_data, claude_gateway.json_object_from:\n"
+                               "            try:\n"
+                               "                parse(text.encode() * 100000)\n"
+                               "            except claude_gateway.UpstreamFault as fault:\n"
+                               "                print(fault.code)\n"
+                               "threading.stack_size(128 << 10)\n"
                                "threading.Thread(target=parse).start()" % os.path.dirname(PROGRAM)],
                               stdout=subprocess.PIPE, timeout=60, check=False)
-        self.assertEqual(done.stdout.decode().splitlines(), ["nested more than 200 deep"] * 3)
+        self.assertEqual(done.stdout.decode().splitlines(), ["nested more than 200 deep", *["upstream_error"] * 2] * 3)
+
+    def test_numbers_of_the_upstream_that_are_not_finite_are_unknown_and_end_nothing(self):
+        for number in ("1e400", "-1e400", "NaN", "Infinity", "-Infinity", "9" * 400, "9" * 100_000):
+            with self.subTest(number[:20]):
+                self.assertEqual(claude_gateway.event_from_data(b'{"type":"a","n":%s}' % number.encode()),
+                                 {"type": "a", "n": None})
+        self.assertEqual(claude_gateway.json_object_from(b'{"a":[1,-2,0.5,1e3,-0]}'), {"a": [1, -2, 0.5, 1000.0, 0]})
+
+    def test_half_a_surrogate_pair_of_the_upstream_does_not_leave_as_one(self):
+        for stream in (False, True):
+            half = sse(events_of(message(text("a? \U0001f600")))).replace(b"?", b"\\ud800b")
+            self.claude.play(FakeReply(pieces=[half]))
+            answer = self.chat(stream=stream)
+            self.assertEqual(answer.status, 200, answer.raw)
+            self.assertNotIn(b"\\ud800", answer.raw)
+            self.assertIn('"content":"a\ufffdb \U0001f600"'.encode(), answer.raw)
 
     def test_nesting_within_reason_and_brackets_in_strings_are_no_matter(self):
         for name, content in (("brackets", "[" * 5_000), ("escaped quotes", '\\"[{' * 1_000), ("braces", "{" * 5_000),
@@ -3863,6 +3890,25 @@ class EventDecoderTests(unittest.TestCase):
                 for tell in (decoder.check, decoder.close, lambda decoder=decoder: decoder.feed(good)):
                     self.assertRaises(claude_gateway.UpstreamFault, tell)
 
+    def test_an_event_without_end_is_a_fault_of_the_upstream(self):
+        much = b"x" * 999_990
+        for name, piece in (("a line", much), ("data lines", b"data: " + much + b"\n"),
+                            ("comments", b": " + much + b"\n\n"), ("fields", b"id: 1\n\n" + much)):
+            with self.subTest(name):
+                decoder = claude_gateway.EventDecoder()
+                decoder.feed(b'data: {"type":"a"}\n\n' * 3)
+                with self.assertRaisesRegex(claude_gateway.UpstreamFault, "more than 32000000 bytes"):
+                    for _ in range(40):
+                        self.assertEqual(decoder.feed(piece), [])
+
+    def test_events_may_be_large_and_many_together(self):
+        decoder = claude_gateway.EventDecoder()
+        large = b'data: {"type":"a","x":"%s"}\n\n' % (b"x" * 20_000_000)
+        for _ in range(2):
+            for at in range(0, len(large), 4_000_000):
+                events = decoder.feed(large[at:at + 4_000_000])
+            self.assertEqual([event["type"] for event in events], ["a"])
+
     def test_an_event_nested_without_end_is_a_fault_of_the_upstream(self):
         with self.assertRaises(claude_gateway.UpstreamFault):
             claude_gateway.event_from_data(b"[" * 200_000)
@@ -5468,6 +5514,49 @@ class TokenFileTests(LoginStoreTestCase):
                 self.assertEqual(self.stored()["access_token"], OLD_ACCESS)
                 os.unlink(os.path.join(self.directory, aside))
 
+    def held_by_another(self, owner, name: str, times: int):
+        """Until the end of the test: what Windows says while another program has a file open, so many times."""
+        real, left = getattr(owner, name), [times]
+
+        def held(*arguments, **options):
+            if str(arguments[0]).startswith(self.directory) and left[0]:
+                left[0] -= 1
+                fault = PermissionError(13, "The process cannot access the file")
+                fault.winerror = 32
+                raise fault
+            return real(*arguments, **options)
+        self.addCleanup(setattr, owner, name, real)
+        setattr(owner, name, held)
+
+    def time_that_passes_by_waiting(self) -> None:
+        clock = [0.0]
+        self.addCleanup(setattr, claude_gateway, "time", time)
+        claude_gateway.time = SimpleNamespace(time=time.time, monotonic=lambda: clock[0], strftime=time.strftime,
+                                              sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+
+    def test_a_file_that_another_program_has_open_is_replaced_a_moment_later(self):
+        self.file.write(stored_token())
+        self.time_that_passes_by_waiting()
+        for times, written in ((5, True), (-1, False)):
+            with self.subTest(times=times):
+                self.held_by_another(os, "replace", times)
+                if written:
+                    self.file.write(stored_token(access_token="newer"))
+                else:
+                    self.assertRaises(PermissionError, self.file.write, stored_token(access_token="newest"))
+                self.assertEqual(self.stored()["access_token"], "newer")
+                self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
+
+    def test_a_file_that_another_program_has_open_is_not_damaged(self):
+        self.file.write(stored_token())
+        self.time_that_passes_by_waiting()
+        self.held_by_another(builtins, "open", 5)
+        self.assertEqual(self.file.read(), stored_token())
+        self.held_by_another(builtins, "open", -1)
+        self.assertRaises(claude_gateway.TokenFileDamaged, self.file.read)
+        self.file._keep_damaged(self.token_path)
+        self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
+
     def test_two_damaged_files_in_one_second_are_both_kept(self):
         os.makedirs(self.directory)
         for content in (b"first {", b"second {"):
@@ -5646,6 +5735,46 @@ class FramingTests(HttpTestCase):
                 ("escape", "X-Test: \x1b[2J"), ("name beyond ASCII", b"X-T\xe9st: 1"), ("bracket", "X-[Test]: 1")):
             with self.subTest(name):
                 self.assert_refused(request_bytes("GET /health HTTP/1.1", "Host: localhost", header), 400)
+
+    def test_blank_lines_before_a_request_are_skipped_and_count_towards_its_size(self):
+        for blank in (b"\r\n", b"\n", b"\r\n" * 1_000):
+            answers = self.exchanged(blank + request_bytes("GET /health HTTP/1.1", "Host: localhost",
+                                                           "Connection: close"))
+            self.assertEqual([answer.status for answer in answers], [200])
+        for blank in (b"\r\n" * 40_000, b"\n" * 70_000):
+            answers = self.exchanged(blank)
+            self.assertEqual([(answer.status, answer.error["code"]) for answer in answers],
+                             [(431, "request_header_fields_too_large")])
+
+    def test_methods_are_told_apart_by_their_case(self):
+        for method in ("get", "Get", "options", "HeaD"):
+            with self.subTest(method):
+                answer, = self.exchanged(request_bytes(method + " /health HTTP/1.1", "Host: localhost",
+                                                       "Connection: close"))
+                self.assertEqual((answer.status, answer.error["code"]), (405, "method_not_allowed"))
+
+    def test_twice_as_long_a_head_takes_no_more_than_twice_the_work(self):
+        """Whoever has no key must not be able to keep the interpreter busy."""
+        def cost(size: int) -> float:
+            line, headers = (part.replace("...", (unit * size)[:size // len(unit) * len(unit)]) for part in (
+                "GET %s HTTP/1.1" % target, header))
+            started = time.process_time()
+            self.exchanged(request_bytes(line, *(["Host: localhost"] if "Host" not in header else []),
+                                         headers.encode("latin-1"), "Connection: close"))
+            return time.process_time() - started
+        targets = [("/%s..." % path, "X-A: 1", unit) for path, unit in (
+            ("chat/completions", "/chat/completions"), ("", "/chat/completions"), ("", "v1/"), ("v1", "/v1"), ("", "/"),
+            ("models/", "claude-"), ("models/", "gpt-"), ("models/", "%"), ("responses/", "/x/input_items"),
+            ("", "?"), ("", "#"), ("?", "a=1&"), ("", "../"))]
+        values = [("/v1/models/x", "%s: ...!" % name, unit) for name, unit in (
+            ("Host", "a."), ("Host", "[::"), ("Origin", "http://a."), ("Origin", "localhost."), ("Origin", "127.0.0."),
+            ("Authorization", "Bearer "), ("Authorization", "\t"), ("User-Agent", "Async"), ("User-Agent", "OpenAI/"),
+            ("Connection", "close,"), ("X-Claude-Gateway-Hop", "a,"), ("Content-Length", "1"), ("X-A", "\xe9"))]
+        for target, header, unit in [*targets, ("http://localhost...", "X-A: 1", "/v1"), *values]:
+            target += "x" if "..." in target else ""
+            with self.subTest(target=target, header=header, unit=unit):
+                once, twice = (min(cost(size) for _ in range(2)) for size in (30_000, 60_000))
+                self.assertLess(twice, 2.5 * once + 0.03)
 
     def test_a_blank_before_the_first_header_is_refused(self):
         self.assert_refused(request_bytes("GET /health HTTP/1.1", " Host: localhost"), 400)
@@ -6018,6 +6147,21 @@ class BodyTests(HttpTestCase):
                 self.assertTrue(eventually(lambda budget=budget: budget._left == 100_000))
                 self.assertEqual(self.chat("a" * 150_000).status, 503)
 
+    def test_a_body_counts_as_what_it_becomes_once_parsed(self):
+        service = self.start()
+        members = json.dumps({"k%d" % number: 1 for number in range(200)})
+        for name, room, usual, costly in (
+                ("small members", 10_000, "a" * 3_000, {"metadata": json.loads(members)}),
+                ("one wide character", 20_000_000, "a" * 5_000_000, {"user": "a" * 5_000_000 + "\U0001f600"}),
+                ("an escaped one", 20_000_000, "a" * 5_000_000, {"user": "a" * 5_000_000 + "\\ud83d\\ude00"})):
+            with self.subTest(name):
+                service.gateway.body_budget = claude_gateway.Budget(room)
+                self.assertEqual(self.chat(usual).status, 200)
+                self.assertTrue(eventually(lambda room=room: service.gateway.body_budget._left == room))
+                answer = self.chat(**costly)
+                self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
+                self.assertTrue(eventually(lambda room=room: service.gateway.body_budget._left == room))
+
     def test_an_unpacked_body_counts_against_the_budget_with_its_real_size(self):
         service = self.start()
         service.gateway.body_budget = claude_gateway.Budget(1_000_000)
@@ -6367,6 +6511,20 @@ class UpstreamRequestTests(UpstreamTestCase):
         for reply in two:
             reply.close()
 
+    def test_an_idle_connection_that_is_too_old_is_closed_without_another_request(self):
+        service = self.start()
+        self.assertEqual(self.chat().status, 200)
+        pool = service.gateway.upstream.pool
+        self.assertTrue(eventually(lambda: any(pool._idle.values())))
+        kept = [connection for connections in pool._idle.values() for connection in connections]
+        self.assertEqual(len(kept), 1)
+        pool.close_old()
+        self.assertNotIn(-1, [connection.sock.fileno() for connection in kept])
+        for connection in kept:
+            connection.last_used -= claude_gateway.POOL_AGE
+        self.assertTrue(eventually(lambda: {connection.sock.fileno() for connection in kept} == {-1}))
+        self.assertEqual(self.chat().status, 200)
+
     def test_a_connection_that_comes_back_after_the_end_is_closed(self):
         ours, theirs = socket.socketpair()
         pool, connection = claude_gateway.ConnectionPool(), claude_gateway.Peer(ours)
@@ -6578,6 +6736,58 @@ class UpstreamAnswerTests(UpstreamTestCase):
                 self.addCleanup(never.set)
                 self.start_before([[upstream_bytes(b"", *more, status=status, length=False), never]])
                 self.assertGreaterEqual(self.chat(headers=NO_RETRY).status, 500)
+
+    def test_a_status_that_the_api_does_not_use_is_502(self):
+        codes = (101, 201, 202, 204, 206, 299, 304, 600, 700, 999)
+        self.start_before(*[[upstream_bytes(MESSAGE_JSON, "connection: close", status="%d Odd" % code)]
+                            for code in codes for _ in range(3)])
+        native = {"model": "claude-opus-5-5", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+        for code in codes:
+            with self.subTest(code):
+                answers = [*(self.chat(headers=NO_RETRY, stream=stream) for stream in (False, True)),
+                           self.ask("POST", "/v1/messages", native, NO_RETRY)]
+                self.assertEqual([answer.status for answer in answers], [502, 502, 502])
+                self.assertIn(str(code), answers[0].error["message"])
+
+    def test_gzip_is_unpacked_bit_by_bit(self):
+        stream = ["content-type: text/event-stream", "content-encoding: gzip", "connection: close"]
+        packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+        bomb = b"".join([packer.compress(sse(self.EVENTS_BEFORE) + b"data: "),
+                         *(packer.compress(b"x" * 1_000_000) for _ in range(100)), packer.flush()])
+        self.start_before(*[[upstream_bytes(bomb, *stream)] for _ in range(2)])
+        answer = self.chat(headers=NO_RETRY)
+        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
+        self.assertIn("more than 32000000 bytes", answer.error["message"])
+        answer = self.chat(headers=NO_RETRY, stream=True)
+        self.assertIn("more than 32000000 bytes", json.loads(answer.events[-1])["error"]["message"])
+
+    EVENTS_BEFORE = events_of(message(text("Hello!")))[:-2]
+
+    def test_a_client_that_leaves_ends_the_unpacking(self):
+        ours, upstream = socket.socketpair()
+        peer, user = socket.socketpair()
+        self.addCleanup(user.close)
+        self.addCleanup(peer.close)
+        packed = gzip.compress(bytes(5_000_000))
+        upstream.sendall(packed)
+        call = claude_gateway.UpstreamCall(claude_gateway.Client(claude_gateway.Peer(peer)))
+        head = claude_gateway.UpstreamHead("1.1", 200, "OK", {"content-encoding": "gzip",
+                                                              "content-length": str(len(packed))})
+        reply = claude_gateway.UpstreamReply(claude_gateway.Peer(ours), head, call, None)
+        self.addCleanup(reply.close)
+        with upstream:
+            pieces = call.client.waited(reply.pieces())
+            self.assertEqual([len(next(pieces)) for _ in range(2)], [claude_gateway.READ_SIZE] * 2)
+            user.shutdown(socket.SHUT_WR)
+            with self.assertRaises(claude_gateway.ClientGone):
+                for _ in range(2):
+                    next(pieces)
+
+    def test_what_follows_gzip_is_dropped(self):
+        packed = gzip.compress(MESSAGE_JSON)
+        self.start_before([upstream_bytes(packed + b"x" * 200_000)])
+        answer = self.chat(headers=NO_RETRY)
+        self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
 
     def test_an_encoding_that_nobody_asked_for_ends_the_connection(self):
         never = threading.Event()
@@ -7201,9 +7411,10 @@ class TlsTests(TlsTestCase):
         names_that_resolve(self, {"upstream.test": ["127.0.0.1"], "other.test": ["127.0.0.1"]})
         fetcher = claude_gateway.ImageFetcher(Config(ca_file=self.certificate), lambda address: True)
         address = ":%d/a.png" % server.server.server_address[1]
-        self.assertEqual(fetcher.fetch("https://upstream.test" + address), ("image/png", PIXEL))
+        fetched = fetcher.fetch("https://upstream.test" + address, claude_gateway.Client())
+        self.assertEqual(fetched, ("image/png", PIXEL))
         with self.assertRaisesRegex(claude_gateway.InvalidRequest, "could not be fetched.*CERTIFICATE_VERIFY_FAILED"):
-            fetcher.fetch("https://other.test" + address)
+            fetcher.fetch("https://other.test" + address, claude_gateway.Client())
 
     def test_plain_http_where_tls_was_expected_is_502(self):
         with RawUpstream(banner=b"HTTP/1.1 400 Bad Request\r\n\r\n") as raw:
@@ -7807,7 +8018,7 @@ class PictureFetchTests(GatewayTestCase):
         for stream in (False, True):
             with self.subTest(stream=stream):
                 fetched = []
-                self.fetcher.fetch = lambda url: fetched.append(url) or ("image/png", PIXEL)
+                self.fetcher.fetch = lambda url, client: fetched.append(url) or ("image/png", PIXEL)
                 self.claude.play(refusal_of_claude(400, "invalid_request_error", self.REFUSED))
                 count = len(self.claude.messages)
                 answer = self.look(self.SECURE, "https://pictures.example.org/b.png", self.SECURE, stream=stream)
@@ -7816,13 +8027,13 @@ class PictureFetchTests(GatewayTestCase):
                 self.assertEqual(fetched, [self.SECURE, "https://pictures.example.org/b.png"])
 
     def test_a_second_refusal_is_handed_on(self):
-        self.fetcher.fetch = lambda url: ("image/png", PIXEL)
+        self.fetcher.fetch = lambda url, client: ("image/png", PIXEL)
         self.claude.play(*[refusal_of_claude(400, "invalid_request_error", self.REFUSED)] * 2)
         answer = self.look(self.SECURE)
         self.assertEqual((answer.status, answer.error["message"], len(self.claude.messages)), (400, self.REFUSED, 2))
 
     def test_claudes_words_are_not_lost_where_the_gateway_cannot_fetch_it_either(self):
-        def fetch(url):
+        def fetch(url, client):
             raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
         self.fetcher.fetch = fetch
         self.claude.play(refusal_of_claude(400, "invalid_request_error", self.REFUSED))
@@ -7833,12 +8044,12 @@ class PictureFetchTests(GatewayTestCase):
         self.assertTrue(answer.error["message"].endswith(self.REFUSED))
 
     def test_a_refusal_of_another_status_fetches_nothing(self):
-        self.fetcher.fetch = lambda url: self.fail("fetched")
+        self.fetcher.fetch = lambda url, client: self.fail("fetched")
         self.claude.play(refusal_of_claude(403, "permission_error", self.REFUSED))
         self.assertEqual((self.look(self.SECURE).status, len(self.claude.messages)), (403, 1))
 
     def test_an_image_inside_a_tool_result_is_fetched_too(self):
-        self.fetcher.fetch = lambda url: ("image/png", PIXEL)
+        self.fetcher.fetch = lambda url, client: ("image/png", PIXEL)
         call = {"id": "toolu_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
         history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]},
                    {"role": "tool", "tool_call_id": "toolu_1", "content": [
@@ -7928,8 +8139,61 @@ class PictureFetchTests(GatewayTestCase):
             with self.subTest(name=name):
                 url = scheme + self.trickle(start, piece)
                 with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.2 seconds"):
-                    self.fetcher.fetch(url)
+                    self.fetcher.fetch(url, claude_gateway.Client())
                 self.assertFalse(self.patient, "it waited for the end")
+
+    def leave_while_fetching(self, url: str, arrived: threading.Event) -> None:
+        """A client asks for an image and leaves once that is on its way; the request must end by itself."""
+        part = {"type": "image_url", "image_url": {"url": url}}
+        body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": [part]}]}).encode()
+        client = self.connect()
+        client.sendall(chat_bytes(body=body))
+        self.assertTrue(arrived.wait(5))
+        client.close()
+        self.assertTrue(self.service.gateway.running.wait_until_idle(5), "the request goes on")
+        self.assertEqual(self.claude.messages, [])
+
+    def test_a_client_that_leaves_ends_the_fetch_at_once(self):
+        listener, arrived, ended = socket.create_server(("127.0.0.1", 0)), threading.Event(), threading.Event()
+        self.addCleanup(listener.close)
+        self.serve()
+
+        def answer():
+            connection = listener.accept()[0]
+            with contextlib.suppress(OSError), contextlib.closing(connection):
+                connection.recv(65_536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                arrived.set()
+                connection.settimeout(10)
+                if not connection.recv(1):
+                    ended.set()
+        threading.Thread(target=answer, daemon=True).start()
+        self.leave_while_fetching("http://pictures.example.org:%d/a.png" % listener.getsockname()[1], arrived)
+        self.assertTrue(ended.wait(5), "the connection to the image goes on")
+
+    def slow_look_up(self) -> threading.Event:
+        """Until the end of the test names are not found; the event says that one was asked for."""
+        asked, over, real = threading.Event(), threading.Event(), socket.getaddrinfo
+
+        def getaddrinfo(host, *more, **options):
+            if host == "slow.example.org":
+                asked.set()
+                over.wait(10)
+                raise socket.gaierror("not found")
+            return real(host, *more, **options)
+        self.addCleanup(setattr, socket, "getaddrinfo", real)
+        self.addCleanup(over.set)
+        socket.getaddrinfo = getaddrinfo
+        return asked
+
+    def test_looking_up_a_name_counts_towards_the_time_of_an_image(self):
+        self.slow_look_up()
+        fetcher = claude_gateway.ImageFetcher(Config(limits=Limits(fetch_timeout=0.1)))
+        with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.1 seconds"):
+            fetcher.fetch("http://slow.example.org/a.png", claude_gateway.Client())
+
+    def test_a_client_may_leave_while_a_name_is_looked_up(self):
+        self.leave_while_fetching("http://slow.example.org/a.png", self.slow_look_up())
 
     def test_an_image_that_broke_off_is_not_taken_for_whole(self):
         server = self.serve(a_png=(200, {"content-length": "1000"}, base64.b64decode(PIXEL)))
@@ -7939,7 +8203,7 @@ class PictureFetchTests(GatewayTestCase):
 
     def test_images_are_fetched_only_as_far_as_one_request_can_hold_them(self):
         fetched = []
-        self.fetcher.fetch = lambda url: fetched.append(url) or ("image/png", "A" * 10_000_000)
+        self.fetcher.fetch = lambda url, client: fetched.append(url) or ("image/png", "A" * 10_000_000)
         for urls, calls in ((["http://pictures.example.org/%d.png" % at for at in range(10)], 4),
                             (["http://pictures.example.org/same.png"] * 10, 1)):
             with self.subTest(calls=calls):
@@ -7952,7 +8216,7 @@ class PictureFetchTests(GatewayTestCase):
         fetched = []
         client = self.connect()
 
-        def fetch(url):
+        def fetch(url, waiting):
             fetched.append(url)
             client.close()
             return "image/png", PIXEL
@@ -8017,7 +8281,7 @@ class PictureFetchTests(GatewayTestCase):
         fetcher = claude_gateway.ImageFetcher(Config())
         for host in self.PRIVATE_HOSTS:
             with self.subTest(host=host), self.assertRaises(claude_gateway.InvalidRequest):
-                fetcher.fetch("http://%s/a.png" % host)
+                fetcher.fetch("http://%s/a.png" % host, claude_gateway.Client())
 
     def test_other_schemes_and_broken_addresses_are_refused(self):
         for url in ("file:///etc/passwd", "ftp://example.org/a.png", "gopher://example.org/", "javascript:alert(1)",
@@ -8066,7 +8330,7 @@ class PictureFetchTests(GatewayTestCase):
         names_that_resolve(self, {"closed.example.org": ["127.0.0.1"]})
         fetcher = claude_gateway.ImageFetcher(Config(https_proxy="http://proxy.example.org:3128"), lambda address: True)
         with self.assertRaisesRegex(claude_gateway.InvalidRequest, "proxy"):
-            fetcher.fetch("http://closed.example.org:1/a.png")
+            fetcher.fetch("http://closed.example.org:1/a.png", claude_gateway.Client())
 
 
 # ---- Exchange ----------------------------------------------------------------------------------------
@@ -9295,6 +9559,25 @@ class AccessTests(HttpTestCase):
                     self.assertEqual([name for name in answer.headers if name.startswith("access-control")], [])
         self.assertEqual(self.claude.messages, [])
 
+    def test_pages_of_other_sites_are_refused_where_they_send_no_origin(self):
+        navigation = {"sec-fetch-mode": "navigate"}
+        for method, path, headers, status in (
+                ("POST", "/v1/chat/completions", {}, 403), ("GET", "/v1/models", {}, 403), ("GET", "/health", {}, 403),
+                ("GET", "/", {}, 403), ("GET", "/", navigation, 200), ("GET", "/metrics", navigation, 403),
+                ("POST", "/", navigation, 403), ("OPTIONS", "/v1/models", {}, 204), ("DELETE", "/nowhere", {}, 403),
+                ("POST", "/v1/chat/completions", {"origin": "https://app.example"}, 200),
+                ("POST", "/v1/chat/completions", {"origin": "https://evil.example"}, 403)):
+            for site in ("cross-site", "same-site"):
+                with self.subTest(method=method, path=path, headers=headers, site=site):
+                    answer = self.ask(method, path, CHAT_BODY if method == "POST" else None,
+                                      dict(headers, **{"sec-fetch-site": site}))
+                    self.assertEqual(answer.status, status, answer.raw)
+                    if status == 403:
+                        self.assertEqual(answer.error["code"], "origin_not_allowed")
+                        self.assertIn("--cors-origin", answer.error["message"])
+        for site in ("same-origin", "none"):
+            self.assertEqual(self.ask("GET", "/health", None, {"sec-fetch-site": site}).status, 200)
+
     def test_without_an_origin_there_are_no_cors_headers(self):
         self.assertEqual([name for name in self.chat().headers if name.startswith("access-control")], [])
 
@@ -10146,6 +10429,47 @@ class LogTests(GatewayTestCase):
                       if getattr(record, "fields", {}).get("path") == "/v1/completions")
         self.assertEqual([fields[name] for name in ("input_tokens", "cached_tokens", "output_tokens")], [75, 60, 9])
 
+    def formatted(self, work) -> str:
+        """The log in text that some work leaves behind."""
+        shown, log = io.StringIO(), claude_gateway.LOG
+        handler = logging.StreamHandler(shown)
+        handler.setFormatter(claude_gateway.LogFormatter(list, False))
+        for undo in ((log.removeHandler, handler), (log.setLevel, log.level)):
+            self.addCleanup(*undo)
+        log.addHandler(handler)
+        log.setLevel(logging.DEBUG)
+        work()
+        log.removeHandler(handler)
+        return shown.getvalue()
+
+    FORGED = "a\n00:00:00 POST /forged 200 \x1b[2J\r\x07\x7f\x9b31m \u202e \u2066 \u200f \u2028 \x85 \ud800"
+
+    def test_no_line_of_the_log_is_forged_and_none_controls_a_terminal(self):
+        def everywhere():
+            self.claude.play(refusal_of_claude(400, "invalid_request_error", self.FORGED + " temperature"))
+            self.claude.strict = False
+            self.chat(self.FORGED.replace("\ud800", ""), temperature=0.5)
+            self.claude.play(FakeReply(body=message(text(self.FORGED)), headers={"request-id": "req\x1b[2J\x9b31m"}))
+            self.ask("POST", "/v1/messages", {"model": "claude-opus-5-5", "max_tokens": 9, "messages": [
+                {"role": "user", "content": "Hi"}]})
+            self.service.gateway.running.wait_until_idle(5)
+            claude_gateway.LOG.warning("somebody says %s", self.FORGED)
+            try:
+                raise ValueError(self.FORGED)
+            except ValueError as fault:
+                claude_gateway.unexpected(fault)
+        shown = self.formatted(everywhere)
+        self.assertIn("/forged", shown)
+        self.assertNotRegex(shown, "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200f\u2028\u202e\u2066\ud800]")
+        self.assertNotRegex(shown, "(?m)^00:00:00")
+        self.assertIn("a\\n00:00:00 POST /forged 200 \\x1b[2J\\r\\x07\\x7f\\x9b31m \\u202e", shown)
+        self.assertIn("\n    Traceback", shown)
+
+    def test_what_commands_say_controls_no_terminal_either(self):
+        with contextlib.redirect_stderr(io.StringIO()) as shown:
+            claude_gateway.say("Warning: %s" % self.FORGED.replace("\n", ""))
+        self.assertNotRegex(shown.getvalue(), "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200f\u2028\u202e\u2066\ud800]")
+
     def test_the_debug_log_shows_both_sides_of_a_stream_too(self):
         log = claude_gateway.LOG
         self.addCleanup(log.setLevel, log.level)
@@ -10619,6 +10943,60 @@ class DoctorTests(GatewayTestCase):
             self.assertIn(shown, claude_gateway.proxy_finding(Config(https_proxy=proxy, no_proxy=(
                 "api.anthropic.com" if "test" in proxy else ""))).detail)
 
+    def replaced(self, owner, name: str, value) -> None:
+        self.addCleanup(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+    def test_doctor_warns_where_there_are_no_certificate_authorities(self):
+        def none_at_all():
+            raise FileNotFoundError(2, "No such file or directory")
+        for name, context, level in (("none", lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "warning"),
+                                     ("not even a place for them", none_at_all, "failed")):
+            with self.subTest(name):
+                self.replaced(ssl, "create_default_context", context)
+                self.replaced(ssl, "get_default_verify_paths", lambda: SimpleNamespace(
+                    capath=None, openssl_cafile="", openssl_capath=""))
+                finding = claude_gateway.authorities_finding(Config())
+                self.assertEqual((finding.level, bool(finding.code)), (level, level == "failed"))
+                self.assertRegex(finding.step, "Install Certificates.command" if sys.platform == "darwin" else
+                                 "ca-certificates.*SSL_CERT_FILE")
+
+    def test_doctor_names_a_proxy_in_the_settings_of_the_system(self):
+        self.replaced(urllib.request, "getproxies", lambda: {"https": "http://someone:word@proxy.test:3128"})
+        finding = claude_gateway.proxy_finding(Config())
+        self.assertEqual((finding.level, finding.step), ("warning", "Set HTTPS_PROXY to it."))
+        self.assertEqual(finding.detail, "http://***@proxy.test:3128, in the system's settings, is not used")
+        self.replaced(urllib.request, "getproxies", dict)
+        self.assertEqual(claude_gateway.proxy_finding(Config()), claude_gateway.Finding("Proxy", "ok", "none"))
+
+    def test_it_works_without_a_file_of_its_own(self):
+        """From an archive, from standard input, and packed into a program."""
+        with tempfile.TemporaryDirectory() as folder:
+            source, archive = pathlib.Path(folder, "source"), os.path.join(folder, "gateway.pyz")
+            source.mkdir()
+            shutil.copy(PROGRAM, str(source))
+            zipapp.create_archive(source, archive, main="claude_gateway:main")
+            script = pathlib.Path(PROGRAM).read_bytes()
+            nowhere = bare_environment(folder, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1"})
+            for name, begin, given, path, hashed in (
+                    ("archive", [archive], b"", archive, True),
+                    ("standard input", ["-"], script, "/path/to/claude_gateway.py", False),
+                    ("frozen", ["-c", "import sys, runpy; sys.frozen = True; sys.argv = sys.argv[1:]; "
+                                      "runpy.run_path(sys.argv[0], run_name='__main__')", PROGRAM],
+                     b"", "/path/to/claude_gateway.py", False)):
+                with self.subTest(name):
+                    def run(*arguments, begin=begin, given=given):
+                        done = subprocess.run([sys.executable, *begin, *arguments], input=given, timeout=60,
+                                              check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder,
+                                              env=nowhere)
+                        self.assertNotIn(b"Traceback", done.stderr)
+                        return done.stdout.decode()
+                    found = {finding["name"]: finding for finding in json.loads(run("doctor", "--json", "-p",
+                                                                                    free_port()))}
+                    self.assertEqual(found["File"]["level"], "ok")
+                    self.assertEqual("sha256" in found["File"]["detail"], hashed)
+                    self.assertIn('" "%s" start' % path, run("setup", "systemd"))
+
     def test_doctor_notices_a_gateway_upstream(self):
         config = Config(base_url="http://127.0.0.1:%d" % self.service.port)
         upstream = claude_gateway.Upstream(config, "")
@@ -10688,7 +11066,7 @@ class SetupTests(unittest.TestCase):
                                              for name in ("systemd", "launchd", "windows", "docker"))
         self.assertRegex(systemd, r'(?m)^ExecStart=".*" ".*" start --port 45999$')
         self.assertEqual(plistlib.loads(launchd.encode())["ProgramArguments"][2:], ["start", "--port", "45999"])
-        self.assertIn('\\" start --port 45999"', windows)
+        self.assertIn("claude_gateway.py\" start --port 45999'", windows)
         for words in ('CMD ["start", "--port", "45999"]', "EXPOSE 45999\n", "127.0.0.1:45999/health",
                       "-p 127.0.0.1:45999:45999", 'cp "%s" .' % os.path.abspath(claude_gateway.__file__)):
             self.assertIn(words, docker)
@@ -10705,6 +11083,16 @@ class SetupTests(unittest.TestCase):
                       claude_gateway.setup_text("systemd", Config()))
         self.assertEqual(plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())["ProgramArguments"][0],
                          sys.executable)
+        sys.executable = "C:\\O'Neil\\python.exe"
+        self.assertIn("-Execute 'C:\\O''Neil\\pythonw.exe' -Argument '\"",
+                      claude_gateway.setup_text("windows", Config()))
+
+    def test_windows_starts_it_for_this_user_without_a_time_limit_and_on_battery(self):
+        said = claude_gateway.setup_text("windows", Config())
+        for words in ('-AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"', "-ExecutionTimeLimit 0",
+                      "-AllowStartIfOnBatteries -DontStopIfGoingOnBatteries", "GetFolderPath('Startup')",
+                      "$link.Arguments = '\"%s\" start'" % os.path.abspath(claude_gateway.__file__)):
+            self.assertIn(words, said)
 
     def test_settings_fit_the_gateway_that_they_are_for(self):
         plain, keyed = Config(port=45999), Config(port=45999, api_key=("the-client-key",))
@@ -10729,7 +11117,7 @@ class SetupTests(unittest.TestCase):
         done = outcome_of(["setup", "codex"], {}, "")
         self.assertEqual((done.code, done.err), (0, "Codex CLI, ~/.codex/config.toml:\n"))
         self.assertTrue(done.out.startswith('model = "claude-opus-5-5"\n'))
-        self.assertIn("a terminal (cmd):", outcome_of(["setup", "windows"], {}, "").err)
+        self.assertIn("a PowerShell window:", outcome_of(["setup", "windows"], {}, "").err)
         listed = outcome_of(["setup"], {}, "").out
         self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
         self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your account$")
