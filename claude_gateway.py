@@ -551,7 +551,6 @@ def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
 # ---- JSON --------------------------------------------------------------------------------------------
 # One place for both directions and both sides: decoded within bounds, written the way its reader needs it.
 
-NOT_OPENING = bytes(set(range(256)) - set(b"{["))
 NOT_BRACKETS = bytes(set(range(256)) - set(b'{}[]"'))
 BRACKET_KINDS = bytes.maketrans(b"[]", b"{}")
 
@@ -577,11 +576,10 @@ BOUNDED_JSON, LENIENT_JSON = (json.JSONDecoder(parse_constant=hook, parse_float=
 def json_within_bounds(text: str, decoder: json.JSONDecoder = BOUNDED_JSON) -> Any:
     """JSON text as a value.  Raises ValueError for what is not JSON, and for what would cost too much: also for depth
     that the parsers of some Pythons would end the process at, where a thread's stack is small (as on Alpine Linux)."""
-    data = text.encode("utf-8", "surrogatepass")
-    brackets = len(data.translate(None, NOT_OPENING))
+    brackets = text.count("[") + text.count("{")
     if brackets > MAX_BRACKETS:
         raise ValueError("more than %d brackets" % MAX_BRACKETS)
-    if brackets > MAX_NESTING and nests_deeper(data, MAX_NESTING):
+    if brackets > MAX_NESTING and nests_deeper(text.encode("utf-8", "surrogatepass"), MAX_NESTING):
         raise ValueError("nested more than %d deep" % MAX_NESTING)
     return decoder.decode(text)
 
