@@ -556,12 +556,12 @@ BRACKET_KINDS = bytes.maketrans(b"[]", b"{}")
 
 
 def finite_number(digits: str) -> Any:
-    """json's hook for numbers, NaN and Infinity.  Raises ValueError for what is not finite, as 1e400; the time of int()
-    is quadratic, so that comes later."""
-    number = float(digits)
-    if not math.isfinite(number):
+    """json's hook for numbers, NaN and Infinity.  Raises ValueError for what is not finite, as 1e400."""
+    if len(digits) <= 400 and digits.lstrip("-").isdigit():     # longer ones cost much: the time of int() is quadratic
+        return int(digits)
+    if not math.isfinite(float(digits)):
         raise ValueError("%s is not a finite number" % digits[:20])
-    return int(digits) if digits.lstrip("-").isdigit() else number
+    return float(digits)
 
 
 def lenient_number(digits: str) -> Any:
