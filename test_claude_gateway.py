@@ -1691,6 +1691,12 @@ class ClaudeErrorTests(GatewayTestCase):
 MANY_BRACKETS = b'{"messages":[' + b"[]," * 1_000_000 + b"1]}"
 
 
+def depth_of(value) -> int:
+    """How deep lists and objects nest."""
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, (dict, list)) + max(map(depth_of, members), default=0)
+
+
 class JsonDoorTests(HttpTestCase):
     def ask_chat(self, body: bytes) -> Answer:
         return self.ask("POST", "/v1/chat/completions", body)
@@ -1754,10 +1760,6 @@ class JsonDoorTests(HttpTestCase):
 
     def test_depth_is_the_same_of_a_value_and_of_its_text(self):
         """The text is looked at, as the parser may go too deep for the stack."""
-        def depth_of(value) -> int:
-            members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-            return isinstance(value, (dict, list)) + max(map(depth_of, members), default=0)
-
         for name, value in (("nothing", None), ("a string", '[[[["{{'), ("a list", [1, [], [2, [3, []]], "["]),
                             ("objects", {"a\\": {"[": {"\"{": []}}}), ("both", [{"a": [{"b": {}}, "]]]"]}, {}]),
                             ("ends of strings", ["\\", "\\\"", "\"\\", {"\\\"[": [[]]}])):
@@ -10107,11 +10109,11 @@ class Child:
 
     @property
     def out(self) -> str:
-        return self._said["out"].decode("utf-8", "replace")
+        return self._said["out"].decode("utf-8", "replace").replace("\r\n", "\n")
 
     @property
     def err(self) -> str:
-        return self._said["err"].decode("utf-8", "replace")
+        return self._said["err"].decode("utf-8", "replace").replace("\r\n", "\n")
 
     def wait_for(self, pattern, name="err"):
         """The first match in what was said."""
@@ -10251,9 +10253,9 @@ class DemoTests(CommandTestCase):
         super().setUpClass()
         home = tempfile.TemporaryDirectory()
         cls.addClassCleanup(home.cleanup)
-        cls.demo = Child(["start", "--demo", "-p", "0"], {
-            "PATH": os.environ["PATH"], "HOME": home.name, "ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_AUTH_TOKEN": SECRET,
-            "ANTHROPIC_BASE_URL": cls.claude.url, "HTTPS_PROXY": cls.claude.url}, home.name)
+        cls.demo = Child(["start", "--demo", "-p", "0"], bare_environment(home.name, {
+            "ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_AUTH_TOKEN": SECRET, "ANTHROPIC_BASE_URL": cls.claude.url,
+            "HTTPS_PROXY": cls.claude.url}), home.name)
         cls.addClassCleanup(cls.demo.close)
 
     def setUp(self):

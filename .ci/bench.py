@@ -54,7 +54,8 @@ END = event("content_block_stop", index=0) + event(
 
 
 async def upstream(certificate: str | None) -> None:
-    """Answers by the first word of the user's text: plain, burst N, drip N SECONDS, hold, silent."""
+    """Answers by the first word of the user's text: plain, burst N, drip N SECONDS, hold, silent; and with a fault:
+    refuse STATUS, junk, cut."""
     closed: list[float] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -91,11 +92,18 @@ async def upstream(certificate: str | None) -> None:
 
         if kind == b"silent":
             await left()
+        if kind == b"refuse":
+            writer.write(b"HTTP/1.1 %s Refused\r\ncontent-length: 2\r\n\r\n{}" % count)
+            return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         writer.write(chunk(START))
         if kind == b"hold":
             await writer.drain()
             await left()
+        if kind in (b"junk", b"cut"):
+            writer.write(chunk(DELTA + b"data: {nonsense\n\n" * (kind == b"junk")))
+            await writer.drain()
+            raise ConnectionResetError
         if kind == b"drip":
             for _ in range(int(count)):
                 writer.write(chunk(DELTA))

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as some
 
 import claude_gateway as gateway
-from test_claude_gateway import PIXEL, events_of, message, sse, text, thinking, tool_use, violations
+from test_claude_gateway import PIXEL, depth_of, events_of, message, sse, text, thinking, tool_use, violations
 
 HEADERS = {"anthropic-version": "2023-06-01", "content-type": "application/json", "x-api-key": "k",
            "user-agent": "claude-gateway/0"}
@@ -157,7 +157,7 @@ def upstream_heads(lines):
 
 def depths(value, limit):
     text = json.dumps(value).encode()
-    assert gateway.nests_deeper(value, limit) == gateway.text_nests_deeper(text, limit)
+    assert gateway.nests_deeper(text, limit) == (depth_of(value) > limit)
 
 
 ANSWER = sse(events_of(message(thinking("hm", "c2ln"), text("Hello \u2028 there"), tool_use("toolu_1", "f", {"a": 1}))))
