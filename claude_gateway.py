@@ -4722,8 +4722,7 @@ class HeadReader:
     def __init__(self, received: bytearray, check_first: Callable[[str], Any],
                  too_large: Callable[[str], GatewayError]) -> None:
         self._received, self._check_first, self._too_large = received, check_first, too_large
-        self._searched = self._line_ends = 0
-        self.skipped = 0                            # bytes in front of it, which count as well
+        self._searched = self._line_ends = self.skipped = 0         # skipped: bytes in front of it, which count as well
 
     def lines(self) -> list[str]:
         """Takes the head from the bytes that have come once it is whole, as its lines; [] until then."""
@@ -7854,9 +7853,8 @@ class LogFormatter(logging.Formatter):
         message = masked(message, self._secrets())
         if payload is not None:                     # last: the beginning of a secret is not recognised
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
-        if not self.as_json:                        # JSON has escapes of its own
+        if not self.as_json:                        # JSON has escapes of its own; only a traceback has several lines
             moment = time.strftime("%H:%M:%S", time.localtime(record.created))
-            # of several lines only where we quote a traceback
             message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
             return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
                 "%s %s" % (moment, message)
@@ -7911,11 +7909,14 @@ def own_file() -> str:
     return path if os.path.isfile(path) else ""
 
 
-def as_typed(text: str) -> str:
+def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
     """A text with every command of ours as it can be typed here: the script's path where it is not installed.
 
     A lower-case word behind `claude-gateway` is a command: no prose puts one there.
     """
+    if powershell:
+        text = re.sub(r"\bexport (\w+)=(\S+)", r'$env:\1 = "\2"', text)
+        text = re.sub(r"\b([A-Z_]+)=(\S+)(?= claude-gateway )", r'$env:\1 = "\2";', text)
     script = sys.argv[0] if sys.argv else ""
     if not script or os.path.basename(script) != os.path.basename(own_file()):
         return text
@@ -8635,8 +8636,7 @@ $settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit 0 -AllowStartIfOnBa
 Register-ScheduledTask 'Claude Gateway' -Action $action -Trigger $trigger -Settings $settings
 Start-ScheduledTask 'Claude Gateway'
 # where that is denied: a shortcut in the start-up folder does the same
-# $place = Join-Path ([Environment]::GetFolderPath('Startup')) 'Claude Gateway.lnk'
-# $link = (New-Object -ComObject WScript.Shell).CreateShortcut($place)
+# $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
 # $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()"""),
     "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .

@@ -8125,7 +8125,8 @@ class PictureFetchTests(GatewayTestCase):
                     over.wait(0.02)
                     connection.sendall(piece)
                 self.patient = True
-        threading.Thread(target=answer, daemon=True).start()
+        self.trickling = threading.Thread(target=answer, daemon=True)
+        self.trickling.start()
         return "://pictures.example.org:%d/a.png" % listener.getsockname()[1]
 
     def test_a_server_that_trickles_is_given_up_whatever_it_trickles(self):
@@ -8143,6 +8144,7 @@ class PictureFetchTests(GatewayTestCase):
                 url = scheme + self.trickle(start, piece)
                 with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.2 seconds"):
                     self.fetcher.fetch(url, claude_gateway.Client())
+                self.trickling.join(5)
                 self.assertFalse(self.patient, "it waited for the end")
 
     def leave_while_fetching(self, url: str, arrived: threading.Event) -> None:
@@ -8174,20 +8176,19 @@ class PictureFetchTests(GatewayTestCase):
         self.leave_while_fetching("http://pictures.example.org:%d/a.png" % listener.getsockname()[1], arrived)
         self.assertTrue(ended.wait(5), "the connection to the image goes on")
 
-    def slow_look_up(self) -> threading.Event:
-        """Until the end of the test names are not found; the event says that one was asked for."""
-        asked, over, real = threading.Event(), threading.Event(), socket.getaddrinfo
+    def slow_look_up(self) -> tuple:
+        """A name that is found only once the second event is set; the first says that it was asked for."""
+        asked, found, real = threading.Event(), threading.Event(), socket.getaddrinfo
 
         def getaddrinfo(host, *more, **options):
             if host == "slow.example.org":
                 asked.set()
-                over.wait(10)
-                raise socket.gaierror("not found")
-            return real(host, *more, **options)
+                found.wait(10)
+            return real("127.0.0.1" if host == "slow.example.org" else host, *more, **options)
         self.addCleanup(setattr, socket, "getaddrinfo", real)
-        self.addCleanup(over.set)
+        self.addCleanup(found.set)
         socket.getaddrinfo = getaddrinfo
-        return asked
+        return asked, found
 
     def test_looking_up_a_name_counts_towards_the_time_of_an_image(self):
         self.slow_look_up()
@@ -8196,7 +8197,15 @@ class PictureFetchTests(GatewayTestCase):
             fetcher.fetch("http://slow.example.org/a.png", claude_gateway.Client())
 
     def test_a_client_may_leave_while_a_name_is_looked_up(self):
-        self.leave_while_fetching("http://slow.example.org/a.png", self.slow_look_up())
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        listener.settimeout(5)
+        self.fetcher.permit = lambda address: True
+        asked, found = self.slow_look_up()
+        self.leave_while_fetching("http://slow.example.org:%d/a.png" % listener.getsockname()[1], asked)
+        found.set()
+        with listener.accept()[0] as connection:
+            self.assertEqual(connection.recv(100), b"", "the image is asked for")
 
     def test_an_image_that_broke_off_is_not_taken_for_whole(self):
         server = self.serve(a_png=(200, {"content-length": "1000"}, base64.b64decode(PIXEL)))
@@ -11089,6 +11098,14 @@ class SetupTests(unittest.TestCase):
         sys.executable = "C:\\O'Neil\\python.exe"
         self.assertIn("-Execute 'C:\\O''Neil\\pythonw.exe' -Argument '\"",
                       claude_gateway.setup_text("windows", Config()))
+
+    def test_variables_are_set_as_powershell_does_it_on_windows(self):
+        for text, typed in (("Run A_B=... claude-gateway start", 'Run $env:A_B = "..."; claude-gateway start'),
+                            ("export A_B=http://x/v1\nexport C=d", '$env:A_B = "http://x/v1"\n$env:C = "d"'),
+                            ("ANTHROPIC_API_KEY=... in a file", "ANTHROPIC_API_KEY=... in a file")):
+            with self.subTest(text):
+                self.assertEqual(claude_gateway.as_typed(text, True), typed)
+                self.assertEqual(claude_gateway.as_typed(text, False), text)
 
     def test_windows_starts_it_for_this_user_without_a_time_limit_and_on_battery(self):
         said = claude_gateway.setup_text("windows", Config())
