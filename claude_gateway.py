@@ -1134,7 +1134,7 @@ PARAMETERS = {
     "response_format": Parameter(object_of), "text": Parameter(object_of), "verbosity": Parameter(verbosity_of),
     "reasoning_effort": Parameter(effort_of), "reasoning": Parameter(),
     "temperature": Parameter(number_of), "top_p": Parameter(number_of), "top_k": Parameter(integer_of),
-    "stop": Parameter(stop_of), "stop_sequences": Parameter(stop_of, api=CHAT),
+    "stop": Parameter(stop_of),
     "n": Parameter(integer_of, REFUSED, 1, "Claude gives one answer per request; send the request several times", CHAT),
     "seed": Parameter(integer_of, DROPPED),
     "logit_bias": Parameter(object_of, DROPPED, {}),
@@ -1159,7 +1159,8 @@ PARAMETERS = {
     "prompt_cache_retention": Parameter(text_of, IGNORED),
     "prompt_cache_options": Parameter(object_of),
     # not OpenAI's, but sent on purpose by tools that know Claude
-    "system": Parameter(api=CHAT), "thinking": Parameter(), "cache_control": Parameter(), "speed": Parameter(one_of("standard", "fast")),
+    "system": Parameter(api=CHAT), "thinking": Parameter(), "cache_control": Parameter(),
+    "speed": Parameter(one_of("standard", "fast")),
     # of other providers and tools
     **dict.fromkeys(("usage", "provider", "client_metadata", "chat_id", "session_id", "transforms",
                      "include_reasoning"), Parameter(anything, IGNORED)),
@@ -1298,6 +1299,8 @@ class Recall(NamedTuple):
     # whether Claude refused a thinking block, by its mark
     refused: Callable[[str], bool] = lambda mark: False
 
+
+NOTHING_REMEMBERED = Recall()
 
 class Draft:
     """A request in the making: what the functions below share while they translate one conversation."""
@@ -1608,15 +1611,6 @@ def document_part(part: dict, path: str, draft: Draft) -> list[dict]:
     raise InvalidRequest("%s.source.type: expected base64, text, url or content." % path, path + ".source.type")
 
 
-def resource_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """A file of the Model Context Protocol."""
-    resource, path = object_of(part.get("resource"), path + ".resource"), path + ".resource"
-    title = str(resource.get("uri") or "")
-    if resource.get("blob") is None:
-        return text_document(text_at(resource, "text", path), title)
-    return blocks_from_base64(text_at(resource, "blob", path), "", title, path + ".blob", draft)
-
-
 def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
     def refuse(part: dict, path: str, draft: Draft) -> list[dict]:
         raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (path, what),
@@ -1641,12 +1635,12 @@ PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), text_part("text")), "refusal": text_part("refusal"),
     "image_url": image_part, "input_image": image_part, "image": image_part,
     "file": file_part, "input_file": file_part, "document": document_part, "document_url": document_part,
-    "resource": resource_part,
     "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
     **dict.fromkeys(("thinking", "redacted_thinking", "reasoning", "reasoning_text"), thinking_part),
 }
 THINKING = ("thinking", "redacted_thinking")
 MEDIA = {kind for kind, translate in PARTS.items() if translate in (image_part, file_part, document_part)}
+LEFT_OUT = "[A file that Claude does not accept was left out here.]"
 MALFORMED = ("invalid_type", "missing_required_parameter")      # codes of a part that is no medium at all
 
 
@@ -1677,7 +1671,7 @@ def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = Fals
         if not draft.lenient or fault.code in MALFORMED:
             raise
         draft.changes.add("changed", path, "to a note: %s" % fault)
-        found = text_blocks(left_out_note(kind))
+        found = text_blocks(LEFT_OUT)
     if not assistant:
         found = [block for block in found if block["type"] not in THINKING]
     elif any(block["type"] not in ("text", *THINKING) for block in found):
@@ -1686,21 +1680,31 @@ def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = Fals
     return marked(found, part)
 
 
-def left_out_note(kind: Any) -> str:
-    """What stands in place of an image or file that Claude does not accept."""
-    return "[%s left out: Claude does not accept this file]" % kind
-
-
-def parts_in_text(text: str) -> list | None:
-    """The content parts that a tool wrote as JSON into its result; None where it is a text like any other."""
+def parts_in_text(text: str) -> list:
+    """The content parts that a tool wrote as JSON into its result; [] where it is a text like any other."""
     if not re.match(r"\s*\[\s*\{", text) or not any('"%s"' % kind in text for kind in MEDIA):
-        return None
+        return []
     try:
         parts = without_lone_surrogates(json_within_bounds(text))
     except ValueError:
-        return None
-    kinds = [text_in(part, "type") for part in parts]
-    return parts if set(kinds) <= set(PARTS) and MEDIA & set(kinds) else None
+        return []
+    kinds = {text_in(part, "type") for part in parts}
+    return parts if kinds <= set(PARTS) and MEDIA & kinds else []
+
+
+def content_of_result(content: Any, path: str, draft: Draft) -> Any:
+    """The content of a tool's result: a string or blocks.  No client can take back what a tool returned."""
+    lenient, draft.lenient = draft.lenient, True
+    if isinstance(content, list):
+        content = blocks_from_content(content, path, draft)
+    elif isinstance(content, str):
+        parts = parts_in_text(content)
+        with contextlib.suppress(InvalidRequest):   # it only looked like parts
+            content = blocks_from_content(parts, path, draft) if parts else content
+    else:
+        content = "" if content is None else json.dumps(content, ensure_ascii=False)
+    draft.lenient = lenient
+    return content
 
 
 # ---- Tool schemas ------------------------------------------------------------------------------------
@@ -1969,8 +1973,8 @@ def uses_functions(fields: dict) -> bool:
 
 
 # Types of hosted tools for which Claude has one of its own.
-CLAUDE_HOSTED = re.compile(r"web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|apply_patch|memory|"
-                           r"advisor")
+CLAUDE_HOSTED = re.compile(r"web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|apply_patch|"
+                           r"memory|advisor")
 
 
 def why_no_tool(kind: Any) -> str:
@@ -2088,7 +2092,8 @@ def tools_from_declared(draft: Draft) -> list[dict]:
         if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
-        tool = {"name": name, "description": entry.description, "input_schema": with_fitting_names(schema, entry, draft)}
+        schema = with_fitting_names(schema, entry, draft)
+        tool = {"name": name, "description": entry.description, "input_schema": schema}
         if not entry.name.isascii():                # of which little or nothing is left
             tool["description"] = led_by_name(entry.name, entry.description)
         if not tool["description"]:
@@ -2136,7 +2141,7 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
 def search_domains(options: dict, path: str, changes: Changes) -> dict:
     """The domains that a web search is restricted to, in OpenAI's shape or Claude's, which accepts one list."""
     filters = optional(object_of, options.get("filters"), path + ".filters", options)
-    lists = {}
+    lists: dict[str, list] = {}
     for name in ("allowed_domains", "blocked_domains"):
         domains = entries_of(filters.get(name) or [], "%s.%s" % (path, name), text_of)
         if domains and lists:
@@ -2207,6 +2212,16 @@ def closed(fragment: str) -> str:
     return fragment + "".join(reversed(closers))
 
 
+def object_in(text: str) -> dict | None:
+    """The JSON object in a text, as far as it goes where it is cut; None where there is none."""
+    for repair in (str, closed):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(repair(text))
+            if isinstance(value, dict):
+                return value
+    return None
+
+
 def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
     """The arguments string of a tool call as the object that Claude requires; what does not parse is kept as text."""
     if arguments is None or isinstance(arguments, dict):
@@ -2230,11 +2245,6 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
         return {} if value is None else {"value": value}
     draft.changes.add("repaired", path, "not JSON: passed on as text")
     return {"_raw": arguments}
-
-
-def tool_text(content: Any) -> str:
-    """The content of a tool message that is neither a string nor a list of parts, as text."""
-    return "" if content is None else json.dumps(content, ensure_ascii=False)
 
 
 def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
@@ -2323,7 +2333,7 @@ class Conversation:
         if call and call.turn is not latest:
             self._draft.changes.add("repaired", path, "a late result moved up to its call")
         user = self._turn("user")
-        content = self._result_content(content, path + ".content")
+        content = content_of_result(content, path + ".content", self._draft)
         if call is None:
             self._draft.changes.add("repaired", path, "a result without its call, kept as text")
             user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id"))
@@ -2334,24 +2344,10 @@ class Conversation:
         call.result = {"type": "tool_result", "tool_use_id": call.call_id}
         if content.strip() if isinstance(content, str) else content:
             call.result["content"] = content
-        if given.get("is_error") is True:
-            call.result["is_error"] = True
+        if given.get("is_error") is True and all(block["type"] == "text" for block in listed(content)):
+            call.result["is_error"] = True          # which Claude accepts with text only
         if mark_from(given):
             call.result["cache_control"] = mark_from(given)
-
-    def _result_content(self, content: Any, path: str) -> Any:
-        """The content of a result: a string, or blocks; also where a tool wrote its parts into a string."""
-        lenient, self._draft.lenient = self._draft.lenient, True
-        try:
-            parts = parts_in_text(content) if isinstance(content, str) else None
-            if parts:
-                with contextlib.suppress(InvalidRequest):           # it only looked like parts
-                    return blocks_from_content(parts, path, self._draft)
-            if isinstance(content, list):
-                return blocks_from_content(content, path, self._draft)
-        finally:
-            self._draft.lenient = lenient
-        return content if isinstance(content, str) else tool_text(content)
 
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
@@ -2439,11 +2435,11 @@ class Conversation:
 
 
 def thinking_marks(content: list[dict]) -> list[str]:
-    """What identifies each block of a turn if it is a thinking block ("" if not): its signature, and the calls that it
-    led to."""
+    """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
     call_ids = [block["id"] for block in content if block["type"] == "tool_use"]
-    return [json.dumps([block.get("signature") or block.get("data"), call_ids]) if block["type"] in THINKING else ""
-            for block in content]
+    marks = [json.dumps([block.get("signature"), block.get("data"), call_ids]) for block in content]
+    return [hashlib.sha256(mark.encode()).hexdigest() if block["type"] in THINKING else ""
+            for block, mark in zip(content, marks)]
 
 
 def without_refused(content: list[dict], recall: Recall) -> list[dict]:
@@ -2524,12 +2520,8 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
         blocks += text_blocks(refusal)
         conversation.add("assistant", text_blocks(refusal))
     last = blocks[-1] if blocks else None
-    parts = listed(chat_message.get("content"))
-    called = {text_in(part, "id") for part in parts if text_in(part, "type") == "tool_use"}
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = text_at(chat_call, "id", where, "")
-        if raw_id and raw_id in called:             # the same call in both shapes
-            continue
         function, where = function_of_call(chat_call, where)
         if not raw_id:                              # legacy calls have none by right
             draft.changes.add("repaired", where, "a call without an id")
@@ -2642,11 +2634,10 @@ def tier_from_chat(fields: dict, draft: Draft) -> dict:
 def parameters_from_chat(fields: dict, draft: Draft) -> dict:
     """Sampling, stop sequences, service tier and user id."""
     request: dict[str, Any] = dict(sampling_from_chat(fields, draft))
-    asked = [stop for name in ("stop", "stop_sequences") for stop in fields.get(name, ()) if stop]
-    stops = [stop for stop in asked if stop.strip()]
+    stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
     if stops:
         request["stop_sequences"] = stops
-    if len(stops) < len(asked):
+    if len(stops) < len([stop for stop in fields.get("stop", ()) if stop]):
         draft.changes.add("dropped", "stop", "Claude accepts no stop sequence of white space only")
     request.update(tier_from_chat(fields, draft))
     for name in ("safety_identifier", "user"):
@@ -2801,8 +2792,10 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
     if asked.effort is not None:
         set_effort(request, asked, draft)
         obstacle = obstacle_to_thinking(request, messages, model)
-    if obstacle:                                    # an effort can go without thinking
-        draft.changes.add("dropped", "thinking" if "output_config" in request else asked.field, obstacle)
+    if obstacle and "effort" in request.get("output_config", {}):       # an effort can go without thinking
+        draft.changes.add("changed", asked.field, "sent as effort, without thinking: " + obstacle)
+    elif obstacle:
+        draft.changes.add("dropped", asked.field, obstacle)
     thinks = asked.effort is not None and not obstacle
     if "adaptive" in model.thinking:
         if thinks or model.thinks_by_default:
@@ -3038,7 +3031,7 @@ def reply_plan(fields: dict, draft: Draft) -> ReplyPlan:
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                               recall: Recall = Recall()) -> Translation:
+                               recall: Recall = NOTHING_REMEMBERED) -> Translation:
     """A chat completion request as a Messages request.
 
     `preamble`: system blocks that go before the client's.  `recall`: what is remembered of earlier requests.
@@ -3350,58 +3343,54 @@ class PlannedEvents:
 
     def _rendered(self, events: list[dict], render: Render) -> list[dict]:
         rendered = []
-        for event in events:
+        for event in self._with_properties(events):
             self.assembler.feed(event)
             rendered += render(event)
         return rendered
+
+    def _with_properties(self, events: list[dict]) -> Iterator[dict]:
+        """The events with the client's names of properties; where Claude has others, arguments wait to be whole."""
+        for event in events:
+            kind, block = event["type"], event.get("content_block") or {}
+            if kind == "content_block_start" and block["type"] == "tool_use":
+                self._properties = names = self._plan.properties.get(block["name"])
+                if names and block.get("input"):
+                    event = dict(event, content_block=dict(block, input=names.restored(block["input"])))
+            elif kind in ("content_block_stop", "message_delta"):
+                yield from self._held_arguments()
+            elif self._properties and value_in(event, "delta", "type") == "input_json_delta":
+                self._held.write(event["delta"]["partial_json"])
+                continue
+            yield event
+
+    def _held_arguments(self) -> Iterator[dict]:
+        held, names = self._held.getvalue(), self._properties
+        self._held, self._properties = io.StringIO(), None
+        arguments = object_in(held) if names else None
+        if held:
+            yield arguments_delta(json.dumps(names.restored(arguments), ensure_ascii=False) if names and arguments
+                                  else held)
 
     def _block_start(self, event: dict) -> list[dict]:
         block = event["content_block"]
         self._kind = block["type"]
         if self._kind == "text":
             return self._text(block.get("text") or "", lambda text: dict(event, content_block=dict(block, text=text)))
-        events = self._end_call()
+        events = [{"type": "content_block_stop"}] if self._calling else []
+        self._calling = False
         if self._kind == "tool_use":
-            name, given = self._plan.names.back(block["name"]), block.get("input")
-            self._properties = self._plan.properties.get(name)
-            given = self._properties.restored(given) if self._properties and isinstance(given, dict) else given
-            event = dict(event, content_block=dict(block, name=name, input=given))
+            event = dict(event, content_block=dict(block, name=self._plan.names.back(block["name"])))
         return [*events, event]
 
     def _block_delta(self, event: dict) -> list[dict]:
         delta = event["delta"]
         if delta["type"] == "text_delta":
             return self._text(delta["text"], lambda text: dict(event, delta=dict(delta, text=text)))
-        if self._properties and delta["type"] == "input_json_delta":
-            self._held.write(delta["partial_json"])
-            return []
         return [] if self._plan.forced_tool and self._kind == "text" else [event]
 
     def _block_stop(self, event: dict) -> list[dict]:
         kind, self._kind = self._kind, ""
-        if self._plan.forced_tool and kind == "text":
-            return []
-        return [*self._whole_arguments(), event]
-
-    def _message_delta(self, event: dict) -> list[dict]:
-        return [*self._end_call(), *self._whole_arguments(), event]
-
-    def _end_call(self) -> list[dict]:
-        """The end of the forced tool's block, which the text that became its arguments had none of."""
-        calling, self._calling = self._calling, False
-        return [*self._whole_arguments(), {"type": "content_block_stop"}] if calling else []
-
-    def _whole_arguments(self) -> list[dict]:
-        """The held arguments with the client's names of the properties, also where the output limit cut them."""
-        held, names = self._held.getvalue(), self._properties
-        self._held, self._properties = io.StringIO(), None
-        for text in (held, closed(held)) if held and names else ():
-            with contextlib.suppress(ValueError, RecursionError):
-                value = json.loads(text)
-                if isinstance(value, dict):
-                    held = json.dumps(names.restored(value), ensure_ascii=False)
-                    break
-        return [arguments_delta(held)] if held else []
+        return [] if self._plan.forced_tool and kind == "text" else [event]
 
     def _text(self, text: str, event_with: Callable[[str], dict]) -> list[dict]:
         if self._plan.forced_tool:
@@ -3410,20 +3399,15 @@ class PlannedEvents:
 
     def _arguments(self, text: str) -> list[dict]:
         """The text of an answer whose format forced a tool: the arguments of its call."""
-        self._properties = self._plan.properties.get(self._plan.forced_tool)
-        if self._properties:
-            self._held.write(text)
-        deltas = [] if self._properties else [arguments_delta(text)]
         if self._calling:
-            return deltas
+            return [arguments_delta(text)]
         self._calling = True
         call_id = "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(self.assembler.message.get("id") or "0"))
         block = {"type": "tool_use", "id": call_id, "name": self._plan.forced_tool, "input": {}}
-        return [{"type": "content_block_start", "content_block": block}, *deltas]
+        return [{"type": "content_block_start", "content_block": block}, arguments_delta(text)]
 
     _HANDLERS: Dict[str, Callable[[PlannedEvents, dict], List[dict]]] = {
-        "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop,
-        "message_delta": _message_delta}
+        "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop}
 
 
 # ---- Replies -----------------------------------------------------------------------------------------
@@ -3495,20 +3479,8 @@ def arguments_of(block: dict) -> str:
 
 def input_of_custom(arguments: str) -> str:
     """The string in `{"input": ...}`, as far as it goes; whatever else Claude made of it, as it is."""
-    for text in (arguments, closed(arguments)):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text)
-            if isinstance(value, dict) and isinstance(value.get("input"), str):
-                return value["input"]
-    return arguments
-
-
-def is_whole(arguments: str) -> bool:
-    """Whether the arguments of a call came to their end; the output limit may cut them."""
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(arguments)
-        return True
-    return False
+    value = text_in(object_in(arguments), "input")
+    return arguments if value is None else value
 
 
 def tool_call_from_tool_use(block: dict, plan: ReplyPlan) -> dict:
@@ -3785,7 +3757,8 @@ def items_from_input(given: Any) -> list[dict]:
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                                    recall: Recall = Recall(), earlier: Sequence[dict] = ()) -> Translation:
+                                    recall: Recall = NOTHING_REMEMBERED,
+                                    earlier: Sequence[dict] = ()) -> Translation:
     """A Responses request as a Messages request.  `earlier`: the items of the response that it continues."""
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)
@@ -4062,10 +4035,12 @@ class ResponseStream:
     def _end_call(self, status: str) -> list[dict]:
         item = dict(self._item or {})
         streamed = self._text.getvalue()
-        arguments = streamed or arguments_of(self._assembler.message["content"][-1])
-        status = status if is_whole(arguments) else "incomplete"
+        block = self._assembler.message["content"][-1]
+        arguments = streamed or arguments_of(block)
+        if not block.get("input") and arguments.strip(" \n{}"):         # it did not parse: max_tokens cut it
+            status = "incomplete"
         if item["type"] == "custom_tool_call":
-            item.update({"status": status} if status == "incomplete" else {}, input=input_of_custom(arguments))
+            item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
             return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
                     self._in_item("response.custom_tool_call_input.done", input=item["input"]), self._done(item)]
         events = [] if streamed else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
@@ -4131,10 +4106,6 @@ class Bounded:
         return json.loads(stored.decode("utf-8", "surrogatepass"))
 
 
-def digest_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
 class Answers:
     """Answers with tool calls, thinking and all, so that they can go back to Claude as they came.
 
@@ -4153,7 +4124,7 @@ class Answers:
         call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
         if call_ids:
             tools = [without(tool, "cache_control") for tool in tools]
-            digest = digest_of(tools)
+            digest = hashlib.sha256(json.dumps(tools).encode()).hexdigest()
             self._tools.put(digest, tools)
             self._tools_of.put((owner, call_ids[-1]), digest)
         if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
@@ -4168,12 +4139,12 @@ class Answers:
             digests = (self._tools_of.get((owner, call_id)) for call_id in reversed(call_ids))
             return self._tools.get(next(filter(None, digests), "")) or []
         return Recall(lambda call_ids: self._answers.get((owner, model_id, call_ids[0])), tools,
-                      lambda mark: self._refused.get((owner, digest_of(mark))) is not None)
+                      lambda mark: self._refused.get((owner, mark)) is not None)
 
     def refuse(self, owner: str, marks: Iterable[str]) -> None:
         """From now on these thinking blocks are not sent."""
         for mark in marks:
-            self._refused.put((owner, digest_of(mark)), True)
+            self._refused.put((owner, mark), True)
 
 
 class StoredResponses:
@@ -6451,9 +6422,9 @@ def has_address(block: dict) -> bool:
 
 def become_note(block: dict) -> None:
     """Turns a block into a note that says what stood there."""
-    note, mark = {"type": "text", "text": left_out_note(block["type"])}, block.get("cache_control")
+    mark = {name: block[name] for name in ("cache_control",) if name in block}
     block.clear()
-    block.update(note, **({"cache_control": mark} if mark else {}))
+    block.update(mark, type="text", text=LEFT_OUT)
 
 
 def events_from_body(body: bytes) -> list[dict]:
@@ -7666,7 +7637,8 @@ def unexpected(failure: Exception) -> GatewayError:
 
 def tool_of(user_agent: str) -> str:
     """The tool that a User-Agent names, short enough for a column of the log."""
-    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", user_agent)
+    agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", user_agent)       # a minified name of the SDK's class
+    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", agent)
     name = match.group(1) if match else "-"
     return {"Mozilla": "browser"}.get(name, name)[:14]
 

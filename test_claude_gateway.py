@@ -277,7 +277,8 @@ CALL_FIELDS = {"name!": TOOL_NAME, "input!": OBJECT, "caller?": CALLER, "cache_c
 ASSISTANT_BLOCKS = {
     **TEXT, **DOCUMENT, **UPLOAD,
     "thinking": {"thinking!": STRING, "signature!": limited(STRING, len, "Invalid `signature` in `thinking` block")},
-    "redacted_thinking": {"data!": limited(STRING, len, "Invalid `data` in `redacted_thinking` block")},
+    "redacted_thinking": {"data!": limited(STRING, lambda data: data and not data.startswith("gAAAA"),      # OpenAI's
+                                           "Invalid `data` in `redacted_thinking` block")},
     "tool_use": dict(CALL_FIELDS, **{"id!": TOOL_ID}),
     "server_tool_use": dict(CALL_FIELDS, **{"id!": matching("srvtoolu_[a-zA-Z0-9_]+")}),
     "mcp_tool_use": dict(CALL_FIELDS, **{"id!": TOOL_ID, "server_name!": STRING}),
@@ -316,8 +317,11 @@ KEYWORDS = {
     "type": string_or(limited(array_of(TYPE_NAME), len, "List should have at least 1 item"), TYPE_NAME),
     "enum": array_of(ANYTHING), "required": UNIQUE_NAMES, "uniqueItems": BOOLEAN,
 }
-TOOL_SCHEMA = limited(limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
+PROPERTY_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}\Z")
+TOOL_SCHEMA = limited(limited(limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
                               'type: Input should be "object"'),
+                              lambda schema: all(map(PROPERTY_NAME.match, schema.get("properties", {}))),
+                              "properties: Property keys should match pattern '^[a-zA-Z0-9_.-]{1,64}$'"),
                       lambda schema: not {"oneOf", "allOf", "anyOf"} & set(schema),
                       "input_schema does not support oneOf, allOf, or anyOf at the top level")
 
@@ -554,7 +558,11 @@ def thinking_first(asked):
 def tool_rules(asked):
     """Tools among each other, and the choice among them."""
     tools, choice, names = asked.tools, asked.choice, [tool.get("name") for tool in asked.tools]
+    failed = [block for _, block in asked.blocks if block["type"] == "tool_result" and block.get("is_error")]
     yield from broken({
+        "messages: all content must be type 'text' if 'is_error' is true":
+            any(inner["type"] != "text" for block in failed for inner in block.get("content", ())
+                if isinstance(inner, dict)),
         "tools: Tool names must be unique.": len(set(names)) < len(names),
         "tools: At most 20 tools can be strict.": sum(bool(tool.get("strict")) for tool in tools) > 20,
         "tools: Requests which include `tool_use` or `tool_result` blocks must define tools.":
@@ -2087,7 +2095,7 @@ class RequestDoorTests(RequestTestCase):
             ("max_tokens", {"max_tokens": []}),
             ("max_completion_tokens", {"max_completion_tokens": {}}), ("temperature", {"temperature": []}),
             ("temperature", {"temperature": True}), ("temperature", {"temperature": "1e999"}), ("top_p", {"top_p": {}}),
-            ("n", {"n": 2}), ("n", {"n": "two"}), ("logprobs", {"logprobs": True}), ("logprobs", {"logprobs": 1}),
+            ("n", {"n": 2}), ("n", {"n": "two"}), ("logprobs", {"logprobs": 1}),
             ("stop", {"stop": 5}), ("stop[1]", {"stop": ["a", 5]}), ("stream", {"stream": 1}),
             ("stream_options", {"stream": True, "stream_options": []}),
             ("stream_options.include_usage", {"stream": True, "stream_options": {"include_usage": 1}}),
@@ -2474,11 +2482,9 @@ class ContentPartTests(RequestTestCase):
                 self.assertIn(url, error["message"])
 
     def test_bad_image_data_is_refused_by_path(self):
-        svg = base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode()
         bmp = base64.b64encode(b"BM" + bytes(60)).decode()
         for url, words in (("data:image/png;base64,", "base64"), ("data:image/png;base64,@@@@", "base64"),
                            ("data:image/png;base64," + PIXEL[:41], "base64"), ("data:image/png;base64", "comma"),
-                           ("data:image/svg+xml;base64," + svg, "JPEG, PNG, GIF and WebP"),
                            ("data:image/bmp;base64," + bmp, "JPEG, PNG, GIF and WebP")):
             with self.subTest(url=url):
                 error = self.refused_part(image_url(url))
@@ -2704,6 +2710,122 @@ class ToolTests(RequestTestCase):
                             {"type": "object", "properties": {"b": {"type": "string"}}}]}
         request = self.sent(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}])
         self.assertEqual(sorted(request["tools"][0]["input_schema"]["properties"]), ["a", "b"])
+
+    def test_hosted_tools_are_left_out_for_the_reason_that_is_true(self):
+        for tool, reason in (({"type": "mcp", "server_label": "s"}, "not translated here"),
+                             ({"type": "code_interpreter"}, "not translated here"),
+                             ({"type": "web_fetch_20250910", "name": "web_fetch"}, "not translated here"),
+                             ({"type": "image_generation"}, "Claude has no tool of type"),
+                             ({"googleSearch": {}}, "Claude has no tool of type")):
+            with self.subTest(tool=tool):
+                changes = claude_gateway.messages_request_from_chat({"messages": [ASKED], "tools": [tool]},
+                                                                    BUILT_IN_MODELS[MODEL]).changes
+                self.assertIn(reason, str(changes))
+                self.assertEqual(self.changes(tools=[tool, a_tool("f")]), "dropped=tools[0]")
+
+    def test_a_name_without_latin_letters_leads_the_description(self):
+        self.claude.play(lambda recorded: message(tool_use("c", recorded.body["tool_choice"]["name"], {"x": 1})))
+        answer = self.chat(model="claude-opus-4-8", tool_choice={"type": "function", "function": {"name": "高德地图"}},
+                           tools=[a_tool("天气查询", description="d"), a_tool("高德地图", description="d")])
+        self.assertEqual(answer.status, 200, answer.raw)
+        tools = bare(self.claude.messages[-1].body["tools"])
+        self.assertEqual([tool["description"] for tool in tools], ["天气查询: d", "高德地图: d"])
+        self.assertEqual(answer.message["tool_calls"][0]["function"]["name"], "高德地图")
+        self.assertEqual(self.tools({"type": "function", "function": {"name": "天气"}})[0]["description"], "天气")
+
+
+ODD_NAMES = {"filter[name]": "filter_name_", "$top": "_top", "Account Number": "Account_Number", "größe": "gr__e",
+             "k" * 70: "k" * 58, "plain.name-1": "plain.name-1"}         # a client's name -> Claude's
+ODD_SCHEMA = {"type": "object", "properties": {name: {"type": "string"} for name in ODD_NAMES},
+              "required": ["filter[name]"]}
+CLIENT_INPUT = {name: "v%d" % at for at, name in enumerate(ODD_NAMES)}
+CLAUDE_INPUT = dict(zip(ODD_NAMES.values(), CLIENT_INPUT.values()))
+
+
+class PropertyNameTests(RequestTestCase):
+    """Claude accepts [a-zA-Z0-9_.-]{1,64} at the top of a tool's schema; clients never learn of it."""
+    def setUp(self):
+        super().setUp()
+        self.list_apps = a_tool("list_apps", ODD_SCHEMA)
+
+    def called(self, *answer: dict, **fields) -> list:
+        """(name, arguments) of the calls that a client gets, plain and streamed the same."""
+        replies = []
+        for stream in (False, True):
+            self.claude.play(*answer)
+            got = self.chat(stream=stream, **dict({"tools": [self.list_apps]}, **fields))
+            self.assertEqual(got.status, 200, got.raw)
+            reply = completion_from_chunks(got.chunks)["message"] if stream else got.message
+            replies.append([(call["function"]["name"], call["function"]["arguments"])
+                            for call in reply["tool_calls"]])
+        self.assertEqual(replies[0], replies[1])
+        return [(name, json.loads(arguments)) for name, arguments in replies[0]]
+
+    def test_they_are_mapped_with_their_requirements_and_led_by_their_own_name(self):
+        schema = self.prompt(tools=[self.list_apps])["tools"][0]["input_schema"]
+        self.assertEqual(list(schema["properties"]), list(ODD_NAMES.values()))
+        self.assertEqual(schema["required"], ["filter_name_"])
+        self.assertEqual(schema["properties"]["_top"], {"type": "string", "description": "$top"})
+        self.assertEqual(schema["properties"]["plain.name-1"], {"type": "string"})
+        self.assertEqual(self.changes(tools=[self.list_apps]), "changed=tools[0].function.parameters")
+
+    def test_names_that_would_fall_together_stay_apart(self):
+        names = ["a b", "a_b", "a$b", "a_b_2", "天", "地", ""]
+        schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+        fitted = self.prompt(tools=[a_tool("f", schema)])["tools"][0]["input_schema"]["properties"]
+        self.assertEqual((len(fitted), fitted["a_b"]), (7, {"type": "string"}))
+        self.claude.play(message(tool_use("c", "f", dict(zip(fitted, names)))))
+        call = self.chat(tools=[a_tool("f", schema)]).message["tool_calls"][0]
+        self.assertEqual(json.loads(call["function"]["arguments"]), {name: name for name in names})
+
+    def test_nested_names_stay(self):
+        nested = {"type": "object", "properties": {"a": {"type": "object", "properties": {"$in": {}}}}}
+        self.assertEqual(self.prompt(tools=[a_tool("f", nested)])["tools"][0]["input_schema"], nested)
+
+    def test_arguments_come_back_with_the_clients_names(self):
+        two = message(text("I look."), tool_use("c1", "list_apps", CLAUDE_INPUT), tool_use("c2", "f", {"x": 1}),
+                      tool_use("c3", "list_apps", {"_top": 5, "nested": {"_top": 1}, "größe": "own"}))
+        self.assertEqual(self.called(two, tools=[self.list_apps, a_tool("f")]), [
+            ("list_apps", CLIENT_INPUT), ("f", {"x": 1}),
+            ("list_apps", {"$top": 5, "nested": {"_top": 1}, "größe": "own"})])
+        self.assertEqual(self.called(message(tool_use("c", "list_apps", {}))), [("list_apps", {})])
+
+    def test_a_forced_tool_has_them_too(self):
+        required = dict(ODD_SCHEMA, required=list(ODD_NAMES))
+        for model in ("claude-opus-4-8", "claude-sonnet-5-5"):
+            forced = model in UNFORCED
+            answer = message(text(json.dumps(CLAUDE_INPUT)) if forced else tool_use("c", "list_apps", CLAUDE_INPUT))
+            with self.subTest(model=model):
+                self.assertEqual(self.called(answer, model=model, tools=[a_tool("list_apps", required)],
+                                             tool_choice="required"), [("list_apps", CLIENT_INPUT)])
+
+    def test_a_call_cut_by_the_output_limit_keeps_what_came(self):
+        cut = [event for event in events_of(message(tool_use("c", "list_apps", CLAUDE_INPUT), stop_reason="max_tokens"))]
+        stops = [at for at, event in enumerate(cut) if event["type"] == "content_block_stop"]
+        cut[stops[0] - 1:stops[0]] = []             # the last fragment
+        for events in (cut, [event for event in cut if event["type"] != "content_block_stop"]):
+            ((name, arguments),) = self.called(one_by_one(*events), one_by_one(*events))
+            self.assertEqual((name, arguments["$top"], "k" * 58 in arguments), ("list_apps", "v1", False))
+            self.claude.reset()
+
+    def test_histories_are_mapped_and_the_way_there_is_the_same_as_before(self):
+        self.claude.play(message(thinking("hm", "c2ln"), tool_use("c1", "list_apps", CLAUDE_INPUT)))
+        first = self.chat(tools=[self.list_apps], messages=[ASKED]).message
+        turns = self.turns(ASKED, first, result("c1"), tools=[self.list_apps])
+        self.assertEqual(turns[1]["content"], [thinking("hm", "c2ln"), tool_use("c1", "list_apps", CLAUDE_INPUT)])
+
+    def test_responses_have_them_too(self):
+        tool = {"type": "function", "name": "list_apps", "parameters": ODD_SCHEMA}
+        for stream in (False, True):
+            self.claude.play(message(tool_use("c1", "list_apps", CLAUDE_INPUT)))
+            answer = self.ask("POST", "/v1/responses", {"model": MODEL, "input": "Go", "tools": [tool],
+                                                        "stream": stream})
+            item = answer.chunks[-1]["response"]["output"][0] if stream else answer.json["output"][0]
+            self.assertEqual(json.loads(item["arguments"]), CLIENT_INPUT)
+
+    def test_five_hundred_of_them_cost_what_they_are_long(self):
+        schema = {"type": "object", "properties": {"größe %d" % at: {"type": "string"} for at in range(500)}}
+        self.assertEqual(len(self.prompt(tools=[a_tool("f", schema)])["tools"][0]["input_schema"]["properties"]), 500)
 
 
 class SchemaSubsetTests(RequestTestCase):
@@ -8316,6 +8438,7 @@ class ThinkingReplayTests(GatewayTestCase):
         self.start()
         for stream in (False, True):
             with self.subTest(stream=stream):
+                self.start()
                 first = [{"role": "user", "content": "Begin %s" % stream}]
                 history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}), history=first)
                 self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
@@ -8324,18 +8447,56 @@ class ThinkingReplayTests(GatewayTestCase):
                 self.assertEqual(len(self.claude.messages), count + 2, "one retry")
                 history = self.turn(thinking("more", "c2l2"), tool_use("toolu_2", "g", {}), history=history)
                 count = len(self.claude.messages)
-                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})], [tool_use("toolu_2", "g",
-                                                                                                     {})]])
-                self.assertEqual(len(self.claude.messages), count + 1, "no block is tried again")
+                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})], [
+                    thinking("more", "c2l2"), tool_use("toolu_2", "g", {})]])
+                self.assertEqual(len(self.claude.messages), count + 1, "the refused block is not tried again")
 
-    def test_only_that_conversation_goes_without(self):
+    def test_only_the_blocks_that_were_refused_are_left_out(self):
+        # many tools open every session with the same words; a block is known by its signature and its calls
         self.start()
-        blocks = [thinking("hm", "c2ln"), tool_use("toolu_1", "f", {})]
-        history = self.turn(*blocks)
-        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
-        self.replayed(history)
-        other = self.turn(*blocks, history=[{"role": "user", "content": "Something else"}])
-        self.assertEqual(self.replayed(other), [blocks])
+        opening = [{"role": "user", "content": "The folder is /home/me."}]
+        for words in (self.UNBOUND, "messages.1.content.0: Invalid `data` in `redacted_thinking` block"):
+            refused = [{"type": "redacted_thinking", "data": words[-9:]}, tool_use("toolu_1", "f", {})]
+            self.claude.play(refusal_of_claude(400, "invalid_request_error", words))
+            history = opening + [{"role": "assistant", "content": refused}, user([{
+                "type": "tool_result", "tool_use_id": "toolu_1", "content": "ok"}])]
+            with self.subTest(words):
+                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})]])
+                for blocks in ([thinking("hm", "c2l2"), tool_use("toolu_1", "f", {})],
+                               [refused[0], tool_use("toolu_2", "f", {})]):
+                    self.assertEqual(self.replayed(self.turn(*blocks, history=opening)), [blocks])
+
+    def test_a_request_that_leaves_out_its_tools_gets_those_of_its_conversation(self):
+        self.start()
+        tools = [a_tool("g", POINT), a_tool("f", {"type": "object", "properties": {"$a": {"type": "string"}}})]
+        self.claude.play(message(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {"_a": "x"})))
+        first = self.chat(tools=tools, messages=[ASKED])
+        self.assertEqual(json.loads(first.message["tool_calls"][0]["function"]["arguments"]), {"$a": "x"})
+        sent = bare(self.claude.messages[-1].body)
+        self.chat(messages=[ASKED, first.message, result("toolu_1")])
+        again = bare(self.claude.messages[-1].body)
+        self.assertEqual((again["tools"], again["tool_choice"]), (sent["tools"], {"type": "none"}))
+        self.start()
+        self.chat(messages=[ASKED, first.message, result("toolu_1")])
+        self.assertEqual(bare(self.claude.messages[-1].body)["tools"], [{"name": "f", "input_schema": NO_PARAMETERS}])
+
+    def test_pieces_of_one_kept_block_are_joined_and_those_of_other_providers_stay_behind(self):
+        anthropic = {"type": "reasoning.text", "format": "anthropic-claude-v1", "index": 0}
+        history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+        for details, kept in (
+            ([dict(anthropic, text="a"), dict(anthropic, text="b"), dict(anthropic, signature="b3du")],
+             [thinking("ab", "b3du")]),
+            ([dict(anthropic, text="a", signature="eA=="), dict(anthropic, index=1, text="b", signature="eQ==")],
+             [thinking("a", "eA=="), thinking("b", "eQ==")]),
+            ([{"type": "reasoning.encrypted", "format": "openai-responses-v1", "data": "gAAAAABo", "index": 0},
+              dict(anthropic, index=1, text="b", signature="eQ==")], [thinking("b", "eQ==")]),
+            ([{"type": "reasoning.encrypted", "format": "google-gemini-v1", "data": "CiQ"}], [thinking("hm", "c2ln")]),
+            ([{"type": "reasoning.encrypted", "format": "unknown", "data": "ZGF0"}],
+             [{"type": "redacted_thinking", "data": "ZGF0"}]),
+        ):
+            with self.subTest(details=details):
+                turns = [history[0], dict(history[1], reasoning_details=details), history[2]]
+                self.assertEqual(self.replayed(turns), [kept + [tool_use("toolu_1", "f", {})]])
 
     def test_blocks_that_the_client_kept_are_left_out_too_once_they_did_not_hold(self):
         for model in ("claude-opus-5-5", "claude-haiku-4-5"):   # one decides by itself, one insists on its block
