@@ -7385,7 +7385,7 @@ class RequestCycle:
         self._stream: Optional[StreamedReply] = None
         self._native = False
         self._record = Record(head.method, re.sub(r"[?#].*", "", head.target), address,
-                              tool_of(head.headers.get("user-agent", "")), started)
+                              tool_of(head.headers), started)
         # what has to be given back, whatever happens
         self._entered = False                       # a place among the running requests
         self._reserved = 0                          # bytes of the budget of all bodies
@@ -7635,10 +7635,12 @@ def unexpected(failure: Exception) -> GatewayError:
                         code="internal_error")
 
 
-def tool_of(user_agent: str) -> str:
-    """The tool that a User-Agent names, short enough for a column of the log."""
-    agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", user_agent)       # a minified name of the SDK's class
-    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", agent)
+def tool_of(headers: dict[str, str]) -> str:
+    """The tool that the headers of a request name, short enough for a column of the log."""
+    versions = (re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers)
+    named = headers.get("x-title") or "".join(match.group(1) for match in versions if match)
+    agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", headers.get("user-agent", ""))      # the SDK, its name minified
+    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) or agent)
     name = match.group(1) if match else "-"
     return {"Mozilla": "browser"}.get(name, name)[:14]
 

@@ -1326,6 +1326,10 @@ def system(content) -> dict:
     return {"role": "system", "content": content}
 
 
+def without_keys(mapping: dict, *names: str) -> dict:
+    return {name: value for name, value in mapping.items() if name not in names}
+
+
 def said(role: str, *words: str) -> dict:
     """A message of the Messages API that holds these texts."""
     return {"role": role, "content": [text(each) for each in words]}
@@ -1946,11 +1950,38 @@ def live_model(model_id: str, **fields) -> dict:
                 **fields)
 
 
+class ThinkingSuffixTests(RequestTestCase):
+    config = {"alias": (("deep", "claude-opus-4-8:thinking"),)}
+
+    def test_a_suffix_switches_thinking_on_where_it_is_optional(self):
+        for name, expected in (("claude-opus-4-8", None), ("claude-opus-4-8-thinking", "adaptive"), ("deep", "adaptive"),
+                               ("anthropic/claude-opus-4.8:thinking", "adaptive"),
+                               ("claude-haiku-4-5-thinking", "enabled"), ("sonnet-thinking", "adaptive")):
+            with self.subTest(name=name):
+                self.assertEqual(self.sent(model=name).get("thinking", {}).get("type"), expected)
+        for fields in ({"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}},
+                       {"reasoning": {"enabled": False}}):
+            with self.subTest(fields=fields):
+                self.assertIsNone(self.sent(model="claude-opus-4-8-thinking", **fields).get("thinking"))
+
+
 class LiveModelListTests(RequestTestCase):
     def listed(self, *models: dict) -> None:
         """A gateway whose upstream tells these models."""
         self.claude.models = list(models)
         self.start()
+
+    def test_an_id_is_known_with_and_without_its_date(self):
+        self.listed(live_model("claude-haiku-4-5", max_tokens=64_000), live_model("claude-sonnet-5-5-20260928"))
+        for name, model_id, rules in (("claude-haiku-4-5", "claude-haiku-4-5", "claude-haiku-4-5-20251001"),
+                                      ("claude-haiku-4-5-20251001", "claude-haiku-4-5", "claude-haiku-4-5-20251001"),
+                                      ("claude-sonnet-5-5", "claude-sonnet-5-5-20260928", "claude-sonnet-5-5")):
+            with self.subTest(name=name):
+                model = self.service.gateway.models.catalog().resolve(name)
+                known = BUILT_IN_MODELS[rules]
+                self.assertEqual((model.id, model.sampling, model.prefill, model.price),
+                                 (model_id, known.sampling, known.prefill, known.price))
+        self.assertEqual(self.sent(model="claude-haiku-4-5", temperature=0.5)["temperature"], 0.5)
 
     def test_the_newest_active_one_counts_and_no_date_does(self):
         self.listed(live_model("claude-opus-7", lifecycle="deprecated", created_at="2027-01-01T00:00:00Z"),
@@ -2557,11 +2588,109 @@ class ContentPartTests(RequestTestCase):
         self.assertEqual(json.loads(self.block(part)["text"]), part)
         self.assertEqual(self.changes(messages=[user(["a", part])]), "changed=messages[0].content[1]")
 
+    def test_a_file_is_text_if_its_bytes_are(self):
+        encoded = base64.b64encode("# Grüße".encode("utf-8")).decode()
+        for label in ("application/octet-stream", "application/yaml", "text/javascript", "application/toml",
+                      "application/jsonl", "application/ld+json", "application/x-sh", "application/sql", "image/svg+xml",
+                      "", "image/png"):
+            for part in ({"type": "file", "file": {"filename": "notes", "file_data": "data:%s;base64,%s" % (label,
+                                                                                                          encoded)}},
+                         {"type": "input_file", "filename": "notes", "file_data": encoded}):
+                with self.subTest(label=label, kind=part["type"]):
+                    self.assertEqual(self.block(part), text_file("# Grüße", title="notes"))
+        self.assertEqual(self.block(image_url("data:image/svg+xml;base64," + encoded)), text_file("# Grüße"))
+        for data in (b"a\0b", "Grüße".encode("latin-1")):
+            with self.subTest(data=data):
+                error = self.refused_part({"type": "file", "file": {"file_data": base64.b64encode(data).decode()}})
+                self.assertEqual(error["code"], "unsupported_file")
+
+    def test_an_image_of_the_model_context_protocol_is_one(self):
+        self.assertEqual(self.block({"type": "image", "data": PIXEL, "mimeType": "image/png"}), image_block(PIXEL))
+        document = {"type": "document", "source": {"type": "content", "content": [image_block(PIXEL)]}}
+        self.assertEqual(self.block(document), image_block(PIXEL))
+
     def test_an_image_of_the_assistant_is_named_not_sent(self):
         turns = self.turns(ASKED, assistant([{"type": "text", "text": "Here:"},
                                              image_url("data:image/png;base64," + PIXEL)]),
                            user("Thanks"))
         self.assertEqual([block["type"] for block in turns[1]["content"]], ["text", "text"])
+
+
+HEIC = base64.b64encode(b"\0\0\0\x18ftypheic" + bytes(20)).decode()
+SOUND = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+NOTE = text("[A file that Claude does not accept was left out here.]")
+
+
+class EarlierMediaTests(RequestTestCase):
+    """What nobody can take back any more must not end a conversation; in the newest turn it is a 400."""
+    BAD = (image_url("data:image/heic;base64," + HEIC), SOUND, image_url("data:image/png;base64,@@"),
+           {"type": "file", "file": {"file_id": "file-1"}}, image_url("http://127.0.0.1/a.png"),
+           {"type": "image", "data": HEIC, "mimeType": "image/heic"})
+
+    def test_in_an_earlier_turn_it_becomes_a_note_and_is_reported(self):
+        for part in self.BAD:
+            with self.subTest(part=part):
+                turns = [user([{"type": "text", "text": "See"}, part]), assistant("I do not see it."), user("Go on.")]
+                self.assertEqual(self.turns(*turns)[0]["content"], [text("See"), NOTE])
+                self.assertEqual(self.changes(messages=turns), "changed=messages[0].content[1]")
+                self.refused(messages=turns[:1])
+                self.refused(messages=[*turns[:2], turns[0]])
+
+    def test_in_a_tool_result_too_however_new_it_is(self):
+        for part in self.BAD:
+            for more in ([], [user("Go on.")]):
+                with self.subTest(part=part, more=more):
+                    given = result("a", [{"type": "text", "text": "done"}, image_url("data:;base64," + PIXEL), part])
+                    turns = self.turns(ASKED, calls(a_call("a")), given, *more, tools=[a_tool("f")])
+                    self.assertEqual(turns[2]["content"][0]["content"], [text("done"), image_block(PIXEL), NOTE])
+
+    def test_in_responses_too(self):
+        part = {"type": "input_image", "image_url": "data:image/heic;base64," + HEIC}
+        turn = {"role": "user", "content": [part, {"type": "input_text", "text": "See"}]}
+        call = [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "a", "output": [part]}]
+        for items, status in (([turn, {"role": "assistant", "content": "No."}, user("Go on.")], 200), ([turn], 400),
+                              ([user("Go"), *call], 200), ([turn, *call], 200), ([user("Go"), *call, turn], 400)):
+            with self.subTest(items=items):
+                answer = self.ask("POST", "/v1/responses", {"model": MODEL, "input": items,
+                                                            "tools": [{"type": "function", "name": "f"}]})
+                self.assertEqual(answer.status, status, answer.raw)
+
+    def test_a_part_of_a_wrong_shape_is_an_error_everywhere(self):
+        for part in (image_url(5), {"type": "file"}):
+            self.refused(messages=[user([part]), assistant("x"), user("y")])
+
+    def damaged(self, path: str, *messages: dict, **fields) -> list:
+        """What is sent at last where Claude refuses the block at a path once."""
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", path + ": Could not process image"))
+        answer = self.chat(messages=list(messages), tools=[a_tool("f")], **fields)
+        self.assertEqual((answer.status, len(self.claude.messages)), (200, 2), answer.raw)
+        self.assertIn("changed=messages.", answer.headers["x-claude-gateway-changes"])
+        return bare(self.claude.messages[-1].body["messages"])
+
+    def test_where_only_claude_knows_the_block_it_names_is_left_out(self):
+        image, big = image_url("data:;base64," + PIXEL), image_url("data:;base64," + png(9000, 9000))
+        old = [user([image, big]), assistant("x"), user("y")]
+        returned = [ASKED, calls(a_call("a")), result("a", [image, big])]
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                turns = self.damaged("messages.0.content.1.image.source.base64.data", *old, stream=stream)
+                self.assertEqual(turns[0]["content"], [image_block(PIXEL), NOTE])
+                self.claude.reset()
+                turns = self.damaged("messages.2.content.0.tool_result.content.1.image.source", *returned, stream=stream)
+                self.assertEqual(turns[2]["content"][0]["content"], [image_block(PIXEL), NOTE])
+                self.claude.reset()
+
+    def test_a_second_refusal_and_one_about_the_newest_turn_are_handed_on(self):
+        image = image_url("data:;base64," + PIXEL)
+        old = [user([image]), assistant("x"), user([image])]
+        for words, count in (("messages.0.content.0.image.source: no", 2), ("messages.2.content.0.image.source: no", 1),
+                             ("messages.1.content.0.text: no", 1), ("messages.9.content.9: no", 1)):
+            with self.subTest(words=words):
+                self.claude.reset()
+                self.claude.play(*[refusal_of_claude(400, "invalid_request_error", words)] * 2)
+                self.assertEqual(self.chat(messages=old).status, 400)
+                self.assertEqual(len(self.claude.messages), count)
 
 
 # ---- Tools -------------------------------------------------------------------------------------------
@@ -2633,6 +2762,44 @@ class ToolTests(RequestTestCase):
         for model in ALL_MODELS:
             with self.subTest(model=model):
                 self.assertEqual(self.sent(model=model, web_search_options={})["tools"][0]["name"], "web_search")
+
+    def search(self, tool: dict, **fields) -> dict:
+        return without_keys(self.tools(dict({"type": "web_search"}, **tool), **fields)[0], "type", "name")
+
+    def test_a_web_search_keeps_what_the_client_said(self):
+        paris, usual = {"type": "approximate", "city": "Paris"}, {"max_uses": 5}
+        for tool, expected in (
+            ({"filters": {"allowed_domains": ["who.int", "https://sec.gov/"]}},
+             dict(usual, allowed_domains=["who.int", "sec.gov"])),
+            ({"filters": {"blocked_domains": ["x.example"]}}, dict(usual, blocked_domains=["x.example"])),
+            ({"filters": {"allowed_domains": None}}, usual), ({"filters": None, "search_context_size": "medium"}, usual),
+            ({"type": "web_search_20250305", "name": "web_search", "allowed_domains": ["a.example"], "max_uses": 2,
+              "user_location": paris}, {"max_uses": 2, "allowed_domains": ["a.example"], "user_location": paris}),
+            ({"user_location": {"type": "approximate", "approximate": {"city": "Paris"}}},
+             dict(usual, user_location=paris)),
+        ):
+            with self.subTest(tool=tool):
+                self.assertEqual(self.search(tool), expected)
+        both = {"type": "web_search", "filters": {"allowed_domains": ["a.example"], "blocked_domains": ["b.example"]}}
+        self.assertEqual(self.changes(tools=[both]), "dropped=tools[0].blocked_domains")
+        self.assertEqual(self.refused(tools=[{"type": "web_search", "filters": {"allowed_domains": [5]}}])["param"],
+                         "tools[0].allowed_domains[0]")
+
+    def test_a_search_without_web_access_is_left_out_and_reported(self):
+        offline = {"type": "web_search", "external_web_access": False}
+        self.assertEqual([tool["name"] for tool in self.tools(offline, a_tool("f"))], ["f"])
+        self.assertEqual(self.changes(tools=[offline, a_tool("f")]), "dropped=tools[0]")
+
+    def test_a_client_can_force_the_search_where_the_model_allows(self):
+        for kind in ("web_search", "web_search_preview"):
+            request = self.prompt(model="claude-opus-5", tools=[{"type": kind}], tool_choice={"type": kind})
+            self.assertEqual(request["tool_choice"], {"type": "tool", "name": "web_search"})
+        request = self.prompt(tools=[{"type": "web_search"}], tool_choice={"type": "web_search"})
+        self.assertNotIn("tool_choice", request)
+        self.assertIn("web_search", request["messages"][-1]["content"][-1]["text"])
+        allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}
+        request = self.prompt(tools=[{"type": "web_search"}, a_tool("f")], tool_choice=allowed)
+        self.assertEqual([tool["name"] for tool in request["tools"]], ["web_search"])
 
     def test_a_clients_own_web_search_tool_can_stand_beside_claudes(self):
         self.claude.play(lambda recorded: message(tool_use("c", recorded.body["tools"][0]["name"], {})))
@@ -2945,6 +3112,15 @@ class SchemaSubsetTests(RequestTestCase):
         self.assertIn("JSON", request["messages"][0]["content"][1]["text"])
         self.assertNotIn("system", request)
 
+    def test_a_schema_counts_wherever_it_stands(self):
+        for given in ({"type": "json_object", "schema": POINT}, {"type": "json_schema", "schema": POINT},
+                      {"type": "json_schema", "json_schema": {"name": "n", "schema": POINT}}):
+            with self.subTest(given=given):
+                request = self.prompt(response_format=given)
+                self.assertEqual(request["output_config"], {"format": {"type": "json_schema", "schema": POINT}})
+        error = self.refused(response_format={"type": "json_object", "schema": {"type": "thing"}})
+        self.assertEqual(error["param"], "response_format.schema.type")
+
     def test_plain_text_needs_nothing(self):
         self.assertEqual(self.sent(response_format={"type": "text"}), self.sent())
 
@@ -3122,6 +3298,122 @@ class SystemMessageTests(RequestTestCase):
     def test_it_takes_text_only(self):
         image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}
         self.assertEqual(self.refused(messages=[system([image]), ASKED])["param"], "messages[0].content")
+
+
+def tool_result(call_id: str, content="ok", **fields) -> dict:
+    """A result in Claude's own shape."""
+    return dict({"type": "tool_result", "tool_use_id": call_id, "content": content}, **fields)
+
+
+class ClaudeShapeTests(RequestTestCase):
+    """Claude's own blocks on OpenAI's routes, as agents that speak a mixture of both send them."""
+    TOOLS = [{"name": name, "description": "Read", "input_schema": POINT} for name in ("f", "g")]
+
+    def became(self, *messages: dict, **fields) -> list:
+        turns = self.turns(*messages, tools=self.TOOLS, **fields)
+        self.assertNotIn("tool_use_id", json.dumps([block.get("text") for turn in turns for block in turn["content"]]))
+        return turns
+
+    def test_calls_and_results_are_what_they_are(self):
+        said_so = [text("Reading."), tool_use("toolu_1", "f", {"x": 1}), tool_use("toolu_2", "g", {})]
+        results = [tool_result("toolu_1", [text("BODY")]), tool_result("toolu_2", "no such file", is_error=True)]
+        asked = [ASKED, assistant(said_so), user([*results, {"type": "text", "text": "Go on."}])]
+        self.assertEqual(self.became(*asked, tool_choice={"type": "auto"}),
+                         [said("user", "Hi"), assistant(said_so), user([*results, text("Go on.")])])
+        self.assertEqual(self.changes(messages=asked, tools=self.TOOLS), "")
+
+    def test_results_in_another_order_and_place_find_their_calls(self):
+        both = assistant([tool_use("toolu_1", "f", {"x": 1}), tool_use("toolu_2", "f", {"x": 2})])
+        turns = self.became(ASKED, both, user([text("Both:"), tool_result("toolu_2", "2")]),
+                            result("toolu_1", "1"))
+        self.assertEqual(turns[2]["content"], [tool_result("toolu_1", "1"), tool_result("toolu_2", "2"), text("Both:")])
+
+    def test_images_documents_and_errors_in_results(self):
+        call = assistant([tool_use("toolu_1", "f", {"x": 1})])
+        for content, expected in (
+            ([image_block(PIXEL)], {"content": [image_block(PIXEL)]}),
+            ([pdf_block(title="t")], {"content": [pdf_block(title="t")]}),
+            ([{"type": "image", "data": PIXEL, "mimeType": "image/png"}], {"content": [image_block(PIXEL)]}),
+            (None, {}), ("", {}), ([], {}),
+        ):
+            with self.subTest(content=content):
+                block = self.became(ASKED, call, user([tool_result("toolu_1", content)]))[2]["content"][0]
+                self.assertEqual(block, dict({"type": "tool_result", "tool_use_id": "toolu_1"}, **expected))
+        # Claude accepts an error with text only
+        self.became(ASKED, call, user([tool_result("toolu_1", [text("no"), image_block(PIXEL)], is_error=True)]))
+        self.assertEqual(self.became(ASKED, call, result("toolu_1", "no", is_error=True))[2]["content"][0]["is_error"],
+                         True)
+
+    def test_thinking_keeps_its_place_and_unsigned_thinking_goes(self):
+        blocks = [thinking("a", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"x": 1}), thinking("b", "c2l2"),
+                  {"type": "redacted_thinking", "data": "ZGF0"}, tool_use("toolu_2", "g", {})]
+        answers = user([tool_result("toolu_1"), tool_result("toolu_2")])
+        self.assertEqual(self.became(ASKED, assistant(blocks), answers)[1]["content"], blocks)
+        unsigned = {"type": "thinking", "thinking": "hm"}
+        self.assertEqual(self.became(ASKED, assistant([unsigned, *blocks[1:3]]), answers)[1]["content"], blocks[1:3])
+        self.assertEqual(self.became(user([thinking("a", "c2ln"), text("Hi")])), [said("user", "Hi")])
+
+    def test_cache_marks_on_them_stay(self):
+        mark = {"type": "ephemeral"}
+        request = self.sent(tools=self.TOOLS, messages=[
+            ASKED, assistant([tool_use("toolu_1", "f", {"x": 1})]),
+            user([tool_result("toolu_1", cache_control=mark)]), assistant("Well."), user("Go on.")])
+        self.assertEqual(request["messages"][2]["content"][0]["cache_control"], mark)
+
+    def test_a_system_text_beside_the_messages_is_one(self):
+        for given in ("Be brief.", [text("Be brief.")]):
+            self.assertEqual(self.prompt(system=given, messages=[system("Really."), ASKED])["system"],
+                             [text("Be brief."), text("Really.")])
+
+    def test_a_tool_choice_in_its_shape(self):
+        request = self.prompt(model="claude-opus-5", tools=self.TOOLS,
+                              tool_choice={"type": "tool", "name": "f", "disable_parallel_tool_use": True})
+        self.assertEqual(request["tool_choice"], {"type": "tool", "name": "f", "disable_parallel_tool_use": True})
+
+    def test_parts_that_a_tool_wrote_into_a_string_are_read(self):
+        image = {"type": "image", "data": PIXEL, "mimeType": "image/png"}
+        for words, expected in (
+            (json.dumps([{"type": "text", "text": "ok"}, image]), [text("ok"), image_block(PIXEL)]),
+            (json.dumps([image_url("data:;base64," + PIXEL)], indent=1), [image_block(PIXEL)]),
+            (json.dumps([image_block(PIXEL), dict(image, data=HEIC)]), [image_block(PIXEL), NOTE]),
+        ):
+            with self.subTest(words=words[:60]):
+                self.assertEqual(self.became(ASKED, calls(a_call("a")), result("a", words))[2]["content"][0]["content"],
+                                 expected)
+        for words in (json.dumps([{"type": "text", "text": "ok"}]), json.dumps([image, "and"]), json.dumps(image), "[{",
+                      json.dumps([{"type": "image", "path": "a.png"}]), json.dumps([image, {"type": "hologram"}]),
+                      json.dumps([{"type": "file", "name": "a.py"}]), '[{"type": "image", "data": "%s"' % PIXEL, "[]"):
+            with self.subTest(words=words[:60]):
+                self.assertEqual(self.became(ASKED, calls(a_call("a")), result("a", words))[2]["content"][0]["content"],
+                                 words)
+
+    def test_a_refusal_that_comes_twice_is_sent_once(self):
+        part = {"type": "refusal", "refusal": "I will not."}
+        for message_ in (dict(assistant([part]), refusal="I will not."), assistant([part]),
+                         dict(assistant(None), refusal="I will not.")):
+            self.assertEqual(self.became(ASKED, message_, user("Why?"))[1], said("assistant", "I will not."))
+
+    def test_an_agent_loop_in_these_shapes_runs_through(self):
+        """As an editor drives it: every turn of Claude's goes back as blocks, every result as a user's block."""
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.start()
+                history, sent = [system("You are an agent"), user([{"type": "text", "text": "Fix it."}])], []
+                for step in range(4):
+                    self.claude.play(message(thinking("t", "c2ln"), text("Step %d." % step), *(
+                        [tool_use("toolu_%d" % at, "f", {"x": at}) for at in (2 * step, 2 * step + 1)] * (step < 3))))
+                    answer = self.chat(messages=history, tools=self.TOOLS, stream=stream, tool_choice={"type": "auto"})
+                    self.assertEqual(answer.status, 200, answer.raw)
+                    reply = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
+                    sent.append(json.dumps(bare(self.claude.messages[-1].body["messages"]))[:-1])
+                    uses = [tool_use(call["id"], call["function"]["name"], json.loads(call["function"]["arguments"]))
+                            for call in reply.get("tool_calls", ())]
+                    history += [assistant([{"type": "text", "text": reply["content"]}, *uses]), user(
+                        [tool_result(use["id"], [{"type": "text", "text": "BODY"}]) for use in uses] or "Thanks.")]
+                self.assertEqual(reply["content"], "Step 3.")
+                for earlier, later in zip(sent, sent[1:]):
+                    self.assertTrue(later.startswith(earlier), "the cache would be lost")
+                self.assertIn("thinking", sent[-1])
 
 
 class ToolHistoryTests(RequestTestCase):
@@ -3443,6 +3735,39 @@ class ParameterTests(RequestTestCase):
 
 EFFORT_WISHES = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
 SHOWN = {"type": "adaptive", "display": "summarized"}
+
+
+class ReportedFieldTests(RequestTestCase):
+    """What Claude has no counterpart for is reported by its name, and refused under --strict."""
+    FIELDS = (("logprobs", {"logprobs": True}), ("logprobs", {"logprobs": True, "top_logprobs": 5}),
+              ("moderation", {"moderation": {"mode": "strict"}}), ("reasoning.mode", {"reasoning": {"mode": "deep"}}),
+              ("stream_options.extra", {"stream_options": {"extra": 1}}),
+              ("web_search_options.depth", {"web_search_options": {"depth": 3}}))
+
+    def test_it_is_dropped_and_reported(self):
+        for name, fields in self.FIELDS:
+            with self.subTest(fields=fields):
+                self.assertIn(name, self.changes(**fields))
+        self.assertIsNone(self.chat(logprobs=True).json["choices"][0]["logprobs"])
+
+    def test_under_strict_it_is_refused(self):
+        self.start(strict=True)
+        for name, fields in self.FIELDS:
+            with self.subTest(fields=fields):
+                self.assertEqual(self.refused(**fields)["code"], "strict")
+        for fields in ({"reasoning": {"effort": "low", "summary": "auto"}}, {"logprobs": False}, {"moderation": None}):
+            self.assertEqual(self.chat(model="claude-opus-4-8", **fields).status, 200)
+
+    def test_what_is_reported_of_effort_and_temperature_is_what_happened(self):
+        for model, sent_effort, header in (("claude-opus-4-6", "low", "changed=reasoning_effort"),
+                                           ("claude-opus-4-5", "low", "changed=reasoning_effort"),
+                                           ("claude-haiku-4-5", None, "dropped=reasoning_effort"),
+                                           ("claude-opus-4-8", "low", "dropped=temperature")):
+            with self.subTest(model=model):
+                request = self.sent(model=model, reasoning_effort="low", temperature=0.3)
+                self.assertEqual((request.get("output_config", {}).get("effort"), "temperature" in request),
+                                 (sent_effort, "temperature" not in header))
+                self.assertEqual(self.changes(model=model, reasoning_effort="low", temperature=0.3), header)
 
 
 class ThinkingTests(RequestTestCase):
@@ -4700,6 +5025,50 @@ class ResponsesRequestTests(ResponsesTestCase):
         request = self.became(text={"format": {"type": "json_schema", "name": "p", "schema": schema, "strict": True}})
         self.assertEqual(request["output_config"]["format"],
                          {"type": "json_schema", "schema": dict(schema, additionalProperties=False)})
+
+    def test_a_limit_of_tool_calls_is_one_of_searches(self):
+        for fields, uses in (({"max_tool_calls": 2}, 2), ({"max_tool_calls": 20}, 20), ({}, 5)):
+            request = self.became(tools=[{"type": "web_search"}], **fields)
+            self.assertEqual(request["tools"][0]["max_uses"], uses)
+        for tools in ([{"type": "function", "name": "f"}], []):
+            answer = self.respond(tools=tools, max_tool_calls=2)
+            self.assertEqual(answer.headers["x-claude-gateway-changes"], "dropped=max_tool_calls")
+
+    def test_the_sources_of_a_search_come_where_they_are_asked_for(self):
+        for include, sources in ((["web_search_call.action.sources"], True), (None, None)):
+            for stream in (False, True):
+                with self.subTest(include=include, stream=stream):
+                    self.claude.play(message(text("I look."), WEB_FIND, WEB_FOUND, text("Blue.")))
+                    answer = self.respond(tools=[{"type": "web_search"}], include=include, stream=stream)
+                    output = answer.chunks[-1]["response"]["output"] if stream else answer.json["output"]
+                    self.assertEqual([item["type"] for item in output], ["message", "web_search_call", "message"])
+                    self.assertEqual(output[1]["action"].get("sources"), sources and [
+                        {"type": "url", "url": found["url"]} for found in WEB_FOUND["content"]])
+                    self.assertEqual(output[1]["status"], "completed")
+
+    def test_calls_that_the_output_limit_cut_are_incomplete(self):
+        tools = [{"type": "function", "name": "f"}, PATCH_TOOL]
+        for name, whole, cut_at, field_name, expected in (
+            ("f", '{"path": "a.txt", "n": 1}', 14, "arguments", '{"path": "a.tx'),
+            ("apply_patch", '{"input": "*** Begin\\nok \\u00e9!"}', 25, "input", "*** Begin\nok "),
+            ("apply_patch", '{"input": "*** Begin\\nok \\u00e9!"}', 28, "input", "*** Begin\nok "),
+            ("apply_patch", '{"input": "*** Begin\\nok \\u00e9!"}', 31, "input", "*** Begin\nok \u00e9"),
+        ):
+            start = {"type": "tool_use", "id": "toolu_1", "name": name, "input": {}}
+            events = [*events_of(message())[:1], {"type": "content_block_start", "index": 0, "content_block": start},
+                      {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "input_json_delta", "partial_json": whole[:cut_at]}},
+                      {"type": "content_block_stop", "index": 0},
+                      *events_of(message(stop_reason="max_tokens"))[-2:]]
+            for stream in (False, True):
+                for stopped in (events, events[:3] + events[4:]):
+                    with self.subTest(name=name, cut_at=cut_at, stream=stream, count=len(stopped)):
+                        self.claude.play(one_by_one(*stopped))
+                        answer = self.respond(tools=tools, stream=stream)
+                        item = (answer.chunks[-1]["response"] if stream else answer.json)["output"][0]
+                        self.assertEqual((item["status"], item[field_name]), ("incomplete", expected))
+        self.claude.play(message(tool_use("toolu_1", "f", {})))
+        self.assertEqual(self.respond(tools=tools).json["output"][0]["status"], "completed")
 
     def test_namespaces_are_flattened_and_come_back_split(self):
         self.claude.play(lambda recorded: message(tool_use("toolu_1", recorded.body["tools"][0]["name"], {"id": "7"})))
@@ -7954,6 +8323,18 @@ class PictureFetchTests(GatewayTestCase):
         self.assertTrue(answer.error["message"].startswith("The image is not there. "))
         self.assertTrue(answer.error["message"].endswith(self.REFUSED))
 
+    def test_an_image_of_an_earlier_turn_that_is_gone_ends_no_conversation(self):
+        def fetch(url):
+            raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
+        self.fetcher.fetch = fetch
+        for url, refusals in ((self.SECURE, 1), ("http://pictures.example.org/a.png", 0)):
+            with self.subTest(url=url):
+                self.claude.play(*[refusal_of_claude(400, "invalid_request_error", self.REFUSED)] * refusals)
+                answer = self.chat(messages=[user([image_url(url)]), assistant("I see."), user("Go on.")])
+                self.assertEqual((answer.status, answer.headers["x-claude-gateway-changes"]),
+                                 (200, "changed=messages.0.content.0"))
+                self.assertEqual(bare(self.claude.messages[-1].body["messages"][0]["content"]), [NOTE])
+
     def test_a_refusal_of_another_status_fetches_nothing(self):
         self.fetcher.fetch = lambda url: self.fail("fetched")
         self.claude.play(refusal_of_claude(403, "permission_error", self.REFUSED))
@@ -8317,6 +8698,54 @@ class LessonTests(RequestTestCase):
         self.claude.play(refusal_of_claude(403, "permission_error", "`temperature` is deprecated for this model."))
         self.assertEqual(self.chat(model="claude-sonnet-4-6", temperature=0.3).status, 403)
         self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.3)["temperature"], 0.3)
+
+
+class RefusedSchemaTests(RequestTestCase):
+    """Schemas that Claude cannot compile: once without, reported, and nothing is learnt of it."""
+    WORDS = ("The compiled grammar is too large, which would cause performance issues. Simplify your tool schemas.",
+             "tools.0.custom: Schema is too complex for compilation. (31 optional parameters)",
+             "Too many strict tools: 21", "tools: At most 20 tools can be strict.", "too many unions in the schemas")
+    STRICT = {"tools": [a_tool("f", POINT, strict=True)]}
+    FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": POINT}}}
+
+    def after(self, *refusals: str, **fields) -> tuple:
+        """Whether tools are strict and a format is enforced in each request that is sent, and the last answer."""
+        self.claude.reset()
+        self.claude.play(*[refusal_of_claude(400, "invalid_request_error", words) for words in refusals])
+        answer = self.chat(**fields)
+        return [(bool(sent.body.get("tools", [{}])[0].get("strict")), "format" in sent.body.get("output_config", {}))
+                for sent in self.claude.messages], answer
+
+    def test_strict_tools_go_without_and_a_format_in_words(self):
+        for words in self.WORDS:
+            for fields, sent, header in (
+                (self.STRICT, [(True, False), (False, False)], "dropped=tools[0].function.strict"),
+                (self.FORMAT, [(False, True), (False, False)], "changed=response_format"),
+                (dict(self.STRICT, tool_choice="required"), [(True, True), (False, True)],
+                 "dropped=tools[0].function.strict; changed=tool_choice"),
+            ):
+                for stream in (False, True):
+                    with self.subTest(words=words, fields=list(fields), stream=stream):
+                        found, answer = self.after(words, stream=stream, **fields)
+                        self.assertEqual((answer.status, found), (200, sent))
+                        self.assertEqual(answer.headers["x-claude-gateway-changes"], header)
+
+    def test_both_where_the_first_does_not_help_and_then_no_more(self):
+        both = dict(self.STRICT, **self.FORMAT)
+        self.assertEqual(self.after(self.WORDS[0], **both)[0], [(True, True), (False, True)])
+        self.assertEqual(self.after(*self.WORDS[:2], **both)[0], [(True, True), (False, True), (False, False)])
+        found, answer = self.after(*self.WORDS[:3], **both)
+        self.assertEqual((answer.status, len(found)), (400, 3))
+
+    def test_the_answer_in_words_is_cut_out_and_the_next_request_tries_again(self):
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.WORDS[0]),
+                         message(text('Here: ```{"x": 1}```')))
+        self.assertEqual(self.chat(**self.FORMAT).message["content"], '{"x": 1}')
+        self.assertEqual(self.after(**self.FORMAT)[0], [(False, True)])
+
+    def test_where_there_is_nothing_to_leave_out_the_refusal_is_handed_on(self):
+        found, answer = self.after(self.WORDS[0], tools=[a_tool("f", POINT)])
+        self.assertEqual((answer.status, len(found)), (400, 1))
 
 
 class ThinkingReplayTests(GatewayTestCase):
@@ -8781,6 +9210,16 @@ class RouteTests(HttpTestCase):
                 if path not in ("/v1", "/metrics", "/nowhere"):     # those tell of the method, or count requests
                     self.assertEqual(head.headers["content-length"], get.headers["content-length"])
                 self.assertEqual(after.status, 200)
+
+    def test_what_claude_has_none_of_is_a_404_that_says_so(self):
+        for path, words in (("/v1/embeddings", "no embeddings"), ("/v1/images/generations", "no images"),
+                            ("/v1/audio/speech", "no audio"), ("/audio/transcriptions", "no audio"),
+                            ("/v1/moderations", "no moderations"), ("/v1/images/edits?x=1", "no images")):
+            with self.subTest(path=path):
+                answer = self.ask("POST", path, {"model": "text-embedding-3-small", "input": "x"})
+                self.assertEqual((answer.status, answer.error["code"]), (404, "unknown_url"))
+                self.assertIn("Claude has " + words, answer.error["message"])
+        self.assertNotIn("Claude has", self.ask("POST", "/v1/imagesque", {}).error["message"])
 
     def test_unknown_paths_are_404_in_the_envelope(self):
         for path in ("/nowhere", "/api/tags", "/v1/chat", "/v2/models", "/v1x/models", "/favicon.ico", "/../etc/passwd",
@@ -9395,6 +9834,21 @@ class StatusTests(GatewayTestCase):
 
 
 # ---- HTTP server -------------------------------------------------------------------------------------
+
+class ToolLabelTests(unittest.TestCase):
+    def test_the_log_names_the_product_where_the_request_does(self):
+        for label, headers in (
+            ("QwenCode", {"user-agent": "QwenCode/0.14.1 (linux; x64)"}), ("OpenAI/JS", {"user-agent": "ls/JS 5.13.1"}),
+            ("OpenAI/JS", {"user-agent": "OpenAI/JS 6.1.0"}), ("OpenAI/Python", {"user-agent": "OpenAI/Python 3.1"}),
+            ("AsyncOpenAI/Py", {"user-agent": "AsyncOpenAI/Python 3.1"}), ("pi", {"user-agent": "pi/0.50.1"}),
+            ("Cline", {"user-agent": "OpenAI/JS 5.1", "x-title": "Cline"}), ("Roo-Code", {"x-title": "Roo Code"}),
+            ("promptfoo", {"user-agent": "node", "x-promptfoo-version": "0.119.0", "x-api-version": "2"}),
+            ("python-httpx", {"user-agent": "python-httpx/0.28.1"}), ("browser", {"user-agent": "Mozilla/5.0 (X11)"}),
+            ("-", {}), ("-", {"user-agent": "()"}),
+        ):
+            with self.subTest(label=label, headers=headers):
+                self.assertEqual(claude_gateway.tool_of(headers), label)
+
 
 class AccessTests(HttpTestCase):
     config = {"allow_host": ("My-Box.example", "box"), "cors_origin": ("https://app.example", "app://obsidian.md",
