@@ -1517,6 +1517,8 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
     with contextlib.suppress(UnicodeDecodeError):
         text = base64.b64decode(data).decode("utf-8-sig")
         if "\0" not in text:
+            if declared.startswith("image/"):       # SVG
+                draft.changes.add("changed", path, "%s to text" % declared)
             return text_document(text, title)
     known = declared in ("application/pdf", *IMAGE_TYPES)
     raise InvalidRequest("%s: Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
@@ -1524,8 +1526,8 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         path, "unsupported_file")
 
 
-def blocks_from_url(url: str, title: str, path: str, draft: Draft) -> list[dict]:
-    """A data URL as what it holds, a web address as a source that Claude fetches, bare base64 as an image."""
+def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "image") -> list[dict]:
+    """A data URL or bare base64 as what it holds, a web address as a source that Claude fetches."""
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
         media_type = head.split(";")[0].strip().lower()
@@ -1536,7 +1538,8 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft) -> list[dict]
                                       draft)
         return text_document(urllib.parse.unquote(data), title)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) or not re.match(r"[A-Za-z0-9+/_=\s-]{40,}\Z", url):
-        return [{"type": "image", "source": {"type": "url", "url": checked_url(url, path)}}]
+        block = {"type": kind, "source": {"type": "url", "url": checked_url(url, path)}}
+        return [titled(block, title) if kind == "document" else block]
     return blocks_from_base64(url, "", title, path, draft)
 
 
@@ -1549,17 +1552,27 @@ def no_stored_files(path: str) -> InvalidRequest:
                           "unsupported_value")
 
 
+def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    """An image or document of the Messages API, as far as a gateway can check it."""
+    source, path = object_of(part["source"], path + ".source"), path + ".source"
+    kind, title = source.get("type"), text_in(part, "title") or ""
+    if kind == "content":
+        return blocks_from_content(source.get("content"), path + ".content", draft)
+    if kind == "text":
+        return text_document(text_at(source, "data", path), title)
+    if kind == "base64":
+        declared = text_in(source, "media_type") or ""
+        return blocks_from_base64(text_at(source, "data", path), declared, title, path + ".data", draft)
+    return blocks_from_url(text_at(source, "url", path), title, path + ".url", draft, part["type"])
+
+
 def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
     """`image_url` in its three spellings, or an image of the Messages API or of the Model Context Protocol."""
-    source = part.get("source")
+    if part.get("source") is not None:
+        return source_part(part, path, draft)
     if part.get("data") is not None:
-        return blocks_from_base64(text_at(part, "data", path), str(part.get("mimeType") or ""), "", path + ".data",
-                                  draft)
-    if isinstance(source, dict):
-        if source.get("type") == "base64":
-            data, declared = text_at(source, "data", path + ".source"), str(source.get("media_type"))
-            return blocks_from_base64(data, declared, "", path + ".source.data", draft)
-        return blocks_from_url(text_at(source, "url", path + ".source"), "", path + ".source.url", draft)
+        declared = text_in(part, "mimeType") or ""
+        return blocks_from_base64(text_at(part, "data", path), declared, "", path + ".data", draft)
     image = part.get("image_url")
     if image is None and part.get("file_id") is not None:
         raise no_stored_files(path)
@@ -1570,7 +1583,9 @@ def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
 
 
 def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """`file` with its data inside: a PDF or a text.  There is no store of uploaded files here."""
+    """`file` with its data inside, or a document.  There is no store of uploaded files here."""
+    if part.get("source") is not None:
+        return source_part(part, path, draft)
     file = part
     if part.get("file") is not None:
         file, path = object_of(part["file"], path + ".file"), path + ".file"
@@ -1582,33 +1597,10 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
         return blocks_from_base64(data, "", title, path, draft)
     for name in ("file_url", "document_url"):
         if file.get(name) is not None:
-            url = text_of(file[name], path + "." + name)
-            if url.startswith("data:"):
-                return blocks_from_url(url, title, path + "." + name, draft)
-            url = checked_url(url, path + "." + name)
-            return [titled({"type": "document", "source": {"type": "url", "url": url}}, title)]
+            return blocks_from_url(text_at(file, name, path), title, path + "." + name, draft, "document")
     if file.get("file_id") is not None:
         raise no_stored_files(path)
     raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
-
-
-def document_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """A document of the Messages API, as far as a gateway can check it, or Mistral's `document_url`."""
-    if part.get("document_url") is not None:
-        return file_part(part, path, draft)
-    source = object_of(part.get("source"), path + ".source")
-    kind, title = source.get("type"), part.get("title")
-    title = title if isinstance(title, str) else ""
-    if kind == "base64":
-        return blocks_from_base64(text_at(source, "data", path + ".source"), "", title, path, draft)
-    if kind == "text":
-        return text_document(text_at(source, "data", path + ".source"), title)
-    if kind == "url":
-        url = checked_url(text_at(source, "url", path + ".source"), path + ".source.url")
-        return [titled({"type": "document", "source": {"type": "url", "url": url}}, title)]
-    if kind == "content":
-        return blocks_from_content(source.get("content"), path + ".source.content", draft)
-    raise InvalidRequest("%s.source.type: expected base64, text, url or content." % path, path + ".source.type")
 
 
 def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
@@ -1631,15 +1623,21 @@ def thinking_part(part: dict, path: str, draft: Draft) -> list[dict]:
     return thinking_block(part.get("thinking"), part.get("signature"), part.get("data"))
 
 
+def nothing_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    """Reasoning that is not Claude's goes nowhere."""
+    return []
+
+
 PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), text_part("text")), "refusal": text_part("refusal"),
     "image_url": image_part, "input_image": image_part, "image": image_part,
-    "file": file_part, "input_file": file_part, "document": document_part, "document_url": document_part,
+    "file": file_part, "input_file": file_part, "document": file_part, "document_url": file_part,
     "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
-    **dict.fromkeys(("thinking", "redacted_thinking", "reasoning", "reasoning_text"), thinking_part),
+    "thinking": thinking_part, "redacted_thinking": thinking_part,
+    "reasoning": nothing_part, "reasoning_text": nothing_part,
 }
 THINKING = ("thinking", "redacted_thinking")
-MEDIA = {kind for kind, translate in PARTS.items() if translate in (image_part, file_part, document_part)}
+MEDIA = {kind for kind, translate in PARTS.items() if translate in (image_part, file_part)}
 LEFT_OUT = "[A file that Claude does not accept was left out here.]"
 MALFORMED = ("invalid_type", "missing_required_parameter")      # codes of a part that is no medium at all
 
@@ -2140,10 +2138,11 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
 
 def search_domains(options: dict, path: str, changes: Changes) -> dict:
     """The domains that a web search is restricted to, in OpenAI's shape or Claude's, which accepts one list."""
-    filters = optional(object_of, options.get("filters"), path + ".filters", options)
+    if options.get("filters") is not None:
+        options, path = object_of(options["filters"], path + ".filters"), path + ".filters"
     lists: dict[str, list] = {}
     for name in ("allowed_domains", "blocked_domains"):
-        domains = entries_of(filters.get(name) or [], "%s.%s" % (path, name), text_of)
+        domains = entries_of(options.get(name) or [], "%s.%s" % (path, name), text_of)
         if domains and lists:
             changes.add("dropped", "%s.%s" % (path, name), "Claude accepts either allowed or blocked domains")
         elif domains:
@@ -2515,10 +2514,10 @@ def add_message(conversation: Conversation, role: str, chat_message: dict, path:
 def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
     """An assistant message: thinking, then text, then tool calls, as Claude once sent them."""
     blocks = add_content(conversation, "assistant", chat_message, path, draft, signed_thinking(chat_message))
-    refusal = text_at(chat_message, "refusal", path, "")
-    if all(block.get("text") != refusal for block in blocks):       # it may be a part of the content as well
-        blocks += text_blocks(refusal)
-        conversation.add("assistant", text_blocks(refusal))
+    refusal = text_blocks(text_at(chat_message, "refusal", path, ""))
+    if refusal and refusal[0] not in blocks:        # it may be a part of the content as well
+        conversation.add("assistant", refusal)
+        blocks += refusal
     last = blocks[-1] if blocks else None
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = text_at(chat_call, "id", where, "")
@@ -6203,7 +6202,6 @@ class Exchange:
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
             return
-
 
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""

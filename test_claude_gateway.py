@@ -2491,7 +2491,8 @@ class ContentPartTests(RequestTestCase):
                 self.assertEqual(self.changes(messages=[user([image_url(url)])])[:9], told)
 
     def test_a_web_address_is_left_to_claude(self):
-        for part in (image_url("https://example.com/a.png"),
+        for part in (image_url("https://example.com/a.png"), {"type": "image", "title": "t", "source": {
+                         "type": "url", "url": "https://example.com/a.png"}},
                      {"type": "image_url", "image_url": "https://example.com/a.png"},
                      {"type": "input_image", "image_url": "https://example.com/a.png"},
                      {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}):
@@ -2598,7 +2599,9 @@ class ContentPartTests(RequestTestCase):
                          {"type": "input_file", "filename": "notes", "file_data": encoded}):
                 with self.subTest(label=label, kind=part["type"]):
                     self.assertEqual(self.block(part), text_file("# Grüße", title="notes"))
-        self.assertEqual(self.block(image_url("data:image/svg+xml;base64," + encoded)), text_file("# Grüße"))
+        svg = image_url("data:image/svg+xml;base64," + encoded)
+        self.assertEqual(self.block(svg), text_file("# Grüße"))
+        self.assertEqual(self.changes(messages=[user([svg])]), "changed=messages[0].content[0].image_url.url")
         for data in (b"a\0b", "Grüße".encode("latin-1")):
             with self.subTest(data=data):
                 error = self.refused_part({"type": "file", "file": {"file_data": base64.b64encode(data).decode()}})
@@ -2781,9 +2784,9 @@ class ToolTests(RequestTestCase):
             with self.subTest(tool=tool):
                 self.assertEqual(self.search(tool), expected)
         both = {"type": "web_search", "filters": {"allowed_domains": ["a.example"], "blocked_domains": ["b.example"]}}
-        self.assertEqual(self.changes(tools=[both]), "dropped=tools[0].blocked_domains")
+        self.assertEqual(self.changes(tools=[both]), "dropped=tools[0].filters.blocked_domains")
         self.assertEqual(self.refused(tools=[{"type": "web_search", "filters": {"allowed_domains": [5]}}])["param"],
-                         "tools[0].allowed_domains[0]")
+                         "tools[0].filters.allowed_domains[0]")
 
     def test_a_search_without_web_access_is_left_out_and_reported(self):
         offline = {"type": "web_search", "external_web_access": False}
