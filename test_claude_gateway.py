@@ -318,7 +318,8 @@ KEYWORDS = {
     "enum": array_of(ANYTHING), "required": UNIQUE_NAMES, "uniqueItems": BOOLEAN,
 }
 PROPERTY_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}\Z")
-TOOL_SCHEMA = limited(limited(limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
+TOOL_SCHEMA = limited(limited(limited(
+    json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
                               'type: Input should be "object"'),
                               lambda schema: all(map(PROPERTY_NAME.match, schema.get("properties", {}))),
                               "properties: Property keys should match pattern '^[a-zA-Z0-9_.-]{1,64}$'"),
@@ -1954,8 +1955,8 @@ class ThinkingSuffixTests(RequestTestCase):
     config = {"alias": (("deep", "claude-opus-4-8:thinking"),)}
 
     def test_a_suffix_switches_thinking_on_where_it_is_optional(self):
-        for name, expected in (("claude-opus-4-8", None), ("claude-opus-4-8-thinking", "adaptive"), ("deep", "adaptive"),
-                               ("anthropic/claude-opus-4.8:thinking", "adaptive"),
+        for name, expected in (("claude-opus-4-8", None), ("claude-opus-4-8-thinking", "adaptive"),
+                               ("deep", "adaptive"), ("anthropic/claude-opus-4.8:thinking", "adaptive"),
                                ("claude-haiku-4-5-thinking", "enabled"), ("sonnet-thinking", "adaptive")):
             with self.subTest(name=name):
                 self.assertEqual(self.sent(model=name).get("thinking", {}).get("type"), expected)
@@ -2592,8 +2593,8 @@ class ContentPartTests(RequestTestCase):
     def test_a_file_is_text_if_its_bytes_are(self):
         encoded = base64.b64encode("# Grüße".encode("utf-8")).decode()
         for label in ("application/octet-stream", "application/yaml", "text/javascript", "application/toml",
-                      "application/jsonl", "application/ld+json", "application/x-sh", "application/sql", "image/svg+xml",
-                      "", "image/png"):
+                      "application/jsonl", "application/ld+json", "application/x-sh", "application/sql",
+                      "image/svg+xml", "", "image/png"):
             for part in ({"type": "file", "file": {"filename": "notes", "file_data": "data:%s;base64,%s" % (label,
                                                                                                           encoded)}},
                          {"type": "input_file", "filename": "notes", "file_data": encoded}):
@@ -2680,7 +2681,8 @@ class EarlierMediaTests(RequestTestCase):
                 turns = self.damaged("messages.0.content.1.image.source.base64.data", *old, stream=stream)
                 self.assertEqual(turns[0]["content"], [image_block(PIXEL), NOTE])
                 self.claude.reset()
-                turns = self.damaged("messages.2.content.0.tool_result.content.1.image.source", *returned, stream=stream)
+                turns = self.damaged("messages.2.content.0.tool_result.content.1.image.source", *returned,
+                                     stream=stream)
                 self.assertEqual(turns[2]["content"][0]["content"], [image_block(PIXEL), NOTE])
                 self.claude.reset()
 
@@ -2775,7 +2777,8 @@ class ToolTests(RequestTestCase):
             ({"filters": {"allowed_domains": ["who.int", "https://sec.gov/"]}},
              dict(usual, allowed_domains=["who.int", "sec.gov"])),
             ({"filters": {"blocked_domains": ["x.example"]}}, dict(usual, blocked_domains=["x.example"])),
-            ({"filters": {"allowed_domains": None}}, usual), ({"filters": None, "search_context_size": "medium"}, usual),
+            ({"filters": {"allowed_domains": None}}, usual),
+            ({"filters": None, "search_context_size": "medium"}, usual),
             ({"type": "web_search_20250305", "name": "web_search", "allowed_domains": ["a.example"], "max_uses": 2,
               "user_location": paris}, {"max_uses": 2, "allowed_domains": ["a.example"], "user_location": paris}),
             ({"user_location": {"type": "approximate", "approximate": {"city": "Paris"}}},
@@ -2970,7 +2973,7 @@ class PropertyNameTests(RequestTestCase):
                                              tool_choice="required"), [("list_apps", CLIENT_INPUT)])
 
     def test_a_call_cut_by_the_output_limit_keeps_what_came(self):
-        cut = [event for event in events_of(message(tool_use("c", "list_apps", CLAUDE_INPUT), stop_reason="max_tokens"))]
+        cut = events_of(message(tool_use("c", "list_apps", CLAUDE_INPUT), stop_reason="max_tokens"))
         stops = [at for at, event in enumerate(cut) if event["type"] == "content_block_stop"]
         cut[stops[0] - 1:stops[0]] = []             # the last fragment
         for events in (cut, [event for event in cut if event["type"] != "content_block_stop"]):
@@ -3755,7 +3758,7 @@ class ReportedFieldTests(RequestTestCase):
 
     def test_under_strict_it_is_refused(self):
         self.start(strict=True)
-        for name, fields in self.FIELDS:
+        for _, fields in self.FIELDS:
             with self.subTest(fields=fields):
                 self.assertEqual(self.refused(**fields)["code"], "strict")
         for fields in ({"reasoning": {"effort": "low", "summary": "auto"}}, {"logprobs": False}, {"moderation": None}):
