@@ -1202,10 +1202,8 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
 
 
 class ToolNames:
-    """Tool names there and back: up to 64 of [A-Za-z0-9_-] stay as they are, all others get a name that fits.
-
-    Of the properties of a tool, which may have dots in them, likewise.
-    """
+    """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
+    fits.  `more`: what it accepts beyond [A-Za-z0-9_-]."""
 
     def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = (), more: str = "") -> None:
         self._fit = re.compile(r"[A-Za-z0-9_%s-]{1,64}\Z" % more)
@@ -1299,21 +1297,18 @@ class Recall(NamedTuple):
     # whether Claude refused a thinking block, by its mark
     refused: Callable[[str], bool] = lambda mark: False
 
-
-NOTHING_REMEMBERED = Recall()
-
 class Draft:
     """A request in the making: what the functions below share while they translate one conversation."""
 
     def __init__(self, model: Model, changes: Changes, declared: Sequence[Declared], search: Sequence[dict],
-                 recall: Recall) -> None:
+                 recall: Recall | None) -> None:
         self.model = model
         self.changes = changes
         self.declared = declared                    # the client's tools
         self.search = search                        # Claude's web search, if it is wanted
         self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
         self.properties: Dict[str, ToolNames] = {}  # tool -> names of its properties, where Claude gets others
-        self.recall = recall
+        self.recall = recall or Recall()
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
         self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
@@ -1971,8 +1966,7 @@ def uses_functions(fields: dict) -> bool:
 
 
 # Types of hosted tools for which Claude has one of its own.
-CLAUDE_HOSTED = re.compile(r"web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|apply_patch|"
-                           r"memory|advisor")
+CLAUDE_HOSTED = re.compile("web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|memory|advisor")
 
 
 def why_no_tool(kind: Any) -> str:
@@ -3030,7 +3024,7 @@ def reply_plan(fields: dict, draft: Draft) -> ReplyPlan:
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                               recall: Recall = NOTHING_REMEMBERED) -> Translation:
+                               recall: Recall | None = None) -> Translation:
     """A chat completion request as a Messages request.
 
     `preamble`: system blocks that go before the client's.  `recall`: what is remembered of earlier requests.
@@ -3756,8 +3750,7 @@ def items_from_input(given: Any) -> list[dict]:
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                                    recall: Recall = NOTHING_REMEMBERED,
-                                    earlier: Sequence[dict] = ()) -> Translation:
+                                    recall: Recall | None = None, earlier: Sequence[dict] = ()) -> Translation:
     """A Responses request as a Messages request.  `earlier`: the items of the response that it continues."""
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)

@@ -318,12 +318,11 @@ KEYWORDS = {
     "enum": array_of(ANYTHING), "required": UNIQUE_NAMES, "uniqueItems": BOOLEAN,
 }
 PROPERTY_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}\Z")
-TOOL_SCHEMA = limited(limited(limited(
-    json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
-                              'type: Input should be "object"'),
-                              lambda schema: all(map(PROPERTY_NAME.match, schema.get("properties", {}))),
-                              "properties: Property keys should match pattern '^[a-zA-Z0-9_.-]{1,64}$'"),
-                      lambda schema: not {"oneOf", "allOf", "anyOf"} & set(schema),
+AN_OBJECT = limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
+                    'type: Input should be "object"')
+WELL_NAMED = limited(AN_OBJECT, lambda schema: all(map(PROPERTY_NAME.match, schema.get("properties", {}))),
+                     "properties: Property keys should match pattern '^[a-zA-Z0-9_.-]{1,64}$'")
+TOOL_SCHEMA = limited(WELL_NAMED, lambda schema: not {"oneOf", "allOf", "anyOf"} & set(schema),
                       "input_schema does not support oneOf, allOf, or anyOf at the top level")
 
 # what strict tools and output_config.format may use of it
