@@ -1297,6 +1297,7 @@ class Recall(NamedTuple):
     # whether Claude refused a thinking block, by its mark
     refused: Callable[[str], bool] = lambda mark: False
 
+
 class Draft:
     """A request in the making: what the functions below share while they translate one conversation."""
 

@@ -3354,6 +3354,8 @@ class ClaudeShapeTests(RequestTestCase):
                   {"type": "redacted_thinking", "data": "ZGF0"}, tool_use("toolu_2", "g", {})]
         answers = user([tool_result("toolu_1"), tool_result("toolu_2")])
         self.assertEqual(self.became(ASKED, assistant(blocks), answers)[1]["content"], blocks)
+        twice = dict(assistant(blocks[:3]), thinking_blocks=blocks[:1])         # beside the content and in it
+        self.assertEqual(self.became(ASKED, twice, answers)[1]["content"], blocks[:3])
         unsigned = {"type": "thinking", "thinking": "hm"}
         self.assertEqual(self.became(ASKED, assistant([unsigned, *blocks[1:3]]), answers)[1]["content"], blocks[1:3])
         self.assertEqual(self.became(user([thinking("a", "c2ln"), text("Hi")])), [said("user", "Hi")])
@@ -3381,6 +3383,7 @@ class ClaudeShapeTests(RequestTestCase):
             (json.dumps([{"type": "text", "text": "ok"}, image]), [text("ok"), image_block(PIXEL)]),
             (json.dumps([image_url("data:;base64," + PIXEL)], indent=1), [image_block(PIXEL)]),
             (json.dumps([image_block(PIXEL), dict(image, data=HEIC)]), [image_block(PIXEL), NOTE]),
+            (json.dumps([{"type": "text", "text": "\ud83d!"}, image]), [text("\ufffd!"), image_block(PIXEL)]),
         ):
             with self.subTest(words=words[:60]):
                 self.assertEqual(self.became(ASKED, calls(a_call("a")), result("a", words))[2]["content"][0]["content"],
