@@ -8917,6 +8917,14 @@ class ThinkingReplayTests(GatewayTestCase):
         self.start()
         self.chat(messages=[ASKED, first.message, result("toolu_1")])
         self.assertEqual(bare(self.claude.messages[-1].body)["tools"], [{"name": "f", "input_schema": NO_PARAMETERS}])
+        # a reflection upon the results, without tools, amid turns with them: nothing of the prefix changes
+        blocks = [thinking("hm", "c2ln"), tool_use("toolu_2", "f", {})]
+        history = self.turn(*blocks)
+        self.chat(messages=history)
+        reflection = bare(self.claude.messages[-1].body)
+        self.assertEqual(self.replayed(history), [blocks])
+        again = bare(self.claude.messages[-1].body)
+        self.assertEqual([reflection[name] for name in ("tools", "messages")], [again["tools"], again["messages"]])
 
     def test_pieces_of_one_kept_block_are_joined_and_those_of_other_providers_stay_behind(self):
         anthropic = {"type": "reasoning.text", "format": "anthropic-claude-v1", "index": 0}
