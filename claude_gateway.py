@@ -456,8 +456,11 @@ FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refuse
 ABOUT_TOOL = re.compile(r"tools\.(\d+)\.")
 ABOUT_MODEL = re.compile(r"model")
 ABOUT_LIMIT = re.compile(r"max_tokens: \d+ > (\d+)")
-ABOUT_THINKING = re.compile(r"(?=.*thinking).*(signature|bound to a different conversation|cannot be modified|"
-                            r"must contain thinking)", re.S)
+ABOUT_THINKING = re.compile(r"(?=.*thinking).*(signature|invalid `?data`? in|bound to a different conversation|"
+                            r"cannot be modified|must contain thinking)", re.S | re.I)
+ABOUT_BLOCK = re.compile(r"messages\.\d+\.content\.\d+((\.tool_result)?\.content\.\d+)?")
+ABOUT_COMPILING = re.compile(r"grammar[^.]* too large|too complex for compilation|too many (strict|optional|union)|"
+                             r"tools can be strict", re.I)
 # What a 400 teaches about a model: the pattern of its message, and what is changed in the model's row.  Only what
 # changes the refused request, and then a corrected retry that succeeded, makes a lesson (Lessons.learn).
 LESSONS = (
@@ -721,6 +724,7 @@ class Model:
     thinks_by_default: bool = True
     efforts: Tuple[str, ...] = EFFORTS          # () = no effort parameter
     structured_outputs: bool = True
+    strict_tools: bool = True                   # compiles the schemas of tools
     web_search: bool = True
     price: Optional[Tuple[float, float, float]] = None      # US dollars per million tokens: in, in from the cache, out
     fast: bool = True                           # whether `speed` may be "fast": assumed until a refusal says no
@@ -779,12 +783,22 @@ OPENAI_TIERS = ((re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d
                 (re.compile(r""), "sonnet"))
 
 
+def undated(model_id: str) -> str:
+    return re.sub(r"-\d{8}$", "", model_id)
+
+
+def same_model(model_id: str, models: Iterable[Model]) -> Model | None:
+    """The model of this id, with or without its date on either side."""
+    named = [model for model in models if undated(model.id) == undated(model_id)]
+    return next((model for model in named if model.id == model_id), named[0] if named else None)
+
+
 def model_from_info(info: dict) -> Model | None:
     """A `data` entry of Claude's model list over what the table says of that model."""
     model_id = info.get("id")
     if not isinstance(model_id, str) or not re.match(r"[\x21-\x7e]{1,200}\Z", model_id):
         return None
-    known = BUILT_IN_MODELS.get(model_id) or Model(model_id)
+    known = replace(same_model(model_id, BUILT_IN_MODELS.values()) or Model(""), id=model_id)
 
     def supported(*path: str) -> bool | None:
         value = value_in(info, "capabilities", *path, "supported")
@@ -836,6 +850,11 @@ class Catalog:
                       "for every other name.)" %
                       (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
 
+    def thinks(self, name: str) -> bool:
+        """Whether a model's name asks for thinking: claude-opus-4-8-thinking, opus:thinking."""
+        plain = name.strip().lower()
+        return re.search(r"[-:]thinking$", self.aliases.get(plain, plain)[-200:]) is not None
+
     def newest(self, line: str | None) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
         models = [model for model in self.models.values() if line and model.line == line]
@@ -874,17 +893,12 @@ class Catalog:
         if not plain.startswith("claude-"):
             return None
         plain = re.sub(r"^claude-(\d+(?:-\d+)?)-(opus|sonnet|haiku|fable|mythos)", r"claude-\2-\1", plain)
-        undated = re.sub(r"-\d{8}$", "", plain)
-        if undated[len("claude-"):] in TIERS:
-            return self.newest(undated[len("claude-"):])
-        for wanted in (plain, undated):
-            for model in self.models.values():
-                if model.id == wanted or re.sub(r"-\d{8}$", "", model.id) == wanted:
-                    return model
-        unknown = Model(plain)
-        if self.live or not unknown.line or unknown.version < OLDEST_LIVING:
-            return None
-        return unknown                                              # newer than this file: Claude will judge
+        tier = undated(plain)[len("claude-"):]
+        if tier in TIERS:
+            return self.newest(tier)
+        unknown = Model(plain)                      # newer than this file: Claude will judge
+        judged_here = self.live or not unknown.line or unknown.version < OLDEST_LIVING
+        return same_model(plain, self.models.values()) or (None if judged_here else unknown)
 
 
 def tier_of(name: str) -> str | None:
@@ -1096,7 +1110,7 @@ PARAMETERS = {
     "max_output_tokens": Parameter(rounded_of),
     "tools": Parameter(list_of), "functions": Parameter(list_of), "web_search_options": Parameter(object_of),
     "tool_choice": Parameter(), "function_call": Parameter(), "parallel_tool_calls": Parameter(boolean_of),
-    "max_tool_calls": Parameter(integer_of, DROPPED, api=RESPONSES),
+    "max_tool_calls": Parameter(integer_of, api=RESPONSES),
     "response_format": Parameter(object_of), "text": Parameter(object_of), "verbosity": Parameter(verbosity_of),
     "reasoning_effort": Parameter(effort_of), "reasoning": Parameter(),
     "temperature": Parameter(number_of), "top_p": Parameter(number_of), "top_k": Parameter(integer_of),
@@ -1104,7 +1118,7 @@ PARAMETERS = {
     "n": Parameter(integer_of, REFUSED, 1, "Claude gives one answer per request; send the request several times", CHAT),
     "seed": Parameter(integer_of, DROPPED),
     "logit_bias": Parameter(object_of, DROPPED, {}),
-    "logprobs": Parameter(boolean_of, REFUSED, False, "Claude does not return log probabilities", CHAT),
+    "logprobs": Parameter(boolean_of, DROPPED, False, "Claude does not return log probabilities", CHAT),
     "top_logprobs": Parameter(integer_of, DROPPED, 0),
     "frequency_penalty": Parameter(number_of, DROPPED, 0),
     "presence_penalty": Parameter(number_of, DROPPED, 0),
@@ -1119,18 +1133,24 @@ PARAMETERS = {
                         RESPONSES),
     "store": Parameter(boolean_of, IGNORED),
     "metadata": Parameter(object_of, IGNORED),
-    "moderation": Parameter(anything, IGNORED),
+    "moderation": Parameter(anything, DROPPED),
     "service_tier": Parameter(text_of), "user": Parameter(text_of), "safety_identifier": Parameter(text_of),
     "prompt_cache_key": Parameter(text_of, IGNORED),
     "prompt_cache_retention": Parameter(text_of, IGNORED),
     "prompt_cache_options": Parameter(object_of),
     # not OpenAI's, but sent on purpose by tools that know Claude
-    "thinking": Parameter(), "cache_control": Parameter(), "speed": Parameter(one_of("standard", "fast")),
+    "system": Parameter(api=CHAT), "thinking": Parameter(), "cache_control": Parameter(),
+    "speed": Parameter(one_of("standard", "fast")),
     # of other providers and tools
     **dict.fromkeys(("usage", "provider", "client_metadata", "chat_id", "session_id", "transforms",
                      "include_reasoning"), Parameter(anything, IGNORED)),
 }
 UNKNOWN = Parameter(anything, DROPPED)
+# The fields inside of a parameter that mean something here; every other one is reported.
+INSIDE = {"reasoning": ("effort", "max_tokens", "enabled", "exclude", "summary", "generate_summary", "context"),
+          "text": ("format", "verbosity"), "stream_options": ("include_usage", "include_obfuscation"),
+          "web_search_options": ("search_context_size", "user_location", "filters", "max_uses", "allowed_domains",
+                                 "blocked_domains", "external_web_access")}
 
 
 def read_parameters(body: dict, api: str, changes: Changes) -> dict:
@@ -1145,6 +1165,9 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
         value = parameter.check(value, name)
         if parameter.fate == READ:
             fields[name] = value
+            for inner in value if name in INSIDE and isinstance(value, dict) else ():
+                if inner not in INSIDE[name] and value[inner]:
+                    changes.add("dropped", "%s.%s" % (name, inner), UNKNOWN.why)
         elif parameter.fate == IGNORED:
             changes.ignored.append(name)
         elif parameter.fate == REFUSED and value != parameter.default:
@@ -1159,11 +1182,13 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
 
 
 class ToolNames:
-    """Tool names there and back: up to 64 of [A-Za-z0-9_-] stay as they are, all others get a name that fits."""
-    FIT = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+    """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
+    fits.  `more`: what it accepts beyond [A-Za-z0-9_-]."""
 
-    def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = ()) -> None:
-        self._there = {name: name for name in declared if self.FIT.match(name) and name not in taken}
+    def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = (), more: str = "") -> None:
+        self._fit = re.compile(r"[A-Za-z0-9_%s-]{1,64}\Z" % more)
+        self._unfit = re.compile(r"[^A-Za-z0-9_%s-]" % more)
+        self._there = {name: name for name in declared if self._fit.match(name) and name not in taken}
         self._back = dict(self._there, **{name: name for name in taken})
         self._counts: Dict[str, int] = {}           # how often a name was wanted
         for name in declared:
@@ -1172,7 +1197,7 @@ class ToolNames:
     def there(self, name: str) -> str:
         """The name that Claude gets for a client's tool; the same one throughout a request."""
         if name not in self._there:
-            fitted = fitting = name if self.FIT.match(name) else (re.sub(r"[^A-Za-z0-9_-]", "_", name)[:58] or "tool")
+            fitted = fitting = name if self._fit.match(name) else (self._unfit.sub("_", name)[:58] or "tool")
             count = self._counts.get(fitting, 1)
             while fitted in self._back:
                 count += 1
@@ -1188,6 +1213,19 @@ class ToolNames:
     def same(self) -> bool:
         """Whether every tool goes by one name on both sides."""
         return all(name == other for name, other in self._back.items())
+
+    def renamed(self, mapping: dict) -> dict:
+        """An object with the names that Claude gets; a name that was not declared stays."""
+        return {self._there.get(name, name): value for name, value in mapping.items()}
+
+    def restored(self, mapping: dict) -> dict:
+        """An object of Claude's with the client's names."""
+        return {self.back(name): value for name, value in mapping.items()}
+
+
+def led_by_name(name: str, description: Any) -> str:
+    """A description that begins with the name which it stood beside, where Claude gets another one."""
+    return "%s: %s" % (name, description) if description and isinstance(description, str) else name
 
 
 class CallIds:
@@ -1230,21 +1268,29 @@ class Declared(NamedTuple):
         return full_tool_name(self.namespace, self.name)
 
 
-Recall = Callable[[Sequence[str]], Optional[List[dict]]]
+class Recall(NamedTuple):
+    """Looks up what is remembered of earlier requests; by default there is nothing."""
+    # the content blocks, thinking and all, of an earlier answer, by its tool call ids
+    answer: Callable[[Sequence[str]], Optional[List[dict]]] = lambda call_ids: None
+    # the tools that the request had whose answer made one of these calls, as Claude got them
+    tools: Callable[[Sequence[str]], List[dict]] = lambda call_ids: []
+    # whether Claude refused a thinking block, by its mark
+    refused: Callable[[str], bool] = lambda mark: False
 
 
 class Draft:
     """A request in the making: what the functions below share while they translate one conversation."""
 
     def __init__(self, model: Model, changes: Changes, declared: Sequence[Declared], search: Sequence[dict],
-                 recall: Recall | None, replay: bool) -> None:
+                 recall: Recall | None) -> None:
         self.model = model
         self.changes = changes
         self.declared = declared                    # the client's tools
         self.search = search                        # Claude's web search, if it is wanted
         self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
-        self.recall = recall or (lambda call_ids: None)
-        self.replay = replay                        # whether signed thinking that a client kept is sent
+        self.properties: Dict[str, ToolNames] = {}  # tool -> names of its properties, where Claude gets others
+        self.recall = recall or Recall()
+        self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
         self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
         self.forced_tool = ""                       # as in ReplyPlan
@@ -1259,6 +1305,7 @@ class ReplyPlan(NamedTuple):
     namespaces: Dict[str, Tuple[str, str]] = {}     # full name -> namespace and name within it
     forced_tool: str = ""                           # the text of the reply is the arguments of this tool
     bare_json: bool = False                         # cut the reply's text down to the JSON object in it
+    properties: Dict[str, ToolNames] = {}           # tool -> names of its properties, where Claude has others
 
 
 class Translation(NamedTuple):
@@ -1382,14 +1429,6 @@ def media_type_of(start: bytes) -> str:
     return "application/pdf" if b"%PDF-" in start[:1024] else ""
 
 
-TEXT_NAME = re.compile(r"\.(txt|md|csv|json|xml|html?|ya?ml|log|py|js|ts|c|h|java|go|rs|sh)$")
-
-
-def type_from_name(name: str) -> str:
-    """The media type that a file name claims, as far as text goes."""
-    return "text/plain" if TEXT_NAME.search(name.lower()) else ""
-
-
 def titled(block: dict, title: str) -> dict:
     return dict(block, title=title[:500]) if title.strip() else block
 
@@ -1437,7 +1476,7 @@ def checked_url(url: str, path: str) -> str:
 
 
 def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: Draft) -> list[dict]:
-    """Base64 as an image or document block, by what the bytes are; the declared type only decides for text."""
+    """Base64 as an image or document block, by what the bytes are, whatever type they are declared to be."""
     data = re.sub(r"\s+", "", data).replace("-", "+").replace("_", "/").rstrip("=")
     data += "=" * (-len(data) % 4)
     if not re.match(r"[A-Za-z0-9+/]+={0,2}\Z", data) or len(data.rstrip("=")) % 4 == 1:
@@ -1451,19 +1490,20 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         if declared not in ("", found):
             draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared or "the image", found))
         return [{"type": "image", "source": {"type": "base64", "media_type": found, "data": data}}]
-    if declared.startswith("text/") or declared in ("application/json", "application/xml"):
-        try:
-            return text_document(base64.b64decode(data).decode("utf-8"), title)
-        except UnicodeDecodeError:
-            pass
+    with contextlib.suppress(UnicodeDecodeError):
+        text = base64.b64decode(data).decode("utf-8-sig")
+        if "\0" not in text:
+            if declared.startswith("image/"):       # SVG
+                draft.changes.add("changed", path, "%s to text" % declared)
+            return text_document(text, title)
     known = declared in ("application/pdf", *IMAGE_TYPES)
     raise InvalidRequest("%s: Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
         path, "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"),
         path, "unsupported_file")
 
 
-def blocks_from_url(url: str, title: str, path: str, draft: Draft) -> list[dict]:
-    """A data URL as what it holds, a web address as a source that Claude fetches, bare base64 as an image."""
+def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "image") -> list[dict]:
+    """A data URL or bare base64 as what it holds, a web address as a source that Claude fetches."""
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
         media_type = head.split(";")[0].strip().lower()
@@ -1474,7 +1514,8 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft) -> list[dict]
                                       draft)
         return text_document(urllib.parse.unquote(data), title)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) or not re.match(r"[A-Za-z0-9+/_=\s-]{40,}\Z", url):
-        return [{"type": "image", "source": {"type": "url", "url": checked_url(url, path)}}]
+        block = {"type": kind, "source": {"type": "url", "url": checked_url(url, path)}}
+        return [titled(block, title) if kind == "document" else block]
     return blocks_from_base64(url, "", title, path, draft)
 
 
@@ -1487,14 +1528,27 @@ def no_stored_files(path: str) -> InvalidRequest:
                           "unsupported_value")
 
 
+def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    """An image or document of the Messages API, as far as a gateway can check it."""
+    source, path = object_of(part["source"], path + ".source"), path + ".source"
+    kind, title = source.get("type"), text_in(part, "title") or ""
+    if kind == "content":
+        return blocks_from_content(source.get("content"), path + ".content", draft)
+    if kind == "text":
+        return text_document(text_at(source, "data", path), title)
+    if kind == "base64":
+        declared = text_in(source, "media_type") or ""
+        return blocks_from_base64(text_at(source, "data", path), declared, title, path + ".data", draft)
+    return blocks_from_url(text_at(source, "url", path), title, path + ".url", draft, part["type"])
+
+
 def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """`image_url` in its three spellings, or an image of the Messages API."""
-    source = part.get("source")
-    if isinstance(source, dict):
-        if source.get("type") == "base64":
-            data, declared = text_at(source, "data", path + ".source"), str(source.get("media_type"))
-            return blocks_from_base64(data, declared, "", path + ".source.data", draft)
-        return blocks_from_url(text_at(source, "url", path + ".source"), "", path + ".source.url", draft)
+    """`image_url` in its three spellings, or an image of the Messages API or of the Model Context Protocol."""
+    if part.get("source") is not None:
+        return source_part(part, path, draft)
+    if part.get("data") is not None:
+        declared = text_in(part, "mimeType") or ""
+        return blocks_from_base64(text_at(part, "data", path), declared, "", path + ".data", draft)
     image = part.get("image_url")
     if image is None and part.get("file_id") is not None:
         raise no_stored_files(path)
@@ -1505,7 +1559,9 @@ def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
 
 
 def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """`file` with its data inside: a PDF or a text.  There is no store of uploaded files here."""
+    """`file` with its data inside, or a document.  There is no store of uploaded files here."""
+    if part.get("source") is not None:
+        return source_part(part, path, draft)
     file = part
     if part.get("file") is not None:
         file, path = object_of(part["file"], path + ".file"), path + ".file"
@@ -1514,34 +1570,13 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
         data, path = text_of(file["file_data"], path + ".file_data"), path + ".file_data"
         if data.startswith("data:"):
             return blocks_from_url(data, title, path, draft)
-        return blocks_from_base64(data, type_from_name(title), title, path, draft)
+        return blocks_from_base64(data, "", title, path, draft)
     for name in ("file_url", "document_url"):
         if file.get(name) is not None:
-            url = text_of(file[name], path + "." + name)
-            if url.startswith("data:"):
-                return blocks_from_url(url, title, path + "." + name, draft)
-            url = checked_url(url, path + "." + name)
-            return [titled({"type": "document", "source": {"type": "url", "url": url}}, title)]
+            return blocks_from_url(text_at(file, name, path), title, path + "." + name, draft, "document")
     if file.get("file_id") is not None:
         raise no_stored_files(path)
     raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
-
-
-def document_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """A document of the Messages API, as far as a gateway can check it, or Mistral's `document_url`."""
-    if part.get("document_url") is not None:
-        return file_part(part, path, draft)
-    source = object_of(part.get("source"), path + ".source")
-    kind, title = source.get("type"), part.get("title")
-    title = title if isinstance(title, str) else ""
-    if kind == "base64":
-        return blocks_from_base64(text_at(source, "data", path + ".source"), "", title, path, draft)
-    if kind == "text":
-        return text_document(text_at(source, "data", path + ".source"), title)
-    if kind == "url":
-        url = checked_url(text_at(source, "url", path + ".source"), path + ".source.url")
-        return [titled({"type": "document", "source": {"type": "url", "url": url}}, title)]
-    raise InvalidRequest("%s.source.type: expected base64, text or url." % path, path + ".source.type")
 
 
 def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
@@ -1551,44 +1586,99 @@ def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
     return refuse
 
 
+def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
+    """A thinking block as Claude signed it; text without a signature never becomes thinking."""
+    if signature and isinstance(signature, str) and isinstance(thinking or "", str):
+        return [{"type": "thinking", "thinking": thinking or "", "signature": signature}]
+    if data and isinstance(data, str):
+        return [{"type": "redacted_thinking", "data": data}]
+    return []
+
+
+def thinking_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    return thinking_block(part.get("thinking"), part.get("signature"), part.get("data"))
+
+
 def nothing_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """Thinking goes its own way (signed_thinking); without a signature it goes nowhere."""
+    """Reasoning that is not Claude's goes nowhere."""
     return []
 
 
 PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), text_part("text")), "refusal": text_part("refusal"),
     "image_url": image_part, "input_image": image_part, "image": image_part,
-    "file": file_part, "input_file": file_part, "document": document_part, "document_url": document_part,
+    "file": file_part, "input_file": file_part, "document": file_part, "document_url": file_part,
     "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
-    "thinking": nothing_part, "redacted_thinking": nothing_part, "reasoning": nothing_part,
-    "reasoning_text": nothing_part,
+    "thinking": thinking_part, "redacted_thinking": thinking_part,
+    "reasoning": nothing_part, "reasoning_text": nothing_part,
 }
+THINKING = ("thinking", "redacted_thinking")
+MEDIA = {kind for kind, translate in PARTS.items() if translate in (image_part, file_part)}
+LEFT_OUT = "[A file that Claude does not accept was left out here.]"
+MALFORMED = ("invalid_type", "missing_required_parameter")      # codes of a part that is no medium at all
+
+
+def content_parts(content: Any, path: str) -> list[tuple[str, dict]]:
+    """The parts of a message's content, which may be a string or a list of them, each with its path."""
+    if content is None or isinstance(content, str):
+        return [(path, {"type": "text", "text": content})] if content else []
+    return [(where, {"type": "text", "text": part} if isinstance(part, str) else object_of(part, where))
+            for where, part in entries_of(content, path, anything)]
 
 
 def blocks_from_content(content: Any, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
-    """The content of a message, a string or a list of parts, as content blocks without empty texts."""
-    if content is None:
+    """The content of a message as content blocks without empty texts."""
+    return [block for where, part in content_parts(content, path)
+            for block in blocks_from_part(part, where, draft, assistant)]
+
+
+def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
+    """One content part.  Media that Claude refuses are an error only where the client can still take them back."""
+    kind = part.get("type", "text" if "text" in part else None)
+    translate = PARTS.get(kind) if isinstance(kind, str) else None
+    if translate is None:
+        draft.changes.add("changed", path, "a part of unknown type, passed on as text")
+        return marked(text_blocks(json.dumps(part, ensure_ascii=False)), part)
+    try:
+        found = translate(part, path, draft)
+    except InvalidRequest as fault:
+        if not draft.lenient or fault.code in MALFORMED:
+            raise
+        draft.changes.add("changed", path, "to a note: %s" % fault)
+        found = text_blocks(LEFT_OUT)
+    if not assistant:
+        found = [block for block in found if block["type"] not in THINKING]
+    elif any(block["type"] not in ("text", *THINKING) for block in found):
+        draft.changes.add("dropped", path, "Claude accepts only text from the assistant")
+        found = text_blocks("[%s]" % found[0]["type"])
+    return marked(found, part)
+
+
+def parts_in_text(text: str) -> list:
+    """The content parts that a tool wrote as JSON into its result; [] where it is a text like any other."""
+    if not re.match(r"\s*\[\s*\{", text) or not any('"%s"' % kind in text for kind in MEDIA):
         return []
-    if isinstance(content, str):
-        return text_blocks(content)
-    blocks: list[dict] = []
-    for where, part in entries_of(content, path, anything):
-        if isinstance(part, str):
-            blocks += text_blocks(part)
-            continue
-        kind = object_of(part, where).get("type", "text" if "text" in part else None)
-        translate = PARTS.get(kind) if isinstance(kind, str) else None
-        if translate is None:
-            draft.changes.add("changed", where, "a part of unknown type, passed on as text")
-            blocks += text_blocks(json.dumps(part, ensure_ascii=False))
-            continue
-        found = translate(part, where, draft)
-        if assistant and any(block["type"] != "text" for block in found):
-            draft.changes.add("dropped", where, "Claude accepts only text from the assistant")
-            found = text_blocks("[%s]" % found[0]["type"])
-        blocks += marked(found, part)
-    return blocks
+    try:
+        parts = without_lone_surrogates(json_within_bounds(text))
+    except ValueError:
+        return []
+    kinds = {text_in(part, "type") for part in parts}
+    return parts if kinds <= set(PARTS) and MEDIA & kinds else []
+
+
+def content_of_result(content: Any, path: str, draft: Draft) -> Any:
+    """The content of a tool's result: a string or blocks.  No client can take back what a tool returned."""
+    lenient, draft.lenient = draft.lenient, True
+    if isinstance(content, list):
+        content = blocks_from_content(content, path, draft)
+    elif isinstance(content, str):
+        parts = parts_in_text(content)
+        with contextlib.suppress(InvalidRequest):   # it only looked like parts
+            content = blocks_from_content(parts, path, draft) if parts else content
+    else:
+        content = "" if content is None else json.dumps(content, ensure_ascii=False)
+    draft.lenient = lenient
+    return content
 
 
 # ---- Tool schemas ------------------------------------------------------------------------------------
@@ -1856,6 +1946,17 @@ def uses_functions(fields: dict) -> bool:
     return bool(fields.get("functions")) and not fields.get("tools")
 
 
+# Types of hosted tools for which Claude has one of its own.
+CLAUDE_HOSTED = re.compile("web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|memory|advisor")
+
+
+def why_no_tool(kind: Any) -> str:
+    """Why a hosted tool is left out."""
+    if isinstance(kind, str) and CLAUDE_HOSTED.match(kind):
+        return "tools of type %s are not translated here" % json.dumps(kind)
+    return "Claude has no tool of type %s" % json.dumps(kind)
+
+
 def is_web_search(kind: Any) -> bool:
     return isinstance(kind, str) and re.match(r"(openrouter:)?web_search", kind) is not None
 
@@ -1895,6 +1996,8 @@ def declared_custom(tool: dict, path: str, namespace: str) -> Declared:
 def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) -> list[Declared]:
     """One entry of a tool list: a function or custom tool, a namespace of them, or what Claude has no tool for."""
     kind = tool.get("type") or "function"
+    if len(tool) == 1 and not {"type", "name", "function", "custom"} & set(tool):
+        kind = next(iter(tool))                     # {"googleSearch": {}}
     if kind == "namespace" and not namespace:
         inner = entries_of(tool.get("tools"), path + ".tools")
         return declared_tools(inner, changes, text_at(tool, "name", path))
@@ -1903,7 +2006,7 @@ def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) ->
     if kind in ("function", "custom"):
         return [declared_function(tool, path, namespace)]
     if not is_web_search(kind):
-        changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
+        changes.add("dropped", path, why_no_tool(kind))
     return []
 
 
@@ -1921,6 +2024,8 @@ def declared_tools(entries: Iterable[tuple[str, dict]], changes: Changes, namesp
 def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: Draft) -> None:
     """`strict` stays where the schema is in the subset as it is, so that nothing of it is lost."""
     try:
+        if not draft.model.strict_tools:
+            raise Unsupported("Claude could not compile the schemas of this request")
         subset = Subset(tool["input_schema"])
         schema = subset.whole()
         if subset.moved:
@@ -1933,6 +2038,25 @@ def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: 
     tool["input_schema"], tool["strict"] = schema, True
 
 
+def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
+    """A tool's schema with names of properties that Claude accepts; it looks at those of the root only."""
+    names = ToolNames(list(schema["properties"]), more=".")
+    if names.same():
+        return schema
+    draft.properties[tool.full_name] = names
+    properties = {}
+    for name, value in schema["properties"].items():
+        fitted = names.there(name)
+        if fitted != name and isinstance(value, dict):
+            value = dict(value, description=led_by_name(name, value.get("description")))
+        properties[fitted] = value
+    draft.changes.add("changed", tool.path + ".parameters", "names of properties, and back")
+    schema = dict(schema, properties=properties)
+    if "required" in schema:
+        schema["required"] = [names.there(name) for name in schema["required"]]
+    return schema
+
+
 def tools_from_declared(draft: Draft) -> list[dict]:
     """The client's tools as `tools` of the Messages request, in its order."""
     tools, strict_budget = [], StrictBudget()
@@ -1941,8 +2065,11 @@ def tools_from_declared(draft: Draft) -> list[dict]:
         if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
+        schema = with_fitting_names(schema, entry, draft)
         tool = {"name": name, "description": entry.description, "input_schema": schema}
-        if not entry.description:
+        if not entry.name.isascii():                # of which little or nothing is left
+            tool["description"] = led_by_name(entry.name, entry.description)
+        if not tool["description"]:
             del tool["description"]
         if entry.strict:
             add_strictness(tool, strict_budget, entry, draft)
@@ -1957,18 +2084,26 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
     for where, tool in entries_of(fields.get("tools", []), "tools"):
         if options is None and is_web_search(tool.get("type")):
             options, path = tool, where
+    most = fields.get("max_tool_calls")
+    if options is None and most is not None:
+        changes.add("dropped", "max_tool_calls", "only web searches can be limited")
     if options is None:
         return []
-    if not model.web_search:
-        changes.add("dropped", path, "%s has no web search" % model.id)
+    obstacle = ("%s has no web search" % model.id if not model.web_search else
+                "Claude has no cached index" if options.get("external_web_access") is False else
+                "max_tool_calls allows none" if most is not None and most < 1 else "")
+    if obstacle:
+        changes.add("dropped", path, obstacle)
         return []
     size = options.get("search_context_size") or "medium"
     one_of(*WEB_SEARCH_USES)(size, path + ".search_context_size")
-    tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": WEB_SEARCH_USES[size]}
+    uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
+    tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
+    tool.update(search_domains(options, path, changes))
     location = options.get("user_location")
     if location is not None:
         location = object_of(location, path + ".user_location")
-        nested = object_of(location.get("approximate", location), path + ".user_location.approximate")
+        nested = object_of(location.get("approximate") or location, path + ".user_location.approximate")
         place = {key: text_of(nested[key], "%s.user_location.%s" % (path, key))
                  for key in ("city", "region", "country", "timezone") if nested.get(key)}
         if place:
@@ -1976,12 +2111,33 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
     return [tool]
 
 
+def search_domains(options: dict, path: str, changes: Changes) -> dict:
+    """The domains that a web search is restricted to, in OpenAI's shape or Claude's, which accepts one list."""
+    if options.get("filters") is not None:
+        options, path = object_of(options["filters"], path + ".filters"), path + ".filters"
+    lists: dict[str, list] = {}
+    for name in ("allowed_domains", "blocked_domains"):
+        domains = entries_of(options.get(name) or [], "%s.%s" % (path, name), text_of)
+        if domains and lists:
+            changes.add("dropped", "%s.%s" % (path, name), "Claude accepts either allowed or blocked domains")
+        elif domains:
+            lists[name] = [re.sub(r"^https?://", "", domain).rstrip("/") for _, domain in domains]
+    return lists
+
+
 def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
-    """Bare definitions of the tools that a history uses, where the request defines none: Claude insists."""
-    names = [block["name"] for message in messages for block in message["content"] if block["type"] == "tool_use"]
-    if names:
-        draft.changes.add("repaired", "tools", "the history uses tools that the request does not define")
-    return [{"name": name, "input_schema": {"type": "object", "properties": {}}} for name in dict.fromkeys(names)]
+    """The tools that a history uses, where the request defines none: Claude insists.
+
+    They are as this conversation had them last, for thinking is signed and cached with them, or else bare.
+    """
+    calls = [block for message in messages for block in message["content"] if block["type"] == "tool_use"]
+    if not calls:
+        return []
+    draft.changes.add("repaired", "tools", "the history uses tools that the request does not define")
+    tools = draft.recall.tools([call["id"] for call in calls])
+    known = {tool["name"] for tool in tools}
+    return tools + [{"name": name, "input_schema": {"type": "object", "properties": {}}}
+                    for name in dict.fromkeys(call["name"] for call in calls) if name not in known]
 
 
 # ---- Conversation ------------------------------------------------------------------------------------
@@ -2025,7 +2181,19 @@ def closed(fragment: str) -> str:
             closers.append("}" if character == "{" else "]")
         elif character in "}]" and closers:
             closers.pop()
-    return fragment + ('"' if in_string else "") + "".join(reversed(closers))
+    if in_string:
+        fragment = re.sub(r'(?<!\\)((?:\\\\)*)\\(u[0-9a-fA-F]{0,3})?\Z', r"\1", fragment) + '"'      # a cut escape goes
+    return fragment + "".join(reversed(closers))
+
+
+def object_in(text: str) -> dict | None:
+    """The JSON object in a text, as far as it goes where it is cut; None where there is none."""
+    for repair in (str, closed):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(repair(text))
+            if isinstance(value, dict):
+                return value
+    return None
 
 
 def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
@@ -2051,11 +2219,6 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
         return {} if value is None else {"value": value}
     draft.changes.add("repaired", path, "not JSON: passed on as text")
     return {"_raw": arguments}
-
-
-def tool_text(content: Any) -> str:
-    """The content of a tool message that is neither a string nor a list of parts, as text."""
-    return "" if content is None else json.dumps(content, ensure_ascii=False)
 
 
 def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
@@ -2121,6 +2284,8 @@ class Conversation:
         turn = self._turn("assistant")
         call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name, turn)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
+        properties = self._draft.properties.get(function["name"])
+        arguments = properties.renamed(arguments) if properties else arguments
         tool_use = {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
         turn.blocks.append(tool_use)
         turn.calls.append(call)
@@ -2132,27 +2297,31 @@ class Conversation:
         same_id.append(call)
         return tool_use
 
-    def result(self, raw_id: str, name: Any, content: Any, path: str, mark: dict) -> None:
-        """A tool's result: to the call it answers, or as text where there is none."""
+    def result(self, raw_id: str, name: Any, content: Any, path: str, given: dict) -> None:
+        """A tool's result: to the call it answers, or as text where there is none.
+
+        `given`: the message, item or part, for its cache mark and what else it says of the result.
+        """
         latest = next((turn for turn in reversed(self._turns) if turn.role == "assistant"), None)
         call = self._answered(raw_id) if raw_id else self._unanswered(latest, name)
         if call and call.turn is not latest:
             self._draft.changes.add("repaired", path, "a late result moved up to its call")
         user = self._turn("user")
-        content = content if isinstance(content, (str, list)) else tool_text(content)
+        content = content_of_result(content, path + ".content", self._draft)
         if call is None:
             self._draft.changes.add("repaired", path, "a result without its call, kept as text")
             user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id"))
-            user.blocks += blocks_from_content(content, path + ".content", self._draft)
+            user.blocks += text_blocks(content) if isinstance(content, str) else content
             return
         if call.result is not None:
             self._draft.changes.add("repaired", path, "a second result of one call replaces the first")
         call.result = {"type": "tool_result", "tool_use_id": call.call_id}
-        result = blocks_from_content(content, path + ".content", self._draft) if isinstance(content, list) else content
-        if result.strip() if isinstance(result, str) else result:
-            call.result["content"] = result
-        if mark:
-            call.result["cache_control"] = mark
+        if content.strip() if isinstance(content, str) else content:
+            call.result["content"] = content
+        if given.get("is_error") is True and all(block["type"] == "text" for block in listed(content)):
+            call.result["is_error"] = True          # which Claude accepts with text only
+        if mark_from(given):
+            call.result["cache_control"] = mark_from(given)
 
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
@@ -2181,7 +2350,9 @@ class Conversation:
                 messages.append({"role": "user", "content": blocks})
             if late:
                 messages.append({"role": "system", "content": late})
-        return merged(messages)
+        for message in messages:
+            message["content"] = without_refused(message["content"], self._draft.recall)
+        return merged([message for message in messages if message["content"]])
 
     def _turn(self, role: str) -> Turn:
         """The turn that something of this role belongs to: the last one, or a new one."""
@@ -2206,8 +2377,8 @@ class Conversation:
 
     def _replayed(self, turn: Turn) -> list[dict]:
         """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
-        earlier = self._draft.recall([call.raw_id for call in turn.calls]) if turn.calls else None
-        plain = [block for block in turn.blocks if block["type"] not in ("thinking", "redacted_thinking")]
+        earlier = self._draft.recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
+        plain = [block for block in turn.blocks if block["type"] not in THINKING]
         if not earlier or len(plain) < len(turn.blocks) or not same_answer(earlier, plain) \
                 or has_server_blocks(earlier) and not self._draft.search:
             return turn.blocks
@@ -2237,27 +2408,42 @@ class Conversation:
         return [late.block for late in blocks[-count:]]
 
 
-def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
-    if signature and isinstance(signature, str) and isinstance(thinking or "", str):
-        return [{"type": "thinking", "thinking": thinking or "", "signature": signature}]
-    if data and isinstance(data, str):
-        return [{"type": "redacted_thinking", "data": data}]
-    return []
+def thinking_marks(content: list[dict]) -> list[str]:
+    """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
+    call_ids = [block["id"] for block in content if block["type"] == "tool_use"]
+    marks = [json.dumps([block.get("signature"), block.get("data"), call_ids]) for block in content]
+    return [hashlib.sha256(mark.encode()).hexdigest() if block["type"] in THINKING else ""
+            for block, mark in zip(content, marks)]
+
+
+def without_refused(content: list[dict], recall: Recall) -> list[dict]:
+    """A turn without the thinking blocks that Claude refused earlier."""
+    return [block for block, mark in zip(content, thinking_marks(content)) if not mark or not recall.refused(mark)]
 
 
 def signed_thinking(chat_message: dict) -> list[dict]:
-    """The thinking blocks that a client kept with their signatures; text without one never becomes thinking."""
+    """The thinking blocks that a client kept beside the content, with their signatures."""
     blocks: list[dict] = []
     for block in listed(chat_message.get("thinking_blocks")):
         if isinstance(block, dict):
             blocks += thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
-    for detail in () if blocks else listed(chat_message.get("reasoning_details")):
-        if isinstance(detail, dict):
-            blocks += thinking_block(detail.get("text"), detail.get("signature"), detail.get("data"))
-    for part in () if blocks else listed(chat_message.get("content")):
-        if isinstance(part, dict) and part.get("type") in ("thinking", "redacted_thinking"):
-            blocks += thinking_block(part.get("thinking"), part.get("signature"), part.get("data"))
+    for detail in () if blocks else joined_details(listed(chat_message.get("reasoning_details"))):
+        blocks += thinking_block(detail.get("text"), detail.get("signature"), detail.get("data"))
     return blocks
+
+
+def joined_details(details: Sequence[Any]) -> list[dict]:
+    """Entries of `reasoning_details` that may be Claude's, the pieces of one block (same `index`) joined."""
+    joined: dict[Any, dict] = {}
+    for at, detail in enumerate(details):
+        if not isinstance(detail, dict) or not re.match(r"anthropic|unknown|\Z", str(detail.get("format") or "")):
+            continue
+        index = detail.get("index")
+        block = joined.setdefault((detail.get("type"), index) if isinstance(index, int) else -1 - at, {})
+        for name in ("text", "signature", "data"):
+            if detail.get(name) and isinstance(detail[name], str):
+                block[name] = block.get(name, "") + detail[name]
+    return list(joined.values())
 
 
 def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
@@ -2269,21 +2455,44 @@ def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
     return {"name": custom.get("name"), "arguments": arguments}, path + ".custom"
 
 
+def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
+                kept: Sequence[dict] = ()) -> list[dict]:
+    """Adds a message's content and returns its blocks; calls and results in Claude's own shape are what they are.
+
+    `kept`: the thinking of an assistant message, where the client kept it beside the content.
+    """
+    added = list(kept)
+    conversation.add(role, added)
+    for where, part in content_parts(message.get("content"), path + ".content"):
+        kind = part.get("type")
+        if kind == "tool_result" and role == "user":
+            conversation.result(text_at(part, "tool_use_id", where, ""), None, part.get("content"), where, part)
+        elif kind == "tool_use" and role == "assistant":
+            function = {"name": part.get("name"), "arguments": part.get("input")}
+            added += marked([conversation.call(text_at(part, "id", where, ""), function, where)], part)
+        else:
+            blocks = blocks_from_part(part, where, draft, role == "assistant")
+            blocks = [block for block in blocks if not kept or block["type"] not in THINKING]
+            conversation.add(role, blocks)
+            added += blocks
+    return added
+
+
 def add_message(conversation: Conversation, role: str, chat_message: dict, path: str, draft: Draft) -> None:
     """A message of the user or the system, which may only be text."""
-    blocks = blocks_from_content(chat_message.get("content"), path + ".content", draft)
+    blocks = add_content(conversation, role, chat_message, path, draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
         raise InvalidRequest("%s.content: a system message may contain text only." % path, path + ".content")
-    conversation.add(role, marked(blocks, chat_message))
+    marked(blocks, chat_message)
 
 
 def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
     """An assistant message: thinking, then text, then tool calls, as Claude once sent them."""
-    blocks = signed_thinking(chat_message) if draft.replay else []
-    blocks += blocks_from_content(chat_message.get("content"), path + ".content", draft, assistant=True)
-    if chat_message.get("refusal"):
-        blocks += text_blocks(text_of(chat_message["refusal"], path + ".refusal"))
-    conversation.add("assistant", blocks)
+    blocks = add_content(conversation, "assistant", chat_message, path, draft, signed_thinking(chat_message))
+    refusal = text_blocks(text_at(chat_message, "refusal", path, ""))
+    if refusal and refusal[0] not in blocks:        # it may be a part of the content as well
+        conversation.add("assistant", refusal)
+        blocks += refusal
     last = blocks[-1] if blocks else None
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = text_at(chat_call, "id", where, "")
@@ -2298,16 +2507,24 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
         marked([last], chat_message)
 
 
+def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
+    """Where the newest turn of the user begins: behind all that comes from the assistant or a tool."""
+    return max((at + 1 for at, (_, entry) in enumerate(entries)
+                if entry.get("role") not in ("user", "system", "developer")), default=0)
+
+
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
     """Adds the messages of a chat completion request."""
-    for path, chat_message in entries_of(chat_messages, "messages"):
+    entries = entries_of(chat_messages, "messages")
+    newest = newest_turn(entries)
+    for at, (path, chat_message) in enumerate(entries):
+        draft.lenient = at < newest
         role = chat_role_of(chat_message.get("role"), path + ".role")
         if role == "assistant":
             add_assistant_message(conversation, chat_message, path, draft)
         elif role in ("tool", "function"):
             raw_id = text_at(chat_message, "tool_call_id", path, "")
-            conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path,
-                                mark_from(chat_message))
+            conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path, chat_message)
         else:
             add_message(conversation, "user" if role == "user" else "system", chat_message, path, draft)
 
@@ -2549,7 +2766,9 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
     if asked.effort is not None:
         set_effort(request, asked, draft)
         obstacle = obstacle_to_thinking(request, messages, model)
-    if obstacle:
+    if obstacle and "effort" in request.get("output_config", {}):       # an effort can go without thinking
+        draft.changes.add("changed", asked.field, "sent as effort, without thinking: " + obstacle)
+    elif obstacle:
         draft.changes.add("dropped", asked.field, obstacle)
     thinks = asked.effort is not None and not obstacle
     if "adaptive" in model.thinking:
@@ -2575,6 +2794,10 @@ class Choice(NamedTuple):
     mode: str = "auto"
     name: str = ""
     allowed: Optional[List[str]] = None
+    search: bool = False                            # Claude's web search is chosen
+
+
+FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that names one of the client's tools
 
 
 def choice_name(choice: Any, path: str) -> str:
@@ -2599,15 +2822,20 @@ def asked_choice(fields: dict, changes: Changes) -> Choice:
         return Choice(modes[choice])
     choice = object_of(choice, path)
     kind = choice.get("type")
+    if choice.get("disable_parallel_tool_use") is True:             # Claude's spelling
+        fields["parallel_tool_calls"] = False
     if isinstance(kind, str) and kind in modes:
         return Choice(modes[kind])
+    if is_web_search(kind):
+        return Choice("required", search=True)
     if kind == "allowed_tools":
         allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
         mode = modes.get(str(allowed.get("mode", "auto")), "auto")
         tools = entries_of(allowed.get("tools"), path + ".allowed_tools.tools")
-        return Choice(mode, allowed=[choice_name(tool, where) for where, tool in tools])
-    if kind not in (None, "function", "custom", "tool") and "name" not in choice:
-        changes.add("dropped", path, "Claude has no tool of type %s" % json.dumps(kind))
+        return Choice(mode, allowed=[choice_name(tool, where) for where, tool in tools
+                                     if tool.get("type") in FUNCTION_TYPES or "name" in tool])
+    if kind not in FUNCTION_TYPES and "name" not in choice:
+        changes.add("dropped", path, why_no_tool(kind))
         return Choice()
     return Choice("required", choice_name(choice, path))
 
@@ -2631,6 +2859,11 @@ def tool_choice(asked: Choice, fields: dict, tools: list[dict], draft: Draft) ->
     if not draft.declared and not draft.search:
         return {"type": "none"}                     # stand-ins for a history's tools: not to be called
     choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
+    if asked.search and not draft.search:
+        draft.changes.add("dropped", "tool_choice", "there is no web search in this request")
+        choice = {"type": "auto"}
+    elif asked.search:
+        choice = {"type": "tool", "name": WEB_SEARCH}
     if asked.name:
         named = next((tool for tool in draft.declared if asked.name in (tool.name, tool.full_name)), None)
         if named is None:
@@ -2650,21 +2883,19 @@ def asked_format(fields: dict) -> tuple[str, dict, str]:
     if asked is None:
         return "text", {}, path
     kind = one_of("text", "json_object", "json_schema")(object_of(asked, path).get("type", "text"), path + ".type")
-    if kind != "json_schema":
-        return kind, {}, path
-    if path == "response_format":
+    if path == "response_format" and kind == "json_schema" and "schema" not in asked:
         path += ".json_schema"
         asked = object_of(asked.get("json_schema"), path)
     schema = asked.get("schema")
-    if schema is None:
+    if kind == "text" or schema is None:
         return kind, {}, path
-    return kind, checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
+    return "json_schema", checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
 
 
 def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict | None:
     """A forced tool without forcing: its schema as the answer format, or else a plain instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
-    if tool and draft.model.structured_outputs:
+    if tool and "input_schema" in tool and draft.model.structured_outputs:
         with contextlib.suppress(Unsupported):
             subset = Subset(tool["input_schema"])
             schema = subset.whole()
@@ -2687,8 +2918,7 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
         if not without(schema, "$defs", "definitions"):
             raise Unsupported("there is no schema")
         if not draft.model.structured_outputs or draft.search:
-            raise Unsupported("web search excludes it" if draft.search else "%s has no answer formats" %
-                              draft.model.id)
+            raise Unsupported("web search excludes it" if draft.search else "%s does not compile it" % draft.model.id)
         subset = Subset(schema)
         converted = subset.whole()
         if not StrictBudget().take(subset):
@@ -2771,15 +3001,14 @@ def reply_plan(fields: dict, draft: Draft) -> ReplyPlan:
     declared = draft.declared
     return ReplyPlan(draft.names, uses_functions(fields), [tool.full_name for tool in declared if tool.custom],
                      {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace},
-                     draft.forced_tool, draft.bare_json)
+                     draft.forced_tool, draft.bare_json, draft.properties)
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                               recall: Recall | None = None, replay: bool = True) -> Translation:
+                               recall: Recall | None = None) -> Translation:
     """A chat completion request as a Messages request.
 
-    `preamble`: system blocks that go before the client's.  `recall`: looks up the content blocks, thinking and
-    all, of an earlier answer by its tool call ids.  `replay`: whether signed thinking that the client kept is sent.
+    `preamble`: system blocks that go before the client's.  `recall`: what is remembered of earlier requests.
     Raises InvalidRequest, naming the field by its path.
     """
     changes = Changes()
@@ -2789,9 +3018,12 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
     if not fields["messages"]:
         raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
     declared = declared_tools(tool_entries(fields), changes)
-    draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall, replay)
-    return messages_request(fields, draft, preamble, cache,
-                            lambda conversation: add_chat_messages(conversation, fields["messages"], draft))
+    draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall)
+
+    def add_history(conversation: Conversation) -> None:
+        conversation.add("system", blocks_from_content(fields.get("system"), "system", draft))
+        add_chat_messages(conversation, fields["messages"], draft)
+    return messages_request(fields, draft, preamble, cache, add_history)
 
 
 # ---- Events ------------------------------------------------------------------------------------------
@@ -3050,6 +3282,10 @@ class BareJson:
 Render = Callable[[dict], List[dict]]              # an event of Claude's -> what the client gets for it
 
 
+def arguments_delta(fragment: str) -> dict:
+    return {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": fragment}}
+
+
 class PlannedEvents:
     """Claude's events as the request's plan wants them: tools by the client's names, the forced tool called, text
     cut down to its JSON.  Stands between a MessageAssembler and a renderer; a plan that asks for nothing costs nothing.
@@ -3059,11 +3295,13 @@ class PlannedEvents:
 
     def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
         self._plan = plan
-        self._idle = not plan.forced_tool and not plan.bare_json and plan.names.same()
+        self._idle = not plan.forced_tool and not plan.bare_json and plan.names.same() and not plan.properties
         self.assembler = assembler if self._idle else MessageAssembler()
         self._bare_json = BareJson()
         self._kind = ""                             # of the open block, as Claude began it
         self._calling = False                       # whether the forced tool's block is open
+        self._properties: Optional[ToolNames] = None        # of the tool being called, where they have other names
+        self._held = io.StringIO()                  # its arguments, until they are whole
 
     def then(self, render: Render) -> Render:
         """A function from Claude's event to what `render` makes of the planned ones."""
@@ -3085,10 +3323,33 @@ class PlannedEvents:
 
     def _rendered(self, events: list[dict], render: Render) -> list[dict]:
         rendered = []
-        for event in events:
+        for event in self._with_properties(events):
             self.assembler.feed(event)
             rendered += render(event)
         return rendered
+
+    def _with_properties(self, events: list[dict]) -> Iterator[dict]:
+        """The events with the client's names of properties; where Claude has others, arguments wait to be whole."""
+        for event in events:
+            kind, block = event["type"], event.get("content_block") or {}
+            if kind == "content_block_start" and block["type"] == "tool_use":
+                self._properties = names = self._plan.properties.get(block["name"])
+                if names and block.get("input"):
+                    event = dict(event, content_block=dict(block, input=names.restored(block["input"])))
+            elif kind in ("content_block_stop", "message_delta"):
+                yield from self._held_arguments()
+            elif self._properties and value_in(event, "delta", "type") == "input_json_delta":
+                self._held.write(event["delta"]["partial_json"])
+                continue
+            yield event
+
+    def _held_arguments(self) -> Iterator[dict]:
+        held, names = self._held.getvalue(), self._properties
+        self._held, self._properties = io.StringIO(), None
+        arguments = object_in(held) if names else None
+        if held:
+            yield arguments_delta(json.dumps(names.restored(arguments), ensure_ascii=False) if names and arguments
+                                  else held)
 
     def _block_start(self, event: dict) -> list[dict]:
         block = event["content_block"]
@@ -3118,13 +3379,12 @@ class PlannedEvents:
 
     def _arguments(self, text: str) -> list[dict]:
         """The text of an answer whose format forced a tool: the arguments of its call."""
-        delta = {"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": text}}
         if self._calling:
-            return [delta]
+            return [arguments_delta(text)]
         self._calling = True
         call_id = "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(self.assembler.message.get("id") or "0"))
         block = {"type": "tool_use", "id": call_id, "name": self._plan.forced_tool, "input": {}}
-        return [{"type": "content_block_start", "content_block": block}, delta]
+        return [{"type": "content_block_start", "content_block": block}, arguments_delta(text)]
 
     _HANDLERS: Dict[str, Callable[[PlannedEvents, dict], List[dict]]] = {
         "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop}
@@ -3198,12 +3458,9 @@ def arguments_of(block: dict) -> str:
 
 
 def input_of_custom(arguments: str) -> str:
-    """The string in `{"input": ...}`; whatever else Claude made of it, as it is."""
-    with contextlib.suppress(ValueError):
-        value = json_within_bounds(arguments, LENIENT_JSON)
-        if isinstance(value, dict) and isinstance(value.get("input"), str):
-            return value["input"]
-    return arguments
+    """The string in `{"input": ...}`, as far as it goes; whatever else Claude made of it, as it is."""
+    value = text_in(object_in(arguments), "input")
+    return arguments if value is None else value
 
 
 def tool_call_from_tool_use(block: dict, plan: ReplyPlan) -> dict:
@@ -3384,7 +3641,7 @@ class ChatStream:
 # The same steps for /v1/responses, out of the block-level functions above: items become a conversation, events
 # become response events.  The whole response is what its stream adds up to.
 
-ENCRYPTED_REASONING = "reasoning.encrypted_content"
+ENCRYPTED_REASONING, SEARCH_SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"   # `include`
 OUR_ENCODING = "claude-gateway-1."              # begins our encrypted_content; another version gets another number
 
 
@@ -3412,7 +3669,7 @@ item_role_of = one_of("user", "assistant", "system", "developer")
 def add_message_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     role = item_role_of(item.get("role"), path + ".role")
     if role == "assistant":
-        conversation.add("assistant", blocks_from_content(item.get("content"), path + ".content", draft, True))
+        add_content(conversation, "assistant", item, path, draft)
     else:
         add_message(conversation, "user" if role == "user" else "system", item, path, draft)
 
@@ -3430,14 +3687,12 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
     output = item.get("output")
     if output is None and item.get("type") != "function_call_output":
         output = without(item, "type", "id", "call_id", "status") or None
-    conversation.result(text_at(item, "call_id", path, ""), None, output, path, mark_from(item))
+    conversation.result(text_at(item, "call_id", path, ""), None, output, path, item)
 
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
     blocks = thinking_from_encrypted(item.get("encrypted_content"))
-    if blocks and not draft.replay:
-        return
     if blocks:
         conversation.add("assistant", blocks)
     elif item.get("encrypted_content"):
@@ -3482,8 +3737,7 @@ def items_from_input(given: Any) -> list[dict]:
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                                    recall: Recall | None = None, replay: bool = True,
-                                    earlier: Sequence[dict] = ()) -> Translation:
+                                    recall: Recall | None = None, earlier: Sequence[dict] = ()) -> Translation:
     """A Responses request as a Messages request.  `earlier`: the items of the response that it continues."""
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)
@@ -3495,14 +3749,16 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
                   for entry in entries_of(item.get("tools"), path + ".tools")]
     declared = declared_tools([*tool_entries(fields), *more_tools], changes)
     fields["tools"] = fields.get("tools", []) + [tool for _, tool in more_tools]
-    draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall, replay)
+    draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall)
 
     def add_history(conversation: Conversation) -> None:
         instructions = fields.get("instructions")
         if not isinstance(instructions, list):
             conversation.add("system", blocks_from_content(instructions, "instructions", draft))
         first = entries_of(instructions, "instructions") if isinstance(instructions, list) else []
-        for path, item in first + items:
+        newest = newest_turn(first + items)
+        for at, (path, item) in enumerate(first + items):
+            draft.lenient = at < newest
             add_item(conversation, item, path, draft)
     return messages_request(fields, draft, preamble, cache, add_history)
 
@@ -3535,10 +3791,11 @@ RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insu
 class ResponseStream:
     """Messages API events in, response events out.  One instance per request; `response` is the state so far."""
 
-    def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, encrypted: bool) -> None:
+    def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler,
+                 include: Sequence[Any]) -> None:
         self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
                              usage=None)
-        self._plan, self._assembler, self._encrypted = plan, assembler, encrypted
+        self._plan, self._assembler, self._include = plan, assembler, include
         self._sequence = -1
         self._item: Optional[dict] = None           # the output item that is being sent
         self._text = io.StringIO()                  # of the open item: text, thinking or arguments
@@ -3615,7 +3872,9 @@ class ResponseStream:
         if kind == "tool_use":
             return self._close_item()
         if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
-            return self._close_item() + self._search(block)
+            return self._close_item() + self._open_search(block)
+        if kind == "web_search_tool_result" and self._item and self._item["type"] == "web_search_call":
+            return self._end_search(listed(block.get("content")))
         return []
 
     # -- items
@@ -3639,7 +3898,7 @@ class ResponseStream:
             return self._end_message(status)
         if kind == "reasoning":
             return self._end_thinking({})
-        return self._end_call(status)
+        return self._end_search(()) if kind == "web_search_call" else self._end_call(status)
 
     def _new_id(self, prefix: str) -> str:
         return "%s_%s_%d" % (prefix, self.response["id"].split("_", 1)[-1], len(self.response["output"]))
@@ -3717,7 +3976,7 @@ class ResponseStream:
         return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
 
     def _end_thinking(self, block: dict) -> list[dict]:
-        encrypted = encrypted_from_thinking(block) if self._encrypted and block else None
+        encrypted = encrypted_from_thinking(block) if ENCRYPTED_REASONING in self._include and block else None
         events = []
         if not self._item or self._item["type"] != "reasoning":
             if not encrypted:
@@ -3755,9 +4014,12 @@ class ResponseStream:
     def _end_call(self, status: str) -> list[dict]:
         item = dict(self._item or {})
         streamed = self._text.getvalue()
-        arguments = streamed or arguments_of(self._assembler.message["content"][-1])
+        block = self._assembler.message["content"][-1]
+        arguments = streamed or arguments_of(block)
+        if not block.get("input") and arguments.strip(" \n{}"):         # it did not parse: max_tokens cut it
+            status = "incomplete"
         if item["type"] == "custom_tool_call":
-            item["input"] = input_of_custom(arguments)
+            item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
             return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
                     self._in_item("response.custom_tool_call_input.done", input=item["input"]), self._done(item)]
         events = [] if streamed else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
@@ -3765,13 +4027,19 @@ class ResponseStream:
         return events + [self._in_item("response.function_call_arguments.done", arguments=arguments,
                                        name=item["name"]), self._done(item)]
 
-    def _search(self, block: dict) -> list[dict]:
-        """A web search that Claude did for itself."""
+    def _open_search(self, block: dict) -> list[dict]:
+        """A web search that Claude does for itself; its results are the next block."""
         action = {"type": "search", "query": (block.get("input") or {}).get("query", "")}
         item = {"id": self._new_id("ws"), "type": "web_search_call", "status": "in_progress", "action": action}
         return [self._open(item), self._in_item("response.web_search_call.in_progress"),
-                self._in_item("response.web_search_call.searching"),
-                self._in_item("response.web_search_call.completed"), self._done(dict(item, status="completed"))]
+                self._in_item("response.web_search_call.searching")]
+
+    def _end_search(self, results: Sequence[Any]) -> list[dict]:
+        item = dict(self._item or {}, status="completed")
+        if SEARCH_SOURCES in self._include:
+            urls = [text_in(found, "url") for found in results]
+            item["action"] = dict(item["action"], sources=[{"type": "url", "url": url} for url in urls if url])
+        return [self._in_item("response.web_search_call.completed"), self._done(item)]
 
     _HANDLERS: Dict[str, Callable[[ResponseStream, dict], List[dict]]] = {
         "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
@@ -3826,11 +4094,18 @@ class Answers:
 
     def __init__(self) -> None:
         self._answers = Bounded(20_000, 64_000_000)
-        self._unbound = Bounded(10_000)             # conversations whose signatures did not hold once
+        self._tools = Bounded(2_000, 32_000_000)    # the tools of requests, by their digest
+        self._tools_of = Bounded(20_000)            # that digest, by a call that was made with them
+        self._refused = Bounded(20_000)             # marks of thinking blocks that Claude refused
 
-    def remember(self, owner: str, model_id: str, message: dict) -> None:
-        """Keeps an answer that has tool calls and something that a client would lose of it."""
+    def remember(self, owner: str, model_id: str, message: dict, tools: Sequence[dict]) -> None:
+        """Keeps an answer that has tool calls and something that a client would lose of it, and its tools."""
         call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
+        if call_ids:
+            tools = [without(tool, "cache_control") for tool in tools]
+            digest = hashlib.sha256(json.dumps(tools).encode()).hexdigest()
+            self._tools.put(digest, tools)
+            self._tools_of.put((owner, call_ids[-1]), digest)
         if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
             blocks = [{name: value for name, value in block.items() if name not in ("partial_json", "caller")}
                       for block in message["content"]
@@ -3839,14 +4114,16 @@ class Answers:
 
     def recall(self, owner: str, model_id: str) -> Recall:
         """The look-up for `messages_request_from_chat`."""
-        return lambda call_ids: self._answers.get((owner, model_id, call_ids[0]))
+        def tools(call_ids: Sequence[str]) -> list[dict]:
+            digests = (self._tools_of.get((owner, call_id)) for call_id in reversed(call_ids))
+            return self._tools.get(next(filter(None, digests), "")) or []
+        return Recall(lambda call_ids: self._answers.get((owner, model_id, call_ids[0])), tools,
+                      lambda mark: self._refused.get((owner, mark)) is not None)
 
-    def forget_thinking(self, conversation: str) -> None:
-        """From now on nothing is replayed in this conversation."""
-        self._unbound.put(conversation, True)
-
-    def may_replay(self, conversation: str) -> bool:
-        return self._unbound.get(conversation) is None
+    def refuse(self, owner: str, marks: Iterable[str]) -> None:
+        """From now on these thinking blocks are not sent."""
+        for mark in marks:
+            self._refused.put((owner, mark), True)
 
 
 class StoredResponses:
@@ -5901,24 +6178,24 @@ class Gateway:
         self.upstream.close()
 
 
-Translate = Callable[[Model, Sequence[dict], bool, Optional[Recall], bool], Translation]
+Translate = Callable[[Model, Sequence[dict], bool, Recall], Translation]
 
 
 class Exchange:
     """One request to Claude and the answer, with the corrections that a refusal calls for.
 
     A refused request is corrected and sent again when the refusal says how: a parameter that the model does not
-    take, signed thinking that does not hold, an image address that Claude cannot fetch.  Each at most once.
+    take, signed thinking that does not hold, schemas that do not compile, an image address that Claude cannot fetch,
+    a file of an earlier turn.  Each at most once.
     """
 
-    def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate,
-                 history: Sequence[Any]) -> None:
+    def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate) -> None:
         self._gateway, self._incoming, self.call = gateway, incoming, incoming.call
         self._translate_body = translate
         self._known = gateway.lessons.apply(model)
         self._lesson: Optional[dict] = None
-        self._conversation = conversation_key(incoming.owner, history)
-        self._replay = gateway.answers.may_replay(self._conversation)
+        self._for_once: Dict[str, bool] = {}        # what the model cannot do of this one request
+        self._left_out = ""                         # the path of a file that Claude refused
         self._images: Dict[str, Tuple[str, str]] = {}
         self._inline = ""                           # Claude's message, once images by address have been refused
         self._reply: Optional[UpstreamReply] = None
@@ -5970,7 +6247,8 @@ class Exchange:
             yield NEEDS_THREAD
             self._continue()
         self._count_tokens()
-        self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.whole())
+        self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.whole(),
+                                       self.translation.request.get("tools", ()))
         if self._reply and self._reply.complete:    # its connection is free before the client can want another
             self.close()
 
@@ -5983,28 +6261,40 @@ class Exchange:
 
     def translate(self) -> Translation:
         """The request as it would be sent now."""
-        translation = self._translated(replace(self._known, **self._lesson) if self._lesson else self._known)
-        self._inline_images(translation.request["messages"])
+        translation = self._translated(self._lesson or {})
+        for path, block, _ in media_in(translation.request["messages"]):
+            if path == self._left_out:
+                translation.changes.add("changed", path, "to a note: Claude refused the file")
+                become_note(block)
+        self._inline_images(translation)
         return translation
 
-    def _translated(self, model: Model) -> Translation:
-        """The request for a model, images by address still by their address."""
+    def _translated(self, lesson: dict) -> Translation:
+        """The request for the model as known with a lesson, images by address still by their address."""
         credential = self._gateway.upstream.credential
-        recall = self._gateway.answers.recall(self._incoming.owner, model.id) if self._replay else None
-        translation = self._translate_body(model, credential.preamble if credential else (),
-                                           not self._gateway.config.no_cache, recall, self._replay)
+        translation = self._translate_body(replace(self._known, **dict(lesson, **self._for_once)),
+                                           credential.preamble if credential else (),
+                                           not self._gateway.config.no_cache,
+                                           self._gateway.answers.recall(self._incoming.owner, self._known.id))
         if self._incoming.surrogates_replaced:
             translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
         return translation
 
-    def _inline_images(self, messages: list[dict]) -> None:
+    def _inline_images(self, translation: Translation) -> None:
         """Fetches the images that Claude cannot, as long as they fit into a request and the client is there."""
         size = 0
-        for source in url_sources(messages):
-            if self._inline or source["url"].lower().startswith("http:"):
+        for path, block, old in media_in(translation.request["messages"]):
+            source = block["source"]
+            if has_address(block) and (self._inline or source["url"].lower().startswith("http:")):
                 self.call.client.pause(0)           # a client that has left wants no more of them
-                self._inline_image(source)
-                size += len(source["data"])
+                try:
+                    self._inline_image(source)
+                except InvalidRequest as failure:
+                    if not old:
+                        raise
+                    translation.changes.add("changed", path, "to a note: %s" % failure)
+                    become_note(block)
+                size += len(source.get("data", ""))
                 if size > MAX_UPSTREAM_BODY:
                     raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
                                   "Claude accepts up to 32 MB in one request.")
@@ -6036,22 +6326,33 @@ class Exchange:
         """Whether something about the request was changed that the refusal names."""
         if refusal.upstream_status != 400 or refusal.code in FINAL_CODES | {"context_length_exceeded"}:
             return False
-        if ABOUT_THINKING.match(str(refusal)) and has_thinking(self.translation.request["messages"]):
-            self._replay = False
-            self._gateway.answers.forget_thinking(self._conversation)
+        message, messages = str(refusal), self.translation.request["messages"]
+        marks = [mark for each in messages for mark in thinking_marks(each["content"]) if mark]
+        if ABOUT_THINKING.match(message) and marks:
+            self._gateway.answers.refuse(self._incoming.owner, marks)
             return True
+        for ability in ("strict_tools", "structured_outputs") if ABOUT_COMPILING.search(message) else ():
+            if ability not in self._for_once and self._matters({ability: False}):
+                self._for_once[ability] = False
+                return True
         lesson = lesson_from_refusal(self._known, refusal) if self._lesson is None else None
         if lesson and self._matters(lesson):
             self._lesson = lesson
             return True
-        if not self._inline and any(url_sources(self.translation.request["messages"])):
-            self._inline = str(refusal)
+        media = list(media_in(messages))
+        if not self._inline and any(has_address(block) for _, block, _ in media):
+            self._inline = message
+            return True
+        named = ABOUT_BLOCK.search(message)
+        path = named.group().replace(".tool_result", "") if named else ""
+        if not self._left_out and any(path == of_block and old for of_block, _, old in media):
+            self._left_out = path
             return True
         return False
 
     def _matters(self, lesson: dict) -> bool:
         """Whether a lesson would make another request of this one; if not, the refusal means something else."""
-        return self._translated(replace(self._known, **lesson)).request != self._translated(self._known).request
+        return self._translated(lesson).request != self._translated({}).request
 
     def _count_tokens(self) -> None:
         if self.assembler.message and not self._counted:
@@ -6125,34 +6426,28 @@ def within_upstream_limit(body: bytes) -> bytes:
     return body
 
 
-def conversation_key(owner: str, history: Sequence[Any]) -> str:
-    """What stays the same from turn to turn: the client and its first user message."""
-    first = next((each for each in history if isinstance(each, dict) and each.get("role") == "user"), {})
-    return hashlib.sha256(json.dumps([owner, excerpt_of(first.get("content"))]).encode()).hexdigest()
+def media_in(messages: list[dict]) -> Iterator[tuple[str, dict, bool]]:
+    """Every image and document: its path as Claude names it, its block, and whether it stands in a tool result or an
+    earlier turn, where the client cannot take it back."""
+    newest = max(at for at, message in enumerate(messages) if message["role"] == "user")
+    for at, message in enumerate(messages):
+        for place, block in enumerate(message["content"]):
+            path, inner = "messages.%d.content.%d" % (at, place), block.get("content")
+            blocks = [(path, block, at < newest)]
+            blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(listed(inner))]
+            yield from (entry for entry in blocks if entry[1]["type"] in ("image", "document"))
 
 
-def excerpt_of(value: Any) -> Any:
-    """Enough of a value to tell it from others: megabytes of text or image need not be hashed for that."""
-    if isinstance(value, str):
-        return value[:2_000], len(value)
-    if isinstance(value, dict):
-        return {name: excerpt_of(member) for name, member in value.items()}
-    return [excerpt_of(member) for member in value[:50]] if isinstance(value, list) else value
+def has_address(block: dict) -> bool:
+    """Whether this is an image that is given by its address."""
+    return block["type"] == "image" and block["source"]["type"] == "url"
 
 
-def has_thinking(messages: list[dict]) -> bool:
-    return any(block["type"] in ("thinking", "redacted_thinking") for message in messages
-               for block in message["content"])
-
-
-def url_sources(messages: list[dict]) -> Iterator[dict]:
-    """The sources of all images that are given by their address."""
-    for message in messages:
-        for block in message["content"]:
-            inner = block.get("content")
-            for each in [block, *(inner if isinstance(inner, list) else ())]:
-                if each.get("type") == "image" and each["source"]["type"] == "url":
-                    yield each["source"]
+def become_note(block: dict) -> None:
+    """Turns a block into a note that says what stood there."""
+    mark = {name: block[name] for name in ("cache_control",) if name in block}
+    block.clear()
+    block.update(mark, type="text", text=LEFT_OUT)
 
 
 def events_from_body(body: bytes) -> list[dict]:
@@ -6214,13 +6509,11 @@ def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] =
     record.asked, record.stream = asked or "", optional(boolean_of, body.get("stream"), "stream", False)
     model = gateway.models.catalog().resolve(asked)
     record.used = model.id
-    if is_responses_body(body):
-        history = [*earlier, *items_from_input(body.get("input"))]
-        return Exchange(gateway, incoming, model, functools.partial(messages_request_from_responses, body,
-                                                                    earlier=earlier), history)
-    chat_messages = body.get("messages")
-    return Exchange(gateway, incoming, model, functools.partial(messages_request_from_chat, body),
-                    chat_messages if isinstance(chat_messages, list) else [])
+    if asked and gateway.models.catalog().thinks(asked) and not {"thinking", "reasoning"} & set(body):
+        body = dict(body, thinking={"type": "enabled"})
+    translate = functools.partial(messages_request_from_responses, body, earlier=earlier) \
+        if is_responses_body(body) else functools.partial(messages_request_from_chat, body)
+    return Exchange(gateway, incoming, model, translate)
 
 
 def is_responses_body(body: dict) -> bool:
@@ -6253,11 +6546,9 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     exchange = exchange_for(gateway, incoming, earlier)
     exchange.open()
     envelope = response_envelope("resp_" + secrets.token_hex(16), int(time.time()), body)
-    include = body.get("include")
-    encrypted = isinstance(include, list) and ENCRYPTED_REASONING in include
     plan = exchange.translation.plan
     events = PlannedEvents(plan, exchange.assembler)
-    stream = ResponseStream(envelope, plan, events.assembler, encrypted)
+    stream = ResponseStream(envelope, plan, events.assembler, listed(body.get("include")))
     steps = response_steps(gateway, incoming, exchange, events, stream, earlier)
     if incoming.record.stream:
         return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
@@ -6946,6 +7237,10 @@ def route_of(target: str) -> tuple[str, str]:
 
 def endpoint_of(method: str, path: str) -> Endpoint:
     methods = ROUTES.get(path)
+    without_counterpart = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
+    if without_counterpart:
+        raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
+            without_counterpart.group(1), printable(path)))
     if methods is None:
         raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
             method, printable(path), ", ".join(route for route in ROUTES if "{" not in route)))
@@ -7120,7 +7415,7 @@ class RequestCycle:
         self._stream: Optional[StreamedReply] = None
         self._native = False
         self._record = Record(head.method, re.sub(r"[?#].*", "", head.target), address,
-                              tool_of(head.headers.get("user-agent", "")), started)
+                              tool_of(head.headers), started)
         # what has to be given back, whatever happens
         self._entered = False                       # a place among the running requests
         self._reserved = 0                          # bytes of the budget of all bodies
@@ -7376,9 +7671,12 @@ def unexpected(failure: Exception) -> GatewayError:
                         code="internal_error")
 
 
-def tool_of(user_agent: str) -> str:
-    """The tool that a User-Agent names, short enough for a column of the log."""
-    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", user_agent)
+def tool_of(headers: dict[str, str]) -> str:
+    """The tool that the headers of a request name, short enough for a column of the log."""
+    versions = (re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers)
+    named = headers.get("x-title") or "".join(match.group(1) for match in versions if match)
+    agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", headers.get("user-agent", ""))      # the SDK, its name minified
+    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) or agent)
     name = match.group(1) if match else "-"
     return {"Mozilla": "browser"}.get(name, name)[:14]
 

@@ -280,7 +280,8 @@ CALL_FIELDS = {"name!": TOOL_NAME, "input!": OBJECT, "caller?": CALLER, "cache_c
 ASSISTANT_BLOCKS = {
     **TEXT, **DOCUMENT, **UPLOAD,
     "thinking": {"thinking!": STRING, "signature!": limited(STRING, len, "Invalid `signature` in `thinking` block")},
-    "redacted_thinking": {"data!": limited(STRING, len, "Invalid `data` in `redacted_thinking` block")},
+    "redacted_thinking": {"data!": limited(STRING, lambda data: data and not data.startswith("gAAAA"),      # OpenAI's
+                                           "Invalid `data` in `redacted_thinking` block")},
     "tool_use": dict(CALL_FIELDS, **{"id!": TOOL_ID}),
     "server_tool_use": dict(CALL_FIELDS, **{"id!": matching("srvtoolu_[a-zA-Z0-9_]+")}),
     "mcp_tool_use": dict(CALL_FIELDS, **{"id!": TOOL_ID, "server_name!": STRING}),
@@ -319,9 +320,12 @@ KEYWORDS = {
     "type": string_or(limited(array_of(TYPE_NAME), len, "List should have at least 1 item"), TYPE_NAME),
     "enum": array_of(ANYTHING), "required": UNIQUE_NAMES, "uniqueItems": BOOLEAN,
 }
-TOOL_SCHEMA = limited(limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
-                              'type: Input should be "object"'),
-                      lambda schema: not {"oneOf", "allOf", "anyOf"} & set(schema),
+PROPERTY_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}\Z")
+AN_OBJECT = limited(json_schema, lambda schema: isinstance(schema, dict) and schema.get("type") == "object",
+                    'type: Input should be "object"')
+WELL_NAMED = limited(AN_OBJECT, lambda schema: all(map(PROPERTY_NAME.match, schema.get("properties", {}))),
+                     "properties: Property keys should match pattern '^[a-zA-Z0-9_.-]{1,64}$'")
+TOOL_SCHEMA = limited(WELL_NAMED, lambda schema: not {"oneOf", "allOf", "anyOf"} & set(schema),
                       "input_schema does not support oneOf, allOf, or anyOf at the top level")
 
 # what strict tools and output_config.format may use of it
@@ -557,7 +561,11 @@ def thinking_first(asked):
 def tool_rules(asked):
     """Tools among each other, and the choice among them."""
     tools, choice, names = asked.tools, asked.choice, [tool.get("name") for tool in asked.tools]
+    failed = [block for _, block in asked.blocks if block["type"] == "tool_result" and block.get("is_error")]
     yield from broken({
+        "messages: all content must be type 'text' if 'is_error' is true":
+            any(inner["type"] != "text" for block in failed for inner in block.get("content", ())
+                if isinstance(inner, dict)),
         "tools: Tool names must be unique.": len(set(names)) < len(names),
         "tools: At most 20 tools can be strict.": sum(bool(tool.get("strict")) for tool in tools) > 20,
         "tools: Requests which include `tool_use` or `tool_result` blocks must define tools.":
@@ -1321,6 +1329,10 @@ def system(content) -> dict:
     return {"role": "system", "content": content}
 
 
+def without_keys(mapping: dict, *names: str) -> dict:
+    return {name: value for name, value in mapping.items() if name not in names}
+
+
 def said(role: str, *words: str) -> dict:
     """A message of the Messages API that holds these texts."""
     return {"role": role, "content": [text(each) for each in words]}
@@ -1829,7 +1841,8 @@ class JsonDoorTests(HttpTestCase):
                                  b'"parameters":{"type":"object","properties":{"\\udfff":{"type":"string"}}}}}]}')
         self.assertEqual(self.ask_chat(body).status, 200)
         sent = self.claude.messages[-1].body["tools"][0]
-        self.assertEqual((sent["description"], list(sent["input_schema"]["properties"])), ("\ufffd", ["\ufffd"]))
+        self.assertEqual((sent["description"], sent["input_schema"]["properties"]),
+                         ("\ufffd", {"_": {"type": "string", "description": "\ufffd"}}))
 
     def test_whole_surrogate_pairs_are_not_reported(self):
         answer = self.ask_chat(CHAT_BODY.replace(b"Hello", b"\\ud83d\\ude00 \\\\ud800"))
@@ -1967,11 +1980,38 @@ def live_model(model_id: str, **fields) -> dict:
                 **fields)
 
 
+class ThinkingSuffixTests(RequestTestCase):
+    config = {"alias": (("deep", "claude-opus-4-8:thinking"),)}
+
+    def test_a_suffix_switches_thinking_on_where_it_is_optional(self):
+        for name, expected in (("claude-opus-4-8", None), ("claude-opus-4-8-thinking", "adaptive"),
+                               ("deep", "adaptive"), ("anthropic/claude-opus-4.8:thinking", "adaptive"),
+                               ("claude-haiku-4-5-thinking", "enabled"), ("sonnet-thinking", "adaptive")):
+            with self.subTest(name=name):
+                self.assertEqual(self.sent(model=name).get("thinking", {}).get("type"), expected)
+        for fields in ({"reasoning_effort": "none"}, {"thinking": {"type": "disabled"}},
+                       {"reasoning": {"enabled": False}}):
+            with self.subTest(fields=fields):
+                self.assertIsNone(self.sent(model="claude-opus-4-8-thinking", **fields).get("thinking"))
+
+
 class LiveModelListTests(RequestTestCase):
     def listed(self, *models: dict) -> None:
         """A gateway whose upstream tells these models."""
         self.claude.models = list(models)
         self.start()
+
+    def test_an_id_is_known_with_and_without_its_date(self):
+        self.listed(live_model("claude-haiku-4-5", max_tokens=64_000), live_model("claude-sonnet-5-5-20260928"))
+        for name, model_id, rules in (("claude-haiku-4-5", "claude-haiku-4-5", "claude-haiku-4-5-20251001"),
+                                      ("claude-haiku-4-5-20251001", "claude-haiku-4-5", "claude-haiku-4-5-20251001"),
+                                      ("claude-sonnet-5-5", "claude-sonnet-5-5-20260928", "claude-sonnet-5-5")):
+            with self.subTest(name=name):
+                model = self.service.gateway.models.catalog().resolve(name)
+                known = BUILT_IN_MODELS[rules]
+                self.assertEqual((model.id, model.sampling, model.prefill, model.price),
+                                 (model_id, known.sampling, known.prefill, known.price))
+        self.assertEqual(self.sent(model="claude-haiku-4-5", temperature=0.5)["temperature"], 0.5)
 
     def test_the_newest_active_one_counts_and_no_date_does(self):
         self.listed(live_model("claude-opus-7", lifecycle="deprecated", created_at="2027-01-01T00:00:00Z"),
@@ -2116,7 +2156,7 @@ class RequestDoorTests(RequestTestCase):
             ("max_tokens", {"max_tokens": []}),
             ("max_completion_tokens", {"max_completion_tokens": {}}), ("temperature", {"temperature": []}),
             ("temperature", {"temperature": True}), ("temperature", {"temperature": "1e999"}), ("top_p", {"top_p": {}}),
-            ("n", {"n": 2}), ("n", {"n": "two"}), ("logprobs", {"logprobs": True}), ("logprobs", {"logprobs": 1}),
+            ("n", {"n": 2}), ("n", {"n": "two"}), ("logprobs", {"logprobs": 1}),
             ("stop", {"stop": 5}), ("stop[1]", {"stop": ["a", 5]}), ("stream", {"stream": 1}),
             ("stream_options", {"stream": True, "stream_options": []}),
             ("stream_options.include_usage", {"stream": True, "stream_options": {"include_usage": 1}}),
@@ -2481,7 +2521,8 @@ class ContentPartTests(RequestTestCase):
                 self.assertEqual(self.changes(messages=[user([image_url(url)])])[:9], told)
 
     def test_a_web_address_is_left_to_claude(self):
-        for part in (image_url("https://example.com/a.png"),
+        for part in (image_url("https://example.com/a.png"), {"type": "image", "title": "t", "source": {
+                         "type": "url", "url": "https://example.com/a.png"}},
                      {"type": "image_url", "image_url": "https://example.com/a.png"},
                      {"type": "input_image", "image_url": "https://example.com/a.png"},
                      {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}):
@@ -2503,11 +2544,9 @@ class ContentPartTests(RequestTestCase):
                 self.assertIn(url, error["message"])
 
     def test_bad_image_data_is_refused_by_path(self):
-        svg = base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode()
         bmp = base64.b64encode(b"BM" + bytes(60)).decode()
         for url, words in (("data:image/png;base64,", "base64"), ("data:image/png;base64,@@@@", "base64"),
                            ("data:image/png;base64," + PIXEL[:41], "base64"), ("data:image/png;base64", "comma"),
-                           ("data:image/svg+xml;base64," + svg, "JPEG, PNG, GIF and WebP"),
                            ("data:image/bmp;base64," + bmp, "JPEG, PNG, GIF and WebP")):
             with self.subTest(url=url):
                 error = self.refused_part(image_url(url))
@@ -2580,11 +2619,112 @@ class ContentPartTests(RequestTestCase):
         self.assertEqual(json.loads(self.block(part)["text"]), part)
         self.assertEqual(self.changes(messages=[user(["a", part])]), "changed=messages[0].content[1]")
 
+    def test_a_file_is_text_if_its_bytes_are(self):
+        encoded = base64.b64encode("# Grüße".encode("utf-8")).decode()
+        for label in ("application/octet-stream", "application/yaml", "text/javascript", "application/toml",
+                      "application/jsonl", "application/ld+json", "application/x-sh", "application/sql",
+                      "image/svg+xml", "", "image/png"):
+            for part in ({"type": "file", "file": {"filename": "notes", "file_data": "data:%s;base64,%s" % (label,
+                                                                                                          encoded)}},
+                         {"type": "input_file", "filename": "notes", "file_data": encoded}):
+                with self.subTest(label=label, kind=part["type"]):
+                    self.assertEqual(self.block(part), text_file("# Grüße", title="notes"))
+        svg = image_url("data:image/svg+xml;base64," + encoded)
+        self.assertEqual(self.block(svg), text_file("# Grüße"))
+        self.assertEqual(self.changes(messages=[user([svg])]), "changed=messages[0].content[0].image_url.url")
+        for data in (b"a\0b", "Grüße".encode("latin-1")):
+            with self.subTest(data=data):
+                error = self.refused_part({"type": "file", "file": {"file_data": base64.b64encode(data).decode()}})
+                self.assertEqual(error["code"], "unsupported_file")
+
+    def test_an_image_of_the_model_context_protocol_is_one(self):
+        self.assertEqual(self.block({"type": "image", "data": PIXEL, "mimeType": "image/png"}), image_block(PIXEL))
+        document = {"type": "document", "source": {"type": "content", "content": [image_block(PIXEL)]}}
+        self.assertEqual(self.block(document), image_block(PIXEL))
+
     def test_an_image_of_the_assistant_is_named_not_sent(self):
         turns = self.turns(ASKED, assistant([{"type": "text", "text": "Here:"},
                                              image_url("data:image/png;base64," + PIXEL)]),
                            user("Thanks"))
         self.assertEqual([block["type"] for block in turns[1]["content"]], ["text", "text"])
+
+
+HEIC = base64.b64encode(b"\0\0\0\x18ftypheic" + bytes(20)).decode()
+SOUND = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+NOTE = text("[A file that Claude does not accept was left out here.]")
+
+
+class EarlierMediaTests(RequestTestCase):
+    """What nobody can take back any more must not end a conversation; in the newest turn it is a 400."""
+    BAD = (image_url("data:image/heic;base64," + HEIC), SOUND, image_url("data:image/png;base64,@@"),
+           {"type": "file", "file": {"file_id": "file-1"}}, image_url("http://127.0.0.1/a.png"),
+           {"type": "image", "data": HEIC, "mimeType": "image/heic"})
+
+    def test_in_an_earlier_turn_it_becomes_a_note_and_is_reported(self):
+        for part in self.BAD:
+            with self.subTest(part=part):
+                turns = [user([{"type": "text", "text": "See"}, part]), assistant("I do not see it."), user("Go on.")]
+                self.assertEqual(self.turns(*turns)[0]["content"], [text("See"), NOTE])
+                self.assertEqual(self.changes(messages=turns), "changed=messages[0].content[1]")
+                self.refused(messages=turns[:1])
+                self.refused(messages=[*turns[:2], turns[0]])
+
+    def test_in_a_tool_result_too_however_new_it_is(self):
+        for part in self.BAD:
+            for more in ([], [user("Go on.")]):
+                with self.subTest(part=part, more=more):
+                    given = result("a", [{"type": "text", "text": "done"}, image_url("data:;base64," + PIXEL), part])
+                    turns = self.turns(ASKED, calls(a_call("a")), given, *more, tools=[a_tool("f")])
+                    self.assertEqual(turns[2]["content"][0]["content"], [text("done"), image_block(PIXEL), NOTE])
+
+    def test_in_responses_too(self):
+        part = {"type": "input_image", "image_url": "data:image/heic;base64," + HEIC}
+        turn = {"role": "user", "content": [part, {"type": "input_text", "text": "See"}]}
+        call = [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "a", "output": [part]}]
+        for items, status in (([turn, {"role": "assistant", "content": "No."}, user("Go on.")], 200), ([turn], 400),
+                              ([user("Go"), *call], 200), ([turn, *call], 200), ([user("Go"), *call, turn], 400)):
+            with self.subTest(items=items):
+                answer = self.ask("POST", "/v1/responses", {"model": MODEL, "input": items,
+                                                            "tools": [{"type": "function", "name": "f"}]})
+                self.assertEqual(answer.status, status, answer.raw)
+
+    def test_a_part_of_a_wrong_shape_is_an_error_everywhere(self):
+        for part in (image_url(5), {"type": "file"}):
+            self.refused(messages=[user([part]), assistant("x"), user("y")])
+
+    def damaged(self, path: str, *messages: dict, **fields) -> list:
+        """What is sent at last where Claude refuses the block at a path once."""
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", path + ": Could not process image"))
+        answer = self.chat(messages=list(messages), tools=[a_tool("f")], **fields)
+        self.assertEqual((answer.status, len(self.claude.messages)), (200, 2), answer.raw)
+        self.assertIn("changed=messages.", answer.headers["x-claude-gateway-changes"])
+        return bare(self.claude.messages[-1].body["messages"])
+
+    def test_where_only_claude_knows_the_block_it_names_is_left_out(self):
+        image, big = image_url("data:;base64," + PIXEL), image_url("data:;base64," + png(9000, 9000))
+        old = [user([image, big]), assistant("x"), user("y")]
+        returned = [ASKED, calls(a_call("a")), result("a", [image, big])]
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                turns = self.damaged("messages.0.content.1.image.source.base64.data", *old, stream=stream)
+                self.assertEqual(turns[0]["content"], [image_block(PIXEL), NOTE])
+                self.claude.reset()
+                turns = self.damaged("messages.2.content.0.tool_result.content.1.image.source", *returned,
+                                     stream=stream)
+                self.assertEqual(turns[2]["content"][0]["content"], [image_block(PIXEL), NOTE])
+                self.claude.reset()
+
+    def test_a_second_refusal_and_one_about_the_newest_turn_are_handed_on(self):
+        image = image_url("data:;base64," + PIXEL)
+        old = [user([image]), assistant("x"), user([image])]
+        for words, count in (("messages.0.content.0.image.source: no", 2), ("messages.2.content.0.image.source: no", 1),
+                             ("messages.1.content.0.text: no", 1), ("messages.9.content.9: no", 1)):
+            with self.subTest(words=words):
+                self.claude.reset()
+                self.claude.play(*[refusal_of_claude(400, "invalid_request_error", words)] * 2)
+                self.assertEqual(self.chat(messages=old).status, 400)
+                self.assertEqual(len(self.claude.messages), count)
 
 
 # ---- Tools -------------------------------------------------------------------------------------------
@@ -2656,6 +2796,45 @@ class ToolTests(RequestTestCase):
         for model in ALL_MODELS:
             with self.subTest(model=model):
                 self.assertEqual(self.sent(model=model, web_search_options={})["tools"][0]["name"], "web_search")
+
+    def search(self, tool: dict, **fields) -> dict:
+        return without_keys(self.tools(dict({"type": "web_search"}, **tool), **fields)[0], "type", "name")
+
+    def test_a_web_search_keeps_what_the_client_said(self):
+        paris, usual = {"type": "approximate", "city": "Paris"}, {"max_uses": 5}
+        for tool, expected in (
+            ({"filters": {"allowed_domains": ["who.int", "https://sec.gov/"]}},
+             dict(usual, allowed_domains=["who.int", "sec.gov"])),
+            ({"filters": {"blocked_domains": ["x.example"]}}, dict(usual, blocked_domains=["x.example"])),
+            ({"filters": {"allowed_domains": None}}, usual),
+            ({"filters": None, "search_context_size": "medium"}, usual),
+            ({"type": "web_search_20250305", "name": "web_search", "allowed_domains": ["a.example"], "max_uses": 2,
+              "user_location": paris}, {"max_uses": 2, "allowed_domains": ["a.example"], "user_location": paris}),
+            ({"user_location": {"type": "approximate", "approximate": {"city": "Paris"}}},
+             dict(usual, user_location=paris)),
+        ):
+            with self.subTest(tool=tool):
+                self.assertEqual(self.search(tool), expected)
+        both = {"type": "web_search", "filters": {"allowed_domains": ["a.example"], "blocked_domains": ["b.example"]}}
+        self.assertEqual(self.changes(tools=[both]), "dropped=tools[0].filters.blocked_domains")
+        self.assertEqual(self.refused(tools=[{"type": "web_search", "filters": {"allowed_domains": [5]}}])["param"],
+                         "tools[0].filters.allowed_domains[0]")
+
+    def test_a_search_without_web_access_is_left_out_and_reported(self):
+        offline = {"type": "web_search", "external_web_access": False}
+        self.assertEqual([tool["name"] for tool in self.tools(offline, a_tool("f"))], ["f"])
+        self.assertEqual(self.changes(tools=[offline, a_tool("f")]), "dropped=tools[0]")
+
+    def test_a_client_can_force_the_search_where_the_model_allows(self):
+        for kind in ("web_search", "web_search_preview"):
+            request = self.prompt(model="claude-opus-5", tools=[{"type": kind}], tool_choice={"type": kind})
+            self.assertEqual(request["tool_choice"], {"type": "tool", "name": "web_search"})
+        request = self.prompt(tools=[{"type": "web_search"}], tool_choice={"type": "web_search"})
+        self.assertNotIn("tool_choice", request)
+        self.assertIn("web_search", request["messages"][-1]["content"][-1]["text"])
+        allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "web_search"}]}
+        request = self.prompt(tools=[{"type": "web_search"}, a_tool("f")], tool_choice=allowed)
+        self.assertEqual([tool["name"] for tool in request["tools"]], ["web_search"])
 
     def test_a_clients_own_web_search_tool_can_stand_beside_claudes(self):
         self.claude.play(lambda recorded: message(tool_use("c", recorded.body["tools"][0]["name"], {})))
@@ -2733,6 +2912,122 @@ class ToolTests(RequestTestCase):
                             {"type": "object", "properties": {"b": {"type": "string"}}}]}
         request = self.sent(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}])
         self.assertEqual(sorted(request["tools"][0]["input_schema"]["properties"]), ["a", "b"])
+
+    def test_hosted_tools_are_left_out_for_the_reason_that_is_true(self):
+        for tool, reason in (({"type": "mcp", "server_label": "s"}, "not translated here"),
+                             ({"type": "code_interpreter"}, "not translated here"),
+                             ({"type": "web_fetch_20250910", "name": "web_fetch"}, "not translated here"),
+                             ({"type": "image_generation"}, "Claude has no tool of type"),
+                             ({"googleSearch": {}}, "Claude has no tool of type")):
+            with self.subTest(tool=tool):
+                changes = claude_gateway.messages_request_from_chat({"messages": [ASKED], "tools": [tool]},
+                                                                    BUILT_IN_MODELS[MODEL]).changes
+                self.assertIn(reason, str(changes))
+                self.assertEqual(self.changes(tools=[tool, a_tool("f")]), "dropped=tools[0]")
+
+    def test_a_name_without_latin_letters_leads_the_description(self):
+        self.claude.play(lambda recorded: message(tool_use("c", recorded.body["tool_choice"]["name"], {"x": 1})))
+        answer = self.chat(model="claude-opus-4-8", tool_choice={"type": "function", "function": {"name": "高德地图"}},
+                           tools=[a_tool("天气查询", description="d"), a_tool("高德地图", description="d")])
+        self.assertEqual(answer.status, 200, answer.raw)
+        tools = bare(self.claude.messages[-1].body["tools"])
+        self.assertEqual([tool["description"] for tool in tools], ["天气查询: d", "高德地图: d"])
+        self.assertEqual(answer.message["tool_calls"][0]["function"]["name"], "高德地图")
+        self.assertEqual(self.tools({"type": "function", "function": {"name": "天气"}})[0]["description"], "天气")
+
+
+ODD_NAMES = {"filter[name]": "filter_name_", "$top": "_top", "Account Number": "Account_Number", "größe": "gr__e",
+             "k" * 70: "k" * 58, "plain.name-1": "plain.name-1"}         # a client's name -> Claude's
+ODD_SCHEMA = {"type": "object", "properties": {name: {"type": "string"} for name in ODD_NAMES},
+              "required": ["filter[name]"]}
+CLIENT_INPUT = {name: "v%d" % at for at, name in enumerate(ODD_NAMES)}
+CLAUDE_INPUT = dict(zip(ODD_NAMES.values(), CLIENT_INPUT.values()))
+
+
+class PropertyNameTests(RequestTestCase):
+    """Claude accepts [a-zA-Z0-9_.-]{1,64} at the top of a tool's schema; clients never learn of it."""
+    def setUp(self):
+        super().setUp()
+        self.list_apps = a_tool("list_apps", ODD_SCHEMA)
+
+    def called(self, *answer: dict, **fields) -> list:
+        """(name, arguments) of the calls that a client gets, plain and streamed the same."""
+        replies = []
+        for stream in (False, True):
+            self.claude.play(*answer)
+            got = self.chat(stream=stream, **dict({"tools": [self.list_apps]}, **fields))
+            self.assertEqual(got.status, 200, got.raw)
+            reply = completion_from_chunks(got.chunks)["message"] if stream else got.message
+            replies.append([(call["function"]["name"], call["function"]["arguments"])
+                            for call in reply["tool_calls"]])
+        self.assertEqual(replies[0], replies[1])
+        return [(name, json.loads(arguments)) for name, arguments in replies[0]]
+
+    def test_they_are_mapped_with_their_requirements_and_led_by_their_own_name(self):
+        schema = self.prompt(tools=[self.list_apps])["tools"][0]["input_schema"]
+        self.assertEqual(list(schema["properties"]), list(ODD_NAMES.values()))
+        self.assertEqual(schema["required"], ["filter_name_"])
+        self.assertEqual(schema["properties"]["_top"], {"type": "string", "description": "$top"})
+        self.assertEqual(schema["properties"]["plain.name-1"], {"type": "string"})
+        self.assertEqual(self.changes(tools=[self.list_apps]), "changed=tools[0].function.parameters")
+
+    def test_names_that_would_fall_together_stay_apart(self):
+        names = ["a b", "a_b", "a$b", "a_b_2", "天", "地", ""]
+        schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+        fitted = self.prompt(tools=[a_tool("f", schema)])["tools"][0]["input_schema"]["properties"]
+        self.assertEqual((len(fitted), fitted["a_b"]), (7, {"type": "string"}))
+        self.claude.play(message(tool_use("c", "f", dict(zip(fitted, names)))))
+        call = self.chat(tools=[a_tool("f", schema)]).message["tool_calls"][0]
+        self.assertEqual(json.loads(call["function"]["arguments"]), {name: name for name in names})
+
+    def test_nested_names_stay(self):
+        nested = {"type": "object", "properties": {"a": {"type": "object", "properties": {"$in": {}}}}}
+        self.assertEqual(self.prompt(tools=[a_tool("f", nested)])["tools"][0]["input_schema"], nested)
+
+    def test_arguments_come_back_with_the_clients_names(self):
+        two = message(text("I look."), tool_use("c1", "list_apps", CLAUDE_INPUT), tool_use("c2", "f", {"x": 1}),
+                      tool_use("c3", "list_apps", {"_top": 5, "nested": {"_top": 1}, "größe": "own"}))
+        self.assertEqual(self.called(two, tools=[self.list_apps, a_tool("f")]), [
+            ("list_apps", CLIENT_INPUT), ("f", {"x": 1}),
+            ("list_apps", {"$top": 5, "nested": {"_top": 1}, "größe": "own"})])
+        self.assertEqual(self.called(message(tool_use("c", "list_apps", {}))), [("list_apps", {})])
+
+    def test_a_forced_tool_has_them_too(self):
+        required = dict(ODD_SCHEMA, required=list(ODD_NAMES))
+        for model in ("claude-opus-4-8", "claude-sonnet-5-5"):
+            forced = model in UNFORCED
+            answer = message(text(json.dumps(CLAUDE_INPUT)) if forced else tool_use("c", "list_apps", CLAUDE_INPUT))
+            with self.subTest(model=model):
+                self.assertEqual(self.called(answer, model=model, tools=[a_tool("list_apps", required)],
+                                             tool_choice="required"), [("list_apps", CLIENT_INPUT)])
+
+    def test_a_call_cut_by_the_output_limit_keeps_what_came(self):
+        cut = events_of(message(tool_use("c", "list_apps", CLAUDE_INPUT), stop_reason="max_tokens"))
+        stops = [at for at, event in enumerate(cut) if event["type"] == "content_block_stop"]
+        cut[stops[0] - 1:stops[0]] = []             # the last fragment
+        for events in (cut, [event for event in cut if event["type"] != "content_block_stop"]):
+            ((name, arguments),) = self.called(one_by_one(*events), one_by_one(*events))
+            self.assertEqual((name, arguments["$top"], "k" * 58 in arguments), ("list_apps", "v1", False))
+            self.claude.reset()
+
+    def test_histories_are_mapped_and_the_way_there_is_the_same_as_before(self):
+        self.claude.play(message(thinking("hm", "c2ln"), tool_use("c1", "list_apps", CLAUDE_INPUT)))
+        first = self.chat(tools=[self.list_apps], messages=[ASKED]).message
+        turns = self.turns(ASKED, first, result("c1"), tools=[self.list_apps])
+        self.assertEqual(turns[1]["content"], [thinking("hm", "c2ln"), tool_use("c1", "list_apps", CLAUDE_INPUT)])
+
+    def test_responses_have_them_too(self):
+        tool = {"type": "function", "name": "list_apps", "parameters": ODD_SCHEMA}
+        for stream in (False, True):
+            self.claude.play(message(tool_use("c1", "list_apps", CLAUDE_INPUT)))
+            answer = self.ask("POST", "/v1/responses", {"model": MODEL, "input": "Go", "tools": [tool],
+                                                        "stream": stream})
+            item = answer.chunks[-1]["response"]["output"][0] if stream else answer.json["output"][0]
+            self.assertEqual(json.loads(item["arguments"]), CLIENT_INPUT)
+
+    def test_five_hundred_of_them_cost_what_they_are_long(self):
+        schema = {"type": "object", "properties": {"größe %d" % at: {"type": "string"} for at in range(500)}}
+        self.assertEqual(len(self.prompt(tools=[a_tool("f", schema)])["tools"][0]["input_schema"]["properties"]), 500)
 
 
 class SchemaSubsetTests(RequestTestCase):
@@ -2851,6 +3146,15 @@ class SchemaSubsetTests(RequestTestCase):
         self.assertEqual([len(turn["content"]) for turn in request["messages"]], [2])
         self.assertIn("JSON", request["messages"][0]["content"][1]["text"])
         self.assertNotIn("system", request)
+
+    def test_a_schema_counts_wherever_it_stands(self):
+        for given in ({"type": "json_object", "schema": POINT}, {"type": "json_schema", "schema": POINT},
+                      {"type": "json_schema", "json_schema": {"name": "n", "schema": POINT}}):
+            with self.subTest(given=given):
+                request = self.prompt(response_format=given)
+                self.assertEqual(request["output_config"], {"format": {"type": "json_schema", "schema": POINT}})
+        error = self.refused(response_format={"type": "json_object", "schema": {"type": "thing"}})
+        self.assertEqual(error["param"], "response_format.schema.type")
 
     def test_plain_text_needs_nothing(self):
         self.assertEqual(self.sent(response_format={"type": "text"}), self.sent())
@@ -3029,6 +3333,125 @@ class SystemMessageTests(RequestTestCase):
     def test_it_takes_text_only(self):
         image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PIXEL}}
         self.assertEqual(self.refused(messages=[system([image]), ASKED])["param"], "messages[0].content")
+
+
+def tool_result(call_id: str, content="ok", **fields) -> dict:
+    """A result in Claude's own shape."""
+    return dict({"type": "tool_result", "tool_use_id": call_id, "content": content}, **fields)
+
+
+class ClaudeShapeTests(RequestTestCase):
+    """Claude's own blocks on OpenAI's routes, as agents that speak a mixture of both send them."""
+    TOOLS = [{"name": name, "description": "Read", "input_schema": POINT} for name in ("f", "g")]
+
+    def became(self, *messages: dict, **fields) -> list:
+        turns = self.turns(*messages, tools=self.TOOLS, **fields)
+        self.assertNotIn("tool_use_id", json.dumps([block.get("text") for turn in turns for block in turn["content"]]))
+        return turns
+
+    def test_calls_and_results_are_what_they_are(self):
+        said_so = [text("Reading."), tool_use("toolu_1", "f", {"x": 1}), tool_use("toolu_2", "g", {})]
+        results = [tool_result("toolu_1", [text("BODY")]), tool_result("toolu_2", "no such file", is_error=True)]
+        asked = [ASKED, assistant(said_so), user([*results, {"type": "text", "text": "Go on."}])]
+        self.assertEqual(self.became(*asked, tool_choice={"type": "auto"}),
+                         [said("user", "Hi"), assistant(said_so), user([*results, text("Go on.")])])
+        self.assertEqual(self.changes(messages=asked, tools=self.TOOLS), "")
+
+    def test_results_in_another_order_and_place_find_their_calls(self):
+        both = assistant([tool_use("toolu_1", "f", {"x": 1}), tool_use("toolu_2", "f", {"x": 2})])
+        turns = self.became(ASKED, both, user([text("Both:"), tool_result("toolu_2", "2")]),
+                            result("toolu_1", "1"))
+        self.assertEqual(turns[2]["content"], [tool_result("toolu_1", "1"), tool_result("toolu_2", "2"), text("Both:")])
+
+    def test_images_documents_and_errors_in_results(self):
+        call = assistant([tool_use("toolu_1", "f", {"x": 1})])
+        for content, expected in (
+            ([image_block(PIXEL)], {"content": [image_block(PIXEL)]}),
+            ([pdf_block(title="t")], {"content": [pdf_block(title="t")]}),
+            ([{"type": "image", "data": PIXEL, "mimeType": "image/png"}], {"content": [image_block(PIXEL)]}),
+            (None, {}), ("", {}), ([], {}),
+        ):
+            with self.subTest(content=content):
+                block = self.became(ASKED, call, user([tool_result("toolu_1", content)]))[2]["content"][0]
+                self.assertEqual(block, dict({"type": "tool_result", "tool_use_id": "toolu_1"}, **expected))
+        # Claude accepts an error with text only
+        self.became(ASKED, call, user([tool_result("toolu_1", [text("no"), image_block(PIXEL)], is_error=True)]))
+        self.assertEqual(self.became(ASKED, call, result("toolu_1", "no", is_error=True))[2]["content"][0]["is_error"],
+                         True)
+
+    def test_thinking_keeps_its_place_and_unsigned_thinking_goes(self):
+        blocks = [thinking("a", "c2ln"), text("I look."), tool_use("toolu_1", "f", {"x": 1}), thinking("b", "c2l2"),
+                  {"type": "redacted_thinking", "data": "ZGF0"}, tool_use("toolu_2", "g", {})]
+        answers = user([tool_result("toolu_1"), tool_result("toolu_2")])
+        self.assertEqual(self.became(ASKED, assistant(blocks), answers)[1]["content"], blocks)
+        twice = dict(assistant(blocks[:3]), thinking_blocks=blocks[:1])         # beside the content and in it
+        self.assertEqual(self.became(ASKED, twice, answers)[1]["content"], blocks[:3])
+        unsigned = {"type": "thinking", "thinking": "hm"}
+        self.assertEqual(self.became(ASKED, assistant([unsigned, *blocks[1:3]]), answers)[1]["content"], blocks[1:3])
+        self.assertEqual(self.became(user([thinking("a", "c2ln"), text("Hi")])), [said("user", "Hi")])
+
+    def test_cache_marks_on_them_stay(self):
+        mark = {"type": "ephemeral"}
+        request = self.sent(tools=self.TOOLS, messages=[
+            ASKED, assistant([tool_use("toolu_1", "f", {"x": 1})]),
+            user([tool_result("toolu_1", cache_control=mark)]), assistant("Well."), user("Go on.")])
+        self.assertEqual(request["messages"][2]["content"][0]["cache_control"], mark)
+
+    def test_a_system_text_beside_the_messages_is_one(self):
+        for given in ("Be brief.", [text("Be brief.")]):
+            self.assertEqual(self.prompt(system=given, messages=[system("Really."), ASKED])["system"],
+                             [text("Be brief."), text("Really.")])
+
+    def test_a_tool_choice_in_its_shape(self):
+        request = self.prompt(model="claude-opus-5", tools=self.TOOLS,
+                              tool_choice={"type": "tool", "name": "f", "disable_parallel_tool_use": True})
+        self.assertEqual(request["tool_choice"], {"type": "tool", "name": "f", "disable_parallel_tool_use": True})
+
+    def test_parts_that_a_tool_wrote_into_a_string_are_read(self):
+        image = {"type": "image", "data": PIXEL, "mimeType": "image/png"}
+        for words, expected in (
+            (json.dumps([{"type": "text", "text": "ok"}, image]), [text("ok"), image_block(PIXEL)]),
+            (json.dumps([image_url("data:;base64," + PIXEL)], indent=1), [image_block(PIXEL)]),
+            (json.dumps([image_block(PIXEL), dict(image, data=HEIC)]), [image_block(PIXEL), NOTE]),
+            (json.dumps([{"type": "text", "text": "\ud83d!"}, image]), [text("\ufffd!"), image_block(PIXEL)]),
+        ):
+            with self.subTest(words=words[:60]):
+                self.assertEqual(self.became(ASKED, calls(a_call("a")), result("a", words))[2]["content"][0]["content"],
+                                 expected)
+        for words in (json.dumps([{"type": "text", "text": "ok"}]), json.dumps([image, "and"]), json.dumps(image), "[{",
+                      json.dumps([{"type": "image", "path": "a.png"}]), json.dumps([image, {"type": "hologram"}]),
+                      json.dumps([{"type": "file", "name": "a.py"}]), '[{"type": "image", "data": "%s"' % PIXEL, "[]"):
+            with self.subTest(words=words[:60]):
+                self.assertEqual(self.became(ASKED, calls(a_call("a")), result("a", words))[2]["content"][0]["content"],
+                                 words)
+
+    def test_a_refusal_that_comes_twice_is_sent_once(self):
+        part = {"type": "refusal", "refusal": "I will not."}
+        for message_ in (dict(assistant([part]), refusal="I will not."), assistant([part]),
+                         dict(assistant(None), refusal="I will not.")):
+            self.assertEqual(self.became(ASKED, message_, user("Why?"))[1], said("assistant", "I will not."))
+
+    def test_an_agent_loop_in_these_shapes_runs_through(self):
+        """As an editor drives it: every turn of Claude's goes back as blocks, every result as a user's block."""
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.start()
+                history, sent = [system("You are an agent"), user([{"type": "text", "text": "Fix it."}])], []
+                for step in range(4):
+                    self.claude.play(message(thinking("t", "c2ln"), text("Step %d." % step), *(
+                        [tool_use("toolu_%d" % at, "f", {"x": at}) for at in (2 * step, 2 * step + 1)] * (step < 3))))
+                    answer = self.chat(messages=history, tools=self.TOOLS, stream=stream, tool_choice={"type": "auto"})
+                    self.assertEqual(answer.status, 200, answer.raw)
+                    reply = completion_from_chunks(answer.chunks)["message"] if stream else answer.message
+                    sent.append(json.dumps(bare(self.claude.messages[-1].body["messages"]))[:-1])
+                    uses = [tool_use(call["id"], call["function"]["name"], json.loads(call["function"]["arguments"]))
+                            for call in reply.get("tool_calls", ())]
+                    history += [assistant([{"type": "text", "text": reply["content"]}, *uses]), user(
+                        [tool_result(use["id"], [{"type": "text", "text": "BODY"}]) for use in uses] or "Thanks.")]
+                self.assertEqual(reply["content"], "Step 3.")
+                for earlier, later in zip(sent, sent[1:]):
+                    self.assertTrue(later.startswith(earlier), "the cache would be lost")
+                self.assertIn("thinking", sent[-1])
 
 
 class ToolHistoryTests(RequestTestCase):
@@ -3350,6 +3773,39 @@ class ParameterTests(RequestTestCase):
 
 EFFORT_WISHES = (None, "none", "minimal", "low", "medium", "high", "xhigh", "max")
 SHOWN = {"type": "adaptive", "display": "summarized"}
+
+
+class ReportedFieldTests(RequestTestCase):
+    """What Claude has no counterpart for is reported by its name, and refused under --strict."""
+    FIELDS = (("logprobs", {"logprobs": True}), ("logprobs", {"logprobs": True, "top_logprobs": 5}),
+              ("moderation", {"moderation": {"mode": "strict"}}), ("reasoning.mode", {"reasoning": {"mode": "deep"}}),
+              ("stream_options.extra", {"stream_options": {"extra": 1}}),
+              ("web_search_options.depth", {"web_search_options": {"depth": 3}}))
+
+    def test_it_is_dropped_and_reported(self):
+        for name, fields in self.FIELDS:
+            with self.subTest(fields=fields):
+                self.assertIn(name, self.changes(**fields))
+        self.assertIsNone(self.chat(logprobs=True).json["choices"][0]["logprobs"])
+
+    def test_under_strict_it_is_refused(self):
+        self.start(strict=True)
+        for _, fields in self.FIELDS:
+            with self.subTest(fields=fields):
+                self.assertEqual(self.refused(**fields)["code"], "strict")
+        for fields in ({"reasoning": {"effort": "low", "summary": "auto"}}, {"logprobs": False}, {"moderation": None}):
+            self.assertEqual(self.chat(model="claude-opus-4-8", **fields).status, 200)
+
+    def test_what_is_reported_of_effort_and_temperature_is_what_happened(self):
+        for model, sent_effort, header in (("claude-opus-4-6", "low", "changed=reasoning_effort"),
+                                           ("claude-opus-4-5", "low", "changed=reasoning_effort"),
+                                           ("claude-haiku-4-5", None, "dropped=reasoning_effort"),
+                                           ("claude-opus-4-8", "low", "dropped=temperature")):
+            with self.subTest(model=model):
+                request = self.sent(model=model, reasoning_effort="low", temperature=0.3)
+                self.assertEqual((request.get("output_config", {}).get("effort"), "temperature" in request),
+                                 (sent_effort, "temperature" not in header))
+                self.assertEqual(self.changes(model=model, reasoning_effort="low", temperature=0.3), header)
 
 
 class ThinkingTests(RequestTestCase):
@@ -4626,6 +5082,50 @@ class ResponsesRequestTests(ResponsesTestCase):
         request = self.became(text={"format": {"type": "json_schema", "name": "p", "schema": schema, "strict": True}})
         self.assertEqual(request["output_config"]["format"],
                          {"type": "json_schema", "schema": dict(schema, additionalProperties=False)})
+
+    def test_a_limit_of_tool_calls_is_one_of_searches(self):
+        for fields, uses in (({"max_tool_calls": 2}, 2), ({"max_tool_calls": 20}, 20), ({}, 5)):
+            request = self.became(tools=[{"type": "web_search"}], **fields)
+            self.assertEqual(request["tools"][0]["max_uses"], uses)
+        for tools in ([{"type": "function", "name": "f"}], []):
+            answer = self.respond(tools=tools, max_tool_calls=2)
+            self.assertEqual(answer.headers["x-claude-gateway-changes"], "dropped=max_tool_calls")
+
+    def test_the_sources_of_a_search_come_where_they_are_asked_for(self):
+        for include, sources in ((["web_search_call.action.sources"], True), (None, None)):
+            for stream in (False, True):
+                with self.subTest(include=include, stream=stream):
+                    self.claude.play(message(text("I look."), WEB_FIND, WEB_FOUND, text("Blue.")))
+                    answer = self.respond(tools=[{"type": "web_search"}], include=include, stream=stream)
+                    output = answer.chunks[-1]["response"]["output"] if stream else answer.json["output"]
+                    self.assertEqual([item["type"] for item in output], ["message", "web_search_call", "message"])
+                    self.assertEqual(output[1]["action"].get("sources"), sources and [
+                        {"type": "url", "url": found["url"]} for found in WEB_FOUND["content"]])
+                    self.assertEqual(output[1]["status"], "completed")
+
+    def test_calls_that_the_output_limit_cut_are_incomplete(self):
+        tools = [{"type": "function", "name": "f"}, PATCH_TOOL]
+        for name, whole, cut_at, field_name, expected in (
+            ("f", '{"path": "a.txt", "n": 1}', 14, "arguments", '{"path": "a.tx'),
+            ("apply_patch", '{"input": "*** Begin\\nok \\u00e9!"}', 25, "input", "*** Begin\nok "),
+            ("apply_patch", '{"input": "*** Begin\\nok \\u00e9!"}', 28, "input", "*** Begin\nok "),
+            ("apply_patch", '{"input": "*** Begin\\nok \\u00e9!"}', 31, "input", "*** Begin\nok \u00e9"),
+        ):
+            start = {"type": "tool_use", "id": "toolu_1", "name": name, "input": {}}
+            events = [*events_of(message())[:1], {"type": "content_block_start", "index": 0, "content_block": start},
+                      {"type": "content_block_delta", "index": 0,
+                       "delta": {"type": "input_json_delta", "partial_json": whole[:cut_at]}},
+                      {"type": "content_block_stop", "index": 0},
+                      *events_of(message(stop_reason="max_tokens"))[-2:]]
+            for stream in (False, True):
+                for stopped in (events, events[:3] + events[4:]):
+                    with self.subTest(name=name, cut_at=cut_at, stream=stream, count=len(stopped)):
+                        self.claude.play(one_by_one(*stopped))
+                        answer = self.respond(tools=tools, stream=stream)
+                        item = (answer.chunks[-1]["response"] if stream else answer.json)["output"][0]
+                        self.assertEqual((item["status"], item[field_name]), ("incomplete", expected))
+        self.claude.play(message(tool_use("toolu_1", "f", {})))
+        self.assertEqual(self.respond(tools=tools).json["output"][0]["status"], "completed")
 
     def test_namespaces_are_flattened_and_come_back_split(self):
         self.claude.play(lambda recorded: message(tool_use("toolu_1", recorded.body["tools"][0]["name"], {"id": "7"})))
@@ -8046,6 +8546,18 @@ class PictureFetchTests(GatewayTestCase):
         self.assertTrue(answer.error["message"].startswith("The image is not there. "))
         self.assertTrue(answer.error["message"].endswith(self.REFUSED))
 
+    def test_an_image_of_an_earlier_turn_that_is_gone_ends_no_conversation(self):
+        def fetch(url):
+            raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
+        self.fetcher.fetch = fetch
+        for url, refusals in ((self.SECURE, 1), ("http://pictures.example.org/a.png", 0)):
+            with self.subTest(url=url):
+                self.claude.play(*[refusal_of_claude(400, "invalid_request_error", self.REFUSED)] * refusals)
+                answer = self.chat(messages=[user([image_url(url)]), assistant("I see."), user("Go on.")])
+                self.assertEqual((answer.status, answer.headers["x-claude-gateway-changes"]),
+                                 (200, "changed=messages.0.content.0"))
+                self.assertEqual(bare(self.claude.messages[-1].body["messages"][0]["content"]), [NOTE])
+
     def test_a_refusal_of_another_status_fetches_nothing(self):
         self.fetcher.fetch = lambda url, client: self.fail("fetched")
         self.claude.play(refusal_of_claude(403, "permission_error", self.REFUSED))
@@ -8473,6 +8985,54 @@ class LessonTests(RequestTestCase):
         self.assertEqual(self.sent(model="claude-sonnet-4-6", temperature=0.3)["temperature"], 0.3)
 
 
+class RefusedSchemaTests(RequestTestCase):
+    """Schemas that Claude cannot compile: once without, reported, and nothing is learnt of it."""
+    WORDS = ("The compiled grammar is too large, which would cause performance issues. Simplify your tool schemas.",
+             "tools.0.custom: Schema is too complex for compilation. (31 optional parameters)",
+             "Too many strict tools: 21", "tools: At most 20 tools can be strict.", "too many unions in the schemas")
+    STRICT = {"tools": [a_tool("f", POINT, strict=True)]}
+    FORMAT = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": POINT}}}
+
+    def after(self, *refusals: str, **fields) -> tuple:
+        """Whether tools are strict and a format is enforced in each request that is sent, and the last answer."""
+        self.claude.reset()
+        self.claude.play(*[refusal_of_claude(400, "invalid_request_error", words) for words in refusals])
+        answer = self.chat(**fields)
+        return [(bool(sent.body.get("tools", [{}])[0].get("strict")), "format" in sent.body.get("output_config", {}))
+                for sent in self.claude.messages], answer
+
+    def test_strict_tools_go_without_and_a_format_in_words(self):
+        for words in self.WORDS:
+            for fields, sent, header in (
+                (self.STRICT, [(True, False), (False, False)], "dropped=tools[0].function.strict"),
+                (self.FORMAT, [(False, True), (False, False)], "changed=response_format"),
+                (dict(self.STRICT, tool_choice="required"), [(True, True), (False, True)],
+                 "dropped=tools[0].function.strict; changed=tool_choice"),
+            ):
+                for stream in (False, True):
+                    with self.subTest(words=words, fields=list(fields), stream=stream):
+                        found, answer = self.after(words, stream=stream, **fields)
+                        self.assertEqual((answer.status, found), (200, sent))
+                        self.assertEqual(answer.headers["x-claude-gateway-changes"], header)
+
+    def test_both_where_the_first_does_not_help_and_then_no_more(self):
+        both = dict(self.STRICT, **self.FORMAT)
+        self.assertEqual(self.after(self.WORDS[0], **both)[0], [(True, True), (False, True)])
+        self.assertEqual(self.after(*self.WORDS[:2], **both)[0], [(True, True), (False, True), (False, False)])
+        found, answer = self.after(*self.WORDS[:3], **both)
+        self.assertEqual((answer.status, len(found)), (400, 3))
+
+    def test_the_answer_in_words_is_cut_out_and_the_next_request_tries_again(self):
+        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.WORDS[0]),
+                         message(text('Here: ```{"x": 1}```')))
+        self.assertEqual(self.chat(**self.FORMAT).message["content"], '{"x": 1}')
+        self.assertEqual(self.after(**self.FORMAT)[0], [(False, True)])
+
+    def test_where_there_is_nothing_to_leave_out_the_refusal_is_handed_on(self):
+        found, answer = self.after(self.WORDS[0], tools=[a_tool("f", POINT)])
+        self.assertEqual((answer.status, len(found)), (400, 1))
+
+
 class ThinkingReplayTests(GatewayTestCase):
     """Signed thinking goes back inside a tool loop as it came, or not at all."""
     LOOP_TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
@@ -8592,6 +9152,7 @@ class ThinkingReplayTests(GatewayTestCase):
         self.start()
         for stream in (False, True):
             with self.subTest(stream=stream):
+                self.start()
                 first = [{"role": "user", "content": "Begin %s" % stream}]
                 history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}), history=first)
                 self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
@@ -8600,18 +9161,64 @@ class ThinkingReplayTests(GatewayTestCase):
                 self.assertEqual(len(self.claude.messages), count + 2, "one retry")
                 history = self.turn(thinking("more", "c2l2"), tool_use("toolu_2", "g", {}), history=history)
                 count = len(self.claude.messages)
-                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})], [tool_use("toolu_2", "g",
-                                                                                                     {})]])
-                self.assertEqual(len(self.claude.messages), count + 1, "no block is tried again")
+                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})], [
+                    thinking("more", "c2l2"), tool_use("toolu_2", "g", {})]])
+                self.assertEqual(len(self.claude.messages), count + 1, "the refused block is not tried again")
 
-    def test_only_that_conversation_goes_without(self):
+    def test_only_the_blocks_that_were_refused_are_left_out(self):
+        # many tools open every session with the same words; a block is known by its signature and its calls
         self.start()
-        blocks = [thinking("hm", "c2ln"), tool_use("toolu_1", "f", {})]
+        opening = [{"role": "user", "content": "The folder is /home/me."}]
+        for words in (self.UNBOUND, "messages.1.content.0: Invalid `data` in `redacted_thinking` block"):
+            refused = [{"type": "redacted_thinking", "data": words[-9:]}, tool_use("toolu_1", "f", {})]
+            self.claude.play(refusal_of_claude(400, "invalid_request_error", words))
+            history = opening + [{"role": "assistant", "content": refused}, user([{
+                "type": "tool_result", "tool_use_id": "toolu_1", "content": "ok"}])]
+            with self.subTest(words):
+                self.assertEqual(self.replayed(history), [[tool_use("toolu_1", "f", {})]])
+                for blocks in ([thinking("hm", "c2l2"), tool_use("toolu_1", "f", {})],
+                               [refused[0], tool_use("toolu_2", "f", {})]):
+                    self.assertEqual(self.replayed(self.turn(*blocks, history=opening)), [blocks])
+
+    def test_a_request_that_leaves_out_its_tools_gets_those_of_its_conversation(self):
+        self.start()
+        tools = [a_tool("g", POINT), a_tool("f", {"type": "object", "properties": {"$a": {"type": "string"}}})]
+        self.claude.play(message(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {"_a": "x"})))
+        first = self.chat(tools=tools, messages=[ASKED])
+        self.assertEqual(json.loads(first.message["tool_calls"][0]["function"]["arguments"]), {"$a": "x"})
+        sent = bare(self.claude.messages[-1].body)
+        self.chat(messages=[ASKED, first.message, result("toolu_1")])
+        again = bare(self.claude.messages[-1].body)
+        self.assertEqual((again["tools"], again["tool_choice"]), (sent["tools"], {"type": "none"}))
+        self.start()
+        self.chat(messages=[ASKED, first.message, result("toolu_1")])
+        self.assertEqual(bare(self.claude.messages[-1].body)["tools"], [{"name": "f", "input_schema": NO_PARAMETERS}])
+        # a reflection upon the results, without tools, amid turns with them: nothing of the prefix changes
+        blocks = [thinking("hm", "c2ln"), tool_use("toolu_2", "f", {})]
         history = self.turn(*blocks)
-        self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
-        self.replayed(history)
-        other = self.turn(*blocks, history=[{"role": "user", "content": "Something else"}])
-        self.assertEqual(self.replayed(other), [blocks])
+        self.chat(messages=history)
+        reflection = bare(self.claude.messages[-1].body)
+        self.assertEqual(self.replayed(history), [blocks])
+        again = bare(self.claude.messages[-1].body)
+        self.assertEqual([reflection[name] for name in ("tools", "messages")], [again["tools"], again["messages"]])
+
+    def test_pieces_of_one_kept_block_are_joined_and_those_of_other_providers_stay_behind(self):
+        anthropic = {"type": "reasoning.text", "format": "anthropic-claude-v1", "index": 0}
+        history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+        for details, kept in (
+            ([dict(anthropic, text="a"), dict(anthropic, text="b"), dict(anthropic, signature="b3du")],
+             [thinking("ab", "b3du")]),
+            ([dict(anthropic, text="a", signature="eA=="), dict(anthropic, index=1, text="b", signature="eQ==")],
+             [thinking("a", "eA=="), thinking("b", "eQ==")]),
+            ([{"type": "reasoning.encrypted", "format": "openai-responses-v1", "data": "gAAAAABo", "index": 0},
+              dict(anthropic, index=1, text="b", signature="eQ==")], [thinking("b", "eQ==")]),
+            ([{"type": "reasoning.encrypted", "format": "google-gemini-v1", "data": "CiQ"}], [thinking("hm", "c2ln")]),
+            ([{"type": "reasoning.encrypted", "format": "unknown", "data": "ZGF0"}],
+             [{"type": "redacted_thinking", "data": "ZGF0"}]),
+        ):
+            with self.subTest(details=details):
+                turns = [history[0], dict(history[1], reasoning_details=details), history[2]]
+                self.assertEqual(self.replayed(turns), [kept + [tool_use("toolu_1", "f", {})]])
 
     def test_blocks_that_the_client_kept_are_left_out_too_once_they_did_not_hold(self):
         for model in ("claude-opus-5-5", "claude-haiku-4-5"):   # one decides by itself, one insists on its block
@@ -8896,6 +9503,16 @@ class RouteTests(HttpTestCase):
                 if path not in ("/v1", "/metrics", "/nowhere"):     # those tell of the method, or count requests
                     self.assertEqual(head.headers["content-length"], get.headers["content-length"])
                 self.assertEqual(after.status, 200)
+
+    def test_what_claude_has_none_of_is_a_404_that_says_so(self):
+        for path, words in (("/v1/embeddings", "no embeddings"), ("/v1/images/generations", "no images"),
+                            ("/v1/audio/speech", "no audio"), ("/audio/transcriptions", "no audio"),
+                            ("/v1/moderations", "no moderations"), ("/v1/images/edits?x=1", "no images")):
+            with self.subTest(path=path):
+                answer = self.ask("POST", path, {"model": "text-embedding-3-small", "input": "x"})
+                self.assertEqual((answer.status, answer.error["code"]), (404, "unknown_url"))
+                self.assertIn("Claude has " + words, answer.error["message"])
+        self.assertNotIn("Claude has", self.ask("POST", "/v1/imagesque", {}).error["message"])
 
     def test_unknown_paths_are_404_in_the_envelope(self):
         for path in ("/nowhere", "/api/tags", "/v1/chat", "/v2/models", "/v1x/models", "/favicon.ico", "/../etc/passwd",
@@ -9510,6 +10127,21 @@ class StatusTests(GatewayTestCase):
 
 
 # ---- HTTP server -------------------------------------------------------------------------------------
+
+class ToolLabelTests(unittest.TestCase):
+    def test_the_log_names_the_product_where_the_request_does(self):
+        for label, headers in (
+            ("QwenCode", {"user-agent": "QwenCode/0.14.1 (linux; x64)"}), ("OpenAI/JS", {"user-agent": "ls/JS 5.13.1"}),
+            ("OpenAI/JS", {"user-agent": "OpenAI/JS 6.1.0"}), ("OpenAI/Python", {"user-agent": "OpenAI/Python 3.1"}),
+            ("AsyncOpenAI/Py", {"user-agent": "AsyncOpenAI/Python 3.1"}), ("pi", {"user-agent": "pi/0.50.1"}),
+            ("Cline", {"user-agent": "OpenAI/JS 5.1", "x-title": "Cline"}), ("Roo-Code", {"x-title": "Roo Code"}),
+            ("promptfoo", {"user-agent": "node", "x-promptfoo-version": "0.119.0", "x-api-version": "2"}),
+            ("python-httpx", {"user-agent": "python-httpx/0.28.1"}), ("browser", {"user-agent": "Mozilla/5.0 (X11)"}),
+            ("-", {}), ("-", {"user-agent": "()"}),
+        ):
+            with self.subTest(label=label, headers=headers):
+                self.assertEqual(claude_gateway.tool_of(headers), label)
+
 
 class AccessTests(HttpTestCase):
     config = {"allow_host": ("My-Box.example", "box"), "cors_origin": ("https://app.example", "app://obsidian.md",
