@@ -12407,6 +12407,46 @@ class OpenAiSdkTests(GatewayTestCase):
             self.assertEqual([block["content"][1]["type"] for block in later["messages"][-1]["content"]],
                              ["image", "image"])
 
+    def test_responses_are_created_streamed_parsed_and_continued(self):
+        pydantic = __import__("pydantic")
+        point = pydantic.create_model("Point", x=(int, ...))
+        self.claude.play(message(text("One")), message(thinking("hm", "c2ln"), text("Two")),
+                         message(text('{"x": 3}'), model="claude-opus-5-5"))
+        first = self.client.responses.create(model="opus", input="Hello")
+        with self.client.responses.stream(model="opus", input="More", previous_response_id=first.id) as stream:
+            kinds = {event.type for event in stream}
+            second = stream.get_final_response()
+        parsed = self.client.responses.parse(model="opus", input="A point", text_format=point)
+        self.assertEqual((first.output_text, second.output_text, parsed.output_parsed.x), ("One", "Two", 3))
+        self.assertIn("response.reasoning_summary_text.done", kinds)
+        self.assertEqual((first.status, first.temperature, first.text.format.type), ("completed", 1, "text"))
+
+    def test_input_items_are_listed_page_by_page(self):
+        given = [{"role": "user", "content": "Word %d" % at} for at in range(50)]
+        response = self.client.responses.create(model="opus", input=given)
+        for order in ("asc", "desc"):
+            listed = [item.content[0].text for item in self.client.responses.input_items.list(
+                response.id, order=order, limit=20)]
+            self.assertEqual(listed, [each["content"] for each in given][::1 if order == "asc" else -1])
+
+    def test_a_conversation_is_compacted_and_goes_on(self):
+        history = [{"role": "user", "content": "Find it."}, {"role": "assistant", "content": "Found."}]
+        compacted = self.client.responses.compact(model="opus", input=history)
+        self.assertEqual([item.type for item in compacted.output], ["message", "compaction"])
+        for streamed in (False, True):
+            asked = {"model": "opus", "input": [*compacted.output, {"role": "user", "content": "Next"}]}
+            if streamed:
+                with self.client.responses.stream(**asked) as stream:
+                    response = stream.get_final_response()
+            else:
+                response = self.client.responses.create(**asked)
+            self.assertEqual(response.output_text, "Hello!")
+            self.assertEqual([turn["content"][0]["type"] for turn in self.claude.messages[-1].body["messages"]],
+                             ["compaction", "text"])
+        with self.client.responses.stream(model="opus", input=[*history, {"type": "compaction_trigger"}]) as stream:
+            item, = stream.get_final_response().output
+        self.assertEqual(item.type, "compaction")
+
     def test_the_model_list_and_one_model(self):
         ids = [model.id for model in self.client.models.list()]
         self.assertIn("claude-opus-5-5", ids)
@@ -12447,7 +12487,8 @@ def is_whole(body):
 def without_ids(value):
     """A response without what differs from one to the next."""
     if isinstance(value, dict):
-        return {name: without_ids(entry) for name, entry in value.items() if name not in ("id", "created_at")}
+        return {name: without_ids(entry) for name, entry in value.items()
+                if name not in ("id", "created_at", "completed_at")}
     return [without_ids(entry) for entry in value] if isinstance(value, list) else value
 
 
@@ -12588,6 +12629,8 @@ class RecordedAnswerTests(GatewayTestCase):
                 plain = self.ask("POST", "/v1/responses", asked)
                 events = self.ask("POST", "/v1/responses", dict(asked, stream=True)).chunks
                 self.assertEqual(plain.status, 200, plain.raw)
+                problems = [sentence for event in events for sentence in RESPONSE_EVENTS(event, event["type"])]
+                self.assertEqual(problems + response_problems(plain), [])
                 self.assertEqual([event["sequence_number"] for event in events], list(range(len(events))))
                 self.assertEqual(without_ids(events[-1]["response"]), without_ids(plain.json))
                 self.assertEqual(output_from_events(events), events[-1]["response"]["output"])
