@@ -2777,9 +2777,15 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
 # The whole: a chat completion request as a Messages request.
 
 
+ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "parallel_tool_calls", "stop",
+                    "verbosity", *LIMITS)
+
+
 def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache: bool,
                      add_history: Callable[[Conversation], None]) -> Translation:
     """The Messages request of either of OpenAI's APIs: its parameters, and what adds its history."""
+    if draft.compact or wants_prewarm(fields):
+        fields = without(fields, *ABOUT_THE_ANSWER)
     tools = [*tools_from_declared(draft), *draft.search]
     conversation = Conversation(draft)
     add_history(conversation)
@@ -2801,8 +2807,9 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     ttl = mark_from(fields).get("ttl") or ttl_from_openai(fields.get("prompt_cache_options"))
     explicit = (fields.get("prompt_cache_options") or {}).get("mode") == "explicit"
     place_breakpoints(request, cache and not explicit, ttl, draft)
-    if wants_prewarm(fields):
-        request = prewarming(request, draft)
+    if wants_prewarm(fields):                       # Claude refuses these where there is no output
+        budget = request.get("thinking", {}).get("type") == "enabled"
+        request = dict(without(request, "stream", "thinking" if budget else ""), max_tokens=0)
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
@@ -2838,17 +2845,6 @@ def ask_for_summary(messages: list[dict], request: dict, draft: Draft) -> None:
 
 def wants_prewarm(fields: dict) -> bool:
     return (fields.get("prompt_cache_options") or {}).get("prewarm") is True
-
-
-def prewarming(request: dict, draft: Draft) -> dict:
-    """The request that only fills the cache: no output, and without what Claude refuses then."""
-    draft.instructions.clear()
-    choosing = request.get("tool_choice", {}).get("type") in ("any", "tool")
-    budget = request.get("thinking", {}).get("type") == "enabled"
-    config = without(request.get("output_config", {}), "format")
-    request = without(request, "stream", "output_config", *(["tool_choice"] if choosing else []),
-                      *(["thinking"] if budget else []))
-    return dict(request, max_tokens=0, **({"output_config": config} if config else {}))
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
@@ -3292,7 +3288,7 @@ def input_of_custom(arguments: str) -> str:
 
 def is_cut(block: dict) -> bool:
     """Whether the output limit cut the arguments of a tool_use."""
-    return bool(block.get("partial_json")) and not block.get("input") and block["partial_json"].strip() != "{}"
+    return not block.get("input") and "".join((block.get("partial_json") or "{}").split()) != "{}"
 
 
 def tool_call_from_tool_use(block: dict, plan: ReplyPlan) -> dict:
@@ -3504,47 +3500,33 @@ def thinking_from_encrypted(encrypted: Any) -> list[dict]:
     return thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
 
 
-class Compaction(NamedTuple):
-    """What a compaction item carries: a summary and what came after the part that it summarizes."""
-    block: dict                                     # Claude's own, signed, or a text block
-    line: str = ""                                  # of the model that signed it
-    kept: Sequence[dict] = ()
-
-    @property
-    def text(self) -> str:
-        return text_in(self.block, "content") or text_in(self.block, "text") or ""
-
-    def item(self, item_id: str) -> dict:
-        return {"id": item_id, "type": "compaction",
-                "encrypted_content": encrypted_from(dict(self._asdict(), kept=list(self.kept)))}
+def summary_in(block: Any) -> str:
+    """The text of a compaction block, or of a text block in its place; "" where it is neither."""
+    field = {"compaction": "content", "text": "text"}.get(text_in(block, "type") or "", "")
+    return (text_in(block, field) or "").strip()
 
 
-def compaction_from_message(message: dict, kept: Sequence[dict] = ()) -> Compaction:
-    """The summary in an answer to a request for one."""
-    blocks = [block for block in message["content"] if block["type"] in ("compaction", "text")]
-    compaction = Compaction(blocks[-1] if blocks else {}, Model(message["model"]).line, kept)
-    if not compaction.text.strip():
+def compaction_item(item_id: str, message: dict, kept: Sequence[dict] = ()) -> dict:
+    """The item that stands for what Claude was asked to summarize.  `kept`: items that come after that."""
+    block = next((block for block in reversed(message["content"]) if summary_in(block)), None)
+    if block is None:
         raise UpstreamFault("The upstream returned no summary of the conversation.")
-    return compaction
+    carried = {"block": block, "line": Model(message["model"]).line, "kept": list(kept)}
+    return {"id": item_id, "type": "compaction", "encrypted_content": encrypted_from(carried)}
 
 
-def compaction_from_item(item: dict) -> Compaction | None:
-    """What came back in a compaction item; None for a foreign or damaged one without text."""
-    value = value_from_encrypted(item.get("encrypted_content"))
-    plain = text_in(item, "content") or text_in(item, "summary") or ""
-    compaction = Compaction(value_in(value, "block") or {"type": "text", "text": plain},
-                            text_in(value, "line") or "", listed(value.get("kept")))
-    known = text_in(compaction.block, "type") in ("compaction", "text")
-    return compaction if known and compaction.text.strip() else None
+def carried_by(item: dict) -> dict:
+    """What a compaction item carries; {} for a foreign or damaged one without text."""
+    carried = value_from_encrypted(item.get("encrypted_content"))
+    plain = {"type": "text", "text": text_in(item, "content") or text_in(item, "summary")}
+    return carried if summary_in(carried.get("block")) else {"block": plain} if summary_in(plain) else {}
 
 
 def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """The items from the newest compaction on; of those that it stands for, the system's words and tools stay."""
+    """The items from the newest compaction on, behind the system text and tools that led what it stands for."""
     for at in range(len(entries) - 1, -1, -1):
-        if entries[at][1].get("type") in COMPACTIONS and compaction_from_item(entries[at][1]):
-            leading = list(itertools.takewhile(lambda entry: is_setting(entry[1]), entries[:at]))
-            later_tools = [entry for entry in entries[len(leading):at] if entry[1].get("type") == "additional_tools"]
-            return leading + later_tools + entries[at:]
+        if entries[at][1].get("type") in COMPACTIONS and carried_by(entries[at][1]):
+            return [*itertools.takewhile(lambda entry: is_setting(entry[1]), entries[:at]), *entries[at:]]
     return entries
 
 
@@ -3593,18 +3575,17 @@ def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft:
 
 def add_compaction_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """The block as Claude gave it out; its text where the block would not hold."""
-    compaction = compaction_from_item(item)
-    if compaction is None:
+    carried = carried_by(item)
+    block = carried.get("block", {})
+    if not carried:
         draft.changes.add("dropped", path, "a compaction that cannot be read here")
-        return
-    signed = compaction.block["type"] == "compaction"
-    if signed and draft.model.compaction and compaction.line == draft.model.line:
-        conversation.summary = [compaction.block]
+    elif block["type"] == "compaction" and draft.model.compaction and carried.get("line") == draft.model.line:
+        conversation.summary = [block]
     else:
-        conversation.summary = text_blocks(SUMMARY + compaction.text)
-        if signed:
+        conversation.summary = text_blocks(SUMMARY + summary_in(block))
+        if block["type"] == "compaction":
             draft.changes.add("changed", path, "a compaction for another model, to its text")
-    for where, kept in entries_of(list(compaction.kept), path + ".encrypted_content"):
+    for where, kept in entries_of(list(listed(carried.get("kept"))), path + ".encrypted_content"):
         add_item(conversation, kept, where, draft)
 
 
@@ -3662,10 +3643,6 @@ def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[di
             for item in items_from_input(given)]
 
 
-NOT_FOR_SUMMARIES = ("text", "response_format", "tool_choice", "parallel_tool_calls", "stop", "max_output_tokens",
-                     "max_completion_tokens", "max_tokens", "verbosity")
-
-
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                     recall: Recall | None = None, replay: bool = True,
                                     earlier: Sequence[dict] = (), compact: bool = False) -> Translation:
@@ -3679,8 +3656,6 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    if compact:
-        fields = without(fields, *NOT_FOR_SUMMARIES)
     more_tools = [entry for path, item in items if item.get("type") == "additional_tools"
                   for entry in entries_of(item.get("tools"), path + ".tools")]
     declared = declared_tools([*tool_entries(fields), *more_tools], changes)
@@ -4012,15 +3987,11 @@ class CompactionStream(ResponseStream):
 
     def finish(self, now: int) -> list[dict]:
         message = self._assembler.whole()
-        item = compaction_from_message(message).item(self._new_id("cmp"))
-        return [self._done(item), self._end(message["usage"], now)]
+        return [self._done(compaction_item(self._new_id("cmp"), message)), self._end(message["usage"], now)]
 
 
 # What a listed item or content part has besides what a client must send.
 LISTED_PARTS: Dict[str, dict] = {"input_image": {"detail": "auto"}, "output_text": {"annotations": [], "logprobs": []}}
-INCLUDABLE = (ENCRYPTED_REASONING, "file_search_call.results", "web_search_call.results",
-              "web_search_call.action.sources", "message.input_image.image_url", "message.output_text.logprobs",
-              "computer_call_output.output.image_url", "code_interpreter_call.outputs")
 LISTED_ITEMS: Dict[str, dict] = {"reasoning": {"summary": []}, "compaction": {},
                                  "additional_tools": {"role": "developer"}}
 
@@ -6542,10 +6513,7 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses: a response, or its stream of events."""
     history = with_history(gateway, incoming, "messages" not in incoming.body)
     incoming, body = history.incoming, history.incoming.body
-    compact = bool(history.given) and history.given[-1].get("type") == "compaction_trigger"
-    if compact:
-        history.given.pop()
-    name = secrets.token_hex(16)
+    compact, name = history.compact, secrets.token_hex(16)
     first = [] if compact else compacted_first(gateway, history, "cmp_%s_0" % name)
     asked = replace(incoming, body=dict(body, input=[*history.given, *first])) if first else incoming
     exchange = exchange_for(gateway, asked, history.earlier, compact)
@@ -6572,10 +6540,7 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, event
     last_events = events.finish(stream.feed) + stream.finish(int(time.time()))
     if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
         yield NEEDS_THREAD                          # a long history takes a while to write down
-        name = stream.response["id"].split("_")[-1]
-        given = [item if item.get("id") else dict(item, id="%s_%s_in%d" % (
-            "msg" if "role" in item else "item", name, at)) for at, item in enumerate(history.given)]
-        entries = since_compaction([("", item) for item in [*history.earlier, *given]])
+        entries = since_compaction([("", item) for item in [*history.earlier, *history.given]])
         gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries],
                               stream.stored_output())
     yield last_events
@@ -6586,6 +6551,7 @@ class History(NamedTuple):
     incoming: Incoming
     earlier: List[dict] = []
     given: List[dict] = []
+    compact: bool = False                           # a compaction_trigger, which is no item itself, ended them
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
@@ -6595,15 +6561,18 @@ def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> Hi
     if not is_responses:
         return History(incoming)
     given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
+    compact = bool(given) and given[-1].get("type") == "compaction_trigger"
+    given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
+             for item in given[:len(given) - compact]]
     incoming = replace(incoming, body=dict(body, input=given if body.get("input") is not None else None))
     response_id = body.get("previous_response_id")
     if response_id is None:
-        return History(incoming, [], given)
+        return History(incoming, [], given, compact)
     stored = gateway.responses.get(owner, text_of(response_id, "previous_response_id"))
     if stored is None:
         raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
                              json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    return History(incoming, [*stored[1], *stored[2]], given, count_in(stored[0], "usage", "total_tokens"))
+    return History(incoming, [*stored[1], *stored[2]], given, compact, count_in(stored[0], "usage", "total_tokens"))
 
 
 def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
@@ -6616,7 +6585,7 @@ def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[di
         return []
     incoming = replace(history.incoming, body=dict(history.incoming.body, input=items))
     message, _ = summarized(gateway, incoming)
-    return [compaction_from_message(message, kept).item(item_id)]
+    return [compaction_item(item_id, message, kept)]
 
 
 def compaction_threshold(body: dict) -> int:
@@ -6628,11 +6597,10 @@ def compaction_threshold(body: dict) -> int:
 
 
 def is_longer(gateway: Gateway, history: History, threshold: int) -> bool:
-    """Whether a request has more tokens than that, by Claude's count; not counted where it is plain anyway."""
-    news = len(client_json(history.given if history.tokens else history.incoming.body)) // 2     # more than it can have
-    if history.tokens > threshold or history.tokens + news <= threshold:
-        return history.tokens > threshold
-    return counted_tokens(gateway, history) > threshold
+    """Whether a request has more tokens than that: by the last response's usage, else by Claude's count."""
+    if history.tokens:
+        return history.tokens + len(client_json(history.given)) // 4 > threshold       # about four bytes make one
+    return len(client_json(history.incoming.body)) // 2 > threshold and counted_tokens(gateway, history) > threshold
 
 
 def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> tuple[dict, dict[str, str]]:
@@ -6648,9 +6616,8 @@ def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     history = with_history(gateway, incoming, True)
     message, headers = summarized(gateway, history.incoming, history.earlier)
     name = secrets.token_hex(16)
-    output = [listed_item(dict({"id": "msg_%s_%d" % (name, at)}, **without(item, "id")))
-              for at, item in enumerate([*history.earlier, *history.given]) if item.get("role") == "user"]
-    output.append(compaction_from_message(message).item("cmp_" + name))
+    output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
+    output.append(compaction_item("cmp_" + name, message))
     return Reply({"id": "resp_" + name, "object": "response.compaction", "created_at": int(time.time()),
                   "output": output, "usage": responses_usage(message["usage"])}, headers)
 
@@ -6684,21 +6651,20 @@ def cancel_response(gateway: Gateway, incoming: Incoming) -> Reply:
 def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /v1/responses/{id}/input_items, newest first unless `order` says otherwise."""
     query = urllib.parse.parse_qs(incoming.query)
-    include = [one_of(*INCLUDABLE)(name, "include") for key in ("include", "include[]") for name in query.get(key, ())]
+    include = query.get("include", []) + query.get("include[]", [])
     items = [listed_item(item, include) for item in stored_response(gateway, incoming)[1]]
     if one_of("asc", "desc")(query.get("order", ["desc"])[0], "order") == "desc":
         items.reverse()
     limit = integer_of(query.get("limit", ["20"])[0], "limit")
     if not 1 <= limit <= 100:
         raise InvalidRequest("limit: expected 1 to 100.", "limit", "invalid_value")
-    ids, after, start = [item["id"] for item in items], query.get("after", [""])[0], 0
+    ids, after = [item["id"] for item in items], query.get("after", [""])[0]
     if after and after not in ids:
         raise InvalidRequest("after: no item %s is in this list." % json.dumps(after), "after", "invalid_value")
-    if after:
-        start = ids.index(after) + 1
-    page = ids[start:start + limit]
-    return Reply({"object": "list", "data": items[start:start + limit], "first_id": page[0] if page else "",
-                  "last_id": page[-1] if page else "", "has_more": start + limit < len(ids)})
+    start = ids.index(after) + 1 if after else 0
+    page = items[start:start + limit]
+    return Reply({"object": "list", "data": page, "first_id": page[0]["id"] if page else "",
+                  "last_id": page[-1]["id"] if page else "", "has_more": start + limit < len(items)})
 
 
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
