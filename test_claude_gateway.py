@@ -8385,6 +8385,7 @@ class RunningStreamTests(InEventLoop, UpstreamTestCase):
         connection = self.connect()
         connection.sendall(chat_bytes(body=self.STREAM))
         received = received_until(connection, b"assistant")
+        self.assertTrue(eventually(lambda: service.gateway.event_loop._streams))    # it has moved there
         service.close(0)
         answer, = answers_in(received + received_until(connection, b"never"))
         self.assertEqual(json.loads(answer.events[-1])["error"]["code"], "gateway_busy")
