@@ -5067,7 +5067,7 @@ OUTPUT_ITEMS = {
     "compaction": {"id!": STRING, "encrypted_content!": STRING},
 }
 COUNTS = {name + "!": NATURAL for name in ("input_tokens", "output_tokens", "total_tokens")}
-USAGE = object_with({**COUNTS, "input_tokens_details!": object_with({"cached_tokens!": NATURAL,
+USAGE_COUNTS = object_with({**COUNTS, "input_tokens_details!": object_with({"cached_tokens!": NATURAL,
                                                                      "cache_write_tokens!": NATURAL}),
                      "output_tokens_details!": object_with({"reasoning_tokens!": NATURAL})})
 
@@ -5089,7 +5089,7 @@ RESPONSE = object_with({
     "truncation!": word_of("auto", "disabled"), "parallel_tool_calls!": BOOLEAN, "text!": object_with({
         "format!": OBJECT, "verbosity": STRING}), "top_p!": NUMBER, "presence_penalty!": NUMBER,
     "frequency_penalty!": NUMBER, "top_logprobs!": INTEGER, "temperature!": NUMBER,
-    "reasoning!": object_with({"effort!": or_null(STRING), "summary!": or_null(STRING)}), "usage!": or_null(USAGE),
+    "reasoning!": object_with({"effort!": or_null(STRING), "summary!": or_null(STRING)}), "usage!": or_null(USAGE_COUNTS),
     "max_output_tokens!": or_null(INTEGER), "max_tool_calls!": or_null(INTEGER), "store!": BOOLEAN,
     "background!": BOOLEAN, "service_tier!": STRING, "metadata!": map_of(STRING), "user!": or_null(STRING),
     "safety_identifier!": or_null(STRING), "prompt_cache_key!": or_null(STRING)})
@@ -5377,7 +5377,7 @@ class CompactionTests(ResponsesTestCase):
         body = {"model": "claude-opus-5-5", "input": self.HISTORY, "instructions": "Be exact."}
         answer = self.ask("POST", "/v1/responses/compact", body)
         self.assertEqual(list(object_with({
-            "id!": STRING, "object!": word_of("response.compaction"), "created_at!": INTEGER, "usage!": USAGE,
+            "id!": STRING, "object!": word_of("response.compaction"), "created_at!": INTEGER, "usage!": USAGE_COUNTS,
             "output!": array_of(LISTED_ITEM)})(answer.json, "")), [])
         self.assertEqual([item["type"] for item in answer.json["output"]], ["message", "compaction"])
         self.assertEqual(answer.json["usage"]["input_tokens"], 900)
@@ -5443,18 +5443,23 @@ class CompactionTests(ResponsesTestCase):
 
     def test_a_session_of_200_turns_keeps_what_came_after_its_last_compaction_in_bounded_memory(self):
         self.start()
-        previous, since = {}, []                    # the response to continue; what was said since the compaction
+        previous, since, before = {}, [], []        # the response to continue; what was said since the compaction
         for turn in range(200):
             since.append("Turn %d " % turn + "x" * 2_000)
-            self.claude.play(message(text("Noted."), usage={"cache_read_input_tokens": 8}, model="claude-opus-5-5"))
+            self.claude.play(message(thinking("hm", "c2ln%d" % turn), text("Noted."), model="claude-opus-5-5",
+                                     usage={"cache_read_input_tokens": 8}))
             answer = self.respond(since[-1], **previous, **self.TOOLS).json
             messages = bare(self.claude.messages[-1].body)["messages"]
             self.assertEqual(since, [block["text"] for each in messages if each["role"] == "user"
                                      for block in each["content"]])
             self.assertEqual(goes_on_from_a_compaction(messages), turn >= 40)
+            self.assertEqual(messages[:len(before)], before, "the cache holds what came before")
+            self.assertEqual([block["signature"] for each in messages[-2:-1] for block in each["content"]
+                              if block["type"] == "thinking"], ["c2ln%d" % (turn - 1)] if turn % 40 else [])
+            before = messages
             if turn % 40 == 39:
                 answer = self.respond([self.TRIGGER], previous_response_id=answer["id"], **self.TOOLS).json
-                since = []
+                since, before = [], []
             previous = {"previous_response_id": answer["id"]}
         responses = self.service.gateway.responses
         self.assertLess(sum(table._used for table in vars(responses).values()), 2_500_000)
