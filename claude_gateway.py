@@ -3737,7 +3737,7 @@ class ResponseStream:
         return [dict(item, encrypted_content=self.signed[item["id"]]) if item["id"] in self.signed else item
                 for item in self.response["output"]]
 
-    def finish(self, now: int) -> list[dict]:
+    def finish(self, now: int = 0) -> list[dict]:
         """The last events: the open item's end, a refusal, and the response as it ended."""
         message = self._assembler.whole()
         is_call = self._block.get("type") == "tool_use"
@@ -3985,7 +3985,7 @@ class CompactionStream(ResponseStream):
         item = {"id": self._new_id("cmp"), "type": "compaction", "encrypted_content": ""}
         return [*events, self._open(item), self._in_item("response.compaction.compacting")]
 
-    def finish(self, now: int) -> list[dict]:
+    def finish(self, now: int = 0) -> list[dict]:
         message = self._assembler.whole()
         return [self._done(compaction_item(self._new_id("cmp"), message)), self._end(message["usage"], now)]
 
@@ -4064,8 +4064,7 @@ class Answers:
     def remember(self, owner: str, model_id: str, message: dict) -> None:
         """Keeps an answer that has tool calls and something that a client would lose of it."""
         call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
-        kinds = {block["type"] for block in message["content"]}
-        if call_ids and kinds - {"text", "tool_use"} and "fallback" not in kinds:       # of two models: not as it was
+        if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
             blocks = [{name: value for name, value in block.items() if name not in ("partial_json", "caller")}
                       for block in message["content"]
                       if block["type"] != "text" or block.get("text", "").strip()]
