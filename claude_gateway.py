@@ -6508,6 +6508,35 @@ def whole_message(exchange: Exchange, events: PlannedEvents) -> dict:
     return events.assembler.whole()
 
 
+class History(NamedTuple):
+    """A request with the items that it means: those of the response it continues, and its own."""
+    incoming: Incoming
+    earlier: List[dict] = []
+    given: List[dict] = []
+    compact: bool = False                           # a compaction_trigger, which is no item itself, ended them
+    tokens: int = 0                                 # of all that the last response read and wrote
+
+
+def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> History:
+    """The items that a Responses request names by `previous_response_id` and by references, in place of the names."""
+    body, owner = incoming.body, incoming.owner
+    if not is_responses:
+        return History(incoming)
+    given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
+    compact = bool(given) and given[-1].get("type") == "compaction_trigger"
+    given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
+             for item in given[:len(given) - compact]]
+    incoming = replace(incoming, body=dict(body, input=given if body.get("input") is not None else None))
+    response_id = body.get("previous_response_id")
+    if response_id is None:
+        return History(incoming, [], given, compact)
+    stored = gateway.responses.get(owner, text_of(response_id, "previous_response_id"))
+    if stored is None:
+        raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
+                             json.dumps(response_id), "previous_response_id", "previous_response_not_found")
+    return History(incoming, [*stored[1], *stored[2]], given, compact, count_in(stored[0], "usage", "total_tokens"))
+
+
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses: a response, or its stream of events."""
     history = with_history(gateway, incoming, "messages" not in incoming.body)
@@ -6545,43 +6574,15 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, event
     yield last_events
 
 
-class History(NamedTuple):
-    """A request with the items that it means: those of the response it continues, and its own."""
-    incoming: Incoming
-    earlier: List[dict] = []
-    given: List[dict] = []
-    compact: bool = False                           # a compaction_trigger, which is no item itself, ended them
-    tokens: int = 0                                 # of all that the last response read and wrote
-
-
-def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> History:
-    """The items that a Responses request names by `previous_response_id` and by references, in place of the names."""
-    body, owner = incoming.body, incoming.owner
-    if not is_responses:
-        return History(incoming)
-    given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
-    compact = bool(given) and given[-1].get("type") == "compaction_trigger"
-    given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
-             for item in given[:len(given) - compact]]
-    incoming = replace(incoming, body=dict(body, input=given if body.get("input") is not None else None))
-    response_id = body.get("previous_response_id")
-    if response_id is None:
-        return History(incoming, [], given, compact)
-    stored = gateway.responses.get(owner, text_of(response_id, "previous_response_id"))
-    if stored is None:
-        raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
-                             json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    return History(incoming, [*stored[1], *stored[2]], given, compact, count_in(stored[0], "usage", "total_tokens"))
-
-
 def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
     """The compaction item of a history longer than `context_management` allows; the last user messages stay."""
     threshold = compaction_threshold(history.incoming.body)
     items = [*history.earlier, *history.given]
     kept = list(itertools.takewhile(lambda item: item.get("role") == "user", reversed(items)))[::-1]
     items = items[:len(items) - len(kept)]
-    if not threshold or all(map(is_setting, items)) or not is_longer(gateway, history, threshold):
-        return []
+    if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS \
+            or not is_longer(gateway, history, threshold):
+        return []                                   # there is nothing to summarize, or no need
     incoming = replace(history.incoming, body=dict(history.incoming.body, input=items))
     message, _ = summarized(gateway, incoming)
     return [compaction_item(item_id, message, kept)]

@@ -5089,7 +5089,8 @@ RESPONSE = object_with({
     "truncation!": word_of("auto", "disabled"), "parallel_tool_calls!": BOOLEAN, "text!": object_with({
         "format!": OBJECT, "verbosity": STRING}), "top_p!": NUMBER, "presence_penalty!": NUMBER,
     "frequency_penalty!": NUMBER, "top_logprobs!": INTEGER, "temperature!": NUMBER,
-    "reasoning!": object_with({"effort!": or_null(STRING), "summary!": or_null(STRING)}), "usage!": or_null(USAGE_COUNTS),
+    "reasoning!": object_with({"effort!": or_null(STRING), "summary!": or_null(STRING)}),
+    "usage!": or_null(USAGE_COUNTS),
     "max_output_tokens!": or_null(INTEGER), "max_tool_calls!": or_null(INTEGER), "store!": BOOLEAN,
     "background!": BOOLEAN, "service_tier!": STRING, "metadata!": map_of(STRING), "user!": or_null(STRING),
     "safety_identifier!": or_null(STRING), "prompt_cache_key!": or_null(STRING)})
@@ -5415,12 +5416,15 @@ class CompactionTests(ResponsesTestCase):
             paths = [urlsplit(request.path).path for request in self.claude.requests]
             return paths.count("/v1/messages/count_tokens"), len(answer.json["output"])
         self.claude.input_tokens = 300
+        self.addCleanup(setattr, self.claude, "input_tokens", 11)
         self.assertEqual(counts(100_000), (0, 1))
         self.assertEqual(counts(400), (1, 1))
         self.claude.play(message(text("Hi"), usage={"input_tokens": 5_000}))
         first = self.respond("Long ago").json
         self.assertEqual(counts(4_000, given="Next", previous_response_id=first["id"]), (0, 2))
         self.assertEqual(counts(6_000, given="Next", previous_response_id=first["id"]), (0, 1))
+        item = self.item(user("Long ago"), assistant("Done."))
+        self.assertEqual(counts(10, given=[item, user("Next " * 100)]), (0, 1), "a summary is not summarized")
 
     def test_a_wrong_context_management_is_named(self):
         for value, path in (([{"type": "clear"}], "context_management[0].type"), ([5], "context_management[0]"),
