@@ -100,6 +100,8 @@ OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
 OAUTH_REDIRECT_URI = "https://platform.claude.com/oauth/code/callback"
 OAUTH_SCOPES = "user:inference user:profile"
 FAST_MODE_BETA = "fast-mode-2026-02-01"         # sent with `speed`; some models take the field only with it
+COMPACTION_BETA = "compact-2026-09-04"          # with `compaction`, and with every later request that has its block
+FALLBACK_BETA = "server-side-fallback-2026-07-01"
 OAUTH_BETA = "oauth-2025-04-20"                 # the API accepts OAuth tokens with this header only
 # Tokens of a subscription login are known to be refused unless the system prompt begins with this sentence in
 # a block of its own.  It is sent with such tokens only, and is the one thing we say that is not the client's.
@@ -169,6 +171,7 @@ class Config:
     relax_x509: bool = False
     no_cache: bool = False
     strict: bool = False
+    fallback: Tuple[str, ...] = ()                  # models that answer what the requested one refuses, or "default"
     demo: bool = False
     base_url: str = DEFAULT_BASE_URL
     token_url: str = OAUTH_TOKEN_URL
@@ -455,6 +458,7 @@ FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refuse
 # What a refusal is about, by its message, where a correction or an explanation needs to know.
 ABOUT_TOOL = re.compile(r"tools\.(\d+)\.")
 ABOUT_MODEL = re.compile(r"model")
+ABOUT_COMPACTION = re.compile(r"compaction_(?!unavailable)|(?=.*compaction).*(block|signature|summar)", re.S)
 ABOUT_LIMIT = re.compile(r"max_tokens: \d+ > (\d+)")
 ABOUT_THINKING = re.compile(r"(?=.*thinking).*(signature|invalid `?data`? in|bound to a different conversation|"
                             r"cannot be modified|must contain thinking)", re.S | re.I)
@@ -473,6 +477,8 @@ LESSONS = (
     (re.compile(r"role 'system' is not supported"), {"late_system": False}),
     (re.compile(r"does not support (structured|output)|output_config.*format.*not supported"),
      {"structured_outputs": False}),
+    (re.compile(r"compaction|compact-2026"), {"compaction": False}),
+    (re.compile(r"fallback"), {"fallbacks": False}),
 )
 # ... and the type of thinking that it does not support, with the one that stands in for it.
 THINKING_LESSONS = ((re.compile(r"thinking.type.enabled"), "enabled", "adaptive"),
@@ -491,8 +497,8 @@ class ClaudeError(GatewayError):
             upstream_status if upstream_status >= 400 else 502, "server_error", None))
         if self.claude_type == "api_error" and 500 <= upstream_status <= 511:
             self.status = upstream_status
-        details = error.get("details")
-        words = "%s %s" % (message.lower(), details.get("error_code") if isinstance(details, dict) else "")
+        self.error_code = text_in(error, "details", "error_code") or ""
+        words = "%s %s" % (message.lower(), self.error_code)
         verdict = next((verdict for verdict in VERDICTS if verdict.words in words), Verdict(""))
         self.status = verdict.status or self.status
         self.kind = verdict.kind or self.kind
@@ -728,6 +734,8 @@ class Model:
     web_search: bool = True
     price: Optional[Tuple[float, float, float]] = None      # US dollars per million tokens: in, in from the cache, out
     fast: bool = True                           # whether `speed` may be "fast": assumed until a refusal says no
+    compaction: bool = True                     # summarizes on request, and takes the block of its summary
+    fallbacks: bool = True                      # whether another model may answer what this one refuses: as `fast`
     display_name: str = ""
 
     @property
@@ -767,7 +775,7 @@ def _models() -> Iterator[Model]:
     yield replace(both, id="claude-opus-4-6", released="2026-02-05")
 
     budgets = replace(both, context=200_000, max_output=64_000, prefill=True, thinking=("enabled", "disabled"),
-                      efforts=())
+                      efforts=(), compaction=False)
     yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"))
     yield replace(budgets, id="claude-haiku-4-5-20251001", released="2025-10-15", price=(1, 0.1, 5))
     yield replace(budgets, id="claude-sonnet-4-5-20250929", released="2025-09-29", price=(3, 0.3, 15),
@@ -817,6 +825,7 @@ def model_from_info(info: dict) -> Model | None:
         "lifecycle": text("lifecycle"), "retires": text("retires_at", 10),
         "released": released if released != "1970-01-01" else None, "display_name": text("display_name"),
         "structured_outputs": supported("structured_outputs"), "web_search": supported("server_tools", "web_search"),
+        "compaction": supported("compaction", "summarize"),
         "thinking": names(("thinking", "types"), known.thinking, ("adaptive", "enabled", "disabled", "between_tools")),
         "efforts": names(("effort",), known.efforts, EFFORTS) if supported("effort") is not False else (),
     }
@@ -1105,6 +1114,7 @@ PARAMETERS = {
     "instructions": Parameter(api=RESPONSES),
     "previous_response_id": Parameter(text_of, api=RESPONSES),
     "include": Parameter(list_of, api=RESPONSES),
+    "context_management": Parameter(list_of, api=RESPONSES),
     "stream": Parameter(boolean_of), "stream_options": Parameter(object_of),
     "max_completion_tokens": Parameter(rounded_of), "max_tokens": Parameter(rounded_of),
     "max_output_tokens": Parameter(rounded_of),
@@ -1295,6 +1305,7 @@ class Draft:
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
         self.forced_tool = ""                       # as in ReplyPlan
         self.bare_json = False
+        self.compact = False                        # a summary of the conversation is wanted, not an answer
 
 
 class ReplyPlan(NamedTuple):
@@ -1306,6 +1317,7 @@ class ReplyPlan(NamedTuple):
     forced_tool: str = ""                           # the text of the reply is the arguments of this tool
     bare_json: bool = False                         # cut the reply's text down to the JSON object in it
     properties: Dict[str, ToolNames] = {}           # tool -> names of its properties, where Claude has others
+    prewarm: bool = False                           # the cache is filled; there is no answer, and that is no failure
 
 
 class Translation(NamedTuple):
@@ -2229,6 +2241,10 @@ def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
     return gist(earlier) == gist(blocks)
 
 
+def has_compaction(blocks: list[dict]) -> bool:
+    return any(block["type"] == "compaction" for block in blocks)
+
+
 def has_server_blocks(blocks: list[dict]) -> bool:
     return any(block["type"] not in ("text", "thinking", "redacted_thinking", "tool_use") for block in blocks)
 
@@ -2267,6 +2283,7 @@ class Conversation:
         self._turns: List[Turn] = []
         self._answerable: Dict[str, Deque[Call]] = {}       # by the client's id: the calls of the latest turn with it
         self.system: List[dict] = []
+        self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
 
     def add(self, role: str, blocks: list[dict]) -> None:
         """Blocks of the user or the assistant, or system text: leading system text is kept apart."""
@@ -2326,7 +2343,8 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
-        if turns and turns[0].role == "assistant":
+        first = [{"role": "assistant", "content": self.summary}] if has_compaction(self.summary) else []
+        if turns and turns[0].role == "assistant" and not self.summary:
             self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
         if not turns or turns[0].role == "assistant":
             turns.insert(0, Turn("user"))
@@ -2344,15 +2362,17 @@ class Conversation:
             if any(isinstance(block, LateSystem) for block in rest):
                 self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
             blocks = results + [user_block(block) for block in rest]
+            if at == 0 and not first:
+                blocks = self.summary + blocks
             if not blocks and at == 0:
-                blocks = text_blocks(START)
+                blocks = text_blocks(CONTINUE if first else START)
             if blocks:
                 messages.append({"role": "user", "content": blocks})
             if late:
                 messages.append({"role": "system", "content": late})
         for message in messages:
             message["content"] = without_refused(message["content"], self._draft.recall)
-        return merged([message for message in messages if message["content"]])
+        return first + merged([message for message in messages if message["content"]])
 
     def _turn(self, role: str) -> Turn:
         """The turn that something of this role belongs to: the last one, or a new one."""
@@ -2967,9 +2987,15 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
 # The whole: a chat completion request as a Messages request.
 
 
+ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "parallel_tool_calls", "stop",
+                    "verbosity", *LIMITS)
+
+
 def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache: bool,
                      add_history: Callable[[Conversation], None]) -> Translation:
     """The Messages request of either of OpenAI's APIs: its parameters, and what adds its history."""
+    if draft.compact or wants_prewarm(fields):
+        fields = without(fields, *ABOUT_THE_ANSWER)
     tools = [*tools_from_declared(draft), *draft.search]
     conversation = Conversation(draft)
     add_history(conversation)
@@ -2984,13 +3010,16 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     if choice:
         request["tool_choice"] = choice
     think(request, fields, messages, draft)
-    end_turn(messages, request, draft)
+    (ask_for_summary if draft.compact else end_turn)(messages, request, draft)
     if preamble or system:
         request["system"] = [*(dict(block) for block in preamble), *system]
     request["messages"] = messages
     ttl = mark_from(fields).get("ttl") or ttl_from_openai(fields.get("prompt_cache_options"))
     explicit = (fields.get("prompt_cache_options") or {}).get("mode") == "explicit"
     place_breakpoints(request, cache and not explicit, ttl, draft)
+    if wants_prewarm(fields):                       # Claude refuses these where there is no output
+        budget = request.get("thinking", {}).get("type") == "enabled"
+        request = dict(without(request, "stream", "thinking" if budget else ""), max_tokens=0)
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
@@ -3001,7 +3030,31 @@ def reply_plan(fields: dict, draft: Draft) -> ReplyPlan:
     declared = draft.declared
     return ReplyPlan(draft.names, uses_functions(fields), [tool.full_name for tool in declared if tool.custom],
                      {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace},
-                     draft.forced_tool, draft.bare_json, draft.properties)
+                     draft.forced_tool, draft.bare_json, draft.properties, wants_prewarm(fields))
+
+
+SUMMARIZE = ("Summarize this conversation so that you can go on from the summary alone: what was asked, decided, done "
+             "and found, with names, paths, numbers and code that will be needed, and what is still to do. Answer "
+             "with the summary only.")
+
+
+def ask_for_summary(messages: list[dict], request: dict, draft: Draft) -> None:
+    """A summary in place of an answer: by Claude's compaction, or by an instruction where the model has none."""
+    if draft.model.compaction:
+        request["compaction"] = {"type": "summarize"}
+        last = messages[-1]["content"][-1]
+        if last["type"] == "text":                  # of the assistant, it may not end in blanks
+            last["text"] = last["text"].rstrip()
+        return
+    if messages[-1]["role"] == "assistant":
+        messages.append({"role": "user", "content": text_blocks(CONTINUE)})
+    draft.instructions.append(SUMMARIZE)
+    if "tools" in request:
+        request["tool_choice"] = {"type": "none"}
+
+
+def wants_prewarm(fields: dict) -> bool:
+    return (fields.get("prompt_cache_options") or {}).get("prewarm") is True
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
@@ -3113,6 +3166,14 @@ def added_usage(total: dict, usage: dict) -> dict:
     return added
 
 
+def with_compactions(usage: dict) -> dict:
+    """The counts of an answer with those of compactions, which its totals leave out."""
+    for iteration in listed(usage.get("iterations")):
+        if text_in(iteration, "type") == "compaction":
+            usage = added_usage(usage, without(iteration, "type", "model"))
+    return usage
+
+
 class MessageAssembler:
     """Events in, one message out: `message`, whole once `done`.  Several streams in a row (pause_turn) add up."""
 
@@ -3143,8 +3204,8 @@ class MessageAssembler:
     @property
     def usage(self) -> dict:
         """The counts of all streams so far."""
-        return added_usage(self._earlier_usage, self.message.get("usage") or {}) if self._earlier_usage \
-            else self.message.get("usage") or {}
+        usage = with_compactions(self.message.get("usage") or {})
+        return added_usage(self._earlier_usage, usage) if self._earlier_usage else usage
 
     def whole(self) -> dict:
         """The message with the usage of all its streams."""
@@ -3165,6 +3226,8 @@ class MessageAssembler:
         if not isinstance(block.get("citations") or [], list):
             raise TypeError("the citations of a block are no list")
         self.message["content"].append(block)
+        if block["type"] == "fallback":             # from here on another model answers
+            self.message["model"] = text_in(block, "to", "model") or self.message["model"]
 
     def _block_delta(self, event: dict) -> None:
         if not self._block:
@@ -3175,6 +3238,8 @@ class MessageAssembler:
             self._grown[field].write(delta[field])
         elif delta["type"] == "citations_delta":
             self._citations.append(delta["citation"])
+        elif delta["type"] == "compaction_delta":
+            self._block.update({name: value for name, value in delta.items() if name != "type" and value is not None})
 
     def _block_stop(self, event: dict) -> None:
         if not self._block:
@@ -3421,7 +3486,7 @@ def refusal_text(message: dict) -> str | None:
 
 def finish_reason(stop_reason: str | None, has_tool_calls: bool, plan: ReplyPlan) -> str:
     """OpenAI's finish reason.  Tool calls are always reported, for clients act on nothing else."""
-    reason = FINISH_REASONS.get(stop_reason or "", "stop")
+    reason = "stop" if plan.prewarm else FINISH_REASONS.get(stop_reason or "", "stop")
     if reason == "tool_calls" and not has_tool_calls:
         return "stop"
     if has_tool_calls and reason in ("stop", "tool_calls"):
@@ -3461,6 +3526,11 @@ def input_of_custom(arguments: str) -> str:
     """The string in `{"input": ...}`, as far as it goes; whatever else Claude made of it, as it is."""
     value = text_in(object_in(arguments), "input")
     return arguments if value is None else value
+
+
+def is_cut(block: dict) -> bool:
+    """Whether the output limit cut the arguments of a tool_use."""
+    return not block.get("input") and "".join((block.get("partial_json") or "{}").split()) != "{}"
 
 
 def tool_call_from_tool_use(block: dict, plan: ReplyPlan) -> dict:
@@ -3507,7 +3577,8 @@ class ChatStream:
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include_usage: bool) -> None:
         self._envelope = {"id": envelope["id"], "object": "chat.completion.chunk",      # the same in every chunk
-                          "created": envelope["created"], "model": ""}
+                          "created": envelope["created"], "model": "",
+                          **({"usage": None} if include_usage else {})}
         self._plan = plan
         self._assembler = assembler
         self._include_usage = include_usage
@@ -3536,6 +3607,8 @@ class ChatStream:
         self._block = block = event["content_block"]
         self._sent_arguments = False
         self._block_start_length = self._text_length
+        if block["type"] == "fallback":
+            self._envelope, self._around_text = dict(self._envelope, model=self._assembler.message["model"]), []
         if block["type"] == "text":
             return self._text(block.get("text") or "")
         if block["type"] == "thinking":
@@ -3643,24 +3716,65 @@ class ChatStream:
 
 ENCRYPTED_REASONING, SEARCH_SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"   # `include`
 OUR_ENCODING = "claude-gateway-1."              # begins our encrypted_content; another version gets another number
+COMPACTIONS = ("compaction", "compaction_summary")
+SUMMARY = "Summary of the conversation so far, from which to go on:\n\n"
 
 
-def encrypted_from_thinking(block: dict) -> str:
-    """A signed thinking block as `encrypted_content`: opaque to clients, and all we need to give it back."""
-    return OUR_ENCODING + base64.urlsafe_b64encode(json.dumps(block, ensure_ascii=False).encode("utf-8")).decode()
+def encrypted_from(value: dict) -> str:
+    """A signed block, or a compaction, as `encrypted_content`: opaque to clients, and all we need to give it back."""
+    return OUR_ENCODING + base64.urlsafe_b64encode(json.dumps(value, ensure_ascii=False).encode("utf-8")).decode()
+
+
+def value_from_encrypted(encrypted: Any) -> dict:
+    """The object in our own `encrypted_content`; {} for a foreign or damaged one."""
+    if not isinstance(encrypted, str) or not encrypted.startswith(OUR_ENCODING):
+        return {}
+    try:
+        value = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):].encode()).decode("utf-8"))
+    except ValueError:
+        return {}
+    return without_lone_surrogates(value) if isinstance(value, dict) else {}
 
 
 def thinking_from_encrypted(encrypted: Any) -> list[dict]:
     """The block in our own `encrypted_content`; [] for a foreign or damaged one."""
-    if not isinstance(encrypted, str) or not encrypted.startswith(OUR_ENCODING):
-        return []
-    try:
-        block = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):].encode()).decode("utf-8"))
-    except ValueError:
-        return []
-    block = without_lone_surrogates(block)
-    return thinking_block(block.get("thinking"), block.get("signature"), block.get("data")) \
-        if isinstance(block, dict) else []
+    block = value_from_encrypted(encrypted)
+    return thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
+
+
+def summary_in(block: Any) -> str:
+    """The text of a compaction block, or of a text block in its place; "" where it is neither."""
+    field = {"compaction": "content", "text": "text"}.get(text_in(block, "type") or "", "")
+    return (text_in(block, field) or "").strip()
+
+
+def compaction_item(item_id: str, message: dict, kept: Sequence[dict] = ()) -> dict:
+    """The item that stands for what Claude was asked to summarize.  `kept`: items that come after that."""
+    block = next((block for block in reversed(message["content"]) if summary_in(block)), None)
+    if block is None:
+        raise UpstreamFault("The upstream returned no summary of the conversation.")
+    carried = {"block": block, "line": Model(message["model"]).line, "kept": list(kept)}
+    return {"id": item_id, "type": "compaction", "encrypted_content": encrypted_from(carried)}
+
+
+def carried_by(item: dict) -> dict:
+    """What a compaction item carries; {} for a foreign or damaged one without text."""
+    carried = value_from_encrypted(item.get("encrypted_content"))
+    plain = {"type": "text", "text": text_in(item, "content") or text_in(item, "summary")}
+    return carried if summary_in(carried.get("block")) else {"block": plain} if summary_in(plain) else {}
+
+
+def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """The items from the newest compaction on, behind the system text and tools that led what it stands for."""
+    for at in range(len(entries) - 1, -1, -1):
+        if entries[at][1].get("type") in COMPACTIONS and carried_by(entries[at][1]):
+            return [*itertools.takewhile(lambda entry: is_setting(entry[1]), entries[:at]), *entries[at:]]
+    return entries
+
+
+def is_setting(item: dict) -> bool:
+    """Whether an item is of what goes before a conversation: system text or tools."""
+    return item.get("type") == "additional_tools" or item.get("role") in ("system", "developer")
 
 
 item_role_of = one_of("user", "assistant", "system", "developer")
@@ -3699,15 +3813,37 @@ def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft:
         draft.changes.ignored.append(path + ".encrypted_content")
 
 
+def add_compaction_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
+    """The block as Claude gave it out; its text where the block would not hold."""
+    carried = carried_by(item)
+    block = carried.get("block", {})
+    if not carried:
+        draft.changes.add("dropped", path, "a compaction that cannot be read here")
+    elif block["type"] == "compaction" and draft.model.compaction and carried.get("line") == draft.model.line:
+        conversation.summary = [block]
+    else:
+        conversation.summary = text_blocks(SUMMARY + summary_in(block))
+        if block["type"] == "compaction":
+            draft.changes.add("changed", path, "a compaction for another model, to its text")
+    for where, kept in entries_of(list(listed(carried.get("kept"))), path + ".encrypted_content"):
+        add_item(conversation, kept, where, draft)
+
+
+def add_reference_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
+    """References are resolved before; this one leads nowhere."""
+    raise InvalidRequest("%s: no item %s is stored here (they are kept in memory only)." % (
+        path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
+
+
 def leave_out_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """additional_tools has been read before; a reference or a search has nothing for Claude."""
+    """additional_tools has been read before; a search has nothing for Claude."""
 
 
 ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
     "message": add_message_item, "function_call": add_call_item, "custom_tool_call": add_call_item,
     "function_call_output": add_output_item, "custom_tool_call_output": add_output_item,
-    "reasoning": add_reasoning_item, "additional_tools": leave_out_item, "item_reference": leave_out_item,
-    "web_search_call": leave_out_item,
+    "reasoning": add_reasoning_item, "additional_tools": leave_out_item, "item_reference": add_reference_item,
+    "web_search_call": leave_out_item, **dict.fromkeys(COMPACTIONS, add_compaction_item),
 }
 
 
@@ -3736,20 +3872,36 @@ def items_from_input(given: Any) -> list[dict]:
     return [item for _, item in entries_of(given, "input")]
 
 
+def is_reference(item: dict) -> bool:
+    """Whether an item only names another one; the type may be missing."""
+    return item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]
+
+
+def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
+    """The items of `input`, references replaced by what they name, as far as that is known."""
+    return [(find(str(item.get("id"))) or dict(item, type="item_reference")) if is_reference(item) else item
+            for item in items_from_input(given)]
+
+
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                                    recall: Recall | None = None, earlier: Sequence[dict] = ()) -> Translation:
-    """A Responses request as a Messages request.  `earlier`: the items of the response that it continues."""
+                                    recall: Recall | None = None, earlier: Sequence[dict] = (),
+                                    compact: bool = False) -> Translation:
+    """A Responses request as a Messages request.
+
+    `earlier`: the items of the response that it continues.  `compact`: ask for a summary instead of an answer.
+    """
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)
-    if "input" not in fields and "instructions" not in fields:
+    if "input" not in fields and "instructions" not in fields and not earlier:
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
-    items += entries_of(items_from_input(fields.get("input")), "input")
+    items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
     more_tools = [entry for path, item in items if item.get("type") == "additional_tools"
                   for entry in entries_of(item.get("tools"), path + ".tools")]
     declared = declared_tools([*tool_entries(fields), *more_tools], changes)
     fields["tools"] = fields.get("tools", []) + [tool for _, tool in more_tools]
     draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall)
+    draft.compact = compact
 
     def add_history(conversation: Conversation) -> None:
         instructions = fields.get("instructions")
@@ -3763,17 +3915,27 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
     return messages_request(fields, draft, preamble, cache, add_history)
 
 
+# What a response repeats of its request, and what stands there where the request says nothing.
 RESPONSE_ECHOES: Dict[str, Any] = {
-    "instructions": None, "metadata": {}, "temperature": None, "top_p": None, "tools": [], "tool_choice": "auto",
+    "instructions": None, "metadata": {}, "temperature": 1, "top_p": 1, "tools": [], "tool_choice": "auto",
     "parallel_tool_calls": True, "max_output_tokens": None, "previous_response_id": None, "store": True,
     "truncation": "disabled", "user": None, "reasoning": {"effort": None, "summary": None},
-    "text": {"format": {"type": "text"}}}
+    "text": {"format": {"type": "text"}}, "presence_penalty": 0, "frequency_penalty": 0, "top_logprobs": 0,
+    "max_tool_calls": None, "safety_identifier": None, "prompt_cache_key": None, "service_tier": "default"}
+ECHOED_TOOL: dict = {"description": None, "parameters": None, "strict": False}
 
 
 def response_envelope(response_id: str, created: int, body: dict) -> dict:
     """What is the same in every event of a response: its id, its time, and the request's own fields."""
-    echoes = {name: default if body.get(name) is None else body[name] for name, default in RESPONSE_ECHOES.items()}
-    return dict({"id": response_id, "object": "response", "created_at": created, "background": False}, **echoes)
+    echoes: Dict[str, Any] = {}
+    for name, default in RESPONSE_ECHOES.items():
+        echo = default if body.get(name) is None else PARAMETERS[name].check(body[name], name)
+        echoes[name] = dict(default, **echo) if isinstance(default, dict) and isinstance(echo, dict) else echo
+    echoes["tools"] = [dict(ECHOED_TOOL, **{name: value for name, value in tool.items() if value is not None})
+                       if tool.get("type") == "function" and "function" not in tool else tool
+                       for tool in echoes["tools"]]
+    return dict({"id": response_id, "object": "response", "created_at": created, "completed_at": None,
+                 "background": False}, **echoes)
 
 
 def responses_usage(usage: dict) -> dict:
@@ -3789,12 +3951,17 @@ RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insu
 
 
 class ResponseStream:
-    """Messages API events in, response events out.  One instance per request; `response` is the state so far."""
+    """Messages API events in, response events out.  One instance per request; `response` is the state so far.
 
-    def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler,
-                 include: Sequence[Any]) -> None:
+    `first`: items that come before the answer's.
+    """
+
+    def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
+                 first: Sequence[dict] = ()) -> None:
         self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
                              usage=None)
+        self.signed: Dict[str, str] = {}            # reasoning item -> its signed thinking, which it does not show
+        self._first = first
         self._plan, self._assembler, self._include = plan, assembler, include
         self._sequence = -1
         self._item: Optional[dict] = None           # the output item that is being sent
@@ -3807,7 +3974,12 @@ class ResponseStream:
         handler = self._HANDLERS.get(event["type"])
         return handler(self, event) if handler else []
 
-    def finish(self) -> list[dict]:
+    def stored_output(self) -> list[dict]:
+        """The output items with all that is needed to give them back to Claude."""
+        return [dict(item, encrypted_content=self.signed[item["id"]]) if item["id"] in self.signed else item
+                for item in self.response["output"]]
+
+    def finish(self, now: int = 0) -> list[dict]:
         """The last events: the open item's end, a refusal, and the response as it ended."""
         message = self._assembler.whole()
         is_call = self._block.get("type") == "tool_use"
@@ -3818,11 +3990,14 @@ class ResponseStream:
         events += self._close_item("incomplete" if reason and not refusal else "completed")
         if refusal:
             events += self._refusal(refusal)
-        self.response.update(status="incomplete" if reason else "completed", usage=responses_usage(message["usage"]),
+        return [*events, self._end(message["usage"], now, reason)]
+
+    def _end(self, usage: dict, now: int, reason: str | None = None) -> dict:
+        self.response.update(status="incomplete" if reason else "completed", usage=responses_usage(usage),
+                             completed_at=None if reason else now,
                              incomplete_details={"reason": reason} if reason else None)
-        self.response = with_service_tier(self.response, message["usage"])
-        return events + [self._event("response.incomplete" if reason else "response.completed",
-                                     response=self.response)]
+        self.response = with_service_tier(self.response, usage)
+        return self._event("response.incomplete" if reason else "response.completed", response=self.response)
 
     def fail(self, failure: GatewayError) -> list[dict]:
         """The event that reports a failure once the stream has begun."""
@@ -3837,8 +4012,11 @@ class ResponseStream:
         if self.response["model"]:                  # a continued answer (pause_turn)
             return []
         self.response["model"] = self._assembler.message["model"]
-        return [self._event("response.created", response=dict(self.response, output=[])),
-                self._event("response.in_progress", response=dict(self.response, output=[]))]
+        events = [self._event("response.created", response=dict(self.response, output=[])),
+                  self._event("response.in_progress", response=dict(self.response, output=[]))]
+        for item in self._first:
+            events += [self._open(item), self._done(item)]
+        return events
 
     def _block_start(self, event: dict) -> list[dict]:
         self._block = block = event["content_block"]
@@ -3849,6 +4027,8 @@ class ResponseStream:
             return self._close_item() + self._thinking_delta(block.get("thinking") or "")
         if kind == "tool_use":
             return self._close_item() + self._open_call(block["id"], block["name"])
+        if kind == "fallback":
+            self.response["model"] = self._assembler.message["model"]
         return []
 
     def _block_delta(self, event: dict) -> list[dict]:
@@ -3870,7 +4050,7 @@ class ResponseStream:
         if kind in ("thinking", "redacted_thinking"):
             return self._end_thinking(block)
         if kind == "tool_use":
-            return self._close_item()
+            return self._close_item("incomplete" if is_cut(block) else "completed")
         if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
             return self._close_item() + self._open_search(block)
         if kind == "web_search_tool_result" and self._item and self._item["type"] == "web_search_call":
@@ -3976,10 +4156,11 @@ class ResponseStream:
         return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
 
     def _end_thinking(self, block: dict) -> list[dict]:
-        encrypted = encrypted_from_thinking(block) if ENCRYPTED_REASONING in self._include and block else None
+        encrypted = encrypted_from(block) if block else None
+        shown = ENCRYPTED_REASONING in self._include
         events = []
         if not self._item or self._item["type"] != "reasoning":
-            if not encrypted:
+            if not encrypted or not shown:
                 return []
             events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
         text = self._text.getvalue()
@@ -3988,8 +4169,10 @@ class ResponseStream:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
                        self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
         item = dict(self._item or {}, summary=[part] if text else [])
-        if encrypted:
+        if encrypted and shown:
             item["encrypted_content"] = encrypted
+        elif encrypted:
+            self.signed[item["id"]] = encrypted
         return events + [self._done(item)]
 
     # -- calls
@@ -4044,6 +4227,42 @@ class ResponseStream:
     _HANDLERS: Dict[str, Callable[[ResponseStream, dict], List[dict]]] = {
         "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
         "content_block_stop": _block_stop}
+
+
+class CompactionStream(ResponseStream):
+    """The response to a compaction_trigger: exactly one item, the compaction."""
+
+    def feed(self, event: dict) -> list[dict]:
+        if event["type"] != "message_start" or self.response["model"]:
+            return []
+        events = self._message_start(event)
+        item = {"id": self._new_id("cmp"), "type": "compaction", "encrypted_content": ""}
+        return [*events, self._open(item), self._in_item("response.compaction.compacting")]
+
+    def finish(self, now: int = 0) -> list[dict]:
+        message = self._assembler.whole()
+        return [self._done(compaction_item(self._new_id("cmp"), message)), self._end(message["usage"], now)]
+
+
+# What a listed item or content part has besides what a client must send.
+LISTED_PARTS: Dict[str, dict] = {"input_image": {"detail": "auto"}, "output_text": {"annotations": [], "logprobs": []}}
+LISTED_ITEMS: Dict[str, dict] = {"reasoning": {"summary": []}, "compaction": {},
+                                 "additional_tools": {"role": "developer"}}
+
+
+def listed_item(item: dict, include: Sequence[str] = ()) -> dict:
+    """An input item as OpenAI lists it: with every required field, and text as a content part."""
+    kind = item.get("type") or "message"
+    whole = dict(LISTED_ITEMS.get(kind, {"status": "completed"}), type=kind)
+    whole.update({name: value for name, value in item.items() if value is not None})
+    if kind == "message" and isinstance(item.get("content"), str):
+        part = "output_text" if item.get("role") == "assistant" else "input_text"
+        whole["content"] = [{"type": part, "text": item["content"]}]
+    for name in ("content", "output"):
+        if isinstance(whole.get(name), list):
+            whole[name] = [dict(LISTED_PARTS.get(str(part.get("type")), {}), **part) if isinstance(part, dict) else part
+                           for part in whole[name]]
+    return whole if kind != "reasoning" or ENCRYPTED_REASONING in include else without(whole, "encrypted_content")
 
 
 # ---- Memory ------------------------------------------------------------------------------------------
@@ -4127,21 +4346,45 @@ class Answers:
 
 
 class StoredResponses:
-    """Responses that clients may continue by their id: each with the items that led to it and its own."""
+    """Responses that clients may continue by their id, and the items of each, which clients may name by theirs.
+
+    An item is stored once, whichever responses of a conversation it belongs to.
+    """
 
     def __init__(self) -> None:
-        self._stored = Bounded(1_000, 64_000_000)
+        self._responses = Bounded(1_000, 24_000_000)
+        self._items = Bounded(200_000, 40_000_000)          # by the digest of their content
+        self._names = Bounded(200_000, 40_000_000)          # id -> digest
 
-    def put(self, owner: str, response: dict, items: Sequence[dict]) -> None:
-        self._stored.put((owner, response["id"]), [response, list(items)])
+    def put(self, owner: str, response: dict, items: Sequence[dict], output: Sequence[dict] = ()) -> None:
+        """Keeps a response with the items that led to it and its own."""
+        digests = [self._put_item(owner, item) for item in items], [self._put_item(owner, item) for item in output]
+        self._responses.put((owner, response["id"]), [response, *digests])
 
-    def get(self, owner: str, response_id: str) -> tuple[dict, list[dict]] | None:
-        """A response and its input items; None where it is not known, or somebody else's."""
-        stored = self._stored.get((owner, response_id))
-        return (stored[0], stored[1]) if stored else None
+    def get(self, owner: str, response_id: str) -> tuple[dict, list[dict], list[dict]] | None:
+        """A response, its input and its output items; None where it is not known, or somebody else's."""
+        stored = self._responses.get((owner, response_id))
+        if stored is None:
+            return None
+        response, *digests = stored
+        items, output = ([self._items.get(digest) for digest in each] for each in digests)
+        return None if None in items or None in output else (response, items, output)
+
+    def item(self, owner: str, item_id: str) -> dict | None:
+        """The item of this id, as it was last stored."""
+        digest = self._names.get((owner, item_id))
+        return digest and self._items.get(digest)
 
     def remove(self, owner: str, response_id: str) -> bool:
-        return self._stored.remove((owner, response_id))
+        return self._responses.remove((owner, response_id))
+
+    def _put_item(self, owner: str, item: dict) -> str:
+        text = json.dumps(item, ensure_ascii=False, sort_keys=True)
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        self._items.put(digest, item)
+        if len(text_in(item, "id") or "") in range(1, 200):
+            self._names.put((owner, item["id"]), digest)
+        return digest
 
 
 class Lessons:
@@ -6242,11 +6485,12 @@ class Exchange:
         """
         for pause in range(MOST_PAUSES + 1):
             yield from self._batches_of_stream(translate)
-            if self.assembler.message["stop_reason"] != "pause_turn" or pause == MOST_PAUSES:
+            if not is_unfinished(self.assembler.message) or pause == MOST_PAUSES:
                 break
             yield NEEDS_THREAD
             self._continue()
         self._count_tokens()
+        self._note_who_answered()
         self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.whole(),
                                        self.translation.request.get("tools", ()))
         if self._reply and self._reply.complete:    # its connection is free before the client can want another
@@ -6272,10 +6516,13 @@ class Exchange:
     def _translated(self, lesson: dict) -> Translation:
         """The request for the model as known with a lesson, images by address still by their address."""
         credential = self._gateway.upstream.credential
-        translation = self._translate_body(replace(self._known, **dict(lesson, **self._for_once)),
-                                           credential.preamble if credential else (),
+        model = replace(self._known, **dict(lesson, **self._for_once))
+        translation = self._translate_body(model, credential.preamble if credential else (),
                                            not self._gateway.config.no_cache,
                                            self._gateway.answers.recall(self._incoming.owner, self._known.id))
+        fallbacks = fallbacks_for(model, self._gateway.config.fallback, self._gateway.models.catalog())
+        if fallbacks and translation.request["max_tokens"] and "compaction" not in translation.request:
+            translation.request["fallbacks"] = fallbacks
         if self._incoming.surrogates_replaced:
             translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
         return translation
@@ -6317,8 +6564,7 @@ class Exchange:
     def _send(self, request: dict) -> None:
         body = within_upstream_limit(messages_request_json(request))
         LOG.debug("to Claude: %s", request, extra={"payload": request})
-        self._reply = self._gateway.upstream.messages(body, self.call,
-                                                      (FAST_MODE_BETA,) if "speed" in request else ())
+        self._reply = self._gateway.upstream.messages(body, self.call, betas_for(request))
         self._headers = self._reply.headers
         self._incoming.record.request_id = self._headers.get("request-id", "")
 
@@ -6335,6 +6581,10 @@ class Exchange:
             if ability not in self._for_once and self._matters({ability: False}):
                 self._for_once[ability] = False
                 return True
+        if "compaction" not in self._for_once and compacts(self.translation.request) and \
+                ABOUT_COMPACTION.search("%s %s" % (refusal.error_code, refusal)):
+            self._for_once["compaction"] = False
+            return True
         lesson = lesson_from_refusal(self._known, refusal) if self._lesson is None else None
         if lesson and self._matters(lesson):
             self._lesson = lesson
@@ -6359,7 +6609,16 @@ class Exchange:
             self._counted = True
             message = self.assembler.whole()
             LOG.debug("from Claude: %s", message, extra={"payload": message})
-            count_tokens(self._gateway, self._incoming.record, self._known.id, message["usage"])
+            model_id = message["model"] if "fallbacks" in self.translation.request else self._known.id
+            count_tokens(self._gateway, self._incoming.record, model_id, message["usage"])
+
+    def _note_who_answered(self) -> None:
+        """Reports an answer that came from another model than the one that was asked, as --fallback allows."""
+        model_id = self.assembler.message["model"]
+        if "fallbacks" in self.translation.request and model_id != self._known.id:
+            self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
+                self._known.id, model_id))
+            self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
 
     def _batches_of_stream(self, translate: Callable[[dict], List[dict]] | None) -> Iterator[Any]:
         for events in self._event_batches():
@@ -6399,17 +6658,47 @@ class Exchange:
         yield decoder.close()
 
     def _continue(self) -> None:
-        """Sends an interrupted answer back unchanged, for Claude to go on with."""
+        """Sends an interrupted answer back unchanged, for Claude to go on with; or asks again for a summary."""
         content = [without(block, "partial_json") for block in self.assembler.message["content"]
                    if block["type"] != "text" or block["text"].strip()]
         request = self.translation.request
         messages = request["messages"] + [{"role": "assistant", "content": content}]
+        if self.assembler.message["stop_reason"] == "compaction":
+            self._for_once["compaction"] = False
+            request = self.translate().request
+            messages = request["messages"]
         if self._reply:
             self._reply.close(answered=True)
         self.assembler.resume()
         if self._incoming.record.stream:
             self.call.may_retry = False             # the client has begun to read
         self._send(dict(request, messages=messages))
+
+
+def is_unfinished(message: dict) -> bool:
+    """Whether Claude interrupted an answer, or could not summarize."""
+    return message["stop_reason"] == "pause_turn" or message["stop_reason"] == "compaction" and not any(
+        block.get("content") for block in message["content"])
+
+
+def compacts(request: dict) -> bool:
+    """Whether a request asks for a compaction or contains the block of one."""
+    return "compaction" in request or has_compaction(request["messages"][0]["content"])
+
+
+def betas_for(request: dict) -> list[str]:
+    """The beta features that a request makes use of."""
+    used = {FAST_MODE_BETA: "speed" in request, FALLBACK_BETA: "fallbacks" in request,
+            COMPACTION_BETA: compacts(request)}
+    return [beta for beta in used if used[beta]]
+
+
+def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
+    """`fallbacks` of a request, as --fallback says; None where the model does not have them."""
+    if not model.fallbacks or not names or names[0] == "default":
+        return "default" if names and model.fallbacks else None
+    ids = dict.fromkeys(catalog.resolve(name).id for name in names)
+    return [{"model": model_id} for model_id in ids if model_id != model.id] or None
 
 
 def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -> None:
@@ -6489,7 +6778,7 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
     include_usage = wants_usage(incoming.body)
-    exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
+    exchange = exchange_for(gateway, *with_history(gateway, incoming, is_responses_body(incoming.body))[:2])
     exchange.open()
     plan = exchange.translation.plan
     events = PlannedEvents(plan, exchange.assembler)
@@ -6502,7 +6791,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
 
 
-def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> Exchange:
+def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (), compact: bool = False) -> Exchange:
     """The exchange for a body in either of OpenAI's shapes: some tools post one to the path of the other."""
     body, record = incoming.body, incoming.record
     asked = optional(text_of, body.get("model"), "model")
@@ -6511,7 +6800,7 @@ def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] =
     record.used = model.id
     if asked and gateway.models.catalog().thinks(asked) and not {"thinking", "reasoning"} & set(body):
         body = dict(body, thinking={"type": "enabled"})
-    translate = functools.partial(messages_request_from_responses, body, earlier=earlier) \
+    translate = functools.partial(messages_request_from_responses, body, earlier=earlier, compact=compact) \
         if is_responses_body(body) else functools.partial(messages_request_from_chat, body)
     return Exchange(gateway, incoming, model, translate)
 
@@ -6539,17 +6828,50 @@ def whole_message(exchange: Exchange, events: PlannedEvents) -> dict:
     return events.assembler.whole()
 
 
+class History(NamedTuple):
+    """A request with the items that it means: those of the response it continues, and its own."""
+    incoming: Incoming
+    earlier: List[dict] = []
+    given: List[dict] = []
+    compact: bool = False                           # a compaction_trigger, which is no item itself, ended them
+    tokens: int = 0                                 # of all that the last response read and wrote
+
+
+def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> History:
+    """The items that a Responses request names by `previous_response_id` and by references, in place of the names."""
+    body, owner = incoming.body, incoming.owner
+    if not is_responses:
+        return History(incoming)
+    given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
+    compact = bool(given) and given[-1].get("type") == "compaction_trigger"
+    given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
+             for item in given[:len(given) - compact]]
+    incoming = replace(incoming, body=dict(body, input=given if body.get("input") is not None else None))
+    response_id = body.get("previous_response_id")
+    if response_id is None:
+        return History(incoming, [], given, compact)
+    stored = gateway.responses.get(owner, text_of(response_id, "previous_response_id"))
+    if stored is None:
+        raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
+                             json.dumps(response_id), "previous_response_id", "previous_response_not_found")
+    return History(incoming, [*stored[1], *stored[2]], given, compact, count_in(stored[0], "usage", "total_tokens"))
+
+
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses: a response, or its stream of events."""
-    body = incoming.body
-    earlier = earlier_items(gateway, incoming)
-    exchange = exchange_for(gateway, incoming, earlier)
+    history = with_history(gateway, incoming, "messages" not in incoming.body)
+    incoming, body = history.incoming, history.incoming.body
+    compact, name = history.compact, secrets.token_hex(16)
+    first = [] if compact else compacted_first(gateway, history, "cmp_%s_0" % name)
+    asked = replace(incoming, body=dict(body, input=[*history.given, *first])) if first else incoming
+    exchange = exchange_for(gateway, asked, history.earlier, compact)
     exchange.open()
-    envelope = response_envelope("resp_" + secrets.token_hex(16), int(time.time()), body)
+    envelope = response_envelope("resp_" + name, int(time.time()), body)
     plan = exchange.translation.plan
     events = PlannedEvents(plan, exchange.assembler)
-    stream = ResponseStream(envelope, plan, events.assembler, listed(body.get("include")))
-    steps = response_steps(gateway, incoming, exchange, events, stream, earlier)
+    stream = (CompactionStream if compact else ResponseStream)(envelope, plan, events.assembler,
+                                                               listed(body.get("include")), first)
+    steps = response_steps(gateway, history, exchange, events, stream)
     if incoming.record.stream:
         return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
     for _ in incoming.call.client.waited(steps):
@@ -6557,32 +6879,69 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     return Reply(stream.response, exchange.headers())
 
 
-def response_steps(gateway: Gateway, incoming: Incoming, exchange: Exchange, events: PlannedEvents,
-                   stream: ResponseStream, earlier: Sequence[dict]) -> Iterator[Any]:
+def response_steps(gateway: Gateway, history: History, exchange: Exchange, events: PlannedEvents,
+                   stream: ResponseStream) -> Iterator[Any]:
     """The steps of a response, which is stored before its end is sent: a client may continue it at once."""
-    body = incoming.body
+    body = history.incoming.body
     yield from exchange.batches(events.then(stream.feed))
-    last_events = events.finish(stream.feed) + stream.finish()
+    last_events = events.finish(stream.feed) + stream.finish(int(time.time()))
     if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
         yield NEEDS_THREAD                          # a long history takes a while to write down
-        gateway.responses.put(incoming.owner, stream.response, [*earlier, *items_from_input(body.get("input"))])
+        entries = since_compaction([("", item) for item in [*history.earlier, *history.given]])
+        gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries],
+                              stream.stored_output())
     yield last_events
 
 
-def earlier_items(gateway: Gateway, incoming: Incoming) -> list[dict]:
-    """The items of the response that `previous_response_id` names: what led to it, and what it said."""
-    response_id = incoming.body.get("previous_response_id")
-    if response_id is None or not is_responses_body(incoming.body):
-        return []
-    stored = gateway.responses.get(incoming.owner, text_of(response_id, "previous_response_id"))
-    if stored is None:
-        raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
-                             json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    response, items = stored
-    return [*items, *response["output"]]
+def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
+    """The compaction item of a history longer than `context_management` allows; the last user messages stay."""
+    threshold = compaction_threshold(history.incoming.body)
+    items = [*history.earlier, *history.given]
+    kept = list(itertools.takewhile(lambda item: item.get("role") == "user", reversed(items)))[::-1]
+    items = items[:len(items) - len(kept)]
+    if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS \
+            or not is_longer(gateway, history, threshold):
+        return []                                   # there is nothing to summarize, or no need
+    incoming = replace(history.incoming, body=dict(history.incoming.body, input=items))
+    message, _ = summarized(gateway, incoming)
+    return [compaction_item(item_id, message, kept)]
 
 
-def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[dict]]:
+def compaction_threshold(body: dict) -> int:
+    """`compact_threshold`, 0 where none is set."""
+    for path, entry in entries_of(body.get("context_management") or [], "context_management"):
+        one_of("compaction")(entry.get("type"), path + ".type")
+        return optional(integer_of, entry.get("compact_threshold"), path + ".compact_threshold", 0)
+    return 0
+
+
+def is_longer(gateway: Gateway, history: History, threshold: int) -> bool:
+    """Whether a request has more tokens than that: by the last response's usage, else by Claude's count."""
+    if history.tokens:
+        return history.tokens + len(client_json(history.given)) // 4 > threshold       # about four bytes make one
+    return len(client_json(history.incoming.body)) // 2 > threshold and counted_tokens(gateway, history) > threshold
+
+
+def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> tuple[dict, dict[str, str]]:
+    """Claude's summary of a history, as a message, and the headers that go with it."""
+    exchange = exchange_for(gateway, incoming, earlier, compact=True)
+    exchange.open()
+    message = whole_message(exchange, PlannedEvents(exchange.translation.plan, exchange.assembler))
+    return message, exchange.headers()
+
+
+def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
+    history = with_history(gateway, incoming, True)
+    message, headers = summarized(gateway, history.incoming, history.earlier)
+    name = secrets.token_hex(16)
+    output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
+    output.append(compaction_item("cmp_" + name, message))
+    return Reply({"id": "resp_" + name, "object": "response.compaction", "created_at": int(time.time()),
+                  "output": output, "usage": responses_usage(message["usage"])}, headers)
+
+
+def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[dict], list[dict]]:
     stored = gateway.responses.get(incoming.owner, incoming.argument)
     if stored is None:
         raise Refused(404, "response_not_found", "No response %s is stored here." % json.dumps(incoming.argument))
@@ -6601,36 +6960,48 @@ def delete_response(gateway: Gateway, incoming: Incoming) -> Reply:
     return Reply({"id": incoming.argument, "object": "response", "deleted": True})
 
 
+def cancel_response(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/responses/{id}/cancel"""
+    stored_response(gateway, incoming)
+    raise InvalidRequest("Only a response created with background=true can be cancelled; there are none here.",
+                         code="unsupported_value")
+
+
 def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /v1/responses/{id}/input_items, newest first as OpenAI lists them."""
-    response, stored = stored_response(gateway, incoming)
-    items = [listed_item(item, "%s_%d" % (response["id"].split("_")[-1], at)) for at, item in enumerate(stored)]
-    items.reverse()
-    ids = [item["id"] for item in items] or [None]
-    return Reply({"object": "list", "data": items, "first_id": ids[0], "last_id": ids[-1], "has_more": False})
-
-
-def listed_item(item: dict, name: str) -> dict:
-    """An input item as OpenAI lists it: with its type, an id of its own, and text as a content part."""
-    kind = item.get("type") or ("message" if "role" in item else "item")
-    new_id = "%s_%s" % ("msg" if kind == "message" else "item", name)
-    whole = dict(item, id=item.get("id") or new_id, type=kind)
-    if isinstance(item.get("content"), str):
-        part = "output_text" if item.get("role") == "assistant" else "input_text"
-        whole["content"] = [{"type": part, "text": item["content"]}]
-    return whole
+    """GET /v1/responses/{id}/input_items, newest first unless `order` says otherwise."""
+    query = urllib.parse.parse_qs(incoming.query)
+    include = query.get("include", []) + query.get("include[]", [])
+    items = [listed_item(item, include) for item in stored_response(gateway, incoming)[1]]
+    if one_of("asc", "desc")(query.get("order", ["desc"])[0], "order") == "desc":
+        items.reverse()
+    limit = integer_of(query.get("limit", ["20"])[0], "limit")
+    if not 1 <= limit <= 100:
+        raise InvalidRequest("limit: expected 1 to 100.", "limit", "invalid_value")
+    ids, after = [item["id"] for item in items], query.get("after", [""])[0]
+    if after and after not in ids:
+        raise InvalidRequest("after: no item %s is in this list." % json.dumps(after), "after", "invalid_value")
+    start = ids.index(after) + 1 if after else 0
+    page = items[start:start + limit]
+    return Reply({"object": "list", "data": page, "first_id": page[0]["id"] if page else "",
+                  "last_id": page[-1]["id"] if page else "", "has_more": start + limit < len(items)})
 
 
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/input_tokens, by Claude's own count."""
-    exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
-    request = without(exchange.translate().request, "max_tokens", "stream", "temperature", "top_p", "top_k",
-                      "stop_sequences", "metadata", "service_tier", "speed")
+    history = with_history(gateway, incoming, "messages" not in incoming.body)
+    return Reply({"object": "response.input_tokens", "input_tokens": counted_tokens(gateway, history)})
+
+
+def counted_tokens(gateway: Gateway, history: History) -> int:
+    """The tokens of a request as Claude counts them."""
+    incoming = history.incoming
+    request = without(exchange_for(gateway, incoming, history.earlier).translate().request, "max_tokens", "stream",
+                      "temperature", "top_p", "top_k", "stop_sequences", "metadata", "service_tier", "speed",
+                      "fallbacks")
     reply = gateway.upstream.messages(within_upstream_limit(messages_request_json(request)), incoming.call,
-                                      path="/v1/messages/count_tokens")
+                                      betas_for(request), "/v1/messages/count_tokens")
     incoming.held.callback(reply.close)
-    return Reply({"object": "response.input_tokens",
-                  "input_tokens": json_object_from(reply.read()).get("input_tokens")})
+    return count_in(json_object_from(reply.read()), "input_tokens")
 
 
 def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6676,7 +7047,8 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/completions: one or several texts continued, or their stream."""
     body = incoming.body
     prompts, include_usage = prompts_of(body), wants_usage(body)
-    envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time())}
+    envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time()),
+                **({"usage": None} if include_usage else {})}
     exchanges = [exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
                  for prompt in prompts]
     text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
@@ -7203,6 +7575,8 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/chat/completions": {"POST": chat_completions},
     "/responses": {"POST": create_response},
     "/responses/input_tokens": {"POST": count_input_tokens},
+    "/responses/compact": {"POST": compact_response},
+    "/responses/{id}/cancel": {"POST": cancel_response},
     "/responses/{id}": {"GET": get_response, "DELETE": delete_response},
     "/responses/{id}/input_items": {"GET": response_input_items},
     "/completions": {"POST": completions},
@@ -7215,8 +7589,9 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/": {"GET": status_page},
 }
 ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
-             (re.compile(r"/responses/(?!input_tokens$)([^/]+)"), "/responses/{id}"),
-             (re.compile(r"/responses/([^/]+)/input_items"), "/responses/{id}/input_items"))
+             (re.compile(r"/responses/(?!(?:input_tokens|compact)$)([^/]+)"), "/responses/{id}"),
+             (re.compile(r"/responses/([^/]+)/input_items"), "/responses/{id}/input_items"),
+             (re.compile(r"/responses/([^/]+)/cancel"), "/responses/{id}/cancel"))
 WITHOUT_KEY = {"/models", "/models/{id}", "/health", "/"}       # for every other path a configured key is needed
 NATIVE = {"/messages", "/messages/count_tokens"}                # whose errors are in Anthropic's shape
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
@@ -8299,6 +8674,7 @@ OPTIONS = (
     Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
     Option("no-cache", "add no prompt cache breakpoints"),
     Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
+    Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS"),
     Option("demo", "answer from a built-in simulation: no account, no network"),
 )
 
@@ -8325,8 +8701,19 @@ def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
     return keys
 
 
+def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    try:
+        for name in names if names != ("default",) else ():
+            Catalog().resolve(name)
+    except GatewayError as unknown:
+        raise UsageError(str(unknown), setting) from unknown
+    return names
+
+
 # Options whose values need checking -> how they are read
-CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from}
+CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from,
+                                                "fallback": fallbacks_from}
 
 
 def credential_in(environment: dict[str, str], variable: str) -> str:

@@ -30,4 +30,21 @@ for (const model of [openai("claude-sonnet-5-5"), openai.chat("claude-sonnet-5-5
     output: Output.object({ schema: z.object({ name: z.string(), people: z.number() }) }) });
   assert.equal(typeof city.output.people, "number");
 }
+
+// A conversation of three turns with a tool loop; the Responses model names every earlier answer by its id.
+for (const model of [openai("claude-sonnet-5-5"), openai.chat("claude-sonnet-5-5")]) {
+  for (const streamed of [false, true]) {
+    const messages = [];
+    for (const content of ["Weather?", "And tomorrow?", "Thanks"]) {
+      messages.push({ role: "user", content });
+      const call = { model, messages, tools: { weather }, stopWhen: stepCountIs(3), maxRetries: 0 };
+      const result = streamed ? streamText({ ...call, onError: ({ error }) => { throw error; } }) : await generateText(call);
+      if (streamed) await result.consumeStream();
+      const { messages: answered } = await result.response;
+      assert.match(JSON.stringify(answered), /8 degrees/);
+      messages.push(...answered);
+    }
+    assert.equal(messages.filter(({ role }) => role === "tool").length, 3);
+  }
+}
 console.log("node: the AI SDK's Responses and chat models take text, streams, tools and objects");
