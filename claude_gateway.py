@@ -34,7 +34,7 @@ Completion, Command line.
 What to read before trusting it with a credential: Credentials, HTTP/1.1, Upstream, Image fetching, Routes, HTTP
 server and Log.
 Places that connect: UpstreamConnection, Upstream, ImageFetcher, running_status, issuer_of, post, selftest_findings.
-Places that write: TokenFile, check_writable.
+Places that write: StoredFile, check_writable.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
@@ -95,7 +95,7 @@ ANTHROPIC_VERSION = "2023-06-01"                # on purpose: 2026-10-21 refuses
 # this is the public client id of Claude Code, with the page that shows its code for pasting.  The README and
 # `login` say so, and say what Anthropic's terms think of it.
 OAUTH_CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
-OAUTH_AUTHORIZE_URL = "https://claude.ai/oauth/authorize"
+OAUTH_AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
 OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
 OAUTH_REDIRECT_URI = "https://platform.claude.com/oauth/code/callback"
 OAUTH_SCOPES = "user:inference user:profile"
@@ -106,7 +106,7 @@ OAUTH_BETA = "oauth-2025-04-20"                 # the API accepts OAuth tokens w
 OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
 
 REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
-REFRESH_BACKOFF = 2                             # seconds between attempts while the sign-in endpoint fails
+REFRESH_BACKOFF, LONGEST_BACKOFF = 2, 60        # seconds until the next attempt, doubled each time that it fails
 
 MAX_UPSTREAM_BODY = 32_000_000                  # bytes: what the Messages API accepts
 MAX_BRACKETS = 1_000_000                        # a body of nothing but brackets costs 60 times its size
@@ -146,10 +146,9 @@ class Limits:
     write_timeout: float = 60                       # that a client may refuse to read
     keepalive_interval: float = 10                  # of silence before a stream gets a comment line
     upstream_silence: float = 300                   # without a byte from Claude (its pings count)
-    token_timeout: float = 30                       # without a byte from the sign-in endpoint
+    token_timeout: float = 30                       # for a whole call to the sign-in endpoint
     fetch_timeout: float = 20                       # for one image, redirects included, looking up names not
     lock_patience: float = 60                       # for another process to refresh; one call may take 40
-    renewal_holds: float = 60                       # a new token that is refused within them is not the cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +172,12 @@ class Config:
     demo: bool = False
     base_url: str = DEFAULT_BASE_URL
     token_url: str = OAUTH_TOKEN_URL
+    authorize_url: str = OAUTH_AUTHORIZE_URL
+    oauth_scopes: str = OAUTH_SCOPES
+    workspace_id: str = ""
+    custom_headers: Tuple[Tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+    profile: str = ""                               # of Anthropic's own sign-in; "": the active one
+    profile_folder: str = ""                        # "": none is looked for
     anthropic_api_key: str = dataclasses.field(default="", repr=False)
     anthropic_auth_token: str = dataclasses.field(default="", repr=False)
     claude_code_oauth_token: str = dataclasses.field(default="", repr=False)
@@ -185,7 +190,7 @@ class Config:
     def secrets(self) -> list[str]:
         """Every secret in here, for the log's redaction."""
         return [*self.api_key, self.anthropic_api_key, self.anthropic_auth_token, self.claude_code_oauth_token,
-                self.proxy.password or ""]
+                self.proxy.password or "", *(value for _, value in self.custom_headers)]
 
     @property
     def proxy(self) -> urllib.parse.SplitResult:
@@ -423,10 +428,13 @@ class Verdict(NamedTuple):
 
 
 KEY_HINT = "Hint: an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
+SPEND_HINT = "Hint: only a higher spend limit in the Console helps before it is reset."
+WORKSPACE_HINT = "Hint: set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
 PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
 # What the message of a refusal (lower case) means for the client; the first match wins.  What they say about the
 # request is read by LESSONS and the patterns beside it.  Nothing else goes by the message of Claude.
 VERDICTS = (
+    Verdict("anthropic-workspace-id", 400, code="upstream_refused", hint=WORKSPACE_HINT),
     Verdict("prompt is too long", 400, code="context_length_exceeded"),
     Verdict("exceed context limit", 400, code="context_length_exceeded"),
     Verdict("only authorized for use with claude code", code="upstream_refused", hint=KEY_HINT),
@@ -435,6 +443,8 @@ VERDICTS = (
     Verdict("extra usage", 429, "insufficient_quota", "insufficient_quota", KEY_HINT),
     Verdict("credit balance is too low", 429, "insufficient_quota", "insufficient_quota"),
     Verdict("specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
+    Verdict("enforced_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
+    Verdict("contract_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
     Verdict("output blocked by content filtering", 400, code="content_filter"),
     Verdict("token has been revoked", 401, "authentication_error", "upstream_authentication",
             "Hint: run `claude-gateway login` again."),
@@ -722,6 +732,9 @@ def messages_request_json(request: dict) -> bytes:
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 TIERS = ("opus", "sonnet", "haiku", "fable", "mythos")
+Price = Tuple[float, float, float]              # US dollars per million tokens: in, in from the cache, out
+LONG_PROMPT = 100_000                           # tokens
+SEARCH_PRICE = 0.01                             # US dollars for one web search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -742,7 +755,9 @@ class Model:
     efforts: Tuple[str, ...] = EFFORTS          # () = no effort parameter
     structured_outputs: bool = True
     web_search: bool = True
-    price: Optional[Tuple[float, float, float]] = None      # US dollars per million tokens: in, in from the cache, out
+    price: Optional[Price] = None
+    long_price: Optional[Price] = None          # of requests beyond LONG_PROMPT
+    fast_price: Optional[Price] = None          # with `speed` "fast"
     fast: bool = True                           # whether `speed` may be "fast": assumed until a refusal says no
     display_name: str = ""
 
@@ -762,10 +777,11 @@ def _models() -> Iterator[Model]:
     can_disable = ("adaptive", "disabled")
     yield Model("claude-fable-5-2", "2026-11-09", price=(8, 0.2, 40))
     yield Model("claude-mythos-5-2")
-    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01, 0.5), forced_tools=True, thinking=can_disable)
+    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01, 0.5), long_price=(0.5, 0.05, 2.5), forced_tools=True,
+                thinking=can_disable)
     yield Model("claude-sonnet-5-5", "2026-09-28", price=(2, 0.1, 10), thinking=("adaptive", "between_tools"))
-    yield Model("claude-opus-5-5", "2026-09-22", price=(4, 0.2, 20))
-    yield Model("claude-fable-5-1", "2026-08-28", price=(10, 0.25, 50))
+    yield Model("claude-opus-5-5", "2026-09-22", price=(4, 0.2, 20), fast_price=(8, 0.4, 40))
+    yield Model("claude-fable-5-1", "2026-09-01", price=(10, 0.25, 50))
     yield Model("claude-mythos-5-1", price=(10, 0.25, 50))
     yield Model("claude-opus-5", "2026-07-24", price=(5, 0.5, 25), forced_tools=True, thinking=can_disable)
     yield Model("claude-sonnet-5", "2026-06-30", price=(2, 0.2, 10), forced_tools=True, thinking=can_disable,
@@ -784,10 +800,33 @@ def _models() -> Iterator[Model]:
 
     budgets = replace(both, context=200_000, max_output=64_000, prefill=True, thinking=("enabled", "disabled"),
                       efforts=())
-    yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"))
+    yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"),
+                  lifecycle="deprecated", retires="2027-01-22")
     yield replace(budgets, id="claude-haiku-4-5-20251001", released="2025-10-15", price=(1, 0.1, 5))
     yield replace(budgets, id="claude-sonnet-4-5-20250929", released="2025-09-29", price=(3, 0.3, 15),
                   lifecycle="deprecated", retires="2026-11-30")
+
+
+def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
+    """US dollars by list prices: what an answer cost, and what caching saved of it.  None: the price is not known.
+
+    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
+    """
+    fresh, read, written = (count_in(usage, name) for name in (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+    price = model.price
+    if fresh + read + written > LONG_PROMPT:
+        price = model.long_price or price
+    if usage.get("speed") == "fast":
+        price = model.fast_price
+    if price is None:
+        return None
+    hour = min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
+    prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * price[0] + read * price[1]
+    saved = (fresh + read + written) * price[0] - prompt
+    tokens = (prompt + count_in(usage, "output_tokens") * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
+    searches = count_in(usage, "server_tool_use", "web_search_requests") * SEARCH_PRICE
+    return tokens / 1e6 + searches, saved / 1e6
 
 
 BUILT_IN_MODELS = {model.id: model for model in _models()}
@@ -3934,7 +3973,10 @@ class ModelList:
                 self._next_fetch = time.monotonic() + 60
         except GatewayError as fault:
             self._next_fetch = time.monotonic() + 60
-            LOG.info("no model list from the upstream (%s): using the built-in table", fault)
+            if fault.code in FINAL_CODES:
+                LOG.warning("Claude refuses this credential: %s", fault)
+            else:
+                LOG.info("no model list from the upstream (%s): using the built-in table", fault)
         except Exception as failure:                # nobody above this thread would report it
             self._next_fetch = time.monotonic() + 60
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
@@ -4000,7 +4042,8 @@ class Counters:
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
         self._tokens: Dict[str, collections.Counter] = {}
-        self._hour_writes: collections.Counter = collections.Counter()
+        self._costs: Dict[str, Tuple[float, float]] = {}
+        self._unpriced: set = set()                 # models, of which some answers have no price that we know
         self._seconds = 0.0
 
     def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
@@ -4010,18 +4053,20 @@ class Counters:
             if error_code:
                 self._errors[error_code] += 1
 
-    def add_tokens(self, model_id: str, usage: dict) -> int:
+    def add_tokens(self, model: Model, usage: dict) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         counts = {"input": count_in(usage, "input_tokens"), "cache_read": count_in(usage, "cache_read_input_tokens"),
                   "cache_write": count_in(usage, "cache_creation_input_tokens"),
                   "output": count_in(usage, "output_tokens")}
-        hour_writes = count_in(usage, "cache_creation", "ephemeral_1h_input_tokens")
+        cost = cost_of(model, usage)
         with self._lock:
-            tokens = self._tokens.setdefault(model_id if model_id in self._tokens or len(self._tokens) < 200
-                                             else "other", collections.Counter())
-            tokens.update(counts)
-            if model_id in self._tokens:
-                self._hour_writes[model_id] += hour_writes
+            name = model.id if model.id in self._tokens or len(self._tokens) < 200 else "other"
+            self._tokens.setdefault(name, collections.Counter()).update(counts)
+            if cost is None:
+                self._unpriced.add(name)
+            else:
+                spent, saved = self._costs.get(name, (0.0, 0.0))
+                self._costs[name] = (spent + cost[0], saved + cost[1])
             read = sum(tokens["cache_read"] for tokens in self._tokens.values())
             prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
                           for tokens in self._tokens.values())
@@ -4049,10 +4094,14 @@ class Counters:
         with self._lock:
             return {model: {kind: tokens[kind] for kind in TOKEN_KINDS} for model, tokens in self._tokens.items()}
 
-    def hour_writes(self) -> dict[str, int]:
-        """Of the tokens written to the cache, those that stay for an hour and cost more, by model."""
+    def costs(self) -> dict[str, tuple[float, float]]:
+        """US dollars by model: what its answers cost, and what caching saved."""
         with self._lock:
-            return dict(self._hour_writes)
+            return dict(self._costs)
+
+    def unpriced(self) -> list[str]:
+        with self._lock:
+            return sorted(self._unpriced)
 
     def totals(self) -> dict:
         tokens = self.tokens_by_model().values()
@@ -4095,6 +4144,8 @@ class ApiKey:
     """An Anthropic API key."""
     refreshable = False
     preamble: Sequence[dict] = ()
+    base_url = ""                                   # where it is to be used; "": at the configured address
+    trouble: Optional[dict] = None                  # a failed renewal: message, time
 
     def __init__(self, key: str, source: str) -> None:
         self._key = key
@@ -4109,6 +4160,12 @@ class ApiKey:
 
     def secrets(self) -> list[str]:
         return [self._key]
+
+    def accepted(self, headers: dict[str, str]) -> None:
+        """Claude has accepted these headers."""
+
+    def close(self) -> None:
+        """The gateway stops."""
 
 
 class BearerToken(ApiKey):
@@ -4128,33 +4185,56 @@ class BearerToken(ApiKey):
         return {"kind": "bearer_token", "description": self.description}
 
 
-class TokenFileDamaged(GatewayError):
-    """The token file is there, but not what we wrote."""
+class FileDamaged(GatewayError):
+    """A file is there, but not what we, or whoever owns it, wrote."""
 
 
-class TokenFile:
-    """The stored login: one JSON object in a file that is whole at every instant, mode 0600 in a directory 0700."""
+PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
 
-    def __init__(self, path: str, limits: Limits = Config.limits) -> None:
-        self.path, self._limits = path, limits
 
-    def read(self) -> dict | None:
-        """The stored tokens, None where there are none.  Raises TokenFileDamaged."""
+class StoredFile:
+    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
+
+    Another program's file is `closed` to others by these bits, and if PRIVATE no symlink, or it is refused.
+    """
+    kind = "file"
+
+    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0) -> None:
+        self.path, self._limits, self._closed = path, limits, closed
+
+    def read(self) -> Any:
+        """The object, None where there is no file.  Raises FileDamaged."""
         if not self.path:
             return None
+        content = None
         try:
-            with open(self.path, "rb") as file:
-                token = json.loads(file.read(1_000_000).decode("utf-8"))
+            reason = self._fault_of_mode()
+            if not reason:
+                with open(self.path, "rb") as file:
+                    content = json.loads(file.read(50_000_000).decode("utf-8"))
+                reason = self.fault_in(content)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as fault:
-            reason = fault.strerror if isinstance(fault, OSError) else "it is not JSON"
-            raise TokenFileDamaged("The token file %s cannot be used: %s." % (self.path, reason)) from fault
-        if not isinstance(token, dict) or not isinstance(token.get("access_token"), str) or not token["access_token"]:
-            raise TokenFileDamaged("The token file %s cannot be used: it holds no access_token." % self.path)
-        return token
+        except OSError as fault:
+            reason = fault.strerror or str(fault)
+        except (ValueError, RecursionError):
+            reason = "it is not JSON"
+        if reason:
+            raise FileDamaged("The %s %s cannot be used: %s." % (self.kind, self.path, reason))
+        return content
 
-    def write(self, token: dict) -> None:
+    def fault_in(self, content: Any) -> str:
+        """What is wrong with the content, "" where nothing is."""
+        return "" if isinstance(content, dict) else "it holds no JSON object"
+
+    def _fault_of_mode(self) -> str:
+        """Why the file must not be opened: a FIFO would be waited for."""
+        mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
+        if not stat.S_ISREG(mode):
+            return "it is no plain file"
+        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if mode & self._closed and os.name == "posix" else ""
+
+    def write(self, content: dict) -> None:
         """Replaces the file: a temporary one is written, synced and renamed.  Raises OSError.
 
         A damaged file is moved aside first, and a symlink is followed, so that neither is lost.
@@ -4174,7 +4254,7 @@ class TokenFile:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(token, file, indent=1)
+                json.dump(content, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -4233,11 +4313,26 @@ class TokenFile:
         """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
         try:
             self.read()
-        except TokenFileDamaged:
+        except FileDamaged:
             if os.path.isfile(target):
                 aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
                 os.replace(target, aside)
-                LOG.warning("the damaged token file is kept as %s", aside)
+                LOG.warning("the damaged %s is kept as %s", self.kind, aside)
+
+
+class TokenFile(StoredFile):
+    """A stored secret: the tokens of a login, or an API key."""
+    kind = "token file"
+
+    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
+        super().__init__(path, limits, closed)
+        self._holds = holds
+
+    def fault_in(self, content: Any) -> str:
+        secret = text_in(content, self._holds)
+        if not secret:
+            return "it holds no " + self._holds
+        return "" if is_sendable(secret) else "no header can carry the characters of its " + self._holds
 
 
 def lock_file(descriptor: int, patience: float) -> None:
@@ -4258,15 +4353,18 @@ def lock_file(descriptor: int, patience: float) -> None:
             if os.name != "nt" or fault.errno not in (13, 36):
                 return                              # no locks here
         if time.monotonic() > deadline:             # going on without it could cost the login
-            raise UpstreamFault("Another process has held the lock of the token file for %d seconds." % patience)
+            raise UpstreamFault("Another process has held the lock of a file for %d seconds." % patience)
         time.sleep(0.02)
 
 
 PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
 
 
-class StoredLogin:
+class StoredLogin(ApiKey):
     """The login in the token file.  Renews its access token before it expires and after Claude rejected it.
+
+        good --(its last minutes)--> due: a thread renews it, everybody else goes on
+             --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
     One refresh at a time across threads and processes, since a refresh token works once: the lock is taken, the
     file is read again, and only if nobody else renewed it meanwhile the sign-in endpoint is asked.  The new
@@ -4274,6 +4372,7 @@ class StoredLogin:
     """
     refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
+    client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
     def __init__(self, file: TokenFile, token_url: str, post_json: PostJson, limits: Limits = Config.limits) -> None:
         self._file, self._token_url, self._post_json, self._limits = file, token_url, post_json, limits
@@ -4284,11 +4383,11 @@ class StoredLogin:
         self._told_unsaved = False                  # ... which has been told
         self._outdated = ""                         # the access token that the file holds as long as that is so
         self._spent: set = set()                    # refresh tokens that we used, or that were refused
-        self._retry_at = 0.0
-        self._renewed_at = float("-inf")
+        self._failures, self._retry_at = 0, 0.0
+        self._unproven = ""                         # the access token of the last renewal, until Claude accepts it
 
     @property
-    def description(self) -> str:
+    def description(self) -> str:                   # type: ignore[override]
         return "login of %s from %s" % (self.facts()["account"] or "a Claude account", self._file.path)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
@@ -4302,47 +4401,89 @@ class StoredLogin:
         A rejected token comes back if it is so new that the account must be what Claude refuses.
         """
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
-        if self._usable(rejected, token) and not self._unsaved and self._stamp == self._file_stamp():
-            return token["access_token"]            # nobody waits here while another call renews
-        with self._lock:
-            self._read_if_changed()
-            if self._unsaved or not self._usable(rejected):
-                with self._file.lock():             # for the writing, too: another process may be at it
-                    self._stamp = None
-                    self._read_if_changed()
-                    if self._unsaved:
-                        self._save()
-                    if not self._usable(rejected) and not self._just_renewed(rejected):
-                        self._renew(rejected)
-            return self._token["access_token"]
+        lives = self._lives(token, rejected)
+        current = lives and not self._unsaved and self._stamp == self._file_stamp()
+        if not current and self._lock.acquire(blocking=not lives):      # else another thread is at it
+            try:
+                token = self._renewed_if_dead(rejected)
+            finally:
+                self._lock.release()
+        self._renew_early(token)
+        return str(token["access_token"])
+
+    def _renewed_if_dead(self, rejected: str | None) -> dict:
+        self._read_if_changed()
+        if self._unsaved or not self._lives(self._token, rejected):
+            with self._file.lock():                 # for the writing, too: another process may be at it
+                self._catch_up()
+                if not self._lives(self._token, rejected) and not (rejected and rejected == self._unproven):
+                    self._renew(rejected)
+        return self._token
+
+    def accepted(self, headers: dict[str, str]) -> None:
+        if headers["authorization"] == "Bearer " + self._unproven:
+            self._unproven = ""
+
+    def close(self) -> None:
+        """Waits for a renewal under way; tokens that could not be stored are tried once more."""
+        with self._lock, contextlib.suppress(GatewayError):
+            if self._unsaved:
+                with self._file.lock():
+                    self._catch_up()
 
     def facts(self) -> dict:
         try:
             token = self._token or self._file.read() or {}
-        except TokenFileDamaged:
+        except FileDamaged:
             token = {}
         expires_at = expiry_of(token)
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
                 "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
                 "organization": text_in(token, "organization", "name"),
-                "expires_at": expires_at if 0 < expires_at < 1e11 else None,
-                "refreshable": bool(text_in(token, "refresh_token"))}
+                "expires_at": expires_at if expires_at < NEVER else None, "refreshable": self._renewable(token)}
 
     def secrets(self) -> list[str]:
         return [text_in(self._token, name) or "" for name in ("access_token", "refresh_token")]
 
-    def _usable(self, rejected: str | None, token: dict | None = None) -> bool:
-        """Good for five minutes more; or good at all, while the sign-in endpoint fails."""
-        token = self._token if token is None else token
-        if not token or token["access_token"] == rejected:
-            return False
-        left = expiry_of(token) - time.time()
-        return left > (0 if time.monotonic() < self._retry_at else REFRESH_EARLY)
+    @staticmethod
+    def _lives(token: dict, rejected: str | None) -> bool:
+        return bool(token) and token["access_token"] != rejected and expiry_of(token) > time.time()
 
-    def _just_renewed(self, rejected: str | None) -> bool:
-        """Whether the rejected token has just been given to us: another one would be rejected as well."""
-        return rejected is not None and rejected == self._token.get("access_token") and \
-            time.monotonic() - self._renewed_at < self._limits.renewal_holds
+    def _renewable(self, token: dict) -> bool:
+        refresh_token = text_in(token, "refresh_token")
+        return bool(self.client_id and refresh_token) and refresh_token not in self._spent
+
+    def _due(self, token: dict) -> bool:
+        """Whether a token is in its last five minutes, or in the second half of a life under ten."""
+        lifetime = token.get("expires_in")
+        early = min(REFRESH_EARLY, lifetime / 2) if is_lifetime(lifetime) else REFRESH_EARLY
+        return expiry_of(token) - time.time() < early and self._renewable(token)
+
+    def _renew_early(self, token: dict) -> None:
+        """Renews a token that is due in a thread of its own, for which a program that ends waits."""
+        if self._due(token) and time.monotonic() >= self._retry_at and self._lock.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._run_early, name="renewal").start()
+            except RuntimeError:                    # out of threads, or the program ends
+                self._lock.release()
+
+    def _run_early(self) -> None:
+        try:
+            with self._file.lock():
+                self._catch_up()
+                if self._due(self._token):
+                    self._renew(None)
+        except GatewayError as fault:
+            self.trouble = trouble_of(fault)
+        finally:
+            self._lock.release()
+
+    def _catch_up(self) -> None:
+        """Under both locks: what another process stored is read, what we could not store is tried again."""
+        self._stamp = None
+        self._read_if_changed()
+        if self._unsaved:
+            self._save()
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
@@ -4351,16 +4492,16 @@ class StoredLogin:
             return
         try:
             token = self._file.read()
-        except TokenFileDamaged as fault:
+        except FileDamaged as fault:
             if not self._token:
-                raise CredentialNeeded("%s Run `claude-gateway login`; the file will be kept aside." % fault) from fault
+                raise CredentialNeeded("%s Please %s; the file will be kept aside." % (fault, self.remedy)) from fault
             if not self._unsaved:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
             self._stamp = stamp
             return
         self._stamp = stamp
-        if token is None:
-            self._token = self._token if self._unsaved else {}
+        if token is None:                           # a logout, also of tokens that could not be stored
+            self._token, self._unsaved = {}, False
         elif not (self._unsaved and (token["access_token"] == self._outdated
                                      or text_in(token, "refresh_token") in self._spent)):
             self._token, self._unsaved = token, False
@@ -4375,47 +4516,56 @@ class StoredLogin:
         """Asks the sign-in endpoint for new tokens; called under both locks."""
         refresh_token = text_in(self._token, "refresh_token")
         if not self._token:
-            raise CredentialNeeded("Nobody is signed in: run `claude-gateway login`, or set ANTHROPIC_API_KEY.")
-        if not refresh_token or refresh_token in self._spent:
-            raise CredentialNeeded("The stored login has expired: run `claude-gateway login` again.")
+            raise CredentialNeeded("Nobody is signed in: %s, or set ANTHROPIC_API_KEY." % self.remedy)
+        if not self._renewable(self._token):
+            if rejected:                            # Claude's own message says more
+                return
+            raise CredentialNeeded("The stored login has expired: %s." % self.remedy)
         if time.monotonic() < self._retry_at:
-            raise self._cannot_renew("the sign-in endpoint has just failed")
-        body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": OAUTH_CLIENT_ID}
+            raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
+        body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
         except UpstreamFault as fault:
-            self._put_off(str(fault), rejected)
+            self._put_off(self._cannot_renew(str(fault)), rejected)
             return
-        if status == 200 and isinstance(answer.get("access_token"), str):
-            if not self._unsaved:
-                self._outdated = self._token["access_token"]
-            self._token, self._renewed_at = token_from_answer(answer, self._token), time.monotonic()
-            if self._token["refresh_token"] != refresh_token:
-                self._spent.add(refresh_token)
-            self._unsaved = True
-            self._save()
+        if status == 200 and is_sendable(answer.get("access_token")):
+            self._take_over(token_from_answer(answer, self._token), refresh_token)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
             self._take_refusal(refresh_token, answer, rejected)
         else:
-            self._put_off("status %d, %s" % (status, refusal_words(answer, "no reason given")), rejected)
+            reason = refusal_words(answer, "no reason given" if status != 200 else "no access token that can be used")
+            self._put_off(self._cannot_renew("status %d, %s" % (status, reason)), rejected)
 
-    def _take_refusal(self, refresh_token: str, answer: dict, rejected: str | None) -> None:
+    def _take_over(self, token: dict, used: str | None) -> None:
+        """New tokens, in exchange for a refresh token that may be used up now."""
+        if not self._unsaved:
+            self._outdated = self._token["access_token"]
+        self._token, self._unproven = token, token["access_token"]
+        self._failures, self.trouble = 0, None
+        if token["refresh_token"] != used:
+            self._spent.add(used)
+        self._unsaved = True
+        self._save()
+
+    def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
         """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
         self._spent.add(refresh_token)
         self._stamp = None
         self._read_if_changed()
-        if text_in(self._token, "refresh_token") == refresh_token or not self._usable(rejected):
-            self._retry_at = time.monotonic() + REFRESH_EARLY       # the access token may still have its last minutes
-            if not self._usable(rejected):
-                raise CredentialNeeded("The login has expired or was used elsewhere (%s): run `claude-gateway login` "
-                                       "again." % refusal_words(answer, "invalid_grant"))
+        if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
+            failure = CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
+                refusal_words(answer, "invalid_grant"), self.remedy))
+            self._put_off(failure, rejected)        # the access token may still have its last minutes
 
-    def _put_off(self, reason: str, rejected: str | None) -> None:
-        """The endpoint fails: go on with a token that is still good, else tell the client to come back."""
-        self._retry_at = time.monotonic() + REFRESH_BACKOFF
-        if not self._usable(rejected):
-            raise self._cannot_renew(reason)
-        LOG.warning("%s", self._cannot_renew(reason))
+    def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
+        """The renewal fails: go on with a token that is still good, else tell the client."""
+        self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
+        self._failures += 1
+        self.trouble = trouble_of(failure)
+        if not self._lives(self._token, rejected):
+            raise failure
+        LOG.warning("%s", failure)
 
     def _cannot_renew(self, reason: str) -> UpstreamFault:
         return UpstreamFault("The token could not be renewed: %s (%s). If that address cannot be reached from here, "
@@ -4435,10 +4585,28 @@ class StoredLogin:
         self._stamp = self._file_stamp()
 
 
+NEVER = 1e11                                        # Unix seconds of a time that is none
+
+
+def trouble_of(failure: GatewayError) -> dict:
+    """A failure of the credential as it is shown until a call succeeds."""
+    return {"message": str(failure), "at": int(time.time())}
+
+
+def is_sendable(token: Any) -> bool:
+    """Whether a header can carry it."""
+    return isinstance(token, str) and re.match(r"[\x21-\x7e]+\Z", token) is not None
+
+
+def is_lifetime(seconds: Any) -> bool:
+    """Whether it is a number that a token's life can have: no infinity, no NaN, nothing absurd."""
+    return isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < NEVER
+
+
 def expiry_of(token: dict) -> float:
     """Unix seconds; a token that does not say lives for ever (Claude will reject it when it is dead)."""
     expires_at = token.get("expires_at")
-    return float(expires_at) if isinstance(expires_at, (int, float)) and not isinstance(expires_at, bool) else 1e12
+    return float(expires_at) if is_lifetime(expires_at) else NEVER
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
@@ -4448,10 +4616,9 @@ def token_from_answer(answer: dict, earlier: dict) -> dict:
         if answer.get(name):
             token[name] = answer[name]
     expires_in = answer.get("expires_in")
-    token["expires_at"] = int(time.time() + (expires_in if isinstance(expires_in, (int, float)) else 3600))
-    token.setdefault("token_type", "Bearer")
+    token["expires_in"] = expires_in if is_lifetime(expires_in) else 3600
+    token["expires_at"] = int(time.time() + token["expires_in"])
     token.setdefault("refresh_token", "")
-    token.setdefault("scope", OAUTH_SCOPES)
     return token
 
 
@@ -4466,7 +4633,8 @@ def refusal_words(answer: dict, otherwise: str) -> str:
 class Login:
     """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, authorize_url: str = OAUTH_AUTHORIZE_URL, scopes: str = OAUTH_SCOPES) -> None:
+        self._authorize_url, self._scopes = authorize_url, scopes
         self._code_verifier = secrets.token_urlsafe(32)
         self._state = secrets.token_urlsafe(32)
         digest = hashlib.sha256(self._code_verifier.encode()).digest()
@@ -4475,16 +4643,16 @@ class Login:
     @property
     def url(self) -> str:
         query = {"code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code",
-                 "redirect_uri": OAUTH_REDIRECT_URI, "scope": OAUTH_SCOPES, "code_challenge": self._code_challenge,
+                 "redirect_uri": OAUTH_REDIRECT_URI, "scope": self._scopes, "code_challenge": self._code_challenge,
                  "code_challenge_method": "S256", "state": self._state}
-        return OAUTH_AUTHORIZE_URL + "?" + urllib.parse.urlencode(query)
+        return self._authorize_url + "?" + urllib.parse.urlencode(query)
 
     def parse(self, pasted: str) -> tuple[str, bool]:
         """The authorization code in `code#state`, a callback URL or a bare code; whether its state was checked.
 
         Raises InvalidRequest for a state that is not ours: the code belongs to another sign-in.
         """
-        pasted = pasted.strip()
+        pasted = pasted.strip(" \t\r\n\"'`")
         if "://" in pasted:
             query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
             code, state = query.get("code", [""])[0], query.get("state", [""])[0]
@@ -4493,7 +4661,7 @@ class Login:
         if not code:
             raise InvalidRequest("There is no code in what was pasted.")
         if state and not hmac.compare_digest(state.encode(), self._state.encode()):
-            raise InvalidRequest("The pasted code belongs to another sign-in (its state differs). Start again.")
+            raise InvalidRequest("The pasted code belongs to another sign-in (its state differs).")
         return code, bool(state)
 
     def exchange(self, code: str, token_url: str, post_json: PostJson) -> dict:
@@ -4501,30 +4669,104 @@ class Login:
         status, answer = post_json(token_url, {
             "grant_type": "authorization_code", "code": code, "state": self._state, "client_id": OAUTH_CLIENT_ID,
             "redirect_uri": OAUTH_REDIRECT_URI, "code_verifier": self._code_verifier}, {})
-        if status != 200 or not isinstance(answer.get("access_token"), str):
+        if status != 200 or not is_sendable(answer.get("access_token")):
             raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" %
                                    (status, refusal_words(answer, "no reason given")))
-        return token_from_answer(answer, {})
+        return token_from_answer(answer, {"token_type": "Bearer", "scope": self._scopes})
 
 
-Credential = Any                                    # ApiKey, BearerToken or StoredLogin
+class ProfileLogin(StoredLogin):
+    """The login of a profile of Anthropic's own tools (`ant auth login`), billed to a Console workspace.
+
+    Without a client id in the profile, somebody else renews its tokens.
+    """
+    preamble = ()
+    remedy = "run `ant auth login`"
+
+    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson,
+                 limits: Limits) -> None:
+        super().__init__(file, token_url, post_json, limits)
+        self.client_id = text_in(settings, "authentication", "client_id") or ""
+        self.base_url = (text_in(settings, "base_url") or "").rstrip("/")
+        self._workspace, self._name = text_in(settings, "workspace_id") or "", name
+
+    @property
+    def description(self) -> str:                   # type: ignore[override]
+        return "profile %s of `ant auth login`%s" % (
+            self._name, ", workspace " + self._workspace if self._workspace else "")
+
+    def headers(self, rejected: str | None = None) -> dict[str, str]:
+        headers = super().headers(rejected)
+        return dict(headers, **{"anthropic-workspace-id": self._workspace}) if self._workspace else headers
+
+    def facts(self) -> dict:
+        return dict(super().facts(), kind="profile", description=self.description)
+
+
+def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | None:
+    """The profile that is named, or else the active one; None where there is none.  Raises GatewayError."""
+    folder, name = config.profile_folder, config.profile
+    if not folder:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(folder, "active_config"), encoding="utf-8") as file:
+            name = name or file.read(1_000).strip()
+    if re.search(r"^[.\s]|[/\\\0]|\s$", name):
+        raise CredentialNeeded("Invalid profile name: %s." % json.dumps(name))
+    path = os.path.join(folder, "configs", (name or "default") + ".json")
+    settings = StoredFile(path, config.limits, closed=0o022).read()
+    if settings is None:
+        if name:
+            raise CredentialNeeded("There is no profile %s in %s." % (name, folder))
+        return None
+    name = name or "default"
+    kind = text_in(settings, "authentication", "type")
+    if kind != "user_oauth":
+        raise CredentialNeeded("Profile %s: signing in by %s is not supported; set ANTHROPIC_API_KEY, or choose "
+                               "another profile with ANTHROPIC_PROFILE." % (name, kind))
+    base_url = text_in(settings, "base_url") or config.base_url
+    address = urllib.parse.urlsplit(base_url)
+    if address.scheme != "https" and not is_loopback_host(address.hostname or ""):
+        raise CredentialNeeded("Profile %s: its base_url must be an https URL." % name)
+    tokens = text_in(settings, "authentication", "credentials_path") or os.path.join(
+        folder, "credentials", name + ".json")
+    tokens_file = TokenFile(os.path.expanduser(tokens), config.limits, closed=PRIVATE)
+    if tokens_file.read() is None:
+        raise CredentialNeeded("Profile %s is not signed in: run `ant auth login`." % name)
+    settings = dict({"workspace_id": config.workspace_id}, **settings)
+    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json, config.limits)
+
+
+def key_file(config: Config) -> TokenFile:
+    """Where `login --api-key` stores a key: beside the login."""
+    path = os.path.splitext(config.token_file)[0]
+    return TokenFile(path and path + "-api-key.json", config.limits, holds="api_key")
+
+
+Credential = Any                                    # an ApiKey, in one of its kinds
 
 
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
-    """The credential to use: the first of the contract's order that is there, within what `auth` allows."""
+    """The credential to use: the first of a fixed order that is there, within what `auth` allows."""
     if config.auth != "oauth":
         if config.anthropic_api_key:
             return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
         if config.anthropic_auth_token:
             return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
+    if config.auth != "api-key" and config.claude_code_oauth_token:
+        return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
+    if config.auth != "api-key" and config.profile:
+        return profile_from_config(config, post_json)
+    stored_key = key_file(config).read() if config.auth != "oauth" else None
+    if stored_key:
+        return ApiKey(stored_key["api_key"], key_file(config).path)
     if config.auth != "api-key":
-        if config.claude_code_oauth_token:
-            return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
         file = TokenFile(config.token_file, config.limits)
         if file.loose_mode():
             LOG.warning("others could read %s: its mode is 0600 now", file.path)
         if file.read() is not None:
             return StoredLogin(file, config.token_url, post_json, config.limits)
+        return profile_from_config(config, post_json)
     return None
 
 
@@ -4966,9 +5208,10 @@ class UpstreamCall:
     hops: str = ""
     patience: float = Limits.upstream_silence       # seconds without a byte from the upstream
     may_retry: bool = True                          # our one retry is still to be had
+    deadline: float = math.inf                      # of time.monotonic(), for all of it
 
     def wait_for(self, sock: socket.socket) -> Wait:
-        return Wait(sock, time.monotonic() + self.patience, self.patience)
+        return Wait(sock, min(time.monotonic() + self.patience, self.deadline), self.patience)
 
 
 LOST = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)      # a connection that the other side has ended
@@ -5225,7 +5468,7 @@ class Upstream:
 
     def __init__(self, config: Config, instance_id: str) -> None:
         self._config = config
-        self._base_url = config.base_url.rstrip("/")
+        self._refusal: Optional[dict] = None        # what Claude last said against the credential
         self._instance_id = instance_id
         self._handler = PooledHandler(functools.partial(tls_context, config.ca_file, config.relax_x509))
         self._direct, self._proxied = urllib.request.OpenerDirector(), urllib.request.OpenerDirector()
@@ -5236,13 +5479,22 @@ class Upstream:
         self.credential: Optional[Credential] = None
         self.on_headers: Callable[[Dict[str, str]], None] = lambda headers: None
 
+    @property
+    def base_url(self) -> str:
+        return (self.credential and self.credential.base_url or self._config.base_url).rstrip("/")
+
+    @property
+    def trouble(self) -> dict | None:
+        """The last refusal of the credential or failed renewal, with its time, until one succeeds."""
+        return self._refusal or (self.credential.trouble if self.credential else None)
+
     def messages(self, body: bytes, call: UpstreamCall, beta: Sequence[str] = (), path: str = "/v1/messages",
-                 version: str = ANTHROPIC_VERSION) -> UpstreamReply:
+                 native: dict[str, str] | None = None) -> UpstreamReply:
         """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
 
         A failure that may pass is retried once, as nothing has been sent to the client yet.
         """
-        headers = {"anthropic-version": version, "content-type": "application/json"}
+        headers = dict({"anthropic-version": ANTHROPIC_VERSION, "content-type": "application/json"}, **(native or {}))
         while True:
             try:
                 return self._ask("POST", path, body, headers, call, beta)
@@ -5282,43 +5534,61 @@ class Upstream:
 
     def probe(self) -> dict[str, str]:
         """Asks the upstream for anything at all, without a credential; the headers of what it answers."""
-        reply = self._open("GET", self._base_url + "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
+        reply = self._open("GET", self.base_url + "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
         reply.close()
         return reply.headers
 
     def post_json(self, url: str, body: dict, headers: dict[str, str]) -> tuple[int, dict]:
         """POST to the sign-in endpoint: the status and the JSON object it answers with ({} if it is none)."""
-        data = json.dumps(body).encode()
-        reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}),
-                           UpstreamCall(patience=self._config.limits.token_timeout))
+        data, patience = json.dumps(body).encode(), self._config.limits.token_timeout
+        call = UpstreamCall(patience=patience, deadline=time.monotonic() + patience)
         try:
-            with contextlib.suppress(UpstreamFault):
-                return reply.status, json_object_from(reply.read(1_000_000))
-            return reply.status, {}
-        finally:
-            reply.close()
+            reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}), call)
+            with contextlib.closing(reply):
+                body_read = reply.read(1_000_000)
+        except UpstreamTimeout as fault:
+            raise UpstreamTimeout("It has not answered within %g seconds." % patience) from fault
+        with contextlib.suppress(UpstreamFault):
+            return reply.status, json_object_from(body_read)
+        return reply.status, {}
 
     def close(self) -> None:
         self._handler.pool.close()
 
     def _ask(self, method: str, path: str, body: bytes | None, headers: dict[str, str], call: UpstreamCall,
              beta: Sequence[str] = (), key: str | None = None) -> UpstreamReply:
-        """A call with a caller's key or the gateway's credential.  Raises GatewayError unless the status is 200.
+        """A call with a caller's key or the gateway's credential.  Raises GatewayError unless the status is 200."""
+        if key:
+            return self._asked(ApiKey(key, "the caller"), method, path, body, headers, call, beta)
+        try:
+            if self.credential is None:
+                raise CredentialNeeded("The gateway has no credential: set ANTHROPIC_API_KEY, or run "
+                                       "`claude-gateway login`.")
+            reply = self._asked(self.credential, method, path, body, headers, call, beta)
+        except GatewayError as failure:
+            if failure.code in FINAL_CODES:
+                self._refusal = trouble_of(failure)
+            raise
+        self._refusal = None
+        return reply
 
-        Claude's 401 to a login is answered by one renewal of its token.
-        """
-        credential = ApiKey(key, "the caller") if key else self.credential
-        if credential is None:
-            raise CredentialNeeded("The gateway has no credential: set ANTHROPIC_API_KEY, or run "
-                                   "`claude-gateway login`.")
+    def _asked(self, credential: Credential, method: str, path: str, body: bytes | None, headers: dict[str, str],
+               call: UpstreamCall, beta: Sequence[str]) -> UpstreamReply:
+        """Claude's 401 to a login is answered by one renewal of its token."""
+        custom = dict(self._config.custom_headers)
+        if self._config.workspace_id:
+            custom["anthropic-workspace-id"] = self._config.workspace_id
         headers = dict(headers, **{HOP_HEADER: ",".join(filter(None, [call.hops, self._instance_id]))})
         paid, renewable = credential.headers(), credential.refreshable
         while True:
-            betas = dict.fromkeys(filter(None, [paid.get("anthropic-beta"), *beta]))
-            reply = self._open(method, self._base_url + path, body, dict(
-                headers, **dict(paid, **({"anthropic-beta": ",".join(betas)} if betas else {}))), call)
+            betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
+            joined = {"anthropic-beta": ",".join(betas)} if betas else {}
+            reply = self._open(method, self.base_url + path, body, dict(custom, **dict(paid, **dict(headers, **joined))),
+                               call)
             if body is not None:
                 self.on_headers(reply.headers)
+            if reply.status in (200, 400, 429):
+                credential.accepted(paid)
             if reply.status == 200:
                 return reply
             refusal = error_from_reply(reply)
@@ -5867,6 +6137,8 @@ class Gateway:
 
     def close(self) -> None:
         self.event_loop.close()
+        if self.upstream.credential:
+            self.upstream.credential.close()
         self.upstream.close()
 
 
@@ -6028,7 +6300,7 @@ class Exchange:
             self._counted = True
             message = self.assembler.whole()
             LOG.debug("from Claude: %s", message, extra={"payload": message})
-            count_tokens(self._gateway, self._incoming.record, self._known.id, message["usage"])
+            count_tokens(self._gateway, self._incoming.record, self._known, message["usage"])
 
     def _batches_of_stream(self, translate: Callable[[dict], List[dict]] | None) -> Iterator[Any]:
         for events in self._event_batches():
@@ -6081,10 +6353,10 @@ class Exchange:
         self._send(dict(request, messages=messages))
 
 
-def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -> None:
+def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     record.add_usage(usage)
-    record.cached_percent_of_all = gateway.counters.add_tokens(model_id, usage)
+    record.cached_percent_of_all = gateway.counters.add_tokens(model, usage)
 
 
 def within_upstream_limit(body: bytes) -> bytes:
@@ -6496,7 +6768,8 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(
         data, incoming.call, [beta for beta in betas if beta and not beta.startswith("oauth-")],
-        path + beta_query, incoming.headers.get("anthropic-version", ANTHROPIC_VERSION))
+        path + beta_query, {name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
+                            if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
     headers = dict(headers_for_anthropic(reply.headers),
                    **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
@@ -6506,7 +6779,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         reply.close()
         usage = passing.usage()
         if usage:
-            count_tokens(gateway, incoming.record, body["model"], usage)
+            count_tokens(gateway, incoming.record, gateway.models.catalog().resolve(body["model"]), usage)
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
                  failure=lambda failure: [failure.anthropic_body()])
@@ -6560,18 +6833,18 @@ WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requ
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, costs = counters.totals(), costs_of(counters)
+    totals, costs = counters.totals(), counters.costs()
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
-        "upstream": "simulated" if gateway.config.demo else gateway.config.base_url,
-        "credential": credential.facts() if credential else None,
+        "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
+        "credential": credential.facts() if credential else None, "trouble": gateway.upstream.trouble,
         "models": short_names(gateway.models.catalog()),
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
         "errors": counters.errors(), "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
                   "saved_usd": round(sum(saved for _, saved in costs.values()), 4)},
         "cost": {"usd": round(sum(cost for cost, _ in costs.values()), 4),
-                 "without_price": sorted(set(counters.tokens_by_model()) - set(costs))},
+                 "without_price": counters.unpriced()},
         "limits": limits_from_headers(counters.limit_headers, time.time()),
     }
 
@@ -6589,23 +6862,6 @@ def running_besides(gateway: Gateway) -> int:
 
 def prompt_tokens(tokens: dict) -> int:
     return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
-
-
-def costs_of(counters: Counters) -> dict[str, tuple[float, float]]:
-    """US dollars by list prices, for each model that has one: what its tokens cost, and what caching saved.
-
-    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
-    """
-    costs, hour_writes = {}, counters.hour_writes()
-    for model_id, tokens in counters.tokens_by_model().items():
-        model = BUILT_IN_MODELS.get(model_id)
-        if model and model.price:
-            full, read, output = model.price
-            written = tokens["cache_write"] * 1.25 + hour_writes.get(model_id, 0) * (2 - 1.25)
-            prompt = (tokens["input"] + written) * full + tokens["cache_read"] * read
-            costs[model_id] = ((prompt + tokens["output"] * output) / 1e6,
-                               (prompt_tokens(tokens) * full - prompt) / 1e6)
-    return costs
 
 
 def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
@@ -6680,6 +6936,8 @@ def metrics_text(gateway: Gateway) -> str:
 
     family("info", "gauge", "The running version.", [({"version": VERSION}, 1)])
     family("start_time_seconds", "gauge", "Unix time of the start.", [({}, round(counters.started, 3))])
+    family("credential_ok", "gauge", "0 from a refusal of the credential or a failed renewal to the next success.",
+           [({}, int(gateway.upstream.trouble is None))])
     family("requests_total", "counter", "Requests answered, by route and status.",
            [({"route": route, "status": code}, count) for (route, code), count in counters.requests()])
     family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
@@ -6689,7 +6947,7 @@ def metrics_text(gateway: Gateway) -> str:
     family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
            [({"model": model, "kind": kind}, count) for model, tokens in counters.tokens_by_model().items()
             for kind, count in tokens.items()])
-    costs = costs_of(counters)
+    costs = counters.costs()
     family("cost_usd_total", "counter", "US dollars by list prices, by model.",
            [({"model": model}, round(cost, 6)) for model, (cost, _) in costs.items()])
     family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
@@ -6733,6 +6991,7 @@ PAGE = """<!doctype html>
   #credential { grid-template-columns: minmax(0, 1fr); gap: 0; } #credential dd { text-align: left; margin: 0 0 .5rem; }
   #credential dt, #names span { font-size: .88rem; } #names { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
   #names span { color: var(--soft); white-space: nowrap; } #names code { color: var(--ink); }
+  #trouble { border-color: var(--bad); color: var(--bad); margin-bottom: 1rem; }
   #demo { border-color: var(--accent); margin-bottom: 1rem; } #demo b { color: var(--accent); }
   code { font: 13px/1.5 ui-monospace, monospace; }
   .big { font-size: 2rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
@@ -6751,6 +7010,7 @@ PAGE = """<!doctype html>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
   <section id="demo" hidden><b>DEMO</b> Nothing is sent to Claude: answers, tokens, costs and limits are
     simulated.</section>
+  <section id="trouble" role="alert" hidden></section>
   <section id="ask" hidden><h2>API key required</h2>
     <form id="key"><input type="password" id="secret" aria-label="API key of this gateway" autocomplete="off"
       placeholder="API key of this gateway"><button>Show the numbers</button>
@@ -6791,6 +7051,8 @@ PAGE = """<!doctype html>
     return Math.floor(seconds / size) + " " + name + (rest ? " " + rest + " " + smaller : "");
   }
 
+  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+
   const dollars = (value) => (value < 0 ? "-$" : "$") + Math.abs(value).toFixed(2);
 
   function modelNames(models) {
@@ -6822,6 +7084,9 @@ PAGE = """<!doctype html>
     if (data.key_needed) return;
     const tokens = data.tokens, facts = data.credential ?? {}, demo = data.upstream === "simulated";
     at("demo").hidden = !demo;
+    at("trouble").hidden = !data.trouble;
+    if (data.trouble) at("trouble").textContent = "The credential does not work, since " +
+      moment(data.trouble.at) + ": " + data.trouble.message;
     at("base").textContent = location.origin + "/v1";
     at("keyhint").textContent = key ? "your key" : "any value";
     modelNames(data.models);
@@ -6835,10 +7100,10 @@ PAGE = """<!doctype html>
     pairs("tokens", [["In, not cached", number(tokens.input)], ["In, read from cache", number(tokens.cache_read)],
       ["In, written to cache", number(tokens.cache_write)], ["Out", number(tokens.output)]]);
     limitBars(data.limits);
-    const expiry = facts.expires_at ? new Date(facts.expires_at * 1000) : 0;
+    const over = facts.expires_at * 1000 < Date.now();
     pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
-      [facts.refreshable ? "Token renews" : "Token expires",
-        expiry && expiry.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })]]
+      [over ? "Token expired" : facts.refreshable ? "Token renews" : "Token expires",
+        facts.expires_at && moment(facts.expires_at)]]
       .filter(([, value]) => value));
   }
 
@@ -7978,8 +8243,43 @@ def credential_in(environment: dict[str, str], variable: str) -> str:
     return value
 
 
-def checked_base_url(variable: str, url: str) -> str:
+# Shapes of keys and tokens that cannot work, by the variable that they are in
+WRONG_SHAPES = (
+    ("ANTHROPIC_API_KEY", r"sk-(?!ant-)", "looks like a key of OpenAI; Claude's keys begin with sk-ant-"),
+    ("ANTHROPIC_API_KEY", r"sk-ant-oat", "is an OAuth token: set CLAUDE_CODE_OAUTH_TOKEN instead"),
+    ("CLAUDE_CODE_OAUTH_TOKEN", r"sk-ant-api", "is an API key: set ANTHROPIC_API_KEY instead"),
+    ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN|CLAUDE_CODE_OAUTH_TOKEN", r"[\"'`].*|.*[\"'`]$",
+     "begins or ends with a quotation mark, which is part of the value"),
+    ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN|CLAUDE_CODE_OAUTH_TOKEN", r"$", "is set but empty, and is ignored"))
+
+
+def doubtful_credentials(environment: dict[str, str]) -> Iterator[str]:
+    """What looks wrong about the keys and tokens in the environment."""
+    for variables, pattern, problem in WRONG_SHAPES:
+        for variable in variables.split("|"):
+            if re.match(pattern, environment.get(variable, "-").strip()):
+                yield "%s %s." % (variable, problem)
+
+
+def headers_from(variable: str, lines: str) -> tuple[tuple[str, str], ...]:
+    """Lines `Name: value`; those that authenticate or frame a request are ours."""
+    headers = []
+    for line in filter(None, map(str.strip, lines.split("\n"))):
+        match = re.match(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(\S.*)\Z", line)
+        if not match or UNSENDABLE.search(match.group(2)):
+            raise UsageError("expected lines like Name: value.", variable)
+        if match.group(1).lower() not in RESERVED_HEADERS:
+            headers.append((match.group(1).lower(), match.group(2)))
+    return tuple(headers)
+
+
+RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content-length", "transfer-encoding", "te",
+               "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
+
+
+def url_in(environment: dict[str, str], variable: str, default: str) -> str:
     """An https URL, or plain http on loopback: a credential is sent there."""
+    url = environment.get(variable, default)
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname or "", parts.port
@@ -8022,16 +8322,16 @@ def value_from_variable(option: Option, text: str) -> Any:
     raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
 
 
-def default_token_file(environment: dict[str, str]) -> str:
-    """In the user's configuration directory, never in the working directory; "" without a home directory."""
+def in_configuration(environment: dict[str, str], variable: str, *names: str) -> str:
+    """A path in the user's configuration directory, which a variable may name; "" without a home directory."""
     if os.name == "nt":
         base = environment.get("APPDATA", "")
     else:
         home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
-        base = environment.get("XDG_CONFIG_HOME", "")
+        base = environment.get(variable, "")
         if not os.path.isabs(base):                 # relative ones are ignored (XDG base directory specification)
             base = os.path.join(home, ".config")
-    return os.path.join(base, "claude-gateway", "oauth-tokens.json") if os.path.isabs(base) else ""
+    return os.path.join(base, *names) if os.path.isabs(base) else ""
 
 
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
@@ -8058,7 +8358,8 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     levels = [name for name in LOG_LEVELS if fields.get(name)]
     if len(levels) > 1:
         raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
-    fields["token_file"] = os.path.expanduser(fields.get("token_file") or default_token_file(given))
+    fields["token_file"] = os.path.expanduser(fields.get("token_file") or in_configuration(
+        given, "XDG_CONFIG_HOME", "claude-gateway", "oauth-tokens.json"))
     if fields.get("demo") or offline:               # ignores credentials, addresses and proxies, also bad ones
         return Config(**fields)
     ca_variable = next((name for name in CA_VARIABLES if name in given), "")
@@ -8066,9 +8367,15 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     fields.update(anthropic_api_key=credential_in(given, "ANTHROPIC_API_KEY"),
                   anthropic_auth_token=credential_in(given, "ANTHROPIC_AUTH_TOKEN"),
                   claude_code_oauth_token=credential_in(given, "CLAUDE_CODE_OAUTH_TOKEN"),
-                  base_url=checked_base_url("ANTHROPIC_BASE_URL", given.get("ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
-                  token_url=checked_base_url("CLAUDE_GATEWAY_TOKEN_URL",
-                                             given.get("CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL)),
+                  base_url=re.sub(r"(/v1)?/*\Z", "", url_in(given, "ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
+                  token_url=url_in(given, "CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL),
+                  authorize_url=url_in(given, "CLAUDE_GATEWAY_AUTHORIZE_URL", OAUTH_AUTHORIZE_URL),
+                  oauth_scopes=given.get("CLAUDE_GATEWAY_OAUTH_SCOPES", OAUTH_SCOPES),
+                  workspace_id=credential_in(given, "ANTHROPIC_WORKSPACE_ID"),
+                  custom_headers=headers_from("ANTHROPIC_CUSTOM_HEADERS", given.get("ANTHROPIC_CUSTOM_HEADERS", "")),
+                  profile=given.get("ANTHROPIC_PROFILE", ""),
+                  profile_folder=given.get("ANTHROPIC_CONFIG_DIR") or in_configuration(
+                      given, "", "Anthropic" if os.name == "nt" else "anthropic"),
                   https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
                   no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
                   ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
@@ -8221,12 +8528,12 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     """Which credential there is, and what is known of it without a request to Claude."""
     try:
         upstream.credential = credential_from_config(config, upstream.post_json)
-    except TokenFileDamaged as fault:
+    except GatewayError as fault:
         yield Finding("Credential", "failed", str(fault), "claude-gateway login", NO_CREDENTIAL)
         return
     credential = upstream.credential
     if credential is None:
-        yield Finding("Credential", "failed", "none", "Set ANTHROPIC_API_KEY, or: claude-gateway login", NO_CREDENTIAL)
+        yield Finding("Credential", "failed", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
         return
     facts = credential.facts()
     expires_at, renewed = facts.get("expires_at"), bool(facts.get("refreshable"))
@@ -8248,7 +8555,8 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
 OWN_APPS_ONLY = "Anthropic's terms allow this kind of token in its own apps only"
 
 REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.com",
-                 "bearer_token": "Renew the token in the variable, or unset it.", "oauth": "claude-gateway login"}
+                 "bearer_token": "Renew the token in the variable, or unset it.", "oauth": "claude-gateway login",
+                 "profile": "ant auth login"}
 
 
 def acceptance_finding(upstream: Upstream) -> Finding:
@@ -8256,6 +8564,8 @@ def acceptance_finding(upstream: Upstream) -> Finding:
     try:
         return Finding("Accepted", "ok", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
+        if WORKSPACE_HINT in str(fault):
+            return Finding("Accepted", "failed", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
         if fault.status in (401, 403):
             kind = upstream.credential.facts()["kind"] if upstream.credential else ""
             return Finding("Accepted", "failed", str(fault), REFUSED_STEPS.get(kind, ""), NO_CREDENTIAL)
@@ -8629,11 +8939,13 @@ def setup_text(name: str, config: Config) -> str:
 TERMS = """\
 About signing in with a Claude account (Pro, Max, Team)
 
-  Anthropic's published terms (page text of 2026-08-22; the same sentences were
-  cited on 2026-09-14) allow OAuth sign-in in Claude Code and Anthropic's other
-  own apps only. Using such a token in another program, like this one, violates
+  Anthropic's published terms (code.claude.com, legal and compliance; page text
+  of 2026-10-01) allow OAuth sign-in in Claude Code and Anthropic's other own
+  apps only. Developers may not collect, store or intermediate Claude.ai
+  credentials or session tokens; signing in to the unmodified Claude Code is
+  left to users. Using such a token in another program, like this one, violates
   them: requests may be refused or billed as extra usage, and your account may
-  be closed without notice. An API key (ANTHROPIC_API_KEY, from
+  be closed without notice. An API key (`claude-gateway login --api-key`, from
   https://platform.claude.com) is always fine.
 
   What this program uses of Claude Code: its public OAuth client id, its
@@ -8652,6 +8964,8 @@ def missing_credential(config: Config) -> str:
 
 def check_writable(path: str) -> None:
     """Reports before the sign-in, not after it, that the login cannot be stored."""
+    if not path:
+        raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
     directory = os.path.dirname(os.path.realpath(path))
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -8673,37 +8987,86 @@ def has_browser() -> bool:
 
 def sign_in(config: Config, open_browser: bool) -> None:
     """The whole sign-in: terms, URL, pasted code, stored tokens."""
-    file = TokenFile(config.token_file)
-    if not config.token_file:
-        raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
     check_writable(config.token_file)
     say(TERMS)
-    login = Login()
+    login = Login(config.authorize_url, config.oauth_scopes)
     say("\nOpen this URL, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
     if open_browser and has_browser():
         import webbrowser
 
         with contextlib.suppress(Exception):
             webbrowser.open(login.url)
-    sys.stderr.write("Code: ")
-    sys.stderr.flush()
-    pasted = sys.stdin.readline() if sys.stdin else ""
-    if not pasted.strip():
-        say("")
-        raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
-    code, checked = login.parse(pasted)
-    if not checked:
-        say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
     with contextlib.closing(Upstream(config, "")) as upstream:
-        token = login.exchange(code, config.token_url, upstream.post_json)
+        token = token_for_code(login, config, upstream)
+    store(TokenFile(config.token_file), token)
+    account = text_in(token, "account", "email_address")
+    say("Signed in%s. Stored in %s" % (" as " + account if account else "", config.token_file))
+    say_what_is_next(config)
+
+
+def asked_for(prompt: str, hidden: bool = False) -> str:
+    """A line of standard input, not shown on a terminal if it is a secret."""
+    if hidden and sys.stdin and sys.stdin.isatty():
+        import getpass
+
+        return getpass.getpass(prompt).strip()
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    line = sys.stdin.readline().strip() if sys.stdin else ""
+    if not line:
+        say("")
+    return line
+
+
+def token_for_code(login: Login, config: Config, upstream: Upstream) -> dict:
+    """The tokens for the pasted code; a wrong or refused one may be entered again, twice."""
+    for left in (2, 1, 0):
+        pasted = asked_for("Code: ")
+        if not pasted:
+            raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
+        try:
+            code, checked = login.parse(pasted)
+            if not checked:
+                say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
+            return login.exchange(code, config.token_url, upstream.post_json)
+        except (InvalidRequest, CredentialNeeded) as fault:
+            if not left:
+                raise
+            say("%s Open the URL again for a new code." % fault)
+    raise AssertionError
+
+
+def store(file: TokenFile, content: dict) -> None:
     with file.lock():
         try:
-            file.write(token)
+            file.write(content)
         except OSError as fault:
             raise GatewayError("The login could not be stored in %s: %s" %
                                (file.path, fault.strerror or fault)) from fault
-    account = text_in(token, "account", "email_address")
-    say("Signed in%s. Stored in %s" % (" as " + account if account else "", file.path))
+
+
+def store_key(config: Config) -> None:
+    """Asks for an API key, checks it with a call that costs nothing, and stores it."""
+    check_writable(config.token_file)
+    key = asked_for("API key (sk-ant-..., from https://platform.claude.com): ", hidden=True).strip("\"'`")
+    if not is_sendable(key):
+        raise CredentialNeeded("No API key was entered.")
+    for problem in doubtful_credentials({"ANTHROPIC_API_KEY": key}):
+        say("Warning: %s" % problem.replace("ANTHROPIC_API_KEY", "This"))
+    with contextlib.closing(Upstream(config, "")) as upstream:
+        upstream.get("/v1/models?limit=1", key)
+    store(key_file(config), {"api_key": key})
+    say("Claude accepts this key. Stored in %s" % key_file(config).path)
+    say_what_is_next(config)
+
+
+def say_what_is_next(config: Config) -> None:
+    """Which credential wins, where it is not the one just stored, and the next command."""
+    credential = credential_from_config(config, Upstream(config, "").post_json)
+    stem = os.path.splitext(config.token_file)[0]
+    if credential and stem not in credential.description:
+        say("Warning: %s comes first; unset it to use what is stored." % credential.description)
+    say("Next: claude-gateway start")
 
 
 # ---- Start -------------------------------------------------------------------------------------------
@@ -8744,7 +9107,7 @@ def gateway_with_credential(config: Config) -> Gateway:
         gateway = Gateway(config)
         if gateway.upstream.credential:
             return gateway
-    except TokenFileDamaged as fault:
+    except FileDamaged as fault:
         damage = str(fault)
     missing = " ".join(filter(None, [damage, missing_credential(config)]))
     if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
@@ -8800,7 +9163,7 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
     if config.demo:
         say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
     else:
-        say("Upstream: %s with %s" % (config.base_url, credential.description if credential else "no credential"))
+        say("Upstream: %s with %s" % (gateway.upstream.base_url, credential.description if credential else "no credential"))
         if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
             say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
@@ -8848,6 +9211,8 @@ def start_command(parsed: argparse.Namespace) -> int:
     set_up_log(config)
     check_exposure(config)
     warn_of_aliases(config)
+    for problem in doubtful_credentials(dict(os.environ)):
+        say("Warning: %s" % problem)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
             config.ca_variable, config.ca_file))
@@ -8881,21 +9246,26 @@ def start_command(parsed: argparse.Namespace) -> int:
 def login_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
     set_up_log(config)
-    sign_in(config, open_browser=not parsed.no_browser)
+    if parsed.store_key:
+        store_key(config)
+    else:
+        sign_in(config, open_browser=not parsed.no_browser)
     return OK
 
 
 def logout_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
-    file = TokenFile(config.token_file)
-    removed = False
-    try:
-        if os.path.lexists(file.path):
+    found = [file for file in (TokenFile(config.token_file), key_file(config)) if os.path.lexists(file.path)]
+    for file in found:
+        try:
             with file.lock():                       # the lock file stays: another process may be waiting for it
-                removed = file.remove()
-    except OSError as fault:
-        raise GatewayError("The login in %s could not be removed: %s" % (file.path, fault.strerror or fault)) from fault
-    say("Deleted the login in %s" % file.path if removed else "There was no stored login.")
+                file.remove()
+        except OSError as fault:
+            raise GatewayError("The login in %s could not be removed: %s" %
+                               (file.path, fault.strerror or fault)) from fault
+        say("Deleted the login in %s" % file.path)
+    if not found:
+        say("There was no stored login.")
     return OK
 
 
@@ -8921,6 +9291,10 @@ def credential_lines(facts: dict) -> Iterator[str]:
 def status_text(running: dict, key_source: str) -> str:
     """A running gateway's status for the terminal."""
     lines = ["claude-gateway %s is running." % running["version"]]
+    trouble = running.get("trouble")
+    if trouble:
+        lines.insert(0, "The credential does not work, since %s: %s" % (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(trouble["at"])), trouble["message"]))
     if running.get("key_needed"):
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
@@ -8930,7 +9304,7 @@ def status_text(running: dict, key_source: str) -> str:
         ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
             running["upstream"], facts.get("description") or "no credential")),
         ("Account", facts.get("account")),
-        ("Token", expires_at and expiry_text(expires_at, bool(facts.get("refreshable")))),
+        ("Token", expires_at and expiry_text(expires_at, bool(facts.get("refreshable")) and not trouble)),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", ", ".join("%s = %s" % pair for pair in running["models"].items())),
         ("Requests", "%d, %d running" % (running["requests"]["total"], running["requests"]["running"])),
@@ -8965,7 +9339,7 @@ def status_command(parsed: argparse.Namespace) -> int:
         return OK
     try:
         credential = credential_from_config(config, Upstream(config, "").post_json)
-    except TokenFileDamaged as fault:
+    except FileDamaged as fault:
         raise GatewayError("%s `claude-gateway login` replaces it and keeps a copy, `claude-gateway logout` deletes "
                            "it." % fault) from fault
     facts = credential.facts() if credential else None
@@ -9039,6 +9413,8 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
+    found += [Finding("Settings", "warning", problem, "Correct or unset the variable.")
+              for problem in doubtful_credentials(environment)]
     unused = next((name for name in ("all_proxy", "ALL_PROXY") if environment.get(name)), "")
     if unused and not config.https_proxy:
         found.append(Finding("Settings", "warning", "%s is set, and is ignored" % unused,
@@ -9180,7 +9556,8 @@ Command = Callable[[argparse.Namespace], int]
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
-    "login": (login_command, "sign in with a Claude account", ["--no-browser", "token-file"]),
+    "login": (login_command, "sign in with a Claude account, or store an API key",
+              ["--api-key", "--no-browser", "token-file"]),
     "logout": (logout_command, "delete the stored login", ["token-file"]),
     "status": (status_command, "show what the running gateway does",
                ["--json", "port", "api-key", "auth", "token-file"]),
@@ -9195,6 +9572,8 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
 }
 # Arguments of other commands than `start`; they have no variables.
 EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
+    "--api-key": {"action": "store_true", "dest": "store_key",
+                  "help": "ask for an API key of the Claude Console (or read it from standard input), and store that"},
     "--no-browser": {"action": "store_true", "help": "only print the URL to open"},
     "--json": {"action": "store_true", "help": "as JSON"},
     "--live": {"action": "store_true", "help": "also make two small model calls, to check a reply and a cache hit"},
