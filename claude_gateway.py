@@ -4520,7 +4520,8 @@ class StoredLogin(ApiKey):
         if not self._renewable(self._token):
             if rejected:                            # Claude's own message says more
                 return
-            raise CredentialNeeded("The stored login has expired: %s." % self.remedy)
+            raise CredentialNeeded(self.trouble["message"] if self.trouble and refresh_token in self._spent else
+                                   "The stored login has expired: %s." % self.remedy)
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
         body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}

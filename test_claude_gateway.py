@@ -980,6 +980,8 @@ class FakeClaude:
         self.models: list[dict] | None = None           # None: no such endpoint
         self.token_replies: list = []
         self.input_tokens = 11                          # what count_tokens says
+        self.identity_linked = False                    # keys are, so that calls must name a workspace
+        self.revoked: set = set()                       # bearer tokens and keys
         self.closed, self.stopped = threading.Event(), threading.Event()
         self.connections: set = set()
         self._replies: list = []
@@ -1005,9 +1007,9 @@ class FakeClaude:
 
     def reset(self) -> None:
         """Forget what was sent and what was to be played."""
-        for records in (self.requests, self.violations, self.token_replies, self._replies):
+        for records in (self.requests, self.violations, self.token_replies, self._replies, self.revoked):
             records.clear()
-        self.models = None
+        self.models, self.identity_linked = None, False
         self.closed.clear()
 
     @property
@@ -1032,8 +1034,25 @@ class FakeClaude:
                 return answer(self, recorded, *match.groups())
         return FakeReply(404, body=error_body("not_found_error", f"Not found: {path}"))
 
+    def _refusal(self, recorded: SentRequest) -> FakeReply | None:
+        """What Claude says against the credential or its workspace."""
+        headers = recorded.headers
+        if {headers.get("x-api-key"), headers.get("authorization", "").replace("Bearer ", "")} & self.revoked:
+            return FakeReply(401, body=error_body("authentication_error", "Invalid bearer token"
+                                                  if "authorization" in headers else "invalid x-api-key"))
+        workspace = headers.get("anthropic-workspace-id")
+        message = "" if workspace is None or workspace.startswith("wrkspc_") else \
+            "anthropic-workspace-id header must be a valid workspace ID"
+        if self.identity_linked and workspace is None:
+            message = ("anthropic-workspace-id is required when authenticating with an identity-linked API key; send "
+                       "the id of the workspace this request acts in.")
+        return FakeReply(400, body=error_body("invalid_request_error", message)) if message else None
+
     def _message(self, recorded: SentRequest) -> FakeReply:
         """The next reply in the queue, if the request is flawless."""
+        refusal = self._refusal(recorded)
+        if refusal:
+            return refusal
         if len(recorded.raw) > 32 * MIB:
             return FakeReply(413, body=error_body("request_too_large", "Request exceeds the maximum size"))
         asked = recorded.body or {}
@@ -1069,6 +1088,9 @@ class FakeClaude:
 
     def _model_list(self, recorded: SentRequest) -> FakeReply:
         """One page of the models."""
+        refusal = self._refusal(recorded)
+        if refusal:
+            return refusal
         if self.models is None:
             return FakeReply(404, body=error_body("not_found_error", "Not found"))
         query = parse_qs(urlsplit(recorded.path).query)
@@ -4959,6 +4981,73 @@ class CredentialHeaderTests(GatewayTestCase):
                 self.assertEqual(len(self.claude.messages), 1)
 
 
+class WorkspaceTests(GatewayTestCase):
+    """`anthropic-workspace-id`, and other headers that the environment names."""
+
+    def test_a_key_that_needs_a_workspace_says_which_variable_to_set(self):
+        self.claude.identity_linked = True
+        for path, body in (("/v1/chat/completions", {}), ("/v1/messages", {"max_tokens": 9})):
+            for stream in (False, True):
+                with self.subTest(path=path, stream=stream):
+                    answer = self.ask("POST", path, dict(body, model="claude-sonnet-5-5", stream=stream, messages=[
+                        {"role": "user", "content": "Hello"}]))
+                    self.assertEqual((answer.status, answer.headers["x-should-retry"]), (400, "false"))
+                    self.assertIn("is required when authenticating with an identity-linked", answer.error["message"])
+                    self.assertIn("Hint: set ANTHROPIC_WORKSPACE_ID", answer.error["message"])
+
+    def test_the_workspace_and_custom_headers_go_with_every_call(self):
+        self.claude.identity_linked, self.claude.models = True, [{"id": "claude-sonnet-5-5"}]
+        service = self.start(workspace_id="wrkspc_1", custom_headers=(
+            ("x-team", "blue"), ("anthropic-beta", "a-beta"), ("anthropic-version", "1999-01-01")))
+        self.assertEqual([self.chat().status, self.chat(stream=True).status], [200, 200])
+        self.assertEqual(self.ask("POST", "/v1/messages", {"model": "sonnet", "max_tokens": 9, "messages": [
+            {"role": "user", "content": "Hi"}]}, {"anthropic-beta": "b-beta"}).status, 200)
+        service.gateway.upstream.models()
+        for request in self.claude.requests:
+            self.assertEqual((request.headers["anthropic-workspace-id"], request.headers["x-team"],
+                              request.headers["anthropic-version"], request.headers["x-api-key"]),
+                             ("wrkspc_1", "blue", "2023-06-01", SECRET))
+        self.assertEqual(self.claude.messages[-1].headers["anthropic-beta"], "a-beta,b-beta")
+
+    def test_a_native_client_names_its_own_workspace(self):
+        self.start(workspace_id="wrkspc_1")
+        body = {"model": "sonnet", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+        for headers, workspace in (({"anthropic-workspace-id": "wrkspc_2"}, "wrkspc_2"), ({}, "wrkspc_1"),
+                                   ({"anthropic-workspace-id": ""}, "wrkspc_1")):
+            with self.subTest(headers=headers):
+                self.assertEqual(self.ask("POST", "/v1/messages", body, headers).status, 200)
+                self.assertEqual(self.claude.messages[-1].headers["anthropic-workspace-id"], workspace)
+
+    def test_what_the_environment_names_is_read_and_checked(self):
+        def config(**variables):
+            return claude_gateway.config_from(claude_gateway.argument_parser().parse_args(["start"]), variables)
+        named = config(ANTHROPIC_WORKSPACE_ID=" wrkspc_1 ", ANTHROPIC_CUSTOM_HEADERS="X-Team: blue\n\nHost: evil\r\n"
+                                                                                     "Authorization: x\nx-b:c:d\n")
+        self.assertEqual((named.workspace_id, named.custom_headers),
+                         ("wrkspc_1", (("x-team", "blue"), ("x-b", "c:d"))))
+        self.assertIn("blue", named.secrets())
+        self.assertEqual((config(ANTHROPIC_WORKSPACE_ID="").workspace_id, config().custom_headers), ("", ()))
+        for lines in ("no colon", "Name:", "Na me: x", "Name: \u20ac"):
+            with self.subTest(lines), self.assertRaises(claude_gateway.UsageError):
+                config(ANTHROPIC_CUSTOM_HEADERS=lines)
+        for url, base in (("https://h.test/v1", "https://h.test"), ("https://h.test/v1/", "https://h.test"),
+                          ("https://h.test/anthropic/", "https://h.test/anthropic"),
+                          ("https://h.test/anthropic/v1", "https://h.test/anthropic")):
+            self.assertEqual(config(ANTHROPIC_BASE_URL=url).base_url, base)
+
+    def test_a_base_address_may_have_a_path(self):
+        self.start(base_url=self.claude.url + "/anthropic")
+        self.assertIn("Not found: /anthropic/v1/messages", self.chat().error["message"])
+
+    def test_doctor_names_the_variable(self):
+        self.claude.identity_linked = True
+        upstream = claude_gateway.Upstream(Config(base_url=self.claude.url), "")
+        self.addCleanup(upstream.close)
+        upstream.credential = claude_gateway.ApiKey("k", "ANTHROPIC_API_KEY")
+        finding = claude_gateway.acceptance_finding(upstream)
+        self.assertEqual((finding.level, finding.step), ("failed", "export ANTHROPIC_WORKSPACE_ID=wrkspc_..."))
+
+
 CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
 REDIRECT_PAGE = "https://platform.claude.com/oauth/code/callback"
 
@@ -5309,6 +5398,232 @@ class RefreshTests(LoginStoreTestCase):
         for thread in threads:
             thread.join(20)
         self.assertEqual(statuses, [200] * count)
+
+
+class RenewalTests(LoginStoreTestCase):
+    """Renewal while work goes on."""
+    all_at_once = RefreshTests.all_at_once
+
+    def test_nobody_waits_for_the_renewal_of_a_token_that_is_still_valid(self):
+        self.file.write(stored_token(200))
+        service, answer = self.serve_login(), threading.Event()
+        self.addCleanup(answer.set)
+        self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[answer]))
+        self.all_at_once(5)
+        self.assertEqual([self.chat(stream=True).status, self.chat().status], [200, 200])
+        self.assertEqual({request.headers["authorization"] for request in self.claude.messages},
+                         {"Bearer " + OLD_ACCESS})
+        answer.set()
+        service.gateway.upstream.credential.close()             # waits for the renewal
+        self.assertEqual((self.stored()["refresh_token"], len(self.token_requests())), (NEW_REFRESH, 1))
+        self.chat()
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
+
+    def test_a_program_that_ends_waits_for_the_tokens_on_their_way(self):
+        self.file.write(stored_token(200))
+        self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[0.3]))
+        code = REFRESHING_CHILD.replace("for _", "login.access_token(); login.access_token()\nfor _")
+        child = subprocess.run([sys.executable, "-c", code, HERE, self.token_path, self.token_url, "0"], input=b"\n",
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        self.assertEqual((child.returncode, child.stderr), (0, b""))
+        self.assertEqual(self.stored()["refresh_token"], NEW_REFRESH)
+
+    def test_a_call_to_the_endpoint_has_a_deadline_however_it_trickles(self):
+        self.limits = Limits(token_timeout=0.3)
+        trickle = FakeReply(pieces=[piece for _ in range(100) for piece in (b" ", 0.05)])
+        for name, reply in (("silent", FakeReply(hold=[threading.Event()])), ("trickling", trickle)):
+            with self.subTest(name):
+                self.file.write(stored_token(-10))
+                self.serve_login()
+                self.claude.token_replies.append(reply)
+                answer = self.chat()
+                self.assertEqual(answer.status, 502)
+                self.assertIn("not answered within 0.3 seconds", answer.error["message"])
+                self.assertIn("CLAUDE_GATEWAY_TOKEN_URL", answer.error["message"])
+                self.assertEqual(self.status()["trouble"]["message"], answer.error["message"])
+
+    def status(self) -> dict:
+        return self.ask("GET", "/", headers={"accept": "application/json"}).json
+
+    def test_a_token_that_was_accepted_is_renewed_whatever_its_age(self):
+        self.file.write(stored_token(-10))
+        self.serve_login()
+        self.claude.token_replies += [token_answer(), token_answer(access_token="third", refresh_token="third-r")]
+        self.assertEqual(self.chat().status, 200)
+        self.claude.revoked.add(NEW_ACCESS)                     # within its first second
+        self.all_at_once(20)
+        self.assertEqual(len(self.token_requests()), 2)
+
+    def test_a_token_of_a_few_seconds_is_used_for_half_of_them(self):
+        self.file.write(stored_token(-10))
+        service = self.serve_login()
+        self.claude.token_replies.append(token_answer(expires_in=60))
+        self.assertEqual([self.chat().status for _ in range(3)], [200] * 3)
+        service.gateway.upstream.credential.close()
+        self.assertEqual(len(self.token_requests()), 1)
+        self.file.write(dict(self.stored(), expires_at=time.time() + 29))
+        self.claude.token_replies.append(token_answer(access_token="third"))
+        self.assertEqual(self.chat().status, 200)
+        service.gateway.upstream.credential.close()
+        self.assertEqual((len(self.token_requests()), self.stored()["access_token"]), (2, "third"))
+
+    ABSURD = ("9" * 400, "1e999", "-1e999", "NaN", "-5", '"soon"', "true", "null")
+
+    def test_an_absurd_expiry_is_unknown(self):
+        for value in self.ABSURD:
+            with self.subTest(value[:10]):
+                self.claude.reset()
+                self.file.write(stored_token())
+                text = json.dumps(dict(self.stored(), expires_at="?")).replace('"?"', value)
+                pathlib.Path(self.token_path).write_text(text, "utf-8")
+                service = self.serve_login()
+                self.assertEqual((self.chat().status, self.token_requests()), (200, []))
+                self.assertIsNone(service.gateway.upstream.credential.facts()["expires_at"])
+
+    def test_new_tokens_are_not_lost_over_an_absurd_lifetime(self):
+        for value in self.ABSURD:
+            with self.subTest(value[:10]):
+                self.claude.reset()
+                self.file.write(stored_token(-10))
+                self.claude.token_replies.append(FakeReply(
+                    body=json.dumps(token_answer(expires_in="?")).replace('"?"', value).encode()))
+                self.serve_login()
+                self.assertEqual([self.chat().status, self.chat().status], [200, 200])
+                self.assertEqual((len(self.token_requests()), self.stored()["refresh_token"]), (1, NEW_REFRESH))
+
+    def test_a_token_that_no_header_can_carry_is_refused_by_name(self):
+        for token in ("a\r\nx-evil: 1", "t\u00f6ken", "a b"):
+            with self.subTest(token):
+                self.file.write(stored_token())
+                self.serve_login()
+                pathlib.Path(self.token_path).write_text(json.dumps(stored_token(access_token=token)), "utf-8")
+                answer = self.chat()
+                self.assertEqual((answer.status, answer.error["code"]), (401, "upstream_authentication"))
+                self.assertIn("claude-gateway login", answer.error["message"])
+                self.file.write(stored_token(-10))
+                self.claude.token_replies.append(token_answer(access_token=token))
+                with self.assertRaises(claude_gateway.UpstreamFault):
+                    self.login().access_token()
+
+    @POSIX_ONLY
+    def test_a_token_file_that_is_no_plain_file_is_refused_without_waiting(self):
+        os.makedirs(self.directory)
+        os.mkfifo(self.token_path)
+        with self.assertRaisesRegex(claude_gateway.FileDamaged, "it is no plain file"):
+            self.file.read()
+
+    @POSIX_ONLY
+    def test_a_logout_while_tokens_are_unsaved_stays_one(self):
+        self.file.write(stored_token(-10))
+        self.serve_login()
+        self.claude.token_replies.append(token_answer())
+        with no_room_on_disk():
+            self.assertEqual(self.chat().status, 200)
+            self.file.remove()
+        self.assertEqual(self.chat().status, 401)
+        self.service.gateway.close()
+        self.assertFalse(os.path.exists(self.token_path))
+
+    @POSIX_ONLY
+    def test_unsaved_tokens_are_tried_again_when_the_gateway_stops(self):
+        self.file.write(stored_token(-10))
+        service = self.serve_login()
+        self.claude.token_replies.append(token_answer())
+        with no_room_on_disk():
+            self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.stored()["refresh_token"], OLD_REFRESH)
+        service.close(1)
+        self.assertEqual(self.stored()["refresh_token"], NEW_REFRESH)
+
+    def test_an_endpoint_that_goes_on_failing_is_asked_less_and_less(self):
+        clock = SimpleNamespace(ahead=0.0, time=time.time, sleep=time.sleep)
+        clock.monotonic = lambda: time.monotonic() + clock.ahead
+        self.addCleanup(setattr, claude_gateway, "time", claude_gateway.time)
+        self.file.write(stored_token(-10))
+        self.claude.token_replies += [FakeReply(500, body=b"oops")] * 20
+        login, asked = self.login(), []
+        claude_gateway.time = clock
+        for _ in range(130):
+            with self.assertRaises(claude_gateway.UpstreamFault):
+                login.access_token()
+            asked.append(len(self.token_requests()))
+            clock.ahead += 1
+        self.assertEqual([asked.index(count) for count in range(1, asked[-1] + 1)], [0, 2, 6, 14, 30, 62, 122])
+
+
+class HealthTests(LoginStoreTestCase):
+    """The last refusal is shown until a call succeeds."""
+
+    def trouble(self) -> tuple:
+        metric = re.search(r"(?m)^claude_gateway_credential_ok (\d)", self.ask("GET", "/metrics").raw.decode()).group(1)
+        return self.ask("GET", "/", headers={"accept": "application/json"}).json["trouble"], metric
+
+    def test_a_refusal_is_shown_with_its_hint_until_a_call_succeeds(self):
+        self.start()
+        self.assertEqual(self.trouble(), (None, "1"))
+        self.claude.revoked.add(SECRET)
+        self.chat(stream=True)
+        trouble, metric = self.trouble()
+        self.assertEqual((trouble["message"], metric),
+                         ("invalid x-api-key. Hint: check ANTHROPIC_API_KEY of the gateway.", "0"))
+        self.assertAlmostEqual(trouble["at"], time.time(), delta=60)
+        self.chat(model="no-such-model")
+        self.assertEqual(self.trouble()[1], "0")
+        self.claude.revoked.clear()
+        self.claude.play(FakeReply(400, body=error_body("invalid_request_error", "Odd")))
+        self.chat()
+        self.assertEqual(self.trouble()[1], "0")
+        self.chat()
+        self.assertEqual(self.trouble(), (None, "1"))
+
+    def test_a_callers_own_key_says_nothing_about_ours(self):
+        self.start()
+        self.claude.revoked.add("sk-ant-callers")
+        self.ask("GET", "/v1/models", headers={"x-api-key": "sk-ant-callers"})
+        self.assertEqual(self.trouble(), (None, "1"))
+
+    def test_a_renewal_that_fails_is_shown_while_calls_go_on(self):
+        self.file.write(stored_token(200))
+        service = self.serve_login()
+        self.claude.token_replies.append(FakeReply(500, body=b"oops"))
+        with self.assertLogs("claude_gateway", "WARNING"):
+            self.assertEqual(self.chat().status, 200)
+            service.gateway.upstream.credential.close()
+        self.assertEqual(self.chat().status, 200)
+        trouble, metric = self.trouble()
+        self.assertIn("could not be renewed: status 500", trouble["message"])
+        self.assertEqual(metric, "0")
+
+    def test_status_begins_with_it_and_an_expired_token_is_not_said_to_be_renewed(self):
+        self.file.write(stored_token(-3_600))
+        self.serve_login()
+        self.chat()
+        running = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        lines = claude_gateway.status_text(running, "").split("\n")
+        self.assertRegex(lines[0], r"\AThe credential does not work, since \d{4}-.*: The login has expired .*login")
+        self.assertRegex("\n".join(lines), r"Token: +\d{4}-\d\d-\d\d [\d:]+ \(expired\)")
+
+    def test_a_refusal_at_the_model_list_is_no_missing_list(self):
+        self.claude.models = []
+        self.claude.revoked.add(SECRET)
+        service = self.start()
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            service.gateway.models.catalog()
+        self.assertIn("Claude refuses this credential: invalid x-api-key", logged.output[0])
+
+    @unittest.skipUnless(shutil.which("node"), "no node here")
+    def test_the_page_shows_it_in_red(self):
+        self.start()
+        self.claude.revoked.add(SECRET)
+        self.chat()
+        data = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        data["credential"].update(expires_at=1_700_000_000, refreshable=True)
+        shown = StatusTests.page(self, [(200, json.dumps(data), "")])[1]
+        self.assertRegex(shown["trouble"], r"does not work, since .*: invalid x-api-key. Hint: check ANTHROPIC_API_KEY")
+        self.assertNotIn("trouble", shown["hidden"])
+        self.assertIn("Token expired|", shown["credential"])
+        data["trouble"] = None
+        self.assertIn("trouble", StatusTests.page(self, [(200, json.dumps(data), "")])[1]["hidden"])
 
 
 REFRESHING_CHILD = """
@@ -10756,7 +11071,7 @@ class SetupTests(unittest.TestCase):
 
 # ---- Signing in -------------------------------------------------------------------------------------
 
-TOKEN_FIELDS = ["access_token", "expires_at", "refresh_token", "scope", "token_type"]
+TOKEN_FIELDS = ["access_token", "expires_at", "expires_in", "refresh_token", "scope", "token_type"]
 
 
 def challenge_of(code_verifier: str) -> str:
@@ -10769,7 +11084,7 @@ class LoginCommandTests(CommandTestCase):
     def begin(self, *arguments, **variables):
         """A login that waits for its code, and the query of the address it shows."""
         child = self.child("login", "--no-browser", *arguments, CLAUDE_GATEWAY_TOKEN_URL=self.token_url, **variables)
-        address = child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)")
+        address = child.wait_for(r"https://claude\.com/cai/oauth/authorize\?(\S+)")
         return child, {name: values[0] for name, values in parse_qs(address.group(1)).items()}
 
     def test_the_code_is_exchanged_with_the_verifier_of_the_challenge(self):
@@ -10804,10 +11119,10 @@ class LoginCommandTests(CommandTestCase):
         helped = self.command("login", "--help")
         child = self.command("login", "--no-browser")
         for said in (child.err, helped.out):
-            for words in ("2026-08-22", "2026-09-14", "terms", "API key", "always fine", "client id", "redirect page",
+            for words in ("2026-10-01", "intermediate", "unmodified", "terms", "API key", "always fine", "client id", "redirect page",
                           "system block"):
                 self.assertIn(words, said)
-        self.assertLess(child.err.index("2026-08-22"), child.err.index("https://claude.ai/oauth/authorize"))
+        self.assertLess(child.err.index("2026-10-01"), child.err.index("https://claude.com/cai/oauth/authorize"))
 
     def test_a_callback_address_is_taken_and_a_bare_code_is_warned_about(self):
         for paste, warned in (("%s?code=the-code&state={state}" % REDIRECT_PAGE, False), ("the-code", True)):
@@ -10822,8 +11137,8 @@ class LoginCommandTests(CommandTestCase):
                                  ("the-code", query["state"]))
 
     def test_a_paste_that_cannot_be_right_never_reaches_the_endpoint(self):
-        cases = (("the-code#of-another-sign-in\n", 1), ("\n", 3), ("", 3), ("https://[broken\n", 1),
-                 ("%s?error=access_denied\n" % REDIRECT_PAGE, 1))
+        cases = (("the-code#of-another-sign-in\n", 3), ("\n", 3), ("", 3), ("https://[broken\n" * 3, 1),
+                 (("%s?error=access_denied\n" % REDIRECT_PAGE) * 4, 1))
         done = self.commands(*[(["login", "--no-browser"], {"CLAUDE_GATEWAY_TOKEN_URL": self.token_url}, paste)
                                for paste, _ in cases])
         for child, (paste, code) in zip(done, cases):
@@ -11135,8 +11450,8 @@ class StartTests(CommandTestCase):
         os.close(slave)
         child.wait_for(r"\[y/N\]")
         os.write(master, b"y\n")
-        state = parse_qs(child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)").group(1))["state"][0]
-        child.wait_for("2026-08-22")
+        state = parse_qs(child.wait_for(r"https://claude\.com/cai/oauth/authorize\?(\S+)").group(1))["state"][0]
+        child.wait_for("2026-10-01")
         child.wait_for("Code: ")
         os.write(master, ("the-code#%s\n" % state).encode())
         self.service = SimpleNamespace(port=child.port)
