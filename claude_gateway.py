@@ -229,9 +229,9 @@ def text_in(value: Any, *path: str) -> str | None:
 
 
 def count_in(value: Any, *path: str) -> int:
-    """The count at a path of keys, 0 where there is none."""
+    """The count at a path of keys, 0 where there is none, or none that can be true."""
     found = value_in(value, *path)
-    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
+    return found if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 1e12 else 0
 
 
 UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
@@ -8236,30 +8236,27 @@ def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from}
 
 
-def credential_in(environment: dict[str, str], variable: str) -> str:
-    """A key or token without surrounding blanks, which pasting leaves; it must fit into a header."""
-    value = environment.get(variable, "").strip()
-    if not re.match(r"[\x21-\x7e]*\Z", value):
+def checked_credential(variable: str, text: str) -> str:
+    """A key, token or id without surrounding blanks, which pasting leaves; it must fit into a header."""
+    if not is_sendable(text.strip()):
         raise UsageError("contains characters that are not allowed in a key or token.", variable)
-    return value
+    return text.strip()
 
 
-# Shapes of keys and tokens that cannot work, by the variable that they are in
-WRONG_SHAPES = (
-    ("ANTHROPIC_API_KEY", r"sk-(?!ant-)", "looks like a key of OpenAI; Claude's keys begin with sk-ant-"),
-    ("ANTHROPIC_API_KEY", r"sk-ant-oat", "is an OAuth token: set CLAUDE_CODE_OAUTH_TOKEN instead"),
-    ("CLAUDE_CODE_OAUTH_TOKEN", r"sk-ant-api", "is an API key: set ANTHROPIC_API_KEY instead"),
-    ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN|CLAUDE_CODE_OAUTH_TOKEN", r"[\"'`].*|.*[\"'`]$",
-     "begins or ends with a quotation mark, which is part of the value"),
-    ("ANTHROPIC_API_KEY|ANTHROPIC_AUTH_TOKEN|CLAUDE_CODE_OAUTH_TOKEN", r"$", "is set but empty, and is ignored"))
+SECRET_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
+# What cannot work, with the variable before it
+DOUBTFUL = (
+    (r"ANTHROPIC_API_KEY=sk-(?!ant-)", "looks like a key of OpenAI; Claude's keys begin with sk-ant-"),
+    (r"ANTHROPIC_API_KEY=sk-ant-oat", "is an OAuth token: set CLAUDE_CODE_OAUTH_TOKEN instead"),
+    (r"CLAUDE_CODE_OAUTH_TOKEN=sk-ant-api", "is an API key: set ANTHROPIC_API_KEY instead"),
+    (r"\w+=(?=[\"'`]|.*[\"'`]$)", "begins or ends with a quotation mark, which is taken for a part of it"),
+    (r"\w+=$", "is set but empty, and is ignored"))
 
 
-def doubtful_credentials(environment: dict[str, str]) -> Iterator[str]:
+def doubtful_credentials(environment: dict[str, str]) -> list[str]:
     """What looks wrong about the keys and tokens in the environment."""
-    for variables, pattern, problem in WRONG_SHAPES:
-        for variable in variables.split("|"):
-            if re.match(pattern, environment.get(variable, "-").strip()):
-                yield "%s %s." % (variable, problem)
+    return ["%s %s." % (variable, problem) for variable in SECRET_VARIABLES for pattern, problem in DOUBTFUL
+            if variable in environment and re.match(pattern, "%s=%s" % (variable, environment[variable].strip()))]
 
 
 def headers_from(variable: str, lines: str) -> tuple[tuple[str, str], ...]:
@@ -8278,9 +8275,8 @@ RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content
                "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
 
 
-def url_in(environment: dict[str, str], variable: str, default: str) -> str:
+def checked_base_url(variable: str, url: str) -> str:
     """An https URL, or plain http on loopback: a credential is sent there."""
-    url = environment.get(variable, default)
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = parts.hostname or "", parts.port
@@ -8323,18 +8319,31 @@ def value_from_variable(option: Option, text: str) -> Any:
     raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
 
 
-def in_configuration(environment: dict[str, str], variable: str, *names: str) -> str:
-    """A path in the user's configuration directory, which a variable may name; "" without a home directory."""
+def in_configuration(environment: dict[str, str], *names: str) -> str:
+    """A path in the user's configuration directory, never in the working directory; "" without a home directory."""
     if os.name == "nt":
         base = environment.get("APPDATA", "")
     else:
         home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
-        base = environment.get(variable, "")
+        base = environment.get("XDG_CONFIG_HOME", "")
         if not os.path.isabs(base):                 # relative ones are ignored (XDG base directory specification)
             base = os.path.join(home, ".config")
     return os.path.join(base, *names) if os.path.isabs(base) else ""
 
 
+# Variables that are no options -> the field of the Config, and how they are read
+VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
+    "ANTHROPIC_API_KEY": ("anthropic_api_key", checked_credential),
+    "ANTHROPIC_AUTH_TOKEN": ("anthropic_auth_token", checked_credential),
+    "CLAUDE_CODE_OAUTH_TOKEN": ("claude_code_oauth_token", checked_credential),
+    "ANTHROPIC_WORKSPACE_ID": ("workspace_id", checked_credential),
+    "ANTHROPIC_CUSTOM_HEADERS": ("custom_headers", headers_from),
+    "ANTHROPIC_PROFILE": ("profile", lambda variable, name: name),
+    "ANTHROPIC_BASE_URL": ("base_url", lambda variable, url: re.sub(r"(/v1)?/*\Z", "", checked_base_url(variable, url))),
+    "CLAUDE_GATEWAY_TOKEN_URL": ("token_url", checked_base_url),
+    "CLAUDE_GATEWAY_AUTHORIZE_URL": ("authorize_url", checked_base_url),
+    "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", lambda variable, scopes: scopes),
+}
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 # Commands that connect to nothing -> the options whose variables they read
@@ -8360,23 +8369,16 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     if len(levels) > 1:
         raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
     fields["token_file"] = os.path.expanduser(fields.get("token_file") or in_configuration(
-        given, "XDG_CONFIG_HOME", "claude-gateway", "oauth-tokens.json"))
+        given, "claude-gateway", "oauth-tokens.json"))
     if fields.get("demo") or offline:               # ignores credentials, addresses and proxies, also bad ones
         return Config(**fields)
     ca_variable = next((name for name in CA_VARIABLES if name in given), "")
     proxy_variable = next((name for name in ("https_proxy", "HTTPS_PROXY") if name in given), "")
-    fields.update(anthropic_api_key=credential_in(given, "ANTHROPIC_API_KEY"),
-                  anthropic_auth_token=credential_in(given, "ANTHROPIC_AUTH_TOKEN"),
-                  claude_code_oauth_token=credential_in(given, "CLAUDE_CODE_OAUTH_TOKEN"),
-                  base_url=re.sub(r"(/v1)?/*\Z", "", url_in(given, "ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
-                  token_url=url_in(given, "CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL),
-                  authorize_url=url_in(given, "CLAUDE_GATEWAY_AUTHORIZE_URL", OAUTH_AUTHORIZE_URL),
-                  oauth_scopes=given.get("CLAUDE_GATEWAY_OAUTH_SCOPES", OAUTH_SCOPES),
-                  workspace_id=credential_in(given, "ANTHROPIC_WORKSPACE_ID"),
-                  custom_headers=headers_from("ANTHROPIC_CUSTOM_HEADERS", given.get("ANTHROPIC_CUSTOM_HEADERS", "")),
-                  profile=given.get("ANTHROPIC_PROFILE", ""),
-                  profile_folder=given.get("ANTHROPIC_CONFIG_DIR") or in_configuration(
-                      given, "", "Anthropic" if os.name == "nt" else "anthropic"),
+    for variable, (field, reader) in VARIABLES.items():
+        if variable in given:
+            fields[field] = reader(variable, given[variable])
+    fields.update(profile_folder=given.get("ANTHROPIC_CONFIG_DIR") or in_configuration(
+                      without(given, "XDG_CONFIG_HOME"), "Anthropic" if os.name == "nt" else "anthropic"),
                   https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
                   no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
                   ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
@@ -9033,7 +9035,7 @@ def token_for_code(login: Login, config: Config, upstream: Upstream) -> dict:
         except (InvalidRequest, CredentialNeeded) as fault:
             if not left:
                 raise
-            say("%s Open the URL again for a new code." % fault)
+            say("%s. Open the URL again for a new code." % str(fault).rstrip("."))
     raise AssertionError
 
 

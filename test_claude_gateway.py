@@ -4887,6 +4887,7 @@ class CredentialChoiceTests(unittest.TestCase):
                 ("auto", ("anthropic_auth_token", "claude_code_oauth_token"), "ANTHROPIC_AUTH_TOKEN"),
                 ("auto", ("claude_code_oauth_token",), "CLAUDE_CODE_OAUTH_TOKEN"),
                 ("auto", (), path),
+                ("oauth", (), path),
                 ("api-key", ("anthropic_api_key", "anthropic_auth_token", "claude_code_oauth_token"),
                  "ANTHROPIC_API_KEY"),
                 ("api-key", ("anthropic_auth_token", "claude_code_oauth_token"), "ANTHROPIC_AUTH_TOKEN"),
@@ -4903,6 +4904,22 @@ class CredentialChoiceTests(unittest.TestCase):
                         self.assertIsNone(credential)
                     else:
                         self.assertIn(source, credential.description)
+
+    def test_a_stored_key_comes_before_the_login_beside_it(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "oauth-tokens.json")
+            claude_gateway.TokenFile(path).write(stored_token())
+            stored_key = claude_gateway.key_file(Config(token_file=path))
+            stored_key.write({"api_key": "sk-ant-stored"})
+            for settings, kind in (({}, "api_key"), ({"auth": "oauth"}, "oauth"), ({"auth": "api-key"}, "api_key"),
+                                   ({"claude_code_oauth_token": "t"}, "bearer_token")):
+                config = Config(token_file=path, **settings)
+                self.assertEqual(claude_gateway.credential_from_config(config, None).facts()["kind"], kind)
+            self.assertEqual(claude_gateway.credential_from_config(Config(token_file=path), None).headers(),
+                             {"x-api-key": "sk-ant-stored"})
+            pathlib.Path(stored_key.path).write_text('{"api_key": "a\\nb"}', "utf-8")
+            with self.assertRaisesRegex(claude_gateway.FileDamaged, "no header can carry"):
+                claude_gateway.credential_from_config(Config(token_file=path), None)
 
     def test_without_any_there_is_none(self):
         for path in ("", os.path.join(tempfile.gettempdir(), "no-such-directory", "tokens.json")):
@@ -4979,6 +4996,136 @@ class CredentialHeaderTests(GatewayTestCase):
                 self.assertEqual((answer.status, answer.error["code"], answer.headers["x-should-retry"]),
                                  (401, "upstream_authentication", "false"))
                 self.assertEqual(len(self.claude.messages), 1)
+
+
+class ProfileTests(GatewayTestCase):
+    """The sign-in of Anthropic's own tools: `configs/NAME.json` and `credentials/NAME.json`."""
+
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.folder = directory.name
+
+    def profile(self, name="default", expires_in=3_600, tokens=None, **settings) -> str:
+        """Writes a profile; the path of its tokens."""
+        settings = dict({"authentication": {"type": "user_oauth", "client_id": "of-ant"}, "organization_id": "org",
+                         "base_url": self.claude.url, "workspace_id": "wrkspc_p", "note": 1}, **settings)
+        tokens = dict({"version": "1.0", "type": "oauth_token", "access_token": OLD_ACCESS, "note": 2,
+                       "refresh_token": OLD_REFRESH, "expires_at": int(time.time()) + expires_in}, **(tokens or {}))
+        for kind, content in (("configs", settings), ("credentials", tokens)):
+            path = os.path.join(self.folder, kind, name + ".json")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+                json.dump(content, file)
+        return path
+
+    def serve(self, **settings) -> None:
+        self.start(**dict({"anthropic_api_key": "", "profile_folder": self.folder}, **settings))
+
+    def test_the_profile_pays_with_its_token_and_workspace_and_without_the_system_block(self):
+        self.profile()
+        self.serve()
+        self.assertEqual([self.chat().status, self.chat(stream=True).status], [200, 200])
+        for sent in self.claude.messages:
+            self.assertEqual([sent.headers.get(name) for name in ("authorization", "anthropic-beta", "x-api-key",
+                                                                  "anthropic-workspace-id")],
+                             ["Bearer " + OLD_ACCESS, "oauth-2025-04-20", None, "wrkspc_p"])
+            self.assertNotIn("system", sent.body)
+        facts = self.ask("GET", "/", headers={"accept": "application/json"}).json["credential"]
+        self.assertEqual((facts["kind"], facts["description"]),
+                         ("profile", "profile default of `ant auth login`, workspace wrkspc_p"))
+
+    def test_an_expired_token_is_renewed_and_the_rest_of_the_file_stays(self):
+        path = self.profile(expires_in=-10)
+        self.serve()
+        answer = token_answer()
+        del answer["refresh_token"], answer["scope"]
+        self.claude.token_replies.append(answer)
+        self.assertEqual(self.chat().status, 200)
+        request, = [request for request in self.claude.requests if request.path == "/v1/oauth/token"]
+        self.assertEqual((request.body, request.headers["anthropic-beta"]), (
+            {"grant_type": "refresh_token", "refresh_token": OLD_REFRESH, "client_id": "of-ant"}, "oauth-2025-04-20"))
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+        self.assertEqual((stored["access_token"], stored["refresh_token"], stored["note"], stored["type"],
+                          stored["version"], "scope" in stored),
+                         (NEW_ACCESS, OLD_REFRESH, 2, "oauth_token", "1.0", False))
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
+
+    def test_without_a_client_id_somebody_else_renews_the_file(self):
+        settings = {"authentication": {"type": "user_oauth"}}
+        self.profile(expires_in=100, **settings)
+        self.serve()
+        self.assertEqual([self.chat().status, self.chat().status], [200, 200])
+        self.profile(tokens={"access_token": "rotated"}, **settings)
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer rotated")
+        self.claude.revoked.add("rotated")
+        self.assertIn("Invalid bearer token", self.chat().error["message"])
+        self.profile(expires_in=-10, **settings)
+        answer = self.chat()
+        self.assertEqual(answer.status, 401)
+        self.assertIn("ant auth login", answer.error["message"])
+        self.assertEqual([request for request in self.claude.requests if "oauth" in request.path], [])
+
+    def test_which_profile_is_used(self):
+        self.profile(tokens={"access_token": "of-default"})
+        self.profile("work", tokens={"access_token": "of-work"})
+        self.profile("named", tokens={"access_token": "of-named"})
+        pathlib.Path(self.folder, "tokens.json").write_text(json.dumps(stored_token()), "utf-8")
+        for settings, pointer, token in (({}, "", "of-default"), ({}, "work\n", "of-work"),
+                                         ({"profile": "named"}, "work", "of-named"),
+                                         ({"token_file": os.path.join(self.folder, "tokens.json")}, "", OLD_ACCESS),
+                                         ({"token_file": os.path.join(self.folder, "tokens.json"), "profile": "named"},
+                                          "", "of-named")):
+            with self.subTest(settings=settings, pointer=pointer):
+                pathlib.Path(self.folder, "active_config").write_text(pointer, "utf-8")
+                self.serve(**settings)
+                self.assertEqual(self.chat().status, 200)
+                self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + token)
+
+    def test_what_cannot_be_used_is_refused_by_name(self):
+        path = self.profile()
+        self.profile("federated", authentication={"type": "oidc_federation"})
+        self.profile("elsewhere", base_url="http://example.org")
+        self.profile("empty")
+        os.unlink(os.path.join(self.folder, "credentials", "empty.json"))
+        cases = [("federated", "signing in by oidc_federation is not supported"), ("../x", "Invalid profile name"),
+                 (".hidden", "Invalid profile name"), ("a\0b", "Invalid profile name"), ("none", "no profile none"),
+                 ("elsewhere", "must be an https URL"), ("empty", "run `ant auth login`")]
+        if os.name == "posix":
+            config = os.path.join(self.folder, "configs", "default.json")
+            cases += [("default", "others may use it"), ("default", "others may use it"), ("default", "no plain file")]
+            steps = iter((lambda: os.chmod(path, 0o640), lambda: (os.chmod(path, 0o600), os.chmod(config, 0o664)),
+                          lambda: (os.chmod(config, 0o644), os.rename(path, path + ".real"),
+                                   os.symlink(path + ".real", path))))
+        for name, words in cases:
+            if name == "default":
+                next(steps)()
+            with self.subTest(name=name, words=words), self.assertRaisesRegex(claude_gateway.GatewayError, words):
+                claude_gateway.credential_from_config(Config(profile=name, profile_folder=self.folder), None)
+
+    def test_without_any_profile_there_is_no_credential(self):
+        self.assertIsNone(claude_gateway.credential_from_config(Config(profile_folder=self.folder), None))
+
+
+class SpendLimitTests(GatewayTestCase):
+    def test_a_spend_limit_of_the_console_is_no_reason_to_retry(self):
+        for code in ("enforced_spend_limit_reached", "contract_spend_limit_reached"):
+            for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages"):
+                with self.subTest(code=code, path=path):
+                    body = error_body("rate_limit_error", "You have reached your spend limit.")
+                    body["error"]["details"] = {"error_code": code}
+                    self.claude.reset()
+                    self.claude.play(FakeReply(429, body=body))
+                    answer = self.ask("POST", path, {"model": "sonnet", "input": "Hi"} if path == "/v1/responses" else {
+                        "model": "sonnet", "max_tokens": 2_000, "messages": [{"role": "user", "content": "Hi"}]})
+                    self.assertEqual((answer.status, answer.headers["x-should-retry"], len(self.claude.messages)),
+                                     (429, "false", 1))
+                    self.assertIn("Hint: only a higher spend limit", answer.error["message"])
+                    if path != "/v1/messages":
+                        self.assertEqual(answer.error["code"], "insufficient_quota")
 
 
 class WorkspaceTests(GatewayTestCase):
@@ -9395,6 +9542,38 @@ class StatusTests(GatewayTestCase):
                   "sonnet-4-6": (3, 0.3, 15), "opus-4-6": (5, 0.5, 25), "opus-4-5-20251101": (5, 0.5, 25),
                   "haiku-4-5-20251001": (1, 0.1, 5), "sonnet-4-5-20250929": (3, 0.3, 15)}
         self.assertEqual({model.id[len("claude-"):]: model.price for model in BUILT_IN_MODELS.values()}, prices)
+        self.assertEqual({model.id: (model.long_price, model.fast_price) for model in BUILT_IN_MODELS.values()
+                          if model.long_price or model.fast_price},
+                         {"claude-haiku-5-5": ((0.5, 0.05, 2.5), None), "claude-opus-5-5": (None, (8, 0.4, 40))})
+
+    def test_an_answer_costs_what_its_tier_says(self):
+        million = {"input_tokens": 1_000_000, "output_tokens": 1_000_000}
+        long = {"input_tokens": 50_000, "cache_read_input_tokens": 50_001, "output_tokens": 1_000_000}
+        short = {"input_tokens": 50_000, "cache_read_input_tokens": 50_000, "output_tokens": 1_000_000}
+        cases = (
+            ("haiku-5-5", short, 0.05 * 0.1 + 0.05 * 0.01 + 0.5),
+            ("haiku-5-5", long, 0.05 * 0.5 + 0.050001 * 0.05 + 2.5),
+            ("opus-5-5", million, 24), ("opus-5-5", dict(million, speed="standard"), 24),
+            ("opus-5-5", dict(million, speed="fast"), 48), ("fable-5-2", dict(million, speed="fast"), None),
+            ("opus-5-5", dict(million, service_tier="batch"), 12), ("mythos-5-2", million, None),
+            ("opus-5-5", dict(million, server_tool_use={"web_search_requests": 3}), 24.03),
+            ("opus-5-5", dict(million, server_tool_use={"web_search_requests": 10**400}, speed=None), 24),
+            ("opus-5-5", {"cache_creation_input_tokens": 1_000_000, "cache_creation": {
+                "ephemeral_1h_input_tokens": 600_000, "ephemeral_5m_input_tokens": 400_000}}, 4 * (0.4 * 1.25 + 0.6 * 2)))
+        for name, usage, cost in cases:
+            with self.subTest(name=name, usage=str(usage)[:200]):
+                found = claude_gateway.cost_of(BUILT_IN_MODELS["claude-" + name], usage)
+                self.assertEqual(found and round(found[0], 9), cost and round(cost, 9))
+
+    def test_each_answer_is_priced_by_itself_plain_and_streamed(self):
+        usage = {"input_tokens": 60_000, "output_tokens": 10}
+        self.claude.play(*[message(text("A"), model="claude-haiku-5-5", usage=usage)] * 2)
+        self.chat(model="haiku")
+        self.chat(model="haiku", stream=True)          # 120,000 together, and each a short prompt
+        self.assertEqual(self.status()["cost"]["usd"], round(2 * (60_000 * 0.1 + 10 * 0.5) / 1e6, 4))
+        self.claude.play(message(text("B"), model="claude-fable-5-2", usage=dict(usage, speed="fast")))
+        self.chat(model="claude-fable-5-2")
+        self.assertEqual(self.status()["cost"]["without_price"], ["claude-fable-5-2"])
 
     def test_a_model_without_a_price_is_named(self):
         self.claude.play(message(text("A"), model="claude-mythos-5-2"))
@@ -10931,6 +11110,23 @@ class DoctorTests(GatewayTestCase):
             self.assertTrue(finding.step.startswith(step), finding)
             self.assertIn("invalid x-api-key. Hint:", finding.detail)
 
+    def test_keys_that_cannot_work_are_named(self):
+        cases = (({"ANTHROPIC_API_KEY": "sk-proj-abc"}, "ANTHROPIC_API_KEY looks like a key of OpenAI"),
+                 ({"ANTHROPIC_API_KEY": "sk-ant-oat01-x"}, "is an OAuth token: set CLAUDE_CODE_OAUTH_TOKEN"),
+                 ({"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-api03-x"}, "is an API key: set ANTHROPIC_API_KEY"),
+                 ({"ANTHROPIC_AUTH_TOKEN": "'abc'"}, "ANTHROPIC_AUTH_TOKEN begins or ends with a quotation mark"),
+                 ({"ANTHROPIC_API_KEY": "  "}, "ANTHROPIC_API_KEY is set but empty"))
+        for variables, words in cases:
+            with self.subTest(variables):
+                found = claude_gateway.doubtful_credentials(variables)
+                self.assertEqual(len(found), 1)
+                self.assertIn(words, found[0])
+                parsed = claude_gateway.argument_parser().parse_args(["doctor"])
+                self.assertIn(("warning", found[0]), [(finding.level, finding.detail) for finding in
+                                                      claude_gateway.usable_config(parsed, variables)[1]])
+        self.assertEqual(claude_gateway.doubtful_credentials({
+            "ANTHROPIC_API_KEY": "sk-ant-api03-x", "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-x"}), [])
+
     def test_doctor_masks_the_proxys_credentials(self):
         code, said, _ = run_command("doctor", "--port", free_port(),
                                     HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:1")
@@ -11146,6 +11342,55 @@ class LoginCommandTests(CommandTestCase):
                 self.assertEqual(child.code, code, child.err)
         self.assertEqual(self.claude.requests, [])
         self.assertFalse(os.path.exists(self.token_path))
+
+    def test_a_wrong_or_refused_code_may_be_entered_again(self):
+        self.claude.token_replies += [FakeReply(400, body={"error": "invalid_grant"}), token_answer()]
+        child, query = self.begin()
+        child.type("the-code#of-another\n")
+        child.wait_for("belongs to another sign-in")
+        child.type("'old-code#%s'\n" % query["state"])
+        child.wait_for("refused the code .*invalid_grant. Open the URL again")
+        child.type('"the-code#%s"\n' % query["state"])
+        self.assertEqual(child.end(), 0, child.err)
+        self.assertEqual([request.body["code"] for request in self.claude.requests], ["old-code", "the-code"])
+        self.assertRegex(child.err, r"Next: .*claude_gateway\.py start")
+        done = self.command("login", "--no-browser", typed="a#b\nc#d\ne#f\nthe-code\n",
+                            CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        self.assertEqual((done.code, len(self.claude.requests)), (1, 2))
+
+    def test_the_address_and_the_scopes_can_follow_a_change(self):
+        child = self.command("login", "--no-browser", CLAUDE_GATEWAY_AUTHORIZE_URL="https://new.test/authorize",
+                             CLAUDE_GATEWAY_OAUTH_SCOPES="a b")
+        self.assertRegex(child.err, r"https://new\.test/authorize\?\S*&scope=a\+b&")
+
+    def test_an_api_key_is_checked_and_stored_and_forgotten(self):
+        self.claude.models = [{"id": "claude-sonnet-5-5"}]
+        key_path = self.token_path.replace(".json", "-api-key.json")
+        self.claude.revoked.add("sk-ant-api03-wrong")
+        for typed, code, words in (("\n", 3, "No API key"), ("sk-ant-api03-wrong\n", 1, "invalid x-api-key")):
+            done = self.command("login", "--api-key", typed=typed, ANTHROPIC_BASE_URL=self.claude.url)
+            self.assertEqual(done.code, code, done.err)
+            self.assertIn(words, done.err)
+            self.assertFalse(os.path.exists(key_path))
+        done = self.command("login", "--api-key", typed='"%s"\n' % SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+        self.assertEqual(done.code, 0, done.err)
+        self.assertRegex(done.err, "(?s)Claude accepts this key. Stored in .*Next: claude-gateway start|Next: ")
+        self.assertNotIn(SECRET, done.err)
+        self.assertEqual(oct(os.stat(key_path).st_mode & 0o777), "0o600")
+        self.assertEqual({request.path for request in self.claude.requests}, {"/v1/models?limit=1"})
+        self.serve(ANTHROPIC_API_KEY=None)
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["x-api-key"], SECRET)
+        self.assertIn(key_path, self.command("status").out)
+        self.sign_in()
+        done = self.command("logout")
+        self.assertEqual((done.code, os.path.exists(key_path), os.path.exists(self.token_path)), (0, False, False))
+
+    def test_a_credential_of_the_environment_that_wins_is_named(self):
+        self.claude.token_replies.append(token_answer())
+        child = self.command("login", "--no-browser", typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url,
+                             ANTHROPIC_API_KEY=SECRET)
+        self.assertIn("Warning: API key from ANTHROPIC_API_KEY comes first; unset it", child.err)
 
     def test_a_refusal_is_told_in_the_endpoints_words_and_stores_nothing(self):
         cases = ((FakeReply(400, body={"error": "invalid_grant", "error_description": "Code expired"}), "Code expired"),
