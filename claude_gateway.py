@@ -777,8 +777,8 @@ def _models() -> Iterator[Model]:
     can_disable = ("adaptive", "disabled")
     yield Model("claude-fable-5-2", "2026-11-09", price=(8, 0.2, 40))
     yield Model("claude-mythos-5-2")
-    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01, 0.5), long_price=(0.5, 0.05, 2.5), forced_tools=True,
-                thinking=can_disable)
+    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01, 0.5), long_price=(0.5, 0.05, 2.5),
+                forced_tools=True, thinking=can_disable)
     yield Model("claude-sonnet-5-5", "2026-09-28", price=(2, 0.1, 10), thinking=("adaptive", "between_tools"))
     yield Model("claude-opus-5-5", "2026-09-22", price=(4, 0.2, 20), fast_price=(8, 0.4, 40))
     yield Model("claude-fable-5-1", "2026-09-01", price=(10, 0.25, 50))
@@ -4232,7 +4232,8 @@ class StoredFile:
         mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
         if not stat.S_ISREG(mode):
             return "it is no plain file"
-        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if mode & self._closed and os.name == "posix" else ""
+        loose = mode & self._closed and os.name == "posix"
+        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if loose else ""
 
     def write(self, content: dict) -> None:
         """Replaces the file: a temporary one is written, synced and renamed.  Raises OSError.
@@ -4455,8 +4456,7 @@ class StoredLogin(ApiKey):
 
     def _due(self, token: dict) -> bool:
         """Whether a token is in its last five minutes, or in the second half of a life under ten."""
-        lifetime = token.get("expires_in")
-        early = min(REFRESH_EARLY, lifetime / 2) if is_lifetime(lifetime) else REFRESH_EARLY
+        early = min(REFRESH_EARLY, seconds_in(token, "expires_in", NEVER) / 2)
         return expiry_of(token) - time.time() < early and self._renewable(token)
 
     def _renew_early(self, token: dict) -> None:
@@ -4599,15 +4599,16 @@ def is_sendable(token: Any) -> bool:
     return isinstance(token, str) and re.match(r"[\x21-\x7e]+\Z", token) is not None
 
 
-def is_lifetime(seconds: Any) -> bool:
-    """Whether it is a number that a token's life can have: no infinity, no NaN, nothing absurd."""
-    return isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < NEVER
+def seconds_in(token: dict, name: str, otherwise: float) -> float:
+    """A number that a token's life can have: no infinity, no NaN, nothing absurd."""
+    seconds = token.get(name)
+    sane = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < NEVER
+    return float(seconds or 0) if sane else otherwise
 
 
 def expiry_of(token: dict) -> float:
     """Unix seconds; a token that does not say lives for ever (Claude will reject it when it is dead)."""
-    expires_at = token.get("expires_at")
-    return float(expires_at) if is_lifetime(expires_at) else NEVER
+    return seconds_in(token, "expires_at", NEVER)
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
@@ -4616,8 +4617,7 @@ def token_from_answer(answer: dict, earlier: dict) -> dict:
     for name in ("access_token", "refresh_token", "scope", "token_type", "organization", "account"):
         if answer.get(name):
             token[name] = answer[name]
-    expires_in = answer.get("expires_in")
-    token["expires_in"] = expires_in if is_lifetime(expires_in) else 3600
+    token["expires_in"] = seconds_in(answer, "expires_in", 3600)
     token["expires_at"] = int(time.time() + token["expires_in"])
     token.setdefault("refresh_token", "")
     return token
@@ -5583,9 +5583,9 @@ class Upstream:
         paid, renewable = credential.headers(), credential.refreshable
         while True:
             betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
-            joined = {"anthropic-beta": ",".join(betas)} if betas else {}
-            reply = self._open(method, self.base_url + path, body, dict(custom, **dict(paid, **dict(headers, **joined))),
-                               call)
+            whole = dict(custom, **dict(paid, **headers))
+            reply = self._open(method, self.base_url + path, body,
+                               dict(whole, **{"anthropic-beta": ",".join(betas)} if betas else {}), call)
             if body is not None:
                 self.on_headers(reply.headers)
             if reply.status in (200, 400, 429):
@@ -7052,7 +7052,8 @@ PAGE = """<!doctype html>
     return Math.floor(seconds / size) + " " + name + (rest ? " " + rest + " " + smaller : "");
   }
 
-  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB",
+    { dateStyle: "medium", timeStyle: "short" });
 
   const dollars = (value) => (value < 0 ? "-$" : "$") + Math.abs(value).toFixed(2);
 
@@ -8147,6 +8148,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8")))
 
 
+def moment_text(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 def duration_text(seconds: float) -> str:
     """Two units of a time: 2 d 3 h, 7 h 59 min, 4 min, 30 s."""
     days, hours, minutes = int(seconds // 86_400), int(seconds // 3_600 % 24), int(seconds // 60 % 60)
@@ -8339,7 +8344,7 @@ VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
     "ANTHROPIC_WORKSPACE_ID": ("workspace_id", checked_credential),
     "ANTHROPIC_CUSTOM_HEADERS": ("custom_headers", headers_from),
     "ANTHROPIC_PROFILE": ("profile", lambda variable, name: name),
-    "ANTHROPIC_BASE_URL": ("base_url", lambda variable, url: re.sub(r"(/v1)?/*\Z", "", checked_base_url(variable, url))),
+    "ANTHROPIC_BASE_URL": ("base_url", lambda name, url: re.sub(r"(/v1)?/*\Z", "", checked_base_url(name, url))),
     "CLAUDE_GATEWAY_TOKEN_URL": ("token_url", checked_base_url),
     "CLAUDE_GATEWAY_AUTHORIZE_URL": ("authorize_url", checked_base_url),
     "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", lambda variable, scopes: scopes),
@@ -8543,8 +8548,7 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     expired = bool(expires_at) and expires_at < time.time()
     detail = ", ".join(filter(None, [
         facts["description"],
-        "token %s %s" % ("expired" if expired else "valid until", time.strftime(
-            "%Y-%m-%d %H:%M", time.localtime(expires_at))) if expires_at else "",
+        "token %s %s" % ("expired" if expired else "valid until", moment_text(expires_at)) if expires_at else "",
         "" if facts["kind"] == "api_key" else "not renewed automatically" if not renewed else
         "renewed at the next request" if expired else "renewed automatically"]))
     if expired and not renewed:
@@ -9115,9 +9119,8 @@ def gateway_with_credential(config: Config) -> Gateway:
     missing = " ".join(filter(None, [damage, missing_credential(config)]))
     if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
         raise CredentialNeeded(missing)
-    sys.stderr.write("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential."))
-    sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if asked_for("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")).lower() not in (
+            "y", "yes"):
         raise CredentialNeeded(missing)
     sign_in(config, open_browser=True)
     return Gateway(config)
@@ -9166,7 +9169,8 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
     if config.demo:
         say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
     else:
-        say("Upstream: %s with %s" % (gateway.upstream.base_url, credential.description if credential else "no credential"))
+        say("Upstream: %s with %s" % (gateway.upstream.base_url,
+                                      credential.description if credential else "no credential"))
         if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
             say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
@@ -9275,7 +9279,7 @@ def logout_command(parsed: argparse.Namespace) -> int:
 def expiry_text(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and whether it is renewed."""
     left = expires_at - time.time()
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(expires_at))
+    when = moment_text(expires_at)
     if left > 0:
         return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
     return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
@@ -9296,8 +9300,7 @@ def status_text(running: dict, key_source: str) -> str:
     lines = ["claude-gateway %s is running." % running["version"]]
     trouble = running.get("trouble")
     if trouble:
-        lines.insert(0, "The credential does not work, since %s: %s" % (
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(trouble["at"])), trouble["message"]))
+        lines.insert(0, "The credential does not work, since %s: %s" % (moment_text(trouble["at"]), trouble["message"]))
     if running.get("key_needed"):
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")

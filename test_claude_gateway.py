@@ -9559,7 +9559,7 @@ class StatusTests(GatewayTestCase):
             ("opus-5-5", dict(million, server_tool_use={"web_search_requests": 3}), 24.03),
             ("opus-5-5", dict(million, server_tool_use={"web_search_requests": 10**400}, speed=None), 24),
             ("opus-5-5", {"cache_creation_input_tokens": 1_000_000, "cache_creation": {
-                "ephemeral_1h_input_tokens": 600_000, "ephemeral_5m_input_tokens": 400_000}}, 4 * (0.4 * 1.25 + 0.6 * 2)))
+                "ephemeral_1h_input_tokens": 600_000, "ephemeral_5m_input_tokens": 400_000}}, 6.8))
         for name, usage, cost in cases:
             with self.subTest(name=name, usage=str(usage)[:200]):
                 found = claude_gateway.cost_of(BUILT_IN_MODELS["claude-" + name], usage)
@@ -11315,8 +11315,8 @@ class LoginCommandTests(CommandTestCase):
         helped = self.command("login", "--help")
         child = self.command("login", "--no-browser")
         for said in (child.err, helped.out):
-            for words in ("2026-10-01", "intermediate", "unmodified", "terms", "API key", "always fine", "client id", "redirect page",
-                          "system block"):
+            for words in ("2026-10-01", "intermediate", "unmodified", "terms", "API key", "always fine", "client id",
+                          "redirect page", "system block"):
                 self.assertIn(words, said)
         self.assertLess(child.err.index("2026-10-01"), child.err.index("https://claude.com/cai/oauth/authorize"))
 
