@@ -26,8 +26,8 @@ One request on its way:
 
 Rooms, in order, each using only those above it: Configuration, Small tools, Errors, JSON, Models, Shapes,
 Translation, Cache breakpoints, Content, Tool schemas, Tools, Conversation, Parameters, Tool choice and answer format,
-Messages request, Events, Replies, Streams, Responses API, Memory, Credentials, HTTP/1.1, Upstream, Event loop, Image
-fetching, Exchange, Endpoints, Legacy completions, Native pass-through, Status page, Routes, HTTP server, Service,
+Messages request, Events, Replies, Streams, Responses API, Memory, Credentials, Usage, HTTP/1.1, Upstream, Event loop,
+Image fetching, Exchange, Endpoints, Legacy completions, Native pass-through, Status page, Routes, HTTP server, Service,
 Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest, Tool settings, Signing in, Start, Commands,
 Completion, Command line.
 
@@ -170,6 +170,10 @@ class Config:
     no_cache: bool = False
     strict: bool = False
     demo: bool = False
+    budget: Tuple[Tuple[float, str], ...] = ()      # US dollars, period
+    plan_only: bool = False
+    no_usage: bool = False
+    usage_file: str = ""                            # "": usage is not counted by day
     base_url: str = DEFAULT_BASE_URL
     token_url: str = OAUTH_TOKEN_URL
     authorize_url: str = OAUTH_AUTHORIZE_URL
@@ -362,7 +366,7 @@ class Refused(GatewayError):
                  headers: dict[str, str] | None = None) -> None:
         super().__init__(message, param, code, headers)
         self.status = status
-        self.kind = {403: "permission_error", 503: "server_error", 508: "server_error"}.get(
+        self.kind = {403: "permission_error", 429: "insufficient_quota", 503: "server_error", 508: "server_error"}.get(
             status, "invalid_request_error")
 
 
@@ -4032,6 +4036,11 @@ MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no
 TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
 
 
+def counts_of(usage: dict) -> dict[str, int]:
+    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
+    return {kind: count_in(usage, name) for kind, name in zip(TOKEN_KINDS, names)}
+
+
 class Counters:
     """What has happened since the start, for the log, the status page and Prometheus."""
 
@@ -4053,12 +4062,8 @@ class Counters:
             if error_code:
                 self._errors[error_code] += 1
 
-    def add_tokens(self, model: Model, usage: dict) -> int:
+    def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
-        counts = {"input": count_in(usage, "input_tokens"), "cache_read": count_in(usage, "cache_read_input_tokens"),
-                  "cache_write": count_in(usage, "cache_creation_input_tokens"),
-                  "output": count_in(usage, "output_tokens")}
-        cost = cost_of(model, usage)
         with self._lock:
             name = model.id if model.id in self._tokens or len(self._tokens) < 200 else "other"
             self._tokens.setdefault(name, collections.Counter()).update(counts)
@@ -4107,6 +4112,51 @@ class Counters:
         tokens = self.tokens_by_model().values()
         return {"requests": sum(count for (route, _), count in self.requests() if route not in MONITORING),
                 "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
+
+
+WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
+           "input-tokens": "input tokens a minute", "output-tokens": "output tokens a minute",
+           "tokens": "tokens a minute"}
+PER_MINUTE = {"requests", "input-tokens", "output-tokens", "tokens"}       # no windows of a plan
+
+
+def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
+    """Plan windows and rate limits, as Claude last reported them: used share and time of reset.
+
+    Windows without a title here keep the name that Claude gives them.
+    """
+    limits = []
+    unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
+    others = {match.group(1): match.group(1) for match in unified if match}
+    for window, title in dict(WINDOWS, **without(others, *WINDOWS)).items():
+        of_plan = "anthropic-ratelimit-unified-%s-" % window
+        plain = "anthropic-ratelimit-%s-" % window
+        used = number_or_none(headers.get(of_plan + "utilization"))
+        resets_at = moment_of(headers.get(of_plan + "reset") or headers.get(plain + "reset") or "")
+        limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
+        if used is None and limit and left is not None:
+            used = 1 - left / limit
+        if used is not None:
+            limits.append({"window": window, "title": title, "used": round(max(0.0, used), 4), "resets_at": resets_at,
+                           "over": resets_at is not None and resets_at < now,
+                           "status": headers.get(of_plan + "status")})
+    return limits
+
+
+def number_or_none(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def moment_of(text: str) -> int | None:
+    """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
+    number = number_or_none(text)
+    if number is not None:
+        return int(number)
+    return unix_time(text)
 
 
 class Running:
@@ -4222,6 +4272,13 @@ class StoredFile:
         if reason:
             raise FileDamaged("The %s %s cannot be used: %s." % (self.kind, self.path, reason))
         return content
+
+    def stamp(self) -> Any:
+        """What changes whenever the file does; None where there is none."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path)
+            return status.st_mtime_ns, status.st_size, status.st_ino
+        return None
 
     def fault_in(self, content: Any) -> str:
         """What is wrong with the content, "" where nothing is."""
@@ -4403,7 +4460,7 @@ class StoredLogin(ApiKey):
         """
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
         lives = self._lives(token, rejected)
-        current = lives and not self._unsaved and self._stamp == self._file_stamp()
+        current = lives and not self._unsaved and self._stamp == self._file.stamp()
         if not current and self._lock.acquire(blocking=not lives):      # else another thread is at it
             try:
                 token = self._renewed_if_dead(rejected)
@@ -4487,7 +4544,7 @@ class StoredLogin(ApiKey):
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
-        stamp = self._file_stamp()
+        stamp = self._file.stamp()
         if stamp == self._stamp and stamp is not None:
             return
         try:
@@ -4505,12 +4562,6 @@ class StoredLogin(ApiKey):
         elif not (self._unsaved and (token["access_token"] == self._outdated
                                      or text_in(token, "refresh_token") in self._spent)):
             self._token, self._unsaved = token, False
-
-    def _file_stamp(self) -> Any:
-        with contextlib.suppress(OSError):
-            status = os.stat(self._file.path)
-            return status.st_mtime_ns, status.st_size, status.st_ino
-        return None
 
     def _renew(self, rejected: str | None) -> None:
         """Asks the sign-in endpoint for new tokens; called under both locks."""
@@ -4583,7 +4634,7 @@ class StoredLogin(ApiKey):
             self._told_unsaved = True
             return
         self._unsaved = self._told_unsaved = False
-        self._stamp = self._file_stamp()
+        self._stamp = self._file.stamp()
 
 
 NEVER = 1e11                                        # Unix seconds of a time that is none
@@ -4769,6 +4820,158 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
             return StoredLogin(file, config.token_url, post_json, config.limits)
         return profile_from_config(config, post_json)
     return None
+
+
+# ---- Usage -------------------------------------------------------------------------------------------
+# What was used, by day: figures in a file beside the login, which several gateways share.  Budgets count by it.
+
+USAGE_PLACE = ("day", "tool", "model", "key")       # what a row is about; `key` begins the digest of a client's
+USAGE_FIGURES = ("requests", "errors", *TOKEN_KINDS, "usd", "without_price")
+USAGE_DAYS = 400                                    # that are kept
+USAGE_INTERVAL = 60                                 # seconds between two writes
+UsageRows = Dict[Any, Any]                          # place -> Counter of figures
+
+
+class UsageFile(StoredFile):
+    """Rows of usage."""
+    kind = "usage file"
+
+    def fault_in(self, content: Any) -> str:
+        rows = value_in(content, "rows")
+        sane = isinstance(rows, list) and all(
+            isinstance(row, dict) and all(text_in(row, name) is not None for name in USAGE_PLACE) and all(
+                isinstance(row.get(name, 0), (int, float)) and 0 <= row.get(name, 0) < 1e15 for name in USAGE_FIGURES)
+            for row in rows)
+        return "" if sane else "it holds no usage"
+
+
+def day_of(moment: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(moment))
+
+
+def sum_of(*tables: UsageRows) -> UsageRows:
+    total: UsageRows = {}
+    for table in tables:
+        for place, figures in table.items():
+            total.setdefault(place, collections.Counter()).update(figures)
+    return total
+
+
+def usage_by(rows: UsageRows, by: str, first_day: str = "") -> dict[str, Any]:
+    """The sums of the rows since a day, by a part of their place."""
+    at = USAGE_PLACE.index(by)
+    return dict(sorted(sum_of(*({place[at]: figures} for place, figures in rows.items()
+                                if place[0] >= first_day)).items()))
+
+
+def period_of(period: str, now: float) -> tuple[str, int]:
+    """The first day of this day, week or month, and when it ends."""
+    year, month, day, _, _, _, weekday = time.localtime(now)[:7]
+    first, last = {"day": ((month, day), (month, day + 1)), "month": ((month, 1), (month + 1, 1)),
+                   "week": ((month, day - weekday), (month, day - weekday + 7))}[period]
+    begin, end = (time.mktime((year, *date, 0, 0, 0, 0, 0, -1)) for date in (first, last))      # in any month
+    return day_of(begin), int(end)
+
+
+class Usage:
+    """Counts by day, tool, model and client key; no text of any request.  Without a path it counts nothing."""
+
+    def __init__(self, path: str, limits: Limits = Config.limits, budget: Sequence[tuple[float, str]] = ()) -> None:
+        self._file, self._budget = UsageFile(path, limits), budget
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._stored: UsageRows = {}                # the file, as it was at this stamp
+        self._stamp: Any = None
+        self._unwritten: UsageRows = {}             # a write of these is under way, or has failed
+        self._new: UsageRows = {}
+        self._timer: Optional[threading.Timer] = None
+        self._next_write = 0.0
+        self._running: Dict[Any, Tuple[str, Callable[[], float]]] = {}
+        self.fault = "" if path else "usage is not counted here"
+
+    def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
+        if not self._file.path:
+            return
+        with self._lock:
+            place = (day_of(time.time()), tool if len(self._new) < 1_000 else "other", model, key)
+            self._new.setdefault(place, collections.Counter()).update(figures)
+            if self._timer is None:
+                self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def write(self) -> None:
+        """Adds what is new to the file; what cannot be written is tried again after the next request."""
+        with self._writing:
+            with self._lock:
+                self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
+                self._unwritten, self._new = sum_of(self._unwritten, self._new), {}
+            oldest, was = day_of(time.time() - USAGE_DAYS * 86_400), self.fault
+            try:
+                with self._file.lock():
+                    total = sum_of(self._read(), self._unwritten)
+                    self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
+                                               in sorted(total.items()) if place[0] > oldest]})
+            except (OSError, GatewayError) as fault:
+                self.fault = str(fault)
+            else:
+                self._stored, self._unwritten, self._stamp, self.fault = total, {}, self._file.stamp(), ""
+            if self.fault != was:
+                LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
+
+    def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self.write()
+
+    def rows(self) -> UsageRows:
+        """All that was counted, here and by other gateways.  Raises FileDamaged where budgets count by the file."""
+        with self._writing, self._lock:
+            stamp = self._file.stamp()
+            if stamp != self._stamp:
+                self._stored, self._stamp = self._read(), stamp
+            return sum_of(self._stored, self._unwritten, self._new)
+
+    @contextlib.contextmanager
+    def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
+        """A request that has cost something before it is counted."""
+        request = object()
+        self._running[request] = (key, cost_so_far)
+        try:
+            yield
+        finally:
+            del self._running[request]
+
+    def check(self, key: str, model: Model, speed: Any) -> None:
+        """Raises Refused where a budget of this key is used up, or cannot be counted."""
+        for usd, period in self._budget:
+            first_day, resets_at = period_of(period, time.time())
+            fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
+            try:
+                spent = sum(figures["usd"] for place, figures in self.rows().items()
+                            if place[0] >= first_day and place[3] == key)
+            except FileDamaged as damage:
+                fault = str(damage)
+            if fault:
+                raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
+            spent += sum(cost() for owner, cost in list(self._running.values()) if owner == key)
+            if spent >= usd:
+                raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
+
+    def _read(self) -> UsageRows:
+        """The file's rows.  A damaged one counts for nothing, and is kept aside; not where budgets count by it."""
+        try:
+            rows = (self._file.read() or {"rows": []})["rows"]
+        except FileDamaged:
+            if self._budget:
+                raise
+            rows = []
+        return sum_of(*({tuple(row[name] for name in USAGE_PLACE): {
+            name: row[name] for name in USAGE_FIGURES if name in row}} for row in rows))
+
+
+def exhausted(message: str, resets_at: int | None = None) -> Refused:
+    reset = " It is reset at %s." % time.strftime("%Y-%m-%d %H:%M", time.localtime(resets_at)) if resets_at else ""
+    return Refused(429, "insufficient_quota", message + reset, headers={"x-should-retry": "false"})
 
 
 # ---- HTTP/1.1 ----------------------------------------------------------------------------------------
@@ -6067,6 +6270,7 @@ class Record:
     error: str = ""
     error_code: str = ""
     route: str = "other"
+    owner: str = ""                                 # the beginning of the digest of the client's key
 
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
@@ -6125,6 +6329,7 @@ class Gateway:
         self.answers = Answers()
         self.responses = StoredResponses()
         self.counters = Counters()
+        self.usage = Usage(config.usage_file, config.limits, config.budget)
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(config.limits.max_bodies)
@@ -6136,8 +6341,16 @@ class Gateway:
         credential = self.upstream.credential
         return [*self.config.secrets(), *(credential.secrets() if credential else ())]
 
+    def check_spending(self, key: str, model: Model, speed: Any) -> None:
+        """Raises Refused where a budget of this client key, or the plan, is used up."""
+        self.usage.check(key, model, speed)
+        for limit in limits_from_headers(self.counters.limit_headers, time.time()) if self.config.plan_only else ():
+            if limit["used"] >= 1 and not limit["over"] and limit["resets_at"] and limit["window"] not in PER_MINUTE:
+                raise exhausted("--plan-only: the plan's window of %s is used up." % limit["title"], limit["resets_at"])
+
     def close(self) -> None:
         self.event_loop.close()
+        self.usage.close()
         if self.upstream.credential:
             self.upstream.credential.close()
         self.upstream.close()
@@ -6168,6 +6381,7 @@ class Exchange:
         self._counted = False                       # the tokens of this answer
         self.assembler = MessageAssembler()
         self.translation: Translation
+        incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
     def open(self) -> None:
@@ -6178,8 +6392,10 @@ class Exchange:
                 changes = self.translation.changes
                 raise InvalidRequest("--strict: not everything can be passed on as it is: %s." % changes,
                                      next(iter(changes.reported))[1], "strict")
+            request = self.translation.request
+            self._gateway.check_spending(self._incoming.record.owner, self._known, request.get("speed"))
             try:
-                self._send(self.translation.request)
+                self._send(request)
             except ClaudeError as refusal:
                 if not self._corrected(refusal):
                     raise explained(refusal, self.translation, self._gateway.models.catalog()) from None
@@ -6296,6 +6512,10 @@ class Exchange:
         """Whether a lesson would make another request of this one; if not, the refusal means something else."""
         return self._translated(replace(self._known, **lesson)).request != self._translated(self._known).request
 
+    def _cost_so_far(self) -> float:
+        cost = None if self._counted else cost_of(self._known, self.assembler.message.get("usage") or {})
+        return cost[0] if cost else 0.0
+
     def _count_tokens(self) -> None:
         if self.assembler.message and not self._counted:
             self._counted = True
@@ -6357,7 +6577,10 @@ class Exchange:
 def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     record.add_usage(usage)
-    record.cached_percent_of_all = gateway.counters.add_tokens(model, usage)
+    counts, cost = counts_of(usage), cost_of(model, usage)
+    record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
+    gateway.usage.add(record.tool, model.id, record.owner, dict(
+        counts, **{"usd": cost[0]} if cost else {"without_price": 1}))
 
 
 def within_upstream_limit(body: bytes) -> bytes:
@@ -6765,6 +6988,9 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
     """The call, with the client's version and betas; what Claude answers goes back as it is."""
     betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
     data = within_upstream_limit(upstream_json(body))
+    model = gateway.models.catalog().resolve(body["model"])
+    if path == "/v1/messages":
+        gateway.check_spending(incoming.record.owner, model, body.get("speed"))
     LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(
@@ -6780,7 +7006,9 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         reply.close()
         usage = passing.usage()
         if usage:
-            count_tokens(gateway, incoming.record, gateway.models.catalog().resolve(body["model"]), usage)
+            count_tokens(gateway, incoming.record, model, usage)
+    incoming.held.enter_context(gateway.usage.running(incoming.record.owner, lambda: (
+        cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
                  failure=lambda failure: [failure.anthropic_body()])
@@ -6826,11 +7054,6 @@ class PassingUsage:
 # ---- Status page -------------------------------------------------------------------------------------
 # What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
 
-WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
-           "input-tokens": "input tokens a minute", "output-tokens": "output tokens a minute",
-           "tokens": "tokens a minute"}
-
-
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
@@ -6846,8 +7069,18 @@ def status_data(gateway: Gateway) -> dict:
                   "saved_usd": round(sum(saved for _, saved in costs.values()), 4)},
         "cost": {"usd": round(sum(cost for cost, _ in costs.values()), 4),
                  "without_price": counters.unpriced()},
-        "limits": limits_from_headers(counters.limit_headers, time.time()),
+        "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
     }
+
+
+def last_days(usage: Usage) -> list[dict]:
+    """Costs and requests of the last thirty days, [] where they are not counted."""
+    with contextlib.suppress(FileDamaged):
+        days = usage_by(usage.rows(), "day") if not usage.fault else {}
+        moments = (time.time() - 86_400 * back for back in range(29, -1, -1))
+        return [{"day": day, "usd": round(days.get(day, {}).get("usd", 0), 4), "requests": days.get(day, {}).get(
+            "requests", 0)} for day in map(day_of, moments)] if days else []
+    return []
 
 
 def short_names(catalog: Catalog) -> dict[str, str]:
@@ -6863,45 +7096,6 @@ def running_besides(gateway: Gateway) -> int:
 
 def prompt_tokens(tokens: dict) -> int:
     return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
-
-
-def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
-    """Plan windows and rate limits, as Claude last reported them: used share and time of reset.
-
-    Windows without a title here keep the name that Claude gives them.
-    """
-    limits = []
-    unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
-    others = {match.group(1): match.group(1) for match in unified if match}
-    for window, title in dict(WINDOWS, **without(others, *WINDOWS)).items():
-        of_plan = "anthropic-ratelimit-unified-%s-" % window
-        plain = "anthropic-ratelimit-%s-" % window
-        used = number_or_none(headers.get(of_plan + "utilization"))
-        resets_at = moment_of(headers.get(of_plan + "reset") or headers.get(plain + "reset") or "")
-        limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
-        if used is None and limit and left is not None:
-            used = 1 - left / limit
-        if used is not None:
-            limits.append({"window": window, "title": title, "used": round(max(0.0, used), 4), "resets_at": resets_at,
-                           "over": resets_at is not None and resets_at < now,
-                           "status": headers.get(of_plan + "status")})
-    return limits
-
-
-def number_or_none(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def moment_of(text: str) -> int | None:
-    """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
-    number = number_or_none(text)
-    if number is not None:
-        return int(number)
-    return unix_time(text)
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6999,6 +7193,9 @@ PAGE = """<!doctype html>
   .note { color: var(--soft); font-size: .9rem; }
   .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin: .2rem 0 .7rem; }
   .bar i { display: block; height: 100%; background: var(--accent); border-radius: 4px; }
+  #bars { display: flex; align-items: flex-end; gap: 2px; height: 4rem; margin-top: .6rem; }
+  #bars i { flex: 1; min-height: 1px; background: var(--line); }
+  #bars i:nth-last-child(-n + 7) { background: var(--accent); }
   .row { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
   form { display: flex; gap: .5rem; flex-wrap: wrap; }
   input, button { font: inherit; padding: .4rem .7rem; border-radius: 6px; border: 1px solid var(--line);
@@ -7026,6 +7223,8 @@ PAGE = """<!doctype html>
     <section><h2>Cache</h2><div class="big" id="share"></div><div class="note">of all prompt tokens were read from
       Claude's cache</div></section>
     <section><h2>Tokens</h2><dl id="tokens"></dl></section>
+    <section id="month"><h2>7 and 30 days</h2><div class="big" id="week"></div><div class="note" id="month-cost"></div>
+      <div id="bars" aria-hidden="true"></div></section>
     <section><h2>Limits</h2><div id="limits"></div></section>
     <section><h2>Credential</h2><dl id="credential"></dl></section>
   </div>
@@ -7080,6 +7279,21 @@ PAGE = """<!doctype html>
     }));
   }
 
+  function dayBars(days) {
+    const most = Math.max(...days.map((day) => day.usd), 0.01);
+    const sum = (some, name) => some.reduce((total, day) => total + day[name], 0);
+    at("month").hidden = !days.length;
+    at("week").textContent = dollars(sum(days.slice(-7), "usd"));
+    at("month-cost").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
+      number(sum(days, "requests")) + " requests";
+    at("bars").replaceChildren(...days.map((day) => {
+      const bar = document.createElement("i");
+      bar.style.height = 100 * day.usd / most + "%";
+      bar.title = day.day + " " + dollars(day.usd);
+      return bar;
+    }));
+  }
+
   function show(data) {
     at("version").textContent = data.version ?? "";
     at("ask").hidden = !data.key_needed; at("data").hidden = !!data.key_needed;
@@ -7102,6 +7316,7 @@ PAGE = """<!doctype html>
     pairs("tokens", [["In, not cached", number(tokens.input)], ["In, read from cache", number(tokens.cache_read)],
       ["In, written to cache", number(tokens.cache_write)], ["Out", number(tokens.output)]]);
     limitBars(data.limits);
+    dayBars(data.days);
     const over = facts.expires_at * 1000 < Date.now();
     pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
       [over ? "Token expired" : facts.refreshable ? "Token renews" : "Token expires",
@@ -7397,6 +7612,9 @@ class RequestCycle:
             self._gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
                                                self._record.error_code)
             log_request_record(self._record, self._config)
+            if self._record.used:
+                self._gateway.usage.add(self._record.tool, self._record.used, self._record.owner, {
+                    "requests": 1, "errors": int(self._record.status >= 400)})
 
     # -- answering
 
@@ -7418,6 +7636,7 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
+        self._record.owner = owner[:12]
         endpoint = endpoint_of(head.method, path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
@@ -7609,7 +7828,7 @@ def tool_of(user_agent: str) -> str:
 
 def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
-    fields = without(vars(record), "started")
+    fields = without(vars(record), "started", "owner")
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
@@ -8211,6 +8430,10 @@ OPTIONS = (
     Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
     Option("no-cache", "add no prompt cache breakpoints"),
     Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
+    Option("budget", "refuse requests of a client key that has cost this much; USD/day, USD/week or USD/month; "
+                     "repeatable", "", "USD/PERIOD", repeatable=True),
+    Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
+    Option("no-usage", "keep no file of the usage by day"),
     Option("demo", "answer from a built-in simulation: no account, no network"),
 )
 
@@ -8231,6 +8454,13 @@ def aliases_from(setting: str, texts: Sequence[str]) -> tuple[tuple[str, str], .
     return tuple(aliases)
 
 
+def budgets_from(setting: str, texts: Sequence[str]) -> tuple[tuple[float, str], ...]:
+    found = [re.match(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", text) for text in texts]
+    if None in found:
+        raise UsageError("expected USD/day, USD/week or USD/month, for example 5/day.", setting)
+    return tuple((float(match.group(1)), match.group(2)) for match in found if match)
+
+
 def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
     if any(not key.strip() for key in keys):
         raise UsageError("the key must not be empty.", setting)
@@ -8238,7 +8468,8 @@ def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 # Options whose values need checking -> how they are read
-CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from}
+CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from,
+                                                "budget": budgets_from}
 
 
 def checked_credential(variable: str, text: str) -> str:
@@ -8352,7 +8583,8 @@ VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 # Commands that connect to nothing -> the options whose variables they read
-OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",)}
+OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",),
+           "usage": ("token-file",)}
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
@@ -8375,6 +8607,8 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
         raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
     fields["token_file"] = os.path.expanduser(fields.get("token_file") or in_configuration(
         given, "claude-gateway", "oauth-tokens.json"))
+    if fields["token_file"] and not fields.get("no_usage") and not fields.get("demo"):
+        fields["usage_file"] = os.path.join(os.path.dirname(fields["token_file"]), "usage.json")
     if fields.get("demo") or offline:               # ignores credentials, addresses and proxies, also bad ones
         return Config(**fields)
     ca_variable = next((name for name in CA_VARIABLES if name in given), "")
@@ -9231,6 +9465,10 @@ def start_command(parsed: argparse.Namespace) -> int:
         raise UsageError("ANTHROPIC_BASE_URL is this gateway's own address.")
     gateway = gateway_with_credential(config)
     set_up_log(config, gateway.secrets)             # those of a login, too, also after it is renewed
+    if config.budget:
+        gateway.usage.write()
+        if gateway.usage.fault:
+            raise UsageError("it cannot be counted: %s" % gateway.usage.fault, "--budget")
     raise_descriptor_limit()
     stop = StopSignals()                            # before the address is printed: its reader may stop us at once
     try:
@@ -9360,6 +9598,26 @@ def status_command(parsed: argparse.Namespace) -> int:
             port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
             print(as_typed("Start one: claude-gateway start" + port))
     return OK if credential else NO_CREDENTIAL
+
+
+def usage_command(parsed: argparse.Namespace) -> int:
+    """A table of the usage file; a running gateway writes it once a minute."""
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    groups = usage_by(Usage(config.usage_file).rows(), parsed.by, day_of(time.time() - (parsed.days - 1) * 86_400))
+    if parsed.json:
+        print_json([dict({parsed.by: name}, **{figure: figures[figure] for figure in USAGE_FIGURES})
+                    for name, figures in groups.items()])
+        return OK
+    total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
+    columns = ("requests", "errors", "tokens in", "cached", "tokens out", "USD")
+    print("%-24s %9s %7s %13s %6s %11s %9s" % (parsed.by, *columns))
+    for name, figures in [*groups.items(), *total.items()]:
+        prompt = prompt_tokens(figures)
+        print("{:24} {:9,} {:7,} {:13,} {:5}% {:11,} {:9.2f}{}".format(
+            name, figures["requests"], figures["errors"], prompt, percent(figures["cache_read"], prompt),
+            figures["output"], figures["usd"], " + unknown" if figures["without_price"] else ""))
+    return OK
 
 
 # In the order in which `models` lists them: the one to use when in doubt comes first
@@ -9567,6 +9825,7 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "logout": (logout_command, "delete the stored login", ["token-file"]),
     "status": (status_command, "show what the running gateway does",
                ["--json", "port", "api-key", "auth", "token-file"]),
+    "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
     "models": (models_command, "list the models and aliases", ["--json", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
                ["--json", "--live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
@@ -9576,11 +9835,21 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "completion": (completion_command, "print shell completion", ["shell", "words"]),
     "selftest": (selftest_command, "check the gateway against its own simulation", []),
 }
+
+
+def days_from(text: str) -> int:
+    if not re.match(r"[1-9]\d{0,2}\Z", text):
+        raise argparse.ArgumentTypeError("expected a number of days from 1 to 999")
+    return int(text)
+
+
 # Arguments of other commands than `start`; they have no variables.
 EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--api-key": {"action": "store_true", "dest": "store_key",
                   "help": "ask for an API key of the Claude Console (or read it from standard input), and store that"},
     "--no-browser": {"action": "store_true", "help": "only print the URL to open"},
+    "--days": {"metavar": "N", "type": days_from, "default": 7, "help": "the last N days (default: 7)"},
+    "--by": {"choices": ["day", "tool", "model", "key"], "default": "day", "help": "one line for each (default: day)"},
     "--json": {"action": "store_true", "help": "as JSON"},
     "--live": {"action": "store_true", "help": "also make two small model calls, to check a reply and a cache hit"},
     "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*SETTINGS],

@@ -6070,6 +6070,256 @@ class TokenFileTests(LoginStoreTestCase):
                 self.file.write(stored_token())
 
 
+# ---- Usage -------------------------------------------------------------------------------------------
+
+MILLION = {"input_tokens": 1_000_000, "output_tokens": 100_000}     # 3 dollars of Sonnet 5.5
+
+
+class UsageTestCase(GatewayTestCase):
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, "usage.json")
+
+    def count(self, **settings) -> Service:
+        """A gateway that counts usage by day."""
+        return self.start(**dict({"usage_file": self.path}, **settings))
+
+    def rows(self, service=None) -> list:
+        """What the file holds after a write of what is counted."""
+        gateway = (service or self.service).gateway
+        gateway.running.wait_until_idle(10)
+        gateway.usage.write()
+        with open(self.path, encoding="utf-8") as file:
+            return json.load(file)["rows"]
+
+    def expensive(self, count=1) -> None:
+        self.claude.play(*[message(text("A"), usage=MILLION)] * count)
+
+
+class UsageTests(UsageTestCase):
+    def test_requests_are_counted_by_day_tool_model_and_key(self):
+        self.count(api_key=("first-key", "second-key"))
+        for key, agent, fields in (("first-key", "aider/1", {}), ("first-key", "aider/1", {"stream": True}),
+                                   ("second-key", "zed/2", {})):
+            self.claude.play(message(text("A"), usage={"input_tokens": 100, "cache_read_input_tokens": 50,
+                                                       "cache_creation_input_tokens": 10, "output_tokens": 7}))
+            self.chat("a secret of mine", headers={"authorization": "Bearer " + key, "user-agent": agent}, **fields)
+        headers = {"authorization": "Bearer first-key", "user-agent": "aider/1"}
+        self.chat(headers=headers, model="none")    # no model, no row
+        for stream in (False, True):
+            self.claude.play(message(text("A"), usage={"input_tokens": 1, "output_tokens": 1}))
+            self.ask("POST", "/v1/messages", {"model": "haiku", "max_tokens": 9, "stream": stream, "messages": [
+                {"role": "user", "content": "Hi"}]}, headers)
+        self.claude.play(FakeReply(400, body=error_body("invalid_request_error", "Odd")))
+        self.chat(headers=headers)
+        self.claude.reset()
+        rows = {(row["tool"], row["model"]): row for row in self.rows()}
+        first, second = rows["aider", "claude-sonnet-5-5"], rows["zed", "claude-sonnet-5-5"]
+        self.assertEqual({row["day"] for row in rows.values()}, {time.strftime("%Y-%m-%d")})
+        self.assertEqual([second[name] for name in ("requests", "input", "cache_read", "cache_write", "output")],
+                         [1, 100, 50, 10, 7])
+        self.assertEqual((first["requests"], first["errors"], first["input"]), (3, 1, 200))
+        self.assertEqual(round(second["usd"], 9), (100 * 2 + 50 * 0.1 + 10 * 2.5 + 7 * 10) / 1e6)
+        self.assertEqual(rows["aider", "claude-haiku-5-5"]["requests"], 2)
+        self.assertEqual((first["key"], second["key"]),
+                         tuple(hashlib.sha256(key).hexdigest()[:12] for key in (b"first-key", b"second-key")))
+        text_of_file = pathlib.Path(self.path).read_text("utf-8")
+        for secret in ("secret of mine", "first-key", SECRET):
+            self.assertNotIn(secret, text_of_file)
+
+    def test_gateways_add_to_one_file(self):
+        services = [self.count(), self.count()]
+        for service in services:
+            self.service = service
+            self.expensive()
+            self.chat()
+        for _ in range(2):
+            for service in services:
+                row, = self.rows(service)
+        self.assertEqual((row["requests"], row["input"], round(row["usd"], 9)), (2, 2_000_000, 6))
+        for service in services:
+            (counted,) = service.gateway.usage.rows().values()
+            self.assertEqual(counted["requests"], 2)
+
+    def test_processes_that_write_at_once_lose_nothing(self):
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); from claude_gateway import Usage\n"
+                "usage = Usage(sys.argv[2])\n"
+                "for turn in range(50): usage.add('tool', 'model', '', {'requests': 1}); usage.write()\n")
+        children = [subprocess.Popen([sys.executable, "-c", code, HERE, self.path]) for _ in range(3)]
+        self.assertEqual([child.wait(60) for child in children], [0] * 3)
+        row, = claude_gateway.Usage(self.path).rows().values()
+        self.assertEqual(row["requests"], 150)
+
+    def test_it_is_written_within_a_minute_and_at_the_end(self):
+        service = self.count()
+        self.chat()
+        service.gateway.running.wait_until_idle(10)
+        for _ in range(500):
+            if os.path.exists(self.path):
+                break
+            time.sleep(0.01)
+        self.chat()
+        service.close(1)
+        with open(self.path, encoding="utf-8") as file:
+            row, = json.load(file)["rows"]
+        self.assertEqual((row["requests"], row["output"]), (2, 14))
+        if os.name == "posix":
+            self.assertEqual(oct(os.stat(self.path).st_mode & 0o777), "0o600")
+
+    def test_old_days_are_dropped_and_a_damaged_file_is_kept_aside(self):
+        row = {"day": "2020-01-01", "tool": "t", "model": "m", "key": "", "requests": 1}
+        new = dict(row, day=time.strftime("%Y-%m-%d"))
+        pathlib.Path(self.path).write_text(json.dumps({"rows": [row, new]}), "utf-8")
+        self.count()
+        self.assertEqual([row["day"] for row in self.rows()], [new["day"]])
+        for content in ("{", "[]", '{"rows": 5}', '{"rows": [5]}', json.dumps({"rows": [dict(new, usd="x")]}),
+                        json.dumps({"rows": [dict(new, usd=float("nan"))]}), json.dumps({"rows": [dict(new, usd=-1)]}),
+                        json.dumps({"rows": [dict(new, usd="?")]}).replace('"?"', "1e999")):
+            with self.subTest(content):
+                pathlib.Path(self.path).write_text(content, "utf-8")
+                with self.assertLogs("claude_gateway", "WARNING"):
+                    self.assertEqual(self.chat().status, 200)
+                    self.assertEqual(len(self.rows()), 1)
+        kept = [name for name in os.listdir(os.path.dirname(self.path)) if "damaged" in name]
+        self.assertEqual(len(kept), 8)
+
+    def test_a_place_that_cannot_be_written_ends_nothing(self):
+        self.path = os.path.join(PROGRAM, "usage.json")
+        service = self.count()
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            for _ in range(2):
+                self.assertEqual(self.chat().status, 200)
+                service.gateway.running.wait_until_idle(10)
+                service.gateway.usage.write()
+        self.assertEqual(len([line for line in logged.output if "could not be written" in line]), 1)
+        self.assertEqual(self.chat().status, 200)
+
+    def test_the_page_has_the_last_thirty_days(self):
+        self.assertEqual(self.ask("GET", "/", headers={"accept": "application/json"}).json["days"], [])
+        self.count()
+        self.expensive()
+        self.chat()
+        self.rows()
+        data = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        self.assertEqual((len(data["days"]), data["days"][-1]),
+                         (30, {"day": time.strftime("%Y-%m-%d"), "usd": 3, "requests": 1}))
+        if shutil.which("node"):
+            data["days"][0]["usd"] = 1.5
+            shown = StatusTests.page(self, [(200, json.dumps(data), "")])[1]
+            self.assertEqual((shown["week"], shown["month-cost"]),
+                             ("$3.00", "in 7 days, $4.50 in 30 days, for 1 requests"))
+
+    def test_periods_begin_and_end_where_a_calendar_says(self):
+        def at(*date):
+            return time.mktime((*date, 12, 0, 0, 0, 0, -1))
+        for date, period, first, last in (
+                ((2026, 11, 29), "day", "2026-11-29", "2026-11-30"), ((2026, 12, 31), "day", "2026-12-31", "2027-01-01"),
+                ((2026, 11, 29), "week", "2026-11-23", "2026-11-30"), ((2027, 1, 1), "week", "2026-12-28", "2027-01-04"),
+                ((2026, 12, 31), "month", "2026-12-01", "2027-01-01")):
+            with self.subTest(date=date, period=period):
+                begin, end = claude_gateway.period_of(period, at(*date))
+                self.assertEqual((begin, time.strftime("%Y-%m-%d %H:%M", time.localtime(end))), (first, last + " 00:00"))
+
+
+class BudgetTests(UsageTestCase):
+    def test_a_budget_refuses_once_it_is_used_up(self):
+        self.count(budget=((5.0, "week"), (100.0, "month")))
+        self.expensive(2)
+        self.assertEqual([self.chat().status, self.chat(stream=True).status], [200, 200])
+        for path, body in (("/v1/chat/completions", {}), ("/v1/messages", {"max_tokens": 9}),
+                           ("/v1/chat/completions", {"stream": True})):
+            answer = self.ask("POST", path, dict(body, model="sonnet", messages=[{"role": "user", "content": "Hi"}]))
+            self.assertEqual((answer.status, answer.headers["x-should-retry"]), (429, "false"))
+            self.assertRegex(answer.error["message"],
+                             r"budget of \$5 a week is used up: it is \$6.00. It is reset at \d{4}-\d\d-\d\d 00:00.")
+        self.assertEqual((answer.error["code"], answer.error["type"]), ("insufficient_quota", "insufficient_quota"))
+        self.assertEqual(len(self.claude.messages), 2)
+        count = self.ask("POST", "/v1/messages/count_tokens", {"model": "sonnet", "messages": [
+            {"role": "user", "content": "Hi"}]})
+        self.assertEqual(count.status, 200, "counting costs nothing")
+
+    def test_each_client_key_has_its_own(self):
+        self.count(budget=((1.0, "day"),), api_key=("one", "two"))
+        self.expensive()
+        asked = [self.chat(headers={"authorization": "Bearer " + key}).status for key in ("one", "one", "two")]
+        self.assertEqual(asked, [200, 429, 200])
+
+    def test_what_another_gateway_spent_counts_and_what_was_spent_before(self):
+        services = [self.count(budget=((1.0, "month"),)) for _ in range(2)]
+        self.service = services[0]
+        self.expensive()
+        self.chat()
+        self.rows()
+        self.service = services[1]
+        self.assertEqual(self.chat().status, 429)
+
+    def test_what_running_requests_have_cost_so_far_counts(self):
+        self.count(budget=((1.0, "day"),))
+        begin, release = threading.Event(), threading.Event()
+        for event in (begin, release):
+            self.addCleanup(event.set)
+        whole = events_of(message(text("A"), usage=MILLION))
+        self.claude.play(*[FakeReply(hold=[begin], pieces=[sse(whole[:1]), release, sse(whole[1:])])
+                           for _ in range(20)])
+        statuses = []
+        threads = [threading.Thread(target=lambda: statuses.append(self.chat().status)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for _ in range(1_000):
+            if len(self.claude.messages) == 20:
+                break
+            time.sleep(0.01)
+        begin.set()
+        late = None
+        for _ in range(200):                        # until the first events have come
+            late = self.chat()
+            if late.status == 429:
+                break
+        self.assertEqual(late.status, 429)
+        release.set()
+        for thread in threads:
+            thread.join(20)
+        self.assertEqual(statuses, [200] * 20, "what runs may finish")
+        self.assertEqual(self.chat().status, 429)
+
+    def test_a_budget_that_cannot_be_counted_refuses(self):
+        self.count(budget=((1.0, "day"),))
+        for model, speed in (("claude-mythos-5-2", None), ("claude-fable-5-2", "fast")):
+            answer = self.chat(model=model, **({"speed": speed} if speed else {}))
+            self.assertEqual(answer.status, 429)
+            self.assertIn("the price of %s is not known" % model, answer.error["message"])
+        self.assertEqual(self.chat().status, 200)
+        pathlib.Path(self.path).write_text("{ torn", "utf-8")
+        answer = self.chat()
+        self.assertEqual(answer.status, 429)
+        self.assertIn(self.path, answer.error["message"])
+        self.service.gateway.usage.write()
+        self.assertEqual(pathlib.Path(self.path).read_text("utf-8"), "{ torn")
+        self.start(usage_file="", budget=((1.0, "day"),))
+        self.assertIn("usage is not counted here", self.chat().error["message"])
+        self.assertEqual(len(self.claude.messages), 1)
+
+    def test_plan_only_does_not_spill_into_extra_usage(self):
+        for reset, status in ((time.time() + 3_600, 429), (time.time() - 10, 200)):
+            for path in ("/v1/chat/completions", "/v1/messages"):
+                with self.subTest(reset=reset, path=path):
+                    self.start(plan_only=True, claude_code_oauth_token="sk-ant-oat01-c", anthropic_api_key="")
+                    self.claude.play(FakeReply(body=message(text("A")), headers={
+                        "anthropic-ratelimit-unified-5h-utilization": "1.0",
+                        "anthropic-ratelimit-unified-5h-reset": str(int(reset)),
+                        "anthropic-ratelimit-tokens-limit": "10", "anthropic-ratelimit-tokens-remaining": "0",
+                        "anthropic-ratelimit-tokens-reset": "2031-01-01T00:00:00Z"}))
+                    self.assertEqual(self.chat().status, 200)
+                    answer = self.ask("POST", path, {"model": "sonnet", "max_tokens": 2_000, "messages": [
+                        {"role": "user", "content": "Hi"}]})
+                    self.assertEqual(answer.status, status)
+                    if status == 429:
+                        self.assertIn("the plan's window of 5 hours is used up. It is reset at",
+                                      answer.error["message"])
+
+
 # ---- HTTP/1.1 ----------------------------------------------------------------------------------------
 
 def chunked_chat_bytes(body: bytes, *headers) -> bytes:
@@ -11808,6 +12058,47 @@ class OtherCommandTests(CommandTestCase):
         self.assertIn("claude-opus-5-5", [entry["id"] for entry in json.loads(built_in.out)])
         self.assertIn("claude-opus-5-5", down.out)
         self.assertIn("built-in", down.err)
+
+
+class UsageCommandTests(CommandTestCase):
+    def test_usage_is_counted_beside_the_login_and_shown_by_day_tool_or_model(self):
+        path = os.path.join(os.path.dirname(self.token_path), "usage.json")
+        child = self.serve()
+        self.claude.play(message(text("A"), usage={"input_tokens": 500_000, "output_tokens": 50_000}))
+        self.chat(headers={"user-agent": "aider/1"})
+        self.claude.play(message(text("A"), model="claude-mythos-5-2"))
+        self.chat(model="claude-mythos-5-2")
+        self.assertEqual(child.end(signal.SIGTERM), 0, child.err)
+        old = {"day": time.strftime("%Y-%m-%d", time.localtime(time.time() - 864_000)), "tool": "old", "model": "m",
+               "key": "", "requests": 1_000, "usd": 5}
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file)["rows"]
+        pathlib.Path(path).write_text(json.dumps({"rows": rows + [old]}), "utf-8")
+        day, tool, key, all_days, wrong, nobody = self.commands(
+            (["usage"], {}), (["usage", "--by", "tool"], {}), (["usage", "--json", "--by", "model"], {}),
+            (["usage", "--days", "30"], {}), (["usage", "--days", "0"], {}),
+            (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}))
+        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") + r" +2 +0 +[\d,]+ +0% +[\d,]+ +1.50 \+ unknown$")
+        self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +1.50$")
+        self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* 6.50 \+ unknown$")
+        self.assertEqual({row["model"]: row["usd"] for row in json.loads(key.out)},
+                         {"claude-mythos-5-2": 0, "claude-sonnet-5-5": 1.5})
+        self.assertEqual((wrong.code, nobody.code), (2, 0))
+        self.assertRegex(nobody.out, r"(?m)^total +0 ")
+
+    def test_no_usage_and_the_demo_write_nothing(self):
+        for arguments in (["--no-usage"], ["--demo"]):
+            child = self.serve(*arguments)
+            self.chat()
+            child.end(signal.SIGTERM)
+        self.assertFalse(os.path.exists(os.path.join(self.home, ".config", "claude-gateway", "usage.json")))
+
+    def test_a_budget_that_cannot_be_counted_stops_the_start(self):
+        for arguments, words in ((["--budget", "5"], "expected USD/day"), (["--budget", "5/day", "--no-usage"],
+                                                                           "cannot be counted")):
+            done = self.command("start", *arguments, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+            self.assertEqual(done.code, 2)
+            self.assertIn(words, done.err)
 
 
 class DailyCommandTests(GatewayTestCase):
