@@ -6215,12 +6215,15 @@ class UsageTests(UsageTestCase):
         def at(*date):
             return time.mktime((*date, 12, 0, 0, 0, 0, -1))
         for date, period, first, last in (
-                ((2026, 11, 29), "day", "2026-11-29", "2026-11-30"), ((2026, 12, 31), "day", "2026-12-31", "2027-01-01"),
-                ((2026, 11, 29), "week", "2026-11-23", "2026-11-30"), ((2027, 1, 1), "week", "2026-12-28", "2027-01-04"),
+                ((2026, 11, 29), "day", "2026-11-29", "2026-11-30"),
+                ((2026, 12, 31), "day", "2026-12-31", "2027-01-01"),
+                ((2026, 11, 29), "week", "2026-11-23", "2026-11-30"),
+                ((2027, 1, 1), "week", "2026-12-28", "2027-01-04"),
                 ((2026, 12, 31), "month", "2026-12-01", "2027-01-01")):
             with self.subTest(date=date, period=period):
                 begin, end = claude_gateway.period_of(period, at(*date))
-                self.assertEqual((begin, time.strftime("%Y-%m-%d %H:%M", time.localtime(end))), (first, last + " 00:00"))
+                self.assertEqual((begin, time.strftime("%Y-%m-%d %H:%M", time.localtime(end))),
+                                 (first, last + " 00:00"))
 
 
 class BudgetTests(UsageTestCase):
