@@ -457,7 +457,8 @@ VERDICTS = (
     Verdict("invalid bearer token", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
     Verdict("scope requirement", code="upstream_refused", hint=KEY_HINT),
     Verdict("claude_code_version_too_old", code="upstream_refused", hint=KEY_HINT),
-    Verdict("invalid x-api-key", 401, hint="Hint: check ANTHROPIC_API_KEY of the gateway."),
+    Verdict("invalid x-api-key", 401,
+            hint="Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
 )
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can help these
 # What a refusal is about, by its message, where a correction or an explanation needs to know.

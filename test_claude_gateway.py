@@ -5712,7 +5712,8 @@ class HealthTests(LoginStoreTestCase):
         self.chat(stream=True)
         trouble, metric = self.trouble()
         self.assertEqual((trouble["message"], metric),
-                         ("invalid x-api-key. Hint: check ANTHROPIC_API_KEY of the gateway.", "0"))
+                         ("invalid x-api-key. Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or "
+                          "`claude-gateway login --api-key`).", "0"))
         self.assertAlmostEqual(trouble["at"], time.time(), delta=60)
         self.chat(model="no-such-model")
         self.assertEqual(self.trouble()[1], "0")
@@ -5766,7 +5767,7 @@ class HealthTests(LoginStoreTestCase):
         data = self.ask("GET", "/", headers={"accept": "application/json"}).json
         data["credential"].update(expires_at=1_700_000_000, refreshable=True)
         shown = StatusTests.page(self, [(200, json.dumps(data), "")])[1]
-        self.assertRegex(shown["trouble"], r"does not work, since .*: invalid x-api-key. Hint: check ANTHROPIC_API_KEY")
+        self.assertRegex(shown["trouble"], r"does not work, since .*: invalid x-api-key. Hint: check the API key")
         self.assertNotIn("trouble", shown["hidden"])
         self.assertIn("Token expired|", shown["credential"])
         data["trouble"] = None
