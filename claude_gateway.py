@@ -26,15 +26,15 @@ One request on its way:
 
 Rooms, in order, each using only those above it: Configuration, Small tools, Errors, JSON, Models, Shapes,
 Translation, Cache breakpoints, Content, Tool schemas, Tools, Conversation, Parameters, Tool choice and answer format,
-Messages request, Events, Replies, Streams, Responses API, Memory, Credentials, HTTP/1.1, Upstream, Event loop, Image
-fetching, Exchange, Endpoints, Legacy completions, Native pass-through, Status page, Routes, HTTP server, Service,
+Messages request, Events, Replies, Streams, Responses API, Memory, Credentials, Usage, HTTP/1.1, Upstream, Event loop,
+Image fetching, Exchange, Endpoints, Legacy completions, Native pass-through, Status page, Routes, HTTP server, Service,
 Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest, Tool settings, Signing in, Start, Commands,
 Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, HTTP/1.1, Upstream, Image fetching, Routes, HTTP
 server and Log.
 Places that connect: UpstreamConnection, Upstream, ImageFetcher, running_status, issuer_of, post, selftest_findings.
-Places that write: TokenFile, check_writable.
+Places that write: StoredFile, check_writable.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
@@ -95,7 +95,7 @@ ANTHROPIC_VERSION = "2023-06-01"                # on purpose: 2026-10-21 refuses
 # this is the public client id of Claude Code, with the page that shows its code for pasting.  The README and
 # `login` say so, and say what Anthropic's terms think of it.
 OAUTH_CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
-OAUTH_AUTHORIZE_URL = "https://claude.ai/oauth/authorize"
+OAUTH_AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
 OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
 OAUTH_REDIRECT_URI = "https://platform.claude.com/oauth/code/callback"
 OAUTH_SCOPES = "user:inference user:profile"
@@ -108,7 +108,7 @@ OAUTH_BETA = "oauth-2025-04-20"                 # the API accepts OAuth tokens w
 OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
 
 REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
-REFRESH_BACKOFF = 2                             # seconds between attempts while the sign-in endpoint fails
+REFRESH_BACKOFF, LONGEST_BACKOFF = 2, 60        # seconds until the next attempt, doubled each time that it fails
 
 MAX_UPSTREAM_BODY = 32_000_000                  # bytes: what the Messages API accepts
 MAX_BRACKETS = 1_000_000                        # a body of nothing but brackets costs 60 times its size
@@ -147,10 +147,9 @@ class Limits:
     write_timeout: float = 60                       # that a client may refuse to read
     keepalive_interval: float = 10                  # of silence before a stream gets a comment line
     upstream_silence: float = 300                   # without a byte from Claude (its pings count)
-    token_timeout: float = 30                       # without a byte from the sign-in endpoint
+    token_timeout: float = 30                       # for a whole call to the sign-in endpoint
     fetch_timeout: float = 20                       # for one image, redirects included
     lock_patience: float = 60                       # for another process to refresh; one call may take 40
-    renewal_holds: float = 60                       # a new token that is refused within them is not the cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +172,18 @@ class Config:
     strict: bool = False
     fallback: Tuple[str, ...] = ()                  # models that answer what the requested one refuses, or "default"
     demo: bool = False
+    budget: Tuple[Tuple[float, str], ...] = ()      # US dollars, period
+    plan_only: bool = False
+    no_usage: bool = False
+    usage_file: str = ""                            # "": usage is not counted by day
     base_url: str = DEFAULT_BASE_URL
     token_url: str = OAUTH_TOKEN_URL
+    authorize_url: str = OAUTH_AUTHORIZE_URL
+    oauth_scopes: str = OAUTH_SCOPES
+    workspace_id: str = ""
+    custom_headers: Tuple[Tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+    profile: str = ""                               # of Anthropic's own sign-in; "": the active one
+    profile_folder: str = ""                        # "": none is looked for
     anthropic_api_key: str = dataclasses.field(default="", repr=False)
     anthropic_auth_token: str = dataclasses.field(default="", repr=False)
     claude_code_oauth_token: str = dataclasses.field(default="", repr=False)
@@ -187,7 +196,7 @@ class Config:
     def secrets(self) -> list[str]:
         """Every secret in here, for the log's redaction."""
         return [*self.api_key, self.anthropic_api_key, self.anthropic_auth_token, self.claude_code_oauth_token,
-                self.proxy.password or ""]
+                self.proxy.password or "", *(value for _, value in self.custom_headers)]
 
     @property
     def proxy(self) -> urllib.parse.SplitResult:
@@ -226,9 +235,9 @@ def text_in(value: Any, *path: str) -> str | None:
 
 
 def count_in(value: Any, *path: str) -> int:
-    """The count at a path of keys, 0 where there is none."""
+    """The count at a path of keys, 0 where there is none, or none that can be true."""
     found = value_in(value, *path)
-    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
+    return found if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 1e12 else 0
 
 
 UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
@@ -366,7 +375,7 @@ class Refused(GatewayError):
                  headers: dict[str, str] | None = None) -> None:
         super().__init__(message, param, code, headers)
         self.status = status
-        self.kind = {403: "permission_error", 503: "server_error", 508: "server_error"}.get(
+        self.kind = {403: "permission_error", 429: "insufficient_quota", 503: "server_error", 508: "server_error"}.get(
             status, "invalid_request_error")
 
 
@@ -432,10 +441,13 @@ class Verdict(NamedTuple):
 
 
 KEY_HINT = "Hint: an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
+SPEND_HINT = "Hint: only a higher spend limit in the Console helps before it is reset."
+WORKSPACE_HINT = "Hint: set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
 PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
 # What the message of a refusal (lower case) means for the client; the first match wins.  What they say about the
 # request is read by LESSONS and the patterns beside it.  Nothing else goes by the message of Claude.
 VERDICTS = (
+    Verdict("anthropic-workspace-id", 400, code="upstream_refused", hint=WORKSPACE_HINT),
     Verdict("prompt is too long", 400, code="context_length_exceeded"),
     Verdict("exceed context limit", 400, code="context_length_exceeded"),
     Verdict("only authorized for use with claude code", code="upstream_refused", hint=KEY_HINT),
@@ -444,6 +456,8 @@ VERDICTS = (
     Verdict("extra usage", 429, "insufficient_quota", "insufficient_quota", KEY_HINT),
     Verdict("credit balance is too low", 429, "insufficient_quota", "insufficient_quota"),
     Verdict("specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
+    Verdict("enforced_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
+    Verdict("contract_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
     Verdict("output blocked by content filtering", 400, code="content_filter"),
     Verdict("token has been revoked", 401, "authentication_error", "upstream_authentication",
             "Hint: run `claude-gateway login` again."),
@@ -452,7 +466,8 @@ VERDICTS = (
     Verdict("invalid bearer token", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
     Verdict("scope requirement", code="upstream_refused", hint=KEY_HINT),
     Verdict("claude_code_version_too_old", code="upstream_refused", hint=KEY_HINT),
-    Verdict("invalid x-api-key", 401, hint="Hint: check ANTHROPIC_API_KEY of the gateway."),
+    Verdict("invalid x-api-key", 401,
+            hint="Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
 )
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can help these
 # What a refusal is about, by its message, where a correction or an explanation needs to know.
@@ -711,6 +726,9 @@ def messages_request_json(request: dict) -> bytes:
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 TIERS = ("opus", "sonnet", "haiku", "fable", "mythos")
+Price = Tuple[float, float, float]              # US dollars per million tokens: in, in from the cache, out
+LONG_PROMPT = 100_000                           # tokens
+SEARCH_PRICE = 0.01                             # US dollars for one web search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -732,7 +750,9 @@ class Model:
     structured_outputs: bool = True
     strict_tools: bool = True                   # compiles the schemas of tools
     web_search: bool = True
-    price: Optional[Tuple[float, float, float]] = None      # US dollars per million tokens: in, in from the cache, out
+    price: Optional[Price] = None
+    long_price: Optional[Price] = None          # of requests beyond LONG_PROMPT
+    fast_price: Optional[Price] = None          # with `speed` "fast"
     fast: bool = True                           # whether `speed` may be "fast": assumed until a refusal says no
     compaction: bool = True                     # summarizes on request, and takes the block of its summary
     fallbacks: bool = True                      # whether another model may answer what this one refuses: as `fast`
@@ -754,10 +774,11 @@ def _models() -> Iterator[Model]:
     can_disable = ("adaptive", "disabled")
     yield Model("claude-fable-5-2", "2026-11-09", price=(8, 0.2, 40))
     yield Model("claude-mythos-5-2")
-    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01, 0.5), forced_tools=True, thinking=can_disable)
+    yield Model("claude-haiku-5-5", "2026-10-07", price=(0.1, 0.01, 0.5), long_price=(0.5, 0.05, 2.5),
+                forced_tools=True, thinking=can_disable)
     yield Model("claude-sonnet-5-5", "2026-09-28", price=(2, 0.1, 10), thinking=("adaptive", "between_tools"))
-    yield Model("claude-opus-5-5", "2026-09-22", price=(4, 0.2, 20))
-    yield Model("claude-fable-5-1", "2026-08-28", price=(10, 0.25, 50))
+    yield Model("claude-opus-5-5", "2026-09-22", price=(4, 0.2, 20), fast_price=(8, 0.4, 40))
+    yield Model("claude-fable-5-1", "2026-09-01", price=(10, 0.25, 50))
     yield Model("claude-mythos-5-1", price=(10, 0.25, 50))
     yield Model("claude-opus-5", "2026-07-24", price=(5, 0.5, 25), forced_tools=True, thinking=can_disable)
     yield Model("claude-sonnet-5", "2026-06-30", price=(2, 0.2, 10), forced_tools=True, thinking=can_disable,
@@ -776,10 +797,33 @@ def _models() -> Iterator[Model]:
 
     budgets = replace(both, context=200_000, max_output=64_000, prefill=True, thinking=("enabled", "disabled"),
                       efforts=(), compaction=False)
-    yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"))
+    yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"),
+                  lifecycle="deprecated", retires="2027-01-22")
     yield replace(budgets, id="claude-haiku-4-5-20251001", released="2025-10-15", price=(1, 0.1, 5))
     yield replace(budgets, id="claude-sonnet-4-5-20250929", released="2025-09-29", price=(3, 0.3, 15),
                   lifecycle="deprecated", retires="2026-11-30")
+
+
+def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
+    """US dollars by list prices: what an answer cost, and what caching saved of it.  None: the price is not known.
+
+    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
+    """
+    fresh, read, written = (count_in(usage, name) for name in (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+    price = model.price
+    if fresh + read + written > LONG_PROMPT:
+        price = model.long_price or price
+    if usage.get("speed") == "fast":
+        price = model.fast_price
+    if price is None:
+        return None
+    hour = min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
+    prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * price[0] + read * price[1]
+    saved = (fresh + read + written) * price[0] - prompt
+    tokens = (prompt + count_in(usage, "output_tokens") * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
+    searches = count_in(usage, "server_tool_use", "web_search_requests") * SEARCH_PRICE
+    return tokens / 1e6 + searches, saved / 1e6
 
 
 BUILT_IN_MODELS = {model.id: model for model in _models()}
@@ -4440,7 +4484,10 @@ class ModelList:
                 self._next_fetch = time.monotonic() + 60
         except GatewayError as fault:
             self._next_fetch = time.monotonic() + 60
-            LOG.info("no model list from the upstream (%s): using the built-in table", fault)
+            if fault.code in FINAL_CODES:
+                LOG.warning("Claude refuses this credential: %s", fault)
+            else:
+                LOG.info("no model list from the upstream (%s): using the built-in table", fault)
         except Exception as failure:                # nobody above this thread would report it
             self._next_fetch = time.monotonic() + 60
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
@@ -4496,6 +4543,11 @@ MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no
 TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
 
 
+def counts_of(usage: dict) -> dict[str, int]:
+    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
+    return {kind: count_in(usage, name) for kind, name in zip(TOKEN_KINDS, names)}
+
+
 class Counters:
     """What has happened since the start, for the log, the status page and Prometheus."""
 
@@ -4506,7 +4558,8 @@ class Counters:
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
         self._tokens: Dict[str, collections.Counter] = {}
-        self._hour_writes: collections.Counter = collections.Counter()
+        self._costs: Dict[str, Tuple[float, float]] = {}
+        self._unpriced: set = set()                 # models, of which some answers have no price that we know
         self._seconds = 0.0
 
     def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
@@ -4516,18 +4569,16 @@ class Counters:
             if error_code:
                 self._errors[error_code] += 1
 
-    def add_tokens(self, model_id: str, usage: dict) -> int:
+    def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
-        counts = {"input": count_in(usage, "input_tokens"), "cache_read": count_in(usage, "cache_read_input_tokens"),
-                  "cache_write": count_in(usage, "cache_creation_input_tokens"),
-                  "output": count_in(usage, "output_tokens")}
-        hour_writes = count_in(usage, "cache_creation", "ephemeral_1h_input_tokens")
         with self._lock:
-            tokens = self._tokens.setdefault(model_id if model_id in self._tokens or len(self._tokens) < 200
-                                             else "other", collections.Counter())
-            tokens.update(counts)
-            if model_id in self._tokens:
-                self._hour_writes[model_id] += hour_writes
+            name = model.id if model.id in self._tokens or len(self._tokens) < 200 else "other"
+            self._tokens.setdefault(name, collections.Counter()).update(counts)
+            if cost is None:
+                self._unpriced.add(name)
+            else:
+                spent, saved = self._costs.get(name, (0.0, 0.0))
+                self._costs[name] = (spent + cost[0], saved + cost[1])
             read = sum(tokens["cache_read"] for tokens in self._tokens.values())
             prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
                           for tokens in self._tokens.values())
@@ -4555,15 +4606,64 @@ class Counters:
         with self._lock:
             return {model: {kind: tokens[kind] for kind in TOKEN_KINDS} for model, tokens in self._tokens.items()}
 
-    def hour_writes(self) -> dict[str, int]:
-        """Of the tokens written to the cache, those that stay for an hour and cost more, by model."""
+    def costs(self) -> dict[str, tuple[float, float]]:
+        """US dollars by model: what its answers cost, and what caching saved."""
         with self._lock:
-            return dict(self._hour_writes)
+            return dict(self._costs)
+
+    def unpriced(self) -> list[str]:
+        with self._lock:
+            return sorted(self._unpriced)
 
     def totals(self) -> dict:
         tokens = self.tokens_by_model().values()
         return {"requests": sum(count for (route, _), count in self.requests() if route not in MONITORING),
                 "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
+
+
+WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
+           "input-tokens": "input tokens a minute", "output-tokens": "output tokens a minute",
+           "tokens": "tokens a minute"}
+PER_MINUTE = {"requests", "input-tokens", "output-tokens", "tokens"}       # no windows of a plan
+
+
+def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
+    """Plan windows and rate limits, as Claude last reported them: used share and time of reset.
+
+    Windows without a title here keep the name that Claude gives them.
+    """
+    limits = []
+    unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
+    others = {match.group(1): match.group(1) for match in unified if match}
+    for window, title in dict(WINDOWS, **without(others, *WINDOWS)).items():
+        of_plan = "anthropic-ratelimit-unified-%s-" % window
+        plain = "anthropic-ratelimit-%s-" % window
+        used = number_or_none(headers.get(of_plan + "utilization"))
+        resets_at = moment_of(headers.get(of_plan + "reset") or headers.get(plain + "reset") or "")
+        limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
+        if used is None and limit and left is not None:
+            used = 1 - left / limit
+        if used is not None:
+            limits.append({"window": window, "title": title, "used": round(max(0.0, used), 4), "resets_at": resets_at,
+                           "over": resets_at is not None and resets_at < now,
+                           "status": headers.get(of_plan + "status")})
+    return limits
+
+
+def number_or_none(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def moment_of(text: str) -> int | None:
+    """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
+    number = number_or_none(text)
+    if number is not None:
+        return int(number)
+    return unix_time(text)
 
 
 class Running:
@@ -4601,6 +4701,8 @@ class ApiKey:
     """An Anthropic API key."""
     refreshable = False
     preamble: Sequence[dict] = ()
+    base_url = ""                                   # where it is to be used; "": at the configured address
+    trouble: Optional[dict] = None                  # a failed renewal: message, time
 
     def __init__(self, key: str, source: str) -> None:
         self._key = key
@@ -4615,6 +4717,12 @@ class ApiKey:
 
     def secrets(self) -> list[str]:
         return [self._key]
+
+    def accepted(self, headers: dict[str, str]) -> None:
+        """Claude has accepted these headers."""
+
+    def close(self) -> None:
+        """The gateway stops."""
 
 
 class BearerToken(ApiKey):
@@ -4634,33 +4742,64 @@ class BearerToken(ApiKey):
         return {"kind": "bearer_token", "description": self.description}
 
 
-class TokenFileDamaged(GatewayError):
-    """The token file is there, but not what we wrote."""
+class FileDamaged(GatewayError):
+    """A file is there, but not what we, or whoever owns it, wrote."""
 
 
-class TokenFile:
-    """The stored login: one JSON object in a file that is whole at every instant, mode 0600 in a directory 0700."""
+PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
 
-    def __init__(self, path: str, limits: Limits = Config.limits) -> None:
-        self.path, self._limits = path, limits
 
-    def read(self) -> dict | None:
-        """The stored tokens, None where there are none.  Raises TokenFileDamaged."""
+class StoredFile:
+    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
+
+    Another program's file is `closed` to others by these bits, and if PRIVATE no symlink, or it is refused.
+    """
+    kind = "file"
+
+    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0) -> None:
+        self.path, self._limits, self._closed = path, limits, closed
+
+    def read(self) -> Any:
+        """The object, None where there is no file.  Raises FileDamaged."""
         if not self.path:
             return None
+        content = cause = None
         try:
-            with while_held(lambda: open(self.path, "rb")) as file:
-                token = json.loads(file.read(1_000_000).decode("utf-8"))
+            reason = self._fault_of_mode()
+            if not reason:
+                with while_held(lambda: open(self.path, "rb")) as file:
+                    content = json.loads(file.read(50_000_000).decode("utf-8"))
+                reason = self.fault_in(content)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RecursionError) as fault:
-            reason = fault.strerror if isinstance(fault, OSError) else "it is not JSON"
-            raise TokenFileDamaged("The token file %s cannot be used: %s." % (self.path, reason)) from fault
-        if not isinstance(token, dict) or not isinstance(token.get("access_token"), str) or not token["access_token"]:
-            raise TokenFileDamaged("The token file %s cannot be used: it holds no access_token." % self.path)
-        return token
+        except OSError as fault:
+            reason, cause = fault.strerror or str(fault), fault
+        except (ValueError, RecursionError):
+            reason = "it is not JSON"
+        if reason:
+            raise FileDamaged("The %s %s cannot be used: %s." % (self.kind, self.path, reason)) from cause
+        return content
 
-    def write(self, token: dict) -> None:
+    def stamp(self) -> Any:
+        """What changes whenever the file does; None where there is none."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path)
+            return status.st_mtime_ns, status.st_size, status.st_ino
+        return None
+
+    def fault_in(self, content: Any) -> str:
+        """What is wrong with the content, "" where nothing is."""
+        return "" if isinstance(content, dict) else "it holds no JSON object"
+
+    def _fault_of_mode(self) -> str:
+        """Why the file must not be opened: a FIFO would be waited for."""
+        mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
+        if not stat.S_ISREG(mode):
+            return "it is no plain file"
+        loose = mode & self._closed and os.name == "posix"
+        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if loose else ""
+
+    def write(self, content: dict) -> None:
         """Replaces the file: a temporary one is written, synced and renamed.  Raises OSError.
 
         A damaged file is moved aside first, and a symlink is followed, so that neither is lost.
@@ -4680,7 +4819,7 @@ class TokenFile:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(token, file, indent=1)
+                json.dump(content, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             while_held(lambda: os.replace(temporary, target))
@@ -4739,11 +4878,26 @@ class TokenFile:
         """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
         try:
             self.read()
-        except TokenFileDamaged as damage:
+        except FileDamaged as damage:
             if os.path.isfile(target) and getattr(damage.__cause__, "winerror", 0) not in HELD:
                 aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
                 os.replace(target, aside)
-                LOG.warning("the damaged token file is kept as %s", aside)
+                LOG.warning("the damaged %s is kept as %s", self.kind, aside)
+
+
+class TokenFile(StoredFile):
+    """A stored secret: the tokens of a login, or an API key."""
+    kind = "token file"
+
+    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
+        super().__init__(path, limits, closed)
+        self._holds = holds
+
+    def fault_in(self, content: Any) -> str:
+        secret = text_in(content, self._holds)
+        if not secret:
+            return "it holds no " + self._holds
+        return "" if is_sendable(secret) else "no header can carry the characters of its " + self._holds
 
 
 HELD = (5, 32, 33)                                  # winerror: another program has the file open, an antivirus perhaps
@@ -4779,15 +4933,18 @@ def lock_file(descriptor: int, patience: float) -> None:
             if os.name != "nt" or fault.errno not in (0, 13, 36):
                 return                              # no locks here
         if time.monotonic() > deadline:             # going on without it could cost the login
-            raise UpstreamFault("Another process has held the lock of the token file for %d seconds." % patience)
+            raise UpstreamFault("Another process has held the lock of a file for %d seconds." % patience)
         time.sleep(0.02)
 
 
 PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
 
 
-class StoredLogin:
+class StoredLogin(ApiKey):
     """The login in the token file.  Renews its access token before it expires and after Claude rejected it.
+
+        good --(its last minutes)--> due: a thread renews it, everybody else goes on
+             --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
     One refresh at a time across threads and processes, since a refresh token works once: the lock is taken, the
     file is read again, and only if nobody else renewed it meanwhile the sign-in endpoint is asked.  The new
@@ -4795,6 +4952,7 @@ class StoredLogin:
     """
     refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
+    client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
     def __init__(self, file: TokenFile, token_url: str, post_json: PostJson, limits: Limits = Config.limits) -> None:
         self._file, self._token_url, self._post_json, self._limits = file, token_url, post_json, limits
@@ -4805,11 +4963,11 @@ class StoredLogin:
         self._told_unsaved = False                  # ... which has been told
         self._outdated = ""                         # the access token that the file holds as long as that is so
         self._spent: set = set()                    # refresh tokens that we used, or that were refused
-        self._retry_at = 0.0
-        self._renewed_at = float("-inf")
+        self._failures, self._retry_at = 0, 0.0
+        self._unproven = ""                         # the access token of the last renewal, until Claude accepts it
 
     @property
-    def description(self) -> str:
+    def description(self) -> str:                   # type: ignore[override]
         return "login of %s from %s" % (self.facts()["account"] or "a Claude account", self._file.path)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
@@ -4823,120 +4981,165 @@ class StoredLogin:
         A rejected token comes back if it is so new that the account must be what Claude refuses.
         """
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
-        if self._usable(rejected, token) and not self._unsaved and self._stamp == self._file_stamp():
-            return token["access_token"]            # nobody waits here while another call renews
-        with self._lock:
-            self._read_if_changed()
-            if self._unsaved or not self._usable(rejected):
-                with self._file.lock():             # for the writing, too: another process may be at it
-                    self._stamp = None
-                    self._read_if_changed()
-                    if self._unsaved:
-                        self._save()
-                    if not self._usable(rejected) and not self._just_renewed(rejected):
-                        self._renew(rejected)
-            return self._token["access_token"]
+        lives = self._lives(token, rejected)
+        current = lives and not self._unsaved and self._stamp == self._file.stamp()
+        if not current and self._lock.acquire(blocking=not lives):      # else another thread is at it
+            try:
+                token = self._renewed_if_dead(rejected)
+            finally:
+                self._lock.release()
+        self._renew_early(token)
+        return str(token["access_token"])
+
+    def _renewed_if_dead(self, rejected: str | None) -> dict:
+        self._read_if_changed()
+        if self._unsaved or not self._lives(self._token, rejected):
+            with self._file.lock():                 # for the writing, too: another process may be at it
+                self._catch_up()
+                if not self._lives(self._token, rejected) and not (rejected and rejected == self._unproven):
+                    self._renew(rejected)
+        return self._token
+
+    def accepted(self, headers: dict[str, str]) -> None:
+        if headers["authorization"] == "Bearer " + self._unproven:
+            self._unproven = ""
+
+    def close(self) -> None:
+        """Waits for a renewal under way; tokens that could not be stored are tried once more."""
+        with self._lock, contextlib.suppress(GatewayError):
+            if self._unsaved:
+                with self._file.lock():
+                    self._catch_up()
 
     def facts(self) -> dict:
         try:
             token = self._token or self._file.read() or {}
-        except TokenFileDamaged:
+        except FileDamaged:
             token = {}
         expires_at = expiry_of(token)
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
                 "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
                 "organization": text_in(token, "organization", "name"),
-                "expires_at": expires_at if 0 < expires_at < 1e11 else None,
-                "refreshable": bool(text_in(token, "refresh_token"))}
+                "expires_at": expires_at if expires_at < NEVER else None, "refreshable": self._renewable(token)}
 
     def secrets(self) -> list[str]:
         return [text_in(self._token, name) or "" for name in ("access_token", "refresh_token")]
 
-    def _usable(self, rejected: str | None, token: dict | None = None) -> bool:
-        """Good for five minutes more; or good at all, while the sign-in endpoint fails."""
-        token = self._token if token is None else token
-        if not token or token["access_token"] == rejected:
-            return False
-        left = expiry_of(token) - time.time()
-        return left > (0 if time.monotonic() < self._retry_at else REFRESH_EARLY)
+    @staticmethod
+    def _lives(token: dict, rejected: str | None) -> bool:
+        return bool(token) and token["access_token"] != rejected and expiry_of(token) > time.time()
 
-    def _just_renewed(self, rejected: str | None) -> bool:
-        """Whether the rejected token has just been given to us: another one would be rejected as well."""
-        return rejected is not None and rejected == self._token.get("access_token") and \
-            time.monotonic() - self._renewed_at < self._limits.renewal_holds
+    def _renewable(self, token: dict) -> bool:
+        refresh_token = text_in(token, "refresh_token")
+        return bool(self.client_id and refresh_token) and refresh_token not in self._spent
+
+    def _due(self, token: dict) -> bool:
+        """Whether a token is in its last five minutes, or in the second half of a life under ten."""
+        early = min(REFRESH_EARLY, seconds_in(token, "expires_in", NEVER) / 2)
+        return expiry_of(token) - time.time() < early and self._renewable(token)
+
+    def _renew_early(self, token: dict) -> None:
+        """Renews a token that is due in a thread of its own, for which a program that ends waits."""
+        if self._due(token) and time.monotonic() >= self._retry_at and self._lock.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._run_early, name="renewal").start()
+            except RuntimeError:                    # out of threads, or the program ends
+                self._lock.release()
+
+    def _run_early(self) -> None:
+        try:
+            with self._file.lock():
+                self._catch_up()
+                if self._due(self._token):
+                    self._renew(None)
+        except GatewayError as fault:
+            self.trouble = trouble_of(fault)
+        finally:
+            self._lock.release()
+
+    def _catch_up(self) -> None:
+        """Under both locks: what another process stored is read, what we could not store is tried again."""
+        self._stamp = None
+        self._read_if_changed()
+        if self._unsaved:
+            self._save()
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
-        stamp = self._file_stamp()
+        stamp = self._file.stamp()
         if stamp == self._stamp and stamp is not None:
             return
         try:
             token = self._file.read()
-        except TokenFileDamaged as fault:
+        except FileDamaged as fault:
             if not self._token:
-                raise CredentialNeeded("%s Run `claude-gateway login`; the file will be kept aside." % fault) from fault
+                raise CredentialNeeded("%s Please %s; the file will be kept aside." % (fault, self.remedy)) from fault
             if not self._unsaved:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
             self._stamp = stamp
             return
         self._stamp = stamp
-        if token is None:
-            self._token = self._token if self._unsaved else {}
+        if token is None:                           # a logout, also of tokens that could not be stored
+            self._token, self._unsaved = {}, False
         elif not (self._unsaved and (token["access_token"] == self._outdated
                                      or text_in(token, "refresh_token") in self._spent)):
             self._token, self._unsaved = token, False
-
-    def _file_stamp(self) -> Any:
-        with contextlib.suppress(OSError):
-            status = os.stat(self._file.path)
-            return status.st_mtime_ns, status.st_size, status.st_ino
-        return None
 
     def _renew(self, rejected: str | None) -> None:
         """Asks the sign-in endpoint for new tokens; called under both locks."""
         refresh_token = text_in(self._token, "refresh_token")
         if not self._token:
-            raise CredentialNeeded("Nobody is signed in: run `claude-gateway login`, or set ANTHROPIC_API_KEY.")
-        if not refresh_token or refresh_token in self._spent:
-            raise CredentialNeeded("The stored login has expired: run `claude-gateway login` again.")
+            raise CredentialNeeded("Nobody is signed in: %s, or set ANTHROPIC_API_KEY." % self.remedy)
+        if not self._renewable(self._token):
+            if rejected:                            # Claude's own message says more
+                return
+            raise CredentialNeeded(self.trouble["message"] if self.trouble and refresh_token in self._spent else
+                                   "The stored login has expired: %s." % self.remedy)
         if time.monotonic() < self._retry_at:
-            raise self._cannot_renew("the sign-in endpoint has just failed")
-        body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": OAUTH_CLIENT_ID}
+            raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
+        body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
         except UpstreamFault as fault:
-            self._put_off(str(fault), rejected)
+            self._put_off(self._cannot_renew(str(fault)), rejected)
             return
-        if status == 200 and isinstance(answer.get("access_token"), str):
-            if not self._unsaved:
-                self._outdated = self._token["access_token"]
-            self._token, self._renewed_at = token_from_answer(answer, self._token), time.monotonic()
-            if self._token["refresh_token"] != refresh_token:
-                self._spent.add(refresh_token)
-            self._unsaved = True
-            self._save()
+        if status == 200 and is_sendable(answer.get("access_token")):
+            self._take_over(token_from_answer(answer, self._token), refresh_token)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
             self._take_refusal(refresh_token, answer, rejected)
         else:
-            self._put_off("status %d, %s" % (status, refusal_words(answer, "no reason given")), rejected)
+            reason = refusal_words(answer, "no reason given" if status != 200 else "no access token that can be used")
+            self._put_off(self._cannot_renew("status %d, %s" % (status, reason)), rejected)
 
-    def _take_refusal(self, refresh_token: str, answer: dict, rejected: str | None) -> None:
+    def _take_over(self, token: dict, used: str | None) -> None:
+        """New tokens, in exchange for a refresh token that may be used up now."""
+        if not self._unsaved:
+            self._outdated = self._token["access_token"]
+        self._token, self._unproven = token, token["access_token"]
+        self._failures, self.trouble = 0, None
+        if token["refresh_token"] != used:
+            self._spent.add(used)
+        self._unsaved = True
+        self._save()
+
+    def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
         """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
         self._spent.add(refresh_token)
         self._stamp = None
         self._read_if_changed()
-        if text_in(self._token, "refresh_token") == refresh_token or not self._usable(rejected):
-            self._retry_at = time.monotonic() + REFRESH_EARLY       # the access token may still have its last minutes
-            if not self._usable(rejected):
-                raise CredentialNeeded("The login has expired or was used elsewhere (%s): run `claude-gateway login` "
-                                       "again." % refusal_words(answer, "invalid_grant"))
+        if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
+            failure = CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
+                refusal_words(answer, "invalid_grant"), self.remedy))
+            self._put_off(failure, rejected)        # the access token may still have its last minutes
 
-    def _put_off(self, reason: str, rejected: str | None) -> None:
-        """The endpoint fails: go on with a token that is still good, else tell the client to come back."""
-        self._retry_at = time.monotonic() + REFRESH_BACKOFF
-        if not self._usable(rejected):
-            raise self._cannot_renew(reason)
-        LOG.warning("%s", self._cannot_renew(reason))
+    def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
+        """The renewal fails: go on with a token that is still good, else tell the client."""
+        self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
+        self._failures += 1
+        self.trouble = trouble_of(failure)
+        if not self._lives(self._token, rejected):
+            raise failure
+        LOG.warning("%s", failure)
 
     def _cannot_renew(self, reason: str) -> UpstreamFault:
         return UpstreamFault("The token could not be renewed: %s (%s). If that address cannot be reached from here, "
@@ -4953,13 +5156,32 @@ class StoredLogin:
             self._told_unsaved = True
             return
         self._unsaved = self._told_unsaved = False
-        self._stamp = self._file_stamp()
+        self._stamp = self._file.stamp()
+
+
+NEVER = 1e11                                        # Unix seconds of a time that is none
+
+
+def trouble_of(failure: GatewayError) -> dict:
+    """A failure of the credential as it is shown until a call succeeds."""
+    return {"message": str(failure), "at": int(time.time())}
+
+
+def is_sendable(token: Any) -> bool:
+    """Whether a header can carry it."""
+    return isinstance(token, str) and re.match(r"[\x21-\x7e]+\Z", token) is not None
+
+
+def seconds_in(token: dict, name: str, otherwise: float) -> float:
+    """A number that a token's life can have: no infinity, no NaN, nothing absurd."""
+    seconds = token.get(name)
+    sane = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < NEVER
+    return float(seconds or 0) if sane else otherwise
 
 
 def expiry_of(token: dict) -> float:
     """Unix seconds; a token that does not say lives for ever (Claude will reject it when it is dead)."""
-    expires_at = token.get("expires_at")
-    return float(expires_at) if isinstance(expires_at, (int, float)) and not isinstance(expires_at, bool) else 1e12
+    return seconds_in(token, "expires_at", NEVER)
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
@@ -4968,11 +5190,9 @@ def token_from_answer(answer: dict, earlier: dict) -> dict:
     for name in ("access_token", "refresh_token", "scope", "token_type", "organization", "account"):
         if answer.get(name):
             token[name] = answer[name]
-    expires_in = answer.get("expires_in")
-    token["expires_at"] = int(time.time() + (expires_in if isinstance(expires_in, (int, float)) else 3600))
-    token.setdefault("token_type", "Bearer")
+    token["expires_in"] = seconds_in(answer, "expires_in", 3600)
+    token["expires_at"] = int(time.time() + token["expires_in"])
     token.setdefault("refresh_token", "")
-    token.setdefault("scope", OAUTH_SCOPES)
     return token
 
 
@@ -4987,7 +5207,8 @@ def refusal_words(answer: dict, otherwise: str) -> str:
 class Login:
     """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, authorize_url: str = OAUTH_AUTHORIZE_URL, scopes: str = OAUTH_SCOPES) -> None:
+        self._authorize_url, self._scopes = authorize_url, scopes
         self._code_verifier = secrets.token_urlsafe(32)
         self._state = secrets.token_urlsafe(32)
         digest = hashlib.sha256(self._code_verifier.encode()).digest()
@@ -4996,16 +5217,16 @@ class Login:
     @property
     def url(self) -> str:
         query = {"code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code",
-                 "redirect_uri": OAUTH_REDIRECT_URI, "scope": OAUTH_SCOPES, "code_challenge": self._code_challenge,
+                 "redirect_uri": OAUTH_REDIRECT_URI, "scope": self._scopes, "code_challenge": self._code_challenge,
                  "code_challenge_method": "S256", "state": self._state}
-        return OAUTH_AUTHORIZE_URL + "?" + urllib.parse.urlencode(query)
+        return self._authorize_url + "?" + urllib.parse.urlencode(query)
 
     def parse(self, pasted: str) -> tuple[str, bool]:
         """The authorization code in `code#state`, a callback URL or a bare code; whether its state was checked.
 
         Raises InvalidRequest for a state that is not ours: the code belongs to another sign-in.
         """
-        pasted = pasted.strip()
+        pasted = pasted.strip(" \t\r\n\"'`")
         if "://" in pasted:
             query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
             code, state = query.get("code", [""])[0], query.get("state", [""])[0]
@@ -5014,7 +5235,7 @@ class Login:
         if not code:
             raise InvalidRequest("There is no code in what was pasted.")
         if state and not hmac.compare_digest(state.encode(), self._state.encode()):
-            raise InvalidRequest("The pasted code belongs to another sign-in (its state differs). Start again.")
+            raise InvalidRequest("The pasted code belongs to another sign-in (its state differs).")
         return code, bool(state)
 
     def exchange(self, code: str, token_url: str, post_json: PostJson) -> dict:
@@ -5022,31 +5243,257 @@ class Login:
         status, answer = post_json(token_url, {
             "grant_type": "authorization_code", "code": code, "state": self._state, "client_id": OAUTH_CLIENT_ID,
             "redirect_uri": OAUTH_REDIRECT_URI, "code_verifier": self._code_verifier}, {})
-        if status != 200 or not isinstance(answer.get("access_token"), str):
+        if status != 200 or not is_sendable(answer.get("access_token")):
             raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" %
                                    (status, refusal_words(answer, "no reason given")))
-        return token_from_answer(answer, {})
+        return token_from_answer(answer, {"token_type": "Bearer", "scope": self._scopes})
 
 
-Credential = Any                                    # ApiKey, BearerToken or StoredLogin
+class ProfileLogin(StoredLogin):
+    """The login of a profile of Anthropic's own tools (`ant auth login`), billed to a Console workspace.
+
+    Without a client id in the profile, somebody else renews its tokens.
+    """
+    preamble = ()
+    remedy = "run `ant auth login`"
+
+    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson,
+                 limits: Limits) -> None:
+        super().__init__(file, token_url, post_json, limits)
+        self.client_id = text_in(settings, "authentication", "client_id") or ""
+        self.base_url = (text_in(settings, "base_url") or "").rstrip("/")
+        self._workspace, self._name = text_in(settings, "workspace_id") or "", name
+
+    @property
+    def description(self) -> str:                   # type: ignore[override]
+        return "profile %s of `ant auth login`%s" % (
+            self._name, ", workspace " + self._workspace if self._workspace else "")
+
+    def headers(self, rejected: str | None = None) -> dict[str, str]:
+        headers = super().headers(rejected)
+        return dict(headers, **{"anthropic-workspace-id": self._workspace}) if self._workspace else headers
+
+    def facts(self) -> dict:
+        return dict(super().facts(), kind="profile", description=self.description)
+
+
+def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | None:
+    """The profile that is named, or else the active one; None where there is none.  Raises GatewayError."""
+    folder, name = config.profile_folder, config.profile
+    if not folder:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        with open(os.path.join(folder, "active_config"), encoding="utf-8") as file:
+            name = name or file.read(1_000).strip()
+    if re.search(r"^[.\s]|[/\\\0]|\s$", name):
+        raise CredentialNeeded("Invalid profile name: %s." % json.dumps(name))
+    path = os.path.join(folder, "configs", (name or "default") + ".json")
+    settings = StoredFile(path, config.limits, closed=0o022).read()
+    if settings is None:
+        if name:
+            raise CredentialNeeded("There is no profile %s in %s." % (name, folder))
+        return None
+    name = name or "default"
+    kind = text_in(settings, "authentication", "type")
+    if kind != "user_oauth":
+        raise CredentialNeeded("Profile %s: signing in by %s is not supported; set ANTHROPIC_API_KEY, or choose "
+                               "another profile with ANTHROPIC_PROFILE." % (name, kind))
+    base_url = text_in(settings, "base_url") or config.base_url
+    address = urllib.parse.urlsplit(base_url)
+    if address.scheme != "https" and not is_loopback_host(address.hostname or ""):
+        raise CredentialNeeded("Profile %s: its base_url must be an https URL." % name)
+    tokens = text_in(settings, "authentication", "credentials_path") or os.path.join(
+        folder, "credentials", name + ".json")
+    tokens_file = TokenFile(os.path.expanduser(tokens), config.limits, closed=PRIVATE)
+    if tokens_file.read() is None:
+        raise CredentialNeeded("Profile %s is not signed in: run `ant auth login`." % name)
+    settings = dict({"workspace_id": config.workspace_id}, **settings)
+    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json, config.limits)
+
+
+def key_file(config: Config) -> TokenFile:
+    """Where `login --api-key` stores a key: beside the login."""
+    path = os.path.splitext(config.token_file)[0]
+    return TokenFile(path and path + "-api-key.json", config.limits, holds="api_key")
+
+
+Credential = Any                                    # an ApiKey, in one of its kinds
 
 
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
-    """The credential to use: the first of the contract's order that is there, within what `auth` allows."""
+    """The credential to use: the first of a fixed order that is there, within what `auth` allows."""
     if config.auth != "oauth":
         if config.anthropic_api_key:
             return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
         if config.anthropic_auth_token:
             return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
+    if config.auth != "api-key" and config.claude_code_oauth_token:
+        return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
+    if config.auth != "api-key" and config.profile:
+        return profile_from_config(config, post_json)
+    stored_key = key_file(config).read() if config.auth != "oauth" else None
+    if stored_key:
+        return ApiKey(stored_key["api_key"], key_file(config).path)
     if config.auth != "api-key":
-        if config.claude_code_oauth_token:
-            return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
         file = TokenFile(config.token_file, config.limits)
         if file.loose_mode():
             LOG.warning("others could read %s: its mode is 0600 now", file.path)
         if file.read() is not None:
             return StoredLogin(file, config.token_url, post_json, config.limits)
+        return profile_from_config(config, post_json)
     return None
+
+
+# ---- Usage -------------------------------------------------------------------------------------------
+# What was used, by day: figures in a file beside the login, which several gateways share.  Budgets count by it.
+
+USAGE_PLACE = ("day", "tool", "model", "key")       # what a row is about; `key` begins the digest of a client's
+USAGE_FIGURES = ("requests", "errors", *TOKEN_KINDS, "usd", "without_price")
+USAGE_DAYS = 400                                    # that are kept
+USAGE_INTERVAL = 60                                 # seconds between two writes
+UsageRows = Dict[Any, Any]                          # place -> Counter of figures
+
+
+class UsageFile(StoredFile):
+    """Rows of usage."""
+    kind = "usage file"
+
+    def fault_in(self, content: Any) -> str:
+        rows = value_in(content, "rows")
+        sane = isinstance(rows, list) and all(
+            isinstance(row, dict) and all(text_in(row, name) is not None for name in USAGE_PLACE) and all(
+                isinstance(row.get(name, 0), (int, float)) and 0 <= row.get(name, 0) < 1e15 for name in USAGE_FIGURES)
+            for row in rows)
+        return "" if sane else "it holds no usage"
+
+
+def day_of(moment: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(moment))
+
+
+def sum_of(*tables: UsageRows) -> UsageRows:
+    total: UsageRows = {}
+    for table in tables:
+        for place, figures in table.items():
+            total.setdefault(place, collections.Counter()).update(figures)
+    return total
+
+
+def usage_by(rows: UsageRows, by: str, first_day: str = "") -> dict[str, Any]:
+    """The sums of the rows since a day, by a part of their place."""
+    at = USAGE_PLACE.index(by)
+    return dict(sorted(sum_of(*({place[at]: figures} for place, figures in rows.items()
+                                if place[0] >= first_day)).items()))
+
+
+def period_of(period: str, now: float) -> tuple[str, int]:
+    """The first day of this day, week or month, and when it ends."""
+    year, month, day, _, _, _, weekday = time.localtime(now)[:7]
+    first, last = {"day": ((month, day), (month, day + 1)), "month": ((month, 1), (month + 1, 1)),
+                   "week": ((month, day - weekday), (month, day - weekday + 7))}[period]
+    begin, end = (time.mktime((year, *date, 0, 0, 0, 0, 0, -1)) for date in (first, last))      # in any month
+    return day_of(begin), int(end)
+
+
+class Usage:
+    """Counts by day, tool, model and client key; no text of any request.  Without a path it counts nothing."""
+
+    def __init__(self, path: str, limits: Limits = Config.limits, budget: Sequence[tuple[float, str]] = ()) -> None:
+        self._file, self._budget = UsageFile(path, limits), budget
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._stored: UsageRows = {}                # the file, as it was at this stamp
+        self._stamp: Any = None
+        self._unwritten: UsageRows = {}             # a write of these is under way, or has failed
+        self._new: UsageRows = {}
+        self._timer: Optional[threading.Timer] = None
+        self._next_write = 0.0
+        self._running: Dict[Any, Tuple[str, Callable[[], float]]] = {}
+        self.fault = "" if path else "usage is not counted here"
+
+    def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
+        if not self._file.path:
+            return
+        with self._lock:
+            place = (day_of(time.time()), tool if len(self._new) < 1_000 else "other", model, key)
+            self._new.setdefault(place, collections.Counter()).update(figures)
+            if self._timer is None:
+                self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def write(self) -> None:
+        """Adds what is new to the file; what cannot be written is tried again after the next request."""
+        with self._writing:
+            with self._lock:
+                self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
+                self._unwritten, self._new = sum_of(self._unwritten, self._new), {}
+            oldest, was = day_of(time.time() - USAGE_DAYS * 86_400), self.fault
+            try:
+                with self._file.lock():
+                    total = sum_of(self._read(), self._unwritten)
+                    self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
+                                               in sorted(total.items()) if place[0] > oldest]})
+            except (OSError, GatewayError) as fault:
+                self.fault = str(fault)
+            else:
+                self._stored, self._unwritten, self._stamp, self.fault = total, {}, self._file.stamp(), ""
+            if self.fault != was:
+                LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
+
+    def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self.write()
+
+    def rows(self) -> UsageRows:
+        """All that was counted, here and by other gateways.  Raises FileDamaged where budgets count by the file."""
+        with self._writing, self._lock:
+            stamp = self._file.stamp()
+            if stamp != self._stamp:
+                self._stored, self._stamp = self._read(), stamp
+            return sum_of(self._stored, self._unwritten, self._new)
+
+    @contextlib.contextmanager
+    def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
+        """A request that has cost something before it is counted."""
+        request = object()
+        self._running[request] = (key, cost_so_far)
+        try:
+            yield
+        finally:
+            del self._running[request]
+
+    def check(self, key: str, model: Model, speed: Any) -> None:
+        """Raises Refused where a budget of this key is used up, or cannot be counted."""
+        for usd, period in self._budget:
+            first_day, resets_at = period_of(period, time.time())
+            fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
+            try:
+                spent = sum(figures["usd"] for place, figures in self.rows().items()
+                            if place[0] >= first_day and place[3] == key)
+            except FileDamaged as damage:
+                fault = str(damage)
+            if fault:
+                raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
+            spent += sum(cost() for owner, cost in list(self._running.values()) if owner == key)
+            if spent >= usd:
+                raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
+
+    def _read(self) -> UsageRows:
+        """The file's rows.  A damaged one counts for nothing, and is kept aside; not where budgets count by it."""
+        try:
+            rows = (self._file.read() or {"rows": []})["rows"]
+        except FileDamaged:
+            if self._budget:
+                raise
+            rows = []
+        return sum_of(*({tuple(row[name] for name in USAGE_PLACE): {
+            name: row[name] for name in USAGE_FIGURES if name in row}} for row in rows))
+
+
+def exhausted(message: str, resets_at: int | None = None) -> Refused:
+    reset = " It is reset at %s." % time.strftime("%Y-%m-%d %H:%M", time.localtime(resets_at)) if resets_at else ""
+    return Refused(429, "insufficient_quota", message + reset, headers={"x-should-retry": "false"})
 
 
 # ---- HTTP/1.1 ----------------------------------------------------------------------------------------
@@ -5487,9 +5934,10 @@ class UpstreamCall:
     hops: str = ""
     patience: float = Limits.upstream_silence       # seconds without a byte from the upstream
     may_retry: bool = True                          # our one retry is still to be had
+    deadline: float = math.inf                      # of time.monotonic(), for all of it
 
     def wait_for(self, sock: socket.socket) -> Wait:
-        return Wait(sock, time.monotonic() + self.patience, self.patience)
+        return Wait(sock, min(time.monotonic() + self.patience, self.deadline), self.patience)
 
 
 LOST = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)      # a connection that the other side has ended
@@ -5757,7 +6205,7 @@ class Upstream:
 
     def __init__(self, config: Config, instance_id: str) -> None:
         self._config = config
-        self._base_url = config.base_url.rstrip("/")
+        self._refusal: Optional[dict] = None        # what Claude last said against the credential
         self._instance_id = instance_id
         self._handler = PooledHandler(functools.partial(tls_context, config.ca_file, config.relax_x509))
         self.pool = self._handler.pool
@@ -5769,13 +6217,22 @@ class Upstream:
         self.credential: Optional[Credential] = None
         self.on_headers: Callable[[Dict[str, str]], None] = lambda headers: None
 
+    @property
+    def base_url(self) -> str:
+        return (self.credential and self.credential.base_url or self._config.base_url).rstrip("/")
+
+    @property
+    def trouble(self) -> dict | None:
+        """The last refusal of the credential or failed renewal, with its time, until one succeeds."""
+        return self._refusal or (self.credential.trouble if self.credential else None)
+
     def messages(self, body: bytes, call: UpstreamCall, beta: Sequence[str] = (), path: str = "/v1/messages",
-                 version: str = ANTHROPIC_VERSION) -> UpstreamReply:
+                 native: dict[str, str] | None = None) -> UpstreamReply:
         """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
 
         A failure that may pass is retried once, as nothing has been sent to the client yet.
         """
-        headers = {"anthropic-version": version, "content-type": "application/json"}
+        headers = dict({"anthropic-version": ANTHROPIC_VERSION, "content-type": "application/json"}, **(native or {}))
         while True:
             try:
                 return self._ask("POST", path, body, headers, call, beta)
@@ -5815,43 +6272,61 @@ class Upstream:
 
     def probe(self) -> dict[str, str]:
         """Asks the upstream for anything at all, without a credential; the headers of what it answers."""
-        reply = self._open("GET", self._base_url + "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
+        reply = self._open("GET", self.base_url + "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
         reply.close()
         return reply.headers
 
     def post_json(self, url: str, body: dict, headers: dict[str, str]) -> tuple[int, dict]:
         """POST to the sign-in endpoint: the status and the JSON object it answers with ({} if it is none)."""
-        data = json.dumps(body).encode()
-        reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}),
-                           UpstreamCall(patience=self._config.limits.token_timeout))
+        data, patience = json.dumps(body).encode(), self._config.limits.token_timeout
+        call = UpstreamCall(patience=patience, deadline=time.monotonic() + patience)
         try:
-            with contextlib.suppress(UpstreamFault):
-                return reply.status, json_object_from(reply.read(1_000_000))
-            return reply.status, {}
-        finally:
-            reply.close()
+            reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}), call)
+            with contextlib.closing(reply):
+                body_read = reply.read(1_000_000)
+        except UpstreamTimeout as fault:
+            raise UpstreamTimeout("It has not answered within %g seconds." % patience) from fault
+        with contextlib.suppress(UpstreamFault):
+            return reply.status, json_object_from(body_read)
+        return reply.status, {}
 
     def close(self) -> None:
         self.pool.close()
 
     def _ask(self, method: str, path: str, body: bytes | None, headers: dict[str, str], call: UpstreamCall,
              beta: Sequence[str] = (), key: str | None = None) -> UpstreamReply:
-        """A call with a caller's key or the gateway's credential.  Raises GatewayError unless the status is 200.
+        """A call with a caller's key or the gateway's credential.  Raises GatewayError unless the status is 200."""
+        if key:
+            return self._asked(ApiKey(key, "the caller"), method, path, body, headers, call, beta)
+        try:
+            if self.credential is None:
+                raise CredentialNeeded("The gateway has no credential: set ANTHROPIC_API_KEY, or run "
+                                       "`claude-gateway login`.")
+            reply = self._asked(self.credential, method, path, body, headers, call, beta)
+        except GatewayError as failure:
+            if failure.code in FINAL_CODES:
+                self._refusal = trouble_of(failure)
+            raise
+        self._refusal = None
+        return reply
 
-        Claude's 401 to a login is answered by one renewal of its token.
-        """
-        credential = ApiKey(key, "the caller") if key else self.credential
-        if credential is None:
-            raise CredentialNeeded("The gateway has no credential: set ANTHROPIC_API_KEY, or run "
-                                   "`claude-gateway login`.")
+    def _asked(self, credential: Credential, method: str, path: str, body: bytes | None, headers: dict[str, str],
+               call: UpstreamCall, beta: Sequence[str]) -> UpstreamReply:
+        """Claude's 401 to a login is answered by one renewal of its token."""
+        custom = dict(self._config.custom_headers)
+        if self._config.workspace_id:
+            custom["anthropic-workspace-id"] = self._config.workspace_id
         headers = dict(headers, **{HOP_HEADER: ",".join(filter(None, [call.hops, self._instance_id]))})
         paid, renewable = credential.headers(), credential.refreshable
         while True:
-            betas = dict.fromkeys(filter(None, [paid.get("anthropic-beta"), *beta]))
-            reply = self._open(method, self._base_url + path, body, dict(
-                headers, **dict(paid, **({"anthropic-beta": ",".join(betas)} if betas else {}))), call)
+            betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
+            whole = dict(custom, **dict(paid, **headers))
+            reply = self._open(method, self.base_url + path, body,
+                               dict(whole, **{"anthropic-beta": ",".join(betas)} if betas else {}), call)
             if body is not None:
                 self.on_headers(reply.headers)
+            if reply.status in (200, 400, 429):
+                credential.accepted(paid)
             if reply.status == 200:
                 return reply
             refusal = error_from_reply(reply)
@@ -6347,6 +6822,7 @@ class Record:
     error: str = ""
     error_code: str = ""
     route: str = "other"
+    owner: str = ""                                 # the beginning of the digest of the client's key
 
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
@@ -6405,6 +6881,7 @@ class Gateway:
         self.answers = Answers()
         self.responses = StoredResponses()
         self.counters = Counters()
+        self.usage = Usage(config.usage_file, config.limits, config.budget)
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(config.limits.max_bodies)
@@ -6416,8 +6893,18 @@ class Gateway:
         credential = self.upstream.credential
         return [*self.config.secrets(), *(credential.secrets() if credential else ())]
 
+    def check_spending(self, key: str, model: Model, speed: Any) -> None:
+        """Raises Refused where a budget of this client key, or the plan, is used up."""
+        self.usage.check(key, model, speed)
+        for limit in limits_from_headers(self.counters.limit_headers, time.time()) if self.config.plan_only else ():
+            if limit["used"] >= 1 and not limit["over"] and limit["resets_at"] and limit["window"] not in PER_MINUTE:
+                raise exhausted("--plan-only: the plan's window of %s is used up." % limit["title"], limit["resets_at"])
+
     def close(self) -> None:
         self.event_loop.close()
+        self.usage.close()
+        if self.upstream.credential:
+            self.upstream.credential.close()
         self.upstream.close()
 
 
@@ -6446,6 +6933,7 @@ class Exchange:
         self._counted = False                       # the tokens of this answer
         self.assembler = MessageAssembler()
         self.translation: Translation
+        incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
     def open(self) -> None:
@@ -6456,8 +6944,10 @@ class Exchange:
                 changes = self.translation.changes
                 raise InvalidRequest("--strict: not everything can be passed on as it is: %s." % changes,
                                      next(iter(changes.reported))[1], "strict")
+            request = self.translation.request
+            self._gateway.check_spending(self._incoming.record.owner, self._known, request.get("speed"))
             try:
-                self._send(self.translation.request)
+                self._send(request)
             except ClaudeError as refusal:
                 if not self._corrected(refusal):
                     raise explained(refusal, self.translation, self._gateway.models.catalog()) from None
@@ -6604,13 +7094,19 @@ class Exchange:
         """Whether a lesson would make another request of this one; if not, the refusal means something else."""
         return self._translated(lesson).request != self._translated({}).request
 
+    def _cost_so_far(self) -> float:
+        cost = None if self._counted else cost_of(self._known, self.assembler.message.get("usage") or {})
+        return cost[0] if cost else 0.0
+
     def _count_tokens(self) -> None:
         if self.assembler.message and not self._counted:
             self._counted = True
             message = self.assembler.whole()
             LOG.debug("from Claude: %s", message, extra={"payload": message})
-            model_id = message["model"] if "fallbacks" in self.translation.request else self._known.id
-            count_tokens(self._gateway, self._incoming.record, model_id, message["usage"])
+            model = self._known
+            if "fallbacks" in self.translation.request:
+                model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
+            count_tokens(self._gateway, self._incoming.record, model, message["usage"])
 
     def _note_who_answered(self) -> None:
         """Reports an answer that came from another model than the one that was asked, as --fallback allows."""
@@ -6701,10 +7197,13 @@ def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
     return [{"model": model_id} for model_id in ids if model_id != model.id] or None
 
 
-def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -> None:
+def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     record.add_usage(usage)
-    record.cached_percent_of_all = gateway.counters.add_tokens(model_id, usage)
+    counts, cost = counts_of(usage), cost_of(model, usage)
+    record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
+    gateway.usage.add(record.tool, model.id, record.owner, dict(
+        counts, **{"usd": cost[0]} if cost else {"without_price": 1}))
 
 
 def within_upstream_limit(body: bytes) -> bytes:
@@ -7185,11 +7684,15 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
     """The call, with the client's version and betas; what Claude answers goes back as it is."""
     betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
     data = within_upstream_limit(upstream_json(body))
+    model = gateway.models.catalog().resolve(body["model"])
+    if path == "/v1/messages":
+        gateway.check_spending(incoming.record.owner, model, body.get("speed"))
     LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(
         data, incoming.call, [beta for beta in betas if beta and not beta.startswith("oauth-")],
-        path + beta_query, incoming.headers.get("anthropic-version", ANTHROPIC_VERSION))
+        path + beta_query, {name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
+                            if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
     headers = dict(headers_for_anthropic(reply.headers),
                    **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
@@ -7199,7 +7702,9 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         reply.close()
         usage = passing.usage()
         if usage:
-            count_tokens(gateway, incoming.record, body["model"], usage)
+            count_tokens(gateway, incoming.record, model, usage)
+    incoming.held.enter_context(gateway.usage.running(incoming.record.owner, lambda: (
+        cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
                  failure=lambda failure: [failure.anthropic_body()])
@@ -7245,28 +7750,33 @@ class PassingUsage:
 # ---- Status page -------------------------------------------------------------------------------------
 # What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
 
-WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
-           "input-tokens": "input tokens a minute", "output-tokens": "output tokens a minute",
-           "tokens": "tokens a minute"}
-
-
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, costs = counters.totals(), costs_of(counters)
+    totals, costs = counters.totals(), counters.costs()
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
-        "upstream": "simulated" if gateway.config.demo else gateway.config.base_url,
-        "credential": credential.facts() if credential else None,
+        "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
+        "credential": credential.facts() if credential else None, "trouble": gateway.upstream.trouble,
         "models": short_names(gateway.models.catalog()),
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
         "errors": counters.errors(), "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
                   "saved_usd": round(sum(saved for _, saved in costs.values()), 4)},
         "cost": {"usd": round(sum(cost for cost, _ in costs.values()), 4),
-                 "without_price": sorted(set(counters.tokens_by_model()) - set(costs))},
-        "limits": limits_from_headers(counters.limit_headers, time.time()),
+                 "without_price": counters.unpriced()},
+        "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
     }
+
+
+def last_days(usage: Usage) -> list[dict]:
+    """Costs and requests of the last thirty days, [] where they are not counted."""
+    with contextlib.suppress(FileDamaged):
+        days = usage_by(usage.rows(), "day") if not usage.fault else {}
+        moments = (time.time() - 86_400 * back for back in range(29, -1, -1))
+        return [{"day": day, "usd": round(days.get(day, {}).get("usd", 0), 4), "requests": days.get(day, {}).get(
+            "requests", 0)} for day in map(day_of, moments)] if days else []
+    return []
 
 
 def short_names(catalog: Catalog) -> dict[str, str]:
@@ -7282,62 +7792,6 @@ def running_besides(gateway: Gateway) -> int:
 
 def prompt_tokens(tokens: dict) -> int:
     return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
-
-
-def costs_of(counters: Counters) -> dict[str, tuple[float, float]]:
-    """US dollars by list prices, for each model that has one: what its tokens cost, and what caching saved.
-
-    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
-    """
-    costs, hour_writes = {}, counters.hour_writes()
-    for model_id, tokens in counters.tokens_by_model().items():
-        model = BUILT_IN_MODELS.get(model_id)
-        if model and model.price:
-            full, read, output = model.price
-            written = tokens["cache_write"] * 1.25 + hour_writes.get(model_id, 0) * (2 - 1.25)
-            prompt = (tokens["input"] + written) * full + tokens["cache_read"] * read
-            costs[model_id] = ((prompt + tokens["output"] * output) / 1e6,
-                               (prompt_tokens(tokens) * full - prompt) / 1e6)
-    return costs
-
-
-def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
-    """Plan windows and rate limits, as Claude last reported them: used share and time of reset.
-
-    Windows without a title here keep the name that Claude gives them.
-    """
-    limits = []
-    unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
-    others = {match.group(1): match.group(1) for match in unified if match}
-    for window, title in dict(WINDOWS, **without(others, *WINDOWS)).items():
-        of_plan = "anthropic-ratelimit-unified-%s-" % window
-        plain = "anthropic-ratelimit-%s-" % window
-        used = number_or_none(headers.get(of_plan + "utilization"))
-        resets_at = moment_of(headers.get(of_plan + "reset") or headers.get(plain + "reset") or "")
-        limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
-        if used is None and limit and left is not None:
-            used = 1 - left / limit
-        if used is not None:
-            limits.append({"window": window, "title": title, "used": round(max(0.0, used), 4), "resets_at": resets_at,
-                           "over": resets_at is not None and resets_at < now,
-                           "status": headers.get(of_plan + "status")})
-    return limits
-
-
-def number_or_none(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def moment_of(text: str) -> int | None:
-    """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
-    number = number_or_none(text)
-    if number is not None:
-        return int(number)
-    return unix_time(text)
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -7373,6 +7827,8 @@ def metrics_text(gateway: Gateway) -> str:
 
     family("info", "gauge", "The running version.", [({"version": VERSION}, 1)])
     family("start_time_seconds", "gauge", "Unix time of the start.", [({}, round(counters.started, 3))])
+    family("credential_ok", "gauge", "0 from a refusal of the credential or a failed renewal to the next success.",
+           [({}, int(gateway.upstream.trouble is None))])
     family("requests_total", "counter", "Requests answered, by route and status.",
            [({"route": route, "status": code}, count) for (route, code), count in counters.requests()])
     family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
@@ -7382,7 +7838,7 @@ def metrics_text(gateway: Gateway) -> str:
     family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
            [({"model": model, "kind": kind}, count) for model, tokens in counters.tokens_by_model().items()
             for kind, count in tokens.items()])
-    costs = costs_of(counters)
+    costs = counters.costs()
     family("cost_usd_total", "counter", "US dollars by list prices, by model.",
            [({"model": model}, round(cost, 6)) for model, (cost, _) in costs.items()])
     family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
@@ -7426,12 +7882,16 @@ PAGE = """<!doctype html>
   #credential { grid-template-columns: minmax(0, 1fr); gap: 0; } #credential dd { text-align: left; margin: 0 0 .5rem; }
   #credential dt, #names span { font-size: .88rem; } #names { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
   #names span { color: var(--soft); white-space: nowrap; } #names code { color: var(--ink); }
+  #trouble { border-color: var(--bad); color: var(--bad); margin-bottom: 1rem; }
   #demo { border-color: var(--accent); margin-bottom: 1rem; } #demo b { color: var(--accent); }
   code { font: 13px/1.5 ui-monospace, monospace; }
   .big { font-size: 2rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
   .note { color: var(--soft); font-size: .9rem; }
   .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin: .2rem 0 .7rem; }
   .bar i { display: block; height: 100%; background: var(--accent); border-radius: 4px; }
+  #bars { display: flex; align-items: flex-end; gap: 2px; height: 4rem; margin-top: .6rem; }
+  #bars i { flex: 1; min-height: 1px; background: var(--line); }
+  #bars i:nth-last-child(-n + 7) { background: var(--accent); }
   .row { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
   form { display: flex; gap: .5rem; flex-wrap: wrap; }
   input, button { font: inherit; padding: .4rem .7rem; border-radius: 6px; border: 1px solid var(--line);
@@ -7444,6 +7904,7 @@ PAGE = """<!doctype html>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
   <section id="demo" hidden><b>DEMO</b> Nothing is sent to Claude: answers, tokens, costs and limits are
     simulated.</section>
+  <section id="trouble" role="alert" hidden></section>
   <section id="ask" hidden><h2>API key required</h2>
     <form id="key"><input type="password" id="secret" aria-label="API key of this gateway" autocomplete="off"
       placeholder="API key of this gateway"><button>Show the numbers</button>
@@ -7458,6 +7919,8 @@ PAGE = """<!doctype html>
     <section><h2>Cache</h2><div class="big" id="share"></div><div class="note">of all prompt tokens were read from
       Claude's cache</div></section>
     <section><h2>Tokens</h2><dl id="tokens"></dl></section>
+    <section id="month"><h2>7 and 30 days</h2><div class="big" id="week"></div><div class="note" id="month-cost"></div>
+      <div id="bars" aria-hidden="true"></div></section>
     <section><h2>Limits</h2><div id="limits"></div></section>
     <section><h2>Credential</h2><dl id="credential"></dl></section>
   </div>
@@ -7484,6 +7947,9 @@ PAGE = """<!doctype html>
     return Math.floor(seconds / size) + " " + name + (rest ? " " + rest + " " + smaller : "");
   }
 
+  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB",
+    { dateStyle: "medium", timeStyle: "short" });
+
   const dollars = (value) => (value < 0 ? "-$" : "$") + Math.abs(value).toFixed(2);
 
   function modelNames(models) {
@@ -7509,12 +7975,30 @@ PAGE = """<!doctype html>
     }));
   }
 
+  function dayBars(days) {
+    const most = Math.max(...days.map((day) => day.usd), 0.01);
+    const sum = (some, name) => some.reduce((total, day) => total + day[name], 0);
+    at("month").hidden = !days.length;
+    at("week").textContent = dollars(sum(days.slice(-7), "usd"));
+    at("month-cost").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
+      number(sum(days, "requests")) + " requests";
+    at("bars").replaceChildren(...days.map((day) => {
+      const bar = document.createElement("i");
+      bar.style.height = 100 * day.usd / most + "%";
+      bar.title = day.day + " " + dollars(day.usd);
+      return bar;
+    }));
+  }
+
   function show(data) {
     at("version").textContent = data.version ?? "";
     at("ask").hidden = !data.key_needed; at("data").hidden = !!data.key_needed;
     if (data.key_needed) return;
     const tokens = data.tokens, facts = data.credential ?? {}, demo = data.upstream === "simulated";
     at("demo").hidden = !demo;
+    at("trouble").hidden = !data.trouble;
+    if (data.trouble) at("trouble").textContent = "The credential does not work, since " +
+      moment(data.trouble.at) + ": " + data.trouble.message;
     at("base").textContent = location.origin + "/v1";
     at("keyhint").textContent = key ? "your key" : "any value";
     modelNames(data.models);
@@ -7528,10 +8012,11 @@ PAGE = """<!doctype html>
     pairs("tokens", [["In, not cached", number(tokens.input)], ["In, read from cache", number(tokens.cache_read)],
       ["In, written to cache", number(tokens.cache_write)], ["Out", number(tokens.output)]]);
     limitBars(data.limits);
-    const expiry = facts.expires_at ? new Date(facts.expires_at * 1000) : 0;
+    dayBars(data.days);
+    const over = facts.expires_at * 1000 < Date.now();
     pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
-      [facts.refreshable ? "Token renews" : "Token expires",
-        expiry && expiry.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })]]
+      [over ? "Token expired" : facts.refreshable ? "Token renews" : "Token expires",
+        facts.expires_at && moment(facts.expires_at)]]
       .filter(([, value]) => value));
   }
 
@@ -7837,6 +8322,9 @@ class RequestCycle:
             self._gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
                                                self._record.error_code)
             log_request_record(self._record, self._config)
+            if self._record.used:
+                self._gateway.usage.add(self._record.tool, self._record.used, self._record.owner, {
+                    "requests": 1, "errors": int(self._record.status >= 400)})
 
     # -- answering
 
@@ -7858,6 +8346,7 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
+        self._record.owner = owner[:12]
         endpoint = endpoint_of(head.method, path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
@@ -8058,7 +8547,7 @@ def tool_of(headers: dict[str, str]) -> str:
 
 def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
-    fields = without(vars(record), "started")
+    fields = without(vars(record), "started", "owner")
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
@@ -8615,6 +9104,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8")))
 
 
+def moment_text(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 def duration_text(seconds: float) -> str:
     """Two units of a time: 2 d 3 h, 7 h 59 min, 4 min, 30 s."""
     days, hours, minutes = int(seconds // 86_400), int(seconds // 3_600 % 24), int(seconds // 60 % 60)
@@ -8675,6 +9168,10 @@ OPTIONS = (
     Option("no-cache", "add no prompt cache breakpoints"),
     Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
     Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS"),
+    Option("budget", "refuse requests of a client key that has cost this much; USD/day, USD/week or USD/month; "
+                     "repeatable", "", "USD/PERIOD", repeatable=True),
+    Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
+    Option("no-usage", "keep no file of the usage by day"),
     Option("demo", "answer from a built-in simulation: no account, no network"),
 )
 
@@ -8695,6 +9192,13 @@ def aliases_from(setting: str, texts: Sequence[str]) -> tuple[tuple[str, str], .
     return tuple(aliases)
 
 
+def budgets_from(setting: str, texts: Sequence[str]) -> tuple[tuple[float, str], ...]:
+    found = [re.match(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", text) for text in texts]
+    if None in found:
+        raise UsageError("expected USD/day, USD/week or USD/month, for example 5/day.", setting)
+    return tuple((float(match.group(1)), match.group(2)) for match in found if match)
+
+
 def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
     if any(not key.strip() for key in keys):
         raise UsageError("the key must not be empty.", setting)
@@ -8713,15 +9217,46 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
 
 # Options whose values need checking -> how they are read
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from,
-                                                "fallback": fallbacks_from}
+                                                "fallback": fallbacks_from, "budget": budgets_from}
 
 
-def credential_in(environment: dict[str, str], variable: str) -> str:
-    """A key or token without surrounding blanks, which pasting leaves; it must fit into a header."""
-    value = environment.get(variable, "").strip()
-    if not re.match(r"[\x21-\x7e]*\Z", value):
+def checked_credential(variable: str, text: str) -> str:
+    """A key, token or id without surrounding blanks, which pasting leaves; it must fit into a header."""
+    if not is_sendable(text.strip()):
         raise UsageError("contains characters that are not allowed in a key or token.", variable)
-    return value
+    return text.strip()
+
+
+SECRET_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
+# What cannot work, with the variable before it
+DOUBTFUL = (
+    (r"ANTHROPIC_API_KEY=sk-(?!ant-)", "looks like a key of OpenAI; Claude's keys begin with sk-ant-"),
+    (r"ANTHROPIC_API_KEY=sk-ant-oat", "is an OAuth token: set CLAUDE_CODE_OAUTH_TOKEN instead"),
+    (r"CLAUDE_CODE_OAUTH_TOKEN=sk-ant-api", "is an API key: set ANTHROPIC_API_KEY instead"),
+    (r"\w+=(?=[\"'`]|.*[\"'`]$)", "begins or ends with a quotation mark, which is taken for a part of it"),
+    (r"\w+=$", "is set but empty, and is ignored"))
+
+
+def doubtful_credentials(environment: dict[str, str]) -> list[str]:
+    """What looks wrong about the keys and tokens in the environment."""
+    return ["%s %s." % (variable, problem) for variable in SECRET_VARIABLES for pattern, problem in DOUBTFUL
+            if variable in environment and re.match(pattern, "%s=%s" % (variable, environment[variable].strip()))]
+
+
+def headers_from(variable: str, lines: str) -> tuple[tuple[str, str], ...]:
+    """Lines `Name: value`; those that authenticate or frame a request are ours."""
+    headers = []
+    for line in filter(None, map(str.strip, lines.split("\n"))):
+        match = re.match(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(\S.*)\Z", line)
+        if not match or UNSENDABLE.search(match.group(2)):
+            raise UsageError("expected lines like Name: value.", variable)
+        if match.group(1).lower() not in RESERVED_HEADERS:
+            headers.append((match.group(1).lower(), match.group(2)))
+    return tuple(headers)
+
+
+RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content-length", "transfer-encoding", "te",
+               "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
 
 
 def checked_base_url(variable: str, url: str) -> str:
@@ -8768,8 +9303,8 @@ def value_from_variable(option: Option, text: str) -> Any:
     raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
 
 
-def default_token_file(environment: dict[str, str]) -> str:
-    """In the user's configuration directory, never in the working directory; "" without a home directory."""
+def in_configuration(environment: dict[str, str], *names: str) -> str:
+    """A path in the user's configuration directory, never in the working directory; "" without a home directory."""
     if os.name == "nt":
         base = environment.get("APPDATA", "")
     else:
@@ -8777,13 +9312,27 @@ def default_token_file(environment: dict[str, str]) -> str:
         base = environment.get("XDG_CONFIG_HOME", "")
         if not os.path.isabs(base):                 # relative ones are ignored (XDG base directory specification)
             base = os.path.join(home, ".config")
-    return os.path.join(base, "claude-gateway", "oauth-tokens.json") if os.path.isabs(base) else ""
+    return os.path.join(base, *names) if os.path.isabs(base) else ""
 
 
+# Variables that are no options -> the field of the Config, and how they are read
+VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
+    "ANTHROPIC_API_KEY": ("anthropic_api_key", checked_credential),
+    "ANTHROPIC_AUTH_TOKEN": ("anthropic_auth_token", checked_credential),
+    "CLAUDE_CODE_OAUTH_TOKEN": ("claude_code_oauth_token", checked_credential),
+    "ANTHROPIC_WORKSPACE_ID": ("workspace_id", checked_credential),
+    "ANTHROPIC_CUSTOM_HEADERS": ("custom_headers", headers_from),
+    "ANTHROPIC_PROFILE": ("profile", lambda variable, name: name),
+    "ANTHROPIC_BASE_URL": ("base_url", lambda name, url: re.sub(r"(/v1)?/*\Z", "", checked_base_url(name, url))),
+    "CLAUDE_GATEWAY_TOKEN_URL": ("token_url", checked_base_url),
+    "CLAUDE_GATEWAY_AUTHORIZE_URL": ("authorize_url", checked_base_url),
+    "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", lambda variable, scopes: scopes),
+}
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 # Commands that connect to nothing -> the options whose variables they read
-OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",)}
+OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",),
+           "usage": ("token-file",)}
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
@@ -8804,17 +9353,19 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     levels = [name for name in LOG_LEVELS if fields.get(name)]
     if len(levels) > 1:
         raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
-    fields["token_file"] = os.path.expanduser(fields.get("token_file") or default_token_file(given))
+    fields["token_file"] = os.path.expanduser(fields.get("token_file") or in_configuration(
+        given, "claude-gateway", "oauth-tokens.json"))
+    if fields["token_file"] and not fields.get("no_usage") and not fields.get("demo"):
+        fields["usage_file"] = os.path.join(os.path.dirname(fields["token_file"]), "usage.json")
     if fields.get("demo") or offline:               # ignores credentials, addresses and proxies, also bad ones
         return Config(**fields)
     ca_variable = next((name for name in CA_VARIABLES if name in given), "")
     proxy_variable = next((name for name in ("https_proxy", "HTTPS_PROXY") if name in given), "")
-    fields.update(anthropic_api_key=credential_in(given, "ANTHROPIC_API_KEY"),
-                  anthropic_auth_token=credential_in(given, "ANTHROPIC_AUTH_TOKEN"),
-                  claude_code_oauth_token=credential_in(given, "CLAUDE_CODE_OAUTH_TOKEN"),
-                  base_url=checked_base_url("ANTHROPIC_BASE_URL", given.get("ANTHROPIC_BASE_URL", DEFAULT_BASE_URL)),
-                  token_url=checked_base_url("CLAUDE_GATEWAY_TOKEN_URL",
-                                             given.get("CLAUDE_GATEWAY_TOKEN_URL", OAUTH_TOKEN_URL)),
+    for variable, (field, reader) in VARIABLES.items():
+        if variable in given:
+            fields[field] = reader(variable, given[variable])
+    fields.update(profile_folder=given.get("ANTHROPIC_CONFIG_DIR") or in_configuration(
+                      without(given, "XDG_CONFIG_HOME"), "Anthropic" if os.name == "nt" else "anthropic"),
                   https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
                   no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
                   ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
@@ -8978,20 +9529,19 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     """Which credential there is, and what is known of it without a request to Claude."""
     try:
         upstream.credential = credential_from_config(config, upstream.post_json)
-    except TokenFileDamaged as fault:
+    except GatewayError as fault:
         yield Finding("Credential", "failed", str(fault), "claude-gateway login", NO_CREDENTIAL)
         return
     credential = upstream.credential
     if credential is None:
-        yield Finding("Credential", "failed", "none", "Set ANTHROPIC_API_KEY, or: claude-gateway login", NO_CREDENTIAL)
+        yield Finding("Credential", "failed", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
         return
     facts = credential.facts()
     expires_at, renewed = facts.get("expires_at"), bool(facts.get("refreshable"))
     expired = bool(expires_at) and expires_at < time.time()
     detail = ", ".join(filter(None, [
         facts["description"],
-        "token %s %s" % ("expired" if expired else "valid until", time.strftime(
-            "%Y-%m-%d %H:%M", time.localtime(expires_at))) if expires_at else "",
+        "token %s %s" % ("expired" if expired else "valid until", moment_text(expires_at)) if expires_at else "",
         "" if facts["kind"] == "api_key" else "not renewed automatically" if not renewed else
         "renewed at the next request" if expired else "renewed automatically"]))
     if expired and not renewed:
@@ -9005,7 +9555,8 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
 OWN_APPS_ONLY = "Anthropic's terms allow this kind of token in its own apps only"
 
 REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.com",
-                 "bearer_token": "Renew the token in the variable, or unset it.", "oauth": "claude-gateway login"}
+                 "bearer_token": "Renew the token in the variable, or unset it.", "oauth": "claude-gateway login",
+                 "profile": "ant auth login"}
 
 
 def acceptance_finding(upstream: Upstream) -> Finding:
@@ -9013,6 +9564,8 @@ def acceptance_finding(upstream: Upstream) -> Finding:
     try:
         return Finding("Accepted", "ok", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
+        if WORKSPACE_HINT in str(fault):
+            return Finding("Accepted", "failed", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
         if fault.status in (401, 403):
             kind = upstream.credential.facts()["kind"] if upstream.credential else ""
             return Finding("Accepted", "failed", str(fault), REFUSED_STEPS.get(kind, ""), NO_CREDENTIAL)
@@ -9393,11 +9946,13 @@ def setup_text(name: str, config: Config) -> str:
 TERMS = """\
 About signing in with a Claude account (Pro, Max, Team)
 
-  Anthropic's published terms (page text of 2026-08-22; the same sentences were
-  cited on 2026-09-14) allow OAuth sign-in in Claude Code and Anthropic's other
-  own apps only. Using such a token in another program, like this one, violates
+  Anthropic's published terms (code.claude.com, legal and compliance; page text
+  of 2026-10-01) allow OAuth sign-in in Claude Code and Anthropic's other own
+  apps only. Developers may not collect, store or intermediate Claude.ai
+  credentials or session tokens; signing in to the unmodified Claude Code is
+  left to users. Using such a token in another program, like this one, violates
   them: requests may be refused or billed as extra usage, and your account may
-  be closed without notice. An API key (ANTHROPIC_API_KEY, from
+  be closed without notice. An API key (`claude-gateway login --api-key`, from
   https://platform.claude.com) is always fine.
 
   What this program uses of Claude Code: its public OAuth client id, its
@@ -9416,6 +9971,8 @@ def missing_credential(config: Config) -> str:
 
 def check_writable(path: str) -> None:
     """Reports before the sign-in, not after it, that the login cannot be stored."""
+    if not path:
+        raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
     directory = os.path.dirname(os.path.realpath(path))
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -9437,37 +9994,86 @@ def has_browser() -> bool:
 
 def sign_in(config: Config, open_browser: bool) -> None:
     """The whole sign-in: terms, URL, pasted code, stored tokens."""
-    file = TokenFile(config.token_file)
-    if not config.token_file:
-        raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
     check_writable(config.token_file)
     say(TERMS)
-    login = Login()
+    login = Login(config.authorize_url, config.oauth_scopes)
     say("\nOpen this URL, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
     if open_browser and has_browser():
         import webbrowser
 
         with contextlib.suppress(Exception):
             webbrowser.open(login.url)
-    sys.stderr.write("Code: ")
-    sys.stderr.flush()
-    pasted = sys.stdin.readline() if sys.stdin else ""
-    if not pasted.strip():
-        say("")
-        raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
-    code, checked = login.parse(pasted)
-    if not checked:
-        say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
     with contextlib.closing(Upstream(config, "")) as upstream:
-        token = login.exchange(code, config.token_url, upstream.post_json)
+        token = token_for_code(login, config, upstream)
+    store(TokenFile(config.token_file), token)
+    account = text_in(token, "account", "email_address")
+    say("Signed in%s. Stored in %s" % (" as " + account if account else "", config.token_file))
+    say_what_is_next(config)
+
+
+def asked_for(prompt: str, hidden: bool = False) -> str:
+    """A line of standard input, not shown on a terminal if it is a secret."""
+    if hidden and sys.stdin and sys.stdin.isatty():
+        import getpass
+
+        return getpass.getpass(prompt).strip()
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    line = sys.stdin.readline().strip() if sys.stdin else ""
+    if not line:
+        say("")
+    return line
+
+
+def token_for_code(login: Login, config: Config, upstream: Upstream) -> dict:
+    """The tokens for the pasted code; a wrong or refused one may be entered again, twice."""
+    for left in (2, 1, 0):
+        pasted = asked_for("Code: ")
+        if not pasted:
+            raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
+        try:
+            code, checked = login.parse(pasted)
+            if not checked:
+                say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
+            return login.exchange(code, config.token_url, upstream.post_json)
+        except (InvalidRequest, CredentialNeeded) as fault:
+            if not left:
+                raise
+            say("%s. Open the URL again for a new code." % str(fault).rstrip("."))
+    raise AssertionError
+
+
+def store(file: TokenFile, content: dict) -> None:
     with file.lock():
         try:
-            file.write(token)
+            file.write(content)
         except OSError as fault:
             raise GatewayError("The login could not be stored in %s: %s" %
                                (file.path, fault.strerror or fault)) from fault
-    account = text_in(token, "account", "email_address")
-    say("Signed in%s. Stored in %s" % (" as " + account if account else "", file.path))
+
+
+def store_key(config: Config) -> None:
+    """Asks for an API key, checks it with a call that costs nothing, and stores it."""
+    check_writable(config.token_file)
+    key = asked_for("API key (sk-ant-..., from https://platform.claude.com): ", hidden=True).strip("\"'`")
+    if not is_sendable(key):
+        raise CredentialNeeded("No API key was entered.")
+    for problem in doubtful_credentials({"ANTHROPIC_API_KEY": key}):
+        say("Warning: %s" % problem.replace("ANTHROPIC_API_KEY", "This"))
+    with contextlib.closing(Upstream(config, "")) as upstream:
+        upstream.get("/v1/models?limit=1", key)
+    store(key_file(config), {"api_key": key})
+    say("Claude accepts this key. Stored in %s" % key_file(config).path)
+    say_what_is_next(config)
+
+
+def say_what_is_next(config: Config) -> None:
+    """Which credential wins, where it is not the one just stored, and the next command."""
+    credential = credential_from_config(config, Upstream(config, "").post_json)
+    stem = os.path.splitext(config.token_file)[0]
+    if credential and stem not in credential.description:
+        say("Warning: %s comes first; unset it to use what is stored." % credential.description)
+    say("Next: claude-gateway start")
 
 
 # ---- Start -------------------------------------------------------------------------------------------
@@ -9508,14 +10114,13 @@ def gateway_with_credential(config: Config) -> Gateway:
         gateway = Gateway(config)
         if gateway.upstream.credential:
             return gateway
-    except TokenFileDamaged as fault:
+    except FileDamaged as fault:
         damage = str(fault)
     missing = " ".join(filter(None, [damage, missing_credential(config)]))
     if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
         raise CredentialNeeded(missing)
-    sys.stderr.write("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential."))
-    sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if asked_for("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")).lower() not in (
+            "y", "yes"):
         raise CredentialNeeded(missing)
     sign_in(config, open_browser=True)
     return Gateway(config)
@@ -9564,7 +10169,8 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
     if config.demo:
         say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
     else:
-        say("Upstream: %s with %s" % (config.base_url, credential.description if credential else "no credential"))
+        say("Upstream: %s with %s" % (gateway.upstream.base_url,
+                                      credential.description if credential else "no credential"))
         if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
             say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
@@ -9612,6 +10218,8 @@ def start_command(parsed: argparse.Namespace) -> int:
     set_up_log(config)
     check_exposure(config)
     warn_of_aliases(config)
+    for problem in doubtful_credentials(dict(os.environ)):
+        say("Warning: %s" % problem)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
             config.ca_variable, config.ca_file))
@@ -9623,6 +10231,10 @@ def start_command(parsed: argparse.Namespace) -> int:
         raise UsageError("ANTHROPIC_BASE_URL is this gateway's own address.")
     gateway = gateway_with_credential(config)
     set_up_log(config, gateway.secrets)             # those of a login, too, also after it is renewed
+    if config.budget:
+        gateway.usage.write()
+        if gateway.usage.fault:
+            raise UsageError("it cannot be counted: %s" % gateway.usage.fault, "--budget")
     raise_descriptor_limit()
     stop = StopSignals()                            # before the address is printed: its reader may stop us at once
     try:
@@ -9645,28 +10257,33 @@ def start_command(parsed: argparse.Namespace) -> int:
 def login_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
     set_up_log(config)
-    sign_in(config, open_browser=not parsed.no_browser)
+    if parsed.store_key:
+        store_key(config)
+    else:
+        sign_in(config, open_browser=not parsed.no_browser)
     return OK
 
 
 def logout_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
-    file = TokenFile(config.token_file)
-    removed = False
-    try:
-        if os.path.lexists(file.path):
+    found = [file for file in (TokenFile(config.token_file), key_file(config)) if os.path.lexists(file.path)]
+    for file in found:
+        try:
             with file.lock():                       # the lock file stays: another process may be waiting for it
-                removed = file.remove()
-    except OSError as fault:
-        raise GatewayError("The login in %s could not be removed: %s" % (file.path, fault.strerror or fault)) from fault
-    say("Deleted the login in %s" % file.path if removed else "There was no stored login.")
+                file.remove()
+        except OSError as fault:
+            raise GatewayError("The login in %s could not be removed: %s" %
+                               (file.path, fault.strerror or fault)) from fault
+        say("Deleted the login in %s" % file.path)
+    if not found:
+        say("There was no stored login.")
     return OK
 
 
 def expiry_text(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and whether it is renewed."""
     left = expires_at - time.time()
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(expires_at))
+    when = moment_text(expires_at)
     if left > 0:
         return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
     return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
@@ -9685,6 +10302,9 @@ def credential_lines(facts: dict) -> Iterator[str]:
 def status_text(running: dict, key_source: str) -> str:
     """A running gateway's status for the terminal."""
     lines = ["claude-gateway %s is running." % running["version"]]
+    trouble = running.get("trouble")
+    if trouble:
+        lines.insert(0, "The credential does not work, since %s: %s" % (moment_text(trouble["at"]), trouble["message"]))
     if running.get("key_needed"):
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
@@ -9694,7 +10314,7 @@ def status_text(running: dict, key_source: str) -> str:
         ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
             running["upstream"], facts.get("description") or "no credential")),
         ("Account", facts.get("account")),
-        ("Token", expires_at and expiry_text(expires_at, bool(facts.get("refreshable")))),
+        ("Token", expires_at and expiry_text(expires_at, bool(facts.get("refreshable")) and not trouble)),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", ", ".join("%s = %s" % pair for pair in running["models"].items())),
         ("Requests", "%d, %d running" % (running["requests"]["total"], running["requests"]["running"])),
@@ -9729,7 +10349,7 @@ def status_command(parsed: argparse.Namespace) -> int:
         return OK
     try:
         credential = credential_from_config(config, Upstream(config, "").post_json)
-    except TokenFileDamaged as fault:
+    except FileDamaged as fault:
         raise GatewayError("%s `claude-gateway login` replaces it and keeps a copy, `claude-gateway logout` deletes "
                            "it." % fault) from fault
     facts = credential.facts() if credential else None
@@ -9744,6 +10364,26 @@ def status_command(parsed: argparse.Namespace) -> int:
             port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
             print(as_typed("Start one: claude-gateway start" + port))
     return OK if credential else NO_CREDENTIAL
+
+
+def usage_command(parsed: argparse.Namespace) -> int:
+    """A table of the usage file; a running gateway writes it once a minute."""
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(config)
+    groups = usage_by(Usage(config.usage_file).rows(), parsed.by, day_of(time.time() - (parsed.days - 1) * 86_400))
+    if parsed.json:
+        print_json([dict({parsed.by: name}, **{figure: figures[figure] for figure in USAGE_FIGURES})
+                    for name, figures in groups.items()])
+        return OK
+    total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
+    columns = ("requests", "errors", "tokens in", "cached", "tokens out", "USD")
+    print("%-24s %9s %7s %13s %6s %11s %9s" % (parsed.by, *columns))
+    for name, figures in [*groups.items(), *total.items()]:
+        prompt = prompt_tokens(figures)
+        print("{:24} {:9,} {:7,} {:13,} {:5}% {:11,} {:9.2f}{}".format(
+            name, figures["requests"], figures["errors"], prompt, percent(figures["cache_read"], prompt),
+            figures["output"], figures["usd"], " + unknown" if figures["without_price"] else ""))
+    return OK
 
 
 # In the order in which `models` lists them: the one to use when in doubt comes first
@@ -9803,6 +10443,8 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
+    found += [Finding("Settings", "warning", problem, "Correct or unset the variable.")
+              for problem in doubtful_credentials(environment)]
     unused = next((name for name in ("all_proxy", "ALL_PROXY") if environment.get(name)), "")
     if unused and not config.https_proxy:
         found.append(Finding("Settings", "warning", "%s is set, and is ignored" % unused,
@@ -9944,10 +10586,12 @@ Command = Callable[[argparse.Namespace], int]
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
-    "login": (login_command, "sign in with a Claude account", ["--no-browser", "token-file"]),
+    "login": (login_command, "sign in with a Claude account, or store an API key",
+              ["--api-key", "--no-browser", "token-file"]),
     "logout": (logout_command, "delete the stored login", ["token-file"]),
     "status": (status_command, "show what the running gateway does",
                ["--json", "port", "api-key", "auth", "token-file"]),
+    "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
     "models": (models_command, "list the models and aliases", ["--json", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
                ["--json", "--live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
@@ -9957,9 +10601,21 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "completion": (completion_command, "print shell completion", ["shell", "words"]),
     "selftest": (selftest_command, "check the gateway against its own simulation", []),
 }
+
+
+def days_from(text: str) -> int:
+    if not re.match(r"[1-9]\d{0,2}\Z", text):
+        raise argparse.ArgumentTypeError("expected a number of days from 1 to 999")
+    return int(text)
+
+
 # Arguments of other commands than `start`; they have no variables.
 EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
+    "--api-key": {"action": "store_true", "dest": "store_key",
+                  "help": "ask for an API key of the Claude Console (or read it from standard input), and store that"},
     "--no-browser": {"action": "store_true", "help": "only print the URL to open"},
+    "--days": {"metavar": "N", "type": days_from, "default": 7, "help": "the last N days (default: 7)"},
+    "--by": {"choices": ["day", "tool", "model", "key"], "default": "day", "help": "one line for each (default: day)"},
     "--json": {"action": "store_true", "help": "as JSON"},
     "--live": {"action": "store_true", "help": "also make two small model calls, to check a reply and a cache hit"},
     "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*SETTINGS],

@@ -1046,6 +1046,8 @@ class FakeClaude:
         self.models: list[dict] | None = None           # None: no such endpoint
         self.token_replies: list = []
         self.input_tokens = 11                          # what count_tokens says
+        self.identity_linked = False                    # keys are, so that calls must name a workspace
+        self.revoked: set = set()                       # bearer tokens and keys
         self.closed, self.stopped = threading.Event(), threading.Event()
         self.connections: set = set()
         self._replies: list = []
@@ -1071,9 +1073,9 @@ class FakeClaude:
 
     def reset(self) -> None:
         """Forget what was sent and what was to be played."""
-        for records in (self.requests, self.violations, self.token_replies, self._replies):
+        for records in (self.requests, self.violations, self.token_replies, self._replies, self.revoked):
             records.clear()
-        self.models = None
+        self.models, self.identity_linked = None, False
         self.closed.clear()
 
     @property
@@ -1098,8 +1100,25 @@ class FakeClaude:
                 return answer(self, recorded, *match.groups())
         return FakeReply(404, body=error_body("not_found_error", f"Not found: {path}"))
 
+    def _refusal(self, recorded: SentRequest) -> FakeReply | None:
+        """What Claude says against the credential or its workspace."""
+        headers = recorded.headers
+        if {headers.get("x-api-key"), headers.get("authorization", "").replace("Bearer ", "")} & self.revoked:
+            return FakeReply(401, body=error_body("authentication_error", "Invalid bearer token"
+                                                  if "authorization" in headers else "invalid x-api-key"))
+        workspace = headers.get("anthropic-workspace-id")
+        message = "" if workspace is None or workspace.startswith("wrkspc_") else \
+            "anthropic-workspace-id header must be a valid workspace ID"
+        if self.identity_linked and workspace is None:
+            message = ("anthropic-workspace-id is required when authenticating with an identity-linked API key; send "
+                       "the id of the workspace this request acts in.")
+        return FakeReply(400, body=error_body("invalid_request_error", message)) if message else None
+
     def _message(self, recorded: SentRequest) -> FakeReply:
         """The next reply in the queue, if the request is flawless."""
+        refusal = self._refusal(recorded)
+        if refusal:
+            return refusal
         if len(recorded.raw) > 32 * MIB:
             return FakeReply(413, body=error_body("request_too_large", "Request exceeds the maximum size"))
         asked = recorded.body or {}
@@ -1141,6 +1160,9 @@ class FakeClaude:
 
     def _model_list(self, recorded: SentRequest) -> FakeReply:
         """One page of the models."""
+        refusal = self._refusal(recorded)
+        if refusal:
+            return refusal
         if self.models is None:
             return FakeReply(404, body=error_body("not_found_error", "Not found"))
         query = parse_qs(urlsplit(recorded.path).query)
@@ -6051,6 +6073,7 @@ class CredentialChoiceTests(unittest.TestCase):
                 ("auto", ("anthropic_auth_token", "claude_code_oauth_token"), "ANTHROPIC_AUTH_TOKEN"),
                 ("auto", ("claude_code_oauth_token",), "CLAUDE_CODE_OAUTH_TOKEN"),
                 ("auto", (), path),
+                ("oauth", (), path),
                 ("api-key", ("anthropic_api_key", "anthropic_auth_token", "claude_code_oauth_token"),
                  "ANTHROPIC_API_KEY"),
                 ("api-key", ("anthropic_auth_token", "claude_code_oauth_token"), "ANTHROPIC_AUTH_TOKEN"),
@@ -6067,6 +6090,22 @@ class CredentialChoiceTests(unittest.TestCase):
                         self.assertIsNone(credential)
                     else:
                         self.assertIn(source, credential.description)
+
+    def test_a_stored_key_comes_before_the_login_beside_it(self):
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "oauth-tokens.json")
+            claude_gateway.TokenFile(path).write(stored_token())
+            stored_key = claude_gateway.key_file(Config(token_file=path))
+            stored_key.write({"api_key": "sk-ant-stored"})
+            for settings, kind in (({}, "api_key"), ({"auth": "oauth"}, "oauth"), ({"auth": "api-key"}, "api_key"),
+                                   ({"claude_code_oauth_token": "t"}, "bearer_token")):
+                config = Config(token_file=path, **settings)
+                self.assertEqual(claude_gateway.credential_from_config(config, None).facts()["kind"], kind)
+            self.assertEqual(claude_gateway.credential_from_config(Config(token_file=path), None).headers(),
+                             {"x-api-key": "sk-ant-stored"})
+            pathlib.Path(stored_key.path).write_text('{"api_key": "a\\nb"}', "utf-8")
+            with self.assertRaisesRegex(claude_gateway.FileDamaged, "no header can carry"):
+                claude_gateway.credential_from_config(Config(token_file=path), None)
 
     def test_without_any_there_is_none(self):
         for path in ("", os.path.join(tempfile.gettempdir(), "no-such-directory", "tokens.json")):
@@ -6145,6 +6184,203 @@ class CredentialHeaderTests(GatewayTestCase):
                 self.assertEqual(len(self.claude.messages), 1)
 
 
+class ProfileTests(GatewayTestCase):
+    """The sign-in of Anthropic's own tools: `configs/NAME.json` and `credentials/NAME.json`."""
+
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.folder = directory.name
+
+    def profile(self, name="default", expires_in=3_600, tokens=None, **settings) -> str:
+        """Writes a profile; the path of its tokens."""
+        settings = dict({"authentication": {"type": "user_oauth", "client_id": "of-ant"}, "organization_id": "org",
+                         "base_url": self.claude.url, "workspace_id": "wrkspc_p", "note": 1}, **settings)
+        tokens = dict({"version": "1.0", "type": "oauth_token", "access_token": OLD_ACCESS, "note": 2,
+                       "refresh_token": OLD_REFRESH, "expires_at": int(time.time()) + expires_in}, **(tokens or {}))
+        for kind, content in (("configs", settings), ("credentials", tokens)):
+            path = os.path.join(self.folder, kind, name + ".json")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+                json.dump(content, file)
+        return path
+
+    def serve(self, **settings) -> None:
+        self.start(**dict({"anthropic_api_key": "", "profile_folder": self.folder}, **settings))
+
+    def test_the_profile_pays_with_its_token_and_workspace_and_without_the_system_block(self):
+        self.profile()
+        self.serve()
+        self.assertEqual([self.chat().status, self.chat(stream=True).status], [200, 200])
+        for sent in self.claude.messages:
+            self.assertEqual([sent.headers.get(name) for name in ("authorization", "anthropic-beta", "x-api-key",
+                                                                  "anthropic-workspace-id")],
+                             ["Bearer " + OLD_ACCESS, "oauth-2025-04-20", None, "wrkspc_p"])
+            self.assertNotIn("system", sent.body)
+        facts = self.ask("GET", "/", headers={"accept": "application/json"}).json["credential"]
+        self.assertEqual((facts["kind"], facts["description"]),
+                         ("profile", "profile default of `ant auth login`, workspace wrkspc_p"))
+
+    def test_an_expired_token_is_renewed_and_the_rest_of_the_file_stays(self):
+        path = self.profile(expires_in=-10)
+        self.serve()
+        answer = token_answer()
+        del answer["refresh_token"], answer["scope"]
+        self.claude.token_replies.append(answer)
+        self.assertEqual(self.chat().status, 200)
+        request, = [request for request in self.claude.requests if request.path == "/v1/oauth/token"]
+        self.assertEqual((request.body, request.headers["anthropic-beta"]), (
+            {"grant_type": "refresh_token", "refresh_token": OLD_REFRESH, "client_id": "of-ant"}, "oauth-2025-04-20"))
+        with open(path, encoding="utf-8") as file:
+            stored = json.load(file)
+        self.assertEqual((stored["access_token"], stored["refresh_token"], stored["note"], stored["type"],
+                          stored["version"], "scope" in stored),
+                         (NEW_ACCESS, OLD_REFRESH, 2, "oauth_token", "1.0", False))
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
+
+    def test_without_a_client_id_somebody_else_renews_the_file(self):
+        settings = {"authentication": {"type": "user_oauth"}}
+        self.profile(expires_in=100, **settings)
+        self.serve()
+        self.assertEqual([self.chat().status, self.chat().status], [200, 200])
+        self.profile(tokens={"access_token": "rotated"}, **settings)
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer rotated")
+        self.claude.revoked.add("rotated")
+        self.assertIn("Invalid bearer token", self.chat().error["message"])
+        self.profile(expires_in=-10, **settings)
+        answer = self.chat()
+        self.assertEqual(answer.status, 401)
+        self.assertIn("ant auth login", answer.error["message"])
+        self.assertEqual([request for request in self.claude.requests if "oauth" in request.path], [])
+
+    def test_which_profile_is_used(self):
+        self.profile(tokens={"access_token": "of-default"})
+        self.profile("work", tokens={"access_token": "of-work"})
+        self.profile("named", tokens={"access_token": "of-named"})
+        pathlib.Path(self.folder, "tokens.json").write_text(json.dumps(stored_token()), "utf-8")
+        for settings, pointer, token in (({}, "", "of-default"), ({}, "work\n", "of-work"),
+                                         ({"profile": "named"}, "work", "of-named"),
+                                         ({"token_file": os.path.join(self.folder, "tokens.json")}, "", OLD_ACCESS),
+                                         ({"token_file": os.path.join(self.folder, "tokens.json"), "profile": "named"},
+                                          "", "of-named")):
+            with self.subTest(settings=settings, pointer=pointer):
+                pathlib.Path(self.folder, "active_config").write_text(pointer, "utf-8")
+                self.serve(**settings)
+                self.assertEqual(self.chat().status, 200)
+                self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + token)
+
+    def test_what_cannot_be_used_is_refused_by_name(self):
+        path = self.profile()
+        self.profile("federated", authentication={"type": "oidc_federation"})
+        self.profile("elsewhere", base_url="http://example.org")
+        self.profile("empty")
+        os.unlink(os.path.join(self.folder, "credentials", "empty.json"))
+        cases = [("federated", "signing in by oidc_federation is not supported"), ("../x", "Invalid profile name"),
+                 (".hidden", "Invalid profile name"), ("a\0b", "Invalid profile name"), ("none", "no profile none"),
+                 ("elsewhere", "must be an https URL"), ("empty", "run `ant auth login`")]
+        if os.name == "posix":
+            config = os.path.join(self.folder, "configs", "default.json")
+            cases += [("default", "others may use it"), ("default", "others may use it"), ("default", "no plain file")]
+            steps = iter((lambda: os.chmod(path, 0o640), lambda: (os.chmod(path, 0o600), os.chmod(config, 0o664)),
+                          lambda: (os.chmod(config, 0o644), os.rename(path, path + ".real"),
+                                   os.symlink(path + ".real", path))))
+        for name, words in cases:
+            if name == "default":
+                next(steps)()
+            with self.subTest(name=name, words=words), self.assertRaisesRegex(claude_gateway.GatewayError, words):
+                claude_gateway.credential_from_config(Config(profile=name, profile_folder=self.folder), None)
+
+    def test_without_any_profile_there_is_no_credential(self):
+        self.assertIsNone(claude_gateway.credential_from_config(Config(profile_folder=self.folder), None))
+
+
+class SpendLimitTests(GatewayTestCase):
+    def test_a_spend_limit_of_the_console_is_no_reason_to_retry(self):
+        for code in ("enforced_spend_limit_reached", "contract_spend_limit_reached"):
+            for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages"):
+                with self.subTest(code=code, path=path):
+                    body = error_body("rate_limit_error", "You have reached your spend limit.")
+                    body["error"]["details"] = {"error_code": code}
+                    self.claude.reset()
+                    self.claude.play(FakeReply(429, body=body))
+                    answer = self.ask("POST", path, {"model": "sonnet", "input": "Hi"} if path == "/v1/responses" else {
+                        "model": "sonnet", "max_tokens": 2_000, "messages": [{"role": "user", "content": "Hi"}]})
+                    self.assertEqual((answer.status, answer.headers["x-should-retry"], len(self.claude.messages)),
+                                     (429, "false", 1))
+                    self.assertIn("Hint: only a higher spend limit", answer.error["message"])
+                    if path != "/v1/messages":
+                        self.assertEqual(answer.error["code"], "insufficient_quota")
+
+
+class WorkspaceTests(GatewayTestCase):
+    """`anthropic-workspace-id`, and other headers that the environment names."""
+
+    def test_a_key_that_needs_a_workspace_says_which_variable_to_set(self):
+        self.claude.identity_linked = True
+        for path, body in (("/v1/chat/completions", {}), ("/v1/messages", {"max_tokens": 9})):
+            for stream in (False, True):
+                with self.subTest(path=path, stream=stream):
+                    answer = self.ask("POST", path, dict(body, model="claude-sonnet-5-5", stream=stream, messages=[
+                        {"role": "user", "content": "Hello"}]))
+                    self.assertEqual((answer.status, answer.headers["x-should-retry"]), (400, "false"))
+                    self.assertIn("is required when authenticating with an identity-linked", answer.error["message"])
+                    self.assertIn("Hint: set ANTHROPIC_WORKSPACE_ID", answer.error["message"])
+
+    def test_the_workspace_and_custom_headers_go_with_every_call(self):
+        self.claude.identity_linked, self.claude.models = True, [{"id": "claude-sonnet-5-5"}]
+        service = self.start(workspace_id="wrkspc_1", custom_headers=(
+            ("x-team", "blue"), ("anthropic-beta", "a-beta"), ("anthropic-version", "1999-01-01")))
+        self.assertEqual([self.chat().status, self.chat(stream=True).status], [200, 200])
+        self.assertEqual(self.ask("POST", "/v1/messages", {"model": "sonnet", "max_tokens": 9, "messages": [
+            {"role": "user", "content": "Hi"}]}, {"anthropic-beta": "b-beta"}).status, 200)
+        service.gateway.upstream.models()
+        for request in self.claude.requests:
+            self.assertEqual((request.headers["anthropic-workspace-id"], request.headers["x-team"],
+                              request.headers["anthropic-version"], request.headers["x-api-key"]),
+                             ("wrkspc_1", "blue", "2023-06-01", SECRET))
+        self.assertEqual(self.claude.messages[-1].headers["anthropic-beta"], "a-beta,b-beta")
+
+    def test_a_native_client_names_its_own_workspace(self):
+        self.start(workspace_id="wrkspc_1")
+        body = {"model": "sonnet", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+        for headers, workspace in (({"anthropic-workspace-id": "wrkspc_2"}, "wrkspc_2"), ({}, "wrkspc_1"),
+                                   ({"anthropic-workspace-id": ""}, "wrkspc_1")):
+            with self.subTest(headers=headers):
+                self.assertEqual(self.ask("POST", "/v1/messages", body, headers).status, 200)
+                self.assertEqual(self.claude.messages[-1].headers["anthropic-workspace-id"], workspace)
+
+    def test_what_the_environment_names_is_read_and_checked(self):
+        def config(**variables):
+            return claude_gateway.config_from(claude_gateway.argument_parser().parse_args(["start"]), variables)
+        named = config(ANTHROPIC_WORKSPACE_ID=" wrkspc_1 ", ANTHROPIC_CUSTOM_HEADERS="X-Team: blue\n\nHost: evil\r\n"
+                                                                                     "Authorization: x\nx-b:c:d\n")
+        self.assertEqual((named.workspace_id, named.custom_headers),
+                         ("wrkspc_1", (("x-team", "blue"), ("x-b", "c:d"))))
+        self.assertIn("blue", named.secrets())
+        self.assertEqual((config(ANTHROPIC_WORKSPACE_ID="").workspace_id, config().custom_headers), ("", ()))
+        for lines in ("no colon", "Name:", "Na me: x", "Name: \u20ac"):
+            with self.subTest(lines), self.assertRaises(claude_gateway.UsageError):
+                config(ANTHROPIC_CUSTOM_HEADERS=lines)
+        for url, base in (("https://h.test/v1", "https://h.test"), ("https://h.test/v1/", "https://h.test"),
+                          ("https://h.test/anthropic/", "https://h.test/anthropic"),
+                          ("https://h.test/anthropic/v1", "https://h.test/anthropic")):
+            self.assertEqual(config(ANTHROPIC_BASE_URL=url).base_url, base)
+
+    def test_a_base_address_may_have_a_path(self):
+        self.start(base_url=self.claude.url + "/anthropic")
+        self.assertIn("Not found: /anthropic/v1/messages", self.chat().error["message"])
+
+    def test_doctor_names_the_variable(self):
+        self.claude.identity_linked = True
+        upstream = claude_gateway.Upstream(Config(base_url=self.claude.url), "")
+        self.addCleanup(upstream.close)
+        upstream.credential = claude_gateway.ApiKey("k", "ANTHROPIC_API_KEY")
+        finding = claude_gateway.acceptance_finding(upstream)
+        self.assertEqual((finding.level, finding.step), ("failed", "export ANTHROPIC_WORKSPACE_ID=wrkspc_..."))
+
+
 CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
 REDIRECT_PAGE = "https://platform.claude.com/oauth/code/callback"
 
@@ -6155,7 +6391,7 @@ class SignInTests(unittest.TestCase):
     def test_the_address_asks_for_what_the_sheet_lists(self):
         place, _, query = claude_gateway.Login().url.partition("?")
         fields = {name: values[0] for name, values in parse_qs(query, strict_parsing=True).items()}
-        self.assertEqual(place, "https://claude.ai/oauth/authorize")
+        self.assertEqual(place, "https://claude.com/cai/oauth/authorize")
         self.assertRegex(fields.pop("state"), r"\A[A-Za-z0-9_-]{32,}\Z")
         self.assertRegex(fields.pop("code_challenge"), r"\A[A-Za-z0-9_-]{43}\Z")
         self.assertEqual(fields, {
@@ -6224,9 +6460,11 @@ class LoginStoreTestCase(GatewayTestCase):
         return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json,
                                           self.limits)
 
-    def renewals_are_long_ago(self) -> None:
-        """For the logins that follow a token is never too new to be renewed."""
-        self.limits = Limits(renewal_holds=0)
+    @staticmethod
+    def accept(login, token: str) -> str:
+        """Claude answers a call with this token; the token."""
+        login.accepted({"authorization": "Bearer " + token})
+        return token
 
     def serve_login(self, **settings):
         """The gateway with the login in the file."""
@@ -6241,7 +6479,10 @@ class RefreshTests(LoginStoreTestCase):
                 self.claude.reset()
                 self.file.write(stored_token(left))
                 self.claude.token_replies.append(token_answer())
-                self.assertEqual(self.login().access_token(), NEW_ACCESS if requests else OLD_ACCESS)
+                login = self.login()
+                login.access_token()
+                login.close()
+                self.assertEqual(login.access_token(), NEW_ACCESS if requests else OLD_ACCESS)
                 self.assertEqual(len(self.token_requests()), requests)
 
     def test_the_request_for_new_tokens_is_json_with_three_fields(self):
@@ -6284,13 +6525,12 @@ class RefreshTests(LoginStoreTestCase):
         self.assertAlmostEqual(self.stored()["expires_at"], time.time() + 3_600, delta=60)
 
     def test_rotation_goes_on_with_the_refresh_token_that_came_last(self):
-        self.renewals_are_long_ago()
         self.file.write(stored_token(0))
         for turn in (1, 2, 3):
             self.claude.token_replies.append(token_answer(access_token="a-%d" % turn, refresh_token="r-%d" % turn))
         login = self.login()
-        token = login.access_token()
-        token = login.access_token(rejected=token)
+        token = self.accept(login, login.access_token())
+        token = self.accept(login, login.access_token(rejected=token))
         login.access_token(rejected=token)
         self.assertEqual([request.body["refresh_token"] for request in self.token_requests()],
                          [OLD_REFRESH, "r-1", "r-2"])
@@ -6433,6 +6673,7 @@ class RefreshTests(LoginStoreTestCase):
                 with self.assertLogs("claude_gateway", "WARNING") as logged:
                     login = self.login("http://127.0.0.1:9/v1/oauth/token" if failure is None else "")
                     self.assertEqual([login.access_token() for _ in range(3)], [OLD_ACCESS] * 3)
+                    login.close()
                 self.assertIn("could not be renewed", logged.output[0])
                 self.assertLessEqual(len(self.token_requests()), 1, "no pause between attempts")
 
@@ -6492,6 +6733,233 @@ class RefreshTests(LoginStoreTestCase):
         self.assertEqual(statuses, [200] * count)
 
 
+class RenewalTests(LoginStoreTestCase):
+    """Renewal while work goes on."""
+    all_at_once = RefreshTests.all_at_once
+
+    def test_nobody_waits_for_the_renewal_of_a_token_that_is_still_valid(self):
+        self.file.write(stored_token(200))
+        service, answer = self.serve_login(), threading.Event()
+        self.addCleanup(answer.set)
+        self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[answer]))
+        self.all_at_once(5)
+        self.assertEqual([self.chat(stream=True).status, self.chat().status], [200, 200])
+        self.assertEqual({request.headers["authorization"] for request in self.claude.messages},
+                         {"Bearer " + OLD_ACCESS})
+        answer.set()
+        service.gateway.upstream.credential.close()             # waits for the renewal
+        self.assertEqual((self.stored()["refresh_token"], len(self.token_requests())), (NEW_REFRESH, 1))
+        self.chat()
+        self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
+
+    def test_a_program_that_ends_waits_for_the_tokens_on_their_way(self):
+        self.file.write(stored_token(200))
+        self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[0.3]))
+        code = REFRESHING_CHILD.replace("for _", "login.access_token(); login.access_token()\nfor _")
+        child = subprocess.run([sys.executable, "-c", code, HERE, self.token_path, self.token_url, "0"], input=b"\n",
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        self.assertEqual((child.returncode, child.stderr), (0, b""))
+        self.assertEqual(self.stored()["refresh_token"], NEW_REFRESH)
+
+    def test_a_call_to_the_endpoint_has_a_deadline_however_it_trickles(self):
+        self.limits = Limits(token_timeout=0.3)
+        trickle = FakeReply(pieces=[piece for _ in range(100) for piece in (b" ", 0.05)])
+        for name, reply in (("silent", FakeReply(hold=[threading.Event()])), ("trickling", trickle)):
+            with self.subTest(name):
+                self.file.write(stored_token(-10))
+                self.serve_login()
+                self.claude.token_replies.append(reply)
+                answer = self.chat()
+                self.assertEqual(answer.status, 502)
+                self.assertIn("not answered within 0.3 seconds", answer.error["message"])
+                self.assertIn("CLAUDE_GATEWAY_TOKEN_URL", answer.error["message"])
+                self.assertEqual(self.status()["trouble"]["message"], answer.error["message"])
+
+    def status(self) -> dict:
+        return self.ask("GET", "/", headers={"accept": "application/json"}).json
+
+    def test_a_token_that_was_accepted_is_renewed_whatever_its_age(self):
+        self.file.write(stored_token(-10))
+        self.serve_login()
+        self.claude.token_replies += [token_answer(), token_answer(access_token="third", refresh_token="third-r")]
+        self.assertEqual(self.chat().status, 200)
+        self.claude.revoked.add(NEW_ACCESS)                     # within its first second
+        self.all_at_once(20)
+        self.assertEqual(len(self.token_requests()), 2)
+
+    def test_a_token_of_a_few_seconds_is_used_for_half_of_them(self):
+        self.file.write(stored_token(-10))
+        service = self.serve_login()
+        self.claude.token_replies.append(token_answer(expires_in=60))
+        self.assertEqual([self.chat().status for _ in range(3)], [200] * 3)
+        service.gateway.upstream.credential.close()
+        self.assertEqual(len(self.token_requests()), 1)
+        self.file.write(dict(self.stored(), expires_at=time.time() + 29))
+        self.claude.token_replies.append(token_answer(access_token="third"))
+        self.assertEqual(self.chat().status, 200)
+        service.gateway.upstream.credential.close()
+        self.assertEqual((len(self.token_requests()), self.stored()["access_token"]), (2, "third"))
+
+    ABSURD = ("9" * 400, "1e999", "-1e999", "NaN", "-5", '"soon"', "true", "null")
+
+    def test_an_absurd_expiry_is_unknown(self):
+        for value in self.ABSURD:
+            with self.subTest(value[:10]):
+                self.claude.reset()
+                self.file.write(stored_token())
+                text = json.dumps(dict(self.stored(), expires_at="?")).replace('"?"', value)
+                pathlib.Path(self.token_path).write_text(text, "utf-8")
+                service = self.serve_login()
+                self.assertEqual((self.chat().status, self.token_requests()), (200, []))
+                self.assertIsNone(service.gateway.upstream.credential.facts()["expires_at"])
+
+    def test_new_tokens_are_not_lost_over_an_absurd_lifetime(self):
+        for value in self.ABSURD:
+            with self.subTest(value[:10]):
+                self.claude.reset()
+                self.file.write(stored_token(-10))
+                self.claude.token_replies.append(FakeReply(
+                    body=json.dumps(token_answer(expires_in="?")).replace('"?"', value).encode()))
+                self.serve_login()
+                self.assertEqual([self.chat().status, self.chat().status], [200, 200])
+                self.assertEqual((len(self.token_requests()), self.stored()["refresh_token"]), (1, NEW_REFRESH))
+
+    def test_a_token_that_no_header_can_carry_is_refused_by_name(self):
+        for token in ("a\r\nx-evil: 1", "t\u00f6ken", "a b"):
+            with self.subTest(token):
+                self.file.write(stored_token())
+                self.serve_login()
+                pathlib.Path(self.token_path).write_text(json.dumps(stored_token(access_token=token)), "utf-8")
+                answer = self.chat()
+                self.assertEqual((answer.status, answer.error["code"]), (401, "upstream_authentication"))
+                self.assertIn("claude-gateway login", answer.error["message"])
+                self.file.write(stored_token(-10))
+                self.claude.token_replies.append(token_answer(access_token=token))
+                with self.assertRaises(claude_gateway.UpstreamFault):
+                    self.login().access_token()
+
+    @POSIX_ONLY
+    def test_a_token_file_that_is_no_plain_file_is_refused_without_waiting(self):
+        os.makedirs(self.directory)
+        os.mkfifo(self.token_path)
+        with self.assertRaisesRegex(claude_gateway.FileDamaged, "it is no plain file"):
+            self.file.read()
+
+    @POSIX_ONLY
+    def test_a_logout_while_tokens_are_unsaved_stays_one(self):
+        self.file.write(stored_token(-10))
+        self.serve_login()
+        self.claude.token_replies.append(token_answer())
+        with no_room_on_disk():
+            self.assertEqual(self.chat().status, 200)
+            self.file.remove()
+        self.assertEqual(self.chat().status, 401)
+        self.service.gateway.close()
+        self.assertFalse(os.path.exists(self.token_path))
+
+    @POSIX_ONLY
+    def test_unsaved_tokens_are_tried_again_when_the_gateway_stops(self):
+        self.file.write(stored_token(-10))
+        service = self.serve_login()
+        self.claude.token_replies.append(token_answer())
+        with no_room_on_disk():
+            self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.stored()["refresh_token"], OLD_REFRESH)
+        service.close(1)
+        self.assertEqual(self.stored()["refresh_token"], NEW_REFRESH)
+
+    def test_an_endpoint_that_goes_on_failing_is_asked_less_and_less(self):
+        clock = SimpleNamespace(ahead=0.0, time=time.time, sleep=time.sleep)
+        clock.monotonic = lambda: time.monotonic() + clock.ahead
+        self.addCleanup(setattr, claude_gateway, "time", claude_gateway.time)
+        self.file.write(stored_token(-10))
+        self.claude.token_replies += [FakeReply(500, body=b"oops")] * 20
+        login, asked = self.login(), []
+        claude_gateway.time = clock
+        for _ in range(130):
+            with self.assertRaises(claude_gateway.UpstreamFault):
+                login.access_token()
+            asked.append(len(self.token_requests()))
+            clock.ahead += 1
+        self.assertEqual([asked.index(count) for count in range(1, asked[-1] + 1)], [0, 2, 6, 14, 30, 62, 122])
+
+
+class HealthTests(LoginStoreTestCase):
+    """The last refusal is shown until a call succeeds."""
+
+    def trouble(self) -> tuple:
+        metric = re.search(r"(?m)^claude_gateway_credential_ok (\d)", self.ask("GET", "/metrics").raw.decode()).group(1)
+        return self.ask("GET", "/", headers={"accept": "application/json"}).json["trouble"], metric
+
+    def test_a_refusal_is_shown_with_its_hint_until_a_call_succeeds(self):
+        self.start()
+        self.assertEqual(self.trouble(), (None, "1"))
+        self.claude.revoked.add(SECRET)
+        self.chat(stream=True)
+        trouble, metric = self.trouble()
+        self.assertEqual((trouble["message"], metric),
+                         ("invalid x-api-key. Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or "
+                          "`claude-gateway login --api-key`).", "0"))
+        self.assertAlmostEqual(trouble["at"], time.time(), delta=60)
+        self.chat(model="no-such-model")
+        self.assertEqual(self.trouble()[1], "0")
+        self.claude.revoked.clear()
+        self.claude.play(FakeReply(400, body=error_body("invalid_request_error", "Odd")))
+        self.chat()
+        self.assertEqual(self.trouble()[1], "0")
+        self.chat()
+        self.assertEqual(self.trouble(), (None, "1"))
+
+    def test_a_callers_own_key_says_nothing_about_ours(self):
+        self.start()
+        self.claude.revoked.add("sk-ant-callers")
+        self.ask("GET", "/v1/models", headers={"x-api-key": "sk-ant-callers"})
+        self.assertEqual(self.trouble(), (None, "1"))
+
+    def test_a_renewal_that_fails_is_shown_while_calls_go_on(self):
+        self.file.write(stored_token(200))
+        service = self.serve_login()
+        self.claude.token_replies.append(FakeReply(500, body=b"oops"))
+        with self.assertLogs("claude_gateway", "WARNING"):
+            self.assertEqual(self.chat().status, 200)
+            service.gateway.upstream.credential.close()
+        self.assertEqual(self.chat().status, 200)
+        trouble, metric = self.trouble()
+        self.assertIn("could not be renewed: status 500", trouble["message"])
+        self.assertEqual(metric, "0")
+
+    def test_status_begins_with_it_and_an_expired_token_is_not_said_to_be_renewed(self):
+        self.file.write(stored_token(-3_600))
+        self.serve_login()
+        self.chat()
+        running = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        lines = claude_gateway.status_text(running, "").split("\n")
+        self.assertRegex(lines[0], r"\AThe credential does not work, since \d{4}-.*: The login has expired .*login")
+        self.assertRegex("\n".join(lines), r"Token: +\d{4}-\d\d-\d\d [\d:]+ \(expired\)")
+
+    def test_a_refusal_at_the_model_list_is_no_missing_list(self):
+        self.claude.models = []
+        self.claude.revoked.add(SECRET)
+        service = self.start()
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            service.gateway.models.catalog()
+        self.assertIn("Claude refuses this credential: invalid x-api-key", logged.output[0])
+
+    @unittest.skipUnless(shutil.which("node"), "no node here")
+    def test_the_page_shows_it_in_red(self):
+        self.start()
+        self.claude.revoked.add(SECRET)
+        self.chat()
+        data = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        data["credential"].update(expires_at=1_700_000_000, refreshable=True)
+        shown = StatusTests.page(self, [(200, json.dumps(data), "")])[1]
+        self.assertRegex(shown["trouble"], r"does not work, since .*: invalid x-api-key. Hint: check the API key")
+        self.assertNotIn("trouble", shown["hidden"])
+        self.assertIn("Token expired|", shown["credential"])
+        data["trouble"] = None
+        self.assertIn("trouble", StatusTests.page(self, [(200, json.dumps(data), "")])[1]["hidden"])
+
+
 REFRESHING_CHILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -6500,7 +6968,9 @@ login = StoredLogin(TokenFile(sys.argv[2]), sys.argv[3], Upstream(Config(), "chi
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(int(sys.argv[4])):
-    login.access_token(rejected=login.access_token())
+    token = login.access_token()
+    login.accepted({"authorization": "Bearer " + token})
+    login.access_token(rejected=token)
 print("done", flush=True)
 """
 
@@ -6532,7 +7002,7 @@ class ProcessRaceTests(LoginStoreTestCase):
             out, err = child.communicate(timeout=30)
             self.assertEqual((out.strip(), err, child.returncode), (b"done", b"", 0))
         self.assertEqual(twice, [])
-        self.assertGreaterEqual(len(self.token_requests()), 200)
+        self.assertGreaterEqual(len(self.token_requests()), 100)
         self.assertEqual(self.stored()["refresh_token"], valid[0])
 
 
@@ -6644,7 +7114,7 @@ class TokenFileTests(LoginStoreTestCase):
                         b'{"access_token": ""}', b'{"access_token": "a"', b"[" * 100_000):
             with self.subTest(content[:40]):
                 pathlib.Path(self.token_path).write_bytes(content)
-                with self.assertRaises(claude_gateway.TokenFileDamaged) as raised:
+                with self.assertRaises(claude_gateway.FileDamaged) as raised:
                     self.file.read()
                 self.assertIn(self.token_path, str(raised.exception))
                 self.assertEqual(pathlib.Path(self.token_path).read_bytes(), content, "reading it changed it")
@@ -6747,7 +7217,6 @@ class TokenFileTests(LoginStoreTestCase):
 
     @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
     def test_unsaved_tokens_whose_refresh_token_stays_are_used_and_told_of_once(self):
-        self.renewals_are_long_ago()
         self.file.write(stored_token(0))
         login = self.login()
         answers = [token_answer(access_token="a-%d" % turn, refresh_token=OLD_REFRESH) for turn in (1, 2, 3)]
@@ -6755,16 +7224,17 @@ class TokenFileTests(LoginStoreTestCase):
         with self.assertLogs("claude_gateway", "WARNING") as logged:
             with no_room_on_disk():
                 self.assertEqual([login.access_token() for _ in range(3)], ["a-1"] * 3)
+                self.accept(login, "a-1")
                 self.assertEqual([login.access_token(rejected="a-1"), login.access_token()], ["a-2"] * 2)
             self.assertEqual((len(self.token_requests()), len(logged.output)), (2, 1), logged.output)
             self.assertEqual((login.access_token(), self.stored()["access_token"]), ("a-2", "a-2"))
             with no_room_on_disk():
+                self.accept(login, "a-2")
                 self.assertEqual([login.access_token(rejected="a-2"), login.access_token()], ["a-3"] * 2)
             self.assertEqual((len(self.token_requests()), len(logged.output)), (3, 2), logged.output)
 
     @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
     def test_tokens_older_than_the_unsaved_ones_do_not_come_back(self):
-        self.renewals_are_long_ago()
         for refresh_token, old_access in ((OLD_REFRESH, OLD_ACCESS), (NEW_REFRESH, "from an even older copy")):
             with self.subTest(refresh_token=refresh_token), self.assertLogs("claude_gateway", "WARNING"):
                 self.claude.reset()
@@ -6774,13 +7244,13 @@ class TokenFileTests(LoginStoreTestCase):
                                               for turn in (1, 2)]
                 with no_room_on_disk():
                     self.assertEqual(login.access_token(rejected=login.access_token()), "a-1")
+                    self.accept(login, "a-1")
                     self.assertEqual(login.access_token(rejected="a-1"), "a-2")
                 self.file.write(stored_token(access_token=old_access))
                 self.assertEqual((login.access_token(), self.stored()["access_token"]), ("a-2", "a-2"))
 
     def test_a_directory_that_goes_and_comes_back_does_not_bring_old_tokens_back(self):
         # a home that is unmounted for a while; a file stands where the directory should be, which stops root as well
-        self.renewals_are_long_ago()
         self.file.write(stored_token())
         login = self.login()
         self.assertEqual(login.access_token(), OLD_ACCESS)
@@ -6789,7 +7259,7 @@ class TokenFileTests(LoginStoreTestCase):
         self.claude.token_replies += [token_answer(), token_answer(access_token="third", refresh_token="third-r")]
         with self.assertLogs("claude_gateway", "WARNING"):
             self.assertEqual(login.access_token(rejected=OLD_ACCESS), NEW_ACCESS)
-            self.assertEqual(login.access_token(), NEW_ACCESS)
+            self.assertEqual(self.accept(login, login.access_token()), NEW_ACCESS)
             os.unlink(self.directory)
             os.rename(self.directory + ".away", self.directory)
             self.assertEqual(login.access_token(), NEW_ACCESS)
@@ -6828,6 +7298,259 @@ class TokenFileTests(LoginStoreTestCase):
             self.assertEqual(self.stored()["access_token"], "a" * 20_000)
             with self.file.lock():                              # the dead process holds nothing
                 self.file.write(stored_token())
+
+
+# ---- Usage -------------------------------------------------------------------------------------------
+
+MILLION = {"input_tokens": 1_000_000, "output_tokens": 100_000}     # 3 dollars of Sonnet 5.5
+
+
+class UsageTestCase(GatewayTestCase):
+    def setUp(self):
+        super().setUp()
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, "usage.json")
+
+    def count(self, **settings) -> Service:
+        """A gateway that counts usage by day."""
+        return self.start(**dict({"usage_file": self.path}, **settings))
+
+    def rows(self, service=None) -> list:
+        """What the file holds after a write of what is counted."""
+        gateway = (service or self.service).gateway
+        gateway.running.wait_until_idle(10)
+        gateway.usage.write()
+        with open(self.path, encoding="utf-8") as file:
+            return json.load(file)["rows"]
+
+    def expensive(self, count=1) -> None:
+        self.claude.play(*[message(text("A"), usage=MILLION)] * count)
+
+
+class UsageTests(UsageTestCase):
+    def test_requests_are_counted_by_day_tool_model_and_key(self):
+        self.count(api_key=("first-key", "second-key"))
+        for key, agent, fields in (("first-key", "aider/1", {}), ("first-key", "aider/1", {"stream": True}),
+                                   ("second-key", "zed/2", {})):
+            self.claude.play(message(text("A"), usage={"input_tokens": 100, "cache_read_input_tokens": 50,
+                                                       "cache_creation_input_tokens": 10, "output_tokens": 7}))
+            self.chat("a secret of mine", headers={"authorization": "Bearer " + key, "user-agent": agent}, **fields)
+        headers = {"authorization": "Bearer first-key", "user-agent": "aider/1"}
+        self.chat(headers=headers, model="none")    # no model, no row
+        for stream in (False, True):
+            self.claude.play(message(text("A"), usage={"input_tokens": 1, "output_tokens": 1}))
+            self.ask("POST", "/v1/messages", {"model": "haiku", "max_tokens": 9, "stream": stream, "messages": [
+                {"role": "user", "content": "Hi"}]}, headers)
+        self.claude.play(FakeReply(400, body=error_body("invalid_request_error", "Odd")))
+        self.chat(headers=headers)
+        self.claude.reset()
+        rows = {(row["tool"], row["model"]): row for row in self.rows()}
+        first, second = rows["aider", "claude-sonnet-5-5"], rows["zed", "claude-sonnet-5-5"]
+        self.assertEqual({row["day"] for row in rows.values()}, {time.strftime("%Y-%m-%d")})
+        self.assertEqual([second[name] for name in ("requests", "input", "cache_read", "cache_write", "output")],
+                         [1, 100, 50, 10, 7])
+        self.assertEqual((first["requests"], first["errors"], first["input"]), (3, 1, 200))
+        self.assertEqual(round(second["usd"], 9), (100 * 2 + 50 * 0.1 + 10 * 2.5 + 7 * 10) / 1e6)
+        self.assertEqual(rows["aider", "claude-haiku-5-5"]["requests"], 2)
+        self.assertEqual((first["key"], second["key"]),
+                         tuple(hashlib.sha256(key).hexdigest()[:12] for key in (b"first-key", b"second-key")))
+        text_of_file = pathlib.Path(self.path).read_text("utf-8")
+        for secret in ("secret of mine", "first-key", SECRET):
+            self.assertNotIn(secret, text_of_file)
+
+    def test_gateways_add_to_one_file(self):
+        services = [self.count(), self.count()]
+        for service in services:
+            self.service = service
+            self.expensive()
+            self.chat()
+        for _ in range(2):
+            for service in services:
+                row, = self.rows(service)
+        self.assertEqual((row["requests"], row["input"], round(row["usd"], 9)), (2, 2_000_000, 6))
+        for service in services:
+            (counted,) = service.gateway.usage.rows().values()
+            self.assertEqual(counted["requests"], 2)
+
+    def test_processes_that_write_at_once_lose_nothing(self):
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); from claude_gateway import Usage\n"
+                "usage = Usage(sys.argv[2])\n"
+                "for turn in range(50): usage.add('tool', 'model', '', {'requests': 1}); usage.write()\n")
+        children = [subprocess.Popen([sys.executable, "-c", code, HERE, self.path]) for _ in range(3)]
+        self.assertEqual([child.wait(60) for child in children], [0] * 3)
+        row, = claude_gateway.Usage(self.path).rows().values()
+        self.assertEqual(row["requests"], 150)
+
+    def test_it_is_written_within_a_minute_and_at_the_end(self):
+        service = self.count()
+        self.chat()
+        service.gateway.running.wait_until_idle(10)
+        for _ in range(500):
+            if os.path.exists(self.path):
+                break
+            time.sleep(0.01)
+        self.chat()
+        service.close(1)
+        with open(self.path, encoding="utf-8") as file:
+            row, = json.load(file)["rows"]
+        self.assertEqual((row["requests"], row["output"]), (2, 14))
+        if os.name == "posix":
+            self.assertEqual(oct(os.stat(self.path).st_mode & 0o777), "0o600")
+
+    def test_old_days_are_dropped_and_a_damaged_file_is_kept_aside(self):
+        row = {"day": "2020-01-01", "tool": "t", "model": "m", "key": "", "requests": 1}
+        new = dict(row, day=time.strftime("%Y-%m-%d"))
+        pathlib.Path(self.path).write_text(json.dumps({"rows": [row, new]}), "utf-8")
+        self.count()
+        self.assertEqual([row["day"] for row in self.rows()], [new["day"]])
+        for content in ("{", "[]", '{"rows": 5}', '{"rows": [5]}', json.dumps({"rows": [dict(new, usd="x")]}),
+                        json.dumps({"rows": [dict(new, usd=float("nan"))]}), json.dumps({"rows": [dict(new, usd=-1)]}),
+                        json.dumps({"rows": [dict(new, usd="?")]}).replace('"?"', "1e999")):
+            with self.subTest(content):
+                pathlib.Path(self.path).write_text(content, "utf-8")
+                with self.assertLogs("claude_gateway", "WARNING"):
+                    self.assertEqual(self.chat().status, 200)
+                    self.assertEqual(len(self.rows()), 1)
+        kept = [name for name in os.listdir(os.path.dirname(self.path)) if "damaged" in name]
+        self.assertEqual(len(kept), 8)
+
+    def test_a_place_that_cannot_be_written_ends_nothing(self):
+        self.path = os.path.join(PROGRAM, "usage.json")
+        service = self.count()
+        with self.assertLogs("claude_gateway", "WARNING") as logged:
+            for _ in range(2):
+                self.assertEqual(self.chat().status, 200)
+                service.gateway.running.wait_until_idle(10)
+                service.gateway.usage.write()
+        self.assertEqual(len([line for line in logged.output if "could not be written" in line]), 1)
+        self.assertEqual(self.chat().status, 200)
+
+    def test_the_page_has_the_last_thirty_days(self):
+        self.assertEqual(self.ask("GET", "/", headers={"accept": "application/json"}).json["days"], [])
+        self.count()
+        self.expensive()
+        self.chat()
+        self.rows()
+        data = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        self.assertEqual((len(data["days"]), data["days"][-1]),
+                         (30, {"day": time.strftime("%Y-%m-%d"), "usd": 3, "requests": 1}))
+        if shutil.which("node"):
+            data["days"][0]["usd"] = 1.5
+            shown = StatusTests.page(self, [(200, json.dumps(data), "")])[1]
+            self.assertEqual((shown["week"], shown["month-cost"]),
+                             ("$3.00", "in 7 days, $4.50 in 30 days, for 1 requests"))
+
+    def test_periods_begin_and_end_where_a_calendar_says(self):
+        def at(*date):
+            return time.mktime((*date, 12, 0, 0, 0, 0, -1))
+        for date, period, first, last in (
+                ((2026, 11, 29), "day", "2026-11-29", "2026-11-30"),
+                ((2026, 12, 31), "day", "2026-12-31", "2027-01-01"),
+                ((2026, 11, 29), "week", "2026-11-23", "2026-11-30"),
+                ((2027, 1, 1), "week", "2026-12-28", "2027-01-04"),
+                ((2026, 12, 31), "month", "2026-12-01", "2027-01-01")):
+            with self.subTest(date=date, period=period):
+                begin, end = claude_gateway.period_of(period, at(*date))
+                self.assertEqual((begin, time.strftime("%Y-%m-%d %H:%M", time.localtime(end))),
+                                 (first, last + " 00:00"))
+
+
+class BudgetTests(UsageTestCase):
+    def test_a_budget_refuses_once_it_is_used_up(self):
+        self.count(budget=((5.0, "week"), (100.0, "month")))
+        self.expensive(2)
+        self.assertEqual([self.chat().status, self.chat(stream=True).status], [200, 200])
+        for path, body in (("/v1/chat/completions", {}), ("/v1/messages", {"max_tokens": 9}),
+                           ("/v1/chat/completions", {"stream": True})):
+            answer = self.ask("POST", path, dict(body, model="sonnet", messages=[{"role": "user", "content": "Hi"}]))
+            self.assertEqual((answer.status, answer.headers["x-should-retry"]), (429, "false"))
+            self.assertRegex(answer.error["message"],
+                             r"budget of \$5 a week is used up: it is \$6.00. It is reset at \d{4}-\d\d-\d\d 00:00.")
+        self.assertEqual((answer.error["code"], answer.error["type"]), ("insufficient_quota", "insufficient_quota"))
+        self.assertEqual(len(self.claude.messages), 2)
+        count = self.ask("POST", "/v1/messages/count_tokens", {"model": "sonnet", "messages": [
+            {"role": "user", "content": "Hi"}]})
+        self.assertEqual(count.status, 200, "counting costs nothing")
+
+    def test_each_client_key_has_its_own(self):
+        self.count(budget=((1.0, "day"),), api_key=("one", "two"))
+        self.expensive()
+        asked = [self.chat(headers={"authorization": "Bearer " + key}).status for key in ("one", "one", "two")]
+        self.assertEqual(asked, [200, 429, 200])
+
+    def test_what_another_gateway_spent_counts_and_what_was_spent_before(self):
+        services = [self.count(budget=((1.0, "month"),)) for _ in range(2)]
+        self.service = services[0]
+        self.expensive()
+        self.chat()
+        self.rows()
+        self.service = services[1]
+        self.assertEqual(self.chat().status, 429)
+
+    def test_what_running_requests_have_cost_so_far_counts(self):
+        self.count(budget=((1.0, "day"),))
+        begin, release = threading.Event(), threading.Event()
+        for event in (begin, release):
+            self.addCleanup(event.set)
+        whole = events_of(message(text("A"), usage=MILLION))
+        self.claude.play(*[FakeReply(hold=[begin], pieces=[sse(whole[:1]), release, sse(whole[1:])])
+                           for _ in range(20)])
+        statuses = []
+        threads = [threading.Thread(target=lambda: statuses.append(self.chat().status)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for _ in range(1_000):
+            if len(self.claude.messages) == 20:
+                break
+            time.sleep(0.01)
+        begin.set()
+        late = None
+        for _ in range(200):                        # until the first events have come
+            late = self.chat()
+            if late.status == 429:
+                break
+        self.assertEqual(late.status, 429)
+        release.set()
+        for thread in threads:
+            thread.join(20)
+        self.assertEqual(statuses, [200] * 20, "what runs may finish")
+        self.assertEqual(self.chat().status, 429)
+
+    def test_a_budget_that_cannot_be_counted_refuses(self):
+        self.count(budget=((1.0, "day"),))
+        for model, speed in (("claude-mythos-5-2", None), ("claude-fable-5-2", "fast")):
+            answer = self.chat(model=model, **({"speed": speed} if speed else {}))
+            self.assertEqual(answer.status, 429)
+            self.assertIn("the price of %s is not known" % model, answer.error["message"])
+        self.assertEqual(self.chat().status, 200)
+        pathlib.Path(self.path).write_text("{ torn", "utf-8")
+        answer = self.chat()
+        self.assertEqual(answer.status, 429)
+        self.assertIn(self.path, answer.error["message"])
+        self.service.gateway.usage.write()
+        self.assertEqual(pathlib.Path(self.path).read_text("utf-8"), "{ torn")
+        self.start(usage_file="", budget=((1.0, "day"),))
+        self.assertIn("usage is not counted here", self.chat().error["message"])
+        self.assertEqual(len(self.claude.messages), 1)
+
+    def test_plan_only_does_not_spill_into_extra_usage(self):
+        for reset, status in ((time.time() + 3_600, 429), (time.time() - 10, 200)):
+            for path in ("/v1/chat/completions", "/v1/messages"):
+                with self.subTest(reset=reset, path=path):
+                    self.start(plan_only=True, claude_code_oauth_token="sk-ant-oat01-c", anthropic_api_key="")
+                    self.claude.play(FakeReply(body=message(text("A")), headers={
+                        "anthropic-ratelimit-unified-5h-utilization": "1.0",
+                        "anthropic-ratelimit-unified-5h-reset": str(int(reset)),
+                        "anthropic-ratelimit-tokens-limit": "10", "anthropic-ratelimit-tokens-remaining": "0",
+                        "anthropic-ratelimit-tokens-reset": "2031-01-01T00:00:00Z"}))
+                    self.assertEqual(self.chat().status, 200)
+                    answer = self.ask("POST", path, {"model": "sonnet", "max_tokens": 2_000, "messages": [
+                        {"role": "user", "content": "Hi"}]})
+                    self.assertEqual(answer.status, status)
+                    if status == 429:
+                        self.assertIn("the plan's window of 5 hours is used up. It is reset at",
+                                      answer.error["message"])
 
 
 # ---- HTTP/1.1 ----------------------------------------------------------------------------------------
@@ -10664,6 +11387,38 @@ class StatusTests(GatewayTestCase):
                   "sonnet-4-6": (3, 0.3, 15), "opus-4-6": (5, 0.5, 25), "opus-4-5-20251101": (5, 0.5, 25),
                   "haiku-4-5-20251001": (1, 0.1, 5), "sonnet-4-5-20250929": (3, 0.3, 15)}
         self.assertEqual({model.id[len("claude-"):]: model.price for model in BUILT_IN_MODELS.values()}, prices)
+        self.assertEqual({model.id: (model.long_price, model.fast_price) for model in BUILT_IN_MODELS.values()
+                          if model.long_price or model.fast_price},
+                         {"claude-haiku-5-5": ((0.5, 0.05, 2.5), None), "claude-opus-5-5": (None, (8, 0.4, 40))})
+
+    def test_an_answer_costs_what_its_tier_says(self):
+        million = {"input_tokens": 1_000_000, "output_tokens": 1_000_000}
+        long = {"input_tokens": 50_000, "cache_read_input_tokens": 50_001, "output_tokens": 1_000_000}
+        short = {"input_tokens": 50_000, "cache_read_input_tokens": 50_000, "output_tokens": 1_000_000}
+        cases = (
+            ("haiku-5-5", short, 0.05 * 0.1 + 0.05 * 0.01 + 0.5),
+            ("haiku-5-5", long, 0.05 * 0.5 + 0.050001 * 0.05 + 2.5),
+            ("opus-5-5", million, 24), ("opus-5-5", dict(million, speed="standard"), 24),
+            ("opus-5-5", dict(million, speed="fast"), 48), ("fable-5-2", dict(million, speed="fast"), None),
+            ("opus-5-5", dict(million, service_tier="batch"), 12), ("mythos-5-2", million, None),
+            ("opus-5-5", dict(million, server_tool_use={"web_search_requests": 3}), 24.03),
+            ("opus-5-5", dict(million, server_tool_use={"web_search_requests": 10**400}, speed=None), 24),
+            ("opus-5-5", {"cache_creation_input_tokens": 1_000_000, "cache_creation": {
+                "ephemeral_1h_input_tokens": 600_000, "ephemeral_5m_input_tokens": 400_000}}, 6.8))
+        for name, usage, cost in cases:
+            with self.subTest(name=name, usage=str(usage)[:200]):
+                found = claude_gateway.cost_of(BUILT_IN_MODELS["claude-" + name], usage)
+                self.assertEqual(found and round(found[0], 9), cost and round(cost, 9))
+
+    def test_each_answer_is_priced_by_itself_plain_and_streamed(self):
+        usage = {"input_tokens": 60_000, "output_tokens": 10}
+        self.claude.play(*[message(text("A"), model="claude-haiku-5-5", usage=usage)] * 2)
+        self.chat(model="haiku")
+        self.chat(model="haiku", stream=True)          # 120,000 together, and each a short prompt
+        self.assertEqual(self.status()["cost"]["usd"], round(2 * (60_000 * 0.1 + 10 * 0.5) / 1e6, 4))
+        self.claude.play(message(text("B"), model="claude-fable-5-2", usage=dict(usage, speed="fast")))
+        self.chat(model="claude-fable-5-2")
+        self.assertEqual(self.status()["cost"]["without_price"], ["claude-fable-5-2"])
 
     def test_a_model_without_a_price_is_named(self):
         self.claude.play(message(text("A"), model="claude-mythos-5-2"))
@@ -12275,6 +13030,23 @@ class DoctorTests(GatewayTestCase):
             self.assertTrue(finding.step.startswith(step), finding)
             self.assertIn("invalid x-api-key. Hint:", finding.detail)
 
+    def test_keys_that_cannot_work_are_named(self):
+        cases = (({"ANTHROPIC_API_KEY": "sk-proj-abc"}, "ANTHROPIC_API_KEY looks like a key of OpenAI"),
+                 ({"ANTHROPIC_API_KEY": "sk-ant-oat01-x"}, "is an OAuth token: set CLAUDE_CODE_OAUTH_TOKEN"),
+                 ({"CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-api03-x"}, "is an API key: set ANTHROPIC_API_KEY"),
+                 ({"ANTHROPIC_AUTH_TOKEN": "'abc'"}, "ANTHROPIC_AUTH_TOKEN begins or ends with a quotation mark"),
+                 ({"ANTHROPIC_API_KEY": "  "}, "ANTHROPIC_API_KEY is set but empty"))
+        for variables, words in cases:
+            with self.subTest(variables):
+                found = claude_gateway.doubtful_credentials(variables)
+                self.assertEqual(len(found), 1)
+                self.assertIn(words, found[0])
+                parsed = claude_gateway.argument_parser().parse_args(["doctor"])
+                self.assertIn(("warning", found[0]), [(finding.level, finding.detail) for finding in
+                                                      claude_gateway.usable_config(parsed, variables)[1]])
+        self.assertEqual(claude_gateway.doubtful_credentials({
+            "ANTHROPIC_API_KEY": "sk-ant-api03-x", "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-x"}), [])
+
     def test_doctor_masks_the_proxys_credentials(self):
         code, said, _ = run_command("doctor", "--port", free_port(),
                                     HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:1")
@@ -12487,7 +13259,7 @@ class SetupTests(unittest.TestCase):
 
 # ---- Signing in -------------------------------------------------------------------------------------
 
-TOKEN_FIELDS = ["access_token", "expires_at", "refresh_token", "scope", "token_type"]
+TOKEN_FIELDS = ["access_token", "expires_at", "expires_in", "refresh_token", "scope", "token_type"]
 
 
 def challenge_of(code_verifier: str) -> str:
@@ -12500,7 +13272,7 @@ class LoginCommandTests(CommandTestCase):
     def begin(self, *arguments, **variables):
         """A login that waits for its code, and the query of the address it shows."""
         child = self.child("login", "--no-browser", *arguments, CLAUDE_GATEWAY_TOKEN_URL=self.token_url, **variables)
-        address = child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)")
+        address = child.wait_for(r"https://claude\.com/cai/oauth/authorize\?(\S+)")
         return child, {name: values[0] for name, values in parse_qs(address.group(1)).items()}
 
     def test_the_code_is_exchanged_with_the_verifier_of_the_challenge(self):
@@ -12535,10 +13307,10 @@ class LoginCommandTests(CommandTestCase):
         helped = self.command("login", "--help")
         child = self.command("login", "--no-browser")
         for said in (child.err, helped.out):
-            for words in ("2026-08-22", "2026-09-14", "terms", "API key", "always fine", "client id", "redirect page",
-                          "system block"):
+            for words in ("2026-10-01", "intermediate", "unmodified", "terms", "API key", "always fine", "client id",
+                          "redirect page", "system block"):
                 self.assertIn(words, said)
-        self.assertLess(child.err.index("2026-08-22"), child.err.index("https://claude.ai/oauth/authorize"))
+        self.assertLess(child.err.index("2026-10-01"), child.err.index("https://claude.com/cai/oauth/authorize"))
 
     def test_a_callback_address_is_taken_and_a_bare_code_is_warned_about(self):
         for paste, warned in (("%s?code=the-code&state={state}" % REDIRECT_PAGE, False), ("the-code", True)):
@@ -12553,8 +13325,8 @@ class LoginCommandTests(CommandTestCase):
                                  ("the-code", query["state"]))
 
     def test_a_paste_that_cannot_be_right_never_reaches_the_endpoint(self):
-        cases = (("the-code#of-another-sign-in\n", 1), ("\n", 3), ("", 3), ("https://[broken\n", 1),
-                 ("%s?error=access_denied\n" % REDIRECT_PAGE, 1))
+        cases = (("the-code#of-another-sign-in\n", 3), ("\n", 3), ("", 3), ("https://[broken\n" * 3, 1),
+                 (("%s?error=access_denied\n" % REDIRECT_PAGE) * 4, 1))
         done = self.commands(*[(["login", "--no-browser"], {"CLAUDE_GATEWAY_TOKEN_URL": self.token_url}, paste)
                                for paste, _ in cases])
         for child, (paste, code) in zip(done, cases):
@@ -12562,6 +13334,55 @@ class LoginCommandTests(CommandTestCase):
                 self.assertEqual(child.code, code, child.err)
         self.assertEqual(self.claude.requests, [])
         self.assertFalse(os.path.exists(self.token_path))
+
+    def test_a_wrong_or_refused_code_may_be_entered_again(self):
+        self.claude.token_replies += [FakeReply(400, body={"error": "invalid_grant"}), token_answer()]
+        child, query = self.begin()
+        child.type("the-code#of-another\n")
+        child.wait_for("belongs to another sign-in")
+        child.type("'old-code#%s'\n" % query["state"])
+        child.wait_for("refused the code .*invalid_grant. Open the URL again")
+        child.type('"the-code#%s"\n' % query["state"])
+        self.assertEqual(child.end(), 0, child.err)
+        self.assertEqual([request.body["code"] for request in self.claude.requests], ["old-code", "the-code"])
+        self.assertRegex(child.err, r"Next: .*claude_gateway\.py start")
+        done = self.command("login", "--no-browser", typed="a#b\nc#d\ne#f\nthe-code\n",
+                            CLAUDE_GATEWAY_TOKEN_URL=self.token_url)
+        self.assertEqual((done.code, len(self.claude.requests)), (1, 2))
+
+    def test_the_address_and_the_scopes_can_follow_a_change(self):
+        child = self.command("login", "--no-browser", CLAUDE_GATEWAY_AUTHORIZE_URL="https://new.test/authorize",
+                             CLAUDE_GATEWAY_OAUTH_SCOPES="a b")
+        self.assertRegex(child.err, r"https://new\.test/authorize\?\S*&scope=a\+b&")
+
+    def test_an_api_key_is_checked_and_stored_and_forgotten(self):
+        self.claude.models = [{"id": "claude-sonnet-5-5"}]
+        key_path = self.token_path.replace(".json", "-api-key.json")
+        self.claude.revoked.add("sk-ant-api03-wrong")
+        for typed, code, words in (("\n", 3, "No API key"), ("sk-ant-api03-wrong\n", 1, "invalid x-api-key")):
+            done = self.command("login", "--api-key", typed=typed, ANTHROPIC_BASE_URL=self.claude.url)
+            self.assertEqual(done.code, code, done.err)
+            self.assertIn(words, done.err)
+            self.assertFalse(os.path.exists(key_path))
+        done = self.command("login", "--api-key", typed='"%s"\n' % SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+        self.assertEqual(done.code, 0, done.err)
+        self.assertRegex(done.err, "(?s)Claude accepts this key. Stored in .*Next: claude-gateway start|Next: ")
+        self.assertNotIn(SECRET, done.err)
+        self.assertEqual(oct(os.stat(key_path).st_mode & 0o777), "0o600")
+        self.assertEqual({request.path for request in self.claude.requests}, {"/v1/models?limit=1"})
+        self.serve(ANTHROPIC_API_KEY=None)
+        self.assertEqual(self.chat().status, 200)
+        self.assertEqual(self.claude.messages[-1].headers["x-api-key"], SECRET)
+        self.assertIn(key_path, self.command("status").out)
+        self.sign_in()
+        done = self.command("logout")
+        self.assertEqual((done.code, os.path.exists(key_path), os.path.exists(self.token_path)), (0, False, False))
+
+    def test_a_credential_of_the_environment_that_wins_is_named(self):
+        self.claude.token_replies.append(token_answer())
+        child = self.command("login", "--no-browser", typed="the-code\n", CLAUDE_GATEWAY_TOKEN_URL=self.token_url,
+                             ANTHROPIC_API_KEY=SECRET)
+        self.assertIn("Warning: API key from ANTHROPIC_API_KEY comes first; unset it", child.err)
 
     def test_a_refusal_is_told_in_the_endpoints_words_and_stores_nothing(self):
         cases = ((FakeReply(400, body={"error": "invalid_grant", "error_description": "Code expired"}), "Code expired"),
@@ -12866,8 +13687,8 @@ class StartTests(CommandTestCase):
         os.close(slave)
         child.wait_for(r"\[y/N\]")
         os.write(master, b"y\n")
-        state = parse_qs(child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)").group(1))["state"][0]
-        child.wait_for("2026-08-22")
+        state = parse_qs(child.wait_for(r"https://claude\.com/cai/oauth/authorize\?(\S+)").group(1))["state"][0]
+        child.wait_for("2026-10-01")
         child.wait_for("Code: ")
         os.write(master, ("the-code#%s\n" % state).encode())
         self.service = SimpleNamespace(port=child.port)
@@ -12979,6 +13800,47 @@ class OtherCommandTests(CommandTestCase):
         self.assertIn("claude-opus-5-5", [entry["id"] for entry in json.loads(built_in.out)])
         self.assertIn("claude-opus-5-5", down.out)
         self.assertIn("built-in", down.err)
+
+
+class UsageCommandTests(CommandTestCase):
+    def test_usage_is_counted_beside_the_login_and_shown_by_day_tool_or_model(self):
+        path = os.path.join(os.path.dirname(self.token_path), "usage.json")
+        child = self.serve()
+        self.claude.play(message(text("A"), usage={"input_tokens": 500_000, "output_tokens": 50_000}))
+        self.chat(headers={"user-agent": "aider/1"})
+        self.claude.play(message(text("A"), model="claude-mythos-5-2"))
+        self.chat(model="claude-mythos-5-2")
+        self.assertEqual(child.end(signal.SIGTERM), 0, child.err)
+        old = {"day": time.strftime("%Y-%m-%d", time.localtime(time.time() - 864_000)), "tool": "old", "model": "m",
+               "key": "", "requests": 1_000, "usd": 5}
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file)["rows"]
+        pathlib.Path(path).write_text(json.dumps({"rows": rows + [old]}), "utf-8")
+        day, tool, key, all_days, wrong, nobody = self.commands(
+            (["usage"], {}), (["usage", "--by", "tool"], {}), (["usage", "--json", "--by", "model"], {}),
+            (["usage", "--days", "30"], {}), (["usage", "--days", "0"], {}),
+            (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}))
+        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") + r" +2 +0 +[\d,]+ +0% +[\d,]+ +1.50 \+ unknown$")
+        self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +1.50$")
+        self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* 6.50 \+ unknown$")
+        self.assertEqual({row["model"]: row["usd"] for row in json.loads(key.out)},
+                         {"claude-mythos-5-2": 0, "claude-sonnet-5-5": 1.5})
+        self.assertEqual((wrong.code, nobody.code), (2, 0))
+        self.assertRegex(nobody.out, r"(?m)^total +0 ")
+
+    def test_no_usage_and_the_demo_write_nothing(self):
+        for arguments in (["--no-usage"], ["--demo"]):
+            child = self.serve(*arguments)
+            self.chat()
+            child.end(signal.SIGTERM)
+        self.assertFalse(os.path.exists(os.path.join(self.home, ".config", "claude-gateway", "usage.json")))
+
+    def test_a_budget_that_cannot_be_counted_stops_the_start(self):
+        for arguments, words in ((["--budget", "5"], "expected USD/day"), (["--budget", "5/day", "--no-usage"],
+                                                                           "cannot be counted")):
+            done = self.command("start", *arguments, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+            self.assertEqual(done.code, 2)
+            self.assertIn(words, done.err)
 
 
 class DailyCommandTests(GatewayTestCase):
