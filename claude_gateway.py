@@ -2430,10 +2430,12 @@ class Conversation:
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = [block["id"] for block in content if block["type"] == "tool_use"]
-    marks = [json.dumps([block.get("signature"), block.get("data"), call_ids]) for block in content]
-    return [hashlib.sha256(mark.encode()).hexdigest() if block["type"] in THINKING else ""
-            for block, mark in zip(content, marks)]
+    call_ids = " ".join(block["id"] for block in content if block["type"] == "tool_use")
+
+    def mark(block: dict) -> str:
+        signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
+        return hashlib.sha256(signed.encode("utf-8", "replace")).hexdigest()
+    return [mark(block) if block["type"] in THINKING else "" for block in content]
 
 
 def without_refused(content: list[dict], recall: Recall) -> list[dict]:
