@@ -5650,7 +5650,8 @@ class EventLoop:
         """Looks after streams for which nothing has happened for too long."""
         for stream in list(self._streams):
             self._with(stream, self._check_stream)
-        self._check_at = min((stream.due_at() for stream in self._streams), default=time.monotonic() + 60)
+        # one that has more to say is due by itself, which may be never: no selector waits for ever
+        self._check_at = min([time.monotonic() + 60, *(stream.due_at() for stream in self._streams)])
 
     def _check_stream(self, stream: RunningStream) -> None:
         now = time.monotonic()

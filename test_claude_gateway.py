@@ -7421,6 +7421,29 @@ class TlsTests(TlsTestCase):
         with self.assertRaisesRegex(claude_gateway.InvalidRequest, "could not be fetched.*CERTIFICATE_VERIFY_FAILED"):
             fetcher.fetch("https://other.test" + address, claude_gateway.Client())
 
+    def test_a_client_that_leaves_ends_the_fetch_of_an_image_over_tls(self):
+        listener, arrived, ended = socket.create_server(("127.0.0.1", 0)), threading.Event(), threading.Event()
+        peer, user = socket.socketpair()
+        for sock in (listener, peer, user):
+            self.addCleanup(sock.close)
+
+        def answer():
+            with contextlib.suppress(OSError), listener.accept()[0] as plain, \
+                    self.context.wrap_socket(plain, server_side=True) as there:
+                there.recv(65_536)
+                arrived.set()
+                there.settimeout(10)
+                if not there.recv(1):
+                    ended.set()
+        for work in (answer, lambda: arrived.wait(5) and user.close()):
+            threading.Thread(target=work, daemon=True).start()
+        names_that_resolve(self, {"upstream.test": ["127.0.0.1"]})
+        fetcher = claude_gateway.ImageFetcher(Config(ca_file=self.certificate), lambda address: True)
+        with self.assertRaises(claude_gateway.ClientGone):
+            fetcher.fetch("https://upstream.test:%d/a.png" % listener.getsockname()[1],
+                          claude_gateway.Client(claude_gateway.Peer(peer)))
+        self.assertTrue(ended.wait(5), "the connection to the image goes on")
+
     def test_plain_http_where_tls_was_expected_is_502(self):
         with RawUpstream(banner=b"HTTP/1.1 400 Bad Request\r\n\r\n") as raw:
             self.start(base_url=raw.url.replace("http:", "https:"), ca_file=self.certificate)
@@ -7685,6 +7708,20 @@ class EventLoopTests(unittest.TestCase):
         client = claude_gateway.Client(self.peer, limits)
         client.idle_comment = keep_alive
         return claude_gateway.RunningStream(client, steps or words(), self.wait_for_upstream(patience), end)
+
+    def test_the_loop_goes_on_after_a_stream_that_never_waits(self):
+        """It is never due, and the selector of Python takes no infinite time."""
+        busy, failures, failed = self.another(iter([b"x"] * 400))
+        self.loop._streams.add(busy)
+        self.loop._check()
+        self.loop._streams.clear()
+        self.assertLess(self.loop._check_at, time.monotonic() + 61)
+        self.loop.add(busy)
+        self.assertTrue(failed.wait(5))
+        self.assertEqual(failures, [None])
+        again, failures, failed = self.another(iter([b"x"]))
+        self.loop.add(again)
+        self.assertTrue(failed.wait(5), "the loop has died")
 
     def test_what_claude_says_reaches_the_client_until_the_end(self):
         self.loop.add(self.stream())
