@@ -2474,10 +2474,12 @@ class Conversation:
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = [block["id"] for block in content if block["type"] == "tool_use"]
-    marks = [json.dumps([block.get("signature"), block.get("data"), call_ids]) for block in content]
-    return [hashlib.sha256(mark.encode()).hexdigest() if block["type"] in THINKING else ""
-            for block, mark in zip(content, marks)]
+    call_ids = " ".join(block["id"] for block in content if block["type"] == "tool_use")
+
+    def mark(block: dict) -> str:
+        signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
+        return hashlib.sha256(signed.encode("utf-8", "replace")).hexdigest()
+    return [mark(block) if block["type"] in THINKING else "" for block in content]
 
 
 def without_refused(content: list[dict], recall: Recall) -> list[dict]:
@@ -6645,7 +6647,8 @@ class EventLoop:
         """Looks after streams for which nothing has happened for too long."""
         for stream in list(self._streams):
             self._with(stream, self._check_stream)
-        self._check_at = min((stream.due_at() for stream in self._streams), default=time.monotonic() + 60)
+        # one that has more to say is due by itself, which may be never: no selector waits for ever
+        self._check_at = min([time.monotonic() + 60, *(stream.due_at() for stream in self._streams)])
 
     def _check_stream(self, stream: RunningStream) -> None:
         now = time.monotonic()

@@ -22,6 +22,7 @@ import base64
 import builtins
 import collections
 import contextlib
+import errno
 import gzip
 import hashlib
 import hmac
@@ -1438,6 +1439,7 @@ def refusal_of_claude(status: int, kind: str, words: str, headers=None, **detail
     return FakeReply(status, body=body, headers=dict({"retry-after": "60"}, **(headers or {})))
 
 
+SIGNALS = unittest.skipUnless(os.name == "posix", "signals that a process can handle: Windows just ends it")
 POSIX_ONLY = unittest.skipUnless(os.name == "posix", "file modes, symlinks and signals of POSIX")
 CHAT_BODY = b'{"model":"claude-sonnet-5-5","messages":[{"role":"user","content":"Hello"}]}'
 NEXT_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -7249,6 +7251,7 @@ class TokenFileTests(LoginStoreTestCase):
                 self.file.write(stored_token(access_token=old_access))
                 self.assertEqual((login.access_token(), self.stored()["access_token"]), ("a-2", "a-2"))
 
+    @POSIX_ONLY                                     # on Windows a path below a file does not exist: a logout
     def test_a_directory_that_goes_and_comes_back_does_not_bring_old_tokens_back(self):
         # a home that is unmounted for a while; a file stands where the directory should be, which stops root as well
         self.file.write(stored_token())
@@ -9279,6 +9282,29 @@ class TlsTests(TlsTestCase):
         with self.assertRaisesRegex(claude_gateway.InvalidRequest, "could not be fetched.*CERTIFICATE_VERIFY_FAILED"):
             fetcher.fetch("https://other.test" + address, claude_gateway.Client())
 
+    def test_a_client_that_leaves_ends_the_fetch_of_an_image_over_tls(self):
+        listener, arrived, ended = socket.create_server(("127.0.0.1", 0)), threading.Event(), threading.Event()
+        peer, user = socket.socketpair()
+        for sock in (listener, peer, user):
+            self.addCleanup(sock.close)
+
+        def answer():
+            with contextlib.suppress(OSError), listener.accept()[0] as plain, \
+                    self.context.wrap_socket(plain, server_side=True) as there:
+                there.recv(65_536)
+                arrived.set()
+                there.settimeout(10)
+                if not there.recv(1):
+                    ended.set()
+        for work in (answer, lambda: arrived.wait(5) and user.close()):
+            threading.Thread(target=work, daemon=True).start()
+        names_that_resolve(self, {"upstream.test": ["127.0.0.1"]})
+        fetcher = claude_gateway.ImageFetcher(Config(ca_file=self.certificate), lambda address: True)
+        with self.assertRaises(claude_gateway.ClientGone):
+            fetcher.fetch("https://upstream.test:%d/a.png" % listener.getsockname()[1],
+                          claude_gateway.Client(claude_gateway.Peer(peer)))
+        self.assertTrue(ended.wait(5), "the connection to the image goes on")
+
     def test_plain_http_where_tls_was_expected_is_502(self):
         with RawUpstream(banner=b"HTTP/1.1 400 Bad Request\r\n\r\n") as raw:
             self.start(base_url=raw.url.replace("http:", "https:"), ca_file=self.certificate)
@@ -9543,6 +9569,20 @@ class EventLoopTests(unittest.TestCase):
         client = claude_gateway.Client(self.peer, limits)
         client.idle_comment = keep_alive
         return claude_gateway.RunningStream(client, steps or words(), self.wait_for_upstream(patience), end)
+
+    def test_the_loop_goes_on_after_a_stream_that_never_waits(self):
+        """It is never due, and the selector of Python takes no infinite time."""
+        busy, failures, failed = self.another(iter([b"x"] * 400))
+        self.loop._streams.add(busy)
+        self.loop._check()
+        self.loop._streams.clear()
+        self.assertLess(self.loop._check_at, time.monotonic() + 61)
+        self.loop.add(busy)
+        self.assertTrue(failed.wait(5))
+        self.assertEqual(failures, [None])
+        again, failures, failed = self.another(iter([b"x"]))
+        self.loop.add(again)
+        self.assertTrue(failed.wait(5), "the loop has died")
 
     def test_what_claude_says_reaches_the_client_until_the_end(self):
         self.loop.add(self.stream())
@@ -11879,6 +11919,29 @@ class ConnectionTests(HttpTestCase):
         closing.join(10)
         self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
 
+    def test_a_port_that_is_taken_on_one_of_both_addresses_is_not_used_on_the_other(self):
+        """Windows denies access to a port that another program has for itself."""
+        real, tried = claude_gateway.Listener.server_bind, []
+
+        def server_bind(listener) -> None:
+            if listener.address_family == socket.AF_INET6 and len(tried) < 3:
+                tried.append(listener.server_address)
+                raise PermissionError(errno.EACCES, "forbidden by its access permissions")
+            if listener.address_family == socket.AF_INET:
+                real(listener)
+        self.addCleanup(setattr, claude_gateway.Listener, "server_bind", real)
+        self.addCleanup(setattr, claude_gateway, "IN_USE", claude_gateway.IN_USE)
+        claude_gateway.Listener.server_bind = server_bind
+        claude_gateway.IN_USE = (errno.EADDRINUSE, errno.EACCES)
+        gateway = Gateway(Config(port=0, anthropic_api_key="k"))
+        self.addCleanup(gateway.close)
+        for listener in claude_gateway.listeners_for(gateway):
+            listener.server_close()
+        self.assertEqual(len(tried), 3)
+        tried.clear()
+        gateway.config = claude_gateway.replace(gateway.config, port=int(free_port()))
+        self.assertRaises(PermissionError, claude_gateway.listeners_for, gateway)
+
     def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
         service = self.start()
         service.gateway.running = claude_gateway.Running(1)
@@ -12338,7 +12401,6 @@ class CommandTestCase(GatewayTestCase):
         raise AssertionError("the request never arrived upstream")
 
 
-@POSIX_ONLY
 class DemoTests(CommandTestCase):
     """`start --demo`: one process for all tests, with every credential there is, none of which may be used."""
 
@@ -12584,6 +12646,7 @@ class LogTests(GatewayTestCase):
 
 
 class LogLevelTests(CommandTestCase):
+    @SIGNALS
     def test_quiet_says_nothing_but_the_address(self):
         child, release = self.serve("-q"), self.slow_answer()
         self.chat(nonsense=1, headers={"x-api-key": "k"}, messages="none")
@@ -12599,6 +12662,7 @@ class LogLevelTests(CommandTestCase):
         self.assertEqual((child.end(), child.err), (0, ""))
         self.assertIn("http://127.0.0.1:", child.out)
 
+    @SIGNALS
     def test_looking_at_the_gateway_is_logged_in_full_only(self):
         for level in ((), ("-m",), ("-V",)):
             with self.subTest(level=level):
@@ -12612,6 +12676,7 @@ class LogLevelTests(CommandTestCase):
                 self.assertRegex(child.err, r"GET +/nowhere +404")
                 self.assertRegex(child.err, r"POST +/ +405")        # what was refused is told
 
+    @SIGNALS
     def test_each_level_logs_what_it_promises(self):
         levels = ((), ("-m",), ("-V",), ("--log-format", "json", "--alias", "foo=sonet"))
         children = [self.child("start", "-p", "0", "--host", "127.0.0.1", *level, ANTHROPIC_API_KEY=SECRET,
@@ -13440,8 +13505,8 @@ class LoginCommandTests(CommandTestCase):
 
 # ---- Start ------------------------------------------------------------------------------------------
 
-@POSIX_ONLY
 class StartTests(CommandTestCase):
+    @SIGNALS
     def test_the_address_is_the_one_line_on_standard_output(self):
         child = self.serve(host=("--host", "localhost"))
         self.chat()
@@ -13452,6 +13517,7 @@ class StartTests(CommandTestCase):
         self.assertIn(self.claude.url, child.err)
         self.assertIn("POST /v1/chat/completions", child.err)
 
+    @SIGNALS
     def test_an_interrupt_is_exit_130_without_a_traceback(self):
         child = self.serve()
         idle = self.connect()                                   # kept alive by a client that says nothing
@@ -13460,12 +13526,14 @@ class StartTests(CommandTestCase):
         self.assertEqual(child.end(signal.SIGINT), 130)
         self.assertNotIn("Traceback", child.err)
 
+    @SIGNALS
     def test_a_signal_may_come_as_soon_as_the_address_is_out(self):
         child = self.child("start", "-p", "0", "--host", "127.0.0.1", ANTHROPIC_API_KEY=SECRET,
                            ANTHROPIC_BASE_URL=self.claude.url)
         child.wait_for("on http://", "out")
         self.assertEqual(child.end(signal.SIGTERM), 0)
 
+    @SIGNALS
     def test_a_running_request_finishes_first(self):
         child, release = self.serve(), self.slow_answer()
         thread, answers = self.in_flight()
@@ -13478,6 +13546,7 @@ class StartTests(CommandTestCase):
         self.assertEqual((answers[0].status, answers[0].message["content"]), (200, "At last"))
         self.assertEqual(child.end(), 0)
 
+    @SIGNALS
     def test_a_second_signal_ends_it_at_once(self):
         for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
             with self.subTest(number):
@@ -13491,6 +13560,7 @@ class StartTests(CommandTestCase):
                 self.assertEqual((thread.is_alive(), answers, child.end()), (False, [], code))
                 self.assertNotIn("Traceback", child.err)
 
+    @SIGNALS
     def test_it_can_be_restarted_on_the_same_port_at_once(self):
         first = self.serve()
         connection = self.connect()
@@ -13521,6 +13591,7 @@ class StartTests(CommandTestCase):
             self.service = SimpleNamespace(port=probe.getsockname()[1])
         return self.service.port
 
+    @SIGNALS
     def test_on_all_addresses_the_pasted_one_is_no_address_of_this_page(self):
         for flags, pasted, named in (((), "ADDRESS-OF-THIS-MACHINE", True),
                                      (("--allow-host", "gateway.lan"), "gateway.lan", False)):
@@ -13533,6 +13604,7 @@ class StartTests(CommandTestCase):
                 self.assertIn("Clients: an API key is required\n", child.err)
                 self.assertEqual("--allow-host NAME" in child.err, named)
 
+    @SIGNALS
     def test_the_proxy_in_use_is_named_without_its_credentials(self):
         child = self.serve(ANTHROPIC_BASE_URL="https://upstream.test",
                            HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:9")
@@ -13542,6 +13614,7 @@ class StartTests(CommandTestCase):
         self.assertIn("The proxy 127.0.0.1:9 could not be reached: ", answer.error["message"])
         self.assertNotIn("proxy-password", child.err)
 
+    @SIGNALS
     def test_on_a_terminal_a_first_start_asks_first(self):
         try:
             import pty
@@ -13566,6 +13639,7 @@ class StartTests(CommandTestCase):
         self.assertIn("Warning: REQUESTS_CA_BUNDLE names /nowhere.pem, which does not exist", child.err)
         self.assertIn("Nearest: sonnet,", child.err)
 
+    @SIGNALS
     def test_a_port_in_use_is_exit_4_and_another_one_is_named(self):
         other = Service(Gateway(Config(host="127.0.0.1", port=0, anthropic_api_key="k", base_url=self.claude.url)))
         self.addCleanup(other.close, 0)
@@ -13577,6 +13651,7 @@ class StartTests(CommandTestCase):
                 self.assertIn("Port %d is in use%s. Another port: claude-gateway start --port %d\n" % (
                     port, holder, port % 65_535 + 1), child.err)
 
+    @SIGNALS
     def test_what_cannot_be_started_says_why_with_its_exit_code(self):
         key = {"ANTHROPIC_API_KEY": SECRET}
         cases = (
@@ -13616,6 +13691,7 @@ class StartTests(CommandTestCase):
                 self.assertEqual(child.out, "")
                 self.assertNotIn(SECRET, child.err)
 
+    @SIGNALS
     def test_an_upstream_that_is_down_does_not_keep_it_from_starting(self):
         self.serve(ANTHROPIC_BASE_URL="http://127.0.0.1:9")
         self.assertEqual(self.chat(headers={"x-stainless-retry-count": "1"}).status, 502)
@@ -13632,6 +13708,7 @@ class StartTests(CommandTestCase):
             self.assertEqual(file.read(), b"{ torn")
         self.assertEqual(os.listdir(os.path.dirname(self.token_path)), ["oauth-tokens.json"])
 
+    @SIGNALS
     def test_keys_of_clients_are_taken_from_both_places_and_one_draws_a_warning(self):
         child = self.serve("--api-key", "first-client-key", "--api-key", "second-client-key")
         for key, status in (("first-client-key", 200), ("second-client-key", 200), ("third", 401)):
@@ -13653,6 +13730,7 @@ class StartTests(CommandTestCase):
         self.assertIn(logout.code, (0, 2))
         self.assertEqual(os.listdir(self.working_directory), [])
 
+    @SIGNALS
     def test_nothing_is_read_from_the_working_directory(self):
         for name in ("oauth-tokens.json", ".oauth-tokens.json", "claude-gateway/oauth-tokens.json",
                      ".config/claude-gateway/oauth-tokens.json"):
@@ -13674,6 +13752,7 @@ class StartTests(CommandTestCase):
         child.wait_for("me@example.org")
         child.wait_for("(?i)terms")
 
+    @SIGNALS
     def test_on_a_terminal_a_first_start_signs_in_first(self):
         try:
             import pty
