@@ -7165,7 +7165,7 @@ class TokenFileTests(LoginStoreTestCase):
         self.held_by_another(builtins, "open", 5)
         self.assertEqual(self.file.read(), stored_token())
         self.held_by_another(builtins, "open", -1)
-        self.assertRaises(claude_gateway.TokenFileDamaged, self.file.read)
+        self.assertRaises(claude_gateway.FileDamaged, self.file.read)
         self.file._keep_damaged(self.token_path)
         self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
 
