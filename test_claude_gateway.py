@@ -8987,6 +8987,104 @@ class EventLoopNativeTests(InEventLoop, NativeTests):
     pass
 
 
+# ---- Tool settings ----------------------------------------------------------------------------------
+
+class SetupTests(unittest.TestCase):
+    def test_settings_name_their_variables_as_the_tools_do(self):
+        config = Config(port=45_554)
+        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
+        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
+                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
+            self.assertIn(line, texts)
+        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
+
+    def test_setup_prints_settings_for_every_tool_and_writes_nothing(self):
+        for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
+            with self.subTest(name=name):
+                said = claude_gateway.setup_text(name, Config(port=45999))
+                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE", "START", "CONTAINER", "ENV_KEY",
+                                    "PORT", "HOME"):
+                    self.assertNotRegex(said, r"(?<![A-Z_-])%s(?![A-Z_-])" % placeholder)
+                if name not in ("cursor", "systemd", "launchd", "windows", "docker"):
+                    self.assertIn("45999", said)
+        code, said, _ = run_command("setup", "codex", "--port", "45999")
+        self.assertEqual(code, 0)
+        self.assertIn('base_url = "http://localhost:45999/v1"', said)
+        self.assertIn("cannot reach", claude_gateway.setup_text("cursor", Config()))
+
+    def test_service_files_name_this_python_and_this_file(self):
+        for name in ("systemd", "launchd", "windows"):
+            said = claude_gateway.setup_text(name, Config())
+            self.assertIn(os.path.abspath(claude_gateway.__file__), said)
+        plist = plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())
+        self.assertEqual(plist["ProgramArguments"], [sys.executable, os.path.abspath(claude_gateway.__file__), "start"])
+        self.assertEqual(plist["StandardErrorPath"], os.path.expanduser("~/Library/Logs/claude-gateway.log"))
+
+    def test_service_files_carry_the_port(self):
+        config = Config(port=45999, api_key=("the-client-key",))
+        systemd, launchd, windows, docker = (claude_gateway.setup_text(name, config)
+                                             for name in ("systemd", "launchd", "windows", "docker"))
+        self.assertRegex(systemd, r'(?m)^ExecStart=".*" ".*" start --port 45999$')
+        self.assertEqual(plistlib.loads(launchd.encode())["ProgramArguments"][2:], ["start", "--port", "45999"])
+        self.assertIn('\\" start --port 45999"', windows)
+        for words in ('CMD ["start", "--port", "45999"]', "EXPOSE 45999\n", "127.0.0.1:45999/health",
+                      "-p 127.0.0.1:45999:45999", 'cp "%s" .' % os.path.abspath(claude_gateway.__file__)):
+            self.assertIn(words, docker)
+        for said in (systemd, launchd, windows, docker):
+            self.assertIn("CLAUDE_GATEWAY_API_KEY", said)
+            self.assertNotIn("the-client-key", said)
+        self.assertIn("RestartPreventExitStatus=2 3\n", systemd)
+
+    def test_paths_are_written_as_each_service_file_takes_them(self):
+        kept = sys.executable
+        self.addCleanup(setattr, sys, "executable", kept)
+        sys.executable = '/a "b"/100% $PORT & <c>/python'
+        self.assertIn(r'ExecStart="/a \"b\"/100%% $$PORT & <c>/python" "',
+                      claude_gateway.setup_text("systemd", Config()))
+        self.assertEqual(plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())["ProgramArguments"][0],
+                         sys.executable)
+
+    def test_settings_fit_the_gateway_that_they_are_for(self):
+        plain, keyed = Config(port=45999), Config(port=45999, api_key=("the-client-key",))
+        for name in claude_gateway.TOOL_SETTINGS:
+            self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
+        self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
+        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('\nenv_key = "CLAUDE_GATEWAY_API_KEY"'))
+        for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
+                      "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
+            self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
+        for name in ("open-webui", "n8n", "librechat"):
+            said = claude_gateway.setup_text(name, plain)
+            for words in ("http://host.docker.internal:45999/v1", "--add-host=host.docker.internal:host-gateway",
+                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 172.17.0.1"):
+                self.assertIn(words, said)
+        for line in said.split("\n")[:3]:           # librechat's settings are a file
+            self.assertTrue(line.startswith("# "))
+        self.assertTrue(claude_gateway.setup_text("continue", plain).startswith("name: "))
+        self.assertIn("\nversion: 1.0.0\nschema: v1\nmodels:\n", claude_gateway.setup_text("continue", plain))
+
+    def test_setup_says_where_they_go_and_prints_what_can_be_pasted(self):
+        done = outcome_of(["setup", "codex"], {}, "")
+        self.assertEqual((done.code, done.err), (0, "Codex CLI, ~/.codex/config.toml:\n"))
+        self.assertTrue(done.out.startswith('model = "claude-opus-5-5"\n'))
+        self.assertIn("a terminal (cmd):", outcome_of(["setup", "windows"], {}, "").err)
+        listed = outcome_of(["setup"], {}, "").out
+        self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
+        self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your account$")
+
+    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
+        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
+                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
+            with self.subTest(given=given):
+                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
+        code, said, _ = run_command("setup")
+        self.assertEqual(code, 0)
+        for name, tool in claude_gateway.TOOL_SETTINGS.items():
+            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
+        for name in claude_gateway.SERVICE_FILES:
+            self.assertRegex(said, r"(?m)^%s " % name)
+
+
 # ---- Status page -------------------------------------------------------------------------------------
 
 # The page's script in front of a document and a server that are made up: each step is a status, a body, and
@@ -8994,13 +9092,15 @@ class EventLoopNativeTests(InEventLoop, NativeTests):
 PAGE_HARNESS = r"""
 const steps = %s, told = [], elements = {};
 function element() {
-  return { hidden: true, style: {}, listeners: {}, children: [],
+  return { hidden: true, style: {}, listeners: {}, children: [], dataset: {},
            append(...more) { this.children.push(...more); }, replaceChildren(...all) { this.children = all; },
            get all() { return (this.textContent ?? "") + this.children.map((one) => one.all ?? one).join("|"); },
            addEventListener(name, on) { this.listeners[name] = on; } };
 }
-globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element };
-globalThis.location = { origin: "http://localhost" };
+const cards = ["errors", "used", "limits", "recent"].map((card) => Object.assign(element(), { dataset: { card } }));
+globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element,
+                        querySelectorAll: (what) => what === "[data-card]" ? cards : [] };
+globalThis.location = { origin: "http://localhost:1234", host: "localhost:1234", port: "1234" };
 let tick, sent, shown;
 globalThis.setInterval = (update) => { tick = update; };
 globalThis.fetch = async (path, { headers }) => {
@@ -9020,6 +9120,7 @@ async function run() {
     const [ask, wrong, data, state] = ["ask", "wrong", "data", "state"].map(document.getElementById);
     shown = Object.fromEntries(Object.entries(elements).map(([id, one]) => [id, one.all]));
     shown.hidden = Object.keys(elements).filter((id) => elements[id].hidden);
+    shown.cards = cards.filter((card) => !card.hidden).map((card) => card.dataset.card);
     told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
   }
   console.log(JSON.stringify([told, shown]));
@@ -9157,10 +9258,14 @@ class StatusTests(GatewayTestCase):
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]),
                          ("$1.23", "by list prices; caching saved -$0.50; without x"))
-        self.assertEqual(shown["running"], "0 running, up for 1 d 3 h")
+        self.assertRegex(shown["running"], r"\A0 running; all since \d+ \w+ 20\d\d, \d\d:\d\d\Z")
+        self.assertEqual(shown["cards"], ["limits"])            # there is nothing to show in the others
         self.assertIn("50 %, reset in 7 h 59 min", shown["limits"])
         self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
         self.assertTrue(shown["names"].startswith("sonnet| claude-sonnet-5-5|"), shown["names"])
+        data["cache"]["saved_usd"], data["cost"]["usd"] = -0.00001, 0.0042
+        shown = self.page([(200, json.dumps(data), "")])[1]
+        self.assertEqual((shown["cost"], shown["saved"]), ("$0.0042", "by list prices; caching saved $0.00; without x"))
         self.assertNotIn("demo", shown["hidden"])
         data["upstream"] = "https://api.anthropic.com"
         self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
@@ -9843,7 +9948,7 @@ class Child:
 
     @property
     def port(self) -> int:
-        return int(self.wait_for(r"(?m)^.* on http://127\.0\.0\.1:(\d+)/v1$", "out").group(1))
+        return int(self.wait_for(r"(?m)^.* on http://(?:127\.0\.0\.1|localhost):(\d+)/v1$", "out").group(1))
 
     def type(self, words: str) -> None:
         self.process.stdin.write(words.encode())
@@ -10647,104 +10752,6 @@ class SelftestTests(unittest.TestCase):
                          (0, ["plain", "streaming", "tools", "image", "error", "cancel"]))
         self.assertTrue(said.endswith("\nAll 6 checks passed.\n"))
         self.assertNotRegex(said, r"(?m) $")
-
-
-# ---- Tool settings ----------------------------------------------------------------------------------
-
-class SetupTests(unittest.TestCase):
-    def test_settings_name_their_variables_as_the_tools_do(self):
-        config = Config(port=45_554)
-        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
-        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
-                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
-            self.assertIn(line, texts)
-        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
-
-    def test_setup_prints_settings_for_every_tool_and_writes_nothing(self):
-        for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
-            with self.subTest(name=name):
-                said = claude_gateway.setup_text(name, Config(port=45999))
-                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE", "START", "CONTAINER", "ENV_KEY",
-                                    "PORT", "HOME"):
-                    self.assertNotRegex(said, r"(?<![A-Z_-])%s(?![A-Z_-])" % placeholder)
-                if name not in ("cursor", "systemd", "launchd", "windows", "docker"):
-                    self.assertIn("45999", said)
-        code, said, _ = run_command("setup", "codex", "--port", "45999")
-        self.assertEqual(code, 0)
-        self.assertIn('base_url = "http://localhost:45999/v1"', said)
-        self.assertIn("cannot reach", claude_gateway.setup_text("cursor", Config()))
-
-    def test_service_files_name_this_python_and_this_file(self):
-        for name in ("systemd", "launchd", "windows"):
-            said = claude_gateway.setup_text(name, Config())
-            self.assertIn(os.path.abspath(claude_gateway.__file__), said)
-        plist = plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())
-        self.assertEqual(plist["ProgramArguments"], [sys.executable, os.path.abspath(claude_gateway.__file__), "start"])
-        self.assertEqual(plist["StandardErrorPath"], os.path.expanduser("~/Library/Logs/claude-gateway.log"))
-
-    def test_service_files_carry_the_port(self):
-        config = Config(port=45999, api_key=("the-client-key",))
-        systemd, launchd, windows, docker = (claude_gateway.setup_text(name, config)
-                                             for name in ("systemd", "launchd", "windows", "docker"))
-        self.assertRegex(systemd, r'(?m)^ExecStart=".*" ".*" start --port 45999$')
-        self.assertEqual(plistlib.loads(launchd.encode())["ProgramArguments"][2:], ["start", "--port", "45999"])
-        self.assertIn('\\" start --port 45999"', windows)
-        for words in ('CMD ["start", "--port", "45999"]', "EXPOSE 45999\n", "127.0.0.1:45999/health",
-                      "-p 127.0.0.1:45999:45999", 'cp "%s" .' % os.path.abspath(claude_gateway.__file__)):
-            self.assertIn(words, docker)
-        for said in (systemd, launchd, windows, docker):
-            self.assertIn("CLAUDE_GATEWAY_API_KEY", said)
-            self.assertNotIn("the-client-key", said)
-        self.assertIn("RestartPreventExitStatus=2 3\n", systemd)
-
-    def test_paths_are_written_as_each_service_file_takes_them(self):
-        kept = sys.executable
-        self.addCleanup(setattr, sys, "executable", kept)
-        sys.executable = '/a "b"/100% $PORT & <c>/python'
-        self.assertIn(r'ExecStart="/a \"b\"/100%% $$PORT & <c>/python" "',
-                      claude_gateway.setup_text("systemd", Config()))
-        self.assertEqual(plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())["ProgramArguments"][0],
-                         sys.executable)
-
-    def test_settings_fit_the_gateway_that_they_are_for(self):
-        plain, keyed = Config(port=45999), Config(port=45999, api_key=("the-client-key",))
-        for name in claude_gateway.TOOL_SETTINGS:
-            self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
-        self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
-        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('\nenv_key = "CLAUDE_GATEWAY_API_KEY"'))
-        for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
-                      "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
-            self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
-        for name in ("open-webui", "n8n", "librechat"):
-            said = claude_gateway.setup_text(name, plain)
-            for words in ("http://host.docker.internal:45999/v1", "--add-host=host.docker.internal:host-gateway",
-                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 172.17.0.1"):
-                self.assertIn(words, said)
-        for line in said.split("\n")[:3]:           # librechat's settings are a file
-            self.assertTrue(line.startswith("# "))
-        self.assertTrue(claude_gateway.setup_text("continue", plain).startswith("name: "))
-        self.assertIn("\nversion: 1.0.0\nschema: v1\nmodels:\n", claude_gateway.setup_text("continue", plain))
-
-    def test_setup_says_where_they_go_and_prints_what_can_be_pasted(self):
-        done = outcome_of(["setup", "codex"], {}, "")
-        self.assertEqual((done.code, done.err), (0, "Codex CLI, ~/.codex/config.toml:\n"))
-        self.assertTrue(done.out.startswith('model = "claude-opus-5-5"\n'))
-        self.assertIn("a terminal (cmd):", outcome_of(["setup", "windows"], {}, "").err)
-        listed = outcome_of(["setup"], {}, "").out
-        self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
-        self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your account$")
-
-    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
-        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
-                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
-            with self.subTest(given=given):
-                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
-        code, said, _ = run_command("setup")
-        self.assertEqual(code, 0)
-        for name, tool in claude_gateway.TOOL_SETTINGS.items():
-            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
-        for name in claude_gateway.SERVICE_FILES:
-            self.assertRegex(said, r"(?m)^%s " % name)
 
 
 # ---- Signing in -------------------------------------------------------------------------------------
