@@ -35,7 +35,7 @@ Completion, Command line.
 What to read before trusting it with a credential: Credentials, HTTP/1.1, Upstream, Image fetching, Routes, HTTP
 server and Log.
 Places that connect: UpstreamConnection, Upstream, ImageFetcher, local_answer, issuer_of.
-Places that write: TokenFile, check_writable; that start another program: run_tool.
+Places that write: TokenFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
@@ -973,22 +973,16 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
     return {name: value for name, value in lesson.items() if getattr(model, name) != value} or None
 
 
-def cost_of(model_id: str, tokens: dict[str, int], hour_writes: int = 0) -> tuple[float, float] | None:
-    """US dollars by list prices: what these tokens cost, and what caching saved; None without a price.
-
-    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
-    """
-    model = BUILT_IN_MODELS.get(model_id)
-    if not model or not model.price:
+def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
+    """US dollars by list prices: what an answer cost, and what caching saved of it.  None: the price is not known."""
+    if model.price is None:
         return None
-    full, read, output = model.price
-    written = tokens["cache_write"] * 1.25 + hour_writes * (2 - 1.25)
-    prompt = (tokens["input"] + written) * full + tokens["cache_read"] * read
-    return (prompt + tokens["output"] * output) / 1e6, (prompt_tokens(tokens) * full - prompt) / 1e6
-
-
-def prompt_tokens(tokens: dict[str, int]) -> int:
-    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
+    fresh, read, written = (count_in(usage, name) for name in (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"))
+    hour = count_in(usage, "cache_creation", "ephemeral_1h_input_tokens")
+    prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * model.price[0] + read * model.price[1]
+    return ((prompt + count_in(usage, "output_tokens") * model.price[2]) / 1e6,
+            ((fresh + read + written) * model.price[0] - prompt) / 1e6)
 
 
 # ---- Shapes ------------------------------------------------------------------------------------------
@@ -4036,17 +4030,6 @@ MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no
 TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
 
 
-def token_counts(usage: dict) -> dict[str, int]:
-    """The tokens of one answer of Claude, by kind."""
-    return {"input": count_in(usage, "input_tokens"), "cache_read": count_in(usage, "cache_read_input_tokens"),
-            "cache_write": count_in(usage, "cache_creation_input_tokens"), "output": count_in(usage, "output_tokens")}
-
-
-def hour_writes_in(usage: dict) -> int:
-    """Of the tokens written to the cache, those that stay for an hour and cost more."""
-    return count_in(usage, "cache_creation", "ephemeral_1h_input_tokens")
-
-
 class Counters:
     """What has happened since the start, for the log, the status page and Prometheus."""
 
@@ -4056,16 +4039,9 @@ class Counters:
         self._lock = threading.Lock()
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
-        self._events: collections.Counter = collections.Counter()
         self._tokens: Dict[str, collections.Counter] = {}
         self._hour_writes: collections.Counter = collections.Counter()
         self._seconds = 0.0
-
-    def first(self, event: str) -> bool:
-        """Whether this is the first time; what is worth one warning is not worth thousands."""
-        with self._lock:
-            self._events[event] += 1
-            return self._events[event] == 1
 
     def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
         with self._lock:
@@ -4076,7 +4052,10 @@ class Counters:
 
     def add_tokens(self, model_id: str, usage: dict) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
-        counts, hour_writes = token_counts(usage), hour_writes_in(usage)
+        counts = {"input": count_in(usage, "input_tokens"), "cache_read": count_in(usage, "cache_read_input_tokens"),
+                  "cache_write": count_in(usage, "cache_creation_input_tokens"),
+                  "output": count_in(usage, "output_tokens")}
+        hour_writes = count_in(usage, "cache_creation", "ephemeral_1h_input_tokens")
         with self._lock:
             tokens = self._tokens.setdefault(model_id if model_id in self._tokens or len(self._tokens) < 200
                                              else "other", collections.Counter())
@@ -4084,7 +4063,9 @@ class Counters:
             if model_id in self._tokens:
                 self._hour_writes[model_id] += hour_writes
             read = sum(tokens["cache_read"] for tokens in self._tokens.values())
-            return percent(read, sum(map(prompt_tokens, self._tokens.values())))
+            prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
+                          for tokens in self._tokens.values())
+            return percent(read, prompts)
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
@@ -5889,9 +5870,9 @@ class Record:
     route: str = "other"
     cost_usd: Optional[float] = None                # by list prices, where the model has one
 
-    def summary(self, secrets_known: Iterable[str]) -> dict:
-        """What the status page shows of it."""
-        fields = without(vars(self), "method", "client", "started", "cached_percent_of_all", "route")
+    def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
+        """What the status page shows of it, and `status` as this line."""
+        fields = dict(without(vars(self), "method", "client", "started", "cached_percent_of_all", "route"), line=line)
         texts = {name: masked(value, secrets_known)[:500] for name, value in fields.items() if isinstance(value, str)}
         return dict(fields, time=round(time.time(), 3), **texts)
 
@@ -5953,6 +5934,7 @@ class Gateway:
         self.responses = StoredResponses()
         self.counters = Counters()
         self.recent = RecentRequests()
+        self.tls_reported = threading.Event()
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(config.limits.max_bodies)
@@ -6183,7 +6165,7 @@ class Exchange:
 def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     record.add_usage(usage)
-    cost = cost_of(model_id, token_counts(usage), hour_writes_in(usage))
+    cost = cost_of(BUILT_IN_MODELS.get(model_id, Model(model_id)), usage)
     if cost:
         record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
     record.cached_percent_of_all = gateway.counters.add_tokens(model_id, usage)
@@ -6684,21 +6666,88 @@ model = OpenAILike(model="MODEL", api_base="BASE", api_key="KEY",
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
 // openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
+    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL, or OpenAIProvider({ baseURL })", """\
+export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
+# Python: Agent(name="agent", model="MODEL")
+# JavaScript: new Runner({ tracingDisabled: true, modelProvider: new OpenAIProvider({ baseURL: "BASE",
+#   apiKey: "KEY" }) })"""),
+    "crewai": ToolSettings("CrewAI", "LLM(base_url=...)", """\
+llm = crewai.LLM(model="openai/MODEL", base_url="BASE", api_key="KEY")"""),
+    "dspy": ToolSettings("DSPy", "dspy.LM(api_base=...)", """\
+dspy.configure(lm=dspy.LM("openai/MODEL_ID", api_base="BASE", api_key="KEY"))"""),
+    "smolagents": ToolSettings("smolagents", "OpenAIServerModel(api_base=...)", """\
+model = smolagents.OpenAIServerModel(model_id="MODEL", api_base="BASE", api_key="KEY")"""),
+    "autogen": ToolSettings("AutoGen", "OpenAIChatCompletionClient(base_url=...)", """\
+client = OpenAIChatCompletionClient(model="MODEL", base_url="BASE", api_key="KEY", model_info={
+    "vision": True, "function_calling": True, "json_output": True, "structured_output": True, "family": "unknown"})"""),
+    "agno": ToolSettings("Agno", "OpenAILike(base_url=...)", """\
+model = agno.models.openai.like.OpenAILike(id="MODEL", base_url="BASE", api_key="KEY")"""),
+    "mastra": ToolSettings("Mastra", "model: { id, url, apiKey }", """\
+model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }"""),
+    "browser-use": ToolSettings("browser-use", "ChatOpenAI(base_url=...)", """\
+llm = browser_use.ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY")"""),
+    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml, providers", """\
+providers:
+  - id: openai:chat:MODEL
+    config: { apiBaseUrl: BASE, apiKey: KEY }"""),
     "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
-aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL"""),
-    "cline": ToolSettings("Cline", "API provider: OpenAI Compatible", """\
-API Provider: OpenAI Compatible
+aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL_ID --edit-format diff \\
+  --weak-model openai/haiku --no-show-model-warnings"""),
+    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)", """\
+export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY
+claude"""),
+    "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
+model = "claude-opus-5-5"
+model_provider = "gateway"
+
+[model_providers.gateway]
+name = "gateway"
+base_url = "BASE"
+wire_api = "responses"
+ENV_KEY""", """\
+codex -m claude-opus-5-5 -c model_provider=gateway -c model_providers.gateway.name=gateway \\
+  -c model_providers.gateway.base_url=BASE -c model_providers.gateway.wire_api=responses \\
+  -c model_providers.gateway.env_key=OPENAI_API_KEY"""),
+    "opencode": ToolSettings("opencode", "opencode.json", """\
+{ "model": "gateway/MODEL", "provider": { "gateway": {
+    "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
+    "options": { "baseURL": "BASE", "apiKey": "KEY" },
+    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
+    "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
+export GOOSE_PROVIDER=openai
+export GOOSE_MODEL=MODEL
+export OPENAI_HOST=ORIGIN
+export OPENAI_BASE_PATH=v1/chat/completions
+export OPENAI_API_KEY=KEY"""),
+    "qwen-code": ToolSettings("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
+export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_MODEL=MODEL_ID
+qwen --auth-type openai"""),
+    "pi": ToolSettings("pi", "~/.pi/agent/models.json", """\
+{ "providers": { "gateway": { "baseUrl": "BASE", "api": "openai-completions", "apiKey": "KEY",
+    "models": [{ "id": "MODEL", "reasoning": true, "input": ["text", "image"], "contextWindow": 1000000,
+                 "maxTokens": 128000 }] } } }"""),
+    "cline-cli": ToolSettings("Cline CLI", "cline auth", """\
+cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"""),
+    "openhands": ToolSettings("OpenHands", "custom model, base URL", """\
+Custom model: openai/MODEL_ID
 Base URL:     BASE
-API Key:      KEY
-Model ID:     MODEL
-(switch on "supports images" and set a context window of 1000000)"""),
-    "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible", """\
-API Provider: OpenAI Compatible
-Base URL:     BASE
-API Key:      KEY
-Model:        MODEL
-(switch on image support and prompt caching)"""),
-    "continue": ToolSettings("Continue", "~/.continue/config.yaml", """\
+API key:      KEY"""),
+    "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
+export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors
+mini -m openai/MODEL"""),
+    "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
+# this file is in the folder that this prints: dirname "$(llm logs path)"
+- model_id: claude
+  model_name: MODEL
+  api_base: BASE
+  supports_tools: true
+  supports_schema: true
+  vision: true
+# and the key, in a shell: llm keys set openai --value KEY"""),
+    "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
+    "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
+    "kilo-code": ToolSettings("Kilo Code", "API provider: OpenAI Compatible"),
+    "continue": ToolSettings("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
 name: Claude Gateway
 version: 1.0.0
 schema: v1
@@ -6709,26 +6758,23 @@ models:
     apiBase: BASE
     apiKey: KEY
     capabilities: [tool_use, image_input]"""),
-    "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
-model = "claude-opus-5-5"
-model_provider = "gateway"
-
-[model_providers.gateway]
-name = "gateway"
-base_url = "BASE"
-wire_api = "responses"
-ENV_KEY"""),
-    "opencode": ToolSettings("opencode", "opencode.json", """\
-{ "provider": { "gateway": {
-    "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
-    "options": { "baseURL": "BASE", "apiKey": "KEY" },
-    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
-    "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
-export GOOSE_PROVIDER=openai
-export GOOSE_MODEL=MODEL
-export OPENAI_HOST=ORIGIN
-export OPENAI_BASE_PATH=v1/chat/completions
-export OPENAI_API_KEY=KEY"""),
+    "vscode": ToolSettings("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
+[{ "name": "Claude Gateway", "vendor": "customendpoint", "apiKey": "KEY", "apiType": "chat-completions",
+   "models": [{ "id": "MODEL", "name": "Claude", "url": "BASE/chat/completions", "toolCalling": true, "vision": true,
+     "maxInputTokens": 1000000, "maxOutputTokens": 128000 }] }]"""),
+    "xcode": ToolSettings("Xcode", "Settings, Intelligence, Add a Model Provider", """\
+Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key header Authorization: Bearer KEY"""),
+    "zed": ToolSettings("Zed", "settings.json, language_models", """\
+{ "language_models": { "openai_compatible": { "Gateway": {
+    "api_url": "BASE",
+    "available_models": [{ "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
+      "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
+// the key goes into the environment: GATEWAY_API_KEY=KEY"""),
+    "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
+    "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
+Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
+public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
+your credential to the internet."""),
     "open-webui": ToolSettings("Open WebUI", "Settings, Connections, OpenAI API", """\
 Admin settings > Connections > OpenAI API > add a connection
 URL: BASE
@@ -6746,17 +6792,6 @@ endpoints:
       models: { default: [MODEL], fetch: true }
       titleConvo: true
       titleModel: haiku"""),
-    "zed": ToolSettings("Zed", "settings.json, language_models", """\
-{ "language_models": { "openai_compatible": { "Gateway": {
-    "api_url": "BASE",
-    "available_models": [{ "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
-      "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
-// the key goes into the environment: GATEWAY_API_KEY=KEY"""),
-    "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, third-party providers", """\
-Settings > Tools > AI Assistant > Models & API keys > OpenAI-compatible
-URL: BASE
-Key: KEY
-Model: MODEL"""),
     "n8n": ToolSettings("n8n", "OpenAI credential, base URL", """\
 Credentials > OpenAI
 API Key:  KEY
@@ -6771,15 +6806,6 @@ API key: YOUR-GATEWAY-KEY
 and a gateway that Home Assistant can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
 The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
-    "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
-# this file is in the folder that this prints: dirname "$(llm logs path)"
-- model_id: claude
-  model_name: MODEL
-  api_base: BASE
-  supports_tools: true
-  supports_schema: true
-  vision: true
-# and the key, in a shell: llm keys set openai --value KEY"""),
     "obsidian": ToolSettings("Obsidian plugins", "custom OpenAI-compatible provider", """\
 Provider: OpenAI compatible / custom
 Base URL: BASE
@@ -6787,11 +6813,10 @@ API key:  KEY
 Model:    MODEL
 If the plugin reports a network or CORS error, start the gateway with:
   claude-gateway START --cors-origin app://obsidian.md"""),
-    "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
-Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
-public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
-your credential to the internet."""),
 }
+# Name -> the heading above it, where a list is grouped
+TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", "open-webui": "Apps",
+               "systemd": "Service files"}
 
 # Printed with the settings of what usually runs in a container: there, localhost is the container itself.
 CONTAINER = """\
@@ -6864,7 +6889,8 @@ SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
 
 def setup_list() -> str:
     """Every name that `setup` accepts, with its title."""
-    lines = ["%-16s %s" % (name, settings.title) for name, settings in SETTINGS.items()]
+    lines = ["%s%-16s %s" % ("\n%s\n\n" % TOOL_GROUPS[name] if name in TOOL_GROUPS else "", name, settings.title)
+             for name, settings in SETTINGS.items()]
     return "\n".join([*lines, "", "claude-gateway setup NAME prints its settings."])
 
 
@@ -6888,6 +6914,7 @@ def filled(config: Config, path_form: Callable[[str], str] = str, argument_form:
     paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
              "FILE": os.path.abspath(__file__), "HOME": os.path.expanduser("~")}
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
+            "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": 'env_key = "CLAUDE_GATEWAY_API_KEY"' if config.api_key else "",
             "START": between.join(argument_form % argument for argument in arguments),
@@ -6951,12 +6978,25 @@ def running_besides(gateway: Gateway) -> int:
     return max(0, gateway.running.count - 1)
 
 
+def prompt_tokens(tokens: dict) -> int:
+    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
+
+
 def costs_of(counters: Counters) -> dict[str, tuple[float, float]]:
-    """US dollars by list prices, for each model that has one: what its tokens cost, and what caching saved."""
-    hour_writes = counters.hour_writes()
-    costs = {model_id: cost_of(model_id, tokens, hour_writes.get(model_id, 0))
-             for model_id, tokens in counters.tokens_by_model().items()}
-    return {model_id: cost for model_id, cost in costs.items() if cost}
+    """US dollars by list prices, for each model that has one: what its tokens cost, and what caching saved.
+
+    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
+    """
+    costs, hour_writes = {}, counters.hour_writes()
+    for model_id, tokens in counters.tokens_by_model().items():
+        model = BUILT_IN_MODELS.get(model_id)
+        if model and model.price:
+            full, read, output = model.price
+            written = tokens["cache_write"] * 1.25 + hour_writes.get(model_id, 0) * (2 - 1.25)
+            prompt = (tokens["input"] + written) * full + tokens["cache_read"] * read
+            costs[model_id] = ((prompt + tokens["output"] * output) / 1e6,
+                               (prompt_tokens(tokens) * full - prompt) / 1e6)
+    return costs
 
 
 def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
@@ -7549,7 +7589,7 @@ class RequestCycle:
                                                self._record.error_code)
             log_request_record(self._record, self._config)
             if self._record.route not in MONITORING:
-                self._gateway.recent.add(self._record.summary(self._gateway.secrets()))
+                self._gateway.recent.add(self._record.summary(short_line(self._record), self._gateway.secrets()))
 
     # -- answering
 
@@ -7585,8 +7625,7 @@ class RequestCycle:
             try:
                 incoming.body, incoming.surrogates_replaced = json_from_body(body)
             except InvalidRequest:
-                excerpt = body[:2_000].decode("utf-8", "replace")
-                LOG.debug("from the client, invalid: %s", excerpt, extra={"payload": excerpt})
+                LOG.debug("from the client, invalid: %r", body[:2_000])
                 raise
             LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
         del body                                    # a large one need not wait for Claude's answer
@@ -7841,8 +7880,9 @@ class Connection:
         try:
             received = bytearray(peer.read_within(self._limits.idle_timeout))
             if received[:2] == b"\x16\x03":         # a TLS handshake
-                if self._gateway.counters.first("tls"):
+                if not self._gateway.tls_reported.is_set():
                     LOG.warning("a client speaks TLS to this port: its address has to begin with http://, not https://")
+                self._gateway.tls_reported.set()
                 return None
             started = time.monotonic()
             head = self._read_head(received, started + self._limits.head_timeout)
@@ -9178,16 +9218,9 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
 def content_to_ask(parsed: argparse.Namespace) -> Any:
     """The words of the command line, or of standard input, and the images.  Raises UsageError."""
     text = " ".join(parsed.words).strip() or given_to(parsed.command, None).decode("utf-8", "replace")
-    parts: list[dict] = []
-    for path in parsed.image or ():
-        data = given_to(parsed.command, path)
-        media_type = media_type_of(data)
-        if not media_type:
-            raise UsageError("%s is no JPEG, PNG, GIF, WebP or PDF file." % path)
-        url = "data:%s;base64,%s" % (media_type, base64.b64encode(data).decode())
-        parts.append({"type": "file", "file": {"file_data": url, "filename": os.path.basename(path)}}
-                     if media_type == "application/pdf" else {"type": "image_url", "image_url": {"url": url}})
-    return [*parts, {"type": "text", "text": text}] if parts else text
+    images = [given_to(parsed.command, path) for path in parsed.image or ()]
+    return [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
+        media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
 
 
 def ask_command(parsed: argparse.Namespace) -> int:
@@ -9198,24 +9231,18 @@ def ask_command(parsed: argparse.Namespace) -> int:
             "messages": [{"role": "user", "content": content_to_ask(parsed)}]}
     with gateway_at_hand(config) as at_hand, \
             local_answer(at_hand, body, next(iter(at_hand.api_key), ""), config.limits.upstream_silence) as response:
-        if response.status != 200 or parsed.json:
-            completion = json_object_from(response.read())
-            checked_chunk(completion)
-            print_json(completion)
-            return OK
-        for line in response:
-            chunk = json.loads(line[6:].decode("utf-8")) if line.startswith(b"data: {") else {}
-            checked_chunk(chunk)
-            for choice in chunk.get("choices", ()):
+        for line in response:                       # of a stream, or the whole completion or error
+            line = re.sub(rb"^data: ", b"", line)
+            chunk = json.loads(line.decode("utf-8")) if line.startswith(b"{") else {}
+            if "error" in chunk:
+                raise GatewayError(text_in(chunk, "error", "message") or "The gateway refused the request.")
+            if chunk and parsed.json:
+                print_json(chunk)
+            for choice in () if parsed.json else chunk.get("choices", ()):
                 print(choice["delta"].get("content") or "", end="", flush=True)
-    print()
+    if not parsed.json:
+        print()
     return OK
-
-
-def checked_chunk(chunk: dict) -> None:
-    """Raises what the gateway reports in a completion or in a chunk of its stream."""
-    if "error" in chunk:
-        raise GatewayError(text_in(chunk, "error", "message") or "The gateway refused the request.")
 
 
 # Program -> its entry in the settings, whose variables and options `run` passes on
@@ -9229,8 +9256,11 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     variables = {"OPENAI_BASE_URL": values["BASE"], "OPENAI_API_BASE": values["BASE"], "OPENAI_API_KEY": values["KEY"]}
     options: list[str] = []
     settings = SETTINGS.get(PROGRAMS.get(program, ""))
-    for line in (settings.command or settings.text).split("\n") if settings else ():
-        words = shlex.split(with_values(line, values), comments=True)
+    text = with_values(settings.command or settings.text, values) if settings else ""
+    if program == "opencode":                       # reads what is else its file from a variable
+        return dict(variables, OPENCODE_CONFIG_CONTENT=text), []
+    for line in text.replace("\\\n", "").split("\n"):
+        words = shlex.split(line)
         if words[:1] == ["export"]:
             variables.update((name, value) for name, _, value in (word.partition("=") for word in words[1:]))
         elif words[:1] == [program]:
@@ -9344,11 +9374,9 @@ def request_lines(running: dict) -> Iterator[str]:
                 title.replace("_", " "), name, sums["requests"], sums["failed"], format(sums["input_tokens"], ","),
                 format(sums["output_tokens"], ","), dollars(sums["cost_usd"]))
     for each in running.get("recent", ()):
-        moment = time.strftime("%H:%M:%S", time.localtime(each["time"]))
-        yield "%s %s" % (moment, "  ".join(filter(None, [
-            short_line(Record(**{field.name: each[field.name] for field in dataclasses.fields(Record)
-                                 if field.name in each})),
-            dollars(each["cost_usd"]) if each["cost_usd"] is not None else "", each["changes"], each["error"]])))
+        cost = dollars(each["cost_usd"]) if each["cost_usd"] is not None else ""
+        yield "  ".join(filter(None, [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["line"], cost,
+                                      each["changes"], each["error"]]))
 
 
 def status_command(parsed: argparse.Namespace) -> int:
@@ -9584,7 +9612,7 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "as JSON"},
     "--requests": {"action": "store_true", "help": "also list the last requests"},
     "--model": {"default": "sonnet", "help": "a model, or its alias (default: sonnet)"},
-    "--image": {"action": "append", "metavar": "FILE", "help": "send this image or PDF file, too; repeatable"},
+    "--image": {"action": "append", "metavar": "FILE", "help": "send this image, too; repeatable"},
     "words": {"nargs": "*", "metavar": "WORD", "help": "the question; default: standard input"},
     "program": {"nargs": argparse.REMAINDER, "metavar": "TOOL ARGUMENT", "help": "for example: aider --no-git"},
     "--live": {"action": "store_true", "help": "also make two small model calls, to check a reply and a cache hit"},
