@@ -9165,6 +9165,69 @@ class StatusTests(GatewayTestCase):
         self.assertIn('claude_gateway_cache_saved_usd{model="claude-sonnet-5-5"} 0.00294\n', told)
         self.assertIn('claude_gateway_requests_running 0\n', told)
 
+    def test_the_last_requests_and_totals_by_tool_and_model_are_kept_without_a_word_of_them(self):
+        usage = {"input_tokens": 100, "cache_read_input_tokens": 900, "output_tokens": 50}
+        self.claude.play(message(text("a private answer"), usage=usage), message(text("another"), usage=usage),
+                         FakeReply(status=401, body={"type": "error", "error": {
+                             "type": "authentication_error", "message": "invalid key %s" % SECRET}}))
+        self.chat("a private question", headers={"user-agent": "aider/0.86"}, model="sonnet", seed=5)
+        self.chat("a private question", headers={"user-agent": "aider/0.86"}, stream=True)
+        self.chat("a private question", headers={"user-agent": "curl/8"}, model="haiku")
+        data = self.status()
+        failed, streamed, first = data["recent"]
+        self.assertEqual(set(first), {"time", "line", "tool", "path", "status", "asked", "used", "stream",
+                                      "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
+                                      "request_id", "changes", "error", "error_code", "cost_usd"})
+        for name, value in (("tool", "aider"), ("asked", "sonnet"), ("used", "claude-sonnet-5-5"), ("status", 200),
+                            ("stream", False), ("input_tokens", 1000), ("cached_tokens", 900), ("output_tokens", 50),
+                            ("changes", "dropped seed (no counterpart)"), ("error", ""),
+                            ("cost_usd", (100 * 2 + 900 * 0.1 + 50 * 10) / 1e6)):
+            self.assertEqual(first[name], value, name)
+        self.assertIs(streamed["stream"], True)
+        self.assertAlmostEqual(first["time"], time.time(), delta=30)
+        self.assertEqual((failed["status"], failed["tool"], failed["cost_usd"]), (401, "curl", None))
+        self.assertIn("invalid key ***", failed["error"])
+        self.assertEqual(data["error_texts"], {"upstream_authentication": failed["error"]})
+        self.assertEqual(data["by_tool"]["aider"], {
+            "requests": 2, "failed": 0, "input_tokens": 2000, "output_tokens": 100, "cached_tokens": 1800,
+            "cost_usd": 2 * first["cost_usd"]})
+        self.assertEqual((data["by_tool"]["curl"]["failed"], list(data["by_model"])),
+                         (1, ["claude-sonnet-5-5", "claude-haiku-5-5"]))
+        self.assertNotIn("private", json.dumps(data))
+        self.assertNotIn(SECRET, json.dumps(data))
+
+    def test_of_many_requests_the_last_fifty_are_kept_and_looking_is_none_of_them(self):
+        for number in range(55):
+            self.ask("GET", "/v1/nothing-%d" % number, headers={"user-agent": "tool%d/1" % number})
+        self.ask("GET", "/metrics")
+        data = self.status()
+        self.assertEqual([each["path"] for each in data["recent"]],
+                         ["/v1/nothing-%d" % number for number in range(54, 4, -1)])
+        self.assertEqual(len(data["by_tool"]), 55)
+        self.assertEqual(data["by_model"], {})
+
+    def test_totals_of_any_number_of_tools_and_errors_stay_bounded(self):
+        recent = claude_gateway.RecentRequests()
+        for number in range(500):
+            record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
+            recent.add(record.summary("line", []))
+        data = recent.data()
+        self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
+        self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
+
+    def test_aliases_and_the_start_of_the_count_are_shown(self):
+        self.start(alias=(("fast", "haiku"),))
+        data = self.status()
+        self.assertEqual(data["aliases"], {"fast": "haiku"})
+        self.assertAlmostEqual(data["started_at"], time.time(), delta=30)
+
+    def test_the_page_gets_the_settings_of_every_tool_for_the_port_it_was_opened_at(self):
+        texts = self.ask("GET", "/?setup", headers={"host": "localhost:8123"}).json
+        self.assertEqual(set(texts), set(claude_gateway.TOOL_SETTINGS))
+        self.assertIn("http://localhost:8123/v1", texts["aider"])
+        self.start(api_key=("the-client-key",))
+        self.assertEqual(set(self.ask("GET", "/?setup").json), {"status", "version", "key_needed"})
+
     def test_list_prices_are_those_of_november_2026(self):
         # US dollars per million tokens: in, in from the cache, out; no price of mythos 5.2 is known
         prices = {"fable-5-2": (8, 0.2, 40), "mythos-5-2": None, "haiku-5-5": (0.1, 0.01, 0.5),
@@ -9269,6 +9332,24 @@ class StatusTests(GatewayTestCase):
         self.assertNotIn("demo", shown["hidden"])
         data["upstream"] = "https://api.anthropic.com"
         self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
+
+    @unittest.skipUnless(shutil.which("node"), "no node here")
+    def test_the_page_shows_requests_errors_and_totals(self):
+        self.claude.play(message(text("A"), usage={"input_tokens": 1000, "cache_read_input_tokens": 500,
+                                                   "output_tokens": 20}))
+        self.chat("Hi", headers={"user-agent": "aider/1"}, model="opus", seed=1)
+        self.chat(model="no-such-model")
+        data = self.status()
+        shown = self.page([(200, json.dumps(data), "")])[1]
+        self.assertEqual(shown["cards"], ["errors", "used", "recent"])      # Claude has reported no limits
+        self.assertRegex(shown["errors"], r"\A1 \u00d7 model_not_found\|The model \"no-such-model\" does not exist")
+        self.assertIn("New in the prompt|1,000|Read from the cache|500|Stored in the cache|0|Answers|20|Total|1,520",
+                      shown["tokens"])
+        self.assertIn("aider|1|0|1,500|20|$0.0045", shown["totals"])
+        newest, older = shown["recent"].index("no-such-model"), shown["recent"].index("opus \u2192 claude-opus-5-5")
+        self.assertLess(newest, older)
+        for words in ("1,500 (33 % cached)|20|$0.0045", "dropped seed (no counterpart)", "does not exist here"):
+            self.assertIn(words, shown["recent"])
 
     @unittest.skipUnless(shutil.which("node"), "no node here")
     def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(self):
@@ -10096,6 +10177,15 @@ class DemoTests(CommandTestCase):
         for limit in data["limits"]:
             self.assertGreater(limit["resets_at"], time.time() - 60)
         self.assertIn("Demo: answers, tokens, costs and limits are simulated", self.demo.err)
+
+    def test_a_long_prompt_that_comes_again_is_read_from_the_cache(self):
+        usages = [self.chat(messages=[{"role": "system", "content": "A long text. " * 500},
+                                      {"role": "user", "content": question}]).json["usage"]
+                  for question in ("First?", "Second?", "Second?")]
+        cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+        self.assertEqual(cached[0], 0)
+        self.assertGreater(cached[1], 1_500)
+        self.assertEqual(cached[2], usages[2]["prompt_tokens"])
 
     def test_it_says_at_the_start_that_it_is_a_demo(self):
         self.demo.wait_for("(?i)demo.*simulated")
@@ -11144,6 +11234,140 @@ class StartTests(CommandTestCase):
         self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
         self.assertEqual(child.end(signal.SIGTERM), 0)
         self.assertEqual(len(child.out.strip().split("\n")), 1)
+
+
+# ---- Asking and running -----------------------------------------------------------------------------
+
+FAKE_TOOL = """#!%s
+import json, os, signal, sys
+if sys.argv[-1] == "wait":
+    def end(number, frame):
+        print("got", number, flush=True)
+        sys.exit(9)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    print("waiting", flush=True)
+    signal.pause()
+print(json.dumps([sys.argv[1:], {name: value for name, value in os.environ.items()
+                                 if name.startswith(("OPENAI", "ANTHROPIC", "OPENCODE"))}]))
+sys.exit(7)
+""" % sys.executable
+
+
+@POSIX_ONLY
+class AskTests(CommandTestCase):
+    def test_an_answer_comes_from_a_gateway_of_its_own(self):
+        self.claude.play(message(text("Hello, you!")))
+        done = self.command("ask", "Say", "hello", ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+        self.assertEqual((done.code, done.out, done.err), (0, "Hello, you!\n", ""))
+        sent = self.claude.messages[-1].body
+        self.assertEqual((sent["model"], bare(sent["messages"])), ("claude-sonnet-5-5", [
+            {"role": "user", "content": [{"type": "text", "text": "Say hello"}]}]))
+
+    def test_an_answer_comes_from_the_gateway_that_runs(self):
+        child = self.serve("--alias", "quick=haiku", CLAUDE_GATEWAY_API_KEY="client-key")
+        self.claude.play(message(text("Again")))
+        variables = {"CLAUDE_GATEWAY_PORT": str(child.port), "CLAUDE_GATEWAY_API_KEY": "client-key"}
+        done = self.command("ask", "--model", "quick", typed="Hello?\n", **variables)
+        self.assertEqual((done.code, done.out, done.err), (0, "Again\n", ""))
+        self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
+        self.claude.play(message(text("{}")))
+        whole = self.command("ask", "--json", "Hello", **variables)
+        self.assertEqual(json.loads(whole.out)["choices"][0]["message"]["content"], "{}")
+        refused = self.command("ask", "Hello", **dict(variables, CLAUDE_GATEWAY_API_KEY="wrong"))
+        self.assertEqual((refused.code, refused.out, refused.err), (1, "", "claude-gateway: Invalid API key.\n"))
+
+    def test_an_image_goes_along(self):
+        path = os.path.join(self.working_directory, "pixel.png")
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(PIXEL))
+        done = self.command("ask", "--demo", "--image", path, "What is this?")
+        self.assertEqual(done.code, 0)
+        self.assertIn("You sent 1 image(s), the first one image/png.", done.out)
+
+    def test_what_goes_wrong_is_told_as_the_gateway_tells_it(self):
+        self.claude.play(*[FakeReply(pieces=[sse(events_of(message(text("Half")))[:4] + [
+            {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}])])])
+        broken, unknown, empty, nobody = self.commands(
+            (["ask", "Hello"], {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}),
+            (["ask", "--demo", "--model", "nope", "Hello"], {}), (["ask", "--demo"], {}), (["ask", "Hello"], {}))
+        self.assertEqual((broken.code, broken.out), (1, "Half"))
+        self.assertIn("Overloaded", broken.err)
+        self.assertEqual(unknown.code, 1)
+        self.assertIn('claude-gateway: The model "nope" does not exist here.', unknown.err)
+        self.assertEqual((empty.code, empty.err),
+                         (2, "claude-gateway: Standard input is empty; for example: claude-gateway ask Hello\n"))
+        self.assertEqual((nobody.code, nobody.out), (3, ""))
+        self.assertIn("No credential. Set ANTHROPIC_API_KEY", nobody.err)
+
+
+@POSIX_ONLY
+class RunTests(CommandTestCase):
+    def setUp(self):
+        super().setUp()
+        for name in ("anytool", "aider", "codex", "qwen", "opencode", "goose", "claude", "mini"):
+            path = os.path.join(self.working_directory, name)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(FAKE_TOOL)
+            os.chmod(path, 0o755)
+        self.path = {"PATH": self.working_directory + os.pathsep + os.environ["PATH"]}
+
+    def run_of(self, *arguments, **variables) -> tuple:
+        """The arguments and the variables that a tool got."""
+        child = self.child("run", *arguments, **dict(self.path, **variables))
+        self.assertEqual((child.end(), child.err), (7, ""))
+        return json.loads(child.out)
+
+    def test_a_tool_is_pointed_at_a_gateway_of_its_own(self):
+        arguments, variables = self.run_of("--demo", "--", "anytool", "--help", "-p", "a b", ANTHROPIC_API_KEY=SECRET)
+        base = re.match(r"http://localhost:\d+/v1\Z", variables["OPENAI_BASE_URL"]).group()
+        self.assertEqual((arguments, variables["OPENAI_API_BASE"]), (["--help", "-p", "a b"], base))
+        self.assertGreater(len(variables["OPENAI_API_KEY"]), 15)            # nobody else on this machine may use it
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_a_tool_is_pointed_at_the_gateway_that_runs(self):
+        child = self.serve(CLAUDE_GATEWAY_API_KEY="client-key")
+        _, variables = self.run_of("anytool", CLAUDE_GATEWAY_PORT=str(child.port), CLAUDE_GATEWAY_API_KEY="client-key")
+        self.assertEqual((variables["OPENAI_BASE_URL"], variables["OPENAI_API_KEY"]),
+                         ("http://localhost:%d/v1" % child.port, "client-key"))
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+
+    def test_known_tools_get_the_options_that_setup_prints(self):
+        port = self.serve().port
+        base = "http://localhost:%d/v1" % port
+        for tool, options, added in (
+                ("aider", ["--openai-api-base", base, "--openai-api-key", "none", "--model", "openai/claude-sonnet-5-5",
+                           "--edit-format", "diff", "--weak-model", "openai/haiku", "--no-show-model-warnings"], {}),
+                ("codex", ["-m", "claude-opus-5-5", "-c", "model_provider=gateway",
+                           "-c", "model_providers.gateway.name=gateway", "-c", "model_providers.gateway.base_url=" + base,
+                           "-c", "model_providers.gateway.wire_api=responses",
+                           "-c", "model_providers.gateway.env_key=OPENAI_API_KEY"], {}),
+                ("qwen", ["--auth-type", "openai"], {"OPENAI_MODEL": "claude-sonnet-5-5"}),
+                ("claude", [], {"ANTHROPIC_BASE_URL": base[:-3], "ANTHROPIC_AUTH_TOKEN": "none"}),
+                ("goose", [], {"OPENAI_HOST": base[:-3]}), ("mini", ["-m", "openai/sonnet"], {})):
+            with self.subTest(tool):
+                arguments, variables = self.run_of(tool, "mine", CLAUDE_GATEWAY_PORT=str(port))
+                self.assertEqual(arguments, options + ["mine"])
+                self.assertLessEqual(set(added.items()), set(variables.items()))
+        _, variables = self.run_of("opencode", CLAUDE_GATEWAY_PORT=str(port))
+        settings = json.loads(variables["OPENCODE_CONFIG_CONTENT"])
+        self.assertEqual(settings["provider"]["gateway"]["options"], {"baseURL": base, "apiKey": "none"})
+
+    def test_signals_pass_to_the_tool_and_its_exit_status_comes_back(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            child = self.child("run", "--demo", "anytool", "wait", **self.path)
+            child.wait_for("waiting", "out")
+            self.assertEqual(child.end(number), 9)
+            self.assertIn("got %d" % number, child.out)
+        killed = self.child("run", "--demo", "sh", "-c", "kill -9 $$", **self.path)
+        self.assertEqual(killed.end(), 137)
+
+    def test_what_cannot_be_started_is_said(self):
+        missing, nothing = self.commands((["run", "no-such-tool"], {}), (["run"], {}))
+        self.assertEqual((missing.code, missing.err),
+                         (2, "claude-gateway: run needs a program to start; there is no no-such-tool.\n"))
+        self.assertEqual(nothing.code, 2)
+        self.assertIn("for example: claude-gateway run aider", nothing.err)
 
 
 # ---- Commands ---------------------------------------------------------------------------------------
