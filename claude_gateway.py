@@ -8315,7 +8315,7 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         payload = getattr(record, "payload", None)
         short = getattr(record, "short", "")
-        if short and 0 < self._columns() < len(record.getMessage()) + 9:        # 9: the time
+        if short and not self.as_json and 0 < self._columns() < len(record.getMessage()) + 9:        # 9: the time
             record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short,)))
         message = as_typed(super().format(record)) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))

@@ -7389,7 +7389,7 @@ class ProxyTests(TlsTestCase):
     def test_who_could_not_be_reached_is_said_plainly(self):
         refused, unknown = ConnectionRefusedError(111, "Connection refused"), socket.gaierror(-2, "Name or service")
         for fault, tunnel, words in (
-                (refused, None, "The upstream could not be reached: "),
+                (refused, None, "The upstream could not be reached at proxy.test:1: "),
                 (refused, "upstream.test", "The proxy proxy.test:1 could not be reached: "),
                 (OSError("Tunnel connection failed: 407 No"), "upstream.test",
                  "The upstream could not be reached through the proxy proxy.test:1: Tunnel connection failed: 407 No."),
@@ -9071,6 +9071,20 @@ class SetupTests(unittest.TestCase):
         listed = outcome_of(["setup"], {}, "").out
         self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
         self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your account$")
+        self.assertEqual(re.findall(r"(?m)^([A-Z][a-z ]+)\n\n(\S+)", listed), [
+            ("Libraries", "openai"), ("Terminals", "aider"), ("Editors", "cline"), ("Apps", "open-webui"),
+            ("Service files", "systemd")])
+
+    def test_tools_that_know_models_by_their_full_names_get_one(self):
+        for name in ("aider", "dspy", "openhands", "qwen-code"):
+            self.assertIn("claude-sonnet-5-5", claude_gateway.setup_text(name, Config()))
+        self.assertIn('"url": "http://localhost:45554/v1/chat/completions"',
+                      claude_gateway.setup_text("vscode", Config()))
+        self.assertIn("--edit-format diff", claude_gateway.setup_text("aider", Config()))
+        for name in ("vscode", "pi", "opencode"):
+            json.loads(claude_gateway.setup_text(name, Config()))
+        for name in ("openai-agents", "crewai", "dspy", "smolagents", "autogen", "agno", "browser-use"):
+            compile(re.sub("(?m)^export .*", "", claude_gateway.setup_text(name, Config())), name, "exec")
 
     def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
         for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
@@ -9080,7 +9094,7 @@ class SetupTests(unittest.TestCase):
         code, said, _ = run_command("setup")
         self.assertEqual(code, 0)
         for name, tool in claude_gateway.TOOL_SETTINGS.items():
-            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
+            self.assertRegex(said, r"(?m)^%s +%s$" % (name, re.escape(tool.title)))
         for name in claude_gateway.SERVICE_FILES:
             self.assertRegex(said, r"(?m)^%s " % name)
 
@@ -9442,6 +9456,30 @@ class AccessTests(HttpTestCase):
                     self.assertEqual((answer.status, answer.error["code"]), (403, "host_not_allowed"))
                     self.assertIn("--allow-host " + host, answer.error["message"])
                     self.assert_envelope(answer)
+
+    def test_a_path_that_is_not_served_is_named_as_it_was_typed(self):
+        for path in ("/v1/embedding", "/nowhere"):
+            answer = self.ask("GET", path)
+            self.assertTrue(answer.error["message"].startswith("There is nothing at GET %s; served are" % path))
+        for path in ("/v1", "/"):
+            self.assertEqual(self.ask("POST", path, {}).error["message"],
+                             path + " does not support POST; a chat completion is POST /v1/chat/completions.")
+        self.assertEqual(self.ask("GET", "/v1/responses").error["message"], "/v1/responses does not support GET.")
+
+    def test_json_ends_with_a_newline_for_terminals(self):
+        for answer in (self.ask("GET", "/health"), self.ask("GET", "/nowhere"), self.chat()):
+            self.assertTrue(answer.raw.endswith(b"}\n"))
+            self.assertEqual(int(answer.headers["content-length"]), len(answer.raw))
+
+    def test_tls_spoken_to_the_port_is_said_once_in_the_log(self):
+        self.start()
+        with self.assertLogs(claude_gateway.LOG, "WARNING") as logged:
+            for _ in range(3):
+                context = ssl.create_default_context()
+                with self.assertRaises((OSError, ssl.SSLError)), contextlib.closing(self.connect()) as connection:
+                    context.wrap_socket(connection, server_hostname="localhost")
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("has to begin with http://, not https://", logged.output[0])
 
     def test_the_bound_name_is_accepted(self):
         # a name of this machine that is neither an address nor localhost; Config alone is asked, nothing is bound
@@ -10341,6 +10379,42 @@ class LogTests(GatewayTestCase):
                       if getattr(record, "fields", {}).get("path") == "/v1/completions")
         self.assertEqual([fields[name] for name in ("input_tokens", "cached_tokens", "output_tokens")], [75, 60, 9])
 
+    def test_a_narrow_terminal_gets_one_line_a_request(self):
+        record = claude_gateway.Record(
+            "POST", "/v1/chat/completions", tool="aider", status=200, asked="opus", used="claude-opus-5-5", stream=True,
+            first_byte_ms=521, total_ms=1682, input_tokens=118918, cached_tokens=118010, cached_percent_of_all=48,
+            output_tokens=388, request_id="req_011CV")
+        with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
+            claude_gateway.log_request_record(record, Config())
+            claude_gateway.log_request_record(claude_gateway.Record("GET", "/v1/models", tool="-", status=404,
+                                                                    error="Not here: --allow-host x"), Config())
+        for columns, lines in ((80, ["200 chat/completions aider opus-5-5 118918>388 99% 1.7s",
+                                     "404 GET models - 0.0s  Not here: --allow-host x"]),
+                               (200, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"]),
+                               (0, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"])):
+            formatter = claude_gateway.LogFormatter(list, False, columns=lambda: columns)
+            for entry, line in zip(logged.records, lines):
+                shown = formatter.format(entry)
+                self.assertTrue(shown[9:].startswith(line), shown)
+                self.assertTrue(columns != 80 or len(shown) <= 80, shown)
+        self.assertIn("opus -> claude-opus-5-5", claude_gateway.LogFormatter(
+            list, True, columns=lambda: 80).format(logged.records[0]))       # JSON is for programs
+
+    def test_the_width_is_that_of_the_terminal(self):
+        try:
+            import fcntl
+            import pty
+            import termios
+        except ImportError:
+            self.skipTest("no pseudo terminals here")
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\0\x48\0\0\0\0\0")
+        with os.fdopen(slave, "w") as terminal, contextlib.redirect_stderr(terminal):
+            self.assertEqual(claude_gateway.columns_of_terminal(), 72)
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(claude_gateway.columns_of_terminal(), 0)
+
     def test_the_debug_log_shows_both_sides_of_a_stream_too(self):
         log = claude_gateway.LOG
         self.addCleanup(log.setLevel, log.level)
@@ -10358,6 +10432,19 @@ class LogTests(GatewayTestCase):
 
 
 class LogLevelTests(CommandTestCase):
+    def test_every_line_of_a_request_has_its_id_and_invalid_json_is_shown(self):
+        child = self.serve("-V")
+        for question in ("One", "Two"):
+            self.claude.play(message(text(question)))
+            self.chat(question)
+        self.ask("POST", "/v1/chat/completions", b'{"model": "sonnet", oops')
+        child.end(signal.SIGTERM)
+        ids = {words: set(re.findall(r"\[([0-9a-f]{4})\] .*%s" % words, child.err)) for words in ("One", "Two", "oops")}
+        self.assertEqual([len(found) for found in ids.values()], [1, 1, 1])
+        self.assertEqual(len(set.union(*ids.values())), 3)
+        self.assertRegex(child.err, r"\[%s\] from the client, invalid: b'.*oops'" % ids["oops"].pop())
+        self.assertRegex(child.err, r"\[%s\] POST /v1/chat/completions 200 " % ids["One"].pop())
+
     def test_quiet_says_nothing_but_the_address(self):
         child, release = self.serve("-q"), self.slow_answer()
         self.chat(nonsense=1, headers={"x-api-key": "k"}, messages="none")
@@ -10417,7 +10504,7 @@ class LogLevelTests(CommandTestCase):
                                      ("info", 200, "/v1/chat/completions"))
                     entries = [json.loads(line) for line in child.err.strip().split("\n")]     # all of them
                     self.assertEqual(sum("seed" in json.dumps(entry) for entry in entries), 1)
-                    self.assertEqual([entry["level"] for entry in entries if "foo" in entry["message"]], ["warning"])
+                    self.assertEqual([entry["level"] for entry in entries if "foo=" in entry["message"]], ["warning"])
                     self.assertTrue(any(entry["message"].startswith("Paste into your tool") for entry in entries))
 
 
@@ -10579,6 +10666,7 @@ class OptionTests(unittest.TestCase):
     CASES = (                                       # flags, variable, its value, field, by flag, by variable, default
         (("--port", "1"), "PORT", "2", "port", 1, 2, 45554), (("-p", "0"), "PORT", "2", "port", 0, 2, 45554),
         (("--host", "::1"), "HOST", "127.0.0.2", "host", "::1", "127.0.0.2", "localhost"),
+        (("--host", "a", "--host", "b"), "HOST", "c,d", "hosts", ["a", "b"], ["c", "d"], ["localhost"]),
         (("--api-key", "a", "--api-key", "b"), "API_KEY", "c, d", "api_key", ("a", "b"), ("c", "d"), ()),
         (("--verbose",), "VERBOSE", "1", "verbose", True, True, False),
         (("-V",), "VERBOSE", "yes", "verbose", True, True, False),
@@ -10645,6 +10733,29 @@ class OptionTests(unittest.TestCase):
                 with self.assertRaisesRegex(claude_gateway.UsageError, words) as raised:
                     config_of(**variables)
                 self.assertNotIn("user:word", str(raised.exception))
+
+    def test_an_origin_is_what_a_browser_sends_or_a_usage_error(self):
+        self.assertEqual(config_of("--cors-origin", "https://App.example.org/", "--cors-origin", "app://obsidian.md",
+                                   "--cors-origin", "null", "--cors-origin", "*").cors_origin,
+                         ("https://app.example.org", "app://obsidian.md", "null", "*"))
+        for wrong in ("foo", "app.example.org", "https://a.example/page", "https://u@a.example", ""):
+            with self.subTest(wrong), self.assertRaisesRegex(
+                    claude_gateway.UsageError, "--cors-origin: expected an origin like https://app.example.com"):
+                config_of("--cors-origin", wrong)
+
+    def test_settings_that_have_no_effect_are_named(self):
+        def ignored(**variables):
+            return [name for name, _ in claude_gateway.ignored_variables(variables, config_of(**variables))]
+        self.assertEqual(ignored(CLAUDE_GATEWAY_PORTS="1", CLAUDE_GATEWAY_PORT="1", ALL_PROXY="socks5://h",
+                                 CLAUDE_GATEWAY_TOKEN_URL="https://x", HTTP_PROXY="http://h:1"),
+                         ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY"])
+        self.assertEqual(ignored(http_proxy="http://h:1"), ["HTTP_PROXY"])
+        self.assertEqual(ignored(HTTP_PROXY="http://h:1", HTTPS_PROXY="http://h:1"), [])
+        (_, advice), = claude_gateway.ignored_variables({"CLAUDE_GATEWAY_PROT": "1"}, Config())
+        self.assertEqual(advice, "Did you mean CLAUDE_GATEWAY_PORT?")
+        self.addCleanup(setattr, claude_gateway.urllib.request, "getproxies", claude_gateway.urllib.request.getproxies)
+        claude_gateway.urllib.request.getproxies = lambda: {"https": "http://of-the-system:1"}      # macOS, Windows
+        self.assertEqual(ignored(), ["The proxy of this system's settings"])
 
     def test_the_log_has_one_loudness(self):
         for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
@@ -10984,7 +11095,7 @@ class StartTests(CommandTestCase):
         child = self.serve(host=("--host", "localhost"))
         self.chat()
         self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://127\.0\.0\.1:%d/v1\n\Z"
+        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://localhost:%d/v1\n\Z"
                          % self.service.port)
         self.assertIn("ANTHROPIC_API_KEY", child.err)
         self.assertIn(self.claude.url, child.err)
@@ -11008,7 +11119,7 @@ class StartTests(CommandTestCase):
         child, release = self.serve(), self.slow_answer()
         thread, answers = self.in_flight()
         child.process.send_signal(signal.SIGTERM)
-        child.wait_for("(?i)stopping")
+        child.wait_for("Stopping: waiting up to 30 seconds for 1 running request; a second Ctrl-C stops at once")
         with self.assertRaises(OSError):                        # nothing new is accepted
             self.ask("GET", "/health")
         release.set()
@@ -11095,6 +11206,35 @@ class StartTests(CommandTestCase):
         self.assertRegex(child.err, r"No credential\. Set ANTHROPIC_API_KEY, or run")
         self.assertNotIn("claude.ai", child.err)
 
+    def test_several_hosts_share_one_port(self):
+        child = self.serve(host=("--host", "localhost", "--host", "127.0.0.2"), CLAUDE_GATEWAY_CORS_ORIGINS="x")
+        for address in ("127.0.0.1", "127.0.0.2"):
+            with contextlib.closing(http.client.HTTPConnection(address, child.port, timeout=10)) as connection:
+                connection.request("GET", "/health")
+                self.assertEqual(connection.getresponse().status, 200)
+        self.assertIn("Warning: CLAUDE_GATEWAY_CORS_ORIGINS is set, and is ignored. Did you mean "
+                      "CLAUDE_GATEWAY_CORS_ORIGIN?", child.err)
+        self.assertIn("No gateway answers", self.command("status", "--host", "127.0.0.3", "-p", str(child.port)).out)
+        self.assertIn("is running.", self.command("status", "--host", "127.0.0.2", "-p", str(child.port)).out)
+        second = self.command("start", "--demo", "--host", "127.0.0.3", "--host", "127.0.0.2", "-p", str(child.port))
+        self.assertEqual(second.code, 4)
+        exposed = self.command("start", "--demo", "--host", "localhost", "--host", "192.0.2.7")
+        self.assertEqual(exposed.code, 2)
+        self.assertIn("--host 192.0.2.7 can be reached from other machines", exposed.err)
+
+    def test_messages_name_the_program_as_it_was_typed(self):
+        child = self.serve("-V", ANTHROPIC_API_KEY=None, CLAUDE_CODE_OAUTH_TOKEN=None, CLAUDE_GATEWAY_PORT=None,
+                           CLAUDE_GATEWAY_TOKEN_FILE=self.expired_login())
+        typed = "%s %s login" % (os.path.basename(sys.executable), PROGRAM)
+        self.assertIn("run `%s` again" % typed, self.chat().error["message"])
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertIn("run `%s` again" % typed, child.err)
+        self.assertNotIn("claude-gateway login", child.err)
+
+    def expired_login(self) -> str:
+        claude_gateway.TokenFile(self.token_path).write(stored_token(expires_at=1, refresh_token=""))
+        return self.token_path
+
     def test_an_alias_for_nothing_known_draws_a_warning(self):
         child = self.child("start", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
                            "bar=opus", "--alias", "*=gpt-4o", ANTHROPIC_API_KEY="k",
@@ -11103,6 +11243,7 @@ class StartTests(CommandTestCase):
         self.assertEqual(re.findall("Warning: (.*?):", child.err), ["--alias foo=sonet"])
         self.assertIn("Warning: REQUESTS_CA_BUNDLE names /nowhere.pem, which does not exist", child.err)
         self.assertIn("Nearest: sonnet,", child.err)
+        self.assertIn("\nAliases: foo = sonet, bar = opus, * = gpt-4o\n", child.err)
 
     def test_a_port_in_use_is_exit_4_and_another_one_is_named(self):
         other = Service(Gateway(Config(host="127.0.0.1", port=0, anthropic_api_key="k", base_url=self.claude.url)))
@@ -11336,10 +11477,12 @@ class RunTests(CommandTestCase):
         port = self.serve().port
         base = "http://localhost:%d/v1" % port
         for tool, options, added in (
-                ("aider", ["--openai-api-base", base, "--openai-api-key", "none", "--model", "openai/claude-sonnet-5-5",
-                           "--edit-format", "diff", "--weak-model", "openai/haiku", "--no-show-model-warnings"], {}),
+                ("aider", ["--openai-api-base", base, "--openai-api-key", "none", "--model",
+                           "openai/claude-sonnet-5-5", "--edit-format", "diff", "--weak-model", "openai/haiku",
+                           "--no-show-model-warnings"], {}),
                 ("codex", ["-m", "claude-opus-5-5", "-c", "model_provider=gateway",
-                           "-c", "model_providers.gateway.name=gateway", "-c", "model_providers.gateway.base_url=" + base,
+                           "-c", "model_providers.gateway.name=gateway",
+                           "-c", "model_providers.gateway.base_url=" + base,
                            "-c", "model_providers.gateway.wire_api=responses",
                            "-c", "model_providers.gateway.env_key=OPENAI_API_KEY"], {}),
                 ("qwen", ["--auth-type", "openai"], {"OPENAI_MODEL": "claude-sonnet-5-5"}),
@@ -11484,11 +11627,42 @@ class DailyCommandTests(GatewayTestCase):
         self.assertIn("is running.", said)
         self.assertRegex(said, r"\nUp for: +\d+ s\nModels: +sonnet = claude-sonnet-5-5, opus = ")
         self.assertIn("\nRequests:    1, 0 running\n", said)
-        self.assertIn("\nCost:        $0.00 by list prices\n", said)
+        self.assertIn("\nCost:        $0.0001 by list prices\n", said)
         code, said, _ = run_command("status", "--json", CLAUDE_GATEWAY_PORT=str(self.service.port))
         told = json.loads(said)
         self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
                          (0, 1, True, "api_key"))
+
+    def test_status_lists_the_last_requests_and_totals(self):
+        self.start(alias=(("fast", "haiku"),))
+        self.claude.play(message(text("A"), usage={"input_tokens": 1000, "output_tokens": 20}))
+        self.chat(headers={"user-agent": "aider/1"}, model="claude-opus-5-5", seed=1)
+        self.chat(headers={"user-agent": "curl/8"}, model="no-such-model")
+        self.service.gateway.running.wait_until_idle(10)
+        code, said, _ = run_command("status", "--requests", "--port", str(self.service.port))
+        self.assertEqual(code, 0)
+        self.assertIn("\nAliases:     fast = haiku\n", said)
+        self.assertRegex(said, r"\nby tool   aider +1 requests, 0 failed; 1,000 tokens in, 20 out; \$0\.0044\n")
+        self.assertRegex(said, r"\nby model  claude-opus-5-5 +1 requests, 0 failed; ")
+        self.assertRegex(said, r"\n[\d:]{8}  404 chat/completions curl [\d.]+s  The model .*\n"
+                               r"[\d:]{8}  200 chat/completions aider opus-5-5 1000>20 0% [\d.]+s  \$0\.0044  "
+                               r"dropped seed")
+        said = run_command("status", "--json", "-p", str(self.service.port))[1]
+        self.assertEqual(json.loads(said)["recent"][0]["status"], 404)
+
+    def test_another_program_on_the_port_is_said_to_be_one(self):
+        with contextlib.closing(socket.socket()) as silent, LoopbackServer(
+                lambda connection: connection.sendall(b"SSH-2.0-server\r\n")) as other:
+            silent.bind(("127.0.0.1", 0))
+            for port, words in ((other.port, "Another program uses port %d; no gateway answers there.\n"),
+                                (urlsplit(self.claude.url).port, "Another program uses port %d"),
+                                (silent.getsockname()[1], "No gateway answers on port %d.\n")):
+                self.assertIn(words % port, outcome_of(["status", "-p", str(port)], {}, "").out)
+
+    def test_amounts_have_no_needless_sign(self):
+        for amount, shown in ((0, "$0.00"), (-0.00001, "$0.00"), (-0.004, "-$0.004"), (0.0042, "$0.0042"),
+                              (1.5, "$1.50"), (-0.5, "-$0.50")):
+            self.assertEqual(claude_gateway.dollars(amount), shown)
 
     def test_status_of_a_gateway_with_keys(self):
         self.start(api_key=("the-client-key",))
@@ -11592,7 +11766,7 @@ class DailyCommandTests(GatewayTestCase):
         stdin = SimpleNamespace(buffer=io.BytesIO(b'{"model": "opus", "input": "Hi"}'), isatty=lambda: False)
         self.addCleanup(setattr, sys, "stdin", sys.stdin)
         sys.stdin = stdin
-        self.assertIn(b"opus", claude_gateway.given_to_translate("-"))
+        self.assertIn(b"opus", claude_gateway.given_to("translate", "-"))
 
 
 # ---- Completion -------------------------------------------------------------------------------------
@@ -11681,6 +11855,7 @@ class CommandLineTests(CommandTestCase):
                 self.assertTrue(said.startswith("usage: claude-gateway %s[-h]" % usage), said)
                 self.assertEqual(re.findall(r"Did you mean (\S+)\?", said), [nearest] if nearest else [])
                 self.assertIn("unknown: %s." % arguments[-1] if arguments[-1].startswith("--") else "error: ", said)
+                self.assertEqual("The commands are start, ask, run, login, " in said, arguments == ["what"])
 
     def test_an_option_before_its_command_is_told_where_it_belongs(self):
         for arguments in (["--demo"], ["-p", "1"], ["--port=1", "status"], ["--live", "doctor"],
@@ -12389,7 +12564,8 @@ class FileTests(unittest.TestCase):
     CONNECTING = re.compile(r"socket\.create_connection|http\.client\.HTTPS?Connection|.*\.connect(_ex)?|"
                             r"urllib\.request\.(urlopen|urlretrieve|build_opener|OpenerDirector)")
     WRITING = re.compile(r"os\.(open|replace|renames?|unlink|remove(dirs)?|rmdir|mkdir|makedirs|f?chmod|link|symlink|"
-                         r"f?truncate)|(tempfile|shutil|subprocess|pathlib)\..*")
+                         r"f?truncate)|(tempfile|shutil(?!\.which)|pathlib)\..*")
+    STARTING = re.compile(r"subprocess\..*|os\.(system|popen|exec.*|spawn.*|posix_spawn.*|fork|startfile)")
 
     def promised(self, beginning: str) -> list:
         """What the docstring lists behind these words."""
@@ -12443,6 +12619,10 @@ class FileTests(unittest.TestCase):
             return bool(self.WRITING.fullmatch(dotted(node.func))) or dotted(node.func) in ("open", "io.open") and any(
                 not isinstance(mode, ast.Constant) or set("wax+") & set(mode.value) for mode in modes)
         self.assertEqual(self.promised("Places that write:"), self.places(writes))
+
+    def test_every_place_that_starts_a_program_is_in_the_docstring(self):
+        self.assertEqual(self.promised("Places that start another program:"), self.places(
+            lambda node: isinstance(node, ast.Attribute) and self.STARTING.fullmatch(dotted(node))))
 
     def test_tests_stand_in_the_order_of_the_rooms(self):
         tested = [room for room in rooms_in(self.TESTS).values() if room in self.ROOMS]
