@@ -5989,8 +5989,8 @@ class BodyTests(HttpTestCase):
         service, refusals = self.start(), [False]
         service.gateway.body_budget = SimpleNamespace(give=lambda amount: None, take=lambda amount: not refusals or
                                                       refusals.pop())
-        following = request_bytes("GET /health HTTP/1.1", "X-Test: " + "a" * 2_000, "Host: localhost")
-        answer, = self.exchanged(chat_bytes() + following)
+        following = request_bytes("GET /health HTTP/1.1", "X-Test: " + "a" * 2_000, "Host: localhost") * 80
+        answer, = self.exchanged(chat_bytes(body=CHAT_BODY + b" " * 90_000) + following, ends=True)
         self.assertEqual((answer.status, answer.headers["connection"]), (503, "close"))
 
     def test_who_only_promises_a_large_body_takes_no_room_from_others(self):
@@ -7756,6 +7756,7 @@ class RunningStreamTests(InEventLoop, UpstreamTestCase):
         connection = self.connect()
         connection.sendall(chat_bytes(body=self.STREAM))
         received = received_until(connection, b"assistant")
+        self.assertTrue(eventually(lambda: service.gateway.event_loop._streams))    # it has moved there
         service.close(0)
         answer, = answers_in(received + received_until(connection, b"never"))
         self.assertEqual(json.loads(answer.events[-1])["error"]["code"], "gateway_busy")
