@@ -6822,7 +6822,7 @@ TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", 
 CONTAINER = """\
 In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
 docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
-CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 172.17.0.1"""
+CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
 
 SERVICE_FILES = {
     "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
@@ -7371,7 +7371,7 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
     """The endpoint of a path; `typed` is how the client wrote it."""
     methods = ROUTES.get(path)
     if methods is None:
-        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are, with or without /v1: %s." % (
+        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
             method, printable(typed), ", ".join(route for route in ROUTES if "{" not in route)))
     endpoint = methods.get("GET" if method == "HEAD" else method)
     if endpoint is None:
@@ -7883,7 +7883,6 @@ class Connection:
                 if not self._gateway.tls_reported.is_set():
                     LOG.warning("a client speaks TLS to this port: its address has to begin with http://, not https://")
                 self._gateway.tls_reported.set()
-                return None
             started = time.monotonic()
             head = self._read_head(received, started + self._limits.head_timeout)
         except OSError:
