@@ -28,9 +28,8 @@ Rooms, in order, each using only those above it: Configuration, Small tools, Err
 Translation, Cache breakpoints, Content, Tool schemas, Tools, Conversation, Parameters, Tool choice and answer format,
 Messages request, Events, Replies, Streams, Responses API, Memory, Credentials, HTTP/1.1, Upstream, Event loop, Image
 fetching, Exchange, Endpoints, Legacy completions, Native pass-through, Tool settings, Status page, Routes, HTTP
-server, Service,
-Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest, Signing in, Start, Asking and running, Commands,
-Completion, Command line.
+server, Service, Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest, Signing in, Start, Asking and
+running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, HTTP/1.1, Upstream, Image fetching, Routes, HTTP
 server and Log.
@@ -6634,8 +6633,7 @@ class PassingUsage:
 
 
 # ---- Tool settings -----------------------------------------------------------------------------------
-# What to write into which tool, printed by `setup NAME` and never written by us.  The README's table is made
-# from the same entries.
+# What to write into which tool: printed by `setup NAME`, shown by the page, passed on by `run`, never written by us.
 
 
 class ToolSettings(NamedTuple):
@@ -7131,7 +7129,8 @@ PAGE = """<!doctype html>
   #names span { color: var(--soft); } #names code { color: var(--ink); }
   table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
   td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; white-space: nowrap; font-weight: 400;
-           font-variant-numeric: tabular-nums; } th { color: var(--soft); } tr.detail td { white-space: normal; }
+           font-variant-numeric: tabular-nums; } th { color: var(--soft); }
+  tr.detail span { display: inline-block; max-width: calc(100vw - 4.5rem); white-space: normal; margin-right: .5rem; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: .6rem 0 0; }
   dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
   #demo { border-color: var(--accent); margin-bottom: 1rem; } #demo b { color: var(--accent); }
@@ -7242,7 +7241,7 @@ PAGE = """<!doctype html>
           Math.round(100 * each.cached_tokens / (each.input_tokens || 1)) + " % cached)", number(each.output_tokens)];
         const line = row([time(each.time), each.tool, models, each.status + (each.stream ? " stream" : ""), ...counts,
           each.cost_usd === null ? "" : dollars(each.cost_usd), each.first_byte_ms + " / " + each.total_ms + " ms"]);
-        const detail = make("td", [make("span", each.error, "down"), " ", each.changes], "note");
+        const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
         detail.colSpan = 8;
         return each.error || each.changes ? [line, make("tr", detail, "detail")] : [line];
       })]);
@@ -8627,8 +8626,9 @@ def ignored_variables(environment: dict[str, str], config: Config) -> Iterator[t
             yield name, "Did you mean %s?" % nearest[0] if nearest else "`claude-gateway start --help` lists all."
     if not config.https_proxy and not config.demo:
         found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
-        if not found and urllib.request.getproxies().get("https"):
-            found = ["The proxy of this system's settings"]
+        system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
+        if system and system not in environment.values():
+            found.append("The proxy of this system's settings")
         if found:
             yield found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
@@ -9203,7 +9203,7 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
     if not config.demo and running_status(config):
         yield config
         return
-    config = replace(config, host="localhost", port=0, api_key=(secrets.token_urlsafe(16),), quiet=True)
+    config = replace(config, host="localhost", more_hosts=(), port=0, api_key=(secrets.token_urlsafe(16),), quiet=True)
     config = demo_config(config, SimulatedUpstream().url) if config.demo else config
     set_up_log(config)
     service = Service(gateway_with_credential(config))
@@ -9228,20 +9228,32 @@ def ask_command(parsed: argparse.Namespace) -> int:
     set_up_log(replace(config, quiet=True))
     body = {"model": parsed.model, "stream": not parsed.json,
             "messages": [{"role": "user", "content": content_to_ask(parsed)}]}
-    with gateway_at_hand(config) as at_hand, \
-            local_answer(at_hand, body, next(iter(at_hand.api_key), ""), config.limits.upstream_silence) as response:
-        for line in response:                       # of a stream, or the whole completion or error
-            line = re.sub(rb"^data: ", b"", line)
-            chunk = json.loads(line.decode("utf-8")) if line.startswith(b"{") else {}
-            if "error" in chunk:
-                raise GatewayError(text_in(chunk, "error", "message") or "The gateway refused the request.")
-            if chunk and parsed.json:
+    with gateway_at_hand(config) as at_hand:
+        for chunk in chunks_of_answer(at_hand, body):
+            if parsed.json:
                 print_json(chunk)
             for choice in () if parsed.json else chunk.get("choices", ()):
                 print(choice["delta"].get("content") or "", end="", flush=True)
-    if not parsed.json:
-        print()
+    print(end="" if parsed.json else "\n")
     return OK
+
+
+def chunks_of_answer(config: Config, body: dict) -> Iterator[dict]:
+    """The chunks of a gateway's stream, or its whole completion.  Raises what it reports."""
+    try:
+        with local_answer(config, body, next(iter(config.api_key), ""), config.limits.upstream_silence) as response:
+            done = not body["stream"]
+            for line in response:
+                done = done or line.startswith(b"data: [DONE]")
+                line = re.sub(rb"^data: ", b"", line)
+                chunk = json.loads(line.decode("utf-8")) if line.startswith(b"{") else {}
+                if "error" in chunk:
+                    raise GatewayError(text_in(chunk, "error", "message") or "The gateway refused the request.")
+                yield chunk
+            if not done:
+                raise ConnectionError("it ended early")
+    except (OSError, ValueError, http.client.HTTPException) as fault:
+        raise UpstreamFault("The gateway broke off its answer: %s." % (str(fault) or type(fault).__name__)) from fault
 
 
 # Program -> its entry in the settings, whose variables and options `run` passes on

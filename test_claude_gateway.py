@@ -9057,7 +9057,7 @@ class SetupTests(unittest.TestCase):
         for name in ("open-webui", "n8n", "librechat"):
             said = claude_gateway.setup_text(name, plain)
             for words in ("http://host.docker.internal:45999/v1", "--add-host=host.docker.internal:host-gateway",
-                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host localhost --host 172.17.0.1"):
+                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host localhost --host 172."):
                 self.assertIn(words, said)
         for line in said.split("\n")[:3]:           # librechat's settings are a file
             self.assertTrue(line.startswith("# "))
@@ -11427,6 +11427,20 @@ class AskTests(CommandTestCase):
         self.assertEqual(done.code, 0)
         self.assertIn("You sent 1 image(s), the first one image/png.", done.out)
 
+    def test_a_gateway_that_dies_amid_its_answer_is_no_traceback(self):
+        def serve(connection):
+            if connection.recv(65_536).startswith(b"GET"):
+                data = b'{"status": "ok", "version": "1"}'
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data))
+            else:
+                chunk = b'data: {"choices": [{"delta": {"content": "Half"}}]}\n\n'
+                connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (
+                    len(chunk), chunk))
+        with LoopbackServer(serve) as dying:
+            done = self.command("ask", "Hello", CLAUDE_GATEWAY_PORT=str(dying.port))
+        self.assertEqual((done.code, done.out), (5, "Half"))
+        self.assertRegex(done.err, r"\Aclaude-gateway: The gateway broke off its answer: .*\.\n\Z")
+
     def test_what_goes_wrong_is_told_as_the_gateway_tells_it(self):
         self.claude.play(*[FakeReply(pieces=[sse(events_of(message(text("Half")))[:4] + [
             {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}])])])
@@ -11775,8 +11789,9 @@ class DailyCommandTests(GatewayTestCase):
 class CompletionTests(unittest.TestCase):
     CANDIDATES = (("do", "doctor"), ("-", "--help --version"), ("--v", "--version"), ("start --log", "--log-format"),
                   ("start --auth ", "auto api-key oauth"), ("start --log-format j", "json"), ("start --port ", ""),
-                  ("start --demo --st", "--strict"), ("setup open", "openai openai-agents opencode openhands open-webui"), ("setup --j", ""),
-                  ("completion z", "zsh"), ("translate ", ""), ("logout ", "--help --token-file"),
+                  ("start --demo --st", "--strict"),
+                  ("setup open", "openai openai-agents opencode openhands open-webui"),
+                  ("setup --j", ""), ("completion z", "zsh"), ("translate ", ""), ("logout ", "--help --token-file"),
                   ("selftest --", "--help"), ("nonsense do", "doctor"))
 
     def test_the_program_itself_knows_what_may_follow(self):
