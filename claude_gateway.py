@@ -8092,10 +8092,10 @@ def simulated_usage(request: dict, seen: Bounded) -> dict:
     So is all but the last turn of a conversation, whose first turns a demo need not have seen.
     """
     turns = [block for message in request["messages"] for block in message["content"]]
-    prompt = [request["model"], *request.get("tools", ()), *listed(request.get("system")), *turns]
+    prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
     total, marked = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
     newest = len(prompt) - len(request["messages"][-1]["content"])
-    read, so_far, digest = 0, 0, hashlib.sha256()
+    read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
     for at, part in enumerate(prompt if marked else (), 1):
         digest.update(json.dumps(without(part, "cache_control") if isinstance(part, dict) else part).encode())
         so_far += about_tokens(part)
@@ -8627,7 +8627,7 @@ def ignored_variables(environment: dict[str, str], config: Config) -> Iterator[t
     if not config.https_proxy and not config.demo:
         found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
         system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
-        if system and system not in environment.values():
+        if system and system not in os.environ.values():
             found.append("The proxy of this system's settings")
         if found:
             yield found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
