@@ -9293,7 +9293,7 @@ def run_tool(parsed: argparse.Namespace) -> int:
         with subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables)) as tool:
             passed = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])]
             for number in passed:                   # a terminal sends Ctrl-C to the tool by itself
-                signal.signal(number, lambda number, frame: None if number == signal.SIGINT and sys.stdin.isatty()
+                signal.signal(number, lambda number, frame: None if number == signal.SIGINT and os.isatty(0)
                               else tool.send_signal(number))
             code = tool.wait()
     return code if code >= 0 else 128 - code
