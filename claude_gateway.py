@@ -27,14 +27,14 @@ One request on its way:
 Rooms, in order, each using only those above it: Configuration, Small tools, Errors, JSON, Models, Shapes,
 Translation, Cache breakpoints, Content, Tool schemas, Tools, Conversation, Parameters, Tool choice and answer format,
 Messages request, Events, Replies, Streams, Responses API, Memory, Credentials, Usage, HTTP/1.1, Upstream, Event loop,
-Image fetching, Exchange, Endpoints, Legacy completions, Native pass-through, Status page, Routes, HTTP server, Service,
-Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest, Tool settings, Signing in, Start, Commands,
-Completion, Command line.
+Image fetching, Exchange, Endpoints, Legacy completions, Native pass-through, Tool settings, Status page, Routes, HTTP
+server, Service, Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest, Signing in, Start, Asking and
+running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, HTTP/1.1, Upstream, Image fetching, Routes, HTTP
 server and Log.
-Places that connect: UpstreamConnection, Upstream, ImageFetcher, running_status, issuer_of, post, selftest_findings.
-Places that write: StoredFile, check_writable.
+Places that connect: UpstreamConnection, Upstream, ImageFetcher, local_answer, issuer_of.
+Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
 from __future__ import annotations  # a SyntaxError here: this Python is too old; use 3.8 or newer, e.g. python3.9
@@ -64,11 +64,14 @@ import re
 import secrets
 import select
 import selectors
+import shlex
+import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -156,6 +159,7 @@ class Limits:
 class Config:
     """Everything that is set from outside; `config_from` reads it from flags and environment."""
     host: str = "localhost"
+    more_hosts: Tuple[str, ...] = ()                # to listen on, too
     port: int = DEFAULT_PORT
     api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
     verbose: bool = False
@@ -192,6 +196,10 @@ class Config:
     ca_file: str = ""
     ca_variable: str = ""                           # where that comes from
     limits: Limits = Limits()
+
+    @property
+    def hosts(self) -> list[str]:
+        return [self.host, *self.more_hosts]
 
     def secrets(self) -> list[str]:
         """Every secret in here, for the log's redaction."""
@@ -268,6 +276,36 @@ def masked(text: str, secrets_known: Iterable[str]) -> str:
                 for form in (json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
                     text = text.replace(form[1:-1], "***")
     return SECRET_SHAPES.sub("***", text)
+
+
+def own_file() -> str:
+    """The file that this program is in, or the archive around it; "" where it came from neither."""
+    path = "" if getattr(sys, "frozen", False) else os.path.abspath(globals().get("__file__") or "")
+    while not os.path.isfile(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return path if os.path.isfile(path) else ""
+
+
+def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
+    """A text with every command of ours as it can be typed here: the script's path where it is not installed.
+
+    A lower-case word behind `claude-gateway` is a command: no prose puts one there.
+    """
+    if powershell:
+        text = re.sub(r"\bexport (\w+)=(\S+)", r'$env:\1 = "\2"', text)
+        text = re.sub(r"\b([A-Z_]+)=(\S+)(?= claude-gateway )", r'$env:\1 = "\2";', text)
+    script = sys.argv[0] if sys.argv else ""
+    if not script or os.path.basename(script) != os.path.basename(own_file()):
+        return text
+    script = '"%s"' % script if " " in script else script
+    typed = "%s %s " % (os.path.basename(sys.executable or "") or "python3", script)
+    return re.sub(r"\bclaude-gateway (?=[a-z])", lambda match: typed, text)
+
+
+def dollars(amount: float) -> str:
+    """An amount in cents, or finer where it is less than one; never a zero with a sign."""
+    text = "%.2f" % abs(amount) if abs(amount) >= 0.01 else ("%.4f" % abs(amount)).rstrip("0")
+    return "$0.00" if not text.strip("0.") else ("-$" if amount < 0 else "$") + text
 
 
 def unix_time(moment: str) -> int | None:
@@ -4668,6 +4706,35 @@ def moment_of(text: str) -> int | None:
     return unix_time(text)
 
 
+class RecentRequests:
+    """The last requests, and totals by tool and by model: no prompt, no answer, no secret."""
+    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: Deque[dict] = collections.deque(maxlen=50)
+        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
+        self._error_texts: Dict[str, str] = {}      # code -> the latest message
+
+    def add(self, summary: dict) -> None:
+        counts = {name: summary[name] or 0 for name in self.SUMS}
+        counts.update(requests=1, failed=int(summary["status"] >= 400))
+        with self._lock:
+            self._last.appendleft(summary)
+            for field, totals in self._totals.items():
+                name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+                totals.setdefault(name or "-", collections.Counter()).update(counts)
+            if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
+                self._error_texts[summary["error_code"]] = summary["error"]
+
+    def data(self) -> dict:
+        with self._lock:
+            by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
+                                 for totals in self._totals.values())
+            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
+                    "error_texts": without(self._error_texts, "")}
+
+
 class Running:
     """The requests that run now; whether there may be one more."""
 
@@ -6242,7 +6309,8 @@ class Upstream:
                 delay = retry_delay(failure) if call.may_retry else None
                 if delay is None:
                     raise
-                LOG.info("retrying once in %g s: %s", delay, failure)
+                LOG.info("retrying once in %g s: %s", delay, failure if isinstance(failure, ClaudeError) else
+                         "the connection failed")
                 call.client.pause(delay)
                 call.may_retry = False
 
@@ -6441,6 +6509,8 @@ def fault_before_answer(fault: Exception, request: Any) -> GatewayError:
             who = "The proxy " + request.host
         else:
             what += " through the proxy " + request.host
+    elif not isinstance(fault, socket.gaierror):
+        what += " at " + request.host
     if isinstance(fault, socket.gaierror):
         what += ", as its host name %s is not known here (`claude-gateway doctor` checks the way there)" % re.sub(
             r":\d+\Z", "", request.host)
@@ -6826,6 +6896,13 @@ class Record:
     error_code: str = ""
     route: str = "other"
     owner: str = ""                                 # the beginning of the digest of the client's key
+    cost_usd: Optional[float] = None                # by list prices, where the model has one
+
+    def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
+        """What the status page shows of it, and `status` as this line."""
+        fields = dict(without(vars(self), "method", "client", "started", "cached_percent_of_all", "route"), line=line)
+        texts = {name: masked(value, secrets_known)[:500] for name, value in fields.items() if isinstance(value, str)}
+        return dict(fields, time=round(time.time(), 3), **texts)
 
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
@@ -6885,6 +6962,8 @@ class Gateway:
         self.responses = StoredResponses()
         self.counters = Counters()
         self.usage = Usage(config.usage_file, config.limits, config.budget)
+        self.recent = RecentRequests()
+        self.tls_reported = threading.Event()
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(config.limits.max_bodies)
@@ -7204,6 +7283,8 @@ def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) ->
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     record.add_usage(usage)
     counts, cost = counts_of(usage), cost_of(model, usage)
+    if cost:
+        record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
     record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
     gateway.usage.add(record.tool, model.id, record.owner, dict(
         counts, **{"usd": cost[0]} if cost else {"without_price": 1}))
@@ -7750,6 +7831,317 @@ class PassingUsage:
         return self._usage
 
 
+# ---- Tool settings -----------------------------------------------------------------------------------
+# What to write into which tool: printed by `setup NAME`, shown by the page, passed on by `run`, never written by us.
+
+
+class ToolSettings(NamedTuple):
+    """`where`: one line for the table; `text`: the settings themselves, with the placeholders of `filled`."""
+    title: str
+    where: str
+    text: str = """\
+Base URL: BASE
+API key:  KEY
+Model:    MODEL"""
+    command: str = ""                               # what `run` uses where the text is a file
+
+
+TOOL_SETTINGS: Dict[str, ToolSettings] = {
+    "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
+export OPENAI_BASE_URL=BASE
+export OPENAI_API_KEY=KEY
+# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" })
+# model: MODEL"""),
+    "langchain": ToolSettings("LangChain", "ChatOpenAI(base_url=...)", """\
+from langchain_openai import ChatOpenAI
+model = ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY", stream_usage=True)"""),
+    "llamaindex": ToolSettings("LlamaIndex", "OpenAILike(api_base=..., is_chat_model=True)", """\
+from llama_index.llms.openai_like import OpenAILike
+model = OpenAILike(model="MODEL", api_base="BASE", api_key="KEY",
+                   is_chat_model=True, is_function_calling_model=True, context_window=1000000)"""),
+    "ai-sdk": ToolSettings("Vercel AI SDK", "createOpenAI({ baseURL })", """\
+import { createOpenAI } from "@ai-sdk/openai";
+const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
+// openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
+    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL, or OpenAIProvider({ baseURL })", """\
+export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
+# Python: Agent(name="agent", model="MODEL")
+# JavaScript: new Runner({ tracingDisabled: true, modelProvider: new OpenAIProvider({ baseURL: "BASE",
+#   apiKey: "KEY" }) })"""),
+    "crewai": ToolSettings("CrewAI", "LLM(base_url=...)", """\
+llm = crewai.LLM(model="openai/MODEL", base_url="BASE", api_key="KEY")"""),
+    "dspy": ToolSettings("DSPy", "dspy.LM(api_base=...)", """\
+dspy.configure(lm=dspy.LM("openai/MODEL_ID", api_base="BASE", api_key="KEY"))"""),
+    "smolagents": ToolSettings("smolagents", "OpenAIServerModel(api_base=...)", """\
+model = smolagents.OpenAIServerModel(model_id="MODEL", api_base="BASE", api_key="KEY")"""),
+    "autogen": ToolSettings("AutoGen", "OpenAIChatCompletionClient(base_url=...)", """\
+client = OpenAIChatCompletionClient(model="MODEL", base_url="BASE", api_key="KEY", model_info={
+    "vision": True, "function_calling": True, "json_output": True, "structured_output": True, "family": "unknown"})"""),
+    "agno": ToolSettings("Agno", "OpenAILike(base_url=...)", """\
+model = agno.models.openai.like.OpenAILike(id="MODEL", base_url="BASE", api_key="KEY")"""),
+    "mastra": ToolSettings("Mastra", "model: { id, url, apiKey }", """\
+model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }"""),
+    "browser-use": ToolSettings("browser-use", "ChatOpenAI(base_url=...)", """\
+llm = browser_use.ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY")"""),
+    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml, providers", """\
+providers:
+  - id: openai:chat:MODEL
+    config: { apiBaseUrl: BASE, apiKey: KEY }"""),
+    "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
+aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL_ID --edit-format diff \\
+  --weak-model openai/haiku --no-show-model-warnings"""),
+    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)", """\
+export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY
+claude"""),
+    "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
+model = "claude-opus-5-5"
+model_provider = "gateway"
+
+[model_providers.gateway]
+name = "gateway"
+base_url = "BASE"
+wire_api = "responses"
+ENV_KEY""", """\
+codex -m claude-opus-5-5 -c model_provider=gateway -c model_providers.gateway.name=gateway \\
+  -c model_providers.gateway.base_url=BASE -c model_providers.gateway.wire_api=responses \\
+  -c model_providers.gateway.env_key=OPENAI_API_KEY"""),
+    "opencode": ToolSettings("opencode", "opencode.json", """\
+{ "model": "gateway/MODEL", "provider": { "gateway": {
+    "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
+    "options": { "baseURL": "BASE", "apiKey": "KEY" },
+    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
+    "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
+export GOOSE_PROVIDER=openai
+export GOOSE_MODEL=MODEL
+export OPENAI_HOST=ORIGIN
+export OPENAI_BASE_PATH=v1/chat/completions
+export OPENAI_API_KEY=KEY"""),
+    "qwen-code": ToolSettings("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
+export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_MODEL=MODEL_ID
+qwen --auth-type openai"""),
+    "pi": ToolSettings("pi", "~/.pi/agent/models.json", """\
+{ "providers": { "gateway": { "baseUrl": "BASE", "api": "openai-completions", "apiKey": "KEY",
+    "models": [{ "id": "MODEL", "reasoning": true, "input": ["text", "image"], "contextWindow": 1000000,
+                 "maxTokens": 128000 }] } } }"""),
+    "cline-cli": ToolSettings("Cline CLI", "cline auth", """\
+cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"""),
+    "openhands": ToolSettings("OpenHands", "custom model, base URL", """\
+Custom model: openai/MODEL_ID
+Base URL:     BASE
+API key:      KEY"""),
+    "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
+export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors
+mini -m openai/MODEL"""),
+    "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
+# this file is in the folder that this prints: dirname "$(llm logs path)"
+- model_id: claude
+  model_name: MODEL
+  api_base: BASE
+  supports_tools: true
+  supports_schema: true
+  vision: true
+# and the key, in a shell: llm keys set openai --value KEY"""),
+    "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
+    "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
+    "kilo-code": ToolSettings("Kilo Code", "API provider: OpenAI Compatible"),
+    "continue": ToolSettings("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
+name: Claude Gateway
+version: 1.0.0
+schema: v1
+models:
+  - name: Claude
+    provider: openai
+    model: MODEL
+    apiBase: BASE
+    apiKey: KEY
+    capabilities: [tool_use, image_input]"""),
+    "vscode": ToolSettings("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
+[{ "name": "Claude Gateway", "vendor": "customendpoint", "apiKey": "KEY", "apiType": "chat-completions",
+   "models": [{ "id": "MODEL", "name": "Claude", "url": "BASE/chat/completions", "toolCalling": true, "vision": true,
+     "maxInputTokens": 1000000, "maxOutputTokens": 128000 }] }]"""),
+    "xcode": ToolSettings("Xcode", "Settings, Intelligence, Add a Model Provider", """\
+Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key header Authorization: Bearer KEY"""),
+    "zed": ToolSettings("Zed", "settings.json, language_models", """\
+{ "language_models": { "openai_compatible": { "Gateway": {
+    "api_url": "BASE",
+    "available_models": [{ "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
+      "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
+// the key goes into the environment: GATEWAY_API_KEY=KEY"""),
+    "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
+    "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
+Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
+public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
+your credential to the internet."""),
+    "open-webui": ToolSettings("Open WebUI", "Settings, Connections, OpenAI API", """\
+Admin settings > Connections > OpenAI API > add a connection
+URL: BASE
+Key: KEY
+Models are listed automatically.
+
+CONTAINER"""),
+    "librechat": ToolSettings("LibreChat", "librechat.yaml, endpoints.custom", """\
+# CONTAINER
+endpoints:
+  custom:
+    - name: Claude
+      apiKey: KEY
+      baseURL: BASE
+      models: { default: [MODEL], fetch: true }
+      titleConvo: true
+      titleModel: haiku"""),
+    "n8n": ToolSettings("n8n", "OpenAI credential, base URL", """\
+Credentials > OpenAI
+API Key:  KEY
+Base URL: BASE
+Then choose MODEL by its id in the OpenAI Chat Model node.
+
+CONTAINER"""),
+    "home-assistant": ToolSettings("Home Assistant", "integration LiteLLM (2026.6 or newer)", """\
+Settings > Devices & services > Add integration > LiteLLM
+URL: http://ADDRESS-OF-THIS-MACHINE:PORT/v1
+API key: YOUR-GATEWAY-KEY
+and a gateway that Home Assistant can reach:
+CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
+The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
+    "obsidian": ToolSettings("Obsidian plugins", "custom OpenAI-compatible provider", """\
+Provider: OpenAI compatible / custom
+Base URL: BASE
+API key:  KEY
+Model:    MODEL
+If the plugin reports a network or CORS error, start the gateway with:
+  claude-gateway START --cors-origin app://obsidian.md"""),
+}
+# Name -> the heading above it, where a list is grouped
+TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", "open-webui": "Apps",
+               "systemd": "Service files"}
+
+# Printed with the settings of what usually runs in a container: there, localhost is the container itself.
+CONTAINER = """\
+In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
+docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
+CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
+
+SERVICE_FILES = {
+    "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
+# then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway
+# to run it while you are not logged in: loginctl enable-linger
+[Unit]
+Description=Claude Gateway
+After=network-online.target
+
+[Service]
+ExecStart="PYTHON" "FILE" START
+# keys go into this file, mode 600: ANTHROPIC_API_KEY=... if no login is stored, CLAUDE_GATEWAY_API_KEY=... for clients
+EnvironmentFile=-%h/.config/claude-gateway/environment
+Restart=on-failure
+RestartPreventExitStatus=2 3
+TimeoutStopSec=35
+NoNewPrivileges=yes
+PrivateTmp=yes
+
+[Install]
+WantedBy=default.target"""),
+    "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
+     to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway
+     launchd does not distinguish a missing credential (exit 3) from other failures: it retries every minute -->
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<plist version="1.0">
+<dict>
+  <key>Label</key><string>local.claude-gateway</string>
+  <key>ProgramArguments</key>
+  <array><string>PYTHON</string><string>FILE</string>START</array>
+  <!-- keys, if no login is stored or clients need one; then: chmod 600 this file
+  <key>EnvironmentVariables</key>
+  <dict><key>ANTHROPIC_API_KEY</key><string>...</string><key>CLAUDE_GATEWAY_API_KEY</key><string>...</string></dict> -->
+  <key>RunAtLoad</key><true/>
+  <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
+  <key>ThrottleInterval</key><integer>60</integer>
+  <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
+</dict>
+</plist>"""),
+    "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
+# keys, if no login is stored or clients need one:
+# setx ANTHROPIC_API_KEY sk-ant-...
+# setx CLAUDE_GATEWAY_API_KEY ...
+$action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
+$trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
+$settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit 0 -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
+Register-ScheduledTask 'Claude Gateway' -Action $action -Trigger $trigger -Settings $settings
+Start-ScheduledTask 'Claude Gateway'
+# where that is denied: a shortcut in the start-up folder does the same
+# $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
+# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()"""),
+    "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
+# cp "FILE" . && docker build -t claude-gateway .
+# docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
+# In a container the gateway listens on all addresses, so it requires an API key (CLAUDE_GATEWAY_API_KEY).
+FROM python:3-slim
+COPY claude_gateway.py /
+USER nobody
+ENV CLAUDE_GATEWAY_HOST=0.0.0.0
+EXPOSE PORT
+HEALTHCHECK CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:PORT/health')"]
+ENTRYPOINT ["python3", "/claude_gateway.py"]
+CMD [START]"""),
+}
+
+SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
+
+
+def setup_list() -> str:
+    """Every name that `setup` accepts, with its title."""
+    lines = ["%s%-16s %s" % ("\n%s\n\n" % TOOL_GROUPS[name] if name in TOOL_GROUPS else "", name, settings.title)
+             for name, settings in SETTINGS.items()]
+    return "\n".join([*lines, "", "claude-gateway setup NAME prints its settings."])
+
+
+def setup_name(text: str) -> str:
+    """The entry of a name or title, in upper or lower case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
+    plain = re.sub(r"[ _]+", "-", text.strip().lower())
+    names = {re.sub(r"[ _]+", "-", tool.title.lower()): name for name, tool in TOOL_SETTINGS.items()}
+    names.update({name: name for name in SETTINGS})
+    if plain in names:
+        return names[plain]
+    nearest = difflib.get_close_matches(plain, names, n=1)
+    raise argparse.ArgumentTypeError("there are no settings for %s. %s`claude-gateway setup` lists all names." % (
+        text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
+
+
+def filled(config: Config, path_form: Callable[[str], str] = str, argument_form: str = "%s",
+           between: str = " ") -> dict[str, str]:
+    """The placeholders of the settings -> their values here."""
+    origin, python = "http://localhost:%d" % config.port, own_file() and sys.executable or "python3"
+    arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
+    paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
+             "FILE": own_file() or "/path/to/claude_gateway.py", "HOME": os.path.expanduser("~")}
+    return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
+            "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
+            "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
+            "ENV_KEY": 'env_key = "CLAUDE_GATEWAY_API_KEY"' if config.api_key else "",
+            "START": between.join(argument_form % argument for argument in arguments),
+            **{word: path_form(path) for word, path in paths.items()}}
+
+
+# How a service file writes a path, an argument, and what it puts between two arguments
+SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
+    "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
+    "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
+    "windows": (lambda path: path.replace("'", "''"), "%s", " "),
+    "docker": (str, '"%s"', ", ")}
+
+
+def setup_text(name: str, config: Config) -> str:
+    """The settings for a tool, or a service file for this installation."""
+    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), SETTINGS[name].text)
+    return with_values(text, filled(config, *SERVICE_FORMS.get(name, ()))).rstrip()
+
+
+def with_values(text: str, values: dict[str, str]) -> str:
+    return re.sub(r"(?<![\w-])(%s)\b" % "|".join(values), lambda word: values[word.group()], text)
+
+
 # ---- Status page -------------------------------------------------------------------------------------
 # What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
 
@@ -7759,6 +8151,7 @@ def status_data(gateway: Gateway) -> dict:
     totals, costs = counters.totals(), counters.costs()
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
+        "started_at": round(counters.started), "aliases": dict(gateway.config.alias),
         "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
         "credential": credential.facts() if credential else None, "trouble": gateway.upstream.trouble,
         "models": short_names(gateway.models.catalog()),
@@ -7769,6 +8162,7 @@ def status_data(gateway: Gateway) -> dict:
         "cost": {"usd": round(sum(cost for cost, _ in costs.values()), 4),
                  "without_price": counters.unpriced()},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
+        **gateway.recent.data(),
     }
 
 
@@ -7808,6 +8202,9 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
     if gateway.config.api_key and not incoming.owner:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
+    if incoming.query == "setup":                   # for the page, whose address replaces localhost
+        port = urllib.parse.urlsplit("//" + incoming.headers.get("host", "")).port or 80
+        return Reply({name: as_typed(setup_text(name, replace(gateway.config, port=port))) for name in TOOL_SETTINGS})
     return Reply(status_data(gateway))
 
 
@@ -7882,9 +8279,17 @@ PAGE = """<!doctype html>
   dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
   dt { color: var(--soft); white-space: nowrap; }
   dd { margin: 0; text-align: right; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
-  #credential { grid-template-columns: minmax(0, 1fr); gap: 0; } #credential dd { text-align: left; margin: 0 0 .5rem; }
-  #credential dt, #names span { font-size: .88rem; } #names { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
-  #names span { color: var(--soft); white-space: nowrap; } #names code { color: var(--ink); }
+  #credential, #errors { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  #credential dd, #errors dd { text-align: left; margin: 0 0 .5rem; }
+  #errors dt { color: var(--bad); white-space: normal; }
+  #credential dt, #names span, td, th { font-size: .88rem; } #names { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
+  #names span { color: var(--soft); } #names code { color: var(--ink); }
+  table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
+  td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; white-space: nowrap; font-weight: 400;
+           font-variant-numeric: tabular-nums; } th { color: var(--soft); }
+  tr.detail span { display: inline-block; max-width: calc(100vw - 4.5rem); white-space: normal; margin-right: .5rem; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: .6rem 0 0; }
+  dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
   #trouble { border-color: var(--bad); color: var(--bad); margin-bottom: 1rem; }
   #demo { border-color: var(--accent); margin-bottom: 1rem; } #demo b { color: var(--accent); }
   code { font: 13px/1.5 ui-monospace, monospace; }
@@ -7897,7 +8302,7 @@ PAGE = """<!doctype html>
   #bars i:nth-last-child(-n + 7) { background: var(--accent); }
   .row { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
   form { display: flex; gap: .5rem; flex-wrap: wrap; }
-  input, button { font: inherit; padding: .4rem .7rem; border-radius: 6px; border: 1px solid var(--line);
+  input, button, select { font: inherit; padding: .4rem .7rem; border-radius: 6px; border: 1px solid var(--line);
                   background: var(--back); color: var(--ink); }
   [hidden] { display: none !important; }
 </style>
@@ -7914,18 +8319,27 @@ PAGE = """<!doctype html>
       <span class="down" id="wrong" role="alert" hidden>Invalid API key.</span></form></section>
   <div class="grid" id="data" hidden>
     <section class="wide"><h2>Paste into your tool</h2>
-      <dl><dt>Base URL</dt><dd><code id="base"></code></dd><dt>API key</dt><dd><code id="keyhint"></code></dd>
-          <dt>Model</dt><dd id="names"></dd></dl></section>
-    <section><h2>Requests</h2><div class="big" id="requests"></div><div class="note" id="running"></div>
-      <dl id="errors"></dl></section>
-    <section><h2>Cost</h2><div class="big" id="cost"></div><div class="note" id="saved"></div></section>
-    <section><h2>Cache</h2><div class="big" id="share"></div><div class="note">of all prompt tokens were read from
-      Claude's cache</div></section>
-    <section><h2>Tokens</h2><dl id="tokens"></dl></section>
+      <dl><dt>Base URL</dt><dd><code id="base"></code><button data-copy="base">copy</button></dd>
+          <dt>API key</dt><dd><code id="keyhint"></code><button data-copy="keyhint">copy</button></dd>
+          <dt>Model</dt><dd><code id="model">sonnet</code><button data-copy="model">copy</button></dd>
+          <dt>Names</dt><dd id="names"></dd></dl>
+      <details id="setup"><summary class="note">Settings for a tool</summary>
+        <select id="tool" aria-label="Tool"></select> <button data-copy="settings">copy</button>
+        <pre id="settings"></pre></details></section>
+    <section><h2>Requests</h2><div class="big" id="requests"></div><div class="note" id="running"></div></section>
+    <section data-card="errors"><h2>Errors</h2><dl id="errors"></dl></section>
+    <section data-card="used"><h2>Cost</h2><div class="big" id="cost"></div>
+      <div class="note" id="saved"></div></section>
+    <section data-card="used"><h2>Cache</h2><div class="big" id="share"></div>
+      <div class="note">of all prompt tokens were read from Claude's cache</div></section>
+    <section data-card="used"><h2>Tokens</h2><dl id="tokens"></dl></section>
     <section id="month"><h2>7 and 30 days</h2><div class="big" id="week"></div><div class="note" id="month-cost"></div>
       <div id="bars" aria-hidden="true"></div></section>
-    <section><h2>Limits</h2><div id="limits"></div></section>
+    <section data-card="limits"><h2>Limits</h2><div id="limits"></div></section>
     <section><h2>Credential</h2><dl id="credential"></dl></section>
+    <section class="wide scroll" data-card="used"><h2>By tool and model</h2><table id="totals"></table></section>
+    <section class="wide scroll" data-card="recent"><h2>Last requests</h2>
+      <label class="note"><input type="checkbox" id="failed"> only errors</label><table id="recent"></table></section>
   </div>
 </main>
 <script nonce="NONCE">
@@ -7934,13 +8348,16 @@ PAGE = """<!doctype html>
   const number = (value) => value.toLocaleString("en");
   let key = "";
 
-  function pairs(id, entries) {
-    at(id).replaceChildren(...entries.flatMap(([name, value]) => {
-      const term = document.createElement("dt"), detail = document.createElement("dd");
-      term.textContent = name; detail.textContent = value;
-      return [term, detail];
-    }));
+  function make(kind, content = "", className = "") {
+    const made = document.createElement(kind);
+    made.className = className;
+    made.append(...[content].flat());
+    return made;
   }
+
+  const fill = (id, children) => at(id).replaceChildren(...children);
+  const pairs = (id, entries) => fill(id, entries.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
+  const row = (cells, kind = "td") => make("tr", cells.map((cell) => make(kind, cell)));
 
   function duration(seconds) {                      // in two units
     const units = [[86400, "d"], [3600, "h"], [60, "min"]], at = units.findIndex(([size]) => seconds >= size);
@@ -7950,32 +8367,48 @@ PAGE = """<!doctype html>
     return Math.floor(seconds / size) + " " + name + (rest ? " " + rest + " " + smaller : "");
   }
 
-  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB",
-    { dateStyle: "medium", timeStyle: "short" });
+  function dollars(value) {                         // in cents, or finer; never a zero with a sign
+    const size = Math.abs(value), text = size >= 0.01 ? size.toFixed(2) : String(Number(size.toFixed(4)) || "0.00");
+    return (value < 0 && Number(text) ? "-$" : "$") + text;
+  }
 
-  const dollars = (value) => (value < 0 ? "-$" : "$") + Math.abs(value).toFixed(2);
+  const time = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
+  const moment = (seconds) =>
+    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
 
-  function modelNames(models) {
-    at("names").replaceChildren(...Object.entries(models).map(([name, id]) => {
-      const [whole, short] = ["span", "code"].map((kind) => document.createElement(kind));
-      short.textContent = name;
-      whole.append(short, " " + id);
-      return whole;
+  function limitBars(limits) {
+    fill("limits", limits.flatMap((limit) => {
+      const left = limit.resets_at ? limit.resets_at - Date.now() / 1000 : 0, used = make("i");
+      used.style.width = Math.min(100, limit.used * 100) + "%";
+      return [make("div", [make("span", limit.title), make("span", Math.round(limit.used * 100) + " %" +
+        (left > 0 ? ", reset in " + duration(left) : ""), "note")], "row"), make("div", used, "bar")];
     }));
   }
 
-  function limitBars(limits) {
-    if (!limits.length) { at("limits").textContent = "Claude has not reported any yet."; return; }
-    at("limits").replaceChildren(...limits.flatMap((limit) => {
-      const [row, bar, fill, title, rest] = ["div", "div", "i", "span", "span"].map((n) => document.createElement(n));
-      const left = limit.resets_at ? limit.resets_at - Date.now() / 1000 : 0;
-      row.className = "row"; rest.className = "note"; bar.className = "bar";
-      title.textContent = limit.title;
-      rest.textContent = Math.round(limit.used * 100) + " %" + (left > 0 ? ", reset in " + duration(left) : "");
-      fill.style.width = Math.min(100, limit.used * 100) + "%";
-      row.append(title, rest); bar.append(fill);
-      return [row, bar];
-    }));
+  function totals(data) {
+    const lines = (sums) => Object.entries(sums).map(([name, each]) => row([name, number(each.requests),
+      number(each.failed), number(each.input_tokens), number(each.output_tokens), dollars(each.cost_usd)]));
+    fill("totals", [row(["", "Requests", "Failed", "Tokens in", "Tokens out", "Cost"], "th"),
+      ...lines(data.by_tool), ...lines(data.by_model)]);
+  }
+
+  function recent(data) {
+    const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
+    const news = JSON.stringify(shown);
+    if (news === recent.news) return;               // a selection in the table stays
+    recent.news = news;
+    fill("recent", [row(["Time", "Tool", "Model", "Status", "Tokens in", "out", "Cost", "First byte, all"], "th"),
+      ...shown.flatMap((each) => {
+        const models = each.asked && each.used && each.asked !== each.used ? each.asked + " \u2192 " + each.used :
+          each.used || each.asked || each.path;
+        const counts = each.input_tokens === null ? ["", ""] : [number(each.input_tokens) + " (" +
+          Math.round(100 * each.cached_tokens / (each.input_tokens || 1)) + " % cached)", number(each.output_tokens)];
+        const line = row([time(each.time), each.tool, models, each.status + (each.stream ? " stream" : ""), ...counts,
+          each.cost_usd === null ? "" : dollars(each.cost_usd), each.first_byte_ms + " / " + each.total_ms + " ms"]);
+        const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
+        detail.colSpan = 8;
+        return each.error || each.changes ? [line, make("tr", detail, "detail")] : [line];
+      })]);
   }
 
   function dayBars(days) {
@@ -8003,31 +8436,39 @@ PAGE = """<!doctype html>
     if (data.trouble) at("trouble").textContent = "The credential does not work, since " +
       moment(data.trouble.at) + ": " + data.trouble.message;
     at("base").textContent = location.origin + "/v1";
-    at("keyhint").textContent = key ? "your key" : "any value";
-    modelNames(data.models);
+    at("keyhint").textContent = key ? "your key" : "none";
+    fill("names", Object.entries({ ...data.models, ...data.aliases }).map(([name, id]) =>
+      make("span", [make("code", name), " " + id])));
     at("requests").textContent = number(data.requests.total);
-    at("running").textContent = data.requests.running + " running, up for " + duration(data.uptime_seconds);
-    pairs("errors", Object.entries(data.errors).map(([code, count]) => [code, number(count)]));
+    at("running").textContent = data.requests.running + " running; all since " + moment(data.started_at);
+    pairs("errors", Object.entries(data.errors).map(([code, count]) =>
+      [number(count) + " \u00d7 " + code, data.error_texts[code] ?? ""]));
     at("share").textContent = data.cache.share_percent + " %";
     at("cost").textContent = dollars(data.cost.usd);
     at("saved").textContent = "by list prices; caching saved " + dollars(data.cache.saved_usd) +
       data.cost.without_price.map((model) => "; without " + model).join("");
-    pairs("tokens", [["In, not cached", number(tokens.input)], ["In, read from cache", number(tokens.cache_read)],
-      ["In, written to cache", number(tokens.cache_write)], ["Out", number(tokens.output)]]);
-    limitBars(data.limits);
-    dayBars(data.days);
+    const kinds = [["New in the prompt", tokens.input], ["Read from the cache", tokens.cache_read],
+      ["Stored in the cache", tokens.cache_write], ["Answers", tokens.output]];
+    const sum = kinds.reduce((all, [, count]) => all + count, 0);
+    pairs("tokens", [...kinds, ["Total", sum]].map(([name, count]) => [name, number(count)]));
+    limitBars(data.limits); dayBars(data.days); totals(data); recent(data);
     const over = facts.expires_at * 1000 < Date.now();
     pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
       [over ? "Token expired" : facts.refreshable ? "Token renews" : "Token expires",
         facts.expires_at && moment(facts.expires_at)]]
       .filter(([, value]) => value));
+    const cards = { errors: Object.keys(data.errors).length, used: sum, limits: data.limits.length,
+      recent: data.recent.length };
+    for (const card of document.querySelectorAll("[data-card]")) card.hidden = !cards[card.dataset.card];
   }
+
+  const ask = (path, sent) => fetch(path, { headers: { accept: "application/json",
+    ...(sent && { authorization: "Bearer " + sent }) } });
 
   async function update() {
     const sent = key;
     try {
-      const answer = await fetch("/", { headers: { accept: "application/json",
-        ...(sent && { authorization: "Bearer " + sent }) } });
+      const answer = await ask("/", sent);
       if (!answer.ok && answer.status !== 401) throw new Error(answer.status);
       const data = answer.ok ? await answer.json() : { key_needed: true };
       if (sent !== key) return;
@@ -8045,6 +8486,20 @@ PAGE = """<!doctype html>
     at("wrong").hidden = true;
     update();
   });
+  at("setup").addEventListener("toggle", async () => {
+    const texts = await (await ask("/?setup", key)).json(), chosen = at("tool");
+    const show = () => {
+      at("settings").textContent = texts[chosen.value].replaceAll("localhost:" + (location.port || 80), location.host);
+    };
+    fill("tool", Object.keys(texts).map((name) => make("option", name)));
+    chosen.addEventListener("change", show);
+    show();
+  }, { once: true });
+  for (const button of document.querySelectorAll("[data-copy]")) {
+    button.hidden = !navigator.clipboard;           // browsers have it on localhost and https only
+    button.addEventListener("click", () => navigator.clipboard.writeText(at(button.dataset.copy).textContent));
+  }
+  at("failed").addEventListener("change", update);
   update();
   setInterval(update, 2000);
 </script>
@@ -8098,7 +8553,8 @@ def route_of(target: str) -> tuple[str, str]:
     return path, ""
 
 
-def endpoint_of(method: str, path: str) -> Endpoint:
+def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
+    """The endpoint of a path; `typed` is how the client wrote it."""
     methods = ROUTES.get(path)
     without_counterpart = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
     if without_counterpart:
@@ -8106,11 +8562,12 @@ def endpoint_of(method: str, path: str) -> Endpoint:
             without_counterpart.group(1), printable(path)))
     if methods is None:
         raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
-            method, printable(path), ", ".join(route for route in ROUTES if "{" not in route)))
+            method, printable(typed), ", ".join(route for route in ROUTES if "{" not in route)))
     endpoint = methods.get("GET" if method == "HEAD" else method)
     if endpoint is None:
         names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-        raise Refused(405, "method_not_allowed", "%s does not support %s." % (printable(path), method),
+        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (
+            printable(typed), method, "; a chat completion is POST /v1/chat/completions" if path == "/" else ""),
                       headers={"allow": ", ".join(names)})
     return endpoint
 
@@ -8133,7 +8590,7 @@ def allowed_host(host: str, config: Config) -> tuple[str, bool]:
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
-    allowed = {"host.docker.internal", config.host.lower(), *(entry.lower() for entry in config.allow_host)}
+    allowed = {"host.docker.internal", *(entry.lower() for entry in [*config.hosts, *config.allow_host])}
     return name, is_loopback_host(name) or is_address(name) or name in allowed
 
 
@@ -8171,6 +8628,7 @@ EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "
 NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
 LAST_CHUNK = b"0\r\n\r\n"
+LOG_NAME = "request "
 
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
@@ -8279,6 +8737,7 @@ class RequestCycle:
         self._native = False
         self._record = Record(head.method, re.sub(r"[?#].*", "", head.target), address,
                               tool_of(head.headers), started)
+        self._log_name = LOG_NAME + secrets.token_hex(2)        # of the thread, so that its log entries show it
         # what has to be given back, whatever happens
         self._entered = False                       # a place among the running requests
         self._reserved = 0                          # bytes of the budget of all bodies
@@ -8290,6 +8749,7 @@ class RequestCycle:
         Returns what a stream waits for that is better left to the event loop; None when the request is over.
         """
         wait = None
+        threading.current_thread().name = self._log_name
         try:
             if failure:
                 raise failure
@@ -8328,6 +8788,8 @@ class RequestCycle:
             if self._record.used:
                 self._gateway.usage.add(self._record.tool, self._record.used, self._record.owner, {
                     "requests": 1, "errors": int(self._record.status >= 400)})
+            if self._record.route not in MONITORING:
+                self._gateway.recent.add(self._record.summary(short_line(self._record), self._gateway.secrets()))
 
     # -- answering
 
@@ -8350,7 +8812,7 @@ class RequestCycle:
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
         self._record.owner = owner[:12]
-        endpoint = endpoint_of(head.method, path)
+        endpoint = endpoint_of(head.method, path, self._record.path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
             raise Refused(508, "loop_detected", "This request came from this very gateway: its upstream address leads "
@@ -8362,7 +8824,11 @@ class RequestCycle:
         body = self._read_body(length) if self._body_unread else b""
         if head.method == "POST":
             self._reserve(parsed_weight(body))
-            incoming.body, incoming.surrogates_replaced = json_from_body(body)
+            try:
+                incoming.body, incoming.surrogates_replaced = json_from_body(body)
+            except InvalidRequest:
+                LOG.debug("from the client, invalid: %r", body[:2_000])
+                raise
             LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
         del body                                    # a large one need not wait for Claude's answer
         return self._send_reply(endpoint(self._gateway, incoming))
@@ -8459,7 +8925,7 @@ class RequestCycle:
             return self._begin_stream(StreamedReply(reply, chunked=self._head.version == "1.1"))
         if reply.raw is None:
             LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
-        body = client_json(reply.body) if reply.raw is None else reply.raw
+        body = client_json(reply.body) + b"\n" if reply.raw is None else reply.raw     # curl leaves the line to us
         self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
         return None
 
@@ -8506,7 +8972,7 @@ class RequestCycle:
 
     def _send_failure(self, failure: GatewayError) -> None:
         """An error as a status and body or, once a stream has begun, as its last event."""
-        failure = failure.reworded(masked(str(failure), self._gateway.secrets()))   # whoever wrote it
+        failure = failure.reworded(masked(as_typed(str(failure)), self._gateway.secrets()))     # whoever wrote it
         self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
         status, headers, body = (
             (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
@@ -8518,7 +8984,7 @@ class RequestCycle:
                 self.client.send(self._stream.failure(failure))
             else:
                 LOG.debug("to the client: %s", body, extra={"payload": body})
-                self._send(status, client_json(body), dict(headers, **{"content-type": "application/json"}))
+                self._send(status, client_json(body) + b"\n", dict(headers, **{"content-type": "application/json"}))
         except ClientGone:
             self.keep_alive = False
 
@@ -8565,11 +9031,21 @@ def log_request_record(record: Record, config: Config) -> None:
             record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
             record.output_tokens)
     line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
-    if record.error:
-        line += "  " + printable(record.error, 500)
-    LOG.log(level, "%s", line, extra={"fields": fields})
+    error = "  " + printable(record.error, 500) if record.error else ""
+    LOG.log(level, "%s", line + error, extra={"fields": fields, "short": short_line(record) + error})
     if record.changes and config.log_format != "json":
-        LOG.info("  changed: %s", printable(record.changes, 100_000))
+        LOG.info("  changes: %s", printable(record.changes, 100_000))
+
+
+def short_line(record: Record) -> str:
+    """The line of a request for a narrow terminal, without padding and ids."""
+    path = re.sub(r"^(/v1)?/", "", printable(record.path)) or "/"
+    words = ["%d" % record.status, path if record.method == "POST" else "%s %s" % (record.method, path),
+             record.tool, re.sub(r"^claude-|-\d{8}$", "", record.used)]
+    if record.input_tokens is not None:
+        words.append("%d>%d %d%%" % (record.input_tokens, record.output_tokens,
+                                     percent(record.cached_tokens, record.input_tokens)))
+    return " ".join(filter(None, [*words, "%.1fs" % (record.total_ms / 1000)]))
 
 
 class Connection:
@@ -8613,6 +9089,10 @@ class Connection:
         peer = self._peer
         try:
             received = bytearray(peer.read_within(self._limits.idle_timeout))
+            if received[:2] == b"\x16\x03":         # a TLS handshake
+                if not self._gateway.tls_reported.is_set():
+                    LOG.warning("a client speaks TLS to this port: its address has to begin with http://, not https://")
+                self._gateway.tls_reported.set()
             started = time.monotonic()
             head = self._read_head(received, started + self._limits.head_timeout)
         except OSError:
@@ -8728,7 +9208,8 @@ class Service:
     @property
     def url(self) -> str:
         """The base URL for an OpenAI client."""
-        host = str(self.listeners[0].server_address[0])
+        host = self.gateway.config.host
+        host = host if host == "localhost" else str(self.listeners[0].server_address[0])
         return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, self.port)
 
     def start(self) -> None:
@@ -8756,8 +9237,21 @@ class Service:
 
 
 def listeners_for(gateway: Gateway) -> list[Listener]:
-    """Sockets on the configured host; `localhost` is 127.0.0.1 and, where there is one, ::1.  Raises OSError."""
-    host, port = gateway.config.host, gateway.config.port
+    """Sockets on the configured hosts, all on one port.  Raises OSError."""
+    listeners: list[Listener] = []
+    try:
+        for host in gateway.config.hosts:
+            listeners += listeners_on(host, listeners[0].server_address[1] if listeners else gateway.config.port,
+                                      gateway)
+    except OSError:
+        for listener in listeners:
+            listener.server_close()
+        raise
+    return listeners
+
+
+def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
+    """Sockets on one host; `localhost` is 127.0.0.1 and, where there is one, ::1.  Raises OSError."""
     if host != "localhost":
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return [Listener((host, port), family, gateway)]
@@ -8779,7 +9273,7 @@ def listeners_for(gateway: Gateway) -> list[Listener]:
 # as Claude.  Its replies say that they are simulated.
 
 
-def simulated_message(request: dict) -> dict:
+def simulated_message(request: dict, usage: dict) -> dict:
     """The reply to a Messages request: a JSON sample, a tool call, or a sentence about what was sent."""
     last = request["messages"][-1]["content"]
     results = [block for block in last if block["type"] == "tool_result"]
@@ -8804,16 +9298,27 @@ def simulated_message(request: dict) -> dict:
     else:
         blocks.append({"type": "text", "text": "This is a simulated answer: the gateway runs in demo mode, and no "
                                                "model was asked. " + summary_of(last, results)})
-    usage = dict(simulated_usage(request), output_tokens=about_tokens(blocks), service_tier="standard")
+    usage = dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
             "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
 
 
-def simulated_usage(request: dict) -> dict:
-    """Made-up counts of a prompt: where it has cache marks, all but the last turn is as if read from the cache."""
-    prompt = [request.get("tools", ()), request.get("system", ()), *request["messages"]]
+def simulated_usage(request: dict, seen: Bounded) -> dict:
+    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache.
+
+    So is all but the last turn of a conversation, whose first turns a demo need not have seen.
+    """
+    turns = [block for message in request["messages"] for block in message["content"]]
+    prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
     total, marked = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
-    read = sum(map(about_tokens, prompt[:-1])) if marked and len(request["messages"]) > 1 else 0
+    newest = len(prompt) - len(request["messages"][-1]["content"])
+    read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
+    for at, part in enumerate(prompt if marked else (), 1):
+        digest.update(json.dumps(without(part, "cache_control") if isinstance(part, dict) else part).encode())
+        so_far += about_tokens(part)
+        if seen.get(digest.hexdigest()) or len(request["messages"]) > 1 and at == newest:
+            read = so_far
+        seen.put(digest.hexdigest(), True)
     written = total - read if marked else 0
     return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
             "cache_read_input_tokens": read}
@@ -8920,30 +9425,31 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
             for message in request["messages"]:
                 if isinstance(message["content"], str):
                     message["content"] = [{"type": "text", "text": message["content"]}]
-            answer = simulated_message(request)
+            usage = simulated_usage(request, self.server.seen)
+            answer = simulated_message(request, usage)
         except (LookupError, TypeError, AttributeError, ValueError) as fault:
             error = {"type": "invalid_request_error", "message": "The simulation cannot read this request: %s: %s" % (
                 type(fault).__name__, fault)}
             self._send("application/json", client_json({"type": "error", "error": error}), 400)
             return
         if self.path.endswith("/count_tokens"):
-            self._send("application/json", client_json({"input_tokens": sum(simulated_usage(request).values())}))
+            self._send("application/json", client_json({"input_tokens": sum(usage.values())}))
         elif not request.get("stream"):
             self._send("application/json", client_json(answer))
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
-            self._hold(request)
+            self._hold(answer)
         else:
             self._send("text/event-stream", b"".join(
                 b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
                 for event in simulated_events(answer)))
 
-    def _hold(self, request: dict) -> None:
+    def _hold(self, answer: dict) -> None:
         """A stream that only ends when the gateway closes the connection, for `selftest`."""
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.send_header("connection", "close")
         self.end_headers()
-        self.wfile.write(b"data: %s\n\n" % client_json(next(simulated_events(simulated_message(request)))))
+        self.wfile.write(b"data: %s\n\n" % client_json(next(simulated_events(answer))))
         self.wfile.flush()
         self.connection.settimeout(30)
         with contextlib.suppress(OSError):
@@ -8972,6 +9478,7 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.abandoned = threading.Event()          # the gateway closed the connection amid a reply
+        self.seen = Bounded(10_000)                 # digests of all that prompts have begun with
         super().__init__(("127.0.0.1", 0), SimulatedHandler)
         self.url = "http://127.0.0.1:%d" % self.server_address[1]
         threading.Thread(target=self.serve_forever, name="simulated upstream", daemon=True).start()
@@ -9004,21 +9511,35 @@ def wants_colour(stream: Any) -> bool:
     return bool(getattr(stream, "isatty", bool)()) and os.environ.get("TERM") != "dumb" and os.name != "nt"
 
 
+def columns_of_terminal() -> int:
+    """The width of the terminal that standard error is, 0 where it is none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    return 0
+
+
 class LogFormatter(logging.Formatter):
     """One line per entry, as text or JSON; secrets are masked, long base64 in payloads is cut."""
 
-    def __init__(self, secrets: Callable[[], list[str]], as_json: bool, colour: bool = False) -> None:
+    def __init__(self, secrets: Callable[[], list[str]], as_json: bool, colour: bool = False,
+                 with_names: bool = False, columns: Callable[[], int] = lambda: 0) -> None:
         super().__init__()
-        self._secrets, self.as_json, self._colour = secrets, as_json, colour
+        self._secrets, self.as_json, self._colour, self._with_names = secrets, as_json, colour, with_names
+        self._columns = columns                     # of the terminal, 0 where there is none
 
     def format(self, record: logging.LogRecord) -> str:
         payload = getattr(record, "payload", None)
-        message = super().format(record) if payload is None else \
+        short = getattr(record, "short", "")
+        if short and not self.as_json and 0 < self._columns() < len(record.getMessage()) + 9:        # 9: the time
+            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short,)))
+        message = as_typed(super().format(record)) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
         message = masked(message, self._secrets())
         if payload is not None:                     # last: the beginning of a secret is not recognised
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
         if not self.as_json:                        # JSON has escapes of its own; only a traceback has several lines
+            if self._with_names and record.threadName and record.threadName.startswith(LOG_NAME):
+                message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
             moment = time.strftime("%H:%M:%S", time.localtime(record.created))
             message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
             return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
@@ -9040,8 +9561,8 @@ class LogFormatter(logging.Formatter):
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json",
-                                      wants_colour(sys.stderr)))
+    handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
+                                      config.verbose, columns_of_terminal))
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
     LOG.addHandler(handler)
@@ -9056,6 +9577,14 @@ def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -
 OK, FAILURE, USAGE, NO_CREDENTIAL, PORT_IN_USE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 
+class UsageError(Exception):
+    """Invalid flags or environment; exit code 2.  `setting` is the flag or variable at fault, if it is one."""
+
+    def __init__(self, message: str, setting: str = "") -> None:
+        super().__init__("%s: %s" % (setting, message) if setting else message)
+        self.setting = setting
+
+
 def prepare_output() -> None:
     """Makes standard output and error accept whatever is printed."""
     for name in ("stdout", "stderr"):
@@ -9064,30 +9593,6 @@ def prepare_output() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif hasattr(stream, "reconfigure"):        # a character that a terminal lacks must not stop a print
             stream.reconfigure(errors="backslashreplace")
-
-
-def own_file() -> str:
-    """The file that this program is in, or the archive around it; "" where it came from neither."""
-    path = "" if getattr(sys, "frozen", False) else os.path.abspath(globals().get("__file__") or "")
-    while not os.path.isfile(path) and path != os.path.dirname(path):
-        path = os.path.dirname(path)
-    return path if os.path.isfile(path) else ""
-
-
-def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
-    """A text with every command of ours as it can be typed here: the script's path where it is not installed.
-
-    A lower-case word behind `claude-gateway` is a command: no prose puts one there.
-    """
-    if powershell:
-        text = re.sub(r"\bexport (\w+)=(\S+)", r'$env:\1 = "\2"', text)
-        text = re.sub(r"\b([A-Z_]+)=(\S+)(?= claude-gateway )", r'$env:\1 = "\2";', text)
-    script = sys.argv[0] if sys.argv else ""
-    if not script or os.path.basename(script) != os.path.basename(own_file()):
-        return text
-    script = '"%s"' % script if " " in script else script
-    typed = "%s %s " % (os.path.basename(sys.executable or "") or "python3", script)
-    return re.sub(r"\bclaude-gateway (?=[a-z])", lambda match: typed, text)
 
 
 def say(text: str, level: int = logging.INFO) -> None:
@@ -9099,6 +9604,27 @@ def say(text: str, level: int = logging.INFO) -> None:
             handler.handle(LOG.makeRecord(LOG.name, level, "", 0, "%s", (text,), None))
             return
     print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, flush=True)
+
+
+def given_to(command: str, path: str | None) -> bytes:
+    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError."""
+    path = None if path == "-" else path
+    if not path and sys.stdin and sys.stdin.isatty():
+        say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
+    try:
+        if path:
+            with open(path, "rb") as file:
+                data = file.read()
+        else:
+            data = sys.stdin.buffer.read() if sys.stdin else b""
+    except OSError as fault:
+        raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
+    if not data.strip():
+        raise UsageError("%s; %s" % (
+            path + " is empty" if path else "Standard input is %s" % ("empty" if sys.stdin else "closed"),
+            {"ask": "for example: claude-gateway ask Hello"}.get(
+                command, "translate needs a request as JSON: claude-gateway translate FILE")))
+    return data
 
 
 def print_json(value: Any) -> None:
@@ -9120,14 +9646,6 @@ def duration_text(seconds: float) -> str:
 
 # ---- Options -----------------------------------------------------------------------------------------
 # The options of `start`, each with its environment variable, and the Config that they make.
-
-
-class UsageError(Exception):
-    """Invalid flags or environment; exit code 2.  `setting` is the flag or variable at fault, if it is one."""
-
-    def __init__(self, message: str, setting: str = "") -> None:
-        super().__init__("%s: %s" % (setting, message) if setting else message)
-        self.setting = setting
 
 
 class Option(NamedTuple):
@@ -9152,7 +9670,7 @@ OPTIONS = (
     Option("port", "port of the gateway; 0: any free one, printed in the first line (default: %d)" % DEFAULT_PORT, "p",
            "PORT"),
     Option("host", "address to listen on; one that other machines can reach requires an API key (default: localhost, "
-                   "which is 127.0.0.1 and ::1)", "", "ADDRESS"),
+                   "which is 127.0.0.1 and ::1); repeatable", "", "ADDRESS", repeatable=True),
     Option("api-key", "API key that clients have to send; better set in the environment, where others cannot see it; "
                       "repeatable", "", "KEY", repeatable=True),
     Option("verbose", "log requests and replies in full, secrets masked", "V"),
@@ -9218,9 +9736,19 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
     return names
 
 
+def origins_from(setting: str, origins: Sequence[str]) -> tuple[str, ...]:
+    """Origins as browsers send them, which is without a slash at the end."""
+    plain = tuple(origin.rstrip("/").lower() for origin in origins)
+    for origin in plain:
+        if not re.match(r"([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)\Z", origin):
+            raise UsageError("expected an origin like https://app.example.com, got %r." % origin, setting)
+    return plain
+
+
 # Options whose values need checking -> how they are read
-CHECKS: Dict[str, Callable[[str, Any], Any]] = {"port": port_from, "alias": aliases_from, "api-key": keys_from,
-                                                "fallback": fallbacks_from, "budget": budgets_from}
+CHECKS: Dict[str, Callable[[str, Any], Any]] = {
+    "port": port_from, "alias": aliases_from, "api-key": keys_from, "cors-origin": origins_from,
+    "fallback": fallbacks_from, "budget": budgets_from}
 
 
 def checked_credential(variable: str, text: str) -> str:
@@ -9353,6 +9881,8 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
         if value is not None:
             value = tuple(value) if option.repeatable else value
             fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
+    fields["host"], *fields["more_hosts"] = dict.fromkeys(fields.get("host", ["localhost"]))
+    fields["more_hosts"] = tuple(fields["more_hosts"])
     levels = [name for name in LOG_LEVELS if fields.get(name)]
     if len(levels) > 1:
         raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
@@ -9375,6 +9905,26 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     return Config(**fields)
 
 
+# Our variables that belong to no option
+OWN_VARIABLES = ("CLAUDE_GATEWAY_TOKEN_URL", "CLAUDE_GATEWAY_AUTHORIZE_URL", "CLAUDE_GATEWAY_OAUTH_SCOPES")
+
+
+def ignored_variables(environment: dict[str, str], config: Config) -> Iterator[tuple[str, str]]:
+    """Settings that somebody made and that have no effect -> what to do instead."""
+    known = [option.variable for option in OPTIONS] + list(OWN_VARIABLES)
+    for name in sorted(environment):
+        if name.startswith("CLAUDE_GATEWAY_") and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            yield name, "Did you mean %s?" % nearest[0] if nearest else "`claude-gateway start --help` lists all."
+    if not config.https_proxy and not config.demo:
+        found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
+        system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
+        if system and system not in os.environ.values():
+            found.append("The proxy of this system's settings")
+        if found:
+            yield found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+
+
 # ---- Diagnosis ---------------------------------------------------------------------------------------
 # `doctor` checks the machine, the way to Claude and the credential.
 
@@ -9388,19 +9938,31 @@ class Finding(NamedTuple):
     code: int = 0
 
 
-def running_status(config: Config, key: str = "") -> dict | None:
-    """The status of the gateway on this machine's port; None where none answers.  A key is sent only if given."""
+@contextlib.contextmanager
+def local_answer(config: Config, body: dict | None = None, key: str = "",
+                 timeout: float = 2) -> Iterator[http.client.HTTPResponse]:
+    """What this machine's port answers to GET /, or to a chat completion request."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    connection = http.client.HTTPConnection(host, config.port, timeout=2)
     headers = dict({"accept": "application/json"}, **{"authorization": "Bearer " + key} if key else {})
+    with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
+        connection.request("POST" if body else "GET", "/v1/chat/completions" if body else "/",
+                           json.dumps(body) if body else None, headers)
+        yield connection.getresponse()
+
+
+def running_status(config: Config, key: str = "") -> dict | None:
+    """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
+
+    A key is sent only if given.
+    """
     try:
-        connection.request("GET", "/", headers=headers)
-        status = json.loads(connection.getresponse().read(1_000_000).decode("utf-8"))
-    except (OSError, ValueError, http.client.HTTPException):
+        with local_answer(config, key=key) as response:
+            status = json.loads(response.read(1_000_000).decode("utf-8"))
+    except (ConnectionRefusedError, socket.gaierror):
         return None
-    finally:
-        connection.close()
-    return status if isinstance(status, dict) and status.get("status") == "ok" and "version" in status else None
+    except (OSError, ValueError, http.client.HTTPException):
+        return {}
+    return status if isinstance(status, dict) and status.get("status") == "ok" and "version" in status else {}
 
 
 def port_finding(config: Config) -> Finding:
@@ -9634,21 +10196,12 @@ def findings(config: Config, live: bool) -> Iterator[Finding]:
 # is broken" from "the network is broken".
 
 
-def post(port: int, body: dict) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body))
-        response = connection.getresponse()
-        return response.status, response.read().decode("utf-8")
-    finally:
-        connection.close()
-
-
 def selftest_findings() -> Iterator[Finding]:
     """Plain, streaming, tools, image, error, cancel: over real sockets on loopback."""
     simulated = SimulatedUpstream()
     service = Service(Gateway(demo_config(Config(host="127.0.0.1", port=0, quiet=True), simulated.url)))
     service.start()
+    config = Config(host="127.0.0.1", port=service.port)
     hello = {"model": "sonnet", "messages": [{"role": "user", "content": "Hello"}]}
     tool = {"type": "function", "function": {"name": "look.up", "parameters": {
         "type": "object", "properties": {"word": {"type": "string"}}}}}
@@ -9667,279 +10220,20 @@ def selftest_findings() -> Iterator[Finding]:
     )
     try:
         for name, body, is_right in cases:
-            status, answer = post(service.port, body)
+            with local_answer(config, body, timeout=10) as response:
+                status, answer = response.status, response.read().decode("utf-8")
             yield Finding(name, "ok", "") if is_right(status, answer) else Finding(
                 name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
         hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
-        connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=5)
-        connection.request("POST", "/v1/chat/completions", json.dumps(hold))
-        connection.getresponse().read(1)
-        connection.close()
+        with local_answer(config, hold, timeout=5) as response:
+            response.read(1)
+            response.close()
         yield Finding("cancel", "ok", "") if simulated.abandoned.wait(5) else Finding(
             "cancel", "failed", "a client left, and its call upstream went on", "Please report this.", FAILURE)
     finally:
         service.close(0)
         simulated.shutdown()
         simulated.server_close()
-
-
-# ---- Tool settings -----------------------------------------------------------------------------------
-# What to write into which tool, printed by `setup NAME` and never written by us.  The README's table is made
-# from the same entries.
-
-
-class ToolSettings(NamedTuple):
-    """`where`: one line for the table; `text`: the settings themselves, with the placeholders of `filled`."""
-    title: str
-    where: str
-    text: str
-
-
-TOOL_SETTINGS: Dict[str, ToolSettings] = {
-    "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
-export OPENAI_BASE_URL=BASE
-export OPENAI_API_KEY=KEY
-# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" })
-# model: MODEL"""),
-    "langchain": ToolSettings("LangChain", "ChatOpenAI(base_url=...)", """\
-from langchain_openai import ChatOpenAI
-model = ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY", stream_usage=True)"""),
-    "llamaindex": ToolSettings("LlamaIndex", "OpenAILike(api_base=..., is_chat_model=True)", """\
-from llama_index.llms.openai_like import OpenAILike
-model = OpenAILike(model="MODEL", api_base="BASE", api_key="KEY",
-                   is_chat_model=True, is_function_calling_model=True, context_window=1000000)"""),
-    "ai-sdk": ToolSettings("Vercel AI SDK", "createOpenAI({ baseURL })", """\
-import { createOpenAI } from "@ai-sdk/openai";
-const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
-// openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
-    "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
-aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL"""),
-    "cline": ToolSettings("Cline", "API provider: OpenAI Compatible", """\
-API Provider: OpenAI Compatible
-Base URL:     BASE
-API Key:      KEY
-Model ID:     MODEL
-(switch on "supports images" and set a context window of 1000000)"""),
-    "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible", """\
-API Provider: OpenAI Compatible
-Base URL:     BASE
-API Key:      KEY
-Model:        MODEL
-(switch on image support and prompt caching)"""),
-    "continue": ToolSettings("Continue", "~/.continue/config.yaml", """\
-name: Claude Gateway
-version: 1.0.0
-schema: v1
-models:
-  - name: Claude
-    provider: openai
-    model: MODEL
-    apiBase: BASE
-    apiKey: KEY
-    capabilities: [tool_use, image_input]"""),
-    "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
-model = "claude-opus-5-5"
-model_provider = "gateway"
-
-[model_providers.gateway]
-name = "gateway"
-base_url = "BASE"
-wire_api = "responses"
-ENV_KEY"""),
-    "opencode": ToolSettings("opencode", "opencode.json", """\
-{ "provider": { "gateway": {
-    "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
-    "options": { "baseURL": "BASE", "apiKey": "KEY" },
-    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
-    "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
-export GOOSE_PROVIDER=openai
-export GOOSE_MODEL=MODEL
-export OPENAI_HOST=ORIGIN
-export OPENAI_BASE_PATH=v1/chat/completions
-export OPENAI_API_KEY=KEY"""),
-    "open-webui": ToolSettings("Open WebUI", "Settings, Connections, OpenAI API", """\
-Admin settings > Connections > OpenAI API > add a connection
-URL: BASE
-Key: KEY
-Models are listed automatically.
-
-CONTAINER"""),
-    "librechat": ToolSettings("LibreChat", "librechat.yaml, endpoints.custom", """\
-# CONTAINER
-endpoints:
-  custom:
-    - name: Claude
-      apiKey: KEY
-      baseURL: BASE
-      models: { default: [MODEL], fetch: true }
-      titleConvo: true
-      titleModel: haiku"""),
-    "zed": ToolSettings("Zed", "settings.json, language_models", """\
-{ "language_models": { "openai_compatible": { "Gateway": {
-    "api_url": "BASE",
-    "available_models": [{ "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
-      "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
-// the key goes into the environment: GATEWAY_API_KEY=KEY"""),
-    "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, third-party providers", """\
-Settings > Tools > AI Assistant > Models & API keys > OpenAI-compatible
-URL: BASE
-Key: KEY
-Model: MODEL"""),
-    "n8n": ToolSettings("n8n", "OpenAI credential, base URL", """\
-Credentials > OpenAI
-API Key:  KEY
-Base URL: BASE
-Then choose MODEL by its id in the OpenAI Chat Model node.
-
-CONTAINER"""),
-    "home-assistant": ToolSettings("Home Assistant", "integration LiteLLM (2026.6 or newer)", """\
-Settings > Devices & services > Add integration > LiteLLM
-URL: http://ADDRESS-OF-THIS-MACHINE:PORT/v1
-API key: YOUR-GATEWAY-KEY
-and a gateway that Home Assistant can reach:
-CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
-The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
-    "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
-# this file is in the folder that this prints: dirname "$(llm logs path)"
-- model_id: claude
-  model_name: MODEL
-  api_base: BASE
-  supports_tools: true
-  supports_schema: true
-  vision: true
-# and the key, in a shell: llm keys set openai --value KEY"""),
-    "obsidian": ToolSettings("Obsidian plugins", "custom OpenAI-compatible provider", """\
-Provider: OpenAI compatible / custom
-Base URL: BASE
-API key:  KEY
-Model:    MODEL
-If the plugin reports a network or CORS error, start the gateway with:
-  claude-gateway START --cors-origin app://obsidian.md"""),
-    "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
-Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
-public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
-your credential to the internet."""),
-}
-
-# Printed with the settings of what usually runs in a container: there, localhost is the container itself.
-CONTAINER = """\
-In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
-docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
-CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 172.17.0.1"""
-
-SERVICE_FILES = {
-    "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
-# then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway
-# to run it while you are not logged in: loginctl enable-linger
-[Unit]
-Description=Claude Gateway
-After=network-online.target
-
-[Service]
-ExecStart="PYTHON" "FILE" START
-# keys go into this file, mode 600: ANTHROPIC_API_KEY=... if no login is stored, CLAUDE_GATEWAY_API_KEY=... for clients
-EnvironmentFile=-%h/.config/claude-gateway/environment
-Restart=on-failure
-RestartPreventExitStatus=2 3
-TimeoutStopSec=35
-NoNewPrivileges=yes
-PrivateTmp=yes
-
-[Install]
-WantedBy=default.target"""),
-    "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
-<?xml version="1.0" encoding="UTF-8"?>
-<!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
-     to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway
-     launchd does not distinguish a missing credential (exit 3) from other failures: it retries every minute -->
-<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
-<plist version="1.0">
-<dict>
-  <key>Label</key><string>local.claude-gateway</string>
-  <key>ProgramArguments</key>
-  <array><string>PYTHON</string><string>FILE</string>START</array>
-  <!-- keys, if no login is stored or clients need one; then: chmod 600 this file
-  <key>EnvironmentVariables</key>
-  <dict><key>ANTHROPIC_API_KEY</key><string>...</string><key>CLAUDE_GATEWAY_API_KEY</key><string>...</string></dict> -->
-  <key>RunAtLoad</key><true/>
-  <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
-  <key>ThrottleInterval</key><integer>60</integer>
-  <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
-</dict>
-</plist>"""),
-    "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
-# keys, if no login is stored or clients need one:
-# setx ANTHROPIC_API_KEY sk-ant-...
-# setx CLAUDE_GATEWAY_API_KEY ...
-$action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
-$trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
-$settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit 0 -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
-Register-ScheduledTask 'Claude Gateway' -Action $action -Trigger $trigger -Settings $settings
-Start-ScheduledTask 'Claude Gateway'
-# where that is denied: a shortcut in the start-up folder does the same
-# $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
-# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()"""),
-    "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
-# cp "FILE" . && docker build -t claude-gateway .
-# docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
-# In a container the gateway listens on all addresses, so it requires an API key (CLAUDE_GATEWAY_API_KEY).
-FROM python:3-slim
-COPY claude_gateway.py /
-USER nobody
-ENV CLAUDE_GATEWAY_HOST=0.0.0.0
-EXPOSE PORT
-HEALTHCHECK CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:PORT/health')"]
-ENTRYPOINT ["python3", "/claude_gateway.py"]
-CMD [START]"""),
-}
-
-SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
-
-
-def setup_list() -> str:
-    """Every name that `setup` accepts, with its title."""
-    lines = ["%-16s %s" % (name, settings.title) for name, settings in SETTINGS.items()]
-    return "\n".join([*lines, "", "claude-gateway setup NAME prints its settings."])
-
-
-def setup_name(text: str) -> str:
-    """The entry of a name or title, in upper or lower case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
-    plain = re.sub(r"[ _]+", "-", text.strip().lower())
-    names = {re.sub(r"[ _]+", "-", tool.title.lower()): name for name, tool in TOOL_SETTINGS.items()}
-    names.update({name: name for name in SETTINGS})
-    if plain in names:
-        return names[plain]
-    nearest = difflib.get_close_matches(plain, names, n=1)
-    raise argparse.ArgumentTypeError("there are no settings for %s. %s`claude-gateway setup` lists all names." % (
-        text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
-
-
-def filled(config: Config, path_form: Callable[[str], str], argument_form: str, between: str) -> dict[str, str]:
-    """The placeholders of the settings -> their values here."""
-    origin, python = "http://localhost:%d" % config.port, own_file() and sys.executable or "python3"
-    arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
-    paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
-             "FILE": own_file() or "/path/to/claude_gateway.py", "HOME": os.path.expanduser("~")}
-    return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
-            "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
-            "ENV_KEY": 'env_key = "CLAUDE_GATEWAY_API_KEY"' if config.api_key else "",
-            "START": between.join(argument_form % argument for argument in arguments),
-            **{word: path_form(path) for word, path in paths.items()}}
-
-
-# How a service file writes a path, an argument, and what it puts between two arguments
-SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
-    "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
-    "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
-    "windows": (lambda path: path.replace("'", "''"), "%s", " "),
-    "docker": (str, '"%s"', ", ")}
-
-
-def setup_text(name: str, config: Config) -> str:
-    """The settings for a tool, or a service file for this installation."""
-    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), SETTINGS[name].text)
-    values = filled(config, *SERVICE_FORMS.get(name, (str, "%s", " ")))
-    return re.sub(r"(?<![\w-])(%s)\b" % "|".join(values), lambda word: values[word.group()], text).rstrip()
 
 
 # ---- Signing in --------------------------------------------------------------------------------------
@@ -10085,9 +10379,10 @@ def say_what_is_next(config: Config) -> None:
 
 def check_exposure(config: Config) -> None:
     """Refuses to listen to the network without a key: anybody could use the credential.  Raises UsageError."""
-    if not is_loopback_host(config.host) and not config.api_key:
+    exposed = [host for host in config.hosts if not is_loopback_host(host)]
+    if exposed and not config.api_key:
         raise UsageError("--host %s can be reached from other machines: set an API key for clients in "
-                         "CLAUDE_GATEWAY_API_KEY first." % config.host)
+                         "CLAUDE_GATEWAY_API_KEY first." % exposed[0])
     if "*" in config.cors_origin and not config.api_key:
         raise UsageError("--cors-origin '*' allows every web page: set an API key for clients in "
                          "CLAUDE_GATEWAY_API_KEY first.")
@@ -10107,7 +10402,7 @@ def is_own_address(config: Config) -> bool:
     parts = urllib.parse.urlsplit(config.base_url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     host = (parts.hostname or "").lower()
-    return port == config.port and (is_loopback_host(host) or host == config.host.lower())
+    return port == config.port and (is_loopback_host(host) or host in map(str.lower, config.hosts))
 
 
 def gateway_with_credential(config: Config) -> Gateway:
@@ -10166,6 +10461,10 @@ def pasted_url(service: Service) -> str:
     return "http://%s:%d/v1" % (config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)
 
 
+def aliases_text(aliases: Iterable[Tuple[str, str]]) -> str:
+    return ", ".join("%s = %s" % pair for pair in aliases)
+
+
 def print_start_lines(gateway: Gateway, service: Service) -> None:
     """What a user needs to know first: the upstream and credential, who may call, what to paste."""
     config, credential = gateway.config, gateway.upstream.credential
@@ -10180,6 +10479,8 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
             say("Note: %s; an API key is always fine. (See `claude-gateway login --help`.)" % OWN_APPS_ONLY)
     say("Clients: %s" % ("an API key is required" if len(config.api_key) == 1 else "one of %d API keys is required" %
                          len(config.api_key) if config.api_key else "no API key needed; any value is accepted"))
+    if config.alias:
+        say("Aliases: %s" % aliases_text(config.alias))
     say("Paste into your tool:  base URL %s   model sonnet" % pasted_url(service))
     if config.host in EVERY_ADDRESS and not config.allow_host:
         say("To call this machine by a name, for instance %s, add --allow-host NAME" %
@@ -10211,7 +10512,8 @@ class StopSignals:
         service.stop_accepting()
         running = service.gateway.running.count
         if running and not service.gateway.config.quiet:
-            say("Stopping: waiting up to %d seconds for %d running requests." % (SHUTDOWN_GRACE, running))
+            say("Stopping: waiting up to %d seconds for %d running request%s; a second Ctrl-C stops at once." % (
+                SHUTDOWN_GRACE, running, "" if running == 1 else "s"))
         service.close()
         return self._exit_code()
 
@@ -10226,6 +10528,8 @@ def start_command(parsed: argparse.Namespace) -> int:
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
             config.ca_variable, config.ca_file))
+    for name, advice in ignored_variables(dict(os.environ), config):
+        say("Warning: %s is set, and is ignored. %s" % (name, advice))
     if parsed.api_key:
         say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
     if config.demo:
@@ -10251,6 +10555,112 @@ def start_command(parsed: argparse.Namespace) -> int:
     if gateway.upstream.credential:
         gateway.models.refresh()
     return stop.serve(service)
+
+
+# ---- Asking and running ------------------------------------------------------------------------------
+# `ask` and `run`: an answer, or a tool, through the gateway that runs on the port or one of their own.
+
+
+@contextlib.contextmanager
+def gateway_at_hand(config: Config) -> Iterator[Config]:
+    """The settings that reach the running gateway, or else one that lives as long as this block, with its own key."""
+    if not config.demo and running_status(config):
+        yield config
+        return
+    config = replace(config, host="localhost", more_hosts=(), port=0, api_key=(secrets.token_urlsafe(16),), quiet=True)
+    config = demo_config(config, SimulatedUpstream().url) if config.demo else config
+    set_up_log(config)
+    service = Service(gateway_with_credential(config))
+    service.start()
+    try:
+        yield replace(config, port=service.port)
+    finally:
+        service.close(0)
+
+
+def content_to_ask(parsed: argparse.Namespace) -> Any:
+    """The words of the command line, or of standard input, and the images.  Raises UsageError."""
+    text = " ".join(parsed.words).strip() or given_to(parsed.command, None).decode("utf-8", "replace")
+    images = [given_to(parsed.command, path) for path in parsed.image or ()]
+    return [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
+        media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
+
+
+def ask_command(parsed: argparse.Namespace) -> int:
+    """Prints the answer as it arrives, or the whole completion as JSON."""
+    config = config_from(parsed, dict(os.environ))
+    set_up_log(replace(config, quiet=True))
+    body = {"model": parsed.model, "stream": not parsed.json,
+            "messages": [{"role": "user", "content": content_to_ask(parsed)}]}
+    with gateway_at_hand(config) as at_hand:
+        for chunk in chunks_of_answer(at_hand, body):
+            if parsed.json:
+                print_json(chunk)
+            for choice in () if parsed.json else chunk.get("choices", ()):
+                print(choice["delta"].get("content") or "", end="", flush=True)
+    print(end="" if parsed.json else "\n")
+    return OK
+
+
+def chunks_of_answer(config: Config, body: dict) -> Iterator[dict]:
+    """The chunks of a gateway's stream, or its whole completion.  Raises what it reports."""
+    try:
+        with local_answer(config, body, next(iter(config.api_key), ""), config.limits.upstream_silence) as response:
+            done = not body["stream"]
+            for line in response:
+                done = done or line.startswith(b"data: [DONE]")
+                line = re.sub(rb"^data: ", b"", line)
+                chunk = json.loads(line.decode("utf-8")) if line.startswith(b"{") else {}
+                if "error" in chunk:
+                    raise GatewayError(text_in(chunk, "error", "message") or "The gateway refused the request.")
+                yield chunk
+            if not done:
+                raise ConnectionError("it ended early")
+    except (OSError, ValueError, http.client.HTTPException) as fault:
+        raise UpstreamFault("The gateway broke off its answer: %s." % (str(fault) or type(fault).__name__)) from fault
+
+
+# Program -> its entry in the settings, whose variables and options `run` passes on
+PROGRAMS = {"aider": "aider", "codex": "codex", "opencode": "opencode", "goose": "goose", "qwen": "qwen-code",
+            "claude": "claude-code", "mini": "mini-swe-agent"}
+
+
+def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]:
+    """The variables and options that point a program at a gateway."""
+    values = dict(filled(config), KEY=next(iter(config.api_key), "none"))
+    variables = {"OPENAI_BASE_URL": values["BASE"], "OPENAI_API_BASE": values["BASE"], "OPENAI_API_KEY": values["KEY"]}
+    options: list[str] = []
+    settings = SETTINGS.get(PROGRAMS.get(program, ""))
+    text = with_values(settings.command or settings.text, values) if settings else ""
+    if program == "opencode":                       # reads what is else its file from a variable
+        return dict(variables, OPENCODE_CONFIG_CONTENT=text), []
+    for line in text.replace("\\\n", "").split("\n"):
+        words = shlex.split(line)
+        if words[:1] == ["export"]:
+            variables.update((name, value) for name, _, value in (word.partition("=") for word in words[1:]))
+        elif words[:1] == [program]:
+            options = words[1:]
+    return variables, options
+
+
+def run_tool(parsed: argparse.Namespace) -> int:
+    """Runs a tool that is pointed at the gateway; its exit status.  Nothing is written."""
+    config = config_from(parsed, dict(os.environ))
+    name, *arguments = parsed.program[parsed.program[:1] == ["--"]:] or [""]
+    path = shutil.which(name)
+    if not path:
+        raise UsageError("run needs a program to start; %s." % ("there is no %s" % name if name else "for example: "
+                                                                "claude-gateway run aider"))
+    set_up_log(replace(config, quiet=True))
+    with gateway_at_hand(config) as at_hand:
+        variables, options = ready_made(re.sub(r"\.\w+$", "", os.path.basename(name)), at_hand)
+        with subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables)) as tool:
+            passed = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])]
+            for number in passed:                   # a terminal sends Ctrl-C to the tool by itself
+                signal.signal(number, lambda number, frame: None if number == signal.SIGINT and os.isatty(0)
+                              else tool.send_signal(number))
+            code = tool.wait()
+    return code if code >= 0 else 128 - code
 
 
 # ---- Commands ----------------------------------------------------------------------------------------
@@ -10319,14 +10729,15 @@ def status_text(running: dict, key_source: str) -> str:
         ("Account", facts.get("account")),
         ("Token", expires_at and expiry_text(expires_at, bool(facts.get("refreshable")) and not trouble)),
         ("Up for", duration_text(running["uptime_seconds"])),
-        ("Models", ", ".join("%s = %s" % pair for pair in running["models"].items())),
+        ("Models", aliases_text(running["models"].items())),
+        ("Aliases", aliases_text(running.get("aliases", {}).items())),
         ("Requests", "%d, %d running" % (running["requests"]["total"], running["requests"]["running"])),
         ("Tokens", "{:,} in, {:,} of them from the cache, {:,} out".format(
             prompt_tokens(tokens), tokens["cache_read"], tokens["output"])),
-        ("Cost", "$%.2f by list prices%s" % (running["cost"]["usd"], "".join(
+        ("Cost", "%s by list prices%s" % (dollars(running["cost"]["usd"]), "".join(
             ", without %s" % model for model in running["cost"]["without_price"]))),
-        ("Cache", "%d %% of all input, which saved $%.2f" % (
-            running["cache"]["share_percent"], running["cache"]["saved_usd"])),
+        ("Cache", "%d %% of all input, which saved %s" % (
+            running["cache"]["share_percent"], dollars(running["cache"]["saved_usd"]))),
         *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())]
     lines += ["%-12s %s" % (name + ":", value) for name, value in rows if value]
     for limit in running["limits"]:
@@ -10336,6 +10747,19 @@ def status_text(running: dict, key_source: str) -> str:
         lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
                                                 round(100 * limit["used"]), resets))
     return "\n".join(lines)
+
+
+def request_lines(running: dict) -> Iterator[str]:
+    """The last requests of a running gateway, and its totals by tool and by model."""
+    for title in ("by_tool", "by_model"):
+        for name, sums in running.get(title, {}).items():
+            yield "%-9s %-20s %d requests, %d failed; %s tokens in, %s out; %s" % (
+                title.replace("_", " "), name, sums["requests"], sums["failed"], format(sums["input_tokens"], ","),
+                format(sums["output_tokens"], ","), dollars(sums["cost_usd"]))
+    for each in running.get("recent", ()):
+        cost = dollars(each["cost_usd"]) if each["cost_usd"] is not None else ""
+        yield "  ".join(filter(None, [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["line"], cost,
+                                      each["changes"], each["error"]]))
 
 
 def status_command(parsed: argparse.Namespace) -> int:
@@ -10349,6 +10773,8 @@ def status_command(parsed: argparse.Namespace) -> int:
         source = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
         print(json.dumps(dict({"running": True, "credential": None}, **running), indent=1) if parsed.json else
               status_text(running, source))
+        if parsed.requests and not parsed.json:
+            print("\n".join(["", *request_lines(running)]))
         return OK
     try:
         credential = credential_from_config(config, Upstream(config, "").post_json)
@@ -10359,7 +10785,8 @@ def status_command(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps({"running": False, "port": config.port, "credential": facts}, indent=1))
     else:
-        print("No gateway answers on port %d." % config.port)
+        print(("No gateway answers on port %d." if running is None else
+               "Another program uses port %d; no gateway answers there.") % config.port)
         print("\n".join(credential_lines(facts)) if facts else as_typed(missing_credential(config)))
         if credential and credential.preamble:
             print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
@@ -10433,7 +10860,7 @@ def print_finding(finding: Finding) -> None:
 
 def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
     """The settings, and a finding for each that is invalid; its default is used instead."""
-    found = []
+    found: List[Finding] = []
     while True:
         try:
             config = config_from(parsed, environment)
@@ -10448,11 +10875,8 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
     found += [Finding("Settings", "warning", problem, "Correct or unset the variable.")
               for problem in doubtful_credentials(environment)]
-    unused = next((name for name in ("all_proxy", "ALL_PROXY") if environment.get(name)), "")
-    if unused and not config.https_proxy:
-        found.append(Finding("Settings", "warning", "%s is set, and is ignored" % unused,
-                             "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."))
-    return config, found
+    return config, found + [Finding("Settings", "warning", "%s is set, and is ignored" % name, advice)
+                            for name, advice in ignored_variables(environment, config)]
 
 
 def doctor_command(parsed: argparse.Namespace) -> int:
@@ -10496,29 +10920,10 @@ def setup_command(parsed: argparse.Namespace) -> int:
     return OK
 
 
-def given_to_translate(path: str | None) -> bytes:
-    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError."""
-    path = None if path == "-" else path
-    if not path and sys.stdin and sys.stdin.isatty():
-        say("Reading a request from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
-    try:
-        if path:
-            with open(path, "rb") as file:
-                data = file.read()
-        else:
-            data = sys.stdin.buffer.read() if sys.stdin else b""
-    except OSError as fault:
-        raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
-    if not data.strip():
-        raise UsageError("%s; translate needs a request as JSON: claude-gateway translate FILE" % (
-            path + " is empty" if path else "Standard input is %s" % ("empty" if sys.stdin else "closed")))
-    return data
-
-
 def translate_command(parsed: argparse.Namespace) -> int:
     """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
     config = config_from(parsed, dict(os.environ))
-    data = given_to_translate(parsed.file)
+    data = given_to("translate", parsed.file)
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
         assembler = MessageAssembler()
         for event in events_from_body(data):
@@ -10574,8 +10979,8 @@ Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
 
 
 def completion_command(parsed: argparse.Namespace) -> int:
-    if parsed.words:
-        for candidate in parsed.program.candidates(parsed.words[1:]):
+    if parsed.typed:
+        for candidate in parsed.parser.candidates(parsed.typed[1:]):
             print(candidate)
     else:
         print("# It completes the command claude-gateway, not python3 claude_gateway.py.\n" + COMPLETIONS[parsed.shell])
@@ -10586,14 +10991,18 @@ def completion_command(parsed: argparse.Namespace) -> int:
 # The commands with their arguments, the parser, and the program itself.
 
 Command = Callable[[argparse.Namespace], int]
+AT_HAND = ("port", "host", "api-key", "auth", "token-file", "alias", "demo")      # how `ask` and `run` find a gateway
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
+    "ask": (ask_command, "ask Claude, by the running gateway or one of its own",
+            ["words", "--model", "--image", "--json", *AT_HAND]),
+    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "program"]),
     "login": (login_command, "sign in with a Claude account, or store an API key",
               ["--api-key", "--no-browser", "token-file"]),
     "logout": (logout_command, "delete the stored login", ["token-file"]),
     "status": (status_command, "show what the running gateway does",
-               ["--json", "port", "api-key", "auth", "token-file"]),
+               ["--json", "--requests", "port", "host", "api-key", "auth", "token-file"]),
     "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
     "models": (models_command, "list the models and aliases", ["--json", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
@@ -10601,7 +11010,7 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
     "translate": (translate_command, "print what a request would become, without sending it",
                   ["file", "alias", "no-cache"]),
-    "completion": (completion_command, "print shell completion", ["shell", "words"]),
+    "completion": (completion_command, "print shell completion", ["shell", "typed"]),
     "selftest": (selftest_command, "check the gateway against its own simulation", []),
 }
 
@@ -10620,13 +11029,18 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--days": {"metavar": "N", "type": days_from, "default": 7, "help": "the last N days (default: 7)"},
     "--by": {"choices": ["day", "tool", "model", "key"], "default": "day", "help": "one line for each (default: day)"},
     "--json": {"action": "store_true", "help": "as JSON"},
+    "--requests": {"action": "store_true", "help": "also list the last requests"},
+    "--model": {"default": "sonnet", "help": "a model, or its alias (default: sonnet)"},
+    "--image": {"action": "append", "metavar": "FILE", "help": "send this image, too; repeatable"},
+    "words": {"nargs": "*", "metavar": "WORD", "help": "the question; default: standard input"},
+    "program": {"nargs": argparse.REMAINDER, "metavar": "TOOL ARGUMENT", "help": "for example: aider --no-git"},
     "--live": {"action": "store_true", "help": "also make two small model calls, to check a reply and a cache hit"},
     "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*SETTINGS],
              "help": "default: list all names, which are %s" % ", ".join(SETTINGS)},
     "file": {"metavar": "FILE", "nargs": "?", "help": "a request, or a saved message; default: standard input"},
     "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
               "help": "bash, zsh, fish or powershell"},
-    "words": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
+    "typed": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
 }
 # What the help of a command ends with
 EPILOGS = {"login": TERMS, "start": """\
@@ -10653,7 +11067,8 @@ class Parser(argparse.ArgumentParser):
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
             known = {name.lstrip("-"): name for name in [*self.commands, *self._option_string_actions]}
             nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1)
-            message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else "")
+            message = "unknown: %s. %s" % (word, "Did you mean %s?" % known[nearest[0]] if nearest else
+                                           "The commands are %s." % ", ".join(self.commands) if self.commands else "")
         super().error(as_typed(message))
 
     def candidates(self, words: Sequence[str]) -> list[str]:
@@ -10695,7 +11110,7 @@ def argument_parser() -> Parser:
                              "  claude-gateway start --alias '*=sonnet'" % DEFAULT_PORT))
     # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
-    parser.set_defaults(program=parser)             # which `completion` asks
+    parser.set_defaults(parser=parser)              # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     options = {option.name: option for option in OPTIONS}
     for name, (_, help_text, arguments) in COMMANDS.items():

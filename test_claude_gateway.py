@@ -9489,7 +9489,7 @@ class ProxyTests(TlsTestCase):
     def test_who_could_not_be_reached_is_said_plainly(self):
         refused, unknown = ConnectionRefusedError(111, "Connection refused"), socket.gaierror(-2, "Name or service")
         for fault, tunnel, words in (
-                (refused, None, "The upstream could not be reached: "),
+                (refused, None, "The upstream could not be reached at proxy.test:1: "),
                 (refused, "upstream.test", "The proxy proxy.test:1 could not be reached: "),
                 (OSError("Tunnel connection failed: 407 No"), "upstream.test",
                  "The upstream could not be reached through the proxy proxy.test:1: Tunnel connection failed: 407 No."),
@@ -11341,6 +11341,136 @@ class EventLoopNativeTests(InEventLoop, NativeTests):
     pass
 
 
+# ---- Tool settings ----------------------------------------------------------------------------------
+
+class SetupTests(unittest.TestCase):
+    def test_settings_name_their_variables_as_the_tools_do(self):
+        config = Config(port=45_554)
+        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
+        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
+                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
+            self.assertIn(line, texts)
+        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
+
+    def test_setup_prints_settings_for_every_tool_and_writes_nothing(self):
+        for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
+            with self.subTest(name=name):
+                said = claude_gateway.setup_text(name, Config(port=45999))
+                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE", "START", "CONTAINER", "ENV_KEY",
+                                    "PORT", "HOME"):
+                    self.assertNotRegex(said, r"(?<![A-Z_-])%s(?![A-Z_-])" % placeholder)
+                if name not in ("cursor", "systemd", "launchd", "windows", "docker"):
+                    self.assertIn("45999", said)
+        code, said, _ = run_command("setup", "codex", "--port", "45999")
+        self.assertEqual(code, 0)
+        self.assertIn('base_url = "http://localhost:45999/v1"', said)
+        self.assertIn("cannot reach", claude_gateway.setup_text("cursor", Config()))
+
+    def test_service_files_name_this_python_and_this_file(self):
+        for name in ("systemd", "launchd", "windows"):
+            said = claude_gateway.setup_text(name, Config())
+            self.assertIn(os.path.abspath(claude_gateway.__file__), said)
+        plist = plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())
+        self.assertEqual(plist["ProgramArguments"], [sys.executable, os.path.abspath(claude_gateway.__file__), "start"])
+        self.assertEqual(plist["StandardErrorPath"], os.path.expanduser("~/Library/Logs/claude-gateway.log"))
+
+    def test_service_files_carry_the_port(self):
+        config = Config(port=45999, api_key=("the-client-key",))
+        systemd, launchd, windows, docker = (claude_gateway.setup_text(name, config)
+                                             for name in ("systemd", "launchd", "windows", "docker"))
+        self.assertRegex(systemd, r'(?m)^ExecStart=".*" ".*" start --port 45999$')
+        self.assertEqual(plistlib.loads(launchd.encode())["ProgramArguments"][2:], ["start", "--port", "45999"])
+        self.assertIn("claude_gateway.py\" start --port 45999'", windows)
+        for words in ('CMD ["start", "--port", "45999"]', "EXPOSE 45999\n", "127.0.0.1:45999/health",
+                      "-p 127.0.0.1:45999:45999", 'cp "%s" .' % os.path.abspath(claude_gateway.__file__)):
+            self.assertIn(words, docker)
+        for said in (systemd, launchd, windows, docker):
+            self.assertIn("CLAUDE_GATEWAY_API_KEY", said)
+            self.assertNotIn("the-client-key", said)
+        self.assertIn("RestartPreventExitStatus=2 3\n", systemd)
+
+    def test_paths_are_written_as_each_service_file_takes_them(self):
+        kept = sys.executable
+        self.addCleanup(setattr, sys, "executable", kept)
+        sys.executable = '/a "b"/100% $PORT & <c>/python'
+        self.assertIn(r'ExecStart="/a \"b\"/100%% $$PORT & <c>/python" "',
+                      claude_gateway.setup_text("systemd", Config()))
+        self.assertEqual(plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())["ProgramArguments"][0],
+                         sys.executable)
+        sys.executable = "C:\\O'Neil\\python.exe"
+        self.assertIn("-Execute 'C:\\O''Neil\\pythonw.exe' -Argument '\"",
+                      claude_gateway.setup_text("windows", Config()))
+
+    def test_variables_are_set_as_powershell_does_it_on_windows(self):
+        for text, typed in (("Run A_B=... claude-gateway start", 'Run $env:A_B = "..."; claude-gateway start'),
+                            ("export A_B=http://x/v1\nexport C=d", '$env:A_B = "http://x/v1"\n$env:C = "d"'),
+                            ("ANTHROPIC_API_KEY=... in a file", "ANTHROPIC_API_KEY=... in a file")):
+            with self.subTest(text):
+                self.assertEqual(claude_gateway.as_typed(text, True), typed)
+                self.assertEqual(claude_gateway.as_typed(text, False), text)
+
+    def test_windows_starts_it_for_this_user_without_a_time_limit_and_on_battery(self):
+        said = claude_gateway.setup_text("windows", Config())
+        for words in ('-AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"', "-ExecutionTimeLimit 0",
+                      "-AllowStartIfOnBatteries -DontStopIfGoingOnBatteries", "GetFolderPath('Startup')",
+                      "$link.Arguments = '\"%s\" start'" % os.path.abspath(claude_gateway.__file__)):
+            self.assertIn(words, said)
+
+    def test_settings_fit_the_gateway_that_they_are_for(self):
+        plain, keyed = Config(port=45999), Config(port=45999, api_key=("the-client-key",))
+        for name in claude_gateway.TOOL_SETTINGS:
+            self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
+        self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
+        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('\nenv_key = "CLAUDE_GATEWAY_API_KEY"'))
+        for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
+                      "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
+            self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
+        for name in ("open-webui", "n8n", "librechat"):
+            said = claude_gateway.setup_text(name, plain)
+            for words in ("http://host.docker.internal:45999/v1", "--add-host=host.docker.internal:host-gateway",
+                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host localhost --host 172."):
+                self.assertIn(words, said)
+        for line in said.split("\n")[:3]:           # librechat's settings are a file
+            self.assertTrue(line.startswith("# "))
+        self.assertTrue(claude_gateway.setup_text("continue", plain).startswith("name: "))
+        self.assertIn("\nversion: 1.0.0\nschema: v1\nmodels:\n", claude_gateway.setup_text("continue", plain))
+
+    def test_setup_says_where_they_go_and_prints_what_can_be_pasted(self):
+        done = outcome_of(["setup", "codex"], {}, "")
+        self.assertEqual((done.code, done.err), (0, "Codex CLI, ~/.codex/config.toml:\n"))
+        self.assertTrue(done.out.startswith('model = "claude-opus-5-5"\n'))
+        self.assertIn("a PowerShell window:", outcome_of(["setup", "windows"], {}, "").err)
+        listed = outcome_of(["setup"], {}, "").out
+        self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
+        self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your account$")
+        self.assertEqual(re.findall(r"(?m)^([A-Z][a-z ]+)\n\n(\S+)", listed), [
+            ("Libraries", "openai"), ("Terminals", "aider"), ("Editors", "cline"), ("Apps", "open-webui"),
+            ("Service files", "systemd")])
+
+    def test_tools_that_know_models_by_their_full_names_get_one(self):
+        for name in ("aider", "dspy", "openhands", "qwen-code"):
+            self.assertIn("claude-sonnet-5-5", claude_gateway.setup_text(name, Config()))
+        self.assertIn('"url": "http://localhost:45554/v1/chat/completions"',
+                      claude_gateway.setup_text("vscode", Config()))
+        self.assertIn("--edit-format diff", claude_gateway.setup_text("aider", Config()))
+        for name in ("vscode", "pi", "opencode"):
+            json.loads(claude_gateway.setup_text(name, Config()))
+        for name in ("openai-agents", "crewai", "dspy", "smolagents", "autogen", "agno", "browser-use"):
+            compile(re.sub("(?m)^export .*", "", claude_gateway.setup_text(name, Config())), name, "exec")
+
+    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
+        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
+                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
+            with self.subTest(given=given):
+                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
+        code, said, _ = run_command("setup")
+        self.assertEqual(code, 0)
+        for name, tool in claude_gateway.TOOL_SETTINGS.items():
+            self.assertRegex(said, r"(?m)^%s +%s$" % (name, re.escape(tool.title)))
+        for name in claude_gateway.SERVICE_FILES:
+            self.assertRegex(said, r"(?m)^%s " % name)
+
+
 # ---- Status page -------------------------------------------------------------------------------------
 
 # The page's script in front of a document and a server that are made up: each step is a status, a body, and
@@ -11348,13 +11478,15 @@ class EventLoopNativeTests(InEventLoop, NativeTests):
 PAGE_HARNESS = r"""
 const steps = %s, told = [], elements = {};
 function element() {
-  return { hidden: true, style: {}, listeners: {}, children: [],
+  return { hidden: true, style: {}, listeners: {}, children: [], dataset: {},
            append(...more) { this.children.push(...more); }, replaceChildren(...all) { this.children = all; },
            get all() { return (this.textContent ?? "") + this.children.map((one) => one.all ?? one).join("|"); },
            addEventListener(name, on) { this.listeners[name] = on; } };
 }
-globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element };
-globalThis.location = { origin: "http://localhost" };
+const cards = ["errors", "used", "limits", "recent"].map((card) => Object.assign(element(), { dataset: { card } }));
+globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element,
+                        querySelectorAll: (what) => what === "[data-card]" ? cards : [] };
+globalThis.location = { origin: "http://localhost:1234", host: "localhost:1234", port: "1234" };
 let tick, sent, shown;
 globalThis.setInterval = (update) => { tick = update; };
 globalThis.fetch = async (path, { headers }) => {
@@ -11374,6 +11506,7 @@ async function run() {
     const [ask, wrong, data, state] = ["ask", "wrong", "data", "state"].map(document.getElementById);
     shown = Object.fromEntries(Object.entries(elements).map(([id, one]) => [id, one.all]));
     shown.hidden = Object.keys(elements).filter((id) => elements[id].hidden);
+    shown.cards = cards.filter((card) => !card.hidden).map((card) => card.dataset.card);
     told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
   }
   console.log(JSON.stringify([told, shown]));
@@ -11417,6 +11550,69 @@ class StatusTests(GatewayTestCase):
         self.assertIn('claude_gateway_cost_usd_total{model="claude-sonnet-5-5"} 0.00206\n', told)
         self.assertIn('claude_gateway_cache_saved_usd{model="claude-sonnet-5-5"} 0.00294\n', told)
         self.assertIn('claude_gateway_requests_running 0\n', told)
+
+    def test_the_last_requests_and_totals_by_tool_and_model_are_kept_without_a_word_of_them(self):
+        usage = {"input_tokens": 100, "cache_read_input_tokens": 900, "output_tokens": 50}
+        self.claude.play(message(text("a private answer"), usage=usage), message(text("another"), usage=usage),
+                         FakeReply(status=401, body={"type": "error", "error": {
+                             "type": "authentication_error", "message": "invalid key %s" % SECRET}}))
+        self.chat("a private question", headers={"user-agent": "aider/0.86"}, model="sonnet", seed=5)
+        self.chat("a private question", headers={"user-agent": "aider/0.86"}, stream=True)
+        self.chat("a private question", headers={"user-agent": "curl/8"}, model="haiku")
+        data = self.status()
+        failed, streamed, first = data["recent"]
+        self.assertEqual(set(first), {"time", "line", "tool", "path", "status", "asked", "used", "stream",
+                                      "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
+                                      "request_id", "changes", "error", "error_code", "cost_usd"})
+        for name, value in (("tool", "aider"), ("asked", "sonnet"), ("used", "claude-sonnet-5-5"), ("status", 200),
+                            ("stream", False), ("input_tokens", 1000), ("cached_tokens", 900), ("output_tokens", 50),
+                            ("changes", "dropped seed (no counterpart)"), ("error", ""),
+                            ("cost_usd", (100 * 2 + 900 * 0.1 + 50 * 10) / 1e6)):
+            self.assertEqual(first[name], value, name)
+        self.assertIs(streamed["stream"], True)
+        self.assertAlmostEqual(first["time"], time.time(), delta=30)
+        self.assertEqual((failed["status"], failed["tool"], failed["cost_usd"]), (401, "curl", None))
+        self.assertIn("invalid key ***", failed["error"])
+        self.assertEqual(data["error_texts"], {"upstream_authentication": failed["error"]})
+        self.assertEqual(data["by_tool"]["aider"], {
+            "requests": 2, "failed": 0, "input_tokens": 2000, "output_tokens": 100, "cached_tokens": 1800,
+            "cost_usd": 2 * first["cost_usd"]})
+        self.assertEqual((data["by_tool"]["curl"]["failed"], list(data["by_model"])),
+                         (1, ["claude-sonnet-5-5", "claude-haiku-5-5"]))
+        self.assertNotIn("private", json.dumps(data))
+        self.assertNotIn(SECRET, json.dumps(data))
+
+    def test_of_many_requests_the_last_fifty_are_kept_and_looking_is_none_of_them(self):
+        for number in range(55):
+            self.ask("GET", "/v1/nothing-%d" % number, headers={"user-agent": "tool%d/1" % number})
+        self.ask("GET", "/metrics")
+        data = self.status()
+        self.assertEqual([each["path"] for each in data["recent"]],
+                         ["/v1/nothing-%d" % number for number in range(54, 4, -1)])
+        self.assertEqual(len(data["by_tool"]), 55)
+        self.assertEqual(data["by_model"], {})
+
+    def test_totals_of_any_number_of_tools_and_errors_stay_bounded(self):
+        recent = claude_gateway.RecentRequests()
+        for number in range(500):
+            record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
+            recent.add(record.summary("line", []))
+        data = recent.data()
+        self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
+        self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
+
+    def test_aliases_and_the_start_of_the_count_are_shown(self):
+        self.start(alias=(("fast", "haiku"),))
+        data = self.status()
+        self.assertEqual(data["aliases"], {"fast": "haiku"})
+        self.assertAlmostEqual(data["started_at"], time.time(), delta=30)
+
+    def test_the_page_gets_the_settings_of_every_tool_for_the_port_it_was_opened_at(self):
+        texts = self.ask("GET", "/?setup", headers={"host": "localhost:8123"}).json
+        self.assertEqual(set(texts), set(claude_gateway.TOOL_SETTINGS))
+        self.assertIn("http://localhost:8123/v1", texts["aider"])
+        self.start(api_key=("the-client-key",))
+        self.assertEqual(set(self.ask("GET", "/?setup").json), {"status", "version", "key_needed"})
 
     def test_list_prices_are_those_of_november_2026(self):
         # US dollars per million tokens: in, in from the cache, out; no price of mythos 5.2 is known
@@ -11543,13 +11739,35 @@ class StatusTests(GatewayTestCase):
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]),
                          ("$1.23", "by list prices; caching saved -$0.50; without x"))
-        self.assertEqual(shown["running"], "0 running, up for 1 d 3 h")
+        self.assertRegex(shown["running"], r"\A0 running; all since \d+ \w+ 20\d\d, \d\d:\d\d\Z")
+        self.assertEqual(shown["cards"], ["limits"])            # there is nothing to show in the others
         self.assertIn("50 %, reset in 7 h 59 min", shown["limits"])
         self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
         self.assertTrue(shown["names"].startswith("sonnet| claude-sonnet-5-5|"), shown["names"])
+        data["cache"]["saved_usd"], data["cost"]["usd"] = -0.00001, 0.0042
+        shown = self.page([(200, json.dumps(data), "")])[1]
+        self.assertEqual((shown["cost"], shown["saved"]), ("$0.0042", "by list prices; caching saved $0.00; without x"))
         self.assertNotIn("demo", shown["hidden"])
         data["upstream"] = "https://api.anthropic.com"
         self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
+
+    @unittest.skipUnless(shutil.which("node"), "no node here")
+    def test_the_page_shows_requests_errors_and_totals(self):
+        self.claude.play(message(text("A"), usage={"input_tokens": 1000, "cache_read_input_tokens": 500,
+                                                   "output_tokens": 20}))
+        self.chat("Hi", headers={"user-agent": "aider/1"}, model="opus", seed=1)
+        self.chat(model="no-such-model")
+        data = self.status()
+        shown = self.page([(200, json.dumps(data), "")])[1]
+        self.assertEqual(shown["cards"], ["errors", "used", "recent"])      # Claude has reported no limits
+        self.assertRegex(shown["errors"], r"\A1 \u00d7 model_not_found\|The model \"no-such-model\" does not exist")
+        self.assertIn("New in the prompt|1,000|Read from the cache|500|Stored in the cache|0|Answers|20|Total|1,520",
+                      shown["tokens"])
+        self.assertIn("aider|1|0|1,500|20|$0.0045", shown["totals"])
+        newest, older = shown["recent"].index("no-such-model"), shown["recent"].index("opus \u2192 claude-opus-5-5")
+        self.assertLess(newest, older)
+        for words in ("1,500 (33 % cached)|20|$0.0045", "dropped seed (no counterpart)", "does not exist here"):
+            self.assertIn(words, shown["recent"])
 
     @unittest.skipUnless(shutil.which("node"), "no node here")
     def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(self):
@@ -11657,6 +11875,30 @@ class AccessTests(HttpTestCase):
                     self.assertEqual((answer.status, answer.error["code"]), (403, "host_not_allowed"))
                     self.assertIn("--allow-host " + host, answer.error["message"])
                     self.assert_envelope(answer)
+
+    def test_a_path_that_is_not_served_is_named_as_it_was_typed(self):
+        for path in ("/v1/embedding", "/nowhere"):
+            answer = self.ask("GET", path)
+            self.assertTrue(answer.error["message"].startswith("There is nothing at GET %s; served are" % path))
+        for path in ("/v1", "/"):
+            self.assertEqual(self.ask("POST", path, {}).error["message"],
+                             path + " does not support POST; a chat completion is POST /v1/chat/completions.")
+        self.assertEqual(self.ask("GET", "/v1/responses").error["message"], "/v1/responses does not support GET.")
+
+    def test_json_ends_with_a_newline_for_terminals(self):
+        for answer in (self.ask("GET", "/health"), self.ask("GET", "/nowhere"), self.chat()):
+            self.assertTrue(answer.raw.endswith(b"}\n"))
+            self.assertEqual(int(answer.headers["content-length"]), len(answer.raw))
+
+    def test_tls_spoken_to_the_port_is_said_once_in_the_log(self):
+        self.start()
+        with self.assertLogs(claude_gateway.LOG, "WARNING") as logged:
+            for _ in range(3):
+                context = ssl.create_default_context()
+                with self.assertRaises((OSError, ssl.SSLError)), contextlib.closing(self.connect()) as connection:
+                    context.wrap_socket(connection, server_hostname="localhost")
+        self.assertEqual(len(logged.output), 1)
+        self.assertIn("has to begin with http://, not https://", logged.output[0])
 
     def test_the_bound_name_is_accepted(self):
         # a name of this machine that is neither an address nor localhost; Config alone is asked, nothing is bound
@@ -12286,7 +12528,7 @@ class Child:
 
     @property
     def port(self) -> int:
-        return int(self.wait_for(r"(?m)^.* on http://127\.0\.0\.1:(\d+)/v1$", "out").group(1))
+        return int(self.wait_for(r"(?m)^.* on http://(?:127\.0\.0\.1|localhost):(\d+)/v1$", "out").group(1))
 
     def type(self, words: str) -> None:
         self.process.stdin.write(words.encode())
@@ -12433,6 +12675,15 @@ class DemoTests(CommandTestCase):
         for limit in data["limits"]:
             self.assertGreater(limit["resets_at"], time.time() - 60)
         self.assertIn("Demo: answers, tokens, costs and limits are simulated", self.demo.err)
+
+    def test_a_long_prompt_that_comes_again_is_read_from_the_cache(self):
+        usages = [self.chat(messages=[{"role": "system", "content": "A long text. " * 500},
+                                      {"role": "user", "content": question}]).json["usage"]
+                  for question in ("First?", "Second?", "Second?")]
+        cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+        self.assertEqual(cached[0], 0)
+        self.assertGreater(cached[1], 1_500)
+        self.assertEqual(cached[2], usages[2]["prompt_tokens"])
 
     def test_it_says_at_the_start_that_it_is_a_demo(self):
         self.demo.wait_for("(?i)demo.*simulated")
@@ -12628,6 +12879,41 @@ class LogTests(GatewayTestCase):
         with contextlib.redirect_stderr(io.StringIO()) as shown:
             claude_gateway.say("Warning: %s" % self.FORGED.replace("\n", ""))
         self.assertNotRegex(shown.getvalue(), "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200f\u2028\u202e\u2066\ud800]")
+    def test_a_narrow_terminal_gets_one_line_a_request(self):
+        record = claude_gateway.Record(
+            "POST", "/v1/chat/completions", tool="aider", status=200, asked="opus", used="claude-opus-5-5", stream=True,
+            first_byte_ms=521, total_ms=1682, input_tokens=118918, cached_tokens=118010, cached_percent_of_all=48,
+            output_tokens=388, request_id="req_011CV")
+        with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
+            claude_gateway.log_request_record(record, Config())
+            claude_gateway.log_request_record(claude_gateway.Record("GET", "/v1/models", tool="-", status=404,
+                                                                    error="Not here: --allow-host x"), Config())
+        for columns, lines in ((80, ["200 chat/completions aider opus-5-5 118918>388 99% 1.7s",
+                                     "404 GET models - 0.0s  Not here: --allow-host x"]),
+                               (200, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"]),
+                               (0, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"])):
+            formatter = claude_gateway.LogFormatter(list, False, columns=lambda: columns)
+            for entry, line in zip(logged.records, lines):
+                shown = formatter.format(entry)
+                self.assertTrue(shown[9:].startswith(line), shown)
+                self.assertTrue(columns != 80 or len(shown) <= 80, shown)
+        self.assertIn("opus -> claude-opus-5-5", claude_gateway.LogFormatter(
+            list, True, columns=lambda: 80).format(logged.records[0]))       # JSON is for programs
+
+    def test_the_width_is_that_of_the_terminal(self):
+        try:
+            import fcntl
+            import pty
+            import termios
+        except ImportError:
+            self.skipTest("no pseudo terminals here")
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\0\x48\0\0\0\0\0")
+        with os.fdopen(slave, "w") as terminal, contextlib.redirect_stderr(terminal):
+            self.assertEqual(claude_gateway.columns_of_terminal(), 72)
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(claude_gateway.columns_of_terminal(), 0)
 
     def test_the_debug_log_shows_both_sides_of_a_stream_too(self):
         log = claude_gateway.LOG
@@ -12646,6 +12932,19 @@ class LogTests(GatewayTestCase):
 
 
 class LogLevelTests(CommandTestCase):
+    def test_every_line_of_a_request_has_its_id_and_invalid_json_is_shown(self):
+        child = self.serve("-V")
+        for question in ("One", "Two"):
+            self.claude.play(message(text(question)))
+            self.chat(question)
+        self.ask("POST", "/v1/chat/completions", b'{"model": "sonnet", oops')
+        child.end(signal.SIGTERM)
+        ids = {words: set(re.findall(r"\[([0-9a-f]{4})\] .*%s" % words, child.err)) for words in ("One", "Two", "oops")}
+        self.assertEqual([len(found) for found in ids.values()], [1, 1, 1])
+        self.assertEqual(len(set.union(*ids.values())), 3)
+        self.assertRegex(child.err, r"\[%s\] from the client, invalid: b'.*oops'" % ids["oops"].pop())
+        self.assertRegex(child.err, r"\[%s\] POST /v1/chat/completions 200 " % ids["One"].pop())
+
     @SIGNALS
     def test_quiet_says_nothing_but_the_address(self):
         child, release = self.serve("-q"), self.slow_answer()
@@ -12708,7 +13007,7 @@ class LogLevelTests(CommandTestCase):
                                      ("info", 200, "/v1/chat/completions"))
                     entries = [json.loads(line) for line in child.err.strip().split("\n")]     # all of them
                     self.assertEqual(sum("seed" in json.dumps(entry) for entry in entries), 1)
-                    self.assertEqual([entry["level"] for entry in entries if "foo" in entry["message"]], ["warning"])
+                    self.assertEqual([entry["level"] for entry in entries if "foo=" in entry["message"]], ["warning"])
                     self.assertTrue(any(entry["message"].startswith("Paste into your tool") for entry in entries))
 
 
@@ -12870,6 +13169,7 @@ class OptionTests(unittest.TestCase):
     CASES = (                                       # flags, variable, its value, field, by flag, by variable, default
         (("--port", "1"), "PORT", "2", "port", 1, 2, 45554), (("-p", "0"), "PORT", "2", "port", 0, 2, 45554),
         (("--host", "::1"), "HOST", "127.0.0.2", "host", "::1", "127.0.0.2", "localhost"),
+        (("--host", "a", "--host", "b"), "HOST", "c,d", "hosts", ["a", "b"], ["c", "d"], ["localhost"]),
         (("--api-key", "a", "--api-key", "b"), "API_KEY", "c, d", "api_key", ("a", "b"), ("c", "d"), ()),
         (("--verbose",), "VERBOSE", "1", "verbose", True, True, False),
         (("-V",), "VERBOSE", "yes", "verbose", True, True, False),
@@ -12936,6 +13236,29 @@ class OptionTests(unittest.TestCase):
                 with self.assertRaisesRegex(claude_gateway.UsageError, words) as raised:
                     config_of(**variables)
                 self.assertNotIn("user:word", str(raised.exception))
+
+    def test_an_origin_is_what_a_browser_sends_or_a_usage_error(self):
+        self.assertEqual(config_of("--cors-origin", "https://App.example.org/", "--cors-origin", "app://obsidian.md",
+                                   "--cors-origin", "null", "--cors-origin", "*").cors_origin,
+                         ("https://app.example.org", "app://obsidian.md", "null", "*"))
+        for wrong in ("foo", "app.example.org", "https://a.example/page", "https://u@a.example", ""):
+            with self.subTest(wrong), self.assertRaisesRegex(
+                    claude_gateway.UsageError, "--cors-origin: expected an origin like https://app.example.com"):
+                config_of("--cors-origin", wrong)
+
+    def test_settings_that_have_no_effect_are_named(self):
+        def ignored(**variables):
+            return [name for name, _ in claude_gateway.ignored_variables(variables, config_of(**variables))]
+        self.assertEqual(ignored(CLAUDE_GATEWAY_PORTS="1", CLAUDE_GATEWAY_PORT="1", ALL_PROXY="socks5://h",
+                                 CLAUDE_GATEWAY_TOKEN_URL="https://x", HTTP_PROXY="http://h:1"),
+                         ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY"])
+        self.assertEqual(ignored(http_proxy="http://h:1"), ["HTTP_PROXY"])
+        self.assertEqual(ignored(HTTP_PROXY="http://h:1", HTTPS_PROXY="http://h:1"), [])
+        (_, advice), = claude_gateway.ignored_variables({"CLAUDE_GATEWAY_PROT": "1"}, Config())
+        self.assertEqual(advice, "Did you mean CLAUDE_GATEWAY_PORT?")
+        self.addCleanup(setattr, claude_gateway.urllib.request, "getproxies", claude_gateway.urllib.request.getproxies)
+        claude_gateway.urllib.request.getproxies = lambda: {"https": "http://of-the-system:1"}      # macOS, Windows
+        self.assertEqual(ignored(), ["The proxy of this system's settings"])
 
     def test_the_log_has_one_loudness(self):
         for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
@@ -13206,122 +13529,6 @@ class SelftestTests(unittest.TestCase):
         self.assertNotRegex(said, r"(?m) $")
 
 
-# ---- Tool settings ----------------------------------------------------------------------------------
-
-class SetupTests(unittest.TestCase):
-    def test_settings_name_their_variables_as_the_tools_do(self):
-        config = Config(port=45_554)
-        texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
-        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
-                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
-            self.assertIn(line, texts)
-        self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
-
-    def test_setup_prints_settings_for_every_tool_and_writes_nothing(self):
-        for name in [*claude_gateway.TOOL_SETTINGS, *claude_gateway.SERVICE_FILES]:
-            with self.subTest(name=name):
-                said = claude_gateway.setup_text(name, Config(port=45999))
-                for placeholder in ("BASE", "ORIGIN", "KEY", "MODEL", "PYTHON", "FILE", "START", "CONTAINER", "ENV_KEY",
-                                    "PORT", "HOME"):
-                    self.assertNotRegex(said, r"(?<![A-Z_-])%s(?![A-Z_-])" % placeholder)
-                if name not in ("cursor", "systemd", "launchd", "windows", "docker"):
-                    self.assertIn("45999", said)
-        code, said, _ = run_command("setup", "codex", "--port", "45999")
-        self.assertEqual(code, 0)
-        self.assertIn('base_url = "http://localhost:45999/v1"', said)
-        self.assertIn("cannot reach", claude_gateway.setup_text("cursor", Config()))
-
-    def test_service_files_name_this_python_and_this_file(self):
-        for name in ("systemd", "launchd", "windows"):
-            said = claude_gateway.setup_text(name, Config())
-            self.assertIn(os.path.abspath(claude_gateway.__file__), said)
-        plist = plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())
-        self.assertEqual(plist["ProgramArguments"], [sys.executable, os.path.abspath(claude_gateway.__file__), "start"])
-        self.assertEqual(plist["StandardErrorPath"], os.path.expanduser("~/Library/Logs/claude-gateway.log"))
-
-    def test_service_files_carry_the_port(self):
-        config = Config(port=45999, api_key=("the-client-key",))
-        systemd, launchd, windows, docker = (claude_gateway.setup_text(name, config)
-                                             for name in ("systemd", "launchd", "windows", "docker"))
-        self.assertRegex(systemd, r'(?m)^ExecStart=".*" ".*" start --port 45999$')
-        self.assertEqual(plistlib.loads(launchd.encode())["ProgramArguments"][2:], ["start", "--port", "45999"])
-        self.assertIn("claude_gateway.py\" start --port 45999'", windows)
-        for words in ('CMD ["start", "--port", "45999"]', "EXPOSE 45999\n", "127.0.0.1:45999/health",
-                      "-p 127.0.0.1:45999:45999", 'cp "%s" .' % os.path.abspath(claude_gateway.__file__)):
-            self.assertIn(words, docker)
-        for said in (systemd, launchd, windows, docker):
-            self.assertIn("CLAUDE_GATEWAY_API_KEY", said)
-            self.assertNotIn("the-client-key", said)
-        self.assertIn("RestartPreventExitStatus=2 3\n", systemd)
-
-    def test_paths_are_written_as_each_service_file_takes_them(self):
-        kept = sys.executable
-        self.addCleanup(setattr, sys, "executable", kept)
-        sys.executable = '/a "b"/100% $PORT & <c>/python'
-        self.assertIn(r'ExecStart="/a \"b\"/100%% $$PORT & <c>/python" "',
-                      claude_gateway.setup_text("systemd", Config()))
-        self.assertEqual(plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())["ProgramArguments"][0],
-                         sys.executable)
-        sys.executable = "C:\\O'Neil\\python.exe"
-        self.assertIn("-Execute 'C:\\O''Neil\\pythonw.exe' -Argument '\"",
-                      claude_gateway.setup_text("windows", Config()))
-
-    def test_variables_are_set_as_powershell_does_it_on_windows(self):
-        for text, typed in (("Run A_B=... claude-gateway start", 'Run $env:A_B = "..."; claude-gateway start'),
-                            ("export A_B=http://x/v1\nexport C=d", '$env:A_B = "http://x/v1"\n$env:C = "d"'),
-                            ("ANTHROPIC_API_KEY=... in a file", "ANTHROPIC_API_KEY=... in a file")):
-            with self.subTest(text):
-                self.assertEqual(claude_gateway.as_typed(text, True), typed)
-                self.assertEqual(claude_gateway.as_typed(text, False), text)
-
-    def test_windows_starts_it_for_this_user_without_a_time_limit_and_on_battery(self):
-        said = claude_gateway.setup_text("windows", Config())
-        for words in ('-AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"', "-ExecutionTimeLimit 0",
-                      "-AllowStartIfOnBatteries -DontStopIfGoingOnBatteries", "GetFolderPath('Startup')",
-                      "$link.Arguments = '\"%s\" start'" % os.path.abspath(claude_gateway.__file__)):
-            self.assertIn(words, said)
-
-    def test_settings_fit_the_gateway_that_they_are_for(self):
-        plain, keyed = Config(port=45999), Config(port=45999, api_key=("the-client-key",))
-        for name in claude_gateway.TOOL_SETTINGS:
-            self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
-        self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
-        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('\nenv_key = "CLAUDE_GATEWAY_API_KEY"'))
-        for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
-                      "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
-            self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
-        for name in ("open-webui", "n8n", "librechat"):
-            said = claude_gateway.setup_text(name, plain)
-            for words in ("http://host.docker.internal:45999/v1", "--add-host=host.docker.internal:host-gateway",
-                          "_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 172.17.0.1"):
-                self.assertIn(words, said)
-        for line in said.split("\n")[:3]:           # librechat's settings are a file
-            self.assertTrue(line.startswith("# "))
-        self.assertTrue(claude_gateway.setup_text("continue", plain).startswith("name: "))
-        self.assertIn("\nversion: 1.0.0\nschema: v1\nmodels:\n", claude_gateway.setup_text("continue", plain))
-
-    def test_setup_says_where_they_go_and_prints_what_can_be_pasted(self):
-        done = outcome_of(["setup", "codex"], {}, "")
-        self.assertEqual((done.code, done.err), (0, "Codex CLI, ~/.codex/config.toml:\n"))
-        self.assertTrue(done.out.startswith('model = "claude-opus-5-5"\n'))
-        self.assertIn("a PowerShell window:", outcome_of(["setup", "windows"], {}, "").err)
-        listed = outcome_of(["setup"], {}, "").out
-        self.assertTrue(listed.endswith("\n\nclaude-gateway setup NAME prints its settings.\n"))
-        self.assertRegex(listed, r"(?m)^systemd +Linux: a service of your account$")
-
-    def test_setup_takes_names_and_titles_in_any_case_and_lists_them(self):
-        for given, name in (("Aider", "aider"), ("Open WebUI", "open-webui"), ("JetBrains AI Assistant", "jetbrains"),
-                            ("DOCKER", "docker"), ("roo_code", "roo-code")):
-            with self.subTest(given=given):
-                self.assertEqual(outcome_of(["setup", given], {}, "").out, outcome_of(["setup", name], {}, "").out)
-        code, said, _ = run_command("setup")
-        self.assertEqual(code, 0)
-        for name, tool in claude_gateway.TOOL_SETTINGS.items():
-            self.assertRegex(said, r"(?m)^%s +%s$" % (name, tool.title))
-        for name in claude_gateway.SERVICE_FILES:
-            self.assertRegex(said, r"(?m)^%s " % name)
-
-
 # ---- Signing in -------------------------------------------------------------------------------------
 
 TOKEN_FIELDS = ["access_token", "expires_at", "expires_in", "refresh_token", "scope", "token_type"]
@@ -13511,7 +13718,7 @@ class StartTests(CommandTestCase):
         child = self.serve(host=("--host", "localhost"))
         self.chat()
         self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://127\.0\.0\.1:%d/v1\n\Z"
+        self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://localhost:%d/v1\n\Z"
                          % self.service.port)
         self.assertIn("ANTHROPIC_API_KEY", child.err)
         self.assertIn(self.claude.url, child.err)
@@ -13538,7 +13745,7 @@ class StartTests(CommandTestCase):
         child, release = self.serve(), self.slow_answer()
         thread, answers = self.in_flight()
         child.process.send_signal(signal.SIGTERM)
-        child.wait_for("(?i)stopping")
+        child.wait_for("Stopping: waiting up to 30 seconds for 1 running request; a second Ctrl-C stops at once")
         with self.assertRaises(OSError):                        # nothing new is accepted
             self.ask("GET", "/health")
         release.set()
@@ -13630,6 +13837,35 @@ class StartTests(CommandTestCase):
         self.assertRegex(child.err, r"No credential\. Set ANTHROPIC_API_KEY, or run")
         self.assertNotIn("claude.ai", child.err)
 
+    def test_several_hosts_share_one_port(self):
+        child = self.serve(host=("--host", "localhost", "--host", "127.0.0.2"), CLAUDE_GATEWAY_CORS_ORIGINS="x")
+        for address in ("127.0.0.1", "127.0.0.2"):
+            with contextlib.closing(http.client.HTTPConnection(address, child.port, timeout=10)) as connection:
+                connection.request("GET", "/health")
+                self.assertEqual(connection.getresponse().status, 200)
+        self.assertIn("Warning: CLAUDE_GATEWAY_CORS_ORIGINS is set, and is ignored. Did you mean "
+                      "CLAUDE_GATEWAY_CORS_ORIGIN?", child.err)
+        self.assertIn("No gateway answers", self.command("status", "--host", "127.0.0.3", "-p", str(child.port)).out)
+        self.assertIn("is running.", self.command("status", "--host", "127.0.0.2", "-p", str(child.port)).out)
+        second = self.command("start", "--demo", "--host", "127.0.0.3", "--host", "127.0.0.2", "-p", str(child.port))
+        self.assertEqual(second.code, 4)
+        exposed = self.command("start", "--demo", "--host", "localhost", "--host", "192.0.2.7")
+        self.assertEqual(exposed.code, 2)
+        self.assertIn("--host 192.0.2.7 can be reached from other machines", exposed.err)
+
+    def test_messages_name_the_program_as_it_was_typed(self):
+        child = self.serve("-V", ANTHROPIC_API_KEY=None, CLAUDE_CODE_OAUTH_TOKEN=None, CLAUDE_GATEWAY_PORT=None,
+                           CLAUDE_GATEWAY_TOKEN_FILE=self.expired_login())
+        typed = "%s %s login" % (os.path.basename(sys.executable), PROGRAM)
+        self.assertIn("run `%s` again" % typed, self.chat().error["message"])
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+        self.assertIn("run `%s` again" % typed, child.err)
+        self.assertNotIn("claude-gateway login", child.err)
+
+    def expired_login(self) -> str:
+        claude_gateway.TokenFile(self.token_path).write(stored_token(expires_at=1, refresh_token=""))
+        return self.token_path
+
     def test_an_alias_for_nothing_known_draws_a_warning(self):
         child = self.child("start", "-p", "0", "--host", "127.0.0.1", "--alias", "foo=sonet", "--alias",
                            "bar=opus", "--alias", "*=gpt-4o", ANTHROPIC_API_KEY="k",
@@ -13638,6 +13874,7 @@ class StartTests(CommandTestCase):
         self.assertEqual(re.findall("Warning: (.*?):", child.err), ["--alias foo=sonet"])
         self.assertIn("Warning: REQUESTS_CA_BUNDLE names /nowhere.pem, which does not exist", child.err)
         self.assertIn("Nearest: sonnet,", child.err)
+        self.assertIn("\nAliases: foo = sonet, bar = opus, * = gpt-4o\n", child.err)
 
     @SIGNALS
     def test_a_port_in_use_is_exit_4_and_another_one_is_named(self):
@@ -13775,6 +14012,156 @@ class StartTests(CommandTestCase):
         self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
         self.assertEqual(child.end(signal.SIGTERM), 0)
         self.assertEqual(len(child.out.strip().split("\n")), 1)
+
+
+# ---- Asking and running -----------------------------------------------------------------------------
+
+FAKE_TOOL = """#!%s
+import json, os, signal, sys
+if sys.argv[-1] == "wait":
+    def end(number, frame):
+        print("got", number, flush=True)
+        sys.exit(9)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    print("waiting", flush=True)
+    signal.pause()
+print(json.dumps([sys.argv[1:], {name: value for name, value in os.environ.items()
+                                 if name.startswith(("OPENAI", "ANTHROPIC", "OPENCODE"))}]))
+sys.exit(7)
+""" % sys.executable
+
+
+@POSIX_ONLY
+class AskTests(CommandTestCase):
+    def test_an_answer_comes_from_a_gateway_of_its_own(self):
+        self.claude.play(message(text("Hello, you!")))
+        done = self.command("ask", "Say", "hello", ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url)
+        self.assertEqual((done.code, done.out, done.err), (0, "Hello, you!\n", ""))
+        sent = self.claude.messages[-1].body
+        self.assertEqual((sent["model"], bare(sent["messages"])), ("claude-sonnet-5-5", [
+            {"role": "user", "content": [{"type": "text", "text": "Say hello"}]}]))
+
+    def test_an_answer_comes_from_the_gateway_that_runs(self):
+        child = self.serve("--alias", "quick=haiku", CLAUDE_GATEWAY_API_KEY="client-key")
+        self.claude.play(message(text("Again")))
+        variables = {"CLAUDE_GATEWAY_PORT": str(child.port), "CLAUDE_GATEWAY_API_KEY": "client-key"}
+        done = self.command("ask", "--model", "quick", typed="Hello?\n", **variables)
+        self.assertEqual((done.code, done.out, done.err), (0, "Again\n", ""))
+        self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
+        self.claude.play(message(text("{}")))
+        whole = self.command("ask", "--json", "Hello", **variables)
+        self.assertEqual(json.loads(whole.out)["choices"][0]["message"]["content"], "{}")
+        refused = self.command("ask", "Hello", **dict(variables, CLAUDE_GATEWAY_API_KEY="wrong"))
+        self.assertEqual((refused.code, refused.out, refused.err), (1, "", "claude-gateway: Invalid API key.\n"))
+
+    def test_an_image_goes_along(self):
+        path = os.path.join(self.working_directory, "pixel.png")
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(PIXEL))
+        done = self.command("ask", "--demo", "--image", path, "What is this?")
+        self.assertEqual(done.code, 0)
+        self.assertIn("You sent 1 image(s), the first one image/png.", done.out)
+
+    def test_a_gateway_that_dies_amid_its_answer_is_no_traceback(self):
+        def serve(connection):
+            if connection.recv(65_536).startswith(b"GET"):
+                data = b'{"status": "ok", "version": "1"}'
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(data), data))
+            else:
+                chunk = b'data: {"choices": [{"delta": {"content": "Half"}}]}\n\n'
+                connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (
+                    len(chunk), chunk))
+        with LoopbackServer(serve) as dying:
+            done = self.command("ask", "Hello", CLAUDE_GATEWAY_PORT=str(dying.port))
+        self.assertEqual((done.code, done.out), (5, "Half"))
+        self.assertRegex(done.err, r"\Aclaude-gateway: The gateway broke off its answer: .*\.\n\Z")
+
+    def test_what_goes_wrong_is_told_as_the_gateway_tells_it(self):
+        self.claude.play(*[FakeReply(pieces=[sse(events_of(message(text("Half")))[:4] + [
+            {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}])])])
+        broken, unknown, empty, nobody = self.commands(
+            (["ask", "Hello"], {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}),
+            (["ask", "--demo", "--model", "nope", "Hello"], {}), (["ask", "--demo"], {}), (["ask", "Hello"], {}))
+        self.assertEqual((broken.code, broken.out), (1, "Half"))
+        self.assertIn("Overloaded", broken.err)
+        self.assertEqual(unknown.code, 1)
+        self.assertIn('claude-gateway: The model "nope" does not exist here.', unknown.err)
+        self.assertEqual((empty.code, empty.err),
+                         (2, "claude-gateway: Standard input is empty; for example: claude-gateway ask Hello\n"))
+        self.assertEqual((nobody.code, nobody.out), (3, ""))
+        self.assertIn("No credential. Set ANTHROPIC_API_KEY", nobody.err)
+
+
+@POSIX_ONLY
+class RunTests(CommandTestCase):
+    def setUp(self):
+        super().setUp()
+        for name in ("anytool", "aider", "codex", "qwen", "opencode", "goose", "claude", "mini"):
+            path = os.path.join(self.working_directory, name)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(FAKE_TOOL)
+            os.chmod(path, 0o755)
+        self.path = {"PATH": self.working_directory + os.pathsep + os.environ["PATH"]}
+
+    def run_of(self, *arguments, **variables) -> tuple:
+        """The arguments and the variables that a tool got."""
+        child = self.child("run", *arguments, **dict(self.path, **variables))
+        self.assertEqual((child.end(), child.err), (7, ""))
+        return json.loads(child.out)
+
+    def test_a_tool_is_pointed_at_a_gateway_of_its_own(self):
+        arguments, variables = self.run_of("--demo", "--", "anytool", "--help", "-p", "a b", ANTHROPIC_API_KEY=SECRET)
+        base = re.match(r"http://localhost:\d+/v1\Z", variables["OPENAI_BASE_URL"]).group()
+        self.assertEqual((arguments, variables["OPENAI_API_BASE"]), (["--help", "-p", "a b"], base))
+        self.assertGreater(len(variables["OPENAI_API_KEY"]), 15)            # nobody else on this machine may use it
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_a_tool_is_pointed_at_the_gateway_that_runs(self):
+        child = self.serve(CLAUDE_GATEWAY_API_KEY="client-key")
+        _, variables = self.run_of("anytool", CLAUDE_GATEWAY_PORT=str(child.port), CLAUDE_GATEWAY_API_KEY="client-key")
+        self.assertEqual((variables["OPENAI_BASE_URL"], variables["OPENAI_API_KEY"]),
+                         ("http://localhost:%d/v1" % child.port, "client-key"))
+        self.assertEqual(child.end(signal.SIGTERM), 0)
+
+    def test_known_tools_get_the_options_that_setup_prints(self):
+        port = self.serve().port
+        base = "http://localhost:%d/v1" % port
+        for tool, options, added in (
+                ("aider", ["--openai-api-base", base, "--openai-api-key", "none", "--model",
+                           "openai/claude-sonnet-5-5", "--edit-format", "diff", "--weak-model", "openai/haiku",
+                           "--no-show-model-warnings"], {}),
+                ("codex", ["-m", "claude-opus-5-5", "-c", "model_provider=gateway",
+                           "-c", "model_providers.gateway.name=gateway",
+                           "-c", "model_providers.gateway.base_url=" + base,
+                           "-c", "model_providers.gateway.wire_api=responses",
+                           "-c", "model_providers.gateway.env_key=OPENAI_API_KEY"], {}),
+                ("qwen", ["--auth-type", "openai"], {"OPENAI_MODEL": "claude-sonnet-5-5"}),
+                ("claude", [], {"ANTHROPIC_BASE_URL": base[:-3], "ANTHROPIC_AUTH_TOKEN": "none"}),
+                ("goose", [], {"OPENAI_HOST": base[:-3]}), ("mini", ["-m", "openai/sonnet"], {})):
+            with self.subTest(tool):
+                arguments, variables = self.run_of(tool, "mine", CLAUDE_GATEWAY_PORT=str(port))
+                self.assertEqual(arguments, options + ["mine"])
+                self.assertLessEqual(set(added.items()), set(variables.items()))
+        _, variables = self.run_of("opencode", CLAUDE_GATEWAY_PORT=str(port))
+        settings = json.loads(variables["OPENCODE_CONFIG_CONTENT"])
+        self.assertEqual(settings["provider"]["gateway"]["options"], {"baseURL": base, "apiKey": "none"})
+
+    def test_signals_pass_to_the_tool_and_its_exit_status_comes_back(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            child = self.child("run", "--demo", "anytool", "wait", **self.path)
+            child.wait_for("waiting", "out")
+            self.assertEqual(child.end(number), 9)
+            self.assertIn("got %d" % number, child.out)
+        killed = self.child("run", "--demo", "sh", "-c", "kill -9 $$", **self.path)
+        self.assertEqual(killed.end(), 137)
+
+    def test_what_cannot_be_started_is_said(self):
+        missing, nothing = self.commands((["run", "no-such-tool"], {}), (["run"], {}))
+        self.assertEqual((missing.code, missing.err),
+                         (2, "claude-gateway: run needs a program to start; there is no no-such-tool.\n"))
+        self.assertEqual(nothing.code, 2)
+        self.assertIn("for example: claude-gateway run aider", nothing.err)
 
 
 # ---- Commands ---------------------------------------------------------------------------------------
@@ -13932,11 +14319,42 @@ class DailyCommandTests(GatewayTestCase):
         self.assertIn("is running.", said)
         self.assertRegex(said, r"\nUp for: +\d+ s\nModels: +sonnet = claude-sonnet-5-5, opus = ")
         self.assertIn("\nRequests:    1, 0 running\n", said)
-        self.assertIn("\nCost:        $0.00 by list prices\n", said)
+        self.assertIn("\nCost:        $0.0001 by list prices\n", said)
         code, said, _ = run_command("status", "--json", CLAUDE_GATEWAY_PORT=str(self.service.port))
         told = json.loads(said)
         self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
                          (0, 1, True, "api_key"))
+
+    def test_status_lists_the_last_requests_and_totals(self):
+        self.start(alias=(("fast", "haiku"),))
+        self.claude.play(message(text("A"), usage={"input_tokens": 1000, "output_tokens": 20}))
+        self.chat(headers={"user-agent": "aider/1"}, model="claude-opus-5-5", seed=1)
+        self.chat(headers={"user-agent": "curl/8"}, model="no-such-model")
+        self.service.gateway.running.wait_until_idle(10)
+        code, said, _ = run_command("status", "--requests", "--port", str(self.service.port))
+        self.assertEqual(code, 0)
+        self.assertIn("\nAliases:     fast = haiku\n", said)
+        self.assertRegex(said, r"\nby tool   aider +1 requests, 0 failed; 1,000 tokens in, 20 out; \$0\.0044\n")
+        self.assertRegex(said, r"\nby model  claude-opus-5-5 +1 requests, 0 failed; ")
+        self.assertRegex(said, r"\n[\d:]{8}  404 chat/completions curl [\d.]+s  The model .*\n"
+                               r"[\d:]{8}  200 chat/completions aider opus-5-5 1000>20 0% [\d.]+s  \$0\.0044  "
+                               r"dropped seed")
+        said = run_command("status", "--json", "-p", str(self.service.port))[1]
+        self.assertEqual(json.loads(said)["recent"][0]["status"], 404)
+
+    def test_another_program_on_the_port_is_said_to_be_one(self):
+        with contextlib.closing(socket.socket()) as silent, LoopbackServer(
+                lambda connection: connection.sendall(b"SSH-2.0-server\r\n")) as other:
+            silent.bind(("127.0.0.1", 0))
+            for port, words in ((other.port, "Another program uses port %d; no gateway answers there.\n"),
+                                (urlsplit(self.claude.url).port, "Another program uses port %d"),
+                                (silent.getsockname()[1], "No gateway answers on port %d.\n")):
+                self.assertIn(words % port, outcome_of(["status", "-p", str(port)], {}, "").out)
+
+    def test_amounts_have_no_needless_sign(self):
+        for amount, shown in ((0, "$0.00"), (-0.00001, "$0.00"), (-0.004, "-$0.004"), (0.0042, "$0.0042"),
+                              (1.5, "$1.50"), (-0.5, "-$0.50")):
+            self.assertEqual(claude_gateway.dollars(amount), shown)
 
     def test_status_of_a_gateway_with_keys(self):
         self.start(api_key=("the-client-key",))
@@ -14040,7 +14458,7 @@ class DailyCommandTests(GatewayTestCase):
         stdin = SimpleNamespace(buffer=io.BytesIO(b'{"model": "opus", "input": "Hi"}'), isatty=lambda: False)
         self.addCleanup(setattr, sys, "stdin", sys.stdin)
         sys.stdin = stdin
-        self.assertIn(b"opus", claude_gateway.given_to_translate("-"))
+        self.assertIn(b"opus", claude_gateway.given_to("translate", "-"))
 
 
 # ---- Completion -------------------------------------------------------------------------------------
@@ -14048,8 +14466,9 @@ class DailyCommandTests(GatewayTestCase):
 class CompletionTests(unittest.TestCase):
     CANDIDATES = (("do", "doctor"), ("-", "--help --version"), ("--v", "--version"), ("start --log", "--log-format"),
                   ("start --auth ", "auto api-key oauth"), ("start --log-format j", "json"), ("start --port ", ""),
-                  ("start --demo --st", "--strict"), ("setup open", "openai opencode open-webui"), ("setup --j", ""),
-                  ("completion z", "zsh"), ("translate ", ""), ("logout ", "--help --token-file"),
+                  ("start --demo --st", "--strict"),
+                  ("setup open", "openai openai-agents opencode openhands open-webui"),
+                  ("setup --j", ""), ("completion z", "zsh"), ("translate ", ""), ("logout ", "--help --token-file"),
                   ("selftest --", "--help"), ("nonsense do", "doctor"))
 
     def test_the_program_itself_knows_what_may_follow(self):
@@ -14129,6 +14548,7 @@ class CommandLineTests(CommandTestCase):
                 self.assertTrue(said.startswith("usage: claude-gateway %s[-h]" % usage), said)
                 self.assertEqual(re.findall(r"Did you mean (\S+)\?", said), [nearest] if nearest else [])
                 self.assertIn("unknown: %s." % arguments[-1] if arguments[-1].startswith("--") else "error: ", said)
+                self.assertEqual("The commands are start, ask, run, login, " in said, arguments == ["what"])
 
     def test_an_option_before_its_command_is_told_where_it_belongs(self):
         for arguments in (["--demo"], ["-p", "1"], ["--port=1", "status"], ["--live", "doctor"],
@@ -14779,8 +15199,8 @@ class ReadmeTests(unittest.TestCase):
         said = ended.stdout.decode()
         self.assertEqual(ended.returncode, 0, ended.stderr.decode())
         plain, streamed = said.split("----")
-        self.assertIn("127.0.0.1:" + port, plain)
         self.assertIn("This is a simulated answer", plain)
+        self.assertIn("localhost:" + port, streamed)
         self.assertIn("data: [DONE]", streamed)
 
     @unittest.skipUnless(openai, SDK_MISSING)
@@ -14805,11 +15225,11 @@ class ReadmeTests(unittest.TestCase):
         self.assertEqual((ended.returncode, ended.stderr.decode()), (0, ""))
         self.assertIn("dropped=seed", ended.stdout.decode())
 
-    def test_the_tool_table_is_that_of_setup(self):
-        rows = ["| %s | `%s` | %s |" % (tool.title, name, tool.where)
-                for name, tool in claude_gateway.TOOL_SETTINGS.items()]
-        table = README.split("<!-- tools -->")[1].split("<!-- /tools -->")[0].strip().split("\n")[2:]
-        self.assertEqual(table, rows)
+    def test_the_list_of_tools_is_that_of_setup(self):
+        listed = README.split("<!-- tools -->")[1].split("<!-- /tools -->")[0]
+        self.assertEqual(re.findall(r"`([\w-]+)`", listed), list(claude_gateway.TOOL_SETTINGS))
+        self.assertEqual(re.findall(r"(?m)^- (\w+): `([\w-]+)`", listed),
+                         [(title, name) for name, title in claude_gateway.TOOL_GROUPS.items() if name != "systemd"])
 
     def test_its_line_of_the_log_is_one_of_ours(self):
         shown = next(block for block in readme_blocks("text") if " cached (" in block).strip().split(" ", 1)[1]
@@ -14883,7 +15303,8 @@ class FileTests(unittest.TestCase):
     CONNECTING = re.compile(r"socket\.create_connection|http\.client\.HTTPS?Connection|.*\.connect(_ex)?|"
                             r"urllib\.request\.(urlopen|urlretrieve|build_opener|OpenerDirector)")
     WRITING = re.compile(r"os\.(open|replace|renames?|unlink|remove(dirs)?|rmdir|mkdir|makedirs|f?chmod|link|symlink|"
-                         r"f?truncate)|(tempfile|shutil|subprocess|pathlib)\..*")
+                         r"f?truncate)|(tempfile|shutil(?!\.which)|pathlib)\..*")
+    STARTING = re.compile(r"subprocess\..*|os\.(system|popen|exec.*|spawn.*|posix_spawn.*|fork|startfile)")
 
     def promised(self, beginning: str) -> list:
         """What the docstring lists behind these words."""
@@ -14937,6 +15358,10 @@ class FileTests(unittest.TestCase):
             return bool(self.WRITING.fullmatch(dotted(node.func))) or dotted(node.func) in ("open", "io.open") and any(
                 not isinstance(mode, ast.Constant) or set("wax+") & set(mode.value) for mode in modes)
         self.assertEqual(self.promised("Places that write:"), self.places(writes))
+
+    def test_every_place_that_starts_a_program_is_in_the_docstring(self):
+        self.assertEqual(self.promised("Places that start another program:"), self.places(
+            lambda node: isinstance(node, ast.Attribute) and self.STARTING.fullmatch(dotted(node))))
 
     def test_tests_stand_in_the_order_of_the_rooms(self):
         tested = [room for room in rooms_in(self.TESTS).values() if room in self.ROOMS]
