@@ -7711,7 +7711,7 @@ class EventLoopTests(unittest.TestCase):
 
     def test_the_loop_goes_on_after_a_stream_that_never_waits(self):
         """It is never due, and the selector of Python takes no infinite time."""
-        busy, failures, failed = self.another(iter([b"x"] * 400))
+        busy, failures, failed = self.another(iter([b"x"] * 100))
         self.loop._streams.add(busy)
         self.loop._check()
         self.loop._streams.clear()
