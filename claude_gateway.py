@@ -292,7 +292,8 @@ def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
     A lower-case word behind `claude-gateway` is a command: no prose puts one there.
     """
     if powershell:
-        text = re.sub(r"\bexport (\w+)=(\S+)", r'$env:\1 = "\2"', text)
+        text = re.sub(r"\bexport((?: \w+=\S+)+)", lambda line: re.sub(
+            r" (\w+)=(\S+)", r'; $env:\1 = "\2"', line.group(1))[2:], text)
         text = re.sub(r"\b([A-Z_]+)=(\S+)(?= claude-gateway )", r'$env:\1 = "\2";', text)
     script = sys.argv[0] if sys.argv else ""
     if not script or os.path.basename(script) != os.path.basename(own_file()):
@@ -7835,30 +7836,38 @@ class PassingUsage:
 # What to write into which tool: printed by `setup NAME`, shown by the page, passed on by `run`, never written by us.
 
 
+FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
+
+
 class ToolSettings(NamedTuple):
     """`where`: one line for the table; `text`: the settings themselves, with the placeholders of `filled`."""
     title: str
     where: str
-    text: str = """\
-Base URL: BASE
-API key:  KEY
-Model:    MODEL"""
+    text: str = FORM
     command: str = ""                               # what `run` uses where the text is a file
 
 
+def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
+    """The settings of a library: a call whose argument `address` is the base URL."""
+    return ToolSettings(title, "%s(%s=...)" % (name.rpartition(".")[2], address),
+                        'llm = %s(%s, %s="BASE", api_key="KEY"%s)' % (name, model, address, others))
+
+
+# What usually runs in a container, where localhost is the container itself
+CONTAINER = """\
+In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
+docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
+CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
+IN_CONTAINER = "%s\n\n%s" % (FORM, CONTAINER)
+
 TOOL_SETTINGS: Dict[str, ToolSettings] = {
     "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
-export OPENAI_BASE_URL=BASE
-export OPENAI_API_KEY=KEY
+export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
 # or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" })
 # model: MODEL"""),
-    "langchain": ToolSettings("LangChain", "ChatOpenAI(base_url=...)", """\
-from langchain_openai import ChatOpenAI
-model = ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY", stream_usage=True)"""),
-    "llamaindex": ToolSettings("LlamaIndex", "OpenAILike(api_base=..., is_chat_model=True)", """\
-from llama_index.llms.openai_like import OpenAILike
-model = OpenAILike(model="MODEL", api_base="BASE", api_key="KEY",
-                   is_chat_model=True, is_function_calling_model=True, context_window=1000000)"""),
+    "langchain": library("LangChain", "langchain_openai.ChatOpenAI", "base_url", ", stream_usage=True"),
+    "llamaindex": library("LlamaIndex", "llama_index.llms.openai_like.OpenAILike", "api_base",
+                          ",\n    is_chat_model=True, is_function_calling_model=True, context_window=1000000"),
     "ai-sdk": ToolSettings("Vercel AI SDK", "createOpenAI({ baseURL })", """\
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
@@ -7868,25 +7877,17 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
 # Python: Agent(name="agent", model="MODEL")
 # JavaScript: new Runner({ tracingDisabled: true, modelProvider: new OpenAIProvider({ baseURL: "BASE",
 #   apiKey: "KEY" }) })"""),
-    "crewai": ToolSettings("CrewAI", "LLM(base_url=...)", """\
-llm = crewai.LLM(model="openai/MODEL", base_url="BASE", api_key="KEY")"""),
-    "dspy": ToolSettings("DSPy", "dspy.LM(api_base=...)", """\
-dspy.configure(lm=dspy.LM("openai/MODEL_ID", api_base="BASE", api_key="KEY"))"""),
-    "smolagents": ToolSettings("smolagents", "OpenAIServerModel(api_base=...)", """\
-model = smolagents.OpenAIServerModel(model_id="MODEL", api_base="BASE", api_key="KEY")"""),
-    "autogen": ToolSettings("AutoGen", "OpenAIChatCompletionClient(base_url=...)", """\
-client = OpenAIChatCompletionClient(model="MODEL", base_url="BASE", api_key="KEY", model_info={
-    "vision": True, "function_calling": True, "json_output": True, "structured_output": True, "family": "unknown"})"""),
-    "agno": ToolSettings("Agno", "OpenAILike(base_url=...)", """\
-model = agno.models.openai.like.OpenAILike(id="MODEL", base_url="BASE", api_key="KEY")"""),
-    "mastra": ToolSettings("Mastra", "model: { id, url, apiKey }", """\
-model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }"""),
-    "browser-use": ToolSettings("browser-use", "ChatOpenAI(base_url=...)", """\
-llm = browser_use.ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY")"""),
-    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml, providers", """\
-providers:
-  - id: openai:chat:MODEL
-    config: { apiBaseUrl: BASE, apiKey: KEY }"""),
+    "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL"'),
+    "dspy": library("DSPy", "dspy.LM", "api_base", "", '"openai/MODEL_ID"'),
+    "smolagents": library("smolagents", "smolagents.OpenAIServerModel", "api_base", "", 'model_id="MODEL"'),
+    "autogen": library("AutoGen", "autogen_ext.models.openai.OpenAIChatCompletionClient", "base_url",
+                       ',\n    model_info={"vision": True, "function_calling": True, "json_output": True,'
+                       '\n                "structured_output": True, "family": "unknown"}'),
+    "agno": library("Agno", "agno.models.openai.like.OpenAILike", "base_url", "", 'id="MODEL"'),
+    "mastra": ToolSettings("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
+    "browser-use": library("browser-use", "browser_use.ChatOpenAI", "base_url", ""),
+    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml", """\
+providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY } }]"""),
     "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
 aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
@@ -7911,11 +7912,8 @@ codex -m claude-opus-5-5 -c model_provider=gateway -c model_providers.gateway.na
     "options": { "baseURL": "BASE", "apiKey": "KEY" },
     "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
     "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
-export GOOSE_PROVIDER=openai
-export GOOSE_MODEL=MODEL
-export OPENAI_HOST=ORIGIN
-export OPENAI_BASE_PATH=v1/chat/completions
-export OPENAI_API_KEY=KEY"""),
+export GOOSE_PROVIDER=openai GOOSE_MODEL=MODEL
+export OPENAI_HOST=ORIGIN OPENAI_BASE_PATH=v1/chat/completions OPENAI_API_KEY=KEY"""),
     "qwen-code": ToolSettings("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_MODEL=MODEL_ID
 qwen --auth-type openai"""),
@@ -7923,23 +7921,14 @@ qwen --auth-type openai"""),
 { "providers": { "gateway": { "baseUrl": "BASE", "api": "openai-completions", "apiKey": "KEY",
     "models": [{ "id": "MODEL", "reasoning": true, "input": ["text", "image"], "contextWindow": 1000000,
                  "maxTokens": 128000 }] } } }"""),
-    "cline-cli": ToolSettings("Cline CLI", "cline auth", """\
-cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"""),
-    "openhands": ToolSettings("OpenHands", "custom model, base URL", """\
-Custom model: openai/MODEL_ID
-Base URL:     BASE
-API key:      KEY"""),
+    "cline-cli": ToolSettings("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
+    "openhands": ToolSettings("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
     "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
 export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors
 mini -m openai/MODEL"""),
     "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
 # this file is in the folder that this prints: dirname "$(llm logs path)"
-- model_id: claude
-  model_name: MODEL
-  api_base: BASE
-  supports_tools: true
-  supports_schema: true
-  vision: true
+- { model_id: claude, model_name: MODEL, api_base: BASE, supports_tools: true, supports_schema: true, vision: true }
 # and the key, in a shell: llm keys set openai --value KEY"""),
     "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
     "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
@@ -7949,12 +7938,8 @@ name: Claude Gateway
 version: 1.0.0
 schema: v1
 models:
-  - name: Claude
-    provider: openai
-    model: MODEL
-    apiBase: BASE
-    apiKey: KEY
-    capabilities: [tool_use, image_input]"""),
+  - { name: Claude, provider: openai, model: MODEL, apiBase: BASE, apiKey: KEY,
+      capabilities: [tool_use, image_input] }"""),
     "vscode": ToolSettings("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
 [{ "name": "Claude Gateway", "vendor": "customendpoint", "apiKey": "KEY", "apiType": "chat-completions",
    "models": [{ "id": "MODEL", "name": "Claude", "url": "BASE/chat/completions", "toolCalling": true, "vision": true,
@@ -7962,9 +7947,8 @@ models:
     "xcode": ToolSettings("Xcode", "Settings, Intelligence, Add a Model Provider", """\
 Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key header Authorization: Bearer KEY"""),
     "zed": ToolSettings("Zed", "settings.json, language_models", """\
-{ "language_models": { "openai_compatible": { "Gateway": {
-    "api_url": "BASE",
-    "available_models": [{ "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
+{ "language_models": { "openai_compatible": { "Gateway": { "api_url": "BASE", "available_models": [
+    { "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
       "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
 // the key goes into the environment: GATEWAY_API_KEY=KEY"""),
     "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
@@ -7972,54 +7956,23 @@ Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key head
 Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
 public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
 your credential to the internet."""),
-    "open-webui": ToolSettings("Open WebUI", "Settings, Connections, OpenAI API", """\
-Admin settings > Connections > OpenAI API > add a connection
-URL: BASE
-Key: KEY
-Models are listed automatically.
-
-CONTAINER"""),
-    "librechat": ToolSettings("LibreChat", "librechat.yaml, endpoints.custom", """\
-# CONTAINER
-endpoints:
-  custom:
-    - name: Claude
-      apiKey: KEY
-      baseURL: BASE
-      models: { default: [MODEL], fetch: true }
-      titleConvo: true
-      titleModel: haiku"""),
-    "n8n": ToolSettings("n8n", "OpenAI credential, base URL", """\
-Credentials > OpenAI
-API Key:  KEY
-Base URL: BASE
-Then choose MODEL by its id in the OpenAI Chat Model node.
-
-CONTAINER"""),
-    "home-assistant": ToolSettings("Home Assistant", "integration LiteLLM (2026.6 or newer)", """\
-Settings > Devices & services > Add integration > LiteLLM
+    "open-webui": ToolSettings("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
+    "librechat": ToolSettings("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
+endpoints: { custom: [{ name: Claude, apiKey: KEY, baseURL: BASE, models: { default: [MODEL], fetch: true },
+                        titleConvo: true, titleModel: haiku }] }"""),
+    "n8n": ToolSettings("n8n", "Credentials, OpenAI; the model by its id in the OpenAI Chat Model node", IN_CONTAINER),
+    "home-assistant": ToolSettings("Home Assistant", "Settings, Devices & services, Add integration, LiteLLM", """\
 URL: http://ADDRESS-OF-THIS-MACHINE:PORT/v1
 API key: YOUR-GATEWAY-KEY
-and a gateway that Home Assistant can reach:
+and a gateway that Home Assistant (2026.6 or newer) can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
 The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
-    "obsidian": ToolSettings("Obsidian plugins", "custom OpenAI-compatible provider", """\
-Provider: OpenAI compatible / custom
-Base URL: BASE
-API key:  KEY
-Model:    MODEL
-If the plugin reports a network or CORS error, start the gateway with:
-  claude-gateway START --cors-origin app://obsidian.md"""),
+    "obsidian": ToolSettings("Obsidian plugins", "provider: OpenAI compatible, or custom", FORM + """
+If the plugin reports a network or CORS error: claude-gateway START --cors-origin app://obsidian.md"""),
 }
 # Name -> the heading above it, where a list is grouped
 TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", "open-webui": "Apps",
                "systemd": "Service files"}
-
-# Printed with the settings of what usually runs in a container: there, localhost is the container itself.
-CONTAINER = """\
-In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
-docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
-CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
 
 SERVICE_FILES = {
     "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
@@ -8134,8 +8087,7 @@ SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
 
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
-    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), SETTINGS[name].text)
-    return with_values(text, filled(config, *SERVICE_FORMS.get(name, ()))).rstrip()
+    return with_values(SETTINGS[name].text, filled(config, *SERVICE_FORMS.get(name, ()))).rstrip()
 
 
 def with_values(text: str, values: dict[str, str]) -> str:

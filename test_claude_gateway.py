@@ -11347,8 +11347,8 @@ class SetupTests(unittest.TestCase):
     def test_settings_name_their_variables_as_the_tools_do(self):
         config = Config(port=45_554)
         texts = "\n".join(claude_gateway.setup_text(name, config) for name in claude_gateway.TOOL_SETTINGS)
-        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1", "export OPENAI_API_KEY=none",
-                     "export GOOSE_MODEL=sonnet", "GATEWAY_API_KEY=none"):
+        for line in ("export OPENAI_BASE_URL=http://localhost:45554/v1 OPENAI_API_KEY=none\n",
+                     "export GOOSE_PROVIDER=openai GOOSE_MODEL=sonnet\n", "GATEWAY_API_KEY=none"):
             self.assertIn(line, texts)
         self.assertNotRegex(texts, r"\w_(http|none|sonnet)|\bBASE\b|\bORIGIN\b")
 
@@ -11403,7 +11403,8 @@ class SetupTests(unittest.TestCase):
 
     def test_variables_are_set_as_powershell_does_it_on_windows(self):
         for text, typed in (("Run A_B=... claude-gateway start", 'Run $env:A_B = "..."; claude-gateway start'),
-                            ("export A_B=http://x/v1\nexport C=d", '$env:A_B = "http://x/v1"\n$env:C = "d"'),
+                            ("export A_B=http://x/v1 E=f\nexport C=d",
+                             '$env:A_B = "http://x/v1"; $env:E = "f"\n$env:C = "d"'),
                             ("ANTHROPIC_API_KEY=... in a file", "ANTHROPIC_API_KEY=... in a file")):
             with self.subTest(text):
                 self.assertEqual(claude_gateway.as_typed(text, True), typed)
