@@ -8210,11 +8210,10 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Claude Gateway</title>
 <style nonce="NONCE">
-  :root { color-scheme: light dark; --back: #faf9f6; --card: #fff; --ink: #22201c; --soft: #6b665c; --line: #e4e0d6;
-          --accent: #b5532d; --good: #2f7d4f; --bad: #b3261e; }
-  @media (prefers-color-scheme: dark) {
-    :root { --back: #1b1a18; --card: #262421; --ink: #eeebe4; --soft: #a39d91; --line: #3a3732; --accent: #e08a63;
-            --good: #6cc090; --bad: #f2857c; } }
+  :root { color-scheme: light dark; --back: light-dark(#faf9f6, #1b1a18); --card: light-dark(#fff, #262421);
+          --ink: light-dark(#22201c, #eeebe4); --soft: light-dark(#6b665c, #a39d91);
+          --line: light-dark(#e4e0d6, #3a3732); --accent: light-dark(#b5532d, #e08a63);
+          --good: light-dark(#2f7d4f, #6cc090); --bad: light-dark(#b3261e, #f2857c); }
   * { box-sizing: border-box; }
   body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
   main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
@@ -8311,14 +8310,6 @@ PAGE = """<!doctype html>
   const pairs = (id, entries) => fill(id, entries.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
   const row = (cells, kind = "td") => make("tr", cells.map((cell) => make(kind, cell)));
 
-  function duration(seconds) {                      // in two units
-    const units = [[86400, "d"], [3600, "h"], [60, "min"]], at = units.findIndex(([size]) => seconds >= size);
-    if (at < 0) return Math.floor(seconds) + " s";
-    const [[size, name], [small, smaller]] = [units[at], units[at + 1] ?? [1, "s"]];
-    const rest = name === "min" ? 0 : Math.floor(seconds % size / small);
-    return Math.floor(seconds / size) + " " + name + (rest ? " " + rest + " " + smaller : "");
-  }
-
   function dollars(value) {                         // in cents, or finer; never a zero with a sign
     const size = Math.abs(value), text = size >= 0.01 ? size.toFixed(2) : String(Number(size.toFixed(4)) || "0.00");
     return (value < 0 && Number(text) ? "-$" : "$") + text;
@@ -8330,10 +8321,10 @@ PAGE = """<!doctype html>
 
   function limitBars(limits) {
     fill("limits", limits.flatMap((limit) => {
-      const left = limit.resets_at ? limit.resets_at - Date.now() / 1000 : 0, used = make("i");
+      const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "", used = make("i");
       used.style.width = Math.min(100, limit.used * 100) + "%";
-      return [make("div", [make("span", limit.title), make("span", Math.round(limit.used * 100) + " %" +
-        (left > 0 ? ", reset in " + duration(left) : ""), "note")], "row"), make("div", used, "bar")];
+      const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note");
+      return [make("div", [make("span", limit.title), share], "row"), make("div", used, "bar")];
     }));
   }
 
@@ -8370,8 +8361,8 @@ PAGE = """<!doctype html>
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
     at("month-cost").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
       number(sum(days, "requests")) + " requests";
-    at("bars").replaceChildren(...days.map((day) => {
-      const bar = document.createElement("i");
+    fill("bars", days.map((day) => {
+      const bar = make("i");
       bar.style.height = 100 * day.usd / most + "%";
       bar.title = day.day + " " + dollars(day.usd);
       return bar;
@@ -8585,25 +8576,23 @@ LOG_NAME = "request "
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
     """A compressed body, as far as this Python can undo it; never more than `limit` bytes."""
+    inflate: Any
     if encoding in ("gzip", "x-gzip", "deflate"):
         raw_deflate = encoding == "deflate" and (body[:1] or b"\0")[0] & 15 != 8
-        inflate = zlib.decompressobj(-15 if raw_deflate else 47)
-        try:
-            plain = inflate.decompress(body, limit + 1)
-        except zlib.error as fault:
-            raise InvalidRequest("The body is not %s: %s." % (encoding, fault), code="invalid_encoding") from fault
-        if not inflate.eof and len(plain) <= limit:
-            raise InvalidRequest("The %s body is cut short." % encoding, code="invalid_encoding")
+        inflate, invalid = zlib.decompressobj(-15 if raw_deflate else 47), zlib.error
     elif encoding == "zstd" and sys.version_info >= (3, 14):
         from compression import zstd  # type: ignore[import-not-found,unused-ignore]
 
-        try:
-            plain = zstd.ZstdDecompressor().decompress(body, limit + 1)
-        except zstd.ZstdError as fault:
-            raise InvalidRequest("The body is not zstd: %s." % fault, code="invalid_encoding") from fault
+        inflate, invalid = zstd.ZstdDecompressor(), zstd.ZstdError
     else:
         raise Refused(415, "unsupported_encoding", "Content-Encoding %s is not supported here; send the body plain or "
                       "as gzip. (Codex: [features] enable_request_compression = false)" % printable(encoding, 40))
+    try:
+        plain: bytes = inflate.decompress(body, limit + 1)
+    except invalid as fault:
+        raise InvalidRequest("The body is not %s: %s." % (encoding, fault), code="invalid_encoding") from fault
+    if not inflate.eof and len(plain) <= limit:
+        raise InvalidRequest("The %s body is cut short." % encoding, code="invalid_encoding")
     if len(plain) > limit:
         raise Refused(413, "request_too_large", "The body has more than %d MB when unpacked." % (limit // 1_000_000))
     return plain
@@ -9231,25 +9220,23 @@ def simulated_message(request: dict, usage: dict) -> dict:
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
     choice = request.get("tool_choice", {})
-    output_format = request.get("output_config", {}).get("format")
-    schema = json_asked_for(request["messages"])
+    schema = value_in(request, "output_config", "format", "schema")
+    asked = json_asked_for(request["messages"]) if schema is None else schema
     blocks: list[dict] = []
     if request.get("thinking", {}).get("display") == "summarized":
         blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
-    stop_reason = "end_turn"
-    if output_format:
-        blocks.append({"type": "text", "text": json.dumps(sample_of(output_format["schema"], output_format["schema"]))})
-    elif tools and choice.get("type") != "none" and (not results or choice.get("type") in ("any", "tool")):
+    if schema is None and tools and choice.get("type") != "none" and (
+            not results or choice.get("type") in ("any", "tool")):
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
-        stop_reason = "tool_use"
-    elif schema is not None:
-        sample = sample_of(schema, schema) if schema else {"simulated": True, "answer": summary_of(last, results)}
+    elif asked is not None:
+        sample = sample_of(asked, asked) if asked else {"simulated": True, "answer": summary_of(last, results)}
         blocks.append({"type": "text", "text": json.dumps(sample)})
     else:
         blocks.append({"type": "text", "text": "This is a simulated answer: the gateway runs in demo mode, and no "
                                                "model was asked. " + summary_of(last, results)})
+    stop_reason = "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn"
     usage = dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
             "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
@@ -9397,11 +9384,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
 
     def _hold(self, answer: dict) -> None:
         """A stream that only ends when the gateway closes the connection, for `selftest`."""
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
-        self.send_header("connection", "close")
-        self.end_headers()
-        self.wfile.write(b"data: %s\n\n" % client_json(next(simulated_events(answer))))
+        self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
         self.wfile.flush()
         self.connection.settimeout(30)
         with contextlib.suppress(OSError):
@@ -9409,10 +9392,10 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
                 self.server.abandoned.set()
         self.close_connection = True
 
-    def _send(self, kind: str, body: bytes, status: int = 200) -> None:
+    def _send(self, kind: str, body: bytes, status: int = 200, more: int = 0) -> None:
         self.send_response(status)
         self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(body)))
+        self.send_header("content-length", str(len(body) + more))
         self.send_header("request-id", "req_simulated_" + secrets.token_hex(6))
         for name, value in simulated_limits(time.time()).items():
             self.send_header(name, value)
@@ -9596,6 +9579,15 @@ def duration_text(seconds: float) -> str:
     return " ".join("%d %s" % unit for unit in units if unit[0]) or "%d s" % seconds
 
 
+def expiry_text(expires_at: float, refreshable: bool) -> str:
+    """When a token expires, and whether it is renewed."""
+    left = expires_at - time.time()
+    when = moment_text(expires_at)
+    if left > 0:
+        return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
+    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
+
+
 # ---- Options -----------------------------------------------------------------------------------------
 # The options of `start`, each with its environment variable, and the Config that they make.
 
@@ -9619,30 +9611,23 @@ class Option(NamedTuple):
 
 
 OPTIONS = (
-    Option("port", "port of the gateway; 0: any free one, printed in the first line (default: %d)" % DEFAULT_PORT, "p",
-           "PORT"),
-    Option("host", "address to listen on; one that other machines can reach requires an API key (default: localhost, "
-                   "which is 127.0.0.1 and ::1); repeatable", "", "ADDRESS", repeatable=True),
-    Option("api-key", "API key that clients have to send; better set in the environment, where others cannot see it; "
-                      "repeatable", "", "KEY", repeatable=True),
+    Option("port", "port of the gateway; 0: any free one (default: %d)" % DEFAULT_PORT, "p", "PORT"),
+    Option("host", "address to listen on (default: localhost); others require an API key", "", "ADDRESS", True),
+    Option("api-key", "API key that clients have to send; better set in the environment", "", "KEY", True),
     Option("verbose", "log requests and replies in full, secrets masked", "V"),
     Option("minimal", "log method, path, status and time only", "m"),
     Option("quiet", "log nothing", "q"),
     Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "kind of credential to use: auto, api-key or oauth (default: auto)", "", "KIND",
-           choices=("auto", "api-key", "oauth")),
+    Option("auth", "kind of credential to use (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
     Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
-    Option("alias", "use MODEL where a request names NAME; '*=MODEL' for every other or missing name; repeatable", "",
-           "NAME=MODEL", repeatable=True),
-    Option("allow-host", "also accept this name in the Host header; repeatable", "", "NAME", repeatable=True),
-    Option("cors-origin", "also accept requests from web pages of this origin; '*' requires an API key; repeatable", "",
-           "ORIGIN", repeatable=True),
+    Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True),
+    Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
+    Option("cors-origin", "also accept web pages of this origin; '*' requires an API key", "", "ORIGIN", True),
     Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
     Option("no-cache", "add no prompt cache breakpoints"),
     Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
     Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS"),
-    Option("budget", "refuse requests of a client key that has cost this much; USD/day, USD/week or USD/month; "
-                     "repeatable", "", "USD/PERIOD", repeatable=True),
+    Option("budget", "refuse a client key that has cost this; USD/day, USD/week or USD/month", "", "USD/PERIOD", True),
     Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
     Option("no-usage", "keep no file of the usage by day"),
     Option("demo", "answer from a built-in simulation: no account, no network"),
@@ -9655,27 +9640,14 @@ def port_from(setting: str, value: Any) -> int:
     return int(value)
 
 
-def aliases_from(setting: str, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    aliases = []
-    for text in texts:
-        name, _, model = map(str.strip, text.partition("="))
-        if not name or not model:
-            raise UsageError("expected NAME=MODEL, got %r." % text, setting)
-        aliases.append((name, model))
-    return tuple(aliases)
-
-
-def budgets_from(setting: str, texts: Sequence[str]) -> tuple[tuple[float, str], ...]:
-    found = [re.match(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", text) for text in texts]
-    if None in found:
-        raise UsageError("expected USD/day, USD/week or USD/month, for example 5/day.", setting)
-    return tuple((float(match.group(1)), match.group(2)) for match in found if match)
-
-
-def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
-    if any(not key.strip() for key in keys):
-        raise UsageError("the key must not be empty.", setting)
-    return keys
+def each_of(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, Sequence[str]], tuple]:
+    """How a list is read: each text matches the pattern, and becomes what `value_of` makes of the match."""
+    def read(setting: str, texts: Sequence[str]) -> tuple:
+        matches = [re.match(pattern, text.strip()) for text in texts]
+        if None in matches:
+            raise UsageError("expected %s, got %r." % (expected, texts[matches.index(None)]), setting)
+        return tuple(map(value_of, matches))
+    return read
 
 
 def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
@@ -9688,19 +9660,16 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
     return names
 
 
-def origins_from(setting: str, origins: Sequence[str]) -> tuple[str, ...]:
-    """Origins as browsers send them, which is without a slash at the end."""
-    plain = tuple(origin.rstrip("/").lower() for origin in origins)
-    for origin in plain:
-        if not re.match(r"([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)\Z", origin):
-            raise UsageError("expected an origin like https://app.example.com, got %r." % origin, setting)
-    return plain
-
-
 # Options whose values need checking -> how they are read
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": port_from, "alias": aliases_from, "api-key": keys_from, "cors-origin": origins_from,
-    "fallback": fallbacks_from, "budget": budgets_from}
+    "port": port_from, "fallback": fallbacks_from,
+    "alias": each_of(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
+    "api-key": each_of(r"(?s).+", "a key that is not empty", lambda match: match.group()),
+    # as browsers send them, which is without a slash at the end
+    "cors-origin": each_of(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                           "an origin like https://app.example.com", lambda match: match.group(1).lower()),
+    "budget": each_of(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                      lambda match: (float(match.group(1)), match.group(2)))}
 
 
 def checked_credential(variable: str, text: str) -> str:
@@ -9857,24 +9826,22 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     return Config(**fields)
 
 
-# Our variables that belong to no option
-OWN_VARIABLES = ("CLAUDE_GATEWAY_TOKEN_URL", "CLAUDE_GATEWAY_AUTHORIZE_URL", "CLAUDE_GATEWAY_OAUTH_SCOPES")
-
-
-def ignored_variables(environment: dict[str, str], config: Config) -> Iterator[tuple[str, str]]:
-    """Settings that somebody made and that have no effect -> what to do instead."""
-    known = [option.variable for option in OPTIONS] + list(OWN_VARIABLES)
+def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[tuple[str, str]]:
+    """What cannot work or has no effect -> what to do instead."""
+    for problem in doubtful_credentials(environment):
+        yield problem, "Correct or unset the variable."
+    ignored, known = "%s is set, and is ignored.", [option.variable for option in OPTIONS] + list(VARIABLES)
     for name in sorted(environment):
         if name.startswith("CLAUDE_GATEWAY_") and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
-            yield name, "Did you mean %s?" % nearest[0] if nearest else "`claude-gateway start --help` lists all."
+            yield ignored % name, "Did you mean %s?" % nearest[0] if nearest else "See claude-gateway start --help."
     if not config.https_proxy and not config.demo:
         found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
         system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
         if system and system not in os.environ.values():
-            found.append("The proxy of this system's settings")
+            found.append("The system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
         if found:
-            yield found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+            yield ignored % found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
@@ -9938,9 +9905,7 @@ def port_finding(config: Config) -> Finding:
 def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
     if not config.https_proxy:
-        system = replace(config, https_proxy=urllib.request.getproxies().get("https", ""))      # on macOS and Windows
-        return Finding("Proxy", "warning", "%s, in the system's settings, is not used" % shown_proxy(system),
-                       "Set HTTPS_PROXY to it.") if system.https_proxy else Finding("Proxy", "ok", "none")
+        return Finding("Proxy", "ok", "none")
     exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
     return Finding("Proxy", "ok", shown_proxy(config) + (
         ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else ""))
@@ -10054,14 +10019,10 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
         yield Finding("Credential", "failed", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
         return
     facts = credential.facts()
-    expires_at, renewed = facts.get("expires_at"), bool(facts.get("refreshable"))
-    expired = bool(expires_at) and expires_at < time.time()
-    detail = ", ".join(filter(None, [
-        facts["description"],
-        "token %s %s" % ("expired" if expired else "valid until", moment_text(expires_at)) if expires_at else "",
-        "" if facts["kind"] == "api_key" else "not renewed automatically" if not renewed else
-        "renewed at the next request" if expired else "renewed automatically"]))
-    if expired and not renewed:
+    detail, expires_at, renewed = facts["description"], facts.get("expires_at"), bool(facts.get("refreshable"))
+    if expires_at:
+        detail += ", token expires: " + expiry_text(expires_at, renewed)
+    if expires_at and expires_at < time.time() and not renewed:
         yield Finding("Credential", "failed", detail, "claude-gateway login", NO_CREDENTIAL)
         return
     yield Finding("Credential", "ok", detail)
@@ -10475,13 +10436,11 @@ def start_command(parsed: argparse.Namespace) -> int:
     set_up_log(config)
     check_exposure(config)
     warn_of_aliases(config)
-    for problem in doubtful_credentials(dict(os.environ)):
-        say("Warning: %s" % problem)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
             config.ca_variable, config.ca_file))
-    for name, advice in ignored_variables(dict(os.environ), config):
-        say("Warning: %s is set, and is ignored. %s" % (name, advice))
+    for doubt in doubtful_settings(dict(os.environ), config):
+        say("Warning: %s %s" % doubt)
     if parsed.api_key:
         say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
     if config.demo:
@@ -10645,23 +10604,14 @@ def logout_command(parsed: argparse.Namespace) -> int:
     return OK
 
 
-def expiry_text(expires_at: float, refreshable: bool) -> str:
-    """When a token expires, and whether it is renewed."""
-    left = expires_at - time.time()
-    when = moment_text(expires_at)
-    if left > 0:
-        return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
-    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
+def credential_rows(facts: dict, renewable: bool) -> list[tuple[str, Any]]:
+    expires_at = facts.get("expires_at")
+    return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
+            ("Token", expires_at and expiry_text(expires_at, renewable))]
 
 
-def credential_lines(facts: dict) -> Iterator[str]:
-    """The credential that `start` would use."""
-    yield "`start` would use: %s" % facts["description"]
-    for name in ("account", "organization", "scope"):
-        if facts.get(name):
-            yield "%s: %s" % (name.capitalize(), facts[name])
-    if facts.get("expires_at"):
-        yield "Expires: %s" % expiry_text(facts["expires_at"], facts["refreshable"])
+def row_lines(rows: Iterable[tuple[str, Any]]) -> list[str]:
+    return ["%-12s %s" % (name + ":", value) for name, value in rows if value]
 
 
 def status_text(running: dict, key_source: str) -> str:
@@ -10674,12 +10624,10 @@ def status_text(running: dict, key_source: str) -> str:
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
     facts, tokens = running["credential"] or {}, running["tokens"]
-    expires_at = facts.get("expires_at")
-    rows = [
+    lines += row_lines([
         ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
             running["upstream"], facts.get("description") or "no credential")),
-        ("Account", facts.get("account")),
-        ("Token", expires_at and expiry_text(expires_at, bool(facts.get("refreshable")) and not trouble)),
+        *credential_rows(facts, bool(facts.get("refreshable")) and not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
         ("Aliases", aliases_text(running.get("aliases", {}).items())),
@@ -10690,8 +10638,7 @@ def status_text(running: dict, key_source: str) -> str:
             ", without %s" % model for model in running["cost"]["without_price"]))),
         ("Cache", "%d %% of all input, which saved %s" % (
             running["cache"]["share_percent"], dollars(running["cache"]["saved_usd"]))),
-        *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())]
-    lines += ["%-12s %s" % (name + ":", value) for name, value in rows if value]
+        *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())])
     for limit in running["limits"]:
         filled = round(20 * min(1.0, limit["used"]))
         left = (limit["resets_at"] or 0) - time.time()
@@ -10739,7 +10686,9 @@ def status_command(parsed: argparse.Namespace) -> int:
     else:
         print(("No gateway answers on port %d." if running is None else
                "Another program uses port %d; no gateway answers there.") % config.port)
-        print("\n".join(credential_lines(facts)) if facts else as_typed(missing_credential(config)))
+        rows = row_lines(credential_rows(facts, bool(facts.get("refreshable")))) if facts else []
+        print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
+              as_typed(missing_credential(config)))
         if credential and credential.preamble:
             print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
         if credential:
@@ -10788,10 +10737,9 @@ def models_command(parsed: argparse.Namespace) -> int:
         print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
         return OK
     names = list(catalog.names())
-    short = {name: model for name, model in names if name != model.id}
-    for name in dict.fromkeys([*SHORT_NAMES, *short]):
-        if name in short:
-            print(("%-28s -> %-20s %s" % (name, short[name].id, SHORT_NAMES.get(name, ""))).rstrip())
+    short = {name: model.id for name, model in names if name != model.id}
+    for name in sorted(short, key=lambda name: [*SHORT_NAMES, name].index(name)):
+        print(("%-28s -> %-20s %s" % (name, short[name], SHORT_NAMES.get(name, ""))).rstrip())
     for name, model in names:
         if name == model.id:
             print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
@@ -10825,10 +10773,7 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
-    found += [Finding("Settings", "warning", problem, "Correct or unset the variable.")
-              for problem in doubtful_credentials(environment)]
-    return config, found + [Finding("Settings", "warning", "%s is set, and is ignored" % name, advice)
-                            for name, advice in ignored_variables(environment, config)]
+    return config, found + [Finding("Settings", "warning", *doubt) for doubt in doubtful_settings(environment, config)]
 
 
 def doctor_command(parsed: argparse.Namespace) -> int:
@@ -10994,6 +10939,14 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
               "help": "bash, zsh, fish or powershell"},
     "typed": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
 }
+DESCRIPTION = """\
+Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on
+http://localhost:%d/v1.
+
+  # try it, without account and network:
+  claude-gateway start --demo
+  # with your API key:
+  ANTHROPIC_API_KEY=... claude-gateway start""" % DEFAULT_PORT
 # What the help of a command ends with
 EPILOGS = {"login": TERMS, "start": """\
 Every option can also be set in the environment: CLAUDE_GATEWAY_PORT for --port,
@@ -11042,9 +10995,10 @@ class Parser(argparse.ArgumentParser):
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
-    if option.metavar:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None,
-                            action="append" if option.repeatable else "store")
+    if option.repeatable:
+        parser.add_argument(*flags, metavar=option.metavar, help=option.help + "; repeatable", action="append")
+    elif option.metavar:
+        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None)
     else:
         parser.add_argument(*flags, action="store_true", default=None, help=option.help)
 
@@ -11052,14 +11006,7 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
 def argument_parser() -> Parser:
     parser = Parser(
         prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=as_typed("Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on\n"
-                             "http://localhost:%d/v1.\n\n"
-                             "  # try it, without account and network:\n"
-                             "  claude-gateway start --demo\n"
-                             "  # with your API key:\n"
-                             "  ANTHROPIC_API_KEY=... claude-gateway start\n"
-                             "  # one model for every name:\n"
-                             "  claude-gateway start --alias '*=sonnet'" % DEFAULT_PORT))
+        description=as_typed(DESCRIPTION))
     # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(parser=parser)              # which `completion` asks

@@ -11731,7 +11731,7 @@ class StatusTests(GatewayTestCase):
         return json.loads(ended.stdout.decode())
 
     @unittest.skipUnless(shutil.which("node"), "no node here")
-    def test_the_page_shows_what_it_cost_and_how_long_things_last(self):
+    def test_the_page_shows_what_it_cost_and_until_when_things_last(self):
         data = self.status()
         data.update(upstream="simulated", uptime_seconds=97_200, cost={"usd": 1.234, "without_price": ["x"]})
         data["cache"]["saved_usd"] = -0.5
@@ -11742,7 +11742,7 @@ class StatusTests(GatewayTestCase):
                          ("$1.23", "by list prices; caching saved -$0.50; without x"))
         self.assertRegex(shown["running"], r"\A0 running; all since \d+ \w+ 20\d\d, \d\d:\d\d\Z")
         self.assertEqual(shown["cards"], ["limits"])            # there is nothing to show in the others
-        self.assertIn("50 %, reset in 7 h 59 min", shown["limits"])
+        self.assertRegex(shown["limits"], r"50 %, reset \d+ \w+ 20\d\d, \d\d:\d\d")
         self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
         self.assertTrue(shown["names"].startswith("sonnet| claude-sonnet-5-5|"), shown["names"])
         data["cache"]["saved_usd"], data["cost"]["usd"] = -0.00001, 0.0042
@@ -13249,17 +13249,18 @@ class OptionTests(unittest.TestCase):
 
     def test_settings_that_have_no_effect_are_named(self):
         def ignored(**variables):
-            return [name for name, _ in claude_gateway.ignored_variables(variables, config_of(**variables))]
+            return [problem[:-len(" is set, and is ignored.")] for problem, _ in
+                    claude_gateway.doubtful_settings(variables, config_of(**variables))]
         self.assertEqual(ignored(CLAUDE_GATEWAY_PORTS="1", CLAUDE_GATEWAY_PORT="1", ALL_PROXY="socks5://h",
                                  CLAUDE_GATEWAY_TOKEN_URL="https://x", HTTP_PROXY="http://h:1"),
                          ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY"])
         self.assertEqual(ignored(http_proxy="http://h:1"), ["HTTP_PROXY"])
         self.assertEqual(ignored(HTTP_PROXY="http://h:1", HTTPS_PROXY="http://h:1"), [])
-        (_, advice), = claude_gateway.ignored_variables({"CLAUDE_GATEWAY_PROT": "1"}, Config())
+        (_, advice), = claude_gateway.doubtful_settings({"CLAUDE_GATEWAY_PROT": "1"}, Config())
         self.assertEqual(advice, "Did you mean CLAUDE_GATEWAY_PORT?")
         self.addCleanup(setattr, claude_gateway.urllib.request, "getproxies", claude_gateway.urllib.request.getproxies)
-        claude_gateway.urllib.request.getproxies = lambda: {"https": "http://of-the-system:1"}      # macOS, Windows
-        self.assertEqual(ignored(), ["The proxy of this system's settings"])
+        claude_gateway.urllib.request.getproxies = lambda: {"https": "http://u:word@of-the-system:1"}     # macOS, Windows
+        self.assertEqual(ignored(), ["The system's proxy http://***@of-the-system:1"])
 
     def test_the_log_has_one_loudness(self):
         for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
@@ -13408,7 +13409,7 @@ class DoctorTests(GatewayTestCase):
         self.assertEqual(claude_gateway.usable_config(parsed, {})[0].port, 45554)
         _, wrong = claude_gateway.usable_config(parsed, {"ALL_PROXY": "socks5://u:word@h:1"})
         self.assertEqual([(finding.level, finding.detail) for finding in wrong],
-                         [("warning", "ALL_PROXY is set, and is ignored")])
+                         [("warning", "ALL_PROXY is set, and is ignored.")])
 
     def test_doctor_says_what_to_do_with_a_refused_credential(self):
         def refuse():
@@ -13463,14 +13464,6 @@ class DoctorTests(GatewayTestCase):
                 self.assertEqual((finding.level, bool(finding.code)), (level, level == "failed"))
                 self.assertRegex(finding.step, "Install Certificates.command" if sys.platform == "darwin" else
                                  "ca-certificates.*SSL_CERT_FILE")
-
-    def test_doctor_names_a_proxy_in_the_settings_of_the_system(self):
-        self.replaced(urllib.request, "getproxies", lambda: {"https": "http://someone:word@proxy.test:3128"})
-        finding = claude_gateway.proxy_finding(Config())
-        self.assertEqual((finding.level, finding.step), ("warning", "Set HTTPS_PROXY to it."))
-        self.assertEqual(finding.detail, "http://***@proxy.test:3128, in the system's settings, is not used")
-        self.replaced(urllib.request, "getproxies", dict)
-        self.assertEqual(claude_gateway.proxy_finding(Config()), claude_gateway.Finding("Proxy", "ok", "none"))
 
     def test_it_works_without_a_file_of_its_own(self):
         """From an archive, from standard input, and packed into a program."""
@@ -15148,7 +15141,8 @@ class ReadmeTests(unittest.TestCase):
 
     def test_the_option_table_is_that_of_the_parser(self):
         rows = ["| `%s%s%s` | %s |" % ("-%s, " % option.short if option.short else "", "--" + option.name,
-                                      " " + option.metavar if option.metavar else "", option.help)
+                                      " " + option.metavar if option.metavar else "",
+                                      option.help + ("; repeatable" if option.repeatable else ""))
                 for option in claude_gateway.OPTIONS]
         table = README.split("<!-- options -->")[1].split("<!-- /options -->")[0].strip().split("\n")[2:]
         self.assertEqual(table, rows)
