@@ -6006,7 +6006,7 @@ class TokenFileTests(LoginStoreTestCase):
 
     @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
     def test_tokens_older_than_the_unsaved_ones_do_not_come_back(self):
-        for refresh_token, old_access in ((OLD_REFRESH, OLD_ACCESS), (NEW_REFRESH, "from an even older copy")):
+        for refresh_token, old_access in ((OLD_REFRESH, OLD_ACCESS), (NEW_REFRESH, "from-an-even-older-copy")):
             with self.subTest(refresh_token=refresh_token), self.assertLogs("claude_gateway", "WARNING"):
                 self.claude.reset()
                 self.file.write(stored_token())
