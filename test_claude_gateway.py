@@ -5566,6 +5566,16 @@ class RenewalTests(LoginStoreTestCase):
         self.chat()
         self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
 
+    def test_nor_does_the_one_that_starts_it(self):
+        self.file.write(stored_token(200))
+        login, answer = self.login(), threading.Event()
+        self.addCleanup(answer.set)
+        self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[answer]))
+        self.assertEqual(login.access_token(), OLD_ACCESS)      # which would fail in the end if it waited
+        answer.set()
+        login.close()
+        self.assertEqual(self.stored()["access_token"], NEW_ACCESS)
+
     def test_a_program_that_ends_waits_for_the_tokens_on_their_way(self):
         self.file.write(stored_token(200))
         self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[0.3]))
