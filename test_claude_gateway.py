@@ -6754,6 +6754,16 @@ class RenewalTests(LoginStoreTestCase):
         self.chat()
         self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
 
+    def test_nor_does_the_one_that_starts_it(self):
+        self.file.write(stored_token(200))
+        login, answer = self.login(), threading.Event()
+        self.addCleanup(answer.set)
+        self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[answer]))
+        self.assertEqual(login.access_token(), OLD_ACCESS)      # which would fail in the end if it waited
+        answer.set()
+        login.close()
+        self.assertEqual(self.stored()["access_token"], NEW_ACCESS)
+
     def test_a_program_that_ends_waits_for_the_tokens_on_their_way(self):
         self.file.write(stored_token(200))
         self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[0.3]))
@@ -7237,7 +7247,7 @@ class TokenFileTests(LoginStoreTestCase):
 
     @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
     def test_tokens_older_than_the_unsaved_ones_do_not_come_back(self):
-        for refresh_token, old_access in ((OLD_REFRESH, OLD_ACCESS), (NEW_REFRESH, "from an even older copy")):
+        for refresh_token, old_access in ((OLD_REFRESH, OLD_ACCESS), (NEW_REFRESH, "from-an-even-older-copy")):
             with self.subTest(refresh_token=refresh_token), self.assertLogs("claude_gateway", "WARNING"):
                 self.claude.reset()
                 self.file.write(stored_token())
