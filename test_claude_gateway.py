@@ -6757,8 +6757,8 @@ class UpstreamAnswerTests(UpstreamTestCase):
     def test_gzip_is_unpacked_bit_by_bit(self):
         stream = ["content-type: text/event-stream", "content-encoding: gzip", "connection: close"]
         packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-        bomb = b"".join([packer.compress(sse(self.EVENTS_BEFORE) + b"data: "),
-                         *(packer.compress(b"x" * 1_000_000) for _ in range(100)), packer.flush()])
+        bomb = packer.compress(sse(self.EVENTS_BEFORE) + b"data: ")
+        bomb += b"".join(packer.compress(b"x" * 1_000_000) for _ in range(100)) + packer.flush()
         self.start_before(*[[upstream_bytes(bomb, *stream)] for _ in range(2)])
         answer = self.chat(headers=NO_RETRY)
         self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
