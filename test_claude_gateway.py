@@ -11230,7 +11230,6 @@ def challenge_of(code_verifier: str) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(code_verifier.encode()).digest()).decode().rstrip("=")
 
 
-@POSIX_ONLY
 class LoginCommandTests(CommandTestCase):
     def begin(self, *arguments, **variables):
         """A login that waits for its code, and the query of the address it shows."""
@@ -11238,6 +11237,7 @@ class LoginCommandTests(CommandTestCase):
         address = child.wait_for(r"https://claude\.ai/oauth/authorize\?(\S+)")
         return child, {name: values[0] for name, values in parse_qs(address.group(1)).items()}
 
+    @POSIX_ONLY
     def test_the_code_is_exchanged_with_the_verifier_of_the_challenge(self):
         self.claude.token_replies.append(token_answer(account={"email_address": "me@example.org"}))
         child, query = self.begin()
@@ -11266,6 +11266,7 @@ class LoginCommandTests(CommandTestCase):
         for secret in (code_verifier, NEW_ACCESS, NEW_REFRESH):
             self.assertNotIn(secret, child.err)
 
+    @POSIX_ONLY
     def test_the_terms_are_told_with_dates_before_anything_is_asked(self):
         helped = self.command("login", "--help")
         child = self.command("login", "--no-browser")
@@ -11275,6 +11276,7 @@ class LoginCommandTests(CommandTestCase):
                 self.assertIn(words, said)
         self.assertLess(child.err.index("2026-08-22"), child.err.index("https://claude.ai/oauth/authorize"))
 
+    @POSIX_ONLY
     def test_a_callback_address_is_taken_and_a_bare_code_is_warned_about(self):
         for paste, warned in (("%s?code=the-code&state={state}" % REDIRECT_PAGE, False), ("the-code", True)):
             with self.subTest(paste):
@@ -11331,6 +11333,7 @@ class LoginCommandTests(CommandTestCase):
         self.assertEqual(child.code, 1)
         self.assertIn(os.path.join(PROGRAM, "tokens.json"), child.err)
 
+    @POSIX_ONLY
     def test_an_interrupt_at_the_prompt_is_exit_130_without_a_traceback(self):
         child, _ = self.begin()
         child.wait_for("Code: ")
@@ -11566,6 +11569,7 @@ class StartTests(CommandTestCase):
         self.assertEqual(len([line for line in child.err.split("\n") if "CLAUDE_GATEWAY_API_KEY" in line]), 1)
         self.assertNotIn("client-key", child.err)
 
+    @POSIX_ONLY
     def test_without_a_home_keys_work_and_logins_say_what_is_missing(self):
         # a home that is no absolute path is what a process without a home looks like
         child = self.serve(HOME="nowhere", APPDATA=None)
@@ -11628,7 +11632,6 @@ class StartTests(CommandTestCase):
 
 # ---- Commands ---------------------------------------------------------------------------------------
 
-@POSIX_ONLY
 class OtherCommandTests(CommandTestCase):
     def test_logout_forgets_and_says_so(self):
         self.sign_in()
