@@ -9186,7 +9186,9 @@ class StatusTests(GatewayTestCase):
                          FakeReply(status=401, body={"type": "error", "error": {
                              "type": "authentication_error", "message": "invalid key %s" % SECRET}}))
         self.chat("a private question", headers={"user-agent": "aider/0.86"}, model="sonnet", seed=5)
+        self.settle()
         self.chat("a private question", headers={"user-agent": "aider/0.86"}, stream=True)
+        self.settle()
         self.chat("a private question", headers={"user-agent": "curl/8"}, model="haiku")
         data = self.status()
         failed, streamed, first = data["recent"]
@@ -9214,6 +9216,7 @@ class StatusTests(GatewayTestCase):
     def test_of_many_requests_the_last_fifty_are_kept_and_looking_is_none_of_them(self):
         for number in range(55):
             self.ask("GET", "/v1/nothing-%d" % number, headers={"user-agent": "tool%d/1" % number})
+            self.settle()
         self.ask("GET", "/metrics")
         data = self.status()
         self.assertEqual([each["path"] for each in data["recent"]],
@@ -9353,6 +9356,7 @@ class StatusTests(GatewayTestCase):
         self.claude.play(message(text("A"), usage={"input_tokens": 1000, "cache_read_input_tokens": 500,
                                                    "output_tokens": 20}))
         self.chat("Hi", headers={"user-agent": "aider/1"}, model="opus", seed=1)
+        self.settle()
         self.chat(model="no-such-model")
         data = self.status()
         shown = self.page([(200, json.dumps(data), "")])[1]
@@ -11654,6 +11658,7 @@ class DailyCommandTests(GatewayTestCase):
         self.start(alias=(("fast", "haiku"),))
         self.claude.play(message(text("A"), usage={"input_tokens": 1000, "output_tokens": 20}))
         self.chat(headers={"user-agent": "aider/1"}, model="claude-opus-5-5", seed=1)
+        self.service.gateway.running.wait_until_idle(10)
         self.chat(headers={"user-agent": "curl/8"}, model="no-such-model")
         self.service.gateway.running.wait_until_idle(10)
         code, said, _ = run_command("status", "--requests", "--port", str(self.service.port))
