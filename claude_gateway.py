@@ -10654,12 +10654,18 @@ def run_tool(parsed: argparse.Namespace) -> int:
     set_up_log(replace(config, quiet=True))
     with gateway_at_hand(config) as at_hand:
         variables, options = ready_made(re.sub(r"\.\w+$", "", os.path.basename(name)), at_hand)
-        with subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables)) as tool:
-            passed = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])]
-            for number in passed:                   # a terminal sends Ctrl-C to the tool by itself
-                signal.signal(number, lambda number, frame: None if number == signal.SIGINT and os.isatty(0)
-                              else tool.send_signal(number))
-            code = tool.wait()
+        tool: Optional[subprocess.Popen] = None
+        early: List[int] = []                       # signals that came before there was a tool
+
+        def pass_on(number: int, frame: Any) -> None:
+            if number != signal.SIGINT or not os.isatty(0):     # a terminal sends Ctrl-C to the tool by itself
+                (tool.send_signal if tool else early.append)(number)
+        for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])):
+            signal.signal(number, pass_on)
+        tool = subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables))
+        for early_one in early:
+            tool.send_signal(early_one)
+        code = tool.wait()
     return code if code >= 0 else 128 - code
 
 
