@@ -6900,7 +6900,8 @@ class Record:
 
     def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
         """What the status page shows of it, and `status` as this line."""
-        fields = dict(without(vars(self), "method", "client", "started", "cached_percent_of_all", "route"), line=line)
+        fields = dict(without(vars(self), "method", "client", "owner", "started", "cached_percent_of_all",
+                              "route"), line=line)
         texts = {name: masked(value, secrets_known)[:500] for name, value in fields.items() if isinstance(value, str)}
         return dict(fields, time=round(time.time(), 3), **texts)
 
@@ -8149,11 +8150,13 @@ def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
     totals, costs = counters.totals(), counters.costs()
+    trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
         "started_at": round(counters.started), "aliases": dict(gateway.config.alias),
         "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
-        "credential": credential.facts() if credential else None, "trouble": gateway.upstream.trouble,
+        "credential": credential.facts() if credential else None,
+        "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
         "models": short_names(gateway.models.catalog()),
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
         "errors": counters.errors(), "tokens": totals["tokens"],

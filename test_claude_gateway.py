@@ -9958,7 +9958,7 @@ class PictureFetchTests(GatewayTestCase):
         self.assertTrue(answer.error["message"].endswith(self.REFUSED))
 
     def test_an_image_of_an_earlier_turn_that_is_gone_ends_no_conversation(self):
-        def fetch(url):
+        def fetch(url, client):
             raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
         self.fetcher.fetch = fetch
         for url, refusals in ((self.SECURE, 1), ("http://pictures.example.org/a.png", 0)):
@@ -13874,9 +13874,9 @@ class StartTests(CommandTestCase):
         child = self.serve("-V", ANTHROPIC_API_KEY=None, CLAUDE_CODE_OAUTH_TOKEN=None, CLAUDE_GATEWAY_PORT=None,
                            CLAUDE_GATEWAY_TOKEN_FILE=self.expired_login())
         typed = "%s %s login" % (os.path.basename(sys.executable), PROGRAM)
-        self.assertIn("run `%s` again" % typed, self.chat().error["message"])
+        self.assertIn("run `%s`" % typed, self.chat().error["message"])
         self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertIn("run `%s` again" % typed, child.err)
+        self.assertIn("run `%s`" % typed, child.err)
         self.assertNotIn("claude-gateway login", child.err)
 
     def expired_login(self) -> str:
