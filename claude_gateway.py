@@ -7845,7 +7845,6 @@ class ToolSettings(NamedTuple):
     title: str
     where: str
     text: str = FORM
-    command: str = ""                               # what `run` uses where the text is a file
 
 
 def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
@@ -7898,15 +7897,10 @@ claude"""),
     "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
 model = "claude-opus-5-5"
 model_provider = "gateway"
-
-[model_providers.gateway]
-name = "gateway"
-base_url = "BASE"
-wire_api = "responses"
-ENV_KEY""", """\
-codex -m claude-opus-5-5 -c model_provider=gateway -c model_providers.gateway.name=gateway \\
-  -c model_providers.gateway.base_url=BASE -c model_providers.gateway.wire_api=responses \\
-  -c model_providers.gateway.env_key=OPENAI_API_KEY"""),
+model_providers.gateway.name = "gateway"
+model_providers.gateway.base_url = "BASE"
+model_providers.gateway.wire_api = "responses"
+ENV_KEY"""),
     "opencode": ToolSettings("opencode", "opencode.json", """\
 { "model": "gateway/MODEL", "provider": { "gateway": {
     "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
@@ -7977,12 +7971,10 @@ TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", 
 
 SERVICE_FILES = {
     "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
-# then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway
-# to run it while you are not logged in: loginctl enable-linger
+# then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway && loginctl enable-linger
 [Unit]
 Description=Claude Gateway
 After=network-online.target
-
 [Service]
 ExecStart="PYTHON" "FILE" START
 # keys go into this file, mode 600: ANTHROPIC_API_KEY=... if no login is stored, CLAUDE_GATEWAY_API_KEY=... for clients
@@ -7992,14 +7984,12 @@ RestartPreventExitStatus=2 3
 TimeoutStopSec=35
 NoNewPrivileges=yes
 PrivateTmp=yes
-
 [Install]
 WantedBy=default.target"""),
     "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
-     to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway
-     launchd does not distinguish a missing credential (exit 3) from other failures: it retries every minute -->
+     to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway -->
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
 <plist version="1.0">
 <dict>
@@ -8016,9 +8006,7 @@ WantedBy=default.target"""),
 </dict>
 </plist>"""),
     "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
-# keys, if no login is stored or clients need one:
-# setx ANTHROPIC_API_KEY sk-ant-...
-# setx CLAUDE_GATEWAY_API_KEY ...
+# keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
 $trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
 $settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit 0 -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
@@ -8073,7 +8061,7 @@ def filled(config: Config, path_form: Callable[[str], str] = str, argument_form:
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
-            "ENV_KEY": 'env_key = "CLAUDE_GATEWAY_API_KEY"' if config.api_key else "",
+            "ENV_KEY": 'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
             "START": between.join(argument_form % argument for argument in arguments),
             **{word: path_form(path) for word, path in paths.items()}}
 
@@ -8233,9 +8221,8 @@ PAGE = """<!doctype html>
   dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
   dt { color: var(--soft); white-space: nowrap; }
   dd { margin: 0; text-align: right; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
-  #credential, #errors { grid-template-columns: minmax(0, 1fr); gap: 0; }
-  #credential dd, #errors dd { text-align: left; margin: 0 0 .5rem; }
-  #errors dt { color: var(--bad); white-space: normal; }
+  #credential, #errors { display: block; } #credential dd, #errors dd { text-align: left; }
+  #errors dt { color: var(--bad); }
   #credential dt, #names span, td, th { font-size: .88rem; } #names { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
   #names span { color: var(--soft); } #names code { color: var(--ink); }
   table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
@@ -9833,6 +9820,12 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
     """What cannot work or has no effect -> what to do instead."""
     for problem in doubtful_credentials(environment):
         yield problem, "Correct or unset the variable."
+    for name, target in config.alias:
+        try:
+            Catalog().resolve(target)
+        except GatewayError:
+            yield "--alias %s=%s: unknown model; requests for it will fail unless Claude's own list has it." % (
+                name, target), "Nearest: %s." % ", ".join(Catalog().nearest(target.lower()))
     ignored, known = "%s is set, and is ignored.", [option.variable for option in OPTIONS] + list(VARIABLES)
     for name in sorted(environment):
         if name.startswith("CLAUDE_GATEWAY_") and name not in known:
@@ -10221,7 +10214,6 @@ def sign_in(config: Config, open_browser: bool) -> None:
     store(TokenFile(config.token_file), token)
     account = text_in(token, "account", "email_address")
     say("Signed in%s. Stored in %s" % (" as " + account if account else "", config.token_file))
-    say_what_is_next(config)
 
 
 def asked_for(prompt: str, hidden: bool = False) -> str:
@@ -10277,7 +10269,6 @@ def store_key(config: Config) -> None:
         upstream.get("/v1/models?limit=1", key)
     store(key_file(config), {"api_key": key})
     say("Claude accepts this key. Stored in %s" % key_file(config).path)
-    say_what_is_next(config)
 
 
 def say_what_is_next(config: Config) -> None:
@@ -10302,16 +10293,6 @@ def check_exposure(config: Config) -> None:
     if "*" in config.cors_origin and not config.api_key:
         raise UsageError("--cors-origin '*' allows every web page: set an API key for clients in "
                          "CLAUDE_GATEWAY_API_KEY first.")
-
-
-def warn_of_aliases(config: Config) -> None:
-    """An alias for an unknown model would otherwise be noticed at its first request."""
-    for name, target in config.alias:
-        try:
-            Catalog().resolve(target)
-        except GatewayError:
-            say("Warning: --alias %s=%s: unknown model; requests for it will fail unless Claude's own list has it. "
-                "Nearest: %s." % (name, target, ", ".join(Catalog().nearest(target.lower()))))
 
 
 def is_own_address(config: Config) -> bool:
@@ -10438,7 +10419,6 @@ def start_command(parsed: argparse.Namespace) -> int:
     config = config_from(parsed, dict(os.environ))
     set_up_log(config)
     check_exposure(config)
-    warn_of_aliases(config)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
             config.ca_variable, config.ca_file))
@@ -10544,10 +10524,11 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     values = dict(filled(config), KEY=next(iter(config.api_key), "none"))
     variables = {"OPENAI_BASE_URL": values["BASE"], "OPENAI_API_BASE": values["BASE"], "OPENAI_API_KEY": values["KEY"]}
     options: list[str] = []
-    settings = SETTINGS.get(PROGRAMS.get(program, ""))
-    text = with_values(settings.command or settings.text, values) if settings else ""
+    text = with_values(SETTINGS[PROGRAMS[program]].text, values) if program in PROGRAMS else ""
     if program == "opencode":                       # reads what is else its file from a variable
         return dict(variables, OPENCODE_CONFIG_CONTENT=text), []
+    if program == "codex":                          # and this one each line of it as an option
+        return variables, [word for line in text.strip().split("\n") for word in ("-c", line.replace(" = ", "="))]
     for line in text.replace("\\\n", "").split("\n"):
         words = shlex.split(line)
         if words[:1] == ["export"]:
@@ -10594,6 +10575,7 @@ def login_command(parsed: argparse.Namespace) -> int:
         store_key(config)
     else:
         sign_in(config, open_browser=not parsed.no_browser)
+    say_what_is_next(config)
     return OK
 
 

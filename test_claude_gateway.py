@@ -11432,7 +11432,7 @@ class SetupTests(unittest.TestCase):
         for name in claude_gateway.TOOL_SETTINGS:
             self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
         self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
-        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('\nenv_key = "CLAUDE_GATEWAY_API_KEY"'))
+        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('.env_key = "OPENAI_API_KEY"'))
         for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
                       "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
             self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
@@ -14146,11 +14146,10 @@ class RunTests(CommandTestCase):
                 ("aider", ["--openai-api-base", base, "--openai-api-key", "none", "--model",
                            "openai/claude-sonnet-5-5", "--edit-format", "diff", "--weak-model", "openai/haiku",
                            "--no-show-model-warnings"], {}),
-                ("codex", ["-m", "claude-opus-5-5", "-c", "model_provider=gateway",
-                           "-c", "model_providers.gateway.name=gateway",
-                           "-c", "model_providers.gateway.base_url=" + base,
-                           "-c", "model_providers.gateway.wire_api=responses",
-                           "-c", "model_providers.gateway.env_key=OPENAI_API_KEY"], {}),
+                ("codex", ["-c", 'model="claude-opus-5-5"', "-c", 'model_provider="gateway"',
+                           "-c", 'model_providers.gateway.name="gateway"',
+                           "-c", 'model_providers.gateway.base_url="%s"' % base,
+                           "-c", 'model_providers.gateway.wire_api="responses"'], {}),
                 ("qwen", ["--auth-type", "openai"], {"OPENAI_MODEL": "claude-sonnet-5-5"}),
                 ("claude", [], {"ANTHROPIC_BASE_URL": base[:-3], "ANTHROPIC_AUTH_TOKEN": "none"}),
                 ("goose", [], {"OPENAI_HOST": base[:-3]}), ("mini", ["-m", "openai/sonnet"], {})):
@@ -14158,6 +14157,9 @@ class RunTests(CommandTestCase):
                 variables, arguments = claude_gateway.ready_made(tool, config)
                 self.assertEqual(arguments, options)
                 self.assertLessEqual(set(added.items()), set(variables.items()))
+        variables, arguments = claude_gateway.ready_made("codex", Config(api_key=("the-key",)))
+        self.assertEqual((variables["OPENAI_API_KEY"], arguments[-1]),
+                         ("the-key", 'model_providers.gateway.env_key="OPENAI_API_KEY"'))
         settings = json.loads(claude_gateway.ready_made("opencode", config)[0]["OPENCODE_CONFIG_CONTENT"])
         self.assertEqual(settings["provider"]["gateway"]["options"], {"baseURL": base, "apiKey": "none"})
 
