@@ -8223,8 +8223,7 @@ PAGE = """<!doctype html>
   dd { margin: 0; text-align: right; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
   #credential, #errors { display: block; } #credential dd, #errors dd { text-align: left; }
   #errors dt { color: var(--bad); }
-  #credential dt, #names span, td, th { font-size: .88rem; } #names { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
-  #names span { color: var(--soft); } #names code { color: var(--ink); }
+  #credential dt, #names, td, th { font-size: .88rem; }
   table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
   td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; white-space: nowrap; font-weight: 400;
            font-variant-numeric: tabular-nums; } th { color: var(--soft); }
@@ -8370,8 +8369,8 @@ PAGE = """<!doctype html>
       moment(data.trouble.at) + ": " + data.trouble.message;
     at("base").textContent = location.origin + "/v1";
     at("keyhint").textContent = key ? "your key" : "none";
-    fill("names", Object.entries({ ...data.models, ...data.aliases }).map(([name, id]) =>
-      make("span", [make("code", name), " " + id])));
+    at("names").textContent = Object.entries({ ...data.models, ...data.aliases })
+      .map(([name, id]) => name + " = " + id).join(", ");
     at("requests").textContent = number(data.requests.total);
     at("running").textContent = data.requests.running + " running; all since " + moment(data.started_at);
     pairs("errors", Object.entries(data.errors).map(([code, count]) =>
@@ -8464,10 +8463,9 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/metrics": {"GET": metrics},
     "/": {"GET": status_page},
 }
-ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
-             (re.compile(r"/responses/(?!(?:input_tokens|compact)$)([^/]+)"), "/responses/{id}"),
-             (re.compile(r"/responses/([^/]+)/input_items"), "/responses/{id}/input_items"),
-             (re.compile(r"/responses/([^/]+)/cancel"), "/responses/{id}/cancel"))
+# the routes with an argument; the name of a model may have slashes
+PATTERNS = [(re.compile(route.replace("{id}", "(.+)" if route == "/models/{id}" else "([^/]+)")), route)
+            for route in ROUTES if "{id}" in route]
 WITHOUT_KEY = {"/models", "/models/{id}", "/health", "/"}       # for every other path a configured key is needed
 NATIVE = {"/messages", "/messages/count_tokens"}                # whose errors are in Anthropic's shape
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
@@ -8479,9 +8477,9 @@ def route_of(target: str) -> tuple[str, str]:
     path = re.sub(r"/{2,}", "/", re.sub(r"[?#].*", "", target))
     path = re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
     path = re.sub(r"^(/chat/completions)+$", "/chat/completions", path)     # from the start only: it stays linear
-    for pattern, route in ARGUMENTS:
-        match = pattern.match(path)
-        if match and match.end() == len(path):
+    for pattern, route in PATTERNS if path not in ROUTES else ():
+        match = pattern.fullmatch(path)
+        if match:
             return route, urllib.parse.unquote(match.group(1))
     return path, ""
 
@@ -9531,8 +9529,8 @@ def say(text: str, level: int = logging.INFO) -> None:
     print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, flush=True)
 
 
-def given_to(command: str, path: str | None) -> bytes:
-    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError."""
+def given_to(path: str | None, example: str) -> bytes:
+    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError, with the example."""
     path = None if path == "-" else path
     if not path and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
@@ -9545,10 +9543,8 @@ def given_to(command: str, path: str | None) -> bytes:
     except OSError as fault:
         raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
     if not data.strip():
-        raise UsageError("%s; %s" % (
-            path + " is empty" if path else "Standard input is %s" % ("empty" if sys.stdin else "closed"),
-            {"ask": "for example: claude-gateway ask Hello"}.get(
-                command, "translate needs a request as JSON: claude-gateway translate FILE")))
+        raise UsageError("%s is %s; for example: claude-gateway %s" % (
+            path or "Standard input", "empty" if path or sys.stdin else "closed", example))
     return data
 
 
@@ -9720,12 +9716,8 @@ def checked_proxy(variable: str, url: str) -> str:
     """The URL of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may contain a password."""
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
-    try:
-        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        usable = bool(parts.hostname) and (parts.port or 1) and parts.scheme in ("http", "https")
-    except ValueError:
-        usable = False
-    if url and not usable or re.match(r"https?:/[^/]", url):
+    match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
+    if url and not match or match and int((match.group(4) or ":0")[1:]) > 65_535:
         raise UsageError("expected a URL like http://proxy.example.com:8080.", variable)
     return url
 
@@ -10474,8 +10466,8 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
 
 def content_to_ask(parsed: argparse.Namespace) -> Any:
     """The words of the command line, or of standard input, and the images.  Raises UsageError."""
-    text = " ".join(parsed.words).strip() or given_to(parsed.command, None).decode("utf-8", "replace")
-    images = [given_to(parsed.command, path) for path in parsed.image or ()]
+    text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
+    images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
     return [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
         media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
 
@@ -10811,7 +10803,7 @@ def setup_command(parsed: argparse.Namespace) -> int:
 def translate_command(parsed: argparse.Namespace) -> int:
     """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
     config = config_from(parsed, dict(os.environ))
-    data = given_to("translate", parsed.file)
+    data = given_to(parsed.file, "translate request.json")
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
         assembler = MessageAssembler()
         for event in events_from_body(data):

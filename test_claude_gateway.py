@@ -11757,7 +11757,7 @@ class StatusTests(GatewayTestCase):
         self.assertEqual(shown["cards"], ["limits"])            # there is nothing to show in the others
         self.assertRegex(shown["limits"], r"50 %, reset \d+ \w+ 20\d\d, \d\d:\d\d")
         self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
-        self.assertTrue(shown["names"].startswith("sonnet| claude-sonnet-5-5|"), shown["names"])
+        self.assertTrue(shown["names"].startswith("sonnet = claude-sonnet-5-5, "), shown["names"])
         data["cache"]["saved_usd"], data["cost"]["usd"] = -0.00001, 0.0042
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]), ("$0.0042", "by list prices; caching saved $0.00; without x"))
@@ -14461,7 +14461,7 @@ class DailyCommandTests(GatewayTestCase):
                     ended = subprocess.run(["sh", "-c", '"$0" "$1" translate ' + redirection, sys.executable, PROGRAM],
                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
                     self.assertEqual((ended.returncode, ended.stdout), (2, b""))
-                    self.assertIn("claude-gateway: %s; translate needs a request" % words, ended.stderr.decode())
+                    self.assertIn("claude-gateway: %s; for example: " % words, ended.stderr.decode())
                     self.assertEqual(ended.stderr.decode().count("\n"), 1)
 
     def test_translate_reads_a_saved_answer_backwards(self):
@@ -14474,7 +14474,7 @@ class DailyCommandTests(GatewayTestCase):
         stdin = SimpleNamespace(buffer=io.BytesIO(b'{"model": "opus", "input": "Hi"}'), isatty=lambda: False)
         self.addCleanup(setattr, sys, "stdin", sys.stdin)
         sys.stdin = stdin
-        self.assertIn(b"opus", claude_gateway.given_to("translate", "-"))
+        self.assertIn(b"opus", claude_gateway.given_to("-", ""))
 
 
 # ---- Completion -------------------------------------------------------------------------------------
