@@ -8090,6 +8090,7 @@ def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
     totals, costs = counters.totals(), counters.costs()
+    tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
@@ -8097,7 +8098,7 @@ def status_data(gateway: Gateway) -> dict:
         "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
         "credential": credential.facts() if credential else None,
         "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
-        "models": short_names(gateway.models.catalog()),
+        "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
         "errors": counters.errors(), "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
@@ -8117,12 +8118,6 @@ def last_days(usage: Usage) -> list[dict]:
         return [{"day": day, "usd": round(days.get(day, {}).get("usd", 0), 4), "requests": days.get(day, {}).get(
             "requests", 0)} for day in map(day_of, moments)] if days else []
     return []
-
-
-def short_names(catalog: Catalog) -> dict[str, str]:
-    """The names of the tiers -> the models they mean; the one to use when in doubt comes first."""
-    found = {tier: model.id for tier, model in catalog.names() if tier in TIERS}
-    return {tier: found[tier] for tier in sorted(found, key=lambda tier: tier != "sonnet")}
 
 
 def running_besides(gateway: Gateway) -> int:
@@ -8153,11 +8148,6 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
-    return Reply(raw=metrics_text(gateway).encode("utf-8"), headers={
-        "content-type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def metrics_text(gateway: Gateway) -> str:
     counters = gateway.counters
     lines: list[str] = []
 
@@ -8191,7 +8181,8 @@ def metrics_text(gateway: Gateway) -> str:
            [({"window": limit["window"]}, limit["used"]) for limit in limits])
     family("limit_reset_timestamp_seconds", "gauge", "When they are reset, in Unix time.",
            [({"window": limit["window"]}, limit["resets_at"]) for limit in limits if limit["resets_at"] is not None])
-    return "\n".join(lines) + "\n"
+    return Reply(raw=("\n".join(lines) + "\n").encode("utf-8"), headers={
+        "content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 PAGE = """<!doctype html>
@@ -8740,7 +8731,6 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
-        self._record.owner = owner[:12]
         endpoint = endpoint_of(head.method, path, self._record.path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
@@ -8788,6 +8778,7 @@ class RequestCycle:
         owner = owner_of(digests, self._config.api_key)
         guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
         if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
+            self._record.owner = owner[:12]
             return owner
         self._leave()                               # a slowed refusal takes nobody's place
         time.sleep(self._gateway.failed_keys.penalty(self._address))
@@ -10108,22 +10099,19 @@ def selftest_findings() -> Iterator[Finding]:
         "type": "object", "properties": {"word": {"type": "string"}}}}}
     picture = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
                "AABJRU5ErkJggg==")
-    cases: Sequence[Tuple[str, dict, Callable[[int, str], bool]]] = (
-        ("plain", hello, lambda status, body: status == 200 and "simulated answer" in body),
-        ("streaming", dict(hello, stream=True), lambda status, body: body.endswith("data: [DONE]\n\n")
-            and '"finish_reason":"stop"' in body),
-        ("tools", dict(hello, tools=[tool]), lambda status, body: '"name":"look.up"' in body
-            and '"finish_reason":"tool_calls"' in body),
+    cases: Sequence[Tuple[str, dict, int, Sequence[str]]] = (       # and what the answer contains
+        ("plain", hello, 200, ["simulated answer"]),
+        ("streaming", dict(hello, stream=True), 200, ['"finish_reason":"stop"', "data: [DONE]\n\n"]),
+        ("tools", dict(hello, tools=[tool]), 200, ['"name":"look.up"', '"finish_reason":"tool_calls"']),
         ("image", dict(hello, messages=[{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": picture}}]}]), lambda status, body: "image/png" in body),
-        ("error", dict(hello, model="no-such-model"), lambda status, body: status == 404
-            and "model_not_found" in body),
-    )
+            {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/png"]),
+        ("error", dict(hello, model="no-such-model"), 404, ["model_not_found"]))
     try:
-        for name, body, is_right in cases:
+        for name, body, expected, words in cases:
             with local_answer(config, body, timeout=10) as response:
                 status, answer = response.status, response.read().decode("utf-8")
-            yield Finding(name, "ok", "") if is_right(status, answer) else Finding(
+            is_right = status == expected and all(word in answer for word in words)
+            yield Finding(name, "ok", "") if is_right else Finding(
                 name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
         hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
         with local_answer(config, hold, timeout=5) as response:
@@ -10278,13 +10266,11 @@ def say_what_is_next(config: Config) -> None:
 
 def check_exposure(config: Config) -> None:
     """Refuses to listen to the network without a key: anybody could use the credential.  Raises UsageError."""
-    exposed = [host for host in config.hosts if not is_loopback_host(host)]
+    exposed = ["--host %s can be reached from other machines" % host for host in config.hosts
+               if not is_loopback_host(host)]
+    exposed += ["--cors-origin '*' allows every web page"] * ("*" in config.cors_origin)
     if exposed and not config.api_key:
-        raise UsageError("--host %s can be reached from other machines: set an API key for clients in "
-                         "CLAUDE_GATEWAY_API_KEY first." % exposed[0])
-    if "*" in config.cors_origin and not config.api_key:
-        raise UsageError("--cors-origin '*' allows every web page: set an API key for clients in "
-                         "CLAUDE_GATEWAY_API_KEY first.")
+        raise UsageError("%s: set an API key for clients in CLAUDE_GATEWAY_API_KEY first." % exposed[0])
 
 
 def is_own_address(config: Config) -> bool:

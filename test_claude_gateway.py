@@ -13273,7 +13273,7 @@ class OptionTests(unittest.TestCase):
         (_, advice), = claude_gateway.doubtful_settings({"CLAUDE_GATEWAY_PROT": "1"}, Config())
         self.assertEqual(advice, "Did you mean CLAUDE_GATEWAY_PORT?")
         self.addCleanup(setattr, claude_gateway.urllib.request, "getproxies", claude_gateway.urllib.request.getproxies)
-        claude_gateway.urllib.request.getproxies = lambda: {"https": "http://u:word@of-the-system:1"}     # macOS, Windows
+        claude_gateway.urllib.request.getproxies = lambda: {"https": "http://u:word@of-the-system:1"}  # macOS
         self.assertEqual(ignored(), ["The system's proxy http://***@of-the-system:1"])
 
     def test_the_log_has_one_loudness(self):
