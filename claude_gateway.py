@@ -9757,7 +9757,7 @@ LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 # Commands that connect to nothing -> the options whose variables they read
 OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",),
-           "usage": ("token-file",)}
+           "usage": ("token-file",), "completion": (), "selftest": ()}
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
@@ -10393,9 +10393,7 @@ class StopSignals:
         return self._exit_code()
 
 
-def start_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
+def start_command(parsed: argparse.Namespace, config: Config) -> int:
     check_exposure(config)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
@@ -10458,10 +10456,8 @@ def content_to_ask(parsed: argparse.Namespace) -> Any:
         media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
 
 
-def ask_command(parsed: argparse.Namespace) -> int:
+def ask_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints the answer as it arrives, or the whole completion as JSON."""
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(replace(config, quiet=True))
     body = {"model": parsed.model, "stream": not parsed.json,
             "messages": [{"role": "user", "content": content_to_ask(parsed)}]}
     with gateway_at_hand(config) as at_hand:
@@ -10516,15 +10512,13 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     return variables, options
 
 
-def run_tool(parsed: argparse.Namespace) -> int:
+def run_tool(parsed: argparse.Namespace, config: Config) -> int:
     """Runs a tool that is pointed at the gateway; its exit status.  Nothing is written."""
-    config = config_from(parsed, dict(os.environ))
     name, *arguments = parsed.program[parsed.program[:1] == ["--"]:] or [""]
     path = shutil.which(name)
     if not path:
         raise UsageError("run needs a program to start; %s." % ("there is no %s" % name if name else "for example: "
                                                                 "claude-gateway run aider"))
-    set_up_log(replace(config, quiet=True))
     with gateway_at_hand(config) as at_hand:
         variables, options = ready_made(re.sub(r"\.\w+$", "", os.path.basename(name)), at_hand)
         tool: Optional[subprocess.Popen] = None
@@ -10546,9 +10540,7 @@ def run_tool(parsed: argparse.Namespace) -> int:
 # The other commands, a function each.
 
 
-def login_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
+def login_command(parsed: argparse.Namespace, config: Config) -> int:
     if parsed.store_key:
         store_key(config)
     else:
@@ -10557,8 +10549,7 @@ def login_command(parsed: argparse.Namespace) -> int:
     return OK
 
 
-def logout_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
+def logout_command(parsed: argparse.Namespace, config: Config) -> int:
     found = [file for file in (TokenFile(config.token_file), key_file(config)) if os.path.lexists(file.path)]
     for file in found:
         try:
@@ -10630,10 +10621,8 @@ def request_lines(running: dict) -> Iterator[str]:
                                       each["changes"], each["error"]]))
 
 
-def status_command(parsed: argparse.Namespace) -> int:
+def status_command(parsed: argparse.Namespace, config: Config) -> int:
     """The status of the running gateway, or else the credential that `start` would use."""
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
     running = running_status(config)
     if running and running.get("key_needed") and config.api_key:
         running = running_status(config, config.api_key[0]) or running
@@ -10666,10 +10655,8 @@ def status_command(parsed: argparse.Namespace) -> int:
     return OK if credential else NO_CREDENTIAL
 
 
-def usage_command(parsed: argparse.Namespace) -> int:
+def usage_command(parsed: argparse.Namespace, config: Config) -> int:
     """A table of the usage file; a running gateway writes it once a minute."""
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
     groups = usage_by(Usage(config.usage_file).rows(), parsed.by, day_of(time.time() - (parsed.days - 1) * 86_400))
     if parsed.json:
         print_json([dict({parsed.by: name}, **{figure: figures[figure] for figure in USAGE_FIGURES})
@@ -10692,9 +10679,7 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
                "mythos": "the newest Mythos: limited access"}
 
 
-def models_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
+def models_command(parsed: argparse.Namespace, config: Config) -> int:
     try:
         gateway = Gateway(config)
         entries = gateway.upstream.models()
@@ -10745,7 +10730,7 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
     return config, found + [Finding("Settings", "warning", *doubt) for doubt in doubtful_settings(environment, config)]
 
 
-def doctor_command(parsed: argparse.Namespace) -> int:
+def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
     config, wrong = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
@@ -10765,7 +10750,7 @@ def doctor_command(parsed: argparse.Namespace) -> int:
     return next((finding.code for finding in found if finding.level == "failed"), OK)
 
 
-def selftest_command(parsed: argparse.Namespace) -> int:
+def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
     set_up_log(Config(quiet=True))
     found = list(selftest_findings())
     for finding in found:
@@ -10775,8 +10760,7 @@ def selftest_command(parsed: argparse.Namespace) -> int:
     return FAILURE if failed else OK
 
 
-def setup_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
+def setup_command(parsed: argparse.Namespace, config: Config) -> int:
     if not parsed.name:
         print(as_typed(setup_list()))
         return OK
@@ -10786,9 +10770,8 @@ def setup_command(parsed: argparse.Namespace) -> int:
     return OK
 
 
-def translate_command(parsed: argparse.Namespace) -> int:
+def translate_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
-    config = config_from(parsed, dict(os.environ))
     data = given_to(parsed.file, "translate request.json")
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
         assembler = MessageAssembler()
@@ -10844,7 +10827,7 @@ Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
 }
 
 
-def completion_command(parsed: argparse.Namespace) -> int:
+def completion_command(parsed: argparse.Namespace, config: Config) -> int:
     if parsed.typed:
         for candidate in parsed.parser.candidates(parsed.typed[1:]):
             print(candidate)
@@ -10856,7 +10839,7 @@ def completion_command(parsed: argparse.Namespace) -> int:
 # ---- Command line ------------------------------------------------------------------------------------
 # The commands with their arguments, the parser, and the program itself.
 
-Command = Callable[[argparse.Namespace], int]
+Command = Callable[[argparse.Namespace, Config], int]
 AT_HAND = ("port", "host", "api-key", "auth", "token-file", "alias", "demo")      # how `ask` and `run` find a gateway
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
@@ -11011,7 +10994,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     try:
-        code = COMMANDS[parsed.command][0](parsed)
+        # `doctor` reads the settings itself, as it goes on where one is invalid
+        config = Config() if parsed.command == "doctor" else config_from(parsed, dict(os.environ))
+        set_up_log(config)
+        code = COMMANDS[parsed.command][0](parsed, config)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
