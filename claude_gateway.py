@@ -7948,9 +7948,8 @@ Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key head
 // the key goes into the environment: GATEWAY_API_KEY=KEY"""),
     "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
     "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
-Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
-public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
-your credential to the internet."""),
+Cursor sends its requests from its own servers, which cannot reach this machine. It would need a public https address
+in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening your credential so."""),
     "open-webui": ToolSettings("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
     "librechat": ToolSettings("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
 endpoints: { custom: [{ name: Claude, apiKey: KEY, baseURL: BASE, models: { default: [MODEL], fetch: true },
@@ -10036,22 +10035,20 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
     with contextlib.closing(Gateway(config, credential)) as gateway:
-        usages = []
+        completions = []
         for _ in range(2):
             incoming = Incoming(body)
             try:
                 with incoming.held:
-                    reply = chat_completions(gateway, incoming)
+                    completions.append(chat_completions(gateway, incoming).body)
             except GatewayError as fault:
                 yield Finding("Live call", "failed", str(fault), "See Claude's message.", UNREACHABLE)
                 return
-            completion = reply.body
-            usages.append(completion["usage"])
-            if len(usages) == 1:
-                yield Finding("Live call", "ok", "%s answered %s" % (
-                    completion["model"], json.dumps((completion["choices"][0]["message"]["content"] or "")[:40])))
-    read = usages[1]["prompt_tokens_details"]["cached_tokens"]
-    yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usages[1]["prompt_tokens"]),
+    model, usage = completions[0]["model"], completions[1]["usage"]
+    answer = completions[0]["choices"][0]["message"]["content"] or ""
+    yield Finding("Live call", "ok", "%s answered %s" % (model, json.dumps(answer[:40])))
+    read = usage["prompt_tokens_details"]["cached_tokens"]
+    yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usage["prompt_tokens"]),
                   "" if read else "Run this again; if nothing is read then, the upstream does not cache.")
 
 
