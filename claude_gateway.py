@@ -3820,12 +3820,6 @@ def value_from_encrypted(encrypted: Any) -> dict:
     return without_lone_surrogates(value) if isinstance(value, dict) else {}
 
 
-def thinking_from_encrypted(encrypted: Any) -> list[dict]:
-    """The block in our own `encrypted_content`; [] for a foreign or damaged one."""
-    block = value_from_encrypted(encrypted)
-    return thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
-
-
 def summary_in(block: Any) -> str:
     """The text of a compaction block, or of a text block in its place; "" where it is neither."""
     field = {"compaction": "content", "text": "text"}.get(text_in(block, "type") or "", "")
@@ -3890,7 +3884,7 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
-    blocks = thinking_from_encrypted(item.get("encrypted_content"))
+    blocks = thinking_part(value_from_encrypted(item.get("encrypted_content")), path, draft)
     if blocks:
         conversation.add("assistant", blocks)
     elif item.get("encrypted_content"):
@@ -4044,7 +4038,7 @@ class ResponseStream:
                  first: Sequence[dict] = ()) -> None:
         self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
                              usage=None)
-        self.signed: Dict[str, str] = {}            # reasoning item -> its signed thinking, which it does not show
+        self.to_store: List[dict] = []              # the output items, with signed thinking that they do not show
         self._first = first
         self._plan, self._assembler, self._include = plan, assembler, include
         self._sequence = -1
@@ -4057,11 +4051,6 @@ class ResponseStream:
         """The response events that one event makes."""
         handler = self._HANDLERS.get(event["type"])
         return handler(self, event) if handler else []
-
-    def stored_output(self) -> list[dict]:
-        """The output items with all that is needed to give them back to Claude."""
-        return [dict(item, encrypted_content=self.signed[item["id"]]) if item["id"] in self.signed else item
-                for item in self.response["output"]]
 
     def finish(self, now: int = 0) -> list[dict]:
         """The last events: the open item's end, a refusal, and the response as it ended."""
@@ -4147,9 +4136,10 @@ class ResponseStream:
         self._item, self._text, self._annotations = item, io.StringIO(), []
         return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
 
-    def _done(self, item: dict) -> dict:
+    def _done(self, item: dict, to_store: dict | None = None) -> dict:
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
+        self.to_store.append(to_store or item)
         self._item = None
         return self._event("response.output_item.done", output_index=output_index, item=item)
 
@@ -4253,11 +4243,8 @@ class ResponseStream:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
                        self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
         item = dict(self._item or {}, summary=[part] if text else [])
-        if encrypted and shown:
-            item["encrypted_content"] = encrypted
-        elif encrypted:
-            self.signed[item["id"]] = encrypted
-        return events + [self._done(item)]
+        signed = dict(item, encrypted_content=encrypted) if encrypted else item
+        return events + [self._done(signed if shown else item, signed)]
 
     # -- calls
 
@@ -4410,8 +4397,7 @@ class Answers:
             self._tools.put(digest, tools)
             self._tools_of.put((owner, call_ids[-1]), digest)
         if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
-            blocks = [{name: value for name, value in block.items() if name not in ("partial_json", "caller")}
-                      for block in message["content"]
+            blocks = [without(block, "partial_json", "caller") for block in message["content"]
                       if block["type"] != "text" or block.get("text", "").strip()]
             self._answers.put((owner, model_id, call_ids[0]), blocks)
 
@@ -4506,7 +4492,7 @@ class ModelList:
         with self._lock:
             if time.monotonic() < self._next_fetch:
                 return
-            self._next_fetch = time.monotonic() + MODELS_LIFETIME
+            self._next_fetch = time.monotonic() + 60            # if this one fails
         threading.Thread(target=self._run, name="models", daemon=True).start()
 
     def catalog(self) -> Catalog:
@@ -4520,16 +4506,13 @@ class ModelList:
             entries = self._fetch()
             if entries:
                 self._catalog = catalog_from_entries(entries, self._aliases)
-            else:
-                self._next_fetch = time.monotonic() + 60
+                self._next_fetch = time.monotonic() + MODELS_LIFETIME
         except GatewayError as fault:
-            self._next_fetch = time.monotonic() + 60
             if fault.code in FINAL_CODES:
                 LOG.warning("Claude refuses this credential: %s", fault)
             else:
                 LOG.info("no model list from the upstream (%s): using the built-in table", fault)
         except Exception as failure:                # nobody above this thread would report it
-            self._next_fetch = time.monotonic() + 60
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
             self._first.set()
@@ -4545,18 +4528,16 @@ class FailedKeys:
     """How often each address sent a wrong key lately, and how long its next refusal should be delayed."""
 
     def __init__(self) -> None:
-        self._failures: collections.OrderedDict = collections.OrderedDict()
+        self._failures = Bounded(10_000)
         self._lock = threading.Lock()
 
     def penalty(self, address: str) -> float:
         """Seconds to wait before this refusal: nothing for a first slip, two seconds at most."""
         now = time.monotonic()
         with self._lock:
-            count, when = self._failures.pop(address, (0, now))
+            count, when = self._failures.get(address) or (0, now)
             count = count + 1 if now - when < 60 else 1
-            self._failures[address] = (count, now)
-            while len(self._failures) > 10_000:
-                self._failures.popitem(last=False)
+            self._failures.put(address, (count, now))
         return min(2.0, 0.05 * 2 ** min(count - 2, 6)) if count > 1 else 0.0
 
 
@@ -4588,6 +4569,10 @@ def counts_of(usage: dict) -> dict[str, int]:
     return {kind: count_in(usage, name) for kind, name in zip(TOKEN_KINDS, names)}
 
 
+def prompt_tokens(tokens: dict) -> int:
+    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
+
+
 class Counters:
     """What has happened since the start, for the log, the status page and Prometheus."""
 
@@ -4597,32 +4582,24 @@ class Counters:
         self._lock = threading.Lock()
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
-        self._tokens: Dict[str, collections.Counter] = {}
-        self._costs: Dict[str, Tuple[float, float]] = {}
-        self._unpriced: set = set()                 # models, of which some answers have no price that we know
-        self._seconds = 0.0
+        self._models: Dict[str, collections.Counter] = {}
+        self.seconds = 0.0                          # spent on all requests
 
     def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
         with self._lock:
             self._requests[route, status] += 1
-            self._seconds += seconds
+            self.seconds += seconds
             if error_code:
                 self._errors[error_code] += 1
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
-            name = model.id if model.id in self._tokens or len(self._tokens) < 200 else "other"
-            self._tokens.setdefault(name, collections.Counter()).update(counts)
-            if cost is None:
-                self._unpriced.add(name)
-            else:
-                spent, saved = self._costs.get(name, (0.0, 0.0))
-                self._costs[name] = (spent + cost[0], saved + cost[1])
-            read = sum(tokens["cache_read"] for tokens in self._tokens.values())
-            prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
-                          for tokens in self._tokens.values())
-            return percent(read, prompts)
+            name = model.id if model.id in self._models or len(self._models) < 200 else "other"
+            figures = self._models.setdefault(name, collections.Counter())
+            figures.update(counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1})
+            tokens = self._tokens()
+            return percent(tokens["cache_read"], prompt_tokens(tokens))
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
@@ -4639,26 +4616,18 @@ class Counters:
         with self._lock:
             return dict(self._errors.most_common())
 
-    def seconds(self) -> float:
-        return round(self._seconds, 3)
-
-    def tokens_by_model(self) -> dict[str, dict[str, int]]:
+    def by_model(self) -> dict[str, collections.Counter]:
+        """Tokens by kind, US dollars spent and saved by caching, answers without a price."""
         with self._lock:
-            return {model: {kind: tokens[kind] for kind in TOKEN_KINDS} for model, tokens in self._tokens.items()}
-
-    def costs(self) -> dict[str, tuple[float, float]]:
-        """US dollars by model: what its answers cost, and what caching saved."""
-        with self._lock:
-            return dict(self._costs)
-
-    def unpriced(self) -> list[str]:
-        with self._lock:
-            return sorted(self._unpriced)
+            return {model: collections.Counter(figures) for model, figures in self._models.items()}
 
     def totals(self) -> dict:
-        tokens = self.tokens_by_model().values()
-        return {"requests": sum(count for (route, _), count in self.requests() if route not in MONITORING),
-                "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
+        with self._lock:
+            return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
+                    "tokens": self._tokens()}
+
+    def _tokens(self) -> dict[str, int]:
+        return {kind: sum(figures[kind] for figures in self._models.values()) for kind in TOKEN_KINDS}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4701,9 +4670,7 @@ def number_or_none(text: str | None) -> float | None:
 def moment_of(text: str) -> int | None:
     """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
     number = number_or_none(text)
-    if number is not None:
-        return int(number)
-    return unix_time(text)
+    return unix_time(text) if number is None else int(number)
 
 
 class RecentRequests:
@@ -4913,10 +4880,8 @@ class StoredFile:
 
     def loose_mode(self) -> bool:
         """Whether others may read the file (it is closed to them then, where the system knows modes)."""
-        if os.name != "posix" or not self.path:
-            return False
         with contextlib.suppress(OSError):
-            if stat.S_IMODE(os.stat(self.path).st_mode) & 0o077:
+            if os.name == "posix" and os.stat(self.path).st_mode & PRIVATE:
                 os.chmod(self.path, 0o600)
                 return True
         return False
@@ -4927,21 +4892,15 @@ class StoredFile:
 
         On a file system without locks we go on without: the loser of a race then re-reads the file.
         """
-        if not self.path:
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):
+                if self.path:
+                    target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
+                    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+                    descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+                    held.callback(os.close, descriptor)         # gives the lock back
+                    lock_file(descriptor, self._limits.lock_patience)
             yield
-            return
-        try:
-            target = os.path.realpath(self.path)    # by whatever name a process knows the file: one lock
-            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-            descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError:
-            yield
-            return
-        try:
-            lock_file(descriptor, self._limits.lock_patience)
-            yield
-        finally:
-            os.close(descriptor)                    # gives the lock back
 
     def _keep_damaged(self, target: str) -> None:
         """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
@@ -5028,9 +4987,8 @@ class StoredLogin(ApiKey):
         self._lock = threading.Lock()
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
-        self._unsaved = False                       # the newest tokens could not be stored yet ...
+        self._outdated = ""                         # the access token in the file while newer ones cannot be stored ...
         self._told_unsaved = False                  # ... which has been told
-        self._outdated = ""                         # the access token that the file holds as long as that is so
         self._spent: set = set()                    # refresh tokens that we used, or that were refused
         self._failures, self._retry_at = 0, 0.0
         self._unproven = ""                         # the access token of the last renewal, until Claude accepts it
@@ -5051,7 +5009,7 @@ class StoredLogin(ApiKey):
         """
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
         lives = self._lives(token, rejected)
-        current = lives and not self._unsaved and self._stamp == self._file.stamp()
+        current = lives and not self._outdated and self._stamp == self._file.stamp()
         if not current and self._lock.acquire(blocking=not lives):      # else another thread is at it
             try:
                 token = self._renewed_if_dead(rejected)
@@ -5062,7 +5020,7 @@ class StoredLogin(ApiKey):
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
         self._read_if_changed()
-        if self._unsaved or not self._lives(self._token, rejected):
+        if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
                 self._catch_up()
                 if not self._lives(self._token, rejected) and not (rejected and rejected == self._unproven):
@@ -5076,7 +5034,7 @@ class StoredLogin(ApiKey):
     def close(self) -> None:
         """Waits for a renewal under way; tokens that could not be stored are tried once more."""
         with self._lock, contextlib.suppress(GatewayError):
-            if self._unsaved:
+            if self._outdated:
                 with self._file.lock():
                     self._catch_up()
 
@@ -5130,7 +5088,7 @@ class StoredLogin(ApiKey):
         """Under both locks: what another process stored is read, what we could not store is tried again."""
         self._stamp = None
         self._read_if_changed()
-        if self._unsaved:
+        if self._outdated:
             self._save()
 
     def _read_if_changed(self) -> None:
@@ -5143,16 +5101,16 @@ class StoredLogin(ApiKey):
         except FileDamaged as fault:
             if not self._token:
                 raise CredentialNeeded("%s Please %s; the file will be kept aside." % (fault, self.remedy)) from fault
-            if not self._unsaved:
+            if not self._outdated:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
             self._stamp = stamp
             return
         self._stamp = stamp
         if token is None:                           # a logout, also of tokens that could not be stored
-            self._token, self._unsaved = {}, False
-        elif not (self._unsaved and (token["access_token"] == self._outdated
-                                     or text_in(token, "refresh_token") in self._spent)):
-            self._token, self._unsaved = token, False
+            self._token, self._outdated = {}, ""
+        elif not self._outdated or (token["access_token"] != self._outdated
+                                    and text_in(token, "refresh_token") not in self._spent):
+            self._token, self._outdated = token, ""
 
     def _renew(self, rejected: str | None) -> None:
         """Asks the sign-in endpoint for new tokens; called under both locks."""
@@ -5182,13 +5140,11 @@ class StoredLogin(ApiKey):
 
     def _take_over(self, token: dict, used: str | None) -> None:
         """New tokens, in exchange for a refresh token that may be used up now."""
-        if not self._unsaved:
-            self._outdated = self._token["access_token"]
+        self._outdated = self._outdated or self._token["access_token"]
         self._token, self._unproven = token, token["access_token"]
         self._failures, self.trouble = 0, None
         if token["refresh_token"] != used:
             self._spent.add(used)
-        self._unsaved = True
         self._save()
 
     def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
@@ -5224,7 +5180,7 @@ class StoredLogin(ApiKey):
                             self._file.path, fault.strerror or fault)
             self._told_unsaved = True
             return
-        self._unsaved = self._told_unsaved = False
+        self._outdated, self._told_unsaved = "", False
         self._stamp = self._file.stamp()
 
 
@@ -5472,7 +5428,6 @@ class Usage:
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._stored: UsageRows = {}                # the file, as it was at this stamp
         self._stamp: Any = None
-        self._unwritten: UsageRows = {}             # a write of these is under way, or has failed
         self._new: UsageRows = {}
         self._timer: Optional[threading.Timer] = None
         self._next_write = 0.0
@@ -5495,17 +5450,19 @@ class Usage:
         with self._writing:
             with self._lock:
                 self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-                self._unwritten, self._new = sum_of(self._unwritten, self._new), {}
+                new, self._new = self._new, {}
             oldest, was = day_of(time.time() - USAGE_DAYS * 86_400), self.fault
             try:
                 with self._file.lock():
-                    total = sum_of(self._read(), self._unwritten)
+                    total = sum_of(self._read(), new)
                     self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
                                                in sorted(total.items()) if place[0] > oldest]})
             except (OSError, GatewayError) as fault:
                 self.fault = str(fault)
+                with self._lock:
+                    self._new = sum_of(new, self._new)
             else:
-                self._stored, self._unwritten, self._stamp, self.fault = total, {}, self._file.stamp(), ""
+                self._stored, self._stamp, self.fault = total, self._file.stamp(), ""
             if self.fault != was:
                 LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
 
@@ -5520,7 +5477,7 @@ class Usage:
             stamp = self._file.stamp()
             if stamp != self._stamp:
                 self._stored, self._stamp = self._read(), stamp
-            return sum_of(self._stored, self._unwritten, self._new)
+            return sum_of(self._stored, self._new)
 
     @contextlib.contextmanager
     def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
@@ -7471,8 +7428,7 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, event
     if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
         yield NEEDS_THREAD                          # a long history takes a while to write down
         entries = since_compaction([("", item) for item in [*history.earlier, *history.given]])
-        gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries],
-                              stream.stored_output())
+        gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries], stream.to_store)
     yield last_events
 
 
@@ -7634,12 +7590,14 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
                 **({"usage": None} if include_usage else {})}
     exchanges = [exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
                  for prompt in prompts]
-    text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
     exchanges[0].open()
     headers = exchanges[0].headers()
+    steps = completion_steps(exchanges, envelope, prompts if body.get("echo") else [],
+                             include_usage or not incoming.record.stream)
     if incoming.record.stream:
-        return Reply(headers=headers, steps=text.steps(include_usage), closing=b"data: [DONE]\n\n")
-    return Reply(text.whole(), headers)
+        return Reply(headers=headers, steps=steps, closing=b"data: [DONE]\n\n")
+    batches = incoming.call.client.waited(steps)
+    return Reply(whole_completion(itertools.chain.from_iterable(batches), len(prompts)), headers)
 
 
 def prompts_of(body: dict) -> list[str]:
@@ -7667,54 +7625,49 @@ def chat_from_completion(body: dict, prompt: str) -> dict:
     return chat
 
 
-class TextCompletion:
-    """The answers to one or several prompts, as one legacy completion or its stream."""
+def completion_steps(exchanges: Sequence[Exchange], envelope: dict, echoes: Sequence[str],
+                     with_usage: bool) -> Iterator[Any]:
+    """The chunks of all answers, one prompt after the other, and one with their usage."""
+    usage: dict = {}
+    for at, exchange in enumerate(exchanges):
+        if at:
+            yield NEEDS_THREAD
+            exchanges[at - 1].close()
+            exchange.open()
+        plan, model = exchange.translation.plan, exchange.translation.request["model"]
+        events = PlannedEvents(plan, exchange.assembler)
+        stream = ChatStream(envelope, plan, events.assembler, False)
+        if echoes:
+            yield [dict(envelope, model=model, choices=[text_choice(at, echoes[at], None)])]
+        for step in stream_steps(exchange, events, stream):
+            yield text_chunks(step, envelope, at) if isinstance(step, list) else step
+        usage = added_usage(usage, exchange.assembler.usage)
+    if with_usage:
+        model = exchanges[-1].assembler.message["model"]
+        yield [dict(envelope, model=model, choices=[], usage=usage_from_message(usage))]
 
-    def __init__(self, envelope: dict, exchanges: Sequence[Exchange], echoes: Sequence[str]) -> None:
-        self._envelope, self._exchanges, self._echoes = envelope, exchanges, echoes
-        self._usage: Dict[str, Any] = {}
 
-    def steps(self, include_usage: bool) -> Iterator[Any]:
-        """The chunks of all answers, one prompt after the other."""
-        for at, exchange in enumerate(self._exchanges):
-            if at:
-                yield NEEDS_THREAD
-                self._exchanges[at - 1].close()
-                exchange.open()
-            events = PlannedEvents(exchange.translation.plan, exchange.assembler)
-            stream = ChatStream(self._envelope, exchange.translation.plan, events.assembler, False)
-            if self._echoes[at]:
-                yield [self._chunk(exchange, self._choice(at, self._echoes[at], None))]
-            for step in stream_steps(exchange, events, stream):
-                yield self._text_chunks(at, exchange, step) if isinstance(step, list) else step
-            self._usage = added_usage(self._usage, exchange.assembler.usage)
-        if include_usage:
-            yield [dict(self._envelope, model=self._model(), choices=[], usage=usage_from_message(self._usage))]
+def text_chunks(chunks: list[dict], envelope: dict, at: int) -> list[dict]:
+    """The chunks of a chat completion that have text or an end, as those of a legacy completion."""
+    entries = [(chunk["model"], choice["delta"].get("content") or "", choice["finish_reason"])
+               for chunk in chunks for choice in chunk["choices"]]
+    return [dict(envelope, model=model, choices=[text_choice(at, text, reason)])
+            for model, text, reason in entries if text or reason]
 
-    def _text_chunks(self, at: int, exchange: Exchange, chunks: list[dict]) -> list[dict]:
-        choices = [choice for chunk in chunks for choice in chunk["choices"]]
-        return [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "", choice["finish_reason"]))
-                for choice in choices if choice["delta"].get("content") or choice["finish_reason"]]
 
-    def whole(self) -> dict:
-        """The completion that the chunks add up to."""
-        choices = [self._choice(at, "", None) for at in range(len(self._exchanges))]
-        for batch in self._exchanges[0].call.client.waited(self.steps(False)):
-            for choice in (choice for chunk in batch for choice in chunk["choices"]):
-                choices[choice["index"]]["text"] += choice["text"]
-                choices[choice["index"]]["finish_reason"] = choice["finish_reason"]
-        return dict(self._envelope, model=self._model(), choices=choices, usage=usage_from_message(self._usage))
+def text_choice(index: int, text: str, reason: str | None) -> dict:
+    return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
 
-    def _model(self) -> str:
-        return self._exchanges[-1].assembler.message["model"]
 
-    def _chunk(self, exchange: Exchange, choice: dict) -> dict:
-        model = exchange.assembler.message.get("model", exchange.translation.request["model"])
-        return dict(self._envelope, model=model, choices=[choice])
-
-    @staticmethod
-    def _choice(index: int, text: str, reason: str | None) -> dict:
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+def whole_completion(chunks: Iterable[dict], count: int) -> dict:
+    """The completion that the chunks of so many answers add up to."""
+    choices = [text_choice(at, "", None) for at in range(count)]
+    whole: dict = {}
+    for whole in chunks:
+        for choice in whole["choices"]:
+            so_far = choices[choice["index"]]
+            so_far.update(choice, text=so_far["text"] + choice["text"])
+    return dict(whole, choices=choices)
 
 
 # ---- Native pass-through -----------------------------------------------------------------------------
@@ -8148,7 +8101,7 @@ def with_values(text: str, values: dict[str, str]) -> str:
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, costs = counters.totals(), counters.costs()
+    totals, models = counters.totals(), counters.by_model()
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
         "started_at": round(counters.started), "aliases": dict(gateway.config.alias),
@@ -8158,9 +8111,9 @@ def status_data(gateway: Gateway) -> dict:
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
         "errors": counters.errors(), "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
-                  "saved_usd": round(sum(saved for _, saved in costs.values()), 4)},
-        "cost": {"usd": round(sum(cost for cost, _ in costs.values()), 4),
-                 "without_price": counters.unpriced()},
+                  "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
+        "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
+                 "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
         **gateway.recent.data(),
     }
@@ -8187,10 +8140,6 @@ def running_besides(gateway: Gateway) -> int:
     return max(0, gateway.running.count - 1)
 
 
-def prompt_tokens(tokens: dict) -> int:
-    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
-
-
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /: a page for browsers, JSON for anything else.  The data requires an API key where clients need one."""
     if "text/html" in incoming.headers.get("accept", ""):
@@ -8215,7 +8164,7 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 def metrics_text(gateway: Gateway) -> str:
-    counters = gateway.counters
+    counters, models = gateway.counters, gateway.counters.by_model()
     lines: list[str] = []
 
     def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
@@ -8232,17 +8181,18 @@ def metrics_text(gateway: Gateway) -> str:
     family("requests_total", "counter", "Requests answered, by route and status.",
            [({"route": route, "status": code}, count) for (route, code), count in counters.requests()])
     family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
-    family("request_duration_seconds_total", "counter", "Time spent on all requests.", [({}, counters.seconds())])
+    family("request_duration_seconds_total", "counter", "Time spent on all requests.",
+           [({}, round(counters.seconds, 3))])
     family("errors_total", "counter", "Requests that failed, by code.",
            [({"code": code}, count) for code, count in counters.errors().items()])
     family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
-           [({"model": model, "kind": kind}, count) for model, tokens in counters.tokens_by_model().items()
-            for kind, count in tokens.items()])
-    costs = counters.costs()
+           [({"model": model, "kind": kind}, figures[kind]) for model, figures in models.items()
+            for kind in TOKEN_KINDS])
+    models = {model: figures for model, figures in models.items() if "usd" in figures}
     family("cost_usd_total", "counter", "US dollars by list prices, by model.",
-           [({"model": model}, round(cost, 6)) for model, (cost, _) in costs.items()])
+           [({"model": model}, round(figures["usd"], 6)) for model, figures in models.items()])
     family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
-           [({"model": model}, round(saved, 6)) for model, (_, saved) in costs.items()])
+           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in models.items()])
     limits = limits_from_headers(counters.limit_headers, time.time())
     family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last reported.",
            [({"window": limit["window"]}, limit["used"]) for limit in limits])

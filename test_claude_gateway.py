@@ -5399,8 +5399,8 @@ class ResponsesReplyTests(ResponsesTestCase):
 
     def test_half_a_character_in_packed_thinking_is_replaced(self):
         packed = base64.urlsafe_b64encode(b'{"thinking": "\\ud800", "signature": "c2ln"}').decode()
-        self.assertEqual(claude_gateway.thinking_from_encrypted(claude_gateway.OUR_ENCODING + packed),
-                         [{"type": "thinking", "thinking": "\ufffd", "signature": "c2ln"}])
+        self.assertEqual(claude_gateway.value_from_encrypted(claude_gateway.OUR_ENCODING + packed),
+                         {"thinking": "\ufffd", "signature": "c2ln"})
 
 
 class ResponsesStateTests(ResponsesTestCase):
@@ -10472,7 +10472,7 @@ class FallbackTests(ResponsesTestCase):
                     self.assertIn("answered by claude-opus-4-8", "".join(logged.output))
                     if not stream:
                         self.assertEqual(chat.headers["x-claude-gateway-changes"], "changed=model")
-        self.assertEqual(set(self.service.gateway.counters.tokens_by_model()), {"claude-opus-4-8"})
+        self.assertEqual(set(self.service.gateway.counters.by_model()), {"claude-opus-4-8"})
 
     def test_a_model_without_support_answers_as_without_and_that_is_learnt(self):
         for words in ("fallbacks: Extra inputs are not permitted", "This model does not support fallbacks."):
