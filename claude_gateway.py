@@ -6857,7 +6857,8 @@ class Record:
 
     def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
         """What the status page shows of it, and `status` as this line."""
-        fields = dict(without(vars(self), "method", "client", "started", "cached_percent_of_all", "route"), line=line)
+        fields = dict(without(vars(self), "method", "client", "owner", "started", "cached_percent_of_all",
+                              "route"), line=line)
         texts = {name: masked(value, secrets_known)[:500] for name, value in fields.items() if isinstance(value, str)}
         return dict(fields, time=round(time.time(), 3), **texts)
 
@@ -8102,11 +8103,13 @@ def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
     totals, models = counters.totals(), counters.by_model()
+    trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
         "started_at": round(counters.started), "aliases": dict(gateway.config.alias),
         "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
-        "credential": credential.facts() if credential else None, "trouble": gateway.upstream.trouble,
+        "credential": credential.facts() if credential else None,
+        "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
         "models": short_names(gateway.models.catalog()),
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
         "errors": counters.errors(), "tokens": totals["tokens"],
@@ -10604,12 +10607,18 @@ def run_tool(parsed: argparse.Namespace) -> int:
     set_up_log(replace(config, quiet=True))
     with gateway_at_hand(config) as at_hand:
         variables, options = ready_made(re.sub(r"\.\w+$", "", os.path.basename(name)), at_hand)
-        with subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables)) as tool:
-            passed = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])]
-            for number in passed:                   # a terminal sends Ctrl-C to the tool by itself
-                signal.signal(number, lambda number, frame: None if number == signal.SIGINT and os.isatty(0)
-                              else tool.send_signal(number))
-            code = tool.wait()
+        tool: Optional[subprocess.Popen] = None
+        early: List[int] = []                       # signals that came before there was a tool
+
+        def pass_on(number: int, frame: Any) -> None:
+            if number != signal.SIGINT or not os.isatty(0):     # a terminal sends Ctrl-C to the tool by itself
+                (tool.send_signal if tool else early.append)(number)
+        for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])):
+            signal.signal(number, pass_on)
+        tool = subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables))
+        for early_one in early:
+            tool.send_signal(early_one)
+        code = tool.wait()
     return code if code >= 0 else 128 - code
 
 

@@ -6754,6 +6754,16 @@ class RenewalTests(LoginStoreTestCase):
         self.chat()
         self.assertEqual(self.claude.messages[-1].headers["authorization"], "Bearer " + NEW_ACCESS)
 
+    def test_nor_does_the_one_that_starts_it(self):
+        self.file.write(stored_token(200))
+        login, answer = self.login(), threading.Event()
+        self.addCleanup(answer.set)
+        self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[answer]))
+        self.assertEqual(login.access_token(), OLD_ACCESS)      # which would fail in the end if it waited
+        answer.set()
+        login.close()
+        self.assertEqual(self.stored()["access_token"], NEW_ACCESS)
+
     def test_a_program_that_ends_waits_for_the_tokens_on_their_way(self):
         self.file.write(stored_token(200))
         self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[0.3]))
@@ -7237,7 +7247,7 @@ class TokenFileTests(LoginStoreTestCase):
 
     @unittest.skipUnless(resource and os.name == "posix", "needs a limit on file sizes")
     def test_tokens_older_than_the_unsaved_ones_do_not_come_back(self):
-        for refresh_token, old_access in ((OLD_REFRESH, OLD_ACCESS), (NEW_REFRESH, "from an even older copy")):
+        for refresh_token, old_access in ((OLD_REFRESH, OLD_ACCESS), (NEW_REFRESH, "from-an-even-older-copy")):
             with self.subTest(refresh_token=refresh_token), self.assertLogs("claude_gateway", "WARNING"):
                 self.claude.reset()
                 self.file.write(stored_token())
@@ -8618,8 +8628,8 @@ class UpstreamAnswerTests(UpstreamTestCase):
     def test_gzip_is_unpacked_bit_by_bit(self):
         stream = ["content-type: text/event-stream", "content-encoding: gzip", "connection: close"]
         packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-        bomb = b"".join([packer.compress(sse(self.EVENTS_BEFORE) + b"data: "),
-                         *(packer.compress(b"x" * 1_000_000) for _ in range(100)), packer.flush()])
+        bomb = packer.compress(sse(self.EVENTS_BEFORE) + b"data: ")
+        bomb += b"".join(packer.compress(b"x" * 1_000_000) for _ in range(100)) + packer.flush()
         self.start_before(*[[upstream_bytes(bomb, *stream)] for _ in range(2)])
         answer = self.chat(headers=NO_RETRY)
         self.assertEqual((answer.status, answer.error["code"]), (502, "upstream_error"))
@@ -9948,7 +9958,7 @@ class PictureFetchTests(GatewayTestCase):
         self.assertTrue(answer.error["message"].endswith(self.REFUSED))
 
     def test_an_image_of_an_earlier_turn_that_is_gone_ends_no_conversation(self):
-        def fetch(url):
+        def fetch(url, client):
             raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
         self.fetcher.fetch = fetch
         for url, refusals in ((self.SECURE, 1), ("http://pictures.example.org/a.png", 0)):
@@ -11557,7 +11567,9 @@ class StatusTests(GatewayTestCase):
                          FakeReply(status=401, body={"type": "error", "error": {
                              "type": "authentication_error", "message": "invalid key %s" % SECRET}}))
         self.chat("a private question", headers={"user-agent": "aider/0.86"}, model="sonnet", seed=5)
+        self.settle()
         self.chat("a private question", headers={"user-agent": "aider/0.86"}, stream=True)
+        self.settle()
         self.chat("a private question", headers={"user-agent": "curl/8"}, model="haiku")
         data = self.status()
         failed, streamed, first = data["recent"]
@@ -11585,6 +11597,7 @@ class StatusTests(GatewayTestCase):
     def test_of_many_requests_the_last_fifty_are_kept_and_looking_is_none_of_them(self):
         for number in range(55):
             self.ask("GET", "/v1/nothing-%d" % number, headers={"user-agent": "tool%d/1" % number})
+            self.settle()
         self.ask("GET", "/metrics")
         data = self.status()
         self.assertEqual([each["path"] for each in data["recent"]],
@@ -11756,6 +11769,7 @@ class StatusTests(GatewayTestCase):
         self.claude.play(message(text("A"), usage={"input_tokens": 1000, "cache_read_input_tokens": 500,
                                                    "output_tokens": 20}))
         self.chat("Hi", headers={"user-agent": "aider/1"}, model="opus", seed=1)
+        self.settle()
         self.chat(model="no-such-model")
         data = self.status()
         shown = self.page([(200, json.dumps(data), "")])[1]
@@ -13539,7 +13553,6 @@ def challenge_of(code_verifier: str) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(code_verifier.encode()).digest()).decode().rstrip("=")
 
 
-@POSIX_ONLY
 class LoginCommandTests(CommandTestCase):
     def begin(self, *arguments, **variables):
         """A login that waits for its code, and the query of the address it shows."""
@@ -13547,6 +13560,7 @@ class LoginCommandTests(CommandTestCase):
         address = child.wait_for(r"https://claude\.com/cai/oauth/authorize\?(\S+)")
         return child, {name: values[0] for name, values in parse_qs(address.group(1)).items()}
 
+    @POSIX_ONLY
     def test_the_code_is_exchanged_with_the_verifier_of_the_challenge(self):
         self.claude.token_replies.append(token_answer(account={"email_address": "me@example.org"}))
         child, query = self.begin()
@@ -13575,6 +13589,7 @@ class LoginCommandTests(CommandTestCase):
         for secret in (code_verifier, NEW_ACCESS, NEW_REFRESH):
             self.assertNotIn(secret, child.err)
 
+    @POSIX_ONLY
     def test_the_terms_are_told_with_dates_before_anything_is_asked(self):
         helped = self.command("login", "--help")
         child = self.command("login", "--no-browser")
@@ -13584,6 +13599,7 @@ class LoginCommandTests(CommandTestCase):
                 self.assertIn(words, said)
         self.assertLess(child.err.index("2026-10-01"), child.err.index("https://claude.com/cai/oauth/authorize"))
 
+    @POSIX_ONLY
     def test_a_callback_address_is_taken_and_a_bare_code_is_warned_about(self):
         for paste, warned in (("%s?code=the-code&state={state}" % REDIRECT_PAGE, False), ("the-code", True)):
             with self.subTest(paste):
@@ -13689,6 +13705,7 @@ class LoginCommandTests(CommandTestCase):
         self.assertEqual(child.code, 1)
         self.assertIn(os.path.join(PROGRAM, "tokens.json"), child.err)
 
+    @POSIX_ONLY
     def test_an_interrupt_at_the_prompt_is_exit_130_without_a_traceback(self):
         child, _ = self.begin()
         child.wait_for("Code: ")
@@ -13857,9 +13874,9 @@ class StartTests(CommandTestCase):
         child = self.serve("-V", ANTHROPIC_API_KEY=None, CLAUDE_CODE_OAUTH_TOKEN=None, CLAUDE_GATEWAY_PORT=None,
                            CLAUDE_GATEWAY_TOKEN_FILE=self.expired_login())
         typed = "%s %s login" % (os.path.basename(sys.executable), PROGRAM)
-        self.assertIn("run `%s` again" % typed, self.chat().error["message"])
+        self.assertIn("run `%s`" % typed, self.chat().error["message"])
         self.assertEqual(child.end(signal.SIGTERM), 0)
-        self.assertIn("run `%s` again" % typed, child.err)
+        self.assertIn("run `%s`" % typed, child.err)
         self.assertNotIn("claude-gateway login", child.err)
 
     def expired_login(self) -> str:
@@ -13954,6 +13971,7 @@ class StartTests(CommandTestCase):
         self.assertEqual(len([line for line in child.err.split("\n") if "CLAUDE_GATEWAY_API_KEY" in line]), 1)
         self.assertNotIn("client-key", child.err)
 
+    @POSIX_ONLY
     def test_without_a_home_keys_work_and_logins_say_what_is_missing(self):
         # a home that is no absolute path is what a process without a home looks like
         child = self.serve(HOME="nowhere", APPDATA=None)
@@ -14020,8 +14038,8 @@ FAKE_TOOL = """#!%s
 import json, os, signal, sys
 if sys.argv[-1] == "wait":
     def end(number, frame):
-        print("got", number, flush=True)
-        sys.exit(9)
+        os.write(1, b"got %%d" %% number)           # not print, which may have been interrupted
+        os._exit(9)
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
     print("waiting", flush=True)
@@ -14168,7 +14186,6 @@ class RunTests(CommandTestCase):
 
 # ---- Commands ---------------------------------------------------------------------------------------
 
-@POSIX_ONLY
 class OtherCommandTests(CommandTestCase):
     def test_logout_forgets_and_says_so(self):
         self.sign_in()
@@ -14331,6 +14348,7 @@ class DailyCommandTests(GatewayTestCase):
         self.start(alias=(("fast", "haiku"),))
         self.claude.play(message(text("A"), usage={"input_tokens": 1000, "output_tokens": 20}))
         self.chat(headers={"user-agent": "aider/1"}, model="claude-opus-5-5", seed=1)
+        self.service.gateway.running.wait_until_idle(10)
         self.chat(headers={"user-agent": "curl/8"}, model="no-such-model")
         self.service.gateway.running.wait_until_idle(10)
         code, said, _ = run_command("status", "--requests", "--port", str(self.service.port))
