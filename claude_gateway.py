@@ -4028,6 +4028,9 @@ RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insu
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
 
 
+EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+
+
 class ResponseStream:
     """Messages API events in, response events out.  One instance per request; `response` is the state so far.
 
@@ -4126,11 +4129,14 @@ class ResponseStream:
             return self._close_item("incomplete" if is_cut(block) else "completed")
         if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
             return self._close_item() + self._open_search(block)
-        if kind == "web_search_tool_result" and self._item and self._item["type"] == "web_search_call":
+        if kind == "web_search_tool_result" and self._is_open("web_search_call"):
             return self._end_search(listed(block.get("content")))
         return []
 
     # -- items
+
+    def _is_open(self, kind: str) -> bool:
+        return self._item is not None and self._item["type"] == kind
 
     def _open(self, item: dict) -> dict:
         self._item, self._text, self._annotations = item, io.StringIO(), []
@@ -4171,22 +4177,18 @@ class ResponseStream:
     def _text_delta(self, text: str) -> list[dict]:
         if not text:
             return []
-        events = [] if self._item and self._item["type"] == "message" else self._close_item() + self._open_message()
+        events = [] if self._is_open("message") else self._close_item() + self._open_message(EMPTY_TEXT)
         self._text.write(text)
         return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
 
-    def _new_message(self) -> dict:
-        return {"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
-                "content": []}
-
-    def _open_message(self) -> list[dict]:
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        return [self._open(self._new_message()),
+    def _open_message(self, part: dict) -> list[dict]:
+        return [self._open({"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
+                            "content": []}),
                 self._in_item("response.content_part.added", content_index=0, part=part)]
 
     def _annotate(self, block: dict) -> list[dict]:
         """The citations of a text block, placed in the text of its whole item."""
-        if not block.get("citations") or not self._item or self._item["type"] != "message":
+        if not block.get("citations") or not self._is_open("message"):
             return []
         length = self._text.tell()
         start = max(0, length - len(block["text"]))
@@ -4200,21 +4202,20 @@ class ResponseStream:
 
     def _end_message(self, status: str) -> list[dict]:
         text = self._text.getvalue()
-        part = {"type": "output_text", "text": text, "annotations": self._annotations, "logprobs": []}
-        item = dict(self._item or {}, status=status, content=[part])
+        part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
         return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
-                self._in_item("response.content_part.done", content_index=0, part=part), self._done(item)]
+                *self._end_part(part, status)]
+
+    def _end_part(self, part: dict, status: str) -> list[dict]:
+        return [self._in_item("response.content_part.done", content_index=0, part=part),
+                self._done(dict(self._item or {}, status=status, content=[part]))]
 
     def _refusal(self, refusal: str) -> list[dict]:
         """A refusal as a message of its own."""
-        item = self._new_message()
-        part = {"type": "refusal", "refusal": refusal}
-        empty = {"type": "refusal", "refusal": ""}
-        return [self._open(item), self._in_item("response.content_part.added", content_index=0, part=empty),
+        return [*self._open_message({"type": "refusal", "refusal": ""}),
                 self._in_item("response.refusal.delta", content_index=0, delta=refusal),
                 self._in_item("response.refusal.done", content_index=0, refusal=refusal),
-                self._in_item("response.content_part.done", content_index=0, part=part),
-                self._done(dict(item, status="completed", content=[part]))]
+                *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
 
     # -- thinking
 
@@ -4222,7 +4223,7 @@ class ResponseStream:
         """A reasoning item is opened only when there is something to see."""
         if not thinking:
             return []
-        events = [] if self._item and self._item["type"] == "reasoning" else [
+        events = [] if self._is_open("reasoning") else [
             self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
             self._in_item("response.reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
@@ -4233,7 +4234,7 @@ class ResponseStream:
         encrypted = encrypted_from(block) if block else None
         shown = ENCRYPTED_REASONING in self._include
         events = []
-        if not self._item or self._item["type"] != "reasoning":
+        if not self._is_open("reasoning"):
             if not encrypted or not shown:
                 return []
             events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
@@ -4261,7 +4262,7 @@ class ResponseStream:
         if not fragment:
             return []
         self._text.write(fragment)
-        if self._item and self._item["type"] == "custom_tool_call":
+        if self._is_open("custom_tool_call"):
             return []                               # its string is known only at the end
         return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
 
@@ -4735,6 +4736,7 @@ class Running:
 
 class ApiKey:
     """An Anthropic API key."""
+    kind, described = "api_key", "API key from %s"
     refreshable = False
     preamble: Sequence[dict] = ()
     base_url = ""                                   # where it is to be used; "": at the configured address
@@ -4742,14 +4744,14 @@ class ApiKey:
 
     def __init__(self, key: str, source: str) -> None:
         self._key = key
-        self.description = "API key from %s" % source
+        self.description = self.described % source
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         return {"x-api-key": self._key}
 
     def facts(self) -> dict:
         """What `status` tells."""
-        return {"kind": "api_key", "description": self.description}
+        return {"kind": self.kind, "description": self.description}
 
     def secrets(self) -> list[str]:
         return [self._key]
@@ -4763,19 +4765,16 @@ class ApiKey:
 
 class BearerToken(ApiKey):
     """A token from the environment: `subscription` ones belong to a Claude account and need the system block."""
+    kind, described = "bearer_token", "token from %s"
 
     def __init__(self, token: str, source: str, subscription: bool) -> None:
         super().__init__(token, source)
-        self.description = "token from %s" % source
         self.preamble = (OAUTH_SYSTEM_BLOCK,) if subscription else ()
         self._beta = subscription or token.startswith("sk-ant-oat")
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         headers = {"authorization": "Bearer " + self._key}
         return dict(headers, **{"anthropic-beta": OAUTH_BETA}) if self._beta else headers
-
-    def facts(self) -> dict:
-        return {"kind": "bearer_token", "description": self.description}
 
 
 class FileDamaged(GatewayError):
@@ -5125,18 +5124,21 @@ class StoredLogin(ApiKey):
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
         body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}
+        reason = ""
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
         except UpstreamFault as fault:
-            self._put_off(self._cannot_renew(str(fault)), rejected)
-            return
+            status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
             self._take_over(token_from_answer(answer, self._token), refresh_token)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
             self._take_refusal(refresh_token, answer, rejected)
         else:
-            reason = refusal_words(answer, "no reason given" if status != 200 else "no access token that can be used")
-            self._put_off(self._cannot_renew("status %d, %s" % (status, reason)), rejected)
+            otherwise = "no reason given" if status != 200 else "no access token that can be used"
+            self._put_off(UpstreamFault(
+                "The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
+                "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
+                                               self._token_url)), rejected)
 
     def _take_over(self, token: dict, used: str | None) -> None:
         """New tokens, in exchange for a refresh token that may be used up now."""
@@ -5165,10 +5167,6 @@ class StoredLogin(ApiKey):
         if not self._lives(self._token, rejected):
             raise failure
         LOG.warning("%s", failure)
-
-    def _cannot_renew(self, reason: str) -> UpstreamFault:
-        return UpstreamFault("The token could not be renewed: %s (%s). If that address cannot be reached from here, "
-                             "set CLAUDE_GATEWAY_TOKEN_URL." % (reason.rstrip("."), self._token_url))
 
     def _save(self) -> None:
         """Stores the newest tokens; a failure is told once, and tried again with the next call."""
@@ -6036,11 +6034,10 @@ class UpstreamConnection(Peer):
             begun = begun or bool(received)
             if not b"HTTP/".startswith(received[:5]):
                 status_line(received.decode("latin-1"))
-            data, wait = None, None
+            data, wait = None, call.wait_for(self.sock)
             try:
                 data = self.read()
                 while data is None:
-                    wait = wait or call.wait_for(self.sock)
                     call.client.wait(wait)
                     data = self.read()
             except OSError:
@@ -7319,7 +7316,8 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
     include_usage = wants_usage(incoming.body)
-    exchange = exchange_for(gateway, *with_history(gateway, incoming, is_responses_body(incoming.body))[:2])
+    history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
+    exchange = exchange_for(gateway, *history[:2])
     exchange.open()
     plan = exchange.translation.plan
     events = PlannedEvents(plan, exchange.assembler)
@@ -7378,10 +7376,10 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
-def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> History:
+def with_history(gateway: Gateway, incoming: Incoming) -> History:
     """The items that a Responses request names by `previous_response_id` and by references, in place of the names."""
     body, owner = incoming.body, incoming.owner
-    if not is_responses:
+    if "messages" in body:
         return History(incoming)
     given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
@@ -7400,7 +7398,7 @@ def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> Hi
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses: a response, or its stream of events."""
-    history = with_history(gateway, incoming, "messages" not in incoming.body)
+    history = with_history(gateway, incoming)
     incoming, body = history.incoming, history.incoming.body
     compact, name = history.compact, secrets.token_hex(16)
     first = [] if compact else compacted_first(gateway, history, "cmp_%s_0" % name)
@@ -7472,7 +7470,7 @@ def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (
 
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
-    history = with_history(gateway, incoming, True)
+    history = with_history(gateway, incoming)
     message, headers = summarized(gateway, history.incoming, history.earlier)
     name = secrets.token_hex(16)
     output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
@@ -7528,7 +7526,7 @@ def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/input_tokens, by Claude's own count."""
-    history = with_history(gateway, incoming, "messages" not in incoming.body)
+    history = with_history(gateway, incoming)
     return Reply({"object": "response.input_tokens", "input_tokens": counted_tokens(gateway, history)})
 
 
@@ -7754,8 +7752,7 @@ class PassingUsage:
     def __init__(self, is_stream: bool) -> None:
         self._decoder = EventDecoder() if is_stream else None
         self._usage: dict = {}
-        self._body: List[bytes] = []
-        self._size = 0
+        self._body = bytearray()
 
     def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The same steps, whose bytes are read in passing."""
@@ -7766,9 +7763,7 @@ class PassingUsage:
 
     def _read(self, piece: bytes) -> None:
         if self._decoder is None:
-            self._size += len(piece)
-            if self._size <= MAX_UPSTREAM_BODY:
-                self._body.append(piece)
+            self._body += piece[:MAX_UPSTREAM_BODY - len(self._body)]
             return
         with contextlib.suppress(UpstreamFault):
             for event in self._decoder.feed(piece):
@@ -7780,7 +7775,7 @@ class PassingUsage:
         """What was counted so far, {} for an answer without any."""
         if self._body:
             with contextlib.suppress(ValueError):
-                usage = value_in(json_within_bounds(b"".join(self._body).decode("utf-8"), LENIENT_JSON), "usage")
+                usage = value_in(json_within_bounds(self._body.decode("utf-8"), LENIENT_JSON), "usage")
                 return usage if isinstance(usage, dict) else {}
         return self._usage
 
