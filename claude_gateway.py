@@ -4032,10 +4032,7 @@ EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logpr
 
 
 class ResponseStream:
-    """Messages API events in, response events out.  One instance per request; `response` is the state so far.
-
-    `first`: items that come before the answer's.
-    """
+    """Messages API events in, response events out; `response` is the state so far, `first` come before the answer."""
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
                  first: Sequence[dict] = ()) -> None:
@@ -4377,10 +4374,9 @@ class Bounded:
 
 
 class Answers:
-    """Answers with tool calls, thinking and all, so that they can go back to Claude as they came.
+    """Answers with tool calls, thinking and all, by (client, model, id of the first tool call).
 
-    OpenAI clients have no place for signed thinking blocks; Claude requires them back, unmodified, inside a tool
-    loop.  An answer is found by (client, model, id of its first tool call).
+    Claude requires signed thinking back inside a tool loop, for which OpenAI clients have no place.
     """
 
     def __init__(self) -> None:
@@ -4417,10 +4413,7 @@ class Answers:
 
 
 class StoredResponses:
-    """Responses that clients may continue by their id, and the items of each, which clients may name by theirs.
-
-    An item is stored once, whichever responses of a conversation it belongs to.
-    """
+    """Responses that clients may continue by their id, and their items, each stored once, which clients may name."""
 
     def __init__(self) -> None:
         self._responses = Bounded(1_000, 24_000_000)
@@ -4562,12 +4555,8 @@ class Budget:
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
-TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
-
-
-def counts_of(usage: dict) -> dict[str, int]:
-    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
-    return {kind: count_in(usage, name) for kind, name in zip(TOKEN_KINDS, names)}
+TOKEN_KINDS = {"input": "input_tokens", "cache_read": "cache_read_input_tokens",
+               "cache_write": "cache_creation_input_tokens", "output": "output_tokens"}
 
 
 def prompt_tokens(tokens: dict) -> int:
@@ -4638,10 +4627,7 @@ PER_MINUTE = {"requests", "input-tokens", "output-tokens", "tokens"}       # no 
 
 
 def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
-    """Plan windows and rate limits, as Claude last reported them: used share and time of reset.
-
-    Windows without a title here keep the name that Claude gives them.
-    """
+    """Plan windows and rate limits, as Claude last reported them; those without a title here keep Claude's name."""
     limits = []
     unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
     others = {match.group(1): match.group(1) for match in unified if match}
@@ -4835,10 +4821,7 @@ class StoredFile:
         return "others may use it (mode %04o)" % stat.S_IMODE(mode) if loose else ""
 
     def write(self, content: dict) -> None:
-        """Replaces the file: a temporary one is written, synced and renamed.  Raises OSError.
-
-        A damaged file is moved aside first, and a symlink is followed, so that neither is lost.
-        """
+        """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
         if not self.path:
             raise OSError("there is no home directory to store tokens in; use --token-file PATH")
         target = os.path.realpath(self.path)
@@ -4887,10 +4870,7 @@ class StoredFile:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time, on a side file that is never deleted, so that a kill leaves nothing behind.
-
-        On a file system without locks we go on without: the loser of a race then re-reads the file.
-        """
+        """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):
                 if self.path:
@@ -5273,10 +5253,7 @@ class Login:
 
 
 class ProfileLogin(StoredLogin):
-    """The login of a profile of Anthropic's own tools (`ant auth login`), billed to a Console workspace.
-
-    Without a client id in the profile, somebody else renews its tokens.
-    """
+    """The login of a profile of Anthropic's own tools, which renew its tokens where it has no client id."""
     preamble = ()
     remedy = "run `ant auth login`"
 
@@ -5611,10 +5588,7 @@ def silence(wait: Wait, what: str = "sent") -> UpstreamTimeout:
 
 
 class Client:
-    """The client of one request while the upstream is waited for: is it gone, and has it heard anything lately?
-
-    Without a connection (as a library) nobody can leave.
-    """
+    """The client of one request while the upstream is waited for; without a connection (as a library) none leaves."""
 
     def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
         self.peer, self._limits = peer, limits
@@ -5705,8 +5679,7 @@ class Client:
 class HeadReader:
     """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.
 
-    `check_first` gets the first line as soon as there is one, for what need not be waited for; `too_large` makes the
-    error of a head beyond the bounds.
+    `check_first` gets the first line as soon as there is one; `too_large` makes the error of a head beyond the bounds.
     """
     END = re.compile(rb"\n\r?\n")
 
@@ -5999,10 +5972,7 @@ class UpstreamConnection(Peer):
             raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
 
     def ask(self, method: str, target: str, headers: dict[str, str], body: bytes, call: UpstreamCall) -> None:
-        """Sends a request, for as long as the client waits for the answer and the upstream goes on reading.
-
-        An upstream that does not read would otherwise hold on to a request that nobody wants any more.
-        """
+        """Sends a request, for as long as the client waits for the answer and the upstream goes on reading."""
         if UNSENDABLE.search("".join(headers.values())):
             raise UpstreamFault("HTTP cannot carry the value of this header to the upstream: %s." % ", ".join(
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
@@ -6058,15 +6028,14 @@ class ConnectionPool:
     """Idle upstream connections by destination.  A connection that the other side has closed is never handed out."""
 
     def __init__(self) -> None:
-        self._idle: Dict[Any, List[UpstreamConnection]] = {}
+        self._idle: Dict[Any, List[UpstreamConnection]] = collections.defaultdict(list)
         self._size = POOL_SIZE                      # for each destination
         self._lock = threading.Lock()
 
     def take(self, key: Any) -> UpstreamConnection | None:
         while True:
             with self._lock:
-                connections = self._idle.get(key)
-                connection = connections.pop() if connections else None
+                connection = self._idle[key].pop() if self._idle[key] else None
             if connection is None:
                 return None
             # an idle connection with something to read has been closed, or speaks out of turn
@@ -6077,9 +6046,8 @@ class ConnectionPool:
     def give(self, key: Any, connection: UpstreamConnection) -> None:
         connection.last_used = time.monotonic()
         with self._lock:
-            connections = self._idle.setdefault(key, [])
-            connections.append(connection)
-            surplus = connections.pop(0) if len(connections) > self._size else None
+            self._idle[key].append(connection)
+            surplus = self._idle[key].pop(0) if len(self._idle[key]) > self._size else None
         if surplus:
             surplus.close()
 
@@ -6142,10 +6110,7 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
 
 
 class UpstreamReply:
-    """An answer of the upstream: status, headers (lower case), and the body in the pieces it comes in.
-
-    `give_back` keeps its connection for another request; None where there can be no other.
-    """
+    """An answer of the upstream; `give_back` keeps its connection for another request, None where none can follow."""
 
     def __init__(self, connection: UpstreamConnection, head: UpstreamHead, call: UpstreamCall,
                  give_back: Callable[[], None] | None) -> None:
@@ -6201,10 +6166,7 @@ class UpstreamReply:
         return bytes(body)
 
     def close(self, answered: bool = False) -> None:
-        """Gives the connection back if the body was read to its end; otherwise closes it, which stops Claude.
-
-        `answered`: all that matters has been read, so the end is worth waiting for a moment.
-        """
+        """Gives the connection back after the end of the body, which `answered` waits for; else closes it."""
         if self._closed:                            # given back twice, it would serve two requests at once
             return
         self._closed = True
@@ -6251,10 +6213,7 @@ class Upstream:
 
     def messages(self, body: bytes, call: UpstreamCall, beta: Sequence[str] = (), path: str = "/v1/messages",
                  native: dict[str, str] | None = None) -> UpstreamReply:
-        """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
-
-        A failure that may pass is retried once, as nothing has been sent to the client yet.
-        """
+        """POST /v1/messages, once more after a failure that may pass.  Raises GatewayError unless the status is 200."""
         headers = dict({"anthropic-version": ANTHROPIC_VERSION, "content-type": "application/json"}, **(native or {}))
         while True:
             try:
@@ -7237,7 +7196,7 @@ def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
 def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     record.add_usage(usage)
-    counts, cost = counts_of(usage), cost_of(model, usage)
+    counts, cost = {kind: count_in(usage, name) for kind, name in TOKEN_KINDS.items()}, cost_of(model, usage)
     if cost:
         record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
     record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
