@@ -6822,7 +6822,7 @@ class Record:
         return int((time.monotonic() - self.started) * 1000)
 
     def add_usage(self, usage: dict) -> None:
-        """Counts one answer of Claude; a legacy completion of several prompts has several."""
+        """Counts one answer of Claude; a response whose history is compacted first has two."""
         counts = usage_from_message(usage)
         self.input_tokens = (self.input_tokens or 0) + counts["prompt_tokens"]
         self.cached_tokens += counts["prompt_tokens_details"]["cached_tokens"]
@@ -7531,9 +7531,8 @@ def health(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 # ---- Legacy completions ------------------------------------------------------------------------------
-# OpenAI's older API, of texts that are continued: each prompt becomes a chat turn that asks for it.
+# OpenAI's older API, of a text that is continued: it becomes a chat turn that asks for it.
 
-MOST_PROMPTS = 128                                  # of one request: OpenAI accepts 2,048, but each is a call here
 COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
                      "only: no comment, no repetition of the text, no code fence.")
 INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
@@ -7541,37 +7540,37 @@ INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with w
 
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/completions: one or several texts continued, or their stream."""
+    """POST /v1/completions: a text continued, or the stream of that."""
     body = incoming.body
-    prompts, include_usage = prompts_of(body), wants_usage(body)
-    envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time()),
-                **({"usage": None} if include_usage else {})}
-    exchanges = [exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
-                 for prompt in prompts]
-    exchanges[0].open()
-    headers = exchanges[0].headers()
-    steps = completion_steps(exchanges, envelope, prompts if body.get("echo") else [],
-                             include_usage or not incoming.record.stream)
+    prompt, include_usage = prompt_of(body), wants_usage(body)
+    exchange = exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
+    exchange.open()
+    plan, headers, echo = exchange.translation.plan, exchange.headers(), prompt if body.get("echo") else ""
+    events = PlannedEvents(plan, exchange.assembler)
+    envelope = {"id": "cmpl-" + secrets.token_hex(12), "created": int(time.time())}
     if incoming.record.stream:
+        stream = ChatStream(envelope, plan, events.assembler, include_usage)
+        steps = (text_chunks(step, echo) if isinstance(step, list) else step
+                 for step in stream_steps(exchange, events, stream))
         return Reply(headers=headers, steps=steps, closing=b"data: [DONE]\n\n")
-    batches = incoming.call.client.waited(steps)
-    return Reply(whole_completion(itertools.chain.from_iterable(batches), len(prompts)), headers)
+    chat = chat_completion_from_message(whole_message(exchange, events), envelope, plan)
+    return Reply(text_completion(chat, echo), headers)
 
 
-def prompts_of(body: dict) -> list[str]:
-    """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
+def prompt_of(body: dict) -> str:
+    """`prompt`, a string or a list of one; token ids mean nothing to Claude."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
-    prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
-    if len(prompts) > MOST_PROMPTS:
-        raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
-                             "prompt", "invalid_value")
+    prompts = [text_of(each, "prompt[%d]" % at) for at, each in enumerate(
+        [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt"))]
+    if len(prompts) > 1:
+        raise InvalidRequest("prompt: one text in one request, as each is a call to Claude.", "prompt", "invalid_value")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
                                  "unsupported_value")
-    return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
+    return prompts[0]
 
 
 def chat_from_completion(body: dict, prompt: str) -> dict:
@@ -7583,49 +7582,18 @@ def chat_from_completion(body: dict, prompt: str) -> dict:
     return chat
 
 
-def completion_steps(exchanges: Sequence[Exchange], envelope: dict, echoes: Sequence[str],
-                     with_usage: bool) -> Iterator[Any]:
-    """The chunks of all answers, one prompt after the other, and one with their usage."""
-    usage: dict = {}
-    for at, exchange in enumerate(exchanges):
-        if at:
-            yield NEEDS_THREAD
-            exchanges[at - 1].close()
-            exchange.open()
-        plan, model = exchange.translation.plan, exchange.translation.request["model"]
-        events = PlannedEvents(plan, exchange.assembler)
-        stream = ChatStream(envelope, plan, events.assembler, False)
-        if echoes:
-            yield [dict(envelope, model=model, choices=[text_choice(at, echoes[at], None)])]
-        for step in stream_steps(exchange, events, stream):
-            yield text_chunks(step, envelope, at) if isinstance(step, list) else step
-        usage = added_usage(usage, exchange.assembler.usage)
-    if with_usage:
-        model = exchanges[-1].assembler.message["model"]
-        yield [dict(envelope, model=model, choices=[], usage=usage_from_message(usage))]
+def text_chunks(chunks: list[dict], echo: str) -> list[dict]:
+    """The chunks of a chat completion as those of a legacy one, without those that have nothing for it."""
+    return [text_completion(chunk, echo) for chunk in chunks if all(
+        choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])]
 
 
-def text_chunks(chunks: list[dict], envelope: dict, at: int) -> list[dict]:
-    """The chunks of a chat completion that have text or an end, as those of a legacy completion."""
-    entries = [(chunk["model"], choice["delta"].get("content") or "", choice["finish_reason"])
-               for chunk in chunks for choice in chunk["choices"]]
-    return [dict(envelope, model=model, choices=[text_choice(at, text, reason)])
-            for model, text, reason in entries if text or reason]
-
-
-def text_choice(index: int, text: str, reason: str | None) -> dict:
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
-
-
-def whole_completion(chunks: Iterable[dict], count: int) -> dict:
-    """The completion that the chunks of so many answers add up to."""
-    choices = [text_choice(at, "", None) for at in range(count)]
-    whole: dict = {}
-    for whole in chunks:
-        for choice in whole["choices"]:
-            so_far = choices[choice["index"]]
-            so_far.update(choice, text=so_far["text"] + choice["text"])
-    return dict(whole, choices=choices)
+def text_completion(chat: dict, echo: str) -> dict:
+    """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
+    texts = [choice.get("message") or choice["delta"] for choice in chat["choices"]]
+    choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": 0, "logprobs": None,
+                "finish_reason": choice["finish_reason"]} for text, choice in zip(texts, chat["choices"])]
+    return dict(chat, object="text_completion", choices=choices)
 
 
 # ---- Native pass-through -----------------------------------------------------------------------------
