@@ -6929,6 +6929,7 @@ class Exchange:
         self._counted = False                       # the tokens of this answer
         self.assembler = MessageAssembler()
         self.translation: Translation
+        self.events: PlannedEvents                  # of the accepted request
         incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
@@ -6951,6 +6952,7 @@ class Exchange:
                 continue
             if self._lesson:
                 self._gateway.lessons.learn(self._known, self._lesson)
+            self.events = PlannedEvents(self.translation.plan, self.assembler)
             changes = self.translation.changes
             self._incoming.record.changes = str(changes)
             if changes.ignored:
@@ -7279,13 +7281,12 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     exchange = exchange_for(gateway, *history[:2])
     exchange.open()
     plan = exchange.translation.plan
-    events = PlannedEvents(plan, exchange.assembler)
     envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
     if incoming.record.stream:
-        stream = ChatStream(envelope, plan, events.assembler, include_usage)
-        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, events, stream), json_of=stream.json_of,
+        stream = ChatStream(envelope, plan, exchange.events.assembler, include_usage)
+        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
                      closing=b"data: [DONE]\n\n")
-    message = whole_message(exchange, events)
+    message = whole_message(exchange)
     return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
 
 
@@ -7312,18 +7313,18 @@ def wants_usage(body: dict) -> bool:
     return optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
 
 
-def stream_steps(exchange: Exchange, events: PlannedEvents, stream: ChatStream) -> Iterator[Any]:
+def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
     """The steps of a stream, its last events included."""
-    yield from exchange.batches(events.then(stream.feed))
-    yield events.finish(stream.feed) + stream.finish()
+    yield from exchange.batches(exchange.events.then(stream.feed))
+    yield exchange.events.finish(stream.feed) + stream.finish()
 
 
-def whole_message(exchange: Exchange, events: PlannedEvents) -> dict:
+def whole_message(exchange: Exchange) -> dict:
     """The whole answer, read to its end."""
-    for _ in exchange.call.client.waited(exchange.batches(events.then(lambda event: []))):
+    for _ in exchange.call.client.waited(exchange.batches(exchange.events.then(lambda event: []))):
         pass
-    events.finish(lambda event: [])
-    return events.assembler.whole()
+    exchange.events.finish(lambda event: [])
+    return exchange.events.assembler.whole()
 
 
 class History(NamedTuple):
@@ -7365,11 +7366,9 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     exchange = exchange_for(gateway, asked, history.earlier, compact)
     exchange.open()
     envelope = response_envelope("resp_" + name, int(time.time()), body)
-    plan = exchange.translation.plan
-    events = PlannedEvents(plan, exchange.assembler)
-    stream = (CompactionStream if compact else ResponseStream)(envelope, plan, events.assembler,
-                                                               listed(body.get("include")), first)
-    steps = response_steps(gateway, history, exchange, events, stream)
+    stream = (CompactionStream if compact else ResponseStream)(
+        envelope, exchange.translation.plan, exchange.events.assembler, listed(body.get("include")), first)
+    steps = response_steps(gateway, history, exchange, stream)
     if incoming.record.stream:
         return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
     for _ in incoming.call.client.waited(steps):
@@ -7377,12 +7376,11 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     return Reply(stream.response, exchange.headers())
 
 
-def response_steps(gateway: Gateway, history: History, exchange: Exchange, events: PlannedEvents,
-                   stream: ResponseStream) -> Iterator[Any]:
+def response_steps(gateway: Gateway, history: History, exchange: Exchange, stream: ResponseStream) -> Iterator[Any]:
     """The steps of a response, which is stored before its end is sent: a client may continue it at once."""
     body = history.incoming.body
-    yield from exchange.batches(events.then(stream.feed))
-    last_events = events.finish(stream.feed) + stream.finish(int(time.time()))
+    yield from exchange.batches(exchange.events.then(stream.feed))
+    last_events = exchange.events.finish(stream.feed) + stream.finish(int(time.time()))
     if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
         yield NEEDS_THREAD                          # a long history takes a while to write down
         entries = since_compaction([("", item) for item in [*history.earlier, *history.given]])
@@ -7423,8 +7421,7 @@ def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (
     """Claude's summary of a history, as a message, and the headers that go with it."""
     exchange = exchange_for(gateway, incoming, earlier, compact=True)
     exchange.open()
-    message = whole_message(exchange, PlannedEvents(exchange.translation.plan, exchange.assembler))
-    return message, exchange.headers()
+    return whole_message(exchange), exchange.headers()
 
 
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -7541,20 +7538,13 @@ INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with w
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/completions: a text continued, or the stream of that."""
-    body = incoming.body
-    prompt, include_usage = prompt_of(body), wants_usage(body)
-    exchange = exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
-    exchange.open()
-    plan, headers, echo = exchange.translation.plan, exchange.headers(), prompt if body.get("echo") else ""
-    events = PlannedEvents(plan, exchange.assembler)
-    envelope = {"id": "cmpl-" + secrets.token_hex(12), "created": int(time.time())}
-    if incoming.record.stream:
-        stream = ChatStream(envelope, plan, events.assembler, include_usage)
-        steps = (text_chunks(step, echo) if isinstance(step, list) else step
-                 for step in stream_steps(exchange, events, stream))
-        return Reply(headers=headers, steps=steps, closing=b"data: [DONE]\n\n")
-    chat = chat_completion_from_message(whole_message(exchange, events), envelope, plan)
-    return Reply(text_completion(chat, echo), headers)
+    prompt = prompt_of(incoming.body)
+    echo = prompt if incoming.body.get("echo") else ""
+    reply = chat_completions(gateway, replace(incoming, body=chat_from_completion(incoming.body, prompt)))
+    if reply.steps is None:
+        return replace(reply, body=text_completion(reply.body, echo))
+    return replace(reply, json_of=client_json, steps=(
+        text_chunks(step, echo) if isinstance(step, list) else step for step in reply.steps))
 
 
 def prompt_of(body: dict) -> str:
@@ -7576,7 +7566,7 @@ def prompt_of(body: dict) -> str:
 def chat_from_completion(body: dict, prompt: str) -> dict:
     """The chat completion request that asks for the continuation of one prompt."""
     suffix = optional(text_of, body.get("suffix"), "suffix", "")
-    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs", "stream_options")
+    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs")
     chat["messages"] = [{"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM},
                         {"role": "user", "content": prompt + "<gap/>" + suffix if suffix else prompt}]
     return chat
@@ -7593,7 +7583,7 @@ def text_completion(chat: dict, echo: str) -> dict:
     texts = [choice.get("message") or choice["delta"] for choice in chat["choices"]]
     choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": 0, "logprobs": None,
                 "finish_reason": choice["finish_reason"]} for text, choice in zip(texts, chat["choices"])]
-    return dict(chat, object="text_completion", choices=choices)
+    return dict(chat, id=chat["id"][len("chat"):], object="text_completion", choices=choices)
 
 
 # ---- Native pass-through -----------------------------------------------------------------------------
