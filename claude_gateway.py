@@ -4564,7 +4564,8 @@ def prompt_tokens(tokens: dict) -> int:
 
 
 class Counters:
-    """What has happened since the start, for the log, the status page and Prometheus."""
+    """What has happened since the start, for the log, the status page and Prometheus: no prompt, answer or secret."""
+    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -4572,15 +4573,31 @@ class Counters:
         self._lock = threading.Lock()
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
+        self._error_texts: Dict[str, str] = {}      # code -> the latest message
+        self._last: Deque[dict] = collections.deque(maxlen=50)
+        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
         self._models: Dict[str, collections.Counter] = {}
         self.seconds = 0.0                          # spent on all requests
 
-    def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
+    def add_request(self, route: str, summary: dict) -> None:
+        """Counts a request, and keeps its summary unless it was one for monitoring."""
         with self._lock:
-            self._requests[route, status] += 1
-            self.seconds += seconds
-            if error_code:
-                self._errors[error_code] += 1
+            self._requests[route, summary["status"]] += 1
+            self.seconds += summary["total_ms"] / 1000
+            if summary["error_code"]:
+                self._errors[summary["error_code"]] += 1
+            if route not in MONITORING:
+                self._last.appendleft(summary)
+                self._add_totals(summary)
+
+    def _add_totals(self, summary: dict) -> None:
+        counts = {name: summary[name] or 0 for name in self.SUMS}
+        counts.update(requests=1, failed=int(summary["status"] >= 400))
+        for field, totals in self._totals.items():
+            name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+            totals.setdefault(name or "-", collections.Counter()).update(counts)
+        if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
+            self._error_texts[summary["error_code"]] = summary["error"]
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
@@ -4610,6 +4627,14 @@ class Counters:
         """Tokens by kind, US dollars spent and saved by caching, answers without a price."""
         with self._lock:
             return {model: collections.Counter(figures) for model, figures in self._models.items()}
+
+    def shown(self) -> dict:
+        """The last requests, and totals by tool and by model."""
+        with self._lock:
+            by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
+                                 for totals in self._totals.values())
+            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
+                    "error_texts": without(self._error_texts, "")}
 
     def totals(self) -> dict:
         with self._lock:
@@ -4658,35 +4683,6 @@ def moment_of(text: str) -> int | None:
     """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
     number = number_or_none(text)
     return unix_time(text) if number is None else int(number)
-
-
-class RecentRequests:
-    """The last requests, and totals by tool and by model: no prompt, no answer, no secret."""
-    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last: Deque[dict] = collections.deque(maxlen=50)
-        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
-        self._error_texts: Dict[str, str] = {}      # code -> the latest message
-
-    def add(self, summary: dict) -> None:
-        counts = {name: summary[name] or 0 for name in self.SUMS}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
-        with self._lock:
-            self._last.appendleft(summary)
-            for field, totals in self._totals.items():
-                name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-                totals.setdefault(name or "-", collections.Counter()).update(counts)
-            if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
-                self._error_texts[summary["error_code"]] = summary["error"]
-
-    def data(self) -> dict:
-        with self._lock:
-            by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
-                                 for totals in self._totals.values())
-            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": without(self._error_texts, "")}
 
 
 class Running:
@@ -6876,7 +6872,6 @@ class Gateway:
         self.responses = StoredResponses()
         self.counters = Counters()
         self.usage = Usage(config.usage_file, config.limits, config.budget)
-        self.recent = RecentRequests()
         self.tls_reported = threading.Event()
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
@@ -8030,7 +8025,7 @@ def status_data(gateway: Gateway) -> dict:
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **gateway.recent.data(),
+        **counters.shown(),
     }
 
 
@@ -8647,14 +8642,12 @@ class RequestCycle:
     def _log(self) -> None:
         self._record.total_ms = self._record.elapsed_ms()
         if self._record.method:
-            self._gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
-                                               self._record.error_code)
             log_request_record(self._record, self._config)
             if self._record.used:
                 self._gateway.usage.add(self._record.tool, self._record.used, self._record.owner, {
                     "requests": 1, "errors": int(self._record.status >= 400)})
-            if self._record.route not in MONITORING:
-                self._gateway.recent.add(self._record.summary(short_line(self._record), self._gateway.secrets()))
+            summary = self._record.summary(short_line(self._record), self._gateway.secrets())
+            self._gateway.counters.add_request(self._record.route, summary)
 
     # -- answering
 

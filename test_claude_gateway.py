@@ -11592,11 +11592,11 @@ class StatusTests(GatewayTestCase):
         self.assertEqual(data["by_model"], {})
 
     def test_totals_of_any_number_of_tools_and_errors_stay_bounded(self):
-        recent = claude_gateway.RecentRequests()
+        counters = claude_gateway.Counters()
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
-            recent.add(record.summary("line", []))
-        data = recent.data()
+            counters.add_request("other", record.summary("line", []))
+        data = counters.shown()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
 
