@@ -4615,14 +4615,6 @@ class Counters:
             with self._lock:
                 self.limit_headers = dict(self.limit_headers, **limits)
 
-    def requests(self) -> list[tuple[tuple[str, int], int]]:
-        with self._lock:
-            return sorted(self._requests.items())
-
-    def errors(self) -> dict[str, int]:
-        with self._lock:
-            return dict(self._errors.most_common())
-
     def by_model(self) -> dict[str, collections.Counter]:
         """Tokens by kind, US dollars spent and saved by caching, answers without a price."""
         with self._lock:
@@ -4639,6 +4631,7 @@ class Counters:
     def totals(self) -> dict:
         with self._lock:
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
+                    "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
                     "tokens": self._tokens()}
 
     def _tokens(self) -> dict[str, int]:
@@ -4949,9 +4942,8 @@ class StoredLogin(ApiKey):
         good --(its last minutes)--> due: a thread renews it, everybody else goes on
              --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
-    One refresh at a time across threads and processes, since a refresh token works once: the lock is taken, the
-    file is read again, and only if nobody else renewed it meanwhile the sign-in endpoint is asked.  The new
-    tokens are stored before they are used; what cannot be stored is kept in memory and tried again.
+    One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
+    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used.
     """
     refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
@@ -4962,8 +4954,7 @@ class StoredLogin(ApiKey):
         self._lock = threading.Lock()
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
-        self._outdated = ""                         # the access token in the file while newer ones cannot be stored ...
-        self._told_unsaved = False                  # ... which has been told
+        self._outdated = ""                         # the access token in the file while newer ones cannot be stored
         self._spent: set = set()                    # refresh tokens that we used, or that were refused
         self._failures, self._retry_at = 0, 0.0
         self._unproven = ""                         # the access token of the last renewal, until Claude accepts it
@@ -5064,7 +5055,7 @@ class StoredLogin(ApiKey):
         self._stamp = None
         self._read_if_changed()
         if self._outdated:
-            self._save()
+            self._save(logging.DEBUG)
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
@@ -5118,12 +5109,13 @@ class StoredLogin(ApiKey):
 
     def _take_over(self, token: dict, used: str | None) -> None:
         """New tokens, in exchange for a refresh token that may be used up now."""
+        level = logging.DEBUG if self._outdated else logging.WARNING        # once
         self._outdated = self._outdated or self._token["access_token"]
         self._token, self._unproven = token, token["access_token"]
         self._failures, self.trouble = 0, None
         if token["refresh_token"] != used:
             self._spent.add(used)
-        self._save()
+        self._save(level)
 
     def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
         """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
@@ -5144,18 +5136,15 @@ class StoredLogin(ApiKey):
             raise failure
         LOG.warning("%s", failure)
 
-    def _save(self) -> None:
-        """Stores the newest tokens; a failure is told once, and tried again with the next call."""
+    def _save(self, level: int) -> None:
+        """Stores the newest tokens; what fails is tried again with the next call."""
         try:
             self._file.write(self._token)
         except OSError as fault:
-            if not self._told_unsaved:
-                LOG.warning("the renewed tokens could not be stored in %s (%s): keeping them in memory",
-                            self._file.path, fault.strerror or fault)
-            self._told_unsaved = True
-            return
-        self._outdated, self._told_unsaved = "", False
-        self._stamp = self._file.stamp()
+            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
+                    fault.strerror or fault)
+        else:
+            self._outdated, self._stamp = "", self._file.stamp()
 
 
 NEVER = 1e11                                        # Unix seconds of a time that is none
@@ -8019,7 +8008,7 @@ def status_data(gateway: Gateway) -> dict:
         "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
         "models": short_names(gateway.models.catalog()),
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
-        "errors": counters.errors(), "tokens": totals["tokens"],
+        "errors": totals["errors"], "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
                   "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
@@ -8074,7 +8063,8 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 def metrics_text(gateway: Gateway) -> str:
-    counters, models = gateway.counters, gateway.counters.by_model()
+    counters = gateway.counters
+    totals, models = counters.totals(), counters.by_model()
     lines: list[str] = []
 
     def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
@@ -8089,12 +8079,12 @@ def metrics_text(gateway: Gateway) -> str:
     family("credential_ok", "gauge", "0 from a refusal of the credential or a failed renewal to the next success.",
            [({}, int(gateway.upstream.trouble is None))])
     family("requests_total", "counter", "Requests answered, by route and status.",
-           [({"route": route, "status": code}, count) for (route, code), count in counters.requests()])
+           [({"route": route, "status": code}, count) for (route, code), count in totals["routes"]])
     family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
     family("request_duration_seconds_total", "counter", "Time spent on all requests.",
            [({}, round(counters.seconds, 3))])
     family("errors_total", "counter", "Requests that failed, by code.",
-           [({"code": code}, count) for code, count in counters.errors().items()])
+           [({"code": code}, count) for code, count in totals["errors"].items()])
     family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
            [({"model": model, "kind": kind}, figures[kind]) for model, figures in models.items()
             for kind in TOKEN_KINDS])
