@@ -4762,7 +4762,8 @@ PRIVATE = 0o077                                     # what the mode of a file wi
 class StoredFile:
     """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
 
-    Another program's file is `closed` to others by these bits, and if PRIVATE no symlink, or it is refused.
+    One that others may read is closed to them; another program's must be `closed` by these bits, and if PRIVATE be no
+    symlink, or it is refused.
     """
     kind = "file"
 
@@ -4806,8 +4807,13 @@ class StoredFile:
         mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
         if not stat.S_ISREG(mode):
             return "it is no plain file"
-        loose = mode & self._closed and os.name == "posix"
-        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if loose else ""
+        if os.name != "posix":
+            return ""
+        if mode & PRIVATE and not self._closed:     # ours
+            with contextlib.suppress(OSError):
+                os.chmod(self.path, 0o600)
+                LOG.warning("others could read %s: its mode is 0600 now", self.path)
+        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if mode & self._closed else ""
 
     def write(self, content: dict) -> None:
         """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
@@ -4846,14 +4852,6 @@ class StoredFile:
         with contextlib.suppress(FileNotFoundError):
             if self.path:
                 os.unlink(os.path.realpath(self.path))
-                return True
-        return False
-
-    def loose_mode(self) -> bool:
-        """Whether others may read the file (it is closed to them then, where the system knows modes)."""
-        with contextlib.suppress(OSError):
-            if os.name == "posix" and os.stat(self.path).st_mode & PRIVATE:
-                os.chmod(self.path, 0o600)
                 return True
         return False
 
@@ -5321,8 +5319,6 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
         return ApiKey(stored_key["api_key"], key_file(config).path)
     if config.auth != "api-key":
         file = TokenFile(config.token_file, config.limits)
-        if file.loose_mode():
-            LOG.warning("others could read %s: its mode is 0600 now", file.path)
         if file.read() is not None:
             return StoredLogin(file, config.token_url, post_json, config.limits)
         return profile_from_config(config, post_json)

@@ -345,7 +345,7 @@ MUTANTS = (
            "TokenFileTests"),
     Mutant("token file: mode of its directory", "os.makedirs(directory, mode=0o700, exist_ok=True)\n        if os.path",
            "os.makedirs(directory, exist_ok=True)\n        if False and os.path", "TokenFileTests"),
-    Mutant("token file: loose modes are repaired", "os.stat(self.path).st_mode & PRIVATE:", "False:",
+    Mutant("token file: loose modes are repaired", "if mode & PRIVATE and not self._closed:", "if False:",
            "TokenFileTests"),
     Mutant("token file: replaced in one step", 'temporary = target + ".tmp"', "temporary = target", "TokenFileTests"),
     Mutant("token file: synced before it replaces", "                os.fsync(file.fileno())\n", "", "TokenFileTests"),
