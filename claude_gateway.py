@@ -4947,8 +4947,8 @@ class StoredLogin(ApiKey):
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
-    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson, limits: Limits = Config.limits) -> None:
-        self._file, self._token_url, self._post_json, self._limits = file, token_url, post_json, limits
+    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson) -> None:
+        self._file, self._token_url, self._post_json = file, token_url, post_json
         self._lock = threading.Lock()
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
@@ -5240,9 +5240,8 @@ class ProfileLogin(StoredLogin):
     preamble = ()
     remedy = "run `ant auth login`"
 
-    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson,
-                 limits: Limits) -> None:
-        super().__init__(file, token_url, post_json, limits)
+    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson) -> None:
+        super().__init__(file, token_url, post_json)
         self.client_id = text_in(settings, "authentication", "client_id") or ""
         self.base_url = (text_in(settings, "base_url") or "").rstrip("/")
         self._workspace, self._name = text_in(settings, "workspace_id") or "", name
@@ -5291,7 +5290,7 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     if tokens_file.read() is None:
         raise CredentialNeeded("Profile %s is not signed in: run `ant auth login`." % name)
     settings = dict({"workspace_id": config.workspace_id}, **settings)
-    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json, config.limits)
+    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json)
 
 
 def key_file(config: Config) -> TokenFile:
@@ -5320,7 +5319,7 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
     if config.auth != "api-key":
         file = TokenFile(config.token_file, config.limits)
         if file.read() is not None:
-            return StoredLogin(file, config.token_url, post_json, config.limits)
+            return StoredLogin(file, config.token_url, post_json)
         return profile_from_config(config, post_json)
     return None
 
@@ -5624,8 +5623,7 @@ class Client:
     def check(self) -> None:
         """A client whose read side has ended is gone; one that sends early (pipelining) is not.
 
-        Early bytes are put aside, or nothing behind them could be seen; what would be too much is left where it is,
-        and the client is not watched any more.
+        Early bytes are put aside; where they would be too many they stay, and the client is not watched any more.
         """
         assert self.peer
         keep = len(self.peer.unread) < READ_SIZE
@@ -6046,11 +6044,8 @@ class ConnectionPool:
 
 
 class PooledHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's HTTP and HTTPS in one, with kept-alive connections and without redirects.
-
-    urllib itself would close the connection after each call (a TLS handshake costs 0.1 s), and would carry the
-    credential along to wherever a redirect points.
-    """
+    """urllib's HTTP and HTTPS in one: connections are kept, as a TLS handshake costs 0.1 s, and redirects are not
+    followed, as they would carry the credential along."""
 
     def __init__(self, tls: Callable[[], ssl.SSLContext]) -> None:
         super().__init__()
@@ -6208,14 +6203,12 @@ class Upstream:
                 call.client.pause(delay)
                 call.may_retry = False
 
-    def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
+    def get(self, path: str, key: str | None = None) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
-        reply = self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, UpstreamCall(patience=timeout),
-                          key=key)
-        try:
+        call = UpstreamCall(patience=MODELS_TIMEOUT)
+        with contextlib.closing(self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, call,
+                                          key=key)) as reply:
             return json_object_from(reply.read())
-        finally:
-            reply.close()
 
     def models(self, key: str | None = None) -> list[dict] | None:
         """Claude's model list, all of its pages; None where there is no credential to ask with."""

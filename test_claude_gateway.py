@@ -6459,8 +6459,7 @@ class LoginStoreTestCase(GatewayTestCase):
         """The login in the file, as the gateway uses it."""
         upstream = claude_gateway.Upstream(Config(base_url=self.claude.url), "test")
         self.addCleanup(upstream.close)
-        return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json,
-                                          self.limits)
+        return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json)
 
     @staticmethod
     def accept(login, token: str) -> str:
