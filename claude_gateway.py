@@ -6203,9 +6203,9 @@ class Upstream:
                 call.client.pause(delay)
                 call.may_retry = False
 
-    def get(self, path: str, key: str | None = None) -> dict:
+    def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
-        call = UpstreamCall(patience=MODELS_TIMEOUT)
+        call = UpstreamCall(patience=timeout)
         with contextlib.closing(self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, call,
                                           key=key)) as reply:
             return json_object_from(reply.read())

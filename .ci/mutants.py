@@ -381,7 +381,7 @@ MUTANTS = (
     Mutant("refresh: no absurd numbers", "and 0 < seconds < NEVER\n", "\n", "RenewalTests"),
     Mutant("refresh: tokens that no header carries", 'return "" if is_sendable(secret) else', 'return "" if True else',
            "RenewalTests"),
-    Mutant("profile: modes", "loose = mode & self._closed and", "loose = False and", "ProfileTests"),
+    Mutant("profile: modes", "if mode & self._closed else", "if False else", "ProfileTests"),
     Mutant("profile: symlinks", "(os.lstat if self._closed == PRIVATE else os.stat)", "os.stat", "ProfileTests"),
     Mutant("profile: names", "    if re.search(r\"^[.", "    if False and re.search(r\"^[.", "ProfileTests"),
     Mutant("budget: used up", "            if spent >= usd:", "            if False:", "BudgetTests"),
@@ -396,7 +396,7 @@ MUTANTS = (
     Mutant("refresh: unsaved tokens stay, rotated ones too",
            'and text_in(token, "refresh_token") not in self._spent)', ")", "TokenFileTests"),
     Mutant("refresh: unsaved tokens are saved later",
-           "        if self._outdated:\n            self._save()\n", "", "TokenFileTests"),
+           "        if self._outdated:\n            self._save(logging.DEBUG)\n", "", "TokenFileTests"),
     Mutant("refresh: a logout amid a call", 'return str(token["access_token"])',
            'return str(self._token["access_token"])', "RefreshTests"),
     # ---- the end
