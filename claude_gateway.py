@@ -3821,12 +3821,6 @@ def value_from_encrypted(encrypted: Any) -> dict:
     return without_lone_surrogates(value) if isinstance(value, dict) else {}
 
 
-def thinking_from_encrypted(encrypted: Any) -> list[dict]:
-    """The block in our own `encrypted_content`; [] for a foreign or damaged one."""
-    block = value_from_encrypted(encrypted)
-    return thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
-
-
 def summary_in(block: Any) -> str:
     """The text of a compaction block, or of a text block in its place; "" where it is neither."""
     field = {"compaction": "content", "text": "text"}.get(text_in(block, "type") or "", "")
@@ -3891,7 +3885,7 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
-    blocks = thinking_from_encrypted(item.get("encrypted_content"))
+    blocks = thinking_part(value_from_encrypted(item.get("encrypted_content")), path, draft)
     if blocks:
         conversation.add("assistant", blocks)
     elif item.get("encrypted_content"):
@@ -4035,17 +4029,17 @@ RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insu
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
 
 
-class ResponseStream:
-    """Messages API events in, response events out.  One instance per request; `response` is the state so far.
+EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
-    `first`: items that come before the answer's.
-    """
+
+class ResponseStream:
+    """Messages API events in, response events out; `response` is the state so far, `first` come before the answer."""
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
                  first: Sequence[dict] = ()) -> None:
         self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
                              usage=None)
-        self.signed: Dict[str, str] = {}            # reasoning item -> its signed thinking, which it does not show
+        self.to_store: List[dict] = []              # the output items, with signed thinking that they do not show
         self._first = first
         self._plan, self._assembler, self._include = plan, assembler, include
         self._sequence = -1
@@ -4058,11 +4052,6 @@ class ResponseStream:
         """The response events that one event makes."""
         handler = self._HANDLERS.get(event["type"])
         return handler(self, event) if handler else []
-
-    def stored_output(self) -> list[dict]:
-        """The output items with all that is needed to give them back to Claude."""
-        return [dict(item, encrypted_content=self.signed[item["id"]]) if item["id"] in self.signed else item
-                for item in self.response["output"]]
 
     def finish(self, now: int = 0) -> list[dict]:
         """The last events: the open item's end, a refusal, and the response as it ended."""
@@ -4138,19 +4127,23 @@ class ResponseStream:
             return self._close_item("incomplete" if is_cut(block) else "completed")
         if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
             return self._close_item() + self._open_search(block)
-        if kind == "web_search_tool_result" and self._item and self._item["type"] == "web_search_call":
+        if kind == "web_search_tool_result" and self._is_open("web_search_call"):
             return self._end_search(listed(block.get("content")))
         return []
 
     # -- items
 
+    def _is_open(self, kind: str) -> bool:
+        return self._item is not None and self._item["type"] == kind
+
     def _open(self, item: dict) -> dict:
         self._item, self._text, self._annotations = item, io.StringIO(), []
         return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
 
-    def _done(self, item: dict) -> dict:
+    def _done(self, item: dict, to_store: dict | None = None) -> dict:
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
+        self.to_store.append(to_store or item)
         self._item = None
         return self._event("response.output_item.done", output_index=output_index, item=item)
 
@@ -4182,22 +4175,18 @@ class ResponseStream:
     def _text_delta(self, text: str) -> list[dict]:
         if not text:
             return []
-        events = [] if self._item and self._item["type"] == "message" else self._close_item() + self._open_message()
+        events = [] if self._is_open("message") else self._close_item() + self._open_message(EMPTY_TEXT)
         self._text.write(text)
         return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
 
-    def _new_message(self) -> dict:
-        return {"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
-                "content": []}
-
-    def _open_message(self) -> list[dict]:
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        return [self._open(self._new_message()),
+    def _open_message(self, part: dict) -> list[dict]:
+        return [self._open({"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
+                            "content": []}),
                 self._in_item("response.content_part.added", content_index=0, part=part)]
 
     def _annotate(self, block: dict) -> list[dict]:
         """The citations of a text block, placed in the text of its whole item."""
-        if not block.get("citations") or not self._item or self._item["type"] != "message":
+        if not block.get("citations") or not self._is_open("message"):
             return []
         length = self._text.tell()
         start = max(0, length - len(block["text"]))
@@ -4211,21 +4200,20 @@ class ResponseStream:
 
     def _end_message(self, status: str) -> list[dict]:
         text = self._text.getvalue()
-        part = {"type": "output_text", "text": text, "annotations": self._annotations, "logprobs": []}
-        item = dict(self._item or {}, status=status, content=[part])
+        part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
         return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
-                self._in_item("response.content_part.done", content_index=0, part=part), self._done(item)]
+                *self._end_part(part, status)]
+
+    def _end_part(self, part: dict, status: str) -> list[dict]:
+        return [self._in_item("response.content_part.done", content_index=0, part=part),
+                self._done(dict(self._item or {}, status=status, content=[part]))]
 
     def _refusal(self, refusal: str) -> list[dict]:
         """A refusal as a message of its own."""
-        item = self._new_message()
-        part = {"type": "refusal", "refusal": refusal}
-        empty = {"type": "refusal", "refusal": ""}
-        return [self._open(item), self._in_item("response.content_part.added", content_index=0, part=empty),
+        return [*self._open_message({"type": "refusal", "refusal": ""}),
                 self._in_item("response.refusal.delta", content_index=0, delta=refusal),
                 self._in_item("response.refusal.done", content_index=0, refusal=refusal),
-                self._in_item("response.content_part.done", content_index=0, part=part),
-                self._done(dict(item, status="completed", content=[part]))]
+                *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
 
     # -- thinking
 
@@ -4233,7 +4221,7 @@ class ResponseStream:
         """A reasoning item is opened only when there is something to see."""
         if not thinking:
             return []
-        events = [] if self._item and self._item["type"] == "reasoning" else [
+        events = [] if self._is_open("reasoning") else [
             self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
             self._in_item("response.reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
@@ -4244,7 +4232,7 @@ class ResponseStream:
         encrypted = encrypted_from(block) if block else None
         shown = ENCRYPTED_REASONING in self._include
         events = []
-        if not self._item or self._item["type"] != "reasoning":
+        if not self._is_open("reasoning"):
             if not encrypted or not shown:
                 return []
             events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
@@ -4254,11 +4242,8 @@ class ResponseStream:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
                        self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
         item = dict(self._item or {}, summary=[part] if text else [])
-        if encrypted and shown:
-            item["encrypted_content"] = encrypted
-        elif encrypted:
-            self.signed[item["id"]] = encrypted
-        return events + [self._done(item)]
+        signed = dict(item, encrypted_content=encrypted) if encrypted else item
+        return events + [self._done(signed if shown else item, signed)]
 
     # -- calls
 
@@ -4275,7 +4260,7 @@ class ResponseStream:
         if not fragment:
             return []
         self._text.write(fragment)
-        if self._item and self._item["type"] == "custom_tool_call":
+        if self._is_open("custom_tool_call"):
             return []                               # its string is known only at the end
         return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
 
@@ -4390,10 +4375,9 @@ class Bounded:
 
 
 class Answers:
-    """Answers with tool calls, thinking and all, so that they can go back to Claude as they came.
+    """Answers with tool calls, thinking and all, by (client, model, id of the first tool call).
 
-    OpenAI clients have no place for signed thinking blocks; Claude requires them back, unmodified, inside a tool
-    loop.  An answer is found by (client, model, id of its first tool call).
+    Claude requires signed thinking back inside a tool loop, for which OpenAI clients have no place.
     """
 
     def __init__(self) -> None:
@@ -4411,8 +4395,7 @@ class Answers:
             self._tools.put(digest, tools)
             self._tools_of.put((owner, call_ids[-1]), digest)
         if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
-            blocks = [{name: value for name, value in block.items() if name not in ("partial_json", "caller")}
-                      for block in message["content"]
+            blocks = [without(block, "partial_json", "caller") for block in message["content"]
                       if block["type"] != "text" or block.get("text", "").strip()]
             self._answers.put((owner, model_id, call_ids[0]), blocks)
 
@@ -4431,10 +4414,7 @@ class Answers:
 
 
 class StoredResponses:
-    """Responses that clients may continue by their id, and the items of each, which clients may name by theirs.
-
-    An item is stored once, whichever responses of a conversation it belongs to.
-    """
+    """Responses that clients may continue by their id, and their items, each stored once, which clients may name."""
 
     def __init__(self) -> None:
         self._responses = Bounded(1_000, 24_000_000)
@@ -4507,7 +4487,7 @@ class ModelList:
         with self._lock:
             if time.monotonic() < self._next_fetch:
                 return
-            self._next_fetch = time.monotonic() + MODELS_LIFETIME
+            self._next_fetch = time.monotonic() + 60            # if this one fails
         threading.Thread(target=self._run, name="models", daemon=True).start()
 
     def catalog(self) -> Catalog:
@@ -4521,16 +4501,13 @@ class ModelList:
             entries = self._fetch()
             if entries:
                 self._catalog = catalog_from_entries(entries, self._aliases)
-            else:
-                self._next_fetch = time.monotonic() + 60
+                self._next_fetch = time.monotonic() + MODELS_LIFETIME
         except GatewayError as fault:
-            self._next_fetch = time.monotonic() + 60
             if fault.code in FINAL_CODES:
                 LOG.warning("Claude refuses this credential: %s", fault)
             else:
                 LOG.info("no model list from the upstream (%s): using the built-in table", fault)
         except Exception as failure:                # nobody above this thread would report it
-            self._next_fetch = time.monotonic() + 60
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
             self._first.set()
@@ -4546,18 +4523,16 @@ class FailedKeys:
     """How often each address sent a wrong key lately, and how long its next refusal should be delayed."""
 
     def __init__(self) -> None:
-        self._failures: collections.OrderedDict = collections.OrderedDict()
+        self._failures = Bounded(10_000)
         self._lock = threading.Lock()
 
     def penalty(self, address: str) -> float:
         """Seconds to wait before this refusal: nothing for a first slip, two seconds at most."""
         now = time.monotonic()
         with self._lock:
-            count, when = self._failures.pop(address, (0, now))
+            count, when = self._failures.get(address) or (0, now)
             count = count + 1 if now - when < 60 else 1
-            self._failures[address] = (count, now)
-            while len(self._failures) > 10_000:
-                self._failures.popitem(last=False)
+            self._failures.put(address, (count, now))
         return min(2.0, 0.05 * 2 ** min(count - 2, 6)) if count > 1 else 0.0
 
 
@@ -4581,16 +4556,17 @@ class Budget:
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
-TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
+TOKEN_KINDS = {"input": "input_tokens", "cache_read": "cache_read_input_tokens",
+               "cache_write": "cache_creation_input_tokens", "output": "output_tokens"}
 
 
-def counts_of(usage: dict) -> dict[str, int]:
-    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
-    return {kind: count_in(usage, name) for kind, name in zip(TOKEN_KINDS, names)}
+def prompt_tokens(tokens: dict) -> int:
+    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
 
 
 class Counters:
-    """What has happened since the start, for the log, the status page and Prometheus."""
+    """What has happened since the start, for the log, the status page and Prometheus: no prompt, answer or secret."""
+    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -4598,32 +4574,40 @@ class Counters:
         self._lock = threading.Lock()
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
-        self._tokens: Dict[str, collections.Counter] = {}
-        self._costs: Dict[str, Tuple[float, float]] = {}
-        self._unpriced: set = set()                 # models, of which some answers have no price that we know
-        self._seconds = 0.0
+        self._error_texts: Dict[str, str] = {}      # code -> the latest message
+        self._last: Deque[dict] = collections.deque(maxlen=50)
+        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
+        self._models: Dict[str, collections.Counter] = {}
+        self.seconds = 0.0                          # spent on all requests
 
-    def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
+    def add_request(self, route: str, summary: dict) -> None:
+        """Counts a request, and keeps its summary unless it was one for monitoring."""
         with self._lock:
-            self._requests[route, status] += 1
-            self._seconds += seconds
-            if error_code:
-                self._errors[error_code] += 1
+            self._requests[route, summary["status"]] += 1
+            self.seconds += summary["total_ms"] / 1000
+            if summary["error_code"]:
+                self._errors[summary["error_code"]] += 1
+            if route not in MONITORING:
+                self._last.appendleft(summary)
+                self._add_totals(summary)
+
+    def _add_totals(self, summary: dict) -> None:
+        counts = {name: summary[name] or 0 for name in self.SUMS}
+        counts.update(requests=1, failed=int(summary["status"] >= 400))
+        for field, totals in self._totals.items():
+            name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+            totals.setdefault(name or "-", collections.Counter()).update(counts)
+        if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
+            self._error_texts[summary["error_code"]] = summary["error"]
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
-            name = model.id if model.id in self._tokens or len(self._tokens) < 200 else "other"
-            self._tokens.setdefault(name, collections.Counter()).update(counts)
-            if cost is None:
-                self._unpriced.add(name)
-            else:
-                spent, saved = self._costs.get(name, (0.0, 0.0))
-                self._costs[name] = (spent + cost[0], saved + cost[1])
-            read = sum(tokens["cache_read"] for tokens in self._tokens.values())
-            prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
-                          for tokens in self._tokens.values())
-            return percent(read, prompts)
+            name = model.id if model.id in self._models or len(self._models) < 200 else "other"
+            figures = self._models.setdefault(name, collections.Counter())
+            figures.update(counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1})
+            tokens = self._tokens()
+            return percent(tokens["cache_read"], prompt_tokens(tokens))
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
@@ -4632,34 +4616,27 @@ class Counters:
             with self._lock:
                 self.limit_headers = dict(self.limit_headers, **limits)
 
-    def requests(self) -> list[tuple[tuple[str, int], int]]:
+    def by_model(self) -> dict[str, collections.Counter]:
+        """Tokens by kind, US dollars spent and saved by caching, answers without a price."""
         with self._lock:
-            return sorted(self._requests.items())
+            return {model: collections.Counter(figures) for model, figures in self._models.items()}
 
-    def errors(self) -> dict[str, int]:
+    def shown(self) -> dict:
+        """The last requests, and totals by tool and by model."""
         with self._lock:
-            return dict(self._errors.most_common())
-
-    def seconds(self) -> float:
-        return round(self._seconds, 3)
-
-    def tokens_by_model(self) -> dict[str, dict[str, int]]:
-        with self._lock:
-            return {model: {kind: tokens[kind] for kind in TOKEN_KINDS} for model, tokens in self._tokens.items()}
-
-    def costs(self) -> dict[str, tuple[float, float]]:
-        """US dollars by model: what its answers cost, and what caching saved."""
-        with self._lock:
-            return dict(self._costs)
-
-    def unpriced(self) -> list[str]:
-        with self._lock:
-            return sorted(self._unpriced)
+            by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
+                                 for totals in self._totals.values())
+            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
+                    "error_texts": without(self._error_texts, "")}
 
     def totals(self) -> dict:
-        tokens = self.tokens_by_model().values()
-        return {"requests": sum(count for (route, _), count in self.requests() if route not in MONITORING),
-                "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
+        with self._lock:
+            return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
+                    "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
+                    "tokens": self._tokens()}
+
+    def _tokens(self) -> dict[str, int]:
+        return {kind: sum(figures[kind] for figures in self._models.values()) for kind in TOKEN_KINDS}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4669,10 +4646,7 @@ PER_MINUTE = {"requests", "input-tokens", "output-tokens", "tokens"}       # no 
 
 
 def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
-    """Plan windows and rate limits, as Claude last reported them: used share and time of reset.
-
-    Windows without a title here keep the name that Claude gives them.
-    """
+    """Plan windows and rate limits, as Claude last reported them; those without a title here keep Claude's name."""
     limits = []
     unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
     others = {match.group(1): match.group(1) for match in unified if match}
@@ -4702,38 +4676,7 @@ def number_or_none(text: str | None) -> float | None:
 def moment_of(text: str) -> int | None:
     """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
     number = number_or_none(text)
-    if number is not None:
-        return int(number)
-    return unix_time(text)
-
-
-class RecentRequests:
-    """The last requests, and totals by tool and by model: no prompt, no answer, no secret."""
-    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last: Deque[dict] = collections.deque(maxlen=50)
-        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
-        self._error_texts: Dict[str, str] = {}      # code -> the latest message
-
-    def add(self, summary: dict) -> None:
-        counts = {name: summary[name] or 0 for name in self.SUMS}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
-        with self._lock:
-            self._last.appendleft(summary)
-            for field, totals in self._totals.items():
-                name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-                totals.setdefault(name or "-", collections.Counter()).update(counts)
-            if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
-                self._error_texts[summary["error_code"]] = summary["error"]
-
-    def data(self) -> dict:
-        with self._lock:
-            by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
-                                 for totals in self._totals.values())
-            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": without(self._error_texts, "")}
+    return unix_time(text) if number is None else int(number)
 
 
 class Running:
@@ -4769,6 +4712,7 @@ class Running:
 
 class ApiKey:
     """An Anthropic API key."""
+    kind, described = "api_key", "API key from %s"
     refreshable = False
     preamble: Sequence[dict] = ()
     base_url = ""                                   # where it is to be used; "": at the configured address
@@ -4776,14 +4720,14 @@ class ApiKey:
 
     def __init__(self, key: str, source: str) -> None:
         self._key = key
-        self.description = "API key from %s" % source
+        self.description = self.described % source
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         return {"x-api-key": self._key}
 
     def facts(self) -> dict:
         """What `status` tells."""
-        return {"kind": "api_key", "description": self.description}
+        return {"kind": self.kind, "description": self.description}
 
     def secrets(self) -> list[str]:
         return [self._key]
@@ -4797,19 +4741,16 @@ class ApiKey:
 
 class BearerToken(ApiKey):
     """A token from the environment: `subscription` ones belong to a Claude account and need the system block."""
+    kind, described = "bearer_token", "token from %s"
 
     def __init__(self, token: str, source: str, subscription: bool) -> None:
         super().__init__(token, source)
-        self.description = "token from %s" % source
         self.preamble = (OAUTH_SYSTEM_BLOCK,) if subscription else ()
         self._beta = subscription or token.startswith("sk-ant-oat")
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         headers = {"authorization": "Bearer " + self._key}
         return dict(headers, **{"anthropic-beta": OAUTH_BETA}) if self._beta else headers
-
-    def facts(self) -> dict:
-        return {"kind": "bearer_token", "description": self.description}
 
 
 class FileDamaged(GatewayError):
@@ -4822,7 +4763,8 @@ PRIVATE = 0o077                                     # what the mode of a file wi
 class StoredFile:
     """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
 
-    Another program's file is `closed` to others by these bits, and if PRIVATE no symlink, or it is refused.
+    One that others may read is closed to them; another program's must be `closed` by these bits, and if PRIVATE be no
+    symlink, or it is refused.
     """
     kind = "file"
 
@@ -4866,14 +4808,16 @@ class StoredFile:
         mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
         if not stat.S_ISREG(mode):
             return "it is no plain file"
-        loose = mode & self._closed and os.name == "posix"
-        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if loose else ""
+        if os.name != "posix":
+            return ""
+        if mode & PRIVATE and not self._closed:     # ours
+            with contextlib.suppress(OSError):
+                os.chmod(self.path, 0o600)
+                LOG.warning("others could read %s: its mode is 0600 now", self.path)
+        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if mode & self._closed else ""
 
     def write(self, content: dict) -> None:
-        """Replaces the file: a temporary one is written, synced and renamed.  Raises OSError.
-
-        A damaged file is moved aside first, and a symlink is followed, so that neither is lost.
-        """
+        """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
         if not self.path:
             raise OSError("there is no home directory to store tokens in; use --token-file PATH")
         target = os.path.realpath(self.path)
@@ -4912,37 +4856,18 @@ class StoredFile:
                 return True
         return False
 
-    def loose_mode(self) -> bool:
-        """Whether others may read the file (it is closed to them then, where the system knows modes)."""
-        if os.name != "posix" or not self.path:
-            return False
-        with contextlib.suppress(OSError):
-            if stat.S_IMODE(os.stat(self.path).st_mode) & 0o077:
-                os.chmod(self.path, 0o600)
-                return True
-        return False
-
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time, on a side file that is never deleted, so that a kill leaves nothing behind.
-
-        On a file system without locks we go on without: the loser of a race then re-reads the file.
-        """
-        if not self.path:
+        """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):
+                if self.path:
+                    target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
+                    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+                    descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+                    held.callback(os.close, descriptor)         # gives the lock back
+                    lock_file(descriptor, self._limits.lock_patience)
             yield
-            return
-        try:
-            target = os.path.realpath(self.path)    # by whatever name a process knows the file: one lock
-            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-            descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError:
-            yield
-            return
-        try:
-            lock_file(descriptor, self._limits.lock_patience)
-            yield
-        finally:
-            os.close(descriptor)                    # gives the lock back
 
     def _keep_damaged(self, target: str) -> None:
         """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
@@ -5016,22 +4941,19 @@ class StoredLogin(ApiKey):
         good --(its last minutes)--> due: a thread renews it, everybody else goes on
              --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
-    One refresh at a time across threads and processes, since a refresh token works once: the lock is taken, the
-    file is read again, and only if nobody else renewed it meanwhile the sign-in endpoint is asked.  The new
-    tokens are stored before they are used; what cannot be stored is kept in memory and tried again.
+    One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
+    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used.
     """
     refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
-    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson, limits: Limits = Config.limits) -> None:
-        self._file, self._token_url, self._post_json, self._limits = file, token_url, post_json, limits
+    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson) -> None:
+        self._file, self._token_url, self._post_json = file, token_url, post_json
         self._lock = threading.Lock()
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
-        self._unsaved = False                       # the newest tokens could not be stored yet ...
-        self._told_unsaved = False                  # ... which has been told
-        self._outdated = ""                         # the access token that the file holds as long as that is so
+        self._outdated = ""                         # the access token in the file while newer ones cannot be stored
         self._spent: set = set()                    # refresh tokens that we used, or that were refused
         self._failures, self._retry_at = 0, 0.0
         self._unproven = ""                         # the access token of the last renewal, until Claude accepts it
@@ -5052,7 +4974,7 @@ class StoredLogin(ApiKey):
         """
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
         lives = self._lives(token, rejected)
-        current = lives and not self._unsaved and self._stamp == self._file.stamp()
+        current = lives and not self._outdated and self._stamp == self._file.stamp()
         if not current and self._lock.acquire(blocking=not lives):      # else another thread is at it
             try:
                 token = self._renewed_if_dead(rejected)
@@ -5063,7 +4985,7 @@ class StoredLogin(ApiKey):
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
         self._read_if_changed()
-        if self._unsaved or not self._lives(self._token, rejected):
+        if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
                 self._catch_up()
                 if not self._lives(self._token, rejected) and not (rejected and rejected == self._unproven):
@@ -5077,7 +4999,7 @@ class StoredLogin(ApiKey):
     def close(self) -> None:
         """Waits for a renewal under way; tokens that could not be stored are tried once more."""
         with self._lock, contextlib.suppress(GatewayError):
-            if self._unsaved:
+            if self._outdated:
                 with self._file.lock():
                     self._catch_up()
 
@@ -5131,8 +5053,8 @@ class StoredLogin(ApiKey):
         """Under both locks: what another process stored is read, what we could not store is tried again."""
         self._stamp = None
         self._read_if_changed()
-        if self._unsaved:
-            self._save()
+        if self._outdated:
+            self._save(logging.DEBUG)
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
@@ -5144,16 +5066,16 @@ class StoredLogin(ApiKey):
         except FileDamaged as fault:
             if not self._token:
                 raise CredentialNeeded("%s Please %s; the file will be kept aside." % (fault, self.remedy)) from fault
-            if not self._unsaved:
+            if not self._outdated:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
             self._stamp = stamp
             return
         self._stamp = stamp
         if token is None:                           # a logout, also of tokens that could not be stored
-            self._token, self._unsaved = {}, False
-        elif not (self._unsaved and (token["access_token"] == self._outdated
-                                     or text_in(token, "refresh_token") in self._spent)):
-            self._token, self._unsaved = token, False
+            self._token, self._outdated = {}, ""
+        elif not self._outdated or (token["access_token"] != self._outdated
+                                    and text_in(token, "refresh_token") not in self._spent):
+            self._token, self._outdated = token, ""
 
     def _renew(self, rejected: str | None) -> None:
         """Asks the sign-in endpoint for new tokens; called under both locks."""
@@ -5168,29 +5090,31 @@ class StoredLogin(ApiKey):
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
         body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}
+        reason = ""
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
         except UpstreamFault as fault:
-            self._put_off(self._cannot_renew(str(fault)), rejected)
-            return
+            status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
             self._take_over(token_from_answer(answer, self._token), refresh_token)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
             self._take_refusal(refresh_token, answer, rejected)
         else:
-            reason = refusal_words(answer, "no reason given" if status != 200 else "no access token that can be used")
-            self._put_off(self._cannot_renew("status %d, %s" % (status, reason)), rejected)
+            otherwise = "no reason given" if status != 200 else "no access token that can be used"
+            self._put_off(UpstreamFault(
+                "The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
+                "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
+                                               self._token_url)), rejected)
 
     def _take_over(self, token: dict, used: str | None) -> None:
         """New tokens, in exchange for a refresh token that may be used up now."""
-        if not self._unsaved:
-            self._outdated = self._token["access_token"]
+        level = logging.DEBUG if self._outdated else logging.WARNING        # once
+        self._outdated = self._outdated or self._token["access_token"]
         self._token, self._unproven = token, token["access_token"]
         self._failures, self.trouble = 0, None
         if token["refresh_token"] != used:
             self._spent.add(used)
-        self._unsaved = True
-        self._save()
+        self._save(level)
 
     def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
         """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
@@ -5211,22 +5135,15 @@ class StoredLogin(ApiKey):
             raise failure
         LOG.warning("%s", failure)
 
-    def _cannot_renew(self, reason: str) -> UpstreamFault:
-        return UpstreamFault("The token could not be renewed: %s (%s). If that address cannot be reached from here, "
-                             "set CLAUDE_GATEWAY_TOKEN_URL." % (reason.rstrip("."), self._token_url))
-
-    def _save(self) -> None:
-        """Stores the newest tokens; a failure is told once, and tried again with the next call."""
+    def _save(self, level: int) -> None:
+        """Stores the newest tokens; what fails is tried again with the next call."""
         try:
             self._file.write(self._token)
         except OSError as fault:
-            if not self._told_unsaved:
-                LOG.warning("the renewed tokens could not be stored in %s (%s): keeping them in memory",
-                            self._file.path, fault.strerror or fault)
-            self._told_unsaved = True
-            return
-        self._unsaved = self._told_unsaved = False
-        self._stamp = self._file.stamp()
+            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
+                    fault.strerror or fault)
+        else:
+            self._outdated, self._stamp = "", self._file.stamp()
 
 
 NEVER = 1e11                                        # Unix seconds of a time that is none
@@ -5320,16 +5237,12 @@ class Login:
 
 
 class ProfileLogin(StoredLogin):
-    """The login of a profile of Anthropic's own tools (`ant auth login`), billed to a Console workspace.
-
-    Without a client id in the profile, somebody else renews its tokens.
-    """
+    """The login of a profile of Anthropic's own tools, which renew its tokens where it has no client id."""
     preamble = ()
     remedy = "run `ant auth login`"
 
-    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson,
-                 limits: Limits) -> None:
-        super().__init__(file, token_url, post_json, limits)
+    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson) -> None:
+        super().__init__(file, token_url, post_json)
         self.client_id = text_in(settings, "authentication", "client_id") or ""
         self.base_url = (text_in(settings, "base_url") or "").rstrip("/")
         self._workspace, self._name = text_in(settings, "workspace_id") or "", name
@@ -5378,7 +5291,7 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     if tokens_file.read() is None:
         raise CredentialNeeded("Profile %s is not signed in: run `ant auth login`." % name)
     settings = dict({"workspace_id": config.workspace_id}, **settings)
-    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json, config.limits)
+    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json)
 
 
 def key_file(config: Config) -> TokenFile:
@@ -5406,10 +5319,8 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
         return ApiKey(stored_key["api_key"], key_file(config).path)
     if config.auth != "api-key":
         file = TokenFile(config.token_file, config.limits)
-        if file.loose_mode():
-            LOG.warning("others could read %s: its mode is 0600 now", file.path)
         if file.read() is not None:
-            return StoredLogin(file, config.token_url, post_json, config.limits)
+            return StoredLogin(file, config.token_url, post_json)
         return profile_from_config(config, post_json)
     return None
 
@@ -5473,7 +5384,6 @@ class Usage:
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._stored: UsageRows = {}                # the file, as it was at this stamp
         self._stamp: Any = None
-        self._unwritten: UsageRows = {}             # a write of these is under way, or has failed
         self._new: UsageRows = {}
         self._timer: Optional[threading.Timer] = None
         self._next_write = 0.0
@@ -5496,17 +5406,19 @@ class Usage:
         with self._writing:
             with self._lock:
                 self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-                self._unwritten, self._new = sum_of(self._unwritten, self._new), {}
+                new, self._new = self._new, {}
             oldest, was = day_of(time.time() - USAGE_DAYS * 86_400), self.fault
             try:
                 with self._file.lock():
-                    total = sum_of(self._read(), self._unwritten)
+                    total = sum_of(self._read(), new)
                     self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
                                                in sorted(total.items()) if place[0] > oldest]})
             except (OSError, GatewayError) as fault:
                 self.fault = str(fault)
+                with self._lock:
+                    self._new = sum_of(new, self._new)
             else:
-                self._stored, self._unwritten, self._stamp, self.fault = total, {}, self._file.stamp(), ""
+                self._stored, self._stamp, self.fault = total, self._file.stamp(), ""
             if self.fault != was:
                 LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
 
@@ -5521,7 +5433,7 @@ class Usage:
             stamp = self._file.stamp()
             if stamp != self._stamp:
                 self._stored, self._stamp = self._read(), stamp
-            return sum_of(self._stored, self._unwritten, self._new)
+            return sum_of(self._stored, self._new)
 
     @contextlib.contextmanager
     def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
@@ -5657,10 +5569,7 @@ def silence(wait: Wait, what: str = "sent") -> UpstreamTimeout:
 
 
 class Client:
-    """The client of one request while the upstream is waited for: is it gone, and has it heard anything lately?
-
-    Without a connection (as a library) nobody can leave.
-    """
+    """The client of one request while the upstream is waited for; without a connection (as a library) none leaves."""
 
     def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
         self.peer, self._limits = peer, limits
@@ -5715,8 +5624,7 @@ class Client:
     def check(self) -> None:
         """A client whose read side has ended is gone; one that sends early (pipelining) is not.
 
-        Early bytes are put aside, or nothing behind them could be seen; what would be too much is left where it is,
-        and the client is not watched any more.
+        Early bytes are put aside; where they would be too many they stay, and the client is not watched any more.
         """
         assert self.peer
         keep = len(self.peer.unread) < READ_SIZE
@@ -5751,8 +5659,7 @@ class Client:
 class HeadReader:
     """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.
 
-    `check_first` gets the first line as soon as there is one, for what need not be waited for; `too_large` makes the
-    error of a head beyond the bounds.
+    `check_first` gets the first line as soon as there is one; `too_large` makes the error of a head beyond the bounds.
     """
     END = re.compile(rb"\n\r?\n")
 
@@ -6045,10 +5952,7 @@ class UpstreamConnection(Peer):
             raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
 
     def ask(self, method: str, target: str, headers: dict[str, str], body: bytes, call: UpstreamCall) -> None:
-        """Sends a request, for as long as the client waits for the answer and the upstream goes on reading.
-
-        An upstream that does not read would otherwise hold on to a request that nobody wants any more.
-        """
+        """Sends a request, for as long as the client waits for the answer and the upstream goes on reading."""
         if UNSENDABLE.search("".join(headers.values())):
             raise UpstreamFault("HTTP cannot carry the value of this header to the upstream: %s." % ", ".join(
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
@@ -6080,11 +5984,10 @@ class UpstreamConnection(Peer):
             begun = begun or bool(received)
             if not b"HTTP/".startswith(received[:5]):
                 status_line(received.decode("latin-1"))
-            data, wait = None, None
+            data, wait = None, call.wait_for(self.sock)
             try:
                 data = self.read()
                 while data is None:
-                    wait = wait or call.wait_for(self.sock)
                     call.client.wait(wait)
                     data = self.read()
             except OSError:
@@ -6105,15 +6008,14 @@ class ConnectionPool:
     """Idle upstream connections by destination.  A connection that the other side has closed is never handed out."""
 
     def __init__(self) -> None:
-        self._idle: Dict[Any, List[UpstreamConnection]] = {}
+        self._idle: Dict[Any, List[UpstreamConnection]] = collections.defaultdict(list)
         self._size = POOL_SIZE                      # for each destination
         self._lock = threading.Lock()
 
     def take(self, key: Any) -> UpstreamConnection | None:
         while True:
             with self._lock:
-                connections = self._idle.get(key)
-                connection = connections.pop() if connections else None
+                connection = self._idle[key].pop() if self._idle[key] else None
             if connection is None:
                 return None
             # an idle connection with something to read has been closed, or speaks out of turn
@@ -6124,9 +6026,8 @@ class ConnectionPool:
     def give(self, key: Any, connection: UpstreamConnection) -> None:
         connection.last_used = time.monotonic()
         with self._lock:
-            connections = self._idle.setdefault(key, [])
-            connections.append(connection)
-            surplus = connections.pop(0) if len(connections) > self._size else None
+            self._idle[key].append(connection)
+            surplus = self._idle[key].pop(0) if len(self._idle[key]) > self._size else None
         if surplus:
             surplus.close()
 
@@ -6144,11 +6045,8 @@ class ConnectionPool:
 
 
 class PooledHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's HTTP and HTTPS in one, with kept-alive connections and without redirects.
-
-    urllib itself would close the connection after each call (a TLS handshake costs 0.1 s), and would carry the
-    credential along to wherever a redirect points.
-    """
+    """urllib's HTTP and HTTPS in one: connections are kept, as a TLS handshake costs 0.1 s, and redirects are not
+    followed, as they would carry the credential along."""
 
     def __init__(self, tls: Callable[[], ssl.SSLContext]) -> None:
         super().__init__()
@@ -6189,10 +6087,7 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
 
 
 class UpstreamReply:
-    """An answer of the upstream: status, headers (lower case), and the body in the pieces it comes in.
-
-    `give_back` keeps its connection for another request; None where there can be no other.
-    """
+    """An answer of the upstream; `give_back` keeps its connection for another request, None where none can follow."""
 
     def __init__(self, connection: UpstreamConnection, head: UpstreamHead, call: UpstreamCall,
                  give_back: Callable[[], None] | None) -> None:
@@ -6248,10 +6143,7 @@ class UpstreamReply:
         return bytes(body)
 
     def close(self, answered: bool = False) -> None:
-        """Gives the connection back if the body was read to its end; otherwise closes it, which stops Claude.
-
-        `answered`: all that matters has been read, so the end is worth waiting for a moment.
-        """
+        """Gives the connection back after the end of the body, which `answered` waits for; else closes it."""
         if self._closed:                            # given back twice, it would serve two requests at once
             return
         self._closed = True
@@ -6298,10 +6190,7 @@ class Upstream:
 
     def messages(self, body: bytes, call: UpstreamCall, beta: Sequence[str] = (), path: str = "/v1/messages",
                  native: dict[str, str] | None = None) -> UpstreamReply:
-        """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
-
-        A failure that may pass is retried once, as nothing has been sent to the client yet.
-        """
+        """POST /v1/messages, once more after a failure that may pass.  Raises GatewayError unless the status is 200."""
         headers = dict({"anthropic-version": ANTHROPIC_VERSION, "content-type": "application/json"}, **(native or {}))
         while True:
             try:
@@ -6317,12 +6206,10 @@ class Upstream:
 
     def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
-        reply = self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, UpstreamCall(patience=timeout),
-                          key=key)
-        try:
+        call = UpstreamCall(patience=timeout)
+        with contextlib.closing(self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, call,
+                                          key=key)) as reply:
             return json_object_from(reply.read())
-        finally:
-            reply.close()
 
     def models(self, key: str | None = None) -> list[dict] | None:
         """Claude's model list, all of its pages; None where there is no credential to ask with."""
@@ -6910,7 +6797,7 @@ class Record:
         return int((time.monotonic() - self.started) * 1000)
 
     def add_usage(self, usage: dict) -> None:
-        """Counts one answer of Claude; a legacy completion of several prompts has several."""
+        """Counts one answer of Claude; a response whose history is compacted first has two."""
         counts = usage_from_message(usage)
         self.input_tokens = (self.input_tokens or 0) + counts["prompt_tokens"]
         self.cached_tokens += counts["prompt_tokens_details"]["cached_tokens"]
@@ -6964,7 +6851,6 @@ class Gateway:
         self.responses = StoredResponses()
         self.counters = Counters()
         self.usage = Usage(config.usage_file, config.limits, config.budget)
-        self.recent = RecentRequests()
         self.tls_reported = threading.Event()
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
@@ -7017,6 +6903,7 @@ class Exchange:
         self._counted = False                       # the tokens of this answer
         self.assembler = MessageAssembler()
         self.translation: Translation
+        self.events: PlannedEvents                  # of the accepted request
         incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
@@ -7039,6 +6926,7 @@ class Exchange:
                 continue
             if self._lesson:
                 self._gateway.lessons.learn(self._known, self._lesson)
+            self.events = PlannedEvents(self.translation.plan, self.assembler)
             changes = self.translation.changes
             self._incoming.record.changes = str(changes)
             if changes.ignored:
@@ -7284,7 +7172,7 @@ def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
 def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     record.add_usage(usage)
-    counts, cost = counts_of(usage), cost_of(model, usage)
+    counts, cost = {kind: count_in(usage, name) for kind, name in TOKEN_KINDS.items()}, cost_of(model, usage)
     if cost:
         record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
     record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
@@ -7363,16 +7251,16 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
     include_usage = wants_usage(incoming.body)
-    exchange = exchange_for(gateway, *with_history(gateway, incoming, is_responses_body(incoming.body))[:2])
+    history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
+    exchange = exchange_for(gateway, *history[:2])
     exchange.open()
     plan = exchange.translation.plan
-    events = PlannedEvents(plan, exchange.assembler)
     envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
     if incoming.record.stream:
-        stream = ChatStream(envelope, plan, events.assembler, include_usage)
-        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, events, stream), json_of=stream.json_of,
+        stream = ChatStream(envelope, plan, exchange.events.assembler, include_usage)
+        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
                      closing=b"data: [DONE]\n\n")
-    message = whole_message(exchange, events)
+    message = whole_message(exchange)
     return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
 
 
@@ -7399,18 +7287,18 @@ def wants_usage(body: dict) -> bool:
     return optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
 
 
-def stream_steps(exchange: Exchange, events: PlannedEvents, stream: ChatStream) -> Iterator[Any]:
+def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
     """The steps of a stream, its last events included."""
-    yield from exchange.batches(events.then(stream.feed))
-    yield events.finish(stream.feed) + stream.finish()
+    yield from exchange.batches(exchange.events.then(stream.feed))
+    yield exchange.events.finish(stream.feed) + stream.finish()
 
 
-def whole_message(exchange: Exchange, events: PlannedEvents) -> dict:
+def whole_message(exchange: Exchange) -> dict:
     """The whole answer, read to its end."""
-    for _ in exchange.call.client.waited(exchange.batches(events.then(lambda event: []))):
+    for _ in exchange.call.client.waited(exchange.batches(exchange.events.then(lambda event: []))):
         pass
-    events.finish(lambda event: [])
-    return events.assembler.whole()
+    exchange.events.finish(lambda event: [])
+    return exchange.events.assembler.whole()
 
 
 class History(NamedTuple):
@@ -7422,10 +7310,10 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
-def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> History:
+def with_history(gateway: Gateway, incoming: Incoming) -> History:
     """The items that a Responses request names by `previous_response_id` and by references, in place of the names."""
     body, owner = incoming.body, incoming.owner
-    if not is_responses:
+    if "messages" in body:
         return History(incoming)
     given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
@@ -7444,7 +7332,7 @@ def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> Hi
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses: a response, or its stream of events."""
-    history = with_history(gateway, incoming, "messages" not in incoming.body)
+    history = with_history(gateway, incoming)
     incoming, body = history.incoming, history.incoming.body
     compact, name = history.compact, secrets.token_hex(16)
     first = [] if compact else compacted_first(gateway, history, "cmp_%s_0" % name)
@@ -7452,11 +7340,9 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     exchange = exchange_for(gateway, asked, history.earlier, compact)
     exchange.open()
     envelope = response_envelope("resp_" + name, int(time.time()), body)
-    plan = exchange.translation.plan
-    events = PlannedEvents(plan, exchange.assembler)
-    stream = (CompactionStream if compact else ResponseStream)(envelope, plan, events.assembler,
-                                                               listed(body.get("include")), first)
-    steps = response_steps(gateway, history, exchange, events, stream)
+    stream = (CompactionStream if compact else ResponseStream)(
+        envelope, exchange.translation.plan, exchange.events.assembler, listed(body.get("include")), first)
+    steps = response_steps(gateway, history, exchange, stream)
     if incoming.record.stream:
         return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
     for _ in incoming.call.client.waited(steps):
@@ -7464,17 +7350,15 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     return Reply(stream.response, exchange.headers())
 
 
-def response_steps(gateway: Gateway, history: History, exchange: Exchange, events: PlannedEvents,
-                   stream: ResponseStream) -> Iterator[Any]:
+def response_steps(gateway: Gateway, history: History, exchange: Exchange, stream: ResponseStream) -> Iterator[Any]:
     """The steps of a response, which is stored before its end is sent: a client may continue it at once."""
     body = history.incoming.body
-    yield from exchange.batches(events.then(stream.feed))
-    last_events = events.finish(stream.feed) + stream.finish(int(time.time()))
+    yield from exchange.batches(exchange.events.then(stream.feed))
+    last_events = exchange.events.finish(stream.feed) + stream.finish(int(time.time()))
     if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
         yield NEEDS_THREAD                          # a long history takes a while to write down
         entries = since_compaction([("", item) for item in [*history.earlier, *history.given]])
-        gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries],
-                              stream.stored_output())
+        gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries], stream.to_store)
     yield last_events
 
 
@@ -7511,13 +7395,12 @@ def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (
     """Claude's summary of a history, as a message, and the headers that go with it."""
     exchange = exchange_for(gateway, incoming, earlier, compact=True)
     exchange.open()
-    message = whole_message(exchange, PlannedEvents(exchange.translation.plan, exchange.assembler))
-    return message, exchange.headers()
+    return whole_message(exchange), exchange.headers()
 
 
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
-    history = with_history(gateway, incoming, True)
+    history = with_history(gateway, incoming)
     message, headers = summarized(gateway, history.incoming, history.earlier)
     name = secrets.token_hex(16)
     output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
@@ -7573,7 +7456,7 @@ def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/input_tokens, by Claude's own count."""
-    history = with_history(gateway, incoming, "messages" not in incoming.body)
+    history = with_history(gateway, incoming)
     return Reply({"object": "response.input_tokens", "input_tokens": counted_tokens(gateway, history)})
 
 
@@ -7619,9 +7502,8 @@ def health(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 # ---- Legacy completions ------------------------------------------------------------------------------
-# OpenAI's older API, of texts that are continued: each prompt becomes a chat turn that asks for it.
+# OpenAI's older API, of a text that is continued: it becomes a chat turn that asks for it.
 
-MOST_PROMPTS = 128                                  # of one request: OpenAI accepts 2,048, but each is a call here
 COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
                      "only: no comment, no repetition of the text, no code fence.")
 INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
@@ -7629,94 +7511,53 @@ INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with w
 
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/completions: one or several texts continued, or their stream."""
-    body = incoming.body
-    prompts, include_usage = prompts_of(body), wants_usage(body)
-    envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time()),
-                **({"usage": None} if include_usage else {})}
-    exchanges = [exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
-                 for prompt in prompts]
-    text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
-    exchanges[0].open()
-    headers = exchanges[0].headers()
-    if incoming.record.stream:
-        return Reply(headers=headers, steps=text.steps(include_usage), closing=b"data: [DONE]\n\n")
-    return Reply(text.whole(), headers)
+    """POST /v1/completions: a text continued, or the stream of that."""
+    prompt = prompt_of(incoming.body)
+    echo = prompt if incoming.body.get("echo") else ""
+    reply = chat_completions(gateway, replace(incoming, body=chat_from_completion(incoming.body, prompt)))
+    if reply.steps is None:
+        return replace(reply, body=text_completion(reply.body, echo))
+    return replace(reply, json_of=client_json, steps=(
+        text_chunks(step, echo) if isinstance(step, list) else step for step in reply.steps))
 
 
-def prompts_of(body: dict) -> list[str]:
-    """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
+def prompt_of(body: dict) -> str:
+    """`prompt`, a string or a list of one; token ids mean nothing to Claude."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
-    prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
-    if len(prompts) > MOST_PROMPTS:
-        raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
-                             "prompt", "invalid_value")
+    prompts = [text_of(each, "prompt[%d]" % at) for at, each in enumerate(
+        [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt"))]
+    if len(prompts) > 1:
+        raise InvalidRequest("prompt: one text in one request, as each is a call to Claude.", "prompt", "invalid_value")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
                                  "unsupported_value")
-    return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
+    return prompts[0]
 
 
 def chat_from_completion(body: dict, prompt: str) -> dict:
     """The chat completion request that asks for the continuation of one prompt."""
     suffix = optional(text_of, body.get("suffix"), "suffix", "")
-    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs", "stream_options")
+    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs")
     chat["messages"] = [{"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM},
                         {"role": "user", "content": prompt + "<gap/>" + suffix if suffix else prompt}]
     return chat
 
 
-class TextCompletion:
-    """The answers to one or several prompts, as one legacy completion or its stream."""
+def text_chunks(chunks: list[dict], echo: str) -> list[dict]:
+    """The chunks of a chat completion as those of a legacy one, without those that have nothing for it."""
+    return [text_completion(chunk, echo) for chunk in chunks if all(
+        choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])]
 
-    def __init__(self, envelope: dict, exchanges: Sequence[Exchange], echoes: Sequence[str]) -> None:
-        self._envelope, self._exchanges, self._echoes = envelope, exchanges, echoes
-        self._usage: Dict[str, Any] = {}
 
-    def steps(self, include_usage: bool) -> Iterator[Any]:
-        """The chunks of all answers, one prompt after the other."""
-        for at, exchange in enumerate(self._exchanges):
-            if at:
-                yield NEEDS_THREAD
-                self._exchanges[at - 1].close()
-                exchange.open()
-            events = PlannedEvents(exchange.translation.plan, exchange.assembler)
-            stream = ChatStream(self._envelope, exchange.translation.plan, events.assembler, False)
-            if self._echoes[at]:
-                yield [self._chunk(exchange, self._choice(at, self._echoes[at], None))]
-            for step in stream_steps(exchange, events, stream):
-                yield self._text_chunks(at, exchange, step) if isinstance(step, list) else step
-            self._usage = added_usage(self._usage, exchange.assembler.usage)
-        if include_usage:
-            yield [dict(self._envelope, model=self._model(), choices=[], usage=usage_from_message(self._usage))]
-
-    def _text_chunks(self, at: int, exchange: Exchange, chunks: list[dict]) -> list[dict]:
-        choices = [choice for chunk in chunks for choice in chunk["choices"]]
-        return [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "", choice["finish_reason"]))
-                for choice in choices if choice["delta"].get("content") or choice["finish_reason"]]
-
-    def whole(self) -> dict:
-        """The completion that the chunks add up to."""
-        choices = [self._choice(at, "", None) for at in range(len(self._exchanges))]
-        for batch in self._exchanges[0].call.client.waited(self.steps(False)):
-            for choice in (choice for chunk in batch for choice in chunk["choices"]):
-                choices[choice["index"]]["text"] += choice["text"]
-                choices[choice["index"]]["finish_reason"] = choice["finish_reason"]
-        return dict(self._envelope, model=self._model(), choices=choices, usage=usage_from_message(self._usage))
-
-    def _model(self) -> str:
-        return self._exchanges[-1].assembler.message["model"]
-
-    def _chunk(self, exchange: Exchange, choice: dict) -> dict:
-        model = exchange.assembler.message.get("model", exchange.translation.request["model"])
-        return dict(self._envelope, model=model, choices=[choice])
-
-    @staticmethod
-    def _choice(index: int, text: str, reason: str | None) -> dict:
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+def text_completion(chat: dict, echo: str) -> dict:
+    """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
+    texts = [choice.get("message") or choice["delta"] for choice in chat["choices"]]
+    choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": 0, "logprobs": None,
+                "finish_reason": choice["finish_reason"]} for text, choice in zip(texts, chat["choices"])]
+    return dict(chat, id=chat["id"][len("chat"):], object="text_completion", choices=choices)
 
 
 # ---- Native pass-through -----------------------------------------------------------------------------
@@ -7802,8 +7643,7 @@ class PassingUsage:
     def __init__(self, is_stream: bool) -> None:
         self._decoder = EventDecoder() if is_stream else None
         self._usage: dict = {}
-        self._body: List[bytes] = []
-        self._size = 0
+        self._body = bytearray()
 
     def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The same steps, whose bytes are read in passing."""
@@ -7814,9 +7654,7 @@ class PassingUsage:
 
     def _read(self, piece: bytes) -> None:
         if self._decoder is None:
-            self._size += len(piece)
-            if self._size <= MAX_UPSTREAM_BODY:
-                self._body.append(piece)
+            self._body += piece[:MAX_UPSTREAM_BODY - len(self._body)]
             return
         with contextlib.suppress(UpstreamFault):
             for event in self._decoder.feed(piece):
@@ -7828,7 +7666,7 @@ class PassingUsage:
         """What was counted so far, {} for an answer without any."""
         if self._body:
             with contextlib.suppress(ValueError):
-                usage = value_in(json_within_bounds(b"".join(self._body).decode("utf-8"), LENIENT_JSON), "usage")
+                usage = value_in(json_within_bounds(self._body.decode("utf-8"), LENIENT_JSON), "usage")
                 return usage if isinstance(usage, dict) else {}
         return self._usage
 
@@ -8088,7 +7926,7 @@ def with_values(text: str, values: dict[str, str]) -> str:
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, costs = counters.totals(), counters.costs()
+    totals, models = counters.totals(), counters.by_model()
     tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
@@ -8099,13 +7937,13 @@ def status_data(gateway: Gateway) -> dict:
         "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
-        "errors": counters.errors(), "tokens": totals["tokens"],
+        "errors": totals["errors"], "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
-                  "saved_usd": round(sum(saved for _, saved in costs.values()), 4)},
-        "cost": {"usd": round(sum(cost for cost, _ in costs.values()), 4),
-                 "without_price": counters.unpriced()},
+                  "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
+        "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
+                 "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **gateway.recent.data(),
+        **counters.shown(),
     }
 
 
@@ -8122,10 +7960,6 @@ def last_days(usage: Usage) -> list[dict]:
 def running_besides(gateway: Gateway) -> int:
     """The requests that run now, besides the one that asks."""
     return max(0, gateway.running.count - 1)
-
-
-def prompt_tokens(tokens: dict) -> int:
-    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -8148,6 +7982,7 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
     counters = gateway.counters
+    totals, models = counters.totals(), counters.by_model()
     lines: list[str] = []
 
     def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
@@ -8162,19 +7997,20 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     family("credential_ok", "gauge", "0 from a refusal of the credential or a failed renewal to the next success.",
            [({}, int(gateway.upstream.trouble is None))])
     family("requests_total", "counter", "Requests answered, by route and status.",
-           [({"route": route, "status": code}, count) for (route, code), count in counters.requests()])
+           [({"route": route, "status": code}, count) for (route, code), count in totals["routes"]])
     family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
-    family("request_duration_seconds_total", "counter", "Time spent on all requests.", [({}, counters.seconds())])
+    family("request_duration_seconds_total", "counter", "Time spent on all requests.",
+           [({}, round(counters.seconds, 3))])
     family("errors_total", "counter", "Requests that failed, by code.",
-           [({"code": code}, count) for code, count in counters.errors().items()])
+           [({"code": code}, count) for code, count in totals["errors"].items()])
     family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
-           [({"model": model, "kind": kind}, count) for model, tokens in counters.tokens_by_model().items()
-            for kind, count in tokens.items()])
-    costs = counters.costs()
+           [({"model": model, "kind": kind}, figures[kind]) for model, figures in models.items()
+            for kind in TOKEN_KINDS])
+    models = {model: figures for model, figures in models.items() if "usd" in figures}
     family("cost_usd_total", "counter", "US dollars by list prices, by model.",
-           [({"model": model}, round(cost, 6)) for model, (cost, _) in costs.items()])
+           [({"model": model}, round(figures["usd"], 6)) for model, figures in models.items()])
     family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
-           [({"model": model}, round(saved, 6)) for model, (_, saved) in costs.items()])
+           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in models.items()])
     limits = limits_from_headers(counters.limit_headers, time.time())
     family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last reported.",
            [({"window": limit["window"]}, limit["used"]) for limit in limits])
@@ -8701,14 +8537,12 @@ class RequestCycle:
     def _log(self) -> None:
         self._record.total_ms = self._record.elapsed_ms()
         if self._record.method:
-            self._gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
-                                               self._record.error_code)
             log_request_record(self._record, self._config)
             if self._record.used:
                 self._gateway.usage.add(self._record.tool, self._record.used, self._record.owner, {
                     "requests": 1, "errors": int(self._record.status >= 400)})
-            if self._record.route not in MONITORING:
-                self._gateway.recent.add(self._record.summary(short_line(self._record), self._gateway.secrets()))
+            summary = self._record.summary(short_line(self._record), self._gateway.secrets())
+            self._gateway.counters.add_request(self._record.route, summary)
 
     # -- answering
 

@@ -5399,8 +5399,8 @@ class ResponsesReplyTests(ResponsesTestCase):
 
     def test_half_a_character_in_packed_thinking_is_replaced(self):
         packed = base64.urlsafe_b64encode(b'{"thinking": "\\ud800", "signature": "c2ln"}').decode()
-        self.assertEqual(claude_gateway.thinking_from_encrypted(claude_gateway.OUR_ENCODING + packed),
-                         [{"type": "thinking", "thinking": "\ufffd", "signature": "c2ln"}])
+        self.assertEqual(claude_gateway.value_from_encrypted(claude_gateway.OUR_ENCODING + packed),
+                         {"thinking": "\ufffd", "signature": "c2ln"})
 
 
 class ResponsesStateTests(ResponsesTestCase):
@@ -6459,8 +6459,7 @@ class LoginStoreTestCase(GatewayTestCase):
         """The login in the file, as the gateway uses it."""
         upstream = claude_gateway.Upstream(Config(base_url=self.claude.url), "test")
         self.addCleanup(upstream.close)
-        return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json,
-                                          self.limits)
+        return claude_gateway.StoredLogin(self.file, token_url or self.token_url, upstream.post_json)
 
     @staticmethod
     def accept(login, token: str) -> str:
@@ -10482,7 +10481,7 @@ class FallbackTests(ResponsesTestCase):
                     self.assertIn("answered by claude-opus-4-8", "".join(logged.output))
                     if not stream:
                         self.assertEqual(chat.headers["x-claude-gateway-changes"], "changed=model")
-        self.assertEqual(set(self.service.gateway.counters.tokens_by_model()), {"claude-opus-4-8"})
+        self.assertEqual(set(self.service.gateway.counters.by_model()), {"claude-opus-4-8"})
 
     def test_a_model_without_support_answers_as_without_and_that_is_learnt(self):
         for words in ("fallbacks: Extra inputs are not permitted", "This model does not support fallbacks."):
@@ -11199,36 +11198,22 @@ class LegacyCompletionTests(GatewayTestCase):
         self.assertEqual(answer.chunks[-1]["usage"]["total_tokens"], 19)
         self.assertEqual(answer.events[-1], "[DONE]")
 
-    def test_several_prompts_give_as_many_choices(self):
-        for stream in (False, True):
-            with self.subTest(stream=stream):
-                self.claude.play(message(text("A")), message(text("B")))
-                answer = self.complete(prompt=["one", "two"], stream=stream)
-                texts = {0: "", 1: ""}
-                for choice in (choice for chunk in (answer.chunks if stream else [answer.json])
-                               for choice in chunk["choices"]):
-                    texts[choice["index"]] += choice["text"]
-                self.assertEqual(texts, {0: "A", 1: "B"})
-
     def test_echo_and_suffix(self):
-        self.claude.play(message(text(" a time")), message(text("x = 1")))
+        self.claude.play(message(text(" a time")), message(text(" a time")), message(text("x = 1")))
         self.assertEqual(self.complete(echo=True).json["choices"][0]["text"], "Once upon a time")
+        chunks = self.complete(prompt=["Once upon"], echo=True, stream=True).chunks
+        self.assertEqual("".join(chunk["choices"][0]["text"] for chunk in chunks), "Once upon a time")
         self.complete(prompt="def f():\n    ", suffix="\n    return x")
         self.assertIn("<gap/>", self.claude.messages[-1].body["messages"][0]["content"][0]["text"])
 
     def test_what_cannot_be_is_a_400_that_names_it(self):
         for fields, param in (({"prompt": None}, "prompt"), ({"prompt": [1, 2]}, "prompt[0]"),
-                              ({"prompt": 5}, "prompt"), ({"prompt": ["x"] * 129}, "prompt"),
+                              ({"prompt": 5}, "prompt"), ({"prompt": ["x", "y"]}, "prompt"),
                               ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"logprobs": 3}, "logprobs"),
                               ({"suffix": 3}, "suffix")):
             with self.subTest(fields=fields):
                 answer = self.complete(**fields)
                 self.assertEqual((answer.status, answer.error["param"]), (400, param))
-
-    def test_the_number_of_prompts_has_a_limit_which_is_told(self):
-        self.assertIn("128", self.complete(prompt=["x"] * 129).error["message"])
-        self.assertEqual(self.claude.messages, [])
-        self.assertEqual(len(self.complete(prompt=["x"] * 128).json["choices"]), 128)
 
     def test_an_upstream_refusal_is_an_http_status_also_for_streams(self):
         self.claude.play(FakeReply(429, body=error_body("rate_limit_error", "no"), headers={"retry-after": "30"}))
@@ -11607,11 +11592,11 @@ class StatusTests(GatewayTestCase):
         self.assertEqual(data["by_model"], {})
 
     def test_totals_of_any_number_of_tools_and_errors_stay_bounded(self):
-        recent = claude_gateway.RecentRequests()
+        counters = claude_gateway.Counters()
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
-            recent.add(record.summary("line", []))
-        data = recent.data()
+            counters.add_request("other", record.summary("line", []))
+        data = counters.shown()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
 
@@ -12844,15 +12829,18 @@ class DemoTests(CommandTestCase):
 # ---- Log --------------------------------------------------------------------------------------------
 
 class LogTests(GatewayTestCase):
-    def test_the_log_adds_up_the_prompts_of_one_completion(self):
+    def test_the_log_adds_up_a_compaction_and_the_answer_behind_it(self):
         usage = {"input_tokens": 5, "cache_read_input_tokens": 20, "output_tokens": 3}
-        self.claude.play(*[message(text("x"), usage=usage) for _ in range(3)])
+        self.claude.play(*[message(text("x"), usage=usage) for _ in range(2)])
+        self.claude.input_tokens = 1_500
+        history = [{"role": role, "content": "x " * 1_000} for role in ("user", "assistant", "user")]
         with self.assertLogs(claude_gateway.LOG, "INFO") as caught:
-            self.ask("POST", "/v1/completions", {"model": "opus", "prompt": ["a", "b", "c"]})
+            self.ask("POST", "/v1/responses", {"model": "opus", "input": history, "context_management": [
+                {"type": "compaction", "compact_threshold": 1_000}]})
             self.service.gateway.running.wait_until_idle(5)
         fields = next(record.fields for record in caught.records
-                      if getattr(record, "fields", {}).get("path") == "/v1/completions")
-        self.assertEqual([fields[name] for name in ("input_tokens", "cached_tokens", "output_tokens")], [75, 60, 9])
+                      if getattr(record, "fields", {}).get("path") == "/v1/responses")
+        self.assertEqual([fields[name] for name in ("input_tokens", "cached_tokens", "output_tokens")], [50, 40, 6])
 
     def formatted(self, work) -> str:
         """The log in text that some work leaves behind."""
