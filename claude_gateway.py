@@ -7511,30 +7511,38 @@ INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with w
 
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/completions: a text continued, or the stream of that."""
-    prompt = prompt_of(incoming.body)
-    echo = prompt if incoming.body.get("echo") else ""
-    reply = chat_completions(gateway, replace(incoming, body=chat_from_completion(incoming.body, prompt)))
-    if reply.steps is None:
-        return replace(reply, body=text_completion(reply.body, echo))
-    return replace(reply, json_of=client_json, steps=(
-        text_chunks(step, echo) if isinstance(step, list) else step for step in reply.steps))
+    """POST /v1/completions: one or several texts continued, or the stream of that."""
+    prompts = prompts_of(incoming.body)
+    echoes = prompts if incoming.body.get("echo") else [""] * len(prompts)
+    replies = (chat_completions(gateway, replace(incoming, body=chat_from_completion(incoming.body, prompt)))
+               for prompt in prompts)
+    first = next(replies)
+    if first.steps is not None:
+        return replace(first, json_of=client_json, steps=text_steps(itertools.chain([first], replies), echoes))
+    whole = text_completion(first.body, echoes[0], 0)
+    for at, reply in enumerate(replies, 1):
+        whole["choices"] += text_completion(reply.body, echoes[at], at)["choices"]
+        whole["usage"] = added_usage(whole["usage"], reply.body["usage"])
+    return replace(first, body=whole)
 
 
-def prompt_of(body: dict) -> str:
-    """`prompt`, a string or a list of one; token ids mean nothing to Claude."""
+MOST_PROMPTS = 128                                  # of one request: OpenAI accepts 2,048, but each is a call here
+
+
+def prompts_of(body: dict) -> list[str]:
+    """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
-    prompts = [text_of(each, "prompt[%d]" % at) for at, each in enumerate(
-        [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt"))]
-    if len(prompts) > 1:
-        raise InvalidRequest("prompt: one text in one request, as each is a call to Claude.", "prompt", "invalid_value")
+    prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
+    if len(prompts) > MOST_PROMPTS:
+        raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
+                             "prompt", "invalid_value")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
                                  "unsupported_value")
-    return prompts[0]
+    return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
 
 
 def chat_from_completion(body: dict, prompt: str) -> dict:
@@ -7546,18 +7554,35 @@ def chat_from_completion(body: dict, prompt: str) -> dict:
     return chat
 
 
-def text_chunks(chunks: list[dict], echo: str) -> list[dict]:
-    """The chunks of a chat completion as those of a legacy one, without those that have nothing for it."""
-    return [text_completion(chunk, echo) for chunk in chunks if all(
-        choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])]
+def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]:
+    """The steps of all answers, one prompt after the other; their usage is added up for the last chunk."""
+    same: dict = {}                                 # id and time of the first chunk
+    usage: dict = {}
+    for at, reply in enumerate(replies):
+        for step in reply.steps or ():
+            if not isinstance(step, list):
+                yield step
+                continue
+            chunks = []
+            for chunk in step:
+                same = same or {"id": chunk["id"], "created": chunk["created"]}
+                choice = chunk["choices"][0] if chunk["choices"] else None
+                if choice is None:
+                    usage = chunk["usage"] = added_usage(usage, chunk["usage"])
+                if choice and (choice["finish_reason"] or "content" in choice["delta"]) or \
+                        choice is None and at == len(echoes) - 1:
+                    chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
+            yield chunks
+        yield NEEDS_THREAD                          # for the call of the next prompt
 
 
-def text_completion(chat: dict, echo: str) -> dict:
+def text_completion(chat: dict, echo: str, index: int) -> dict:
     """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
     texts = [choice.get("message") or choice["delta"] for choice in chat["choices"]]
-    choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": 0, "logprobs": None,
-                "finish_reason": choice["finish_reason"]} for text, choice in zip(texts, chat["choices"])]
-    return dict(chat, id=chat["id"][len("chat"):], object="text_completion", choices=choices)
+    choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": index,
+                "logprobs": None, "finish_reason": choice["finish_reason"]}
+               for text, choice in zip(texts, chat["choices"])]
+    return dict(chat, id=re.sub("^chat", "", chat["id"]), object="text_completion", choices=choices)
 
 
 # ---- Native pass-through -----------------------------------------------------------------------------

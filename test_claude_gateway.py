@@ -11198,22 +11198,36 @@ class LegacyCompletionTests(GatewayTestCase):
         self.assertEqual(answer.chunks[-1]["usage"]["total_tokens"], 19)
         self.assertEqual(answer.events[-1], "[DONE]")
 
+    def test_several_prompts_give_as_many_choices(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.claude.play(message(text("A")), message(text("B")))
+                answer = self.complete(prompt=["one", "two"], stream=stream)
+                texts = {0: "", 1: ""}
+                for choice in (choice for chunk in (answer.chunks if stream else [answer.json])
+                               for choice in chunk["choices"]):
+                    texts[choice["index"]] += choice["text"]
+                self.assertEqual(texts, {0: "A", 1: "B"})
+
     def test_echo_and_suffix(self):
-        self.claude.play(message(text(" a time")), message(text(" a time")), message(text("x = 1")))
+        self.claude.play(message(text(" a time")), message(text("x = 1")))
         self.assertEqual(self.complete(echo=True).json["choices"][0]["text"], "Once upon a time")
-        chunks = self.complete(prompt=["Once upon"], echo=True, stream=True).chunks
-        self.assertEqual("".join(chunk["choices"][0]["text"] for chunk in chunks), "Once upon a time")
         self.complete(prompt="def f():\n    ", suffix="\n    return x")
         self.assertIn("<gap/>", self.claude.messages[-1].body["messages"][0]["content"][0]["text"])
 
     def test_what_cannot_be_is_a_400_that_names_it(self):
         for fields, param in (({"prompt": None}, "prompt"), ({"prompt": [1, 2]}, "prompt[0]"),
-                              ({"prompt": 5}, "prompt"), ({"prompt": ["x", "y"]}, "prompt"),
+                              ({"prompt": 5}, "prompt"), ({"prompt": ["x"] * 129}, "prompt"),
                               ({"n": 2}, "n"), ({"best_of": 2}, "best_of"), ({"logprobs": 3}, "logprobs"),
                               ({"suffix": 3}, "suffix")):
             with self.subTest(fields=fields):
                 answer = self.complete(**fields)
                 self.assertEqual((answer.status, answer.error["param"]), (400, param))
+
+    def test_the_number_of_prompts_has_a_limit_which_is_told(self):
+        self.assertIn("128", self.complete(prompt=["x"] * 129).error["message"])
+        self.assertEqual(self.claude.messages, [])
+        self.assertEqual(len(self.complete(prompt=["x"] * 128).json["choices"]), 128)
 
     def test_an_upstream_refusal_is_an_http_status_also_for_streams(self):
         self.claude.play(FakeReply(429, body=error_body("rate_limit_error", "no"), headers={"retry-after": "30"}))
