@@ -3244,7 +3244,7 @@ def added_usage(total: dict, usage: dict) -> dict:
         if isinstance(value, dict):
             added[name] = added_usage(earlier if isinstance(earlier, dict) else {}, value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            added[name] = (earlier or 0) + value
+            added[name] = value + (earlier if isinstance(earlier, (int, float)) else 0)
         elif value is not None:
             added[name] = value
     return added
@@ -3904,7 +3904,7 @@ def add_compaction_item(conversation: Conversation, item: dict, path: str, draft
     if not carried:
         draft.changes.add("dropped", path, "a compaction that cannot be read here")
     elif block["type"] == "compaction" and draft.model.compaction and carried.get("line") == draft.model.line:
-        conversation.summary = [block]
+        conversation.summary = [without(block, "cache_control")]
     else:
         conversation.summary = text_blocks(SUMMARY + summary_in(block))
         if block["type"] == "compaction":
@@ -4702,7 +4702,7 @@ def moment_of(text: str) -> int | None:
     """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
     number = number_or_none(text)
     if number is not None:
-        return int(number)
+        return int(number) if 0 < number < 1e11 else None
     return unix_time(text)
 
 
@@ -8206,7 +8206,7 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
     if gateway.config.api_key and not incoming.owner:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
     if incoming.query == "setup":                   # for the page, whose address replaces localhost
-        port = urllib.parse.urlsplit("//" + incoming.headers.get("host", "")).port or 80
+        port = int((re.search(r":(\d+)\Z", incoming.headers.get("host", "")) or ("", 80))[1])
         return Reply({name: as_typed(setup_text(name, replace(gateway.config, port=port))) for name in TOOL_SETTINGS})
     return Reply(status_data(gateway))
 

@@ -5998,6 +5998,12 @@ class CompactionTests(ResponsesTestCase):
         item = self.item(user("Long ago"), assistant("Done."))
         self.assertEqual(counts(10, given=[item, user("Next " * 100)]), (0, 1), "a summary is not summarized")
 
+    def test_a_damaged_cache_mark_in_a_summary_is_not_sent(self):
+        carried = claude_gateway.value_from_encrypted(self.item()["encrypted_content"])
+        carried["block"]["cache_control"] = 5
+        item = {"type": "compaction", "encrypted_content": claude_gateway.encrypted_from(carried)}
+        self.assertEqual(bare(self.became([item, user("Go on")])["messages"][0]["content"]), [self.SUMMARY_BLOCK])
+
     def test_a_wrong_context_management_is_named(self):
         for value, path in (([{"type": "clear"}], "context_management[0].type"), ([5], "context_management[0]"),
                             ([{"type": "compaction", "compact_threshold": "x"}],
@@ -7342,6 +7348,16 @@ class UsageTestCase(GatewayTestCase):
 
 
 class UsageTests(UsageTestCase):
+    def test_absurd_counts_of_an_answer_are_unknown(self):
+        iteration = {"type": "compaction", "input_tokens": 5, "cache_creation": {"ephemeral_1h_input_tokens": 4}}
+        usage = {"input_tokens": "x", "cache_creation": {"ephemeral_1h_input_tokens": []}, "iterations": [iteration]}
+        for stream in (False, True):
+            events = events_of(message(text("A"), stop_reason="end_turn"))
+            events[0]["message"]["usage"] = events[-2]["usage"] = usage
+            self.claude.play(FakeReply(pieces=[sse(events)]))
+            answer = self.chat(stream=stream)
+            self.assertEqual((answer.status, b"error" in answer.raw), (200, False), answer.raw)
+
     def test_requests_are_counted_by_day_tool_model_and_key(self):
         self.count(api_key=("first-key", "second-key"))
         for key, agent, fields in (("first-key", "aider/1", {}), ("first-key", "aider/1", {"stream": True}),
@@ -7546,6 +7562,16 @@ class BudgetTests(UsageTestCase):
         self.start(usage_file="", budget=((1.0, "day"),))
         self.assertIn("usage is not counted here", self.chat().error["message"])
         self.assertEqual(len(self.claude.messages), 1)
+
+    def test_an_absurd_reset_is_unknown(self):
+        for reset in ("1e308", "1e18", "-5", "nan"):
+            with self.subTest(reset=reset):
+                self.start(plan_only=True)
+                self.claude.play(FakeReply(body=message(text("A")), headers={
+                    "anthropic-ratelimit-unified-5h-utilization": "1.0", "anthropic-ratelimit-unified-5h-reset": reset}))
+                self.assertEqual([self.chat().status, self.chat().status], [200, 200])
+                limit, = self.ask("GET", "/").json["limits"]
+                self.assertIsNone(limit["resets_at"])
 
     def test_plan_only_does_not_spill_into_extra_usage(self):
         for reset, status in ((time.time() + 3_600, 429), (time.time() - 10, 200)):
@@ -11621,6 +11647,7 @@ class StatusTests(GatewayTestCase):
         self.assertAlmostEqual(data["started_at"], time.time(), delta=30)
 
     def test_the_page_gets_the_settings_of_every_tool_for_the_port_it_was_opened_at(self):
+        self.assertEqual(self.ask("GET", "/?setup", headers={"host": "localhost:99999"}).status, 200)
         texts = self.ask("GET", "/?setup", headers={"host": "localhost:8123"}).json
         self.assertEqual(set(texts), set(claude_gateway.TOOL_SETTINGS))
         self.assertIn("http://localhost:8123/v1", texts["aider"])
