@@ -344,6 +344,16 @@ def is_loopback_host(host: str) -> bool:
         return False
 
 
+def host_in(url: str) -> str:
+    """The host of an http or https URL; "" where it is none, or has more than a place, such as a password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and (parts.port or 1)
+    except ValueError:
+        return ""
+    return parts.hostname or "" if usable and not (parts.username or parts.query or parts.fragment) else ""
+
+
 GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -5351,9 +5361,11 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     folder, name = config.profile_folder, config.profile
     if not folder:
         return None
+    pointer = os.path.join(folder, "active_config")
     with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(folder, "active_config"), encoding="utf-8") as file:
-            name = name or file.read(1_000).strip()
+        if os.path.isfile(pointer):                 # a FIFO would be waited for
+            with open(pointer, encoding="utf-8") as file:
+                name = name or file.read(1_000).strip()
     if re.search(r"^[.\s]|[/\\\0]|\s$", name):
         raise CredentialNeeded("Invalid profile name: %s." % json.dumps(name))
     path = os.path.join(folder, "configs", (name or "default") + ".json")
@@ -5368,8 +5380,8 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
         raise CredentialNeeded("Profile %s: signing in by %s is not supported; set ANTHROPIC_API_KEY, or choose "
                                "another profile with ANTHROPIC_PROFILE." % (name, kind))
     base_url = text_in(settings, "base_url") or config.base_url
-    address = urllib.parse.urlsplit(base_url)
-    if address.scheme != "https" and not is_loopback_host(address.hostname or ""):
+    host = host_in(base_url)
+    if not host or not base_url.lower().startswith("https:") and not is_loopback_host(host):
         raise CredentialNeeded("Profile %s: its base_url must be an https URL." % name)
     tokens = text_in(settings, "authentication", "credentials_path") or os.path.join(
         folder, "credentials", name + ".json")
@@ -7889,7 +7901,8 @@ providers:
   - id: openai:chat:MODEL
     config: { apiBaseUrl: BASE, apiKey: KEY }"""),
     "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
-aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL_ID --edit-format diff \\
+export OPENAI_API_KEY=KEY
+aider --openai-api-base BASE --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
     "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)", """\
 export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY
@@ -9795,15 +9808,11 @@ RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content
 
 def checked_base_url(variable: str, url: str) -> str:
     """An https URL, or plain http on loopback: a credential is sent there."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError:
-        parts, host = urllib.parse.urlsplit(""), ""
-    if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
+    host = host_in(url)
+    if not host:
         shown = "" if "@" in url else ", got %r" % url.split("?")[0]       # not a password
         raise UsageError("expected an https URL%s." % shown, variable)
-    if parts.scheme == "http" and not is_loopback_host(host):
+    if not url.lower().startswith("https:") and not is_loopback_host(host):
         raise UsageError("plain http would expose the credential; it is allowed on loopback only.", variable)
     return url
 

@@ -6300,6 +6300,20 @@ class ProfileTests(GatewayTestCase):
             with self.subTest(name=name, words=words), self.assertRaisesRegex(claude_gateway.GatewayError, words):
                 claude_gateway.credential_from_config(Config(profile=name, profile_folder=self.folder), None)
 
+    def test_an_address_that_is_no_place_is_refused(self):
+        for url in ("https://[", "https://", "https://h:99999", "http://127.0.0.1:x", "https://user:secret@h", "https://h?x"):
+            with self.subTest(url=url):
+                self.profile(base_url=url)
+                with self.assertRaisesRegex(claude_gateway.GatewayError, "its base_url must be an https URL") as raised:
+                    claude_gateway.credential_from_config(Config(profile_folder=self.folder), None)
+                self.assertNotIn("secret", str(raised.exception))
+
+    @POSIX_ONLY
+    def test_a_pointer_that_is_no_plain_file_is_not_waited_for(self):
+        self.profile()
+        os.mkfifo(os.path.join(self.folder, "active_config"))
+        self.assertIsNotNone(claude_gateway.credential_from_config(Config(profile_folder=self.folder), None))
+
     def test_without_any_profile_there_is_no_credential(self):
         self.assertIsNone(claude_gateway.credential_from_config(Config(profile_folder=self.folder), None))
 
@@ -14166,8 +14180,9 @@ class RunTests(CommandTestCase):
         child = self.serve(CLAUDE_GATEWAY_API_KEY="client-key")
         arguments, variables = self.run_of("aider", "mine", CLAUDE_GATEWAY_PORT=str(child.port),
                                            CLAUDE_GATEWAY_API_KEY="client-key")
-        self.assertEqual((arguments[:4], arguments[-1]), (
-            ["--openai-api-base", "http://localhost:%d/v1" % child.port, "--openai-api-key", "client-key"], "mine"))
+        self.assertEqual((arguments[:2], arguments[-1]), (
+            ["--openai-api-base", "http://localhost:%d/v1" % child.port], "mine"))
+        self.assertNotIn("client-key", arguments, "everybody on this machine can read arguments")
         self.assertEqual((variables["OPENAI_BASE_URL"], variables["OPENAI_API_KEY"]),
                          ("http://localhost:%d/v1" % child.port, "client-key"))
         self.assertEqual(child.end(signal.SIGTERM), 0)
@@ -14176,9 +14191,8 @@ class RunTests(CommandTestCase):
         config = Config(port=45_999)
         base = "http://localhost:45999/v1"
         for tool, options, added in (
-                ("aider", ["--openai-api-base", base, "--openai-api-key", "none", "--model",
-                           "openai/claude-sonnet-5-5", "--edit-format", "diff", "--weak-model", "openai/haiku",
-                           "--no-show-model-warnings"], {}),
+                ("aider", ["--openai-api-base", base, "--model", "openai/claude-sonnet-5-5", "--edit-format", "diff",
+                           "--weak-model", "openai/haiku", "--no-show-model-warnings"], {}),
                 ("codex", ["-m", "claude-opus-5-5", "-c", "model_provider=gateway",
                            "-c", "model_providers.gateway.name=gateway",
                            "-c", "model_providers.gateway.base_url=" + base,
