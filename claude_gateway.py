@@ -177,6 +177,7 @@ class Config:
     fallback: Tuple[str, ...] = ()                  # models that answer what the requested one refuses, or "default"
     demo: bool = False
     budget: Tuple[Tuple[float, str], ...] = ()      # US dollars, period
+    passing_key: bool = False                       # `api_key` is new at every start: counted as if there were none
     plan_only: bool = False
     no_usage: bool = False
     usage_file: str = ""                            # "": usage is not counted by day
@@ -4447,8 +4448,8 @@ class StoredResponses:
 
     def __init__(self) -> None:
         self._responses = Bounded(1_000, 24_000_000)
-        self._items = Bounded(200_000, 40_000_000)          # by the digest of their content
-        self._names = Bounded(200_000, 40_000_000)          # id -> digest
+        self._items = Bounded(50_000, 40_000_000)           # by the digest of their content
+        self._names = Bounded(50_000)                       # id -> digest
 
     def put(self, owner: str, response: dict, items: Sequence[dict], output: Sequence[dict] = ()) -> None:
         """Keeps a response with the items that led to it and its own."""
@@ -5431,6 +5432,7 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
 USAGE_PLACE = ("day", "tool", "model", "key")       # what a row is about; `key` begins the digest of a client's
 USAGE_FIGURES = ("requests", "errors", *TOKEN_KINDS, "usd", "without_price")
 USAGE_DAYS = 400                                    # that are kept
+USAGE_ROWS = 20_000                                 # beyond them, tools that clients make up are not told apart
 USAGE_INTERVAL = 60                                 # seconds between two writes
 UsageRows = Dict[Any, Any]                          # place -> Counter of figures
 
@@ -5495,7 +5497,8 @@ class Usage:
         if not self._file.path:
             return
         with self._lock:
-            place = (day_of(time.time()), tool if len(self._new) < 1_000 else "other", model, key)
+            crowded = len(self._new) >= 1_000 or len(self._stored) >= USAGE_ROWS
+            place = (day_of(time.time()), "other" if crowded else tool, model, key)
             self._new.setdefault(place, collections.Counter()).update(figures)
             if self._timer is None:
                 self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
@@ -8827,7 +8830,7 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
-        self._record.owner = owner[:12]
+        self._record.owner = "" if self._config.passing_key else owner[:12]
         endpoint = endpoint_of(head.method, path, self._record.path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
@@ -10579,7 +10582,8 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
     if not config.demo and running_status(config):
         yield config
         return
-    config = replace(config, host="localhost", more_hosts=(), port=0, api_key=(secrets.token_urlsafe(16),), quiet=True)
+    config = replace(config, host="localhost", more_hosts=(), port=0, quiet=True, passing_key=not config.api_key,
+                     api_key=config.api_key or (secrets.token_urlsafe(16),))
     config = demo_config(config, SimulatedUpstream().url) if config.demo else config
     set_up_log(config)
     service = Service(gateway_with_credential(config))

@@ -6052,6 +6052,11 @@ class CompactionTests(ResponsesTestCase):
 # ---- Memory ------------------------------------------------------------------------------------------
 
 class MemoryTests(unittest.TestCase):
+    def test_many_small_items_do_not_pile_up(self):
+        responses = claude_gateway.StoredResponses()
+        responses.put("", {"id": "r"}, [{"id": "i%d" % number} for number in range(50_001)])
+        self.assertEqual([responses.item("", "i0"), responses.item("", "i50000")], [None, {"id": "i50000"}])
+
     def test_an_entry_too_large_to_keep_pushes_nothing_out(self):
         table = claude_gateway.Bounded(9, 100)
         table.put("small", ["x"])
@@ -6301,7 +6306,8 @@ class ProfileTests(GatewayTestCase):
                 claude_gateway.credential_from_config(Config(profile=name, profile_folder=self.folder), None)
 
     def test_an_address_that_is_no_place_is_refused(self):
-        for url in ("https://[", "https://", "https://h:99999", "http://127.0.0.1:x", "https://user:secret@h", "https://h?x"):
+        for url in ("https://[", "https://", "https://h:99999", "http://127.0.0.1:x", "https://user:secret@h",
+                    "https://h?x"):
             with self.subTest(url=url):
                 self.profile(base_url=url)
                 with self.assertRaisesRegex(claude_gateway.GatewayError, "its base_url must be an https URL") as raised:
@@ -7458,6 +7464,16 @@ class UsageTests(UsageTestCase):
         kept = [name for name in os.listdir(os.path.dirname(self.path)) if "damaged" in name]
         self.assertEqual(len(kept), 8)
 
+    def test_tools_that_a_client_makes_up_do_not_fill_the_file(self):
+        rows = [{"day": claude_gateway.day_of(time.time()), "tool": str(number), "model": "m", "key": "", "requests": 1}
+                for number in range(claude_gateway.USAGE_ROWS)]
+        pathlib.Path(self.path).write_text(json.dumps({"rows": rows}), "utf-8")
+        usage = self.count().gateway.usage
+        usage.write()
+        for number in range(9):
+            usage.add("made-up-%d" % number, "m", "", {"requests": 1})
+        self.assertEqual(len(self.rows()), claude_gateway.USAGE_ROWS + 1)
+
     def test_a_place_that_cannot_be_written_ends_nothing(self):
         self.path = os.path.join(PROGRAM, "usage.json")
         service = self.count()
@@ -7582,7 +7598,8 @@ class BudgetTests(UsageTestCase):
             with self.subTest(reset=reset):
                 self.start(plan_only=True)
                 self.claude.play(FakeReply(body=message(text("A")), headers={
-                    "anthropic-ratelimit-unified-5h-utilization": "1.0", "anthropic-ratelimit-unified-5h-reset": reset}))
+                    "anthropic-ratelimit-unified-5h-utilization": "1.0",
+                    "anthropic-ratelimit-unified-5h-reset": reset}))
                 self.assertEqual([self.chat().status, self.chat().status], [200, 200])
                 limit, = self.ask("GET", "/").json["limits"]
                 self.assertIsNone(limit["resets_at"])
@@ -14100,6 +14117,17 @@ class AskTests(CommandTestCase):
         sent = self.claude.messages[-1].body
         self.assertEqual((sent["model"], bare(sent["messages"])), ("claude-sonnet-5-5", [
             {"role": "user", "content": [{"type": "text", "text": "Say hello"}]}]))
+
+    def test_a_budget_holds_over_several_gateways_of_its_own(self):
+        usage = {"input_tokens": 1_000_000}
+        for client in ({}, {"CLAUDE_GATEWAY_API_KEY": "client-key"}):
+            self.claude.play(message(text("Once"), usage=usage), message(text("Twice"), usage=usage))
+            variables = dict(client, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url,
+                             CLAUDE_GATEWAY_BUDGET="1/day", CLAUDE_GATEWAY_PORT=free_port())
+            first, second = (self.command("ask", "Hello", **variables) for _ in range(2))
+            self.assertEqual((first.code, first.out, second.code, second.out), (0, "Once\n", 1, ""))
+            self.assertIn("The budget of $1 a day is used up", second.err)
+            self.claude.reset()
 
     def test_an_answer_comes_from_the_gateway_that_runs(self):
         child = self.serve("--alias", "quick=haiku", CLAUDE_GATEWAY_API_KEY="client-key")
