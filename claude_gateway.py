@@ -10678,7 +10678,10 @@ def run_tool(parsed: argparse.Namespace) -> int:
                 (tool.send_signal if tool else early.append)(number)
         for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])):
             signal.signal(number, pass_on)
-        tool = subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables))
+        try:
+            tool = subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables))
+        except (OSError, ValueError) as fault:      # no interpreter, too many arguments
+            raise UsageError("%s cannot be started: %s." % (name, fault)) from fault
         for early_one in early:
             tool.send_signal(early_one)
         code = tool.wait()

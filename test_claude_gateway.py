@@ -14245,6 +14245,15 @@ class RunTests(CommandTestCase):
         killed = self.child("run", "--demo", "sh", "-c", "kill -9 $$", **self.path)
         self.assertEqual(killed.end(), 137)
 
+    def test_a_program_that_the_system_cannot_start_is_no_traceback(self):
+        for start, words in (("no program", "Exec format error"), ("#!/no/such/interpreter\n", "No such file")):
+            path = os.path.join(self.working_directory, "broken")
+            pathlib.Path(path).write_text(start, "utf-8")
+            os.chmod(path, 0o755)
+            done = self.command("run", "--demo", path)
+            self.assertEqual((done.code, done.out), (2, ""))
+            self.assertRegex(done.err, r"\Aclaude-gateway: \S+ cannot be started: .*%s.*\n\Z" % words)
+
     def test_what_cannot_be_started_is_said(self):
         missing, nothing = self.commands((["run", "no-such-tool"], {}), (["run"], {}))
         self.assertEqual((missing.code, missing.err),
