@@ -6821,11 +6821,11 @@ class ImageFetcher:
         for _ in range(FETCH_REDIRECTS + 1):
             try:
                 status, location, body = self._get(here, url, download)
+                here = urllib.parse.urljoin(here, location or "")
             except (OSError, http.client.HTTPException, ValueError) as fault:
                 hint = " (images are fetched directly, but here only a proxy may lead out)" if self._proxied else ""
                 raise self._refusal(url, "could not be fetched: %s%s" % (fault, hint)) from fault
             if status in (301, 302, 303, 307, 308) and location:
-                here = urllib.parse.urljoin(here, location)
                 continue
             if status != 200:
                 raise self._refusal(url, "answered with status %d" % status)

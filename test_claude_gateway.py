@@ -10071,13 +10071,14 @@ class PictureFetchTests(GatewayTestCase):
             pdf=(200, {}, b"%PDF-1.7\n"), file=(301, {"location": "file:///etc/passwd"}, b""),
             data=(301, {"location": "data:image/png;base64," + PIXEL}, b""),
             user=(301, {"location": "http://me:secret@pictures.example.org/a.png"}, b""),
-            ftp=(301, {"location": "ftp://pictures.example.org/a.png"}, b""))
+            ftp=(301, {"location": "ftp://pictures.example.org/a.png"}, b""),
+            bracket=(302, {"location": "http://["}, b""))
         for path, rule in (
             ("page", "not a JPEG, PNG, GIF or WebP"), ("empty", "not a JPEG"), ("svg", "not a JPEG"),
             ("pdf", "not a JPEG"), ("big", r"larger than 7\.\d MB"), ("gone", "status 410"), ("none", "status 404"),
             ("partial", "status 206"), ("loop", "redirects more than"), ("nowhere", "status 302"),
             ("file", "not a web address"), ("data", "not a web address"), ("ftp", "not a web address"),
-            ("user", "user information"),
+            ("user", "user information"), ("bracket", "could not be fetched"),
         ):
             with self.subTest(path=path):
                 url = "%s/%s" % (server.name, path)
