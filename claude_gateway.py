@@ -5507,22 +5507,21 @@ class Usage:
 
     def write(self) -> None:
         """Adds what is new to the file; what cannot be written is tried again after the next request."""
-        with self._writing:
-            with self._lock:
-                self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-                self._unwritten, self._new = sum_of(self._unwritten, self._new), {}
-            oldest, was = day_of(time.time() - USAGE_DAYS * 86_400), self.fault
-            try:
-                with self._file.lock():
-                    total = sum_of(self._read(), self._unwritten)
-                    self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
-                                               in sorted(total.items()) if place[0] > oldest]})
-            except (OSError, GatewayError) as fault:
-                self.fault = str(fault)
-            else:
+        with self._lock:
+            self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
+        oldest, was = day_of(time.time() - USAGE_DAYS * 86_400), self.fault
+        try:
+            with self._file.lock(), self._writing:  # in this order: who only reads waits for no other process
+                with self._lock:
+                    self._unwritten, self._new = sum_of(self._unwritten, self._new), {}
+                total = sum_of(self._read(), self._unwritten)
+                self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
+                                           in sorted(total.items()) if place[0] > oldest]})
                 self._stored, self._unwritten, self._stamp, self.fault = total, {}, self._file.stamp(), ""
-            if self.fault != was:
-                LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
+        except (OSError, GatewayError) as fault:
+            self.fault = str(fault)
+        if self.fault != was:
+            LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
 
     def close(self) -> None:
         if self._timer:
@@ -7436,12 +7435,27 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
+def counter_of(gateway: Gateway, incoming: Incoming) -> Callable[[Any], Any]:
+    """Counts what a request names against the budget of all bodies: a few bytes can name megabytes, many times."""
+    taken = [0]
+    incoming.held.callback(lambda: gateway.body_budget.give(taken[0]))
+
+    def counted(stored: Any) -> Any:
+        weight = 6 * len(client_json(stored))       # in memory
+        if not gateway.body_budget.take(weight):
+            raise busy("The gateway holds too many large requests at the moment.")
+        taken[0] += weight
+        return stored
+    return counted
+
+
 def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> History:
     """The items that a Responses request names by `previous_response_id` and by references, in place of the names."""
     body, owner = incoming.body, incoming.owner
     if not is_responses:
         return History(incoming)
-    given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
+    counted = counter_of(gateway, incoming)
+    given = resolved_items(body.get("input"), lambda item_id: counted(gateway.responses.item(owner, item_id)))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
     given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
              for item in given[:len(given) - compact]]
@@ -7453,7 +7467,8 @@ def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> Hi
     if stored is None:
         raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
                              json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    return History(incoming, [*stored[1], *stored[2]], given, compact, count_in(stored[0], "usage", "total_tokens"))
+    return History(incoming, counted([*stored[1], *stored[2]]), given, compact,
+                   count_in(stored[0], "usage", "total_tokens"))
 
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:

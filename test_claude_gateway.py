@@ -5526,6 +5526,16 @@ class ItemReferenceTests(ResponsesTestCase):
                     self.assertEqual(request["messages"], [said("user", "Remember 4711."), said("assistant", "Noted."),
                                                            said("user", "Which number?")])
 
+    def test_what_is_named_many_times_counts_like_a_body(self):
+        self.start(limits=Limits(max_bodies=3_000_000))
+        self.answered(given=[{"role": "user", "content": "x" * 50_000, "id": "msg_large"}])
+        twice = [{"type": "item_reference", "id": "msg_large"}] * 2
+        for given, status in ((twice, 200), (twice * 50, 503), (twice, 200)):
+            self.assertEqual(self.respond(given).status, status)
+        self.assertEqual(len(self.claude.messages), 3)
+        self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+        self.assertTrue(self.service.gateway.body_budget.take(3_000_000), "all is given back")
+
     def test_in_a_tool_loop_signed_thinking_and_calls_come_back(self):
         tools = [{"type": "function", "name": "f"}]
         for stream in (False, True):
@@ -7463,6 +7473,17 @@ class UsageTests(UsageTestCase):
                     self.assertEqual(len(self.rows()), 1)
         kept = [name for name in os.listdir(os.path.dirname(self.path)) if "damaged" in name]
         self.assertEqual(len(kept), 8)
+
+    def test_nobody_waits_for_a_process_that_holds_the_file(self):
+        usage = self.count(budget=((9.0, "day"),)).gateway.usage
+        with claude_gateway.UsageFile(self.path).lock():
+            writer = threading.Thread(target=usage.write)
+            writer.start()
+            self.assertTrue(eventually(lambda: usage._next_write))
+            self.assertEqual([self.chat().status, self.ask("GET", "/").status], [200, 200])
+            self.assertTrue(writer.is_alive())
+        writer.join(20)
+        self.assertFalse(writer.is_alive())
 
     def test_tools_that_a_client_makes_up_do_not_fill_the_file(self):
         rows = [{"day": claude_gateway.day_of(time.time()), "tool": str(number), "model": "m", "key": "", "requests": 1}
