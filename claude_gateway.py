@@ -177,6 +177,7 @@ class Config:
     fallback: Tuple[str, ...] = ()                  # models that answer what the requested one refuses, or "default"
     demo: bool = False
     budget: Tuple[Tuple[float, str], ...] = ()      # US dollars, period
+    passing_key: bool = False                       # `api_key` is new at every start: counted as if there were none
     plan_only: bool = False
     no_usage: bool = False
     usage_file: str = ""                            # "": usage is not counted by day
@@ -343,6 +344,16 @@ def is_loopback_host(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def host_in(url: str) -> str:
+    """The host of an http or https URL; "" where it is none, or has more than a place, such as a password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and (parts.port or 1)
+    except ValueError:
+        return ""
+    return parts.hostname or "" if usable and not (parts.username or parts.query or parts.fragment) else ""
 
 
 GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
@@ -3245,7 +3256,7 @@ def added_usage(total: dict, usage: dict) -> dict:
         if isinstance(value, dict):
             added[name] = added_usage(earlier if isinstance(earlier, dict) else {}, value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            added[name] = (earlier or 0) + value
+            added[name] = value + (earlier if isinstance(earlier, (int, float)) else 0)
         elif value is not None:
             added[name] = value
     return added
@@ -3899,7 +3910,7 @@ def add_compaction_item(conversation: Conversation, item: dict, path: str, draft
     if not carried:
         draft.changes.add("dropped", path, "a compaction that cannot be read here")
     elif block["type"] == "compaction" and draft.model.compaction and carried.get("line") == draft.model.line:
-        conversation.summary = [block]
+        conversation.summary = [without(block, "cache_control")]
     else:
         conversation.summary = text_blocks(SUMMARY + summary_in(block))
         if block["type"] == "compaction":
@@ -4418,8 +4429,8 @@ class StoredResponses:
 
     def __init__(self) -> None:
         self._responses = Bounded(1_000, 24_000_000)
-        self._items = Bounded(200_000, 40_000_000)          # by the digest of their content
-        self._names = Bounded(200_000, 40_000_000)          # id -> digest
+        self._items = Bounded(50_000, 40_000_000)           # by the digest of their content
+        self._names = Bounded(50_000)                       # id -> digest
 
     def put(self, owner: str, response: dict, items: Sequence[dict], output: Sequence[dict] = ()) -> None:
         """Keeps a response with the items that led to it and its own."""
@@ -4676,7 +4687,9 @@ def number_or_none(text: str | None) -> float | None:
 def moment_of(text: str) -> int | None:
     """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
     number = number_or_none(text)
-    return unix_time(text) if number is None else int(number)
+    if number is not None:
+        return int(number) if 0 < number < 1e11 else None
+    return unix_time(text)
 
 
 class Running:
@@ -5265,9 +5278,11 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     folder, name = config.profile_folder, config.profile
     if not folder:
         return None
+    pointer = os.path.join(folder, "active_config")
     with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(folder, "active_config"), encoding="utf-8") as file:
-            name = name or file.read(1_000).strip()
+        if os.path.isfile(pointer):                 # a FIFO would be waited for
+            with open(pointer, encoding="utf-8") as file:
+                name = name or file.read(1_000).strip()
     if re.search(r"^[.\s]|[/\\\0]|\s$", name):
         raise CredentialNeeded("Invalid profile name: %s." % json.dumps(name))
     path = os.path.join(folder, "configs", (name or "default") + ".json")
@@ -5282,8 +5297,8 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
         raise CredentialNeeded("Profile %s: signing in by %s is not supported; set ANTHROPIC_API_KEY, or choose "
                                "another profile with ANTHROPIC_PROFILE." % (name, kind))
     base_url = text_in(settings, "base_url") or config.base_url
-    address = urllib.parse.urlsplit(base_url)
-    if address.scheme != "https" and not is_loopback_host(address.hostname or ""):
+    host = host_in(base_url)
+    if not host or not base_url.lower().startswith("https:") and not is_loopback_host(host):
         raise CredentialNeeded("Profile %s: its base_url must be an https URL." % name)
     tokens = text_in(settings, "authentication", "credentials_path") or os.path.join(
         folder, "credentials", name + ".json")
@@ -5331,6 +5346,7 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
 USAGE_PLACE = ("day", "tool", "model", "key")       # what a row is about; `key` begins the digest of a client's
 USAGE_FIGURES = ("requests", "errors", *TOKEN_KINDS, "usd", "without_price")
 USAGE_DAYS = 400                                    # that are kept
+USAGE_ROWS = 20_000                                 # beyond them, tools that clients make up are not told apart
 USAGE_INTERVAL = 60                                 # seconds between two writes
 UsageRows = Dict[Any, Any]                          # place -> Counter of figures
 
@@ -5394,7 +5410,8 @@ class Usage:
         if not self._file.path:
             return
         with self._lock:
-            place = (day_of(time.time()), tool if len(self._new) < 1_000 else "other", model, key)
+            crowded = len(self._new) >= 1_000 or len(self._stored) >= USAGE_ROWS
+            place = (day_of(time.time()), "other" if crowded else tool, model, key)
             self._new.setdefault(place, collections.Counter()).update(figures)
             if self._timer is None:
                 self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
@@ -5403,24 +5420,23 @@ class Usage:
 
     def write(self) -> None:
         """Adds what is new to the file; what cannot be written is tried again after the next request."""
-        with self._writing:
-            with self._lock:
-                self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-                new, self._new = self._new, {}
-            oldest, was = day_of(time.time() - USAGE_DAYS * 86_400), self.fault
-            try:
-                with self._file.lock():
-                    total = sum_of(self._read(), new)
-                    self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
-                                               in sorted(total.items()) if place[0] > oldest]})
-            except (OSError, GatewayError) as fault:
-                self.fault = str(fault)
+        with self._lock:
+            self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
+        oldest, was, new = day_of(time.time() - USAGE_DAYS * 86_400), self.fault, {}
+        try:
+            with self._file.lock(), self._writing:  # in this order: who only reads waits for no other process
                 with self._lock:
-                    self._new = sum_of(new, self._new)
-            else:
+                    new, self._new = self._new, {}
+                total = sum_of(self._read(), new)
+                self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
+                                           in sorted(total.items()) if place[0] > oldest]})
                 self._stored, self._stamp, self.fault = total, self._file.stamp(), ""
-            if self.fault != was:
-                LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
+        except (OSError, GatewayError) as fault:
+            self.fault = str(fault)
+            with self._lock:
+                self._new = sum_of(new, self._new)
+        if self.fault != was:
+            LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
 
     def close(self) -> None:
         if self._timer:
@@ -6694,11 +6710,11 @@ class ImageFetcher:
         for _ in range(FETCH_REDIRECTS + 1):
             try:
                 status, location, body = self._get(here, url, download)
+                here = urllib.parse.urljoin(here, location or "")
             except (OSError, http.client.HTTPException, ValueError) as fault:
                 hint = " (images are fetched directly, but here only a proxy may lead out)" if self._proxied else ""
                 raise self._refusal(url, "could not be fetched: %s%s" % (fault, hint)) from fault
             if status in (301, 302, 303, 307, 308) and location:
-                here = urllib.parse.urljoin(here, location)
                 continue
             if status != 200:
                 raise self._refusal(url, "answered with status %d" % status)
@@ -7310,12 +7326,27 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
+def counter_of(gateway: Gateway, incoming: Incoming) -> Callable[[Any], Any]:
+    """Counts what a request names against the budget of all bodies: a few bytes can name megabytes, many times."""
+    taken = [0]
+    incoming.held.callback(lambda: gateway.body_budget.give(taken[0]))
+
+    def counted(stored: Any) -> Any:
+        weight = 6 * len(client_json(stored))       # in memory
+        if not gateway.body_budget.take(weight):
+            raise busy("The gateway holds too many large requests at the moment.")
+        taken[0] += weight
+        return stored
+    return counted
+
+
 def with_history(gateway: Gateway, incoming: Incoming) -> History:
     """The items that a Responses request names by `previous_response_id` and by references, in place of the names."""
     body, owner = incoming.body, incoming.owner
     if "messages" in body:
         return History(incoming)
-    given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
+    counted = counter_of(gateway, incoming)
+    given = resolved_items(body.get("input"), lambda item_id: counted(gateway.responses.item(owner, item_id)))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
     given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
              for item in given[:len(given) - compact]]
@@ -7327,7 +7358,8 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     if stored is None:
         raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
                              json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    return History(incoming, [*stored[1], *stored[2]], given, compact, count_in(stored[0], "usage", "total_tokens"))
+    return History(incoming, counted([*stored[1], *stored[2]]), given, compact,
+                   count_in(stored[0], "usage", "total_tokens"))
 
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -7752,7 +7784,8 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
     "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml", """\
 providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY } }]"""),
     "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
-aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL_ID --edit-format diff \\
+export OPENAI_API_KEY=KEY
+aider --openai-api-base BASE --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
     "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)", """\
 export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY
@@ -7999,7 +8032,7 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
     if gateway.config.api_key and not incoming.owner:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
     if incoming.query == "setup":                   # for the page, whose address replaces localhost
-        port = urllib.parse.urlsplit("//" + incoming.headers.get("host", "")).port or 80
+        port = int((re.search(r":(\d+)\Z", incoming.headers.get("host", "")) or ("", 80))[1])
         return Reply({name: as_typed(setup_text(name, replace(gateway.config, port=port))) for name in TOOL_SETTINGS})
     return Reply(status_data(gateway))
 
@@ -8636,7 +8669,7 @@ class RequestCycle:
         owner = owner_of(digests, self._config.api_key)
         guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
         if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
-            self._record.owner = owner[:12]
+            self._record.owner = "" if self._config.passing_key else owner[:12]
             return owner
         self._leave()                               # a slowed refusal takes nobody's place
         time.sleep(self._gateway.failed_keys.penalty(self._address))
@@ -9548,15 +9581,11 @@ RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content
 
 def checked_base_url(variable: str, url: str) -> str:
     """An https URL, or plain http on loopback: a credential is sent there."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError:
-        parts, host = urllib.parse.urlsplit(""), ""
-    if parts.scheme not in ("http", "https") or not host or parts.username or parts.query or parts.fragment:
+    host = host_in(url)
+    if not host:
         shown = "" if "@" in url else ", got %r" % url.split("?")[0]       # not a password
         raise UsageError("expected an https URL%s." % shown, variable)
-    if parts.scheme == "http" and not is_loopback_host(host):
+    if not url.lower().startswith("https:") and not is_loopback_host(host):
         raise UsageError("plain http would expose the credential; it is allowed on loopback only.", variable)
     return url
 
@@ -10293,7 +10322,8 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
     if not config.demo and running_status(config):
         yield config
         return
-    config = replace(config, host="localhost", more_hosts=(), port=0, api_key=(secrets.token_urlsafe(16),), quiet=True)
+    config = replace(config, host="localhost", more_hosts=(), port=0, quiet=True, passing_key=not config.api_key,
+                     api_key=config.api_key or (secrets.token_urlsafe(16),))
     config = demo_config(config, SimulatedUpstream().url) if config.demo else config
     set_up_log(config)
     service = Service(gateway_with_credential(config))
@@ -10385,7 +10415,10 @@ def run_tool(parsed: argparse.Namespace, config: Config) -> int:
                 (tool.send_signal if tool else early.append)(number)
         for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])):
             signal.signal(number, pass_on)
-        tool = subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables))
+        try:
+            tool = subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables))
+        except (OSError, ValueError) as fault:      # no interpreter, too many arguments
+            raise UsageError("%s cannot be started: %s." % (name, fault)) from fault
         for early_one in early:
             tool.send_signal(early_one)
         code = tool.wait()

@@ -5526,6 +5526,16 @@ class ItemReferenceTests(ResponsesTestCase):
                     self.assertEqual(request["messages"], [said("user", "Remember 4711."), said("assistant", "Noted."),
                                                            said("user", "Which number?")])
 
+    def test_what_is_named_many_times_counts_like_a_body(self):
+        self.start(limits=Limits(max_bodies=3_000_000))
+        self.answered(given=[{"role": "user", "content": "x" * 50_000, "id": "msg_large"}])
+        twice = [{"type": "item_reference", "id": "msg_large"}] * 2
+        for given, status in ((twice, 200), (twice * 50, 503), (twice, 200)):
+            self.assertEqual(self.respond(given).status, status)
+        self.assertEqual(len(self.claude.messages), 3)
+        self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+        self.assertTrue(self.service.gateway.body_budget.take(3_000_000), "all is given back")
+
     def test_in_a_tool_loop_signed_thinking_and_calls_come_back(self):
         tools = [{"type": "function", "name": "f"}]
         for stream in (False, True):
@@ -5998,6 +6008,12 @@ class CompactionTests(ResponsesTestCase):
         item = self.item(user("Long ago"), assistant("Done."))
         self.assertEqual(counts(10, given=[item, user("Next " * 100)]), (0, 1), "a summary is not summarized")
 
+    def test_a_damaged_cache_mark_in_a_summary_is_not_sent(self):
+        carried = claude_gateway.value_from_encrypted(self.item()["encrypted_content"])
+        carried["block"]["cache_control"] = 5
+        item = {"type": "compaction", "encrypted_content": claude_gateway.encrypted_from(carried)}
+        self.assertEqual(bare(self.became([item, user("Go on")])["messages"][0]["content"]), [self.SUMMARY_BLOCK])
+
     def test_a_wrong_context_management_is_named(self):
         for value, path in (([{"type": "clear"}], "context_management[0].type"), ([5], "context_management[0]"),
                             ([{"type": "compaction", "compact_threshold": "x"}],
@@ -6046,6 +6062,11 @@ class CompactionTests(ResponsesTestCase):
 # ---- Memory ------------------------------------------------------------------------------------------
 
 class MemoryTests(unittest.TestCase):
+    def test_many_small_items_do_not_pile_up(self):
+        responses = claude_gateway.StoredResponses()
+        responses.put("", {"id": "r"}, [{"id": "i%d" % number} for number in range(50_001)])
+        self.assertEqual([responses.item("", "i0"), responses.item("", "i50000")], [None, {"id": "i50000"}])
+
     def test_an_entry_too_large_to_keep_pushes_nothing_out(self):
         table = claude_gateway.Bounded(9, 100)
         table.put("small", ["x"])
@@ -6293,6 +6314,21 @@ class ProfileTests(GatewayTestCase):
                 next(steps)()
             with self.subTest(name=name, words=words), self.assertRaisesRegex(claude_gateway.GatewayError, words):
                 claude_gateway.credential_from_config(Config(profile=name, profile_folder=self.folder), None)
+
+    def test_an_address_that_is_no_place_is_refused(self):
+        for url in ("https://[", "https://", "https://h:99999", "http://127.0.0.1:x", "https://user:secret@h",
+                    "https://h?x"):
+            with self.subTest(url=url):
+                self.profile(base_url=url)
+                with self.assertRaisesRegex(claude_gateway.GatewayError, "its base_url must be an https URL") as raised:
+                    claude_gateway.credential_from_config(Config(profile_folder=self.folder), None)
+                self.assertNotIn("secret", str(raised.exception))
+
+    @POSIX_ONLY
+    def test_a_pointer_that_is_no_plain_file_is_not_waited_for(self):
+        self.profile()
+        os.mkfifo(os.path.join(self.folder, "active_config"))
+        self.assertIsNotNone(claude_gateway.credential_from_config(Config(profile_folder=self.folder), None))
 
     def test_without_any_profile_there_is_no_credential(self):
         self.assertIsNone(claude_gateway.credential_from_config(Config(profile_folder=self.folder), None))
@@ -7341,6 +7377,16 @@ class UsageTestCase(GatewayTestCase):
 
 
 class UsageTests(UsageTestCase):
+    def test_absurd_counts_of_an_answer_are_unknown(self):
+        iteration = {"type": "compaction", "input_tokens": 5, "cache_creation": {"ephemeral_1h_input_tokens": 4}}
+        usage = {"input_tokens": "x", "cache_creation": {"ephemeral_1h_input_tokens": []}, "iterations": [iteration]}
+        for stream in (False, True):
+            events = events_of(message(text("A"), stop_reason="end_turn"))
+            events[0]["message"]["usage"] = events[-2]["usage"] = usage
+            self.claude.play(FakeReply(pieces=[sse(events)]))
+            answer = self.chat(stream=stream)
+            self.assertEqual((answer.status, b"error" in answer.raw), (200, False), answer.raw)
+
     def test_requests_are_counted_by_day_tool_model_and_key(self):
         self.count(api_key=("first-key", "second-key"))
         for key, agent, fields in (("first-key", "aider/1", {}), ("first-key", "aider/1", {"stream": True}),
@@ -7426,6 +7472,27 @@ class UsageTests(UsageTestCase):
                     self.assertEqual(len(self.rows()), 1)
         kept = [name for name in os.listdir(os.path.dirname(self.path)) if "damaged" in name]
         self.assertEqual(len(kept), 8)
+
+    def test_nobody_waits_for_a_process_that_holds_the_file(self):
+        usage = self.count(budget=((9.0, "day"),)).gateway.usage
+        with claude_gateway.UsageFile(self.path).lock():
+            writer = threading.Thread(target=usage.write)
+            writer.start()
+            self.assertTrue(eventually(lambda: usage._next_write))
+            self.assertEqual([self.chat().status, self.ask("GET", "/").status], [200, 200])
+            self.assertTrue(writer.is_alive())
+        writer.join(20)
+        self.assertFalse(writer.is_alive())
+
+    def test_tools_that_a_client_makes_up_do_not_fill_the_file(self):
+        rows = [{"day": claude_gateway.day_of(time.time()), "tool": str(number), "model": "m", "key": "", "requests": 1}
+                for number in range(claude_gateway.USAGE_ROWS)]
+        pathlib.Path(self.path).write_text(json.dumps({"rows": rows}), "utf-8")
+        usage = self.count().gateway.usage
+        usage.write()
+        for number in range(9):
+            usage.add("made-up-%d" % number, "m", "", {"requests": 1})
+        self.assertEqual(len(self.rows()), claude_gateway.USAGE_ROWS + 1)
 
     def test_a_place_that_cannot_be_written_ends_nothing(self):
         self.path = os.path.join(PROGRAM, "usage.json")
@@ -7545,6 +7612,17 @@ class BudgetTests(UsageTestCase):
         self.start(usage_file="", budget=((1.0, "day"),))
         self.assertIn("usage is not counted here", self.chat().error["message"])
         self.assertEqual(len(self.claude.messages), 1)
+
+    def test_an_absurd_reset_is_unknown(self):
+        for reset in ("1e308", "1e18", "-5", "nan"):
+            with self.subTest(reset=reset):
+                self.start(plan_only=True)
+                self.claude.play(FakeReply(body=message(text("A")), headers={
+                    "anthropic-ratelimit-unified-5h-utilization": "1.0",
+                    "anthropic-ratelimit-unified-5h-reset": reset}))
+                self.assertEqual([self.chat().status, self.chat().status], [200, 200])
+                limit, = self.ask("GET", "/").json["limits"]
+                self.assertIsNone(limit["resets_at"])
 
     def test_plan_only_does_not_spill_into_extra_usage(self):
         for reset, status in ((time.time() + 3_600, 429), (time.time() - 10, 200)):
@@ -10013,13 +10091,14 @@ class PictureFetchTests(GatewayTestCase):
             pdf=(200, {}, b"%PDF-1.7\n"), file=(301, {"location": "file:///etc/passwd"}, b""),
             data=(301, {"location": "data:image/png;base64," + PIXEL}, b""),
             user=(301, {"location": "http://me:secret@pictures.example.org/a.png"}, b""),
-            ftp=(301, {"location": "ftp://pictures.example.org/a.png"}, b""))
+            ftp=(301, {"location": "ftp://pictures.example.org/a.png"}, b""),
+            bracket=(302, {"location": "http://["}, b""))
         for path, rule in (
             ("page", "not a JPEG, PNG, GIF or WebP"), ("empty", "not a JPEG"), ("svg", "not a JPEG"),
             ("pdf", "not a JPEG"), ("big", r"larger than 7\.\d MB"), ("gone", "status 410"), ("none", "status 404"),
             ("partial", "status 206"), ("loop", "redirects more than"), ("nowhere", "status 302"),
             ("file", "not a web address"), ("data", "not a web address"), ("ftp", "not a web address"),
-            ("user", "user information"),
+            ("user", "user information"), ("bracket", "could not be fetched"),
         ):
             with self.subTest(path=path):
                 url = "%s/%s" % (server.name, path)
@@ -11621,6 +11700,7 @@ class StatusTests(GatewayTestCase):
         self.assertAlmostEqual(data["started_at"], time.time(), delta=30)
 
     def test_the_page_gets_the_settings_of_every_tool_for_the_port_it_was_opened_at(self):
+        self.assertEqual(self.ask("GET", "/?setup", headers={"host": "localhost:99999"}).status, 200)
         texts = self.ask("GET", "/?setup", headers={"host": "localhost:8123"}).json
         self.assertEqual(set(texts), set(claude_gateway.TOOL_SETTINGS))
         self.assertIn("http://localhost:8123/v1", texts["aider"])
@@ -14056,6 +14136,17 @@ class AskTests(CommandTestCase):
         self.assertEqual((sent["model"], bare(sent["messages"])), ("claude-sonnet-5-5", [
             {"role": "user", "content": [{"type": "text", "text": "Say hello"}]}]))
 
+    def test_a_budget_holds_over_several_gateways_of_its_own(self):
+        usage = {"input_tokens": 1_000_000}
+        for client in ({}, {"CLAUDE_GATEWAY_API_KEY": "client-key"}):
+            self.claude.play(message(text("Once"), usage=usage), message(text("Twice"), usage=usage))
+            variables = dict(client, ANTHROPIC_API_KEY=SECRET, ANTHROPIC_BASE_URL=self.claude.url,
+                             CLAUDE_GATEWAY_BUDGET="1/day", CLAUDE_GATEWAY_PORT=free_port())
+            first, second = (self.command("ask", "Hello", **variables) for _ in range(2))
+            self.assertEqual((first.code, first.out, second.code, second.out), (0, "Once\n", 1, ""))
+            self.assertIn("The budget of $1 a day is used up", second.err)
+            self.claude.reset()
+
     def test_an_answer_comes_from_the_gateway_that_runs(self):
         child = self.serve("--alias", "quick=haiku", CLAUDE_GATEWAY_API_KEY="client-key")
         self.claude.play(message(text("Again")))
@@ -14135,8 +14226,9 @@ class RunTests(CommandTestCase):
         child = self.serve(CLAUDE_GATEWAY_API_KEY="client-key")
         arguments, variables = self.run_of("aider", "mine", CLAUDE_GATEWAY_PORT=str(child.port),
                                            CLAUDE_GATEWAY_API_KEY="client-key")
-        self.assertEqual((arguments[:4], arguments[-1]), (
-            ["--openai-api-base", "http://localhost:%d/v1" % child.port, "--openai-api-key", "client-key"], "mine"))
+        self.assertEqual((arguments[:2], arguments[-1]), (
+            ["--openai-api-base", "http://localhost:%d/v1" % child.port], "mine"))
+        self.assertNotIn("client-key", arguments, "everybody on this machine can read arguments")
         self.assertEqual((variables["OPENAI_BASE_URL"], variables["OPENAI_API_KEY"]),
                          ("http://localhost:%d/v1" % child.port, "client-key"))
         self.assertEqual(child.end(signal.SIGTERM), 0)
@@ -14145,9 +14237,8 @@ class RunTests(CommandTestCase):
         config = Config(port=45_999)
         base = "http://localhost:45999/v1"
         for tool, options, added in (
-                ("aider", ["--openai-api-base", base, "--openai-api-key", "none", "--model",
-                           "openai/claude-sonnet-5-5", "--edit-format", "diff", "--weak-model", "openai/haiku",
-                           "--no-show-model-warnings"], {}),
+                ("aider", ["--openai-api-base", base, "--model", "openai/claude-sonnet-5-5", "--edit-format", "diff",
+                           "--weak-model", "openai/haiku", "--no-show-model-warnings"], {}),
                 ("codex", ["-c", 'model="claude-opus-5-5"', "-c", 'model_provider="gateway"',
                            "-c", 'model_providers.gateway.name="gateway"',
                            "-c", 'model_providers.gateway.base_url="%s"' % base,
@@ -14173,6 +14264,15 @@ class RunTests(CommandTestCase):
             self.assertIn("got %d" % number, child.out)
         killed = self.child("run", "--demo", "sh", "-c", "kill -9 $$", **self.path)
         self.assertEqual(killed.end(), 137)
+
+    def test_a_program_that_the_system_cannot_start_is_no_traceback(self):
+        for start, words in (("no program", "Exec format error"), ("#!/no/such/interpreter\n", "No such file")):
+            path = os.path.join(self.working_directory, "broken")
+            pathlib.Path(path).write_text(start, "utf-8")
+            os.chmod(path, 0o755)
+            done = self.command("run", "--demo", path)
+            self.assertEqual((done.code, done.out), (2, ""))
+            self.assertRegex(done.err, r"\Aclaude-gateway: \S+ cannot be started: .*%s.*\n\Z" % words)
 
     def test_what_cannot_be_started_is_said(self):
         missing, nothing = self.commands((["run", "no-such-tool"], {}), (["run"], {}))
