@@ -5510,9 +5510,15 @@ class Usage:
                 LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
 
     def close(self) -> None:
-        if self._timer:
-            self._timer.cancel()
+        """Writes what is new, and waits for a write that is under way."""
+        with self._lock:
+            timer = self._timer
+        if timer:
+            timer.cancel()
             self.write()
+            timer.join()
+        with self._writing:
+            return
 
     def rows(self) -> UsageRows:
         """All that was counted, here and by other gateways.  Raises FileDamaged where budgets count by the file."""

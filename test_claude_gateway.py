@@ -7411,6 +7411,27 @@ class UsageTests(UsageTestCase):
         if os.name == "posix":
             self.assertEqual(oct(os.stat(self.path).st_mode & 0o777), "0o600")
 
+    def test_the_end_waits_for_a_write_that_is_under_way(self):
+        began, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+
+        class SlowUsage(claude_gateway.Usage):
+            def _read(self):
+                began.set()
+                go_on.wait(10)
+                return super()._read()
+
+        usage = SlowUsage(self.path)
+        usage.add("tool", "model", "", {"requests": 1})
+        self.assertTrue(began.wait(10))
+        closing = threading.Thread(target=usage.close)
+        closing.start()
+        closing.join(0.1)
+        self.assertTrue(closing.is_alive())
+        go_on.set()
+        closing.join(10)
+        self.assertTrue(os.path.exists(self.path))
+
     def test_old_days_are_dropped_and_a_damaged_file_is_kept_aside(self):
         row = {"day": "2020-01-01", "tool": "t", "model": "m", "key": "", "requests": 1}
         new = dict(row, day=time.strftime("%Y-%m-%d"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -124,14 +123,14 @@ def run(codex: str, title: str, configuration: str) -> None:
 
 def main() -> None:
     codex = sys.argv[1]
-    with open(os.path.join(HERE, "..", "README.md"), encoding="utf-8") as file:
-        recipe = re.search(r"^```toml\n(.*?)^```$", file.read(), re.M | re.S).group(1)
+    recipe = subprocess.run([sys.executable, os.path.join(HERE, "..", "claude_gateway.py"), "setup", "codex"],
+                            check=True, stdout=subprocess.PIPE, universal_newlines=True).stdout
     recipe = recipe.replace("http://localhost:45554/v1", "BASE_URL")
-    run(codex, "the README's recipe", recipe)
+    run(codex, "the recipe of setup", recipe)
     run(codex, "a model name with custom tools", recipe.replace("claude-opus-5-5", "gpt-5.5"))
     built_in = 'model = "gpt-5.5"\nopenai_base_url = "BASE_URL"\n'
     run(codex, "built-in provider redirected", built_in)
-    run_long(codex, "the README's recipe", recipe, triggers=False)
+    run_long(codex, "the recipe of setup", recipe, triggers=False)
     run_long(codex, "built-in provider redirected", built_in, triggers=True)
 
 
