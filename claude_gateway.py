@@ -1208,7 +1208,7 @@ PARAMETERS = {
     "instructions": Parameter(api=RESPONSES),
     "previous_response_id": Parameter(text_of, api=RESPONSES),
     "include": Parameter(list_of, api=RESPONSES),
-    "context_management": Parameter(list_of, api=RESPONSES),
+    "context_management": Parameter(api=RESPONSES),
     "stream": Parameter(boolean_of), "stream_options": Parameter(object_of),
     "max_completion_tokens": Parameter(rounded_of), "max_tokens": Parameter(rounded_of),
     "max_output_tokens": Parameter(rounded_of),
@@ -1254,7 +1254,8 @@ UNKNOWN = Parameter(anything, DROPPED)
 INSIDE = {"reasoning": ("effort", "max_tokens", "enabled", "exclude", "summary", "generate_summary", "context"),
           "text": ("format", "verbosity"), "stream_options": ("include_usage", "include_obfuscation"),
           "web_search_options": ("search_context_size", "user_location", "filters", "max_uses", "allowed_domains",
-                                 "blocked_domains", "external_web_access")}
+                                 "blocked_domains", "external_web_access"),
+          "context_management": ()}                 # an object is Claude's own shape
 
 
 def read_parameters(body: dict, api: str, changes: Changes) -> dict:
@@ -1645,6 +1646,8 @@ def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
     if kind == "base64":
         declared = text_in(source, "media_type") or ""
         return blocks_from_base64(text_at(source, "data", path), declared, title, path + ".data", draft)
+    if kind == "file":
+        raise no_stored_files(path)
     return blocks_from_url(text_at(source, "url", path), title, path + ".url", draft, part["type"])
 
 
@@ -2604,7 +2607,10 @@ def add_message(conversation: Conversation, role: str, chat_message: dict, path:
 
 def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
     """An assistant message: thinking, then text, then tool calls, as Claude once sent them."""
-    blocks = add_content(conversation, "assistant", chat_message, path, draft, signed_thinking(chat_message))
+    kept = signed_thinking(chat_message)
+    if chat_message.get("reasoning_details") and not kept:
+        draft.changes.ignored.append(path + ".reasoning_details")
+    blocks = add_content(conversation, "assistant", chat_message, path, draft, kept)
     refusal = text_blocks(text_at(chat_message, "refusal", path, ""))
     if refusal and refusal[0] not in blocks:        # it may be a part of the content as well
         conversation.add("assistant", refusal)
@@ -5439,9 +5445,15 @@ class Usage:
             LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
 
     def close(self) -> None:
-        if self._timer:
-            self._timer.cancel()
+        """Writes what is new, and waits for a write that is under way."""
+        with self._lock:
+            timer = self._timer
+        if timer:
+            timer.cancel()
             self.write()
+            timer.join()
+        with self._writing:
+            return
 
     def rows(self) -> UsageRows:
         """All that was counted, here and by other gateways.  Raises FileDamaged where budgets count by the file."""
@@ -7410,7 +7422,10 @@ def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[di
 
 def compaction_threshold(body: dict) -> int:
     """`compact_threshold`, 0 where none is set."""
-    for path, entry in entries_of(body.get("context_management") or [], "context_management"):
+    management = body.get("context_management") or []
+    if isinstance(management, dict):
+        return 0
+    for path, entry in entries_of(management, "context_management"):
         one_of("compaction")(entry.get("type"), path + ".type")
         return optional(integer_of, entry.get("compact_threshold"), path + ".compact_threshold", 0)
     return 0

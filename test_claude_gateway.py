@@ -2763,6 +2763,7 @@ class EarlierMediaTests(RequestTestCase):
     """What nobody can take back any more must not end a conversation; in the newest turn it is a 400."""
     BAD = (image_url("data:image/heic;base64," + HEIC), SOUND, image_url("data:image/png;base64,@@"),
            {"type": "file", "file": {"file_id": "file-1"}}, image_url("http://127.0.0.1/a.png"),
+           {"type": "image", "source": {"type": "file", "file_id": "file-1"}},
            {"type": "image", "data": HEIC, "mimeType": "image/heic"})
 
     def test_in_an_earlier_turn_it_becomes_a_note_and_is_reported(self):
@@ -6021,6 +6022,12 @@ class CompactionTests(ResponsesTestCase):
             answer = self.respond(context_management=value)
             self.assertEqual((answer.status, answer.error["param"]), (400, path))
 
+    def test_a_context_management_in_claudes_shape_is_dropped_and_reported(self):
+        for stream in (False, True):
+            answer = self.respond(context_management={"edits": [{"type": "clear_thinking_20251015"}]}, stream=stream)
+            self.assertEqual(answer.status, 200, answer.raw)
+            self.assertEqual(answer.headers["x-claude-gateway-changes"], "dropped=context_management.edits")
+
     def test_claudes_own_compaction_passes_the_native_route(self):
         body = {"model": "claude-opus-5-5", "max_tokens": 100, "compaction": {"type": "summarize"},
                 "messages": [{"role": "user", "content": "Hi"}]}
@@ -7455,6 +7462,27 @@ class UsageTests(UsageTestCase):
         self.assertEqual((row["requests"], row["output"]), (2, 14))
         if os.name == "posix":
             self.assertEqual(oct(os.stat(self.path).st_mode & 0o777), "0o600")
+
+    def test_the_end_waits_for_a_write_that_is_under_way(self):
+        began, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+
+        class SlowUsage(claude_gateway.Usage):
+            def _read(self):
+                began.set()
+                go_on.wait(10)
+                return super()._read()
+
+        usage = SlowUsage(self.path)
+        usage.add("tool", "model", "", {"requests": 1})
+        self.assertTrue(began.wait(10))
+        closing = threading.Thread(target=usage.close)
+        closing.start()
+        closing.join(0.1)
+        self.assertTrue(closing.is_alive())
+        go_on.set()
+        closing.join(10)
+        self.assertTrue(os.path.exists(self.path))
 
     def test_old_days_are_dropped_and_a_damaged_file_is_kept_aside(self):
         row = {"day": "2020-01-01", "tool": "t", "model": "m", "key": "", "requests": 1}
@@ -10767,7 +10795,10 @@ class ThinkingReplayTests(GatewayTestCase):
         ):
             with self.subTest(details=details):
                 turns = [history[0], dict(history[1], reasoning_details=details), history[2]]
-                self.assertEqual(self.replayed(turns), [kept + [tool_use("toolu_1", "f", {})]])
+                with self.assertLogs("claude_gateway", "DEBUG") as logged:
+                    self.assertEqual(self.replayed(turns), [kept + [tool_use("toolu_1", "f", {})]])
+                self.assertEqual("without effect on the answer: messages[1].reasoning_details" in "\n".join(
+                    logged.output), kept == [thinking("hm", "c2ln")])
 
     def test_blocks_that_the_client_kept_are_left_out_too_once_they_did_not_hold(self):
         for model in ("claude-opus-5-5", "claude-haiku-4-5"):   # one decides by itself, one insists on its block
