@@ -9946,7 +9946,7 @@ def local_answer(config: Config, body: dict | None = None, key: str = "",
                  timeout: float = 2) -> Iterator[http.client.HTTPResponse]:
     """What this machine's port answers to GET /, or to a chat completion request."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": USER_AGENT,
+    headers = {"accept": "application/json", "user-agent": "ask",
                **({"authorization": "Bearer " + key} if key else {})}
     with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
         connection.request("POST" if body else "GET", "/v1/chat/completions" if body else "/",

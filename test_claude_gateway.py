@@ -14067,7 +14067,7 @@ class AskTests(CommandTestCase):
         done = self.command("ask", "--model", "quick", typed="Hello?\n", **variables)
         self.assertEqual((done.code, done.out, done.err), (0, "Again\n", ""))
         self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
-        self.assertIn('"tool": "claude-gateway"', self.command("status", "--json", **variables).out)
+        self.assertIn('"tool": "ask"', self.command("status", "--json", **variables).out)
         self.claude.play(message(text("{}")))
         whole = self.command("ask", "--json", "Hello", **variables)
         self.assertEqual(json.loads(whole.out)["choices"][0]["message"]["content"], "{}")
