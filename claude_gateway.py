@@ -9743,7 +9743,8 @@ def local_answer(config: Config, body: dict | None = None, key: str = "",
                  timeout: float = 2) -> Iterator[http.client.HTTPResponse]:
     """What this machine's port answers to GET /, or to a chat completion request."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = dict({"accept": "application/json"}, **{"authorization": "Bearer " + key} if key else {})
+    headers = {"accept": "application/json", "user-agent": "ask",
+               **({"authorization": "Bearer " + key} if key else {})}
     with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
         connection.request("POST" if body else "GET", "/v1/chat/completions" if body else "/",
                            json.dumps(body) if body else None, headers)
@@ -10381,7 +10382,8 @@ def chunks_of_answer(config: Config, body: dict) -> Iterator[dict]:
                 line = re.sub(rb"^data: ", b"", line)
                 chunk = json.loads(line.decode("utf-8")) if line.startswith(b"{") else {}
                 if "error" in chunk:
-                    raise GatewayError(text_in(chunk, "error", "message") or "The gateway refused the request.")
+                    kind = UpstreamFault if text_in(chunk, "error", "code") == UpstreamFault.code else GatewayError
+                    raise kind(text_in(chunk, "error", "message") or "The gateway refused the request.")
                 yield chunk
             if not done:
                 raise ConnectionError("it ended early")
@@ -10800,7 +10802,7 @@ Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on
 http://localhost:%d/v1.
 
   # try it, without account and network:
-  claude-gateway start --demo
+  claude-gateway ask --demo Hello
   # with your API key:
   ANTHROPIC_API_KEY=... claude-gateway start""" % DEFAULT_PORT
 # What the help of a command ends with
@@ -10828,9 +10830,9 @@ class Parser(argparse.ArgumentParser):
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
             known = {name.lstrip("-"): name for name in [*self.commands, *self._option_string_actions]}
             nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1)
-            message = "unknown: %s. %s" % (word, "Did you mean %s?" % known[nearest[0]] if nearest else
-                                           "The commands are %s." % ", ".join(self.commands) if self.commands else "")
-        super().error(as_typed(message))
+            message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else
+                                          " The commands are %s." % ", ".join(self.commands) if self.commands else "")
+        super().error(as_typed(message.replace("SHELL, typed", "SHELL")))     # the hidden one is not required
 
     def candidates(self, words: Sequence[str]) -> list[str]:
         """What may stand in the place of the last of these words; none where that is a file or free text."""

@@ -14185,6 +14185,7 @@ class AskTests(CommandTestCase):
         done = self.command("ask", "--model", "quick", typed="Hello?\n", **variables)
         self.assertEqual((done.code, done.out, done.err), (0, "Again\n", ""))
         self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
+        self.assertIn('"tool": "ask"', self.command("status", "--json", **variables).out)
         self.claude.play(message(text("{}")))
         whole = self.command("ask", "--json", "Hello", **variables)
         self.assertEqual(json.loads(whole.out)["choices"][0]["message"]["content"], "{}")
@@ -14216,11 +14217,14 @@ class AskTests(CommandTestCase):
     def test_what_goes_wrong_is_told_as_the_gateway_tells_it(self):
         self.claude.play(*[FakeReply(pieces=[sse(events_of(message(text("Half")))[:4] + [
             {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}])])])
-        broken, unknown, empty, nobody = self.commands(
+        broken, unreachable, unknown, empty, nobody = self.commands(
             (["ask", "Hello"], {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url}),
+            (["ask", "Hello"], {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}),
             (["ask", "--demo", "--model", "nope", "Hello"], {}), (["ask", "--demo"], {}), (["ask", "Hello"], {}))
         self.assertEqual((broken.code, broken.out), (1, "Half"))
         self.assertIn("Overloaded", broken.err)
+        self.assertEqual((unreachable.code, unreachable.out), (5, ""))
+        self.assertIn("could not be reached at 127.0.0.1:1", unreachable.err)
         self.assertEqual(unknown.code, 1)
         self.assertIn('claude-gateway: The model "nope" does not exist here.', unknown.err)
         self.assertEqual((empty.code, empty.err),
@@ -14638,6 +14642,7 @@ class CompletionTests(unittest.TestCase):
                 self.assertRegex(done.out, r"\A# It .* not python.*\n# To load it.*: .*claude-gateway completion %s" %
                                  shell.lower())
                 self.assertIn("claude-gateway completion %s " % shell.lower(), done.out.split("\n", 2)[2])
+        self.assertTrue(outcome_of(["completion"], {}, "").err.endswith(" are required: SHELL\n"))
 
     @POSIX_ONLY
     @unittest.skipUnless(shutil.which("bash"), "no bash here")
@@ -14697,6 +14702,7 @@ class CommandLineTests(CommandTestCase):
                 self.assertTrue(said.startswith("usage: claude-gateway %s[-h]" % usage), said)
                 self.assertEqual(re.findall(r"Did you mean (\S+)\?", said), [nearest] if nearest else [])
                 self.assertIn("unknown: %s." % arguments[-1] if arguments[-1].startswith("--") else "error: ", said)
+                self.assertFalse(said.endswith(" \n"), said)
                 self.assertEqual("The commands are start, ask, run, login, " in said, arguments == ["what"])
 
     def test_an_option_before_its_command_is_told_where_it_belongs(self):
