@@ -336,12 +336,9 @@ def is_address(name: str) -> bool:
 def is_loopback_host(host: str) -> bool:
     """Whether a host name or address literal means this machine."""
     host = host.strip("[]").rstrip(".").lower()
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
+    if is_address(host):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or host.endswith(".localhost")
 
 
 GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
@@ -377,29 +374,22 @@ class GatewayError(Exception):
         self.code = code or self.code
         self.headers = headers or {}
 
-    def reworded(self, message: str) -> GatewayError:
-        """The same error with another message."""
+    def reworded(self, message: str, **changes: str) -> GatewayError:
+        """The same error with another message, and what else is other about it."""
         copy: GatewayError = type(self).__new__(type(self), message)      # which sets what str() shows
-        vars(copy).update(vars(self))
+        vars(copy).update(vars(self), **changes)
         return copy
 
     def body(self) -> dict:
         """The error envelope of OpenAI's API reference."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
-    @property
-    def anthropic_status(self) -> int:
-        return self.status
-
-    @property
-    def anthropic_headers(self) -> dict[str, str]:
-        return self.headers
-
-    def anthropic_body(self) -> dict:
-        """The error envelope of Anthropic's API, for clients that speak it."""
+    def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
+        """Status, headers and body for clients that speak Anthropic's API."""
         kind = next((name for name, (status, _, _) in CLAUDE_ERRORS.items() if status == self.status),
                     type_of_status(self.status))
-        return {"type": "error", "error": {"type": kind, "message": str(self)}, "request_id": None}
+        error = {"type": kind, "message": str(self)}
+        return self.status, self.headers, {"type": "error", "error": error, "request_id": None}
 
 
 class InvalidRequest(GatewayError):
@@ -471,7 +461,7 @@ def type_of_status(status: int) -> str:
 
 class Verdict(NamedTuple):
     """What the message of a refusal says beyond its type; None leaves what the type says."""
-    words: str
+    words: str                                  # a pattern
     status: int | None = None
     kind: str | None = None
     code: str | None = None
@@ -486,24 +476,20 @@ PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHRO
 # request is read by LESSONS and the patterns beside it.  Nothing else goes by the message of Claude.
 VERDICTS = (
     Verdict("anthropic-workspace-id", 400, code="upstream_refused", hint=WORKSPACE_HINT),
-    Verdict("prompt is too long", 400, code="context_length_exceeded"),
-    Verdict("exceed context limit", 400, code="context_length_exceeded"),
-    Verdict("only authorized for use with claude code", code="upstream_refused", hint=KEY_HINT),
+    Verdict("prompt is too long|exceed context limit", 400, code="context_length_exceeded"),
+    Verdict("only authorized for use with claude code|scope requirement|claude_code_version_too_old",
+            code="upstream_refused", hint=KEY_HINT),
     Verdict("extra usage is required for long context", 429, "insufficient_quota", "insufficient_quota",
             "Hint: this account may not send prompts this long without extra usage."),
     Verdict("extra usage", 429, "insufficient_quota", "insufficient_quota", KEY_HINT),
-    Verdict("credit balance is too low", 429, "insufficient_quota", "insufficient_quota"),
-    Verdict("specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
-    Verdict("enforced_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
-    Verdict("contract_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
+    Verdict("credit balance is too low|specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
+    Verdict("(enforced|contract)_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
     Verdict("output blocked by content filtering", 400, code="content_filter"),
     Verdict("token has been revoked", 401, "authentication_error", "upstream_authentication",
             "Hint: run `claude-gateway login` again."),
     Verdict("oauth authentication is currently not supported", 401, hint=KEY_HINT),
-    Verdict("oauth token has expired", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
-    Verdict("invalid bearer token", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
-    Verdict("scope requirement", code="upstream_refused", hint=KEY_HINT),
-    Verdict("claude_code_version_too_old", code="upstream_refused", hint=KEY_HINT),
+    Verdict("oauth token has expired|invalid bearer token", 401,
+            hint="Hint: run `claude-gateway login` again, or renew the token."),
     Verdict("invalid x-api-key", 401,
             hint="Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
 )
@@ -552,7 +538,7 @@ class ClaudeError(GatewayError):
             self.status = upstream_status
         self.error_code = text_in(error, "details", "error_code") or ""
         words = "%s %s" % (message.lower(), self.error_code)
-        verdict = next((verdict for verdict in VERDICTS if verdict.words in words), Verdict(""))
+        verdict = next((verdict for verdict in VERDICTS if re.search(verdict.words, words)), Verdict(""))
         self.status = verdict.status or self.status
         self.kind = verdict.kind or self.kind
         code = verdict.code or code
@@ -567,23 +553,11 @@ class ClaudeError(GatewayError):
             self.headers["x-should-retry"] = "false"
         self._anthropic_headers = headers_for_anthropic(headers or {})
 
-    @property
-    def anthropic_status(self) -> int:
-        return self.upstream_status if self.upstream_status >= 400 else self.status
-
-    @property
-    def anthropic_headers(self) -> dict[str, str]:
-        return dict(self.headers, **self._anthropic_headers)
-
-    def anthropic_body(self) -> dict:
-        return {"type": "error", "error": {"type": self.claude_type, "message": str(self)},
-                "request_id": self.headers.get(REQUEST_ID_HEADER)}
-
-    def explained(self, message: str, param: str, code: str | None = None) -> ClaudeError:
-        """The same refusal in terms of what the client sent."""
-        copy = ClaudeError.__new__(ClaudeError, message)
-        copy.__dict__.update(vars(self), param=param, code=code or self.code)
-        return copy
+    def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
+        error = {"type": self.claude_type, "message": str(self)}
+        return (self.upstream_status if self.upstream_status >= 400 else self.status,
+                dict(self.headers, **self._anthropic_headers),
+                {"type": "error", "error": error, "request_id": self.headers.get(REQUEST_ID_HEADER)})
 
 
 RATE_LIMIT_HEADERS = {
@@ -890,13 +864,12 @@ def model_from_info(info: dict) -> Model | None:
         return None
     known = replace(same_model(model_id, BUILT_IN_MODELS.values()) or Model(""), id=model_id)
 
-    def supported(*path: str) -> bool | None:
+    def supported(*path: str, otherwise: bool | None = None) -> bool | None:
         value = value_in(info, "capabilities", *path, "supported")
-        return value if isinstance(value, bool) else None
+        return value if isinstance(value, bool) else otherwise
 
     def names(path: tuple[str, ...], known_names: tuple[str, ...], all_names: tuple[str, ...]) -> tuple[str, ...]:
-        said = {name: supported(*path, name) for name in all_names}
-        return tuple(name for name in all_names if (name in known_names if said[name] is None else said[name]))
+        return tuple(name for name in all_names if supported(*path, name, otherwise=name in known_names))
 
     def text(name: str, limit: int = 200) -> str | None:
         return (text_in(info, name) or "")[:limit] or None
@@ -927,19 +900,16 @@ class Catalog:
         """The model that a client means by `name`; a refusal names the nearest ones."""
         plain = (name or "").strip().lower()[:200]      # the patterns are not made for more
         target = self.aliases.get(plain, plain)
-        model = self._claude_model(target) or self.newest(tier_of(target))
-        if model is None and "*" in self.aliases:
-            target = self.aliases["*"]
-            model = self._claude_model(target) or self.newest(tier_of(target))
-        if model is not None:
-            return model
+        for each in (target, self.aliases.get("*", "")):
+            model = self._claude_model(each) or self.newest(tier_of(each))
+            if model is not None:
+                return model
         if not name:
             raise InvalidRequest("model is required; --alias '*=MODEL' would choose one for requests without it.",
                                  "model", "missing_required_parameter")
-        raise Refused(404, "model_not_found",
-                      "The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
-                      "for every other name.)" %
-                      (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
+        raise Refused(404, "model_not_found", "The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes "
+                      "MODEL answer for every other name.)" % (
+                          json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
 
     def thinks(self, name: str) -> bool:
         """Whether a model's name asks for thinking: claude-opus-4-8-thinking, opus:thinking."""
@@ -953,8 +923,7 @@ class Catalog:
 
     def nearest(self, name: str) -> list[str]:
         """Three names worth trying instead of `name`: the newest of its line, what is spelt alike, or the tiers."""
-        line = next((tier for tier in TIERS if tier in name), None)
-        newest = self.newest(line)
+        newest = self.newest(next((tier for tier in TIERS if tier in name), None))
         short = [tier for tier in ("sonnet", "opus", "haiku") if self.newest(tier)]
         names = [newest.id] if newest else []
         names += difflib.get_close_matches(name, [*short, *self.aliases], n=1, cutoff=0.7)
@@ -1047,28 +1016,24 @@ def optional(check: Callable[[Any, str], Any], value: Any, path: str, otherwise:
     return otherwise if value is None else check(value, path)
 
 
-def text_of(value: Any, path: str) -> str:
-    if not isinstance(value, str):
-        raise wrong(path, "a string", value)
-    return value
+def of_type(kind: type, wanted: str) -> Callable[[Any, str], Any]:
+    """The check for a value of one type."""
+    def check(value: Any, path: str) -> Any:
+        if not isinstance(value, kind):
+            raise wrong(path, wanted, value)
+        return value
+    return check
 
 
-def object_of(value: Any, path: str) -> dict:
-    if not isinstance(value, dict):
-        raise wrong(path, "an object", value)
-    return value
+text_of: Callable[[Any, str], str] = of_type(str, "a string")
+object_of: Callable[[Any, str], dict] = of_type(dict, "an object")
+list_of: Callable[[Any, str], list] = of_type(list, "an array")
 
 
 def text_at(mapping: dict, name: str, path: str, otherwise: str | None = None) -> str:
     """A string in an object, which may be missing where there is an `otherwise`."""
     value = mapping.get(name)
     return otherwise if value is None and otherwise is not None else text_of(value, "%s.%s" % (path, name))
-
-
-def list_of(value: Any, path: str) -> list:
-    if not isinstance(value, list):
-        raise wrong(path, "an array", value)
-    return value
 
 
 def entries_of(value: Any, path: str, check: Callable[[Any, str], Any] = object_of) -> list[tuple[str, Any]]:
@@ -1512,15 +1477,14 @@ def text_blocks(text: str) -> list[dict]:
     return [{"type": "text", "text": text}] if text.strip() else []
 
 
+# What a file begins with -> its type
+MAGIC = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG\r\n\x1a\n", "image/png"), (rb"GIF8[79]a", "image/gif"),
+         (rb"(?s)RIFF....WEBP", "image/webp"), (rb"(?s).{0,1019}%PDF-", "application/pdf"))
+
+
 def media_type_of(start: bytes) -> str:
     """What the first bytes of a file say it is: one of the types that Claude accepts, or ""."""
-    for magic, media_type in ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"),
-                              (b"GIF87a", "image/gif"), (b"GIF89a", "image/gif")):
-        if start.startswith(magic):
-            return media_type
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "image/webp"
-    return "application/pdf" if b"%PDF-" in start[:1024] else ""
+    return next((media_type for magic, media_type in MAGIC if re.match(magic, start)), "")
 
 
 def titled(block: dict, title: str) -> dict:
@@ -1536,10 +1500,8 @@ def text_document(text: str, title: str) -> list[dict]:
 def private_literal(host: str) -> bool:
     """Whether a host is an address literal outside the public internet (names are judged when they resolve)."""
     host = host.rstrip(".").split("%")[0]
-    try:
+    if is_address(host):
         return not is_public(host)
-    except ValueError:
-        pass
     parts = host.split(".")                         # 127.1, 0x7f.1, 0177.0.0.1, 2130706433: as resolvers read them
     if len(parts) > 4 or not all(re.match(r"(0x[0-9a-f]*|\d+)\Z", part, re.I) for part in parts):
         return False
@@ -1680,21 +1642,13 @@ def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
     return refuse
 
 
-def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
+def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
     """A thinking block as Claude signed it; text without a signature never becomes thinking."""
+    thinking, signature, data = (value_in(block, name) for name in (text, "signature", "data"))
     if signature and isinstance(signature, str) and isinstance(thinking or "", str):
         return [{"type": "thinking", "thinking": thinking or "", "signature": signature}]
     if data and isinstance(data, str):
         return [{"type": "redacted_thinking", "data": data}]
-    return []
-
-
-def thinking_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    return thinking_block(part.get("thinking"), part.get("signature"), part.get("data"))
-
-
-def nothing_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """Reasoning that is not Claude's goes nowhere."""
     return []
 
 
@@ -1703,8 +1657,8 @@ PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
     "image_url": image_part, "input_image": image_part, "image": image_part,
     "file": file_part, "input_file": file_part, "document": file_part, "document_url": file_part,
     "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
-    "thinking": thinking_part, "redacted_thinking": thinking_part,
-    "reasoning": nothing_part, "reasoning_text": nothing_part,
+    **dict.fromkeys(("thinking", "redacted_thinking"), lambda part, path, draft: thinking_block(part)),
+    **dict.fromkeys(("reasoning", "reasoning_text"), lambda part, path, draft: []),     # it is not Claude's
 }
 THINKING = ("thinking", "redacted_thinking")
 MEDIA = {kind for kind, translate in PARTS.items() if translate in (image_part, file_part)}
@@ -1808,10 +1762,6 @@ def map_of_schemas(value: Any, path: str) -> dict:
     return {name: checked_schema(schema, path_in_schema(path, name)) for name, schema in object_of(value, path).items()}
 
 
-def list_of_schemas(value: Any, path: str) -> list:
-    return [schema for _, schema in entries_of(value, path, checked_schema)]
-
-
 def required_of(value: Any, path: str) -> list[str]:
     names = [] if isinstance(value, bool) else list_of(value, path)         # draft 3's flags
     return list(dict.fromkeys(text_of(name, path) for name in names))
@@ -1828,7 +1778,8 @@ MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # an empty value
 # keyword -> the shape of its value
 SCHEMA_CHECKS: Dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"), map_of_schemas),
-    **dict.fromkeys(LISTS_OF_SCHEMAS, list_of_schemas),
+    **dict.fromkeys(LISTS_OF_SCHEMAS, lambda value, path: [
+        schema for _, schema in entries_of(value, path, checked_schema)]),
     **dict.fromkeys(("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else"),
                     checked_schema),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
@@ -1883,13 +1834,9 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
                              "invalid_value")
-    properties = optional(object_of, schema.get("properties"), path + ".properties", {})
-    required = schema.pop("required", None)
-    rest = {key: value for key, value in schema.items() if key not in ("type", "properties")}
-    rooted = dict({"type": "object", "properties": properties}, **rest)
-    if isinstance(required, list) and required:
-        rooted["required"] = required
-    return rooted
+    schema = dict(schema, type="object",
+                  properties=optional(object_of, schema.get("properties"), path + ".properties", {}))
+    return schema if listed(schema.get("required")) else without(schema, "required")
 
 
 class Unsupported(Exception):
@@ -2006,20 +1953,23 @@ class Subset:
 
 
 class StrictBudget:
-    """What all the strict schemas of one request may have together."""
+    """Brings the strict schemas of one request into the subset, as many as Claude compiles together."""
 
     def __init__(self) -> None:
-        self.tools = self.optional = self.unions = 0
+        self._tools = self._optional = self._unions = 0
 
-    def take(self, subset: Subset) -> bool:
-        """Whether one more strict schema fits; if so it is counted."""
-        fits = (self.tools < MOST_STRICT_TOOLS and self.optional + subset.optional <= MOST_OPTIONAL
-                and self.unions + subset.unions <= MOST_UNIONS)
-        if fits:
-            self.tools += 1
-            self.optional += subset.optional
-            self.unions += subset.unions
-        return fits
+    def compiled(self, schema: dict, as_it_is: bool = False) -> tuple[dict, list[str]]:
+        """A schema in the subset, and the keywords that went into descriptions.  Raises Unsupported."""
+        subset = Subset(schema)
+        converted, moved = subset.whole(), list(dict.fromkeys(subset.moved))
+        if as_it_is and moved:
+            raise Unsupported(", ".join(moved))
+        tools, optional = self._tools + 1, self._optional + subset.optional
+        unions = self._unions + subset.unions
+        if tools > MOST_STRICT_TOOLS or optional > MOST_OPTIONAL or unions > MOST_UNIONS:
+            raise Unsupported("more than Claude compiles in one request")
+        self._tools, self._optional, self._unions = tools, optional, unions
+        return converted, moved
 
 
 # ---- Tools -------------------------------------------------------------------------------------------
@@ -2120,16 +2070,10 @@ def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: 
     try:
         if not draft.model.strict_tools:
             raise Unsupported("Claude could not compile the schemas of this request")
-        subset = Subset(tool["input_schema"])
-        schema = subset.whole()
-        if subset.moved:
-            raise Unsupported(", ".join(dict.fromkeys(subset.moved)))
-        if not budget.take(subset):
-            raise Unsupported("more than Claude compiles in one request")
+        tool["input_schema"], _ = budget.compiled(tool["input_schema"], as_it_is=True)
+        tool["strict"] = True
     except Unsupported as reason:
         draft.changes.add("dropped", declared.path + ".strict", str(reason))
-        return
-    tool["input_schema"], tool["strict"] = schema, True
 
 
 def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
@@ -2160,11 +2104,10 @@ def tools_from_declared(draft: Draft) -> list[dict]:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
         schema = with_fitting_names(schema, entry, draft)
-        tool = {"name": name, "description": entry.description, "input_schema": schema}
+        description = entry.description
         if not entry.name.isascii():                # of which little or nothing is left
-            tool["description"] = led_by_name(entry.name, entry.description)
-        if not tool["description"]:
-            del tool["description"]
+            description = led_by_name(entry.name, description)
+        tool = dict({"name": name, "description": description} if description else {"name": name}, input_schema=schema)
         if entry.strict:
             add_strictness(tool, strict_budget, entry, draft)
         tools += marked([tool], entry.part)
@@ -2264,16 +2207,13 @@ class Turn:
 def closed(fragment: str) -> str:
     """Truncated JSON with its open string and brackets closed, which often makes it whole."""
     closers: List[str] = []
-    in_string = escaped = False
-    for character in fragment:
-        if in_string:
-            in_string = escaped or character != '"'
-            escaped = not escaped and character == "\\"
-        elif character == '"':
-            in_string = True
-        elif character in "{[":
-            closers.append("}" if character == "{" else "]")
-        elif character in "}]" and closers:
+    in_string = False
+    for token in re.findall(r'\\.?|[{}\[\]"]', fragment, re.S):
+        if token == '"':
+            in_string = not in_string
+        elif token in "{[" and not in_string:
+            closers.append("}" if token == "{" else "]")
+        elif token in "}]" and not in_string and closers:
             closers.pop()
     if in_string:
         fragment = re.sub(r'(?<!\\)((?:\\\\)*)\\(u[0-9a-fA-F]{0,3})?\Z', r"\1", fragment) + '"'      # a cut escape goes
@@ -2325,10 +2265,6 @@ def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
 
 def has_compaction(blocks: list[dict]) -> bool:
     return any(block["type"] == "compaction" for block in blocks)
-
-
-def has_server_blocks(blocks: list[dict]) -> bool:
-    return any(block["type"] not in ("text", "thinking", "redacted_thinking", "tool_use") for block in blocks)
 
 
 def merged(messages: list[dict]) -> list[dict]:
@@ -2480,12 +2416,11 @@ class Conversation:
     def _replayed(self, turn: Turn) -> list[dict]:
         """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
         earlier = self._draft.recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
-        plain = [block for block in turn.blocks if block["type"] not in THINKING]
-        if not earlier or len(plain) < len(turn.blocks) or not same_answer(earlier, plain) \
-                or has_server_blocks(earlier) and not self._draft.search:
+        if not earlier or any(block["type"] in THINKING for block in turn.blocks) or \
+                not same_answer(earlier, turn.blocks):
             return turn.blocks
-        mark = turn.blocks[-1].get("cache_control")
-        return marked(earlier, {"cache_control": mark})
+        searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
+        return turn.blocks if searched and not self._draft.search else marked(earlier, turn.blocks[-1])
 
     def _results(self, calls: list[Call]) -> list[dict]:
         """One result for each call of a turn, in the order of the calls."""
@@ -2527,13 +2462,9 @@ def without_refused(content: list[dict], recall: Recall) -> list[dict]:
 
 def signed_thinking(chat_message: dict) -> list[dict]:
     """The thinking blocks that a client kept beside the content, with their signatures."""
-    blocks: list[dict] = []
-    for block in listed(chat_message.get("thinking_blocks")):
-        if isinstance(block, dict):
-            blocks += thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
-    for detail in () if blocks else joined_details(listed(chat_message.get("reasoning_details"))):
-        blocks += thinking_block(detail.get("text"), detail.get("signature"), detail.get("data"))
-    return blocks
+    blocks = [block for each in listed(chat_message.get("thinking_blocks")) for block in thinking_block(each)]
+    return blocks or [block for detail in joined_details(listed(chat_message.get("reasoning_details")))
+                      for block in thinking_block(detail, "text")]
 
 
 def joined_details(details: Sequence[Any]) -> list[dict]:
@@ -3001,15 +2932,13 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
         with contextlib.suppress(Unsupported):
-            subset = Subset(tool["input_schema"])
-            schema = subset.whole()
-            if StrictBudget().take(subset):
-                request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-                draft.forced_tool = draft.names.back(tool["name"])
-                draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
-                draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
-                                  draft.model.id)
-                return {"type": "none"}
+            schema, _ = StrictBudget().compiled(tool["input_schema"])
+            request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
+            draft.forced_tool = draft.names.back(tool["name"])
+            draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
+            draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
+                              draft.model.id)
+            return {"type": "none"}
     draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
     draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in the prompt" % draft.model.id)
     choice = dict(without(choice, "name"), type="auto")
@@ -3023,17 +2952,14 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
             raise Unsupported("there is no schema")
         if not draft.model.structured_outputs or draft.search:
             raise Unsupported("web search excludes it" if draft.search else "%s does not compile it" % draft.model.id)
-        subset = Subset(schema)
-        converted = subset.whole()
-        if not StrictBudget().take(subset):
-            raise Unsupported("more than Claude compiles")
+        converted, moved = StrictBudget().compiled(schema)
     except Unsupported as reason:
         draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
         draft.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
-    for keyword in dict.fromkeys(subset.moved):
+    for keyword in moved:
         draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
@@ -3373,7 +3299,7 @@ class BareJson:
     A text without any object is handed on whole, at the end: the client should see what Claude answered instead.
     """
     START = re.compile(r'\{\s*["}]')                # a brace amid the talk is no object
-    INTERESTING = re.compile(r'[{}\[\]"\\]')
+    TOKEN = re.compile(r'\\.?|[{}\[\]"]', re.S)     # an escape, maybe cut, or what opens and closes
 
     def __init__(self) -> None:
         self._held: List[str] = []                  # the text before the object
@@ -3403,28 +3329,17 @@ class BareJson:
 
     def _end(self, text: str) -> int:
         """The index behind the object's last bracket, or behind the text."""
-        at = 0
-        while at < len(text):
-            if self._escaped:
-                self._escaped = False
-                at += 1
-                continue
-            match = self.INTERESTING.search(text, at)
-            if not match:
-                break
-            character, at = match.group(), match.end()
-            if self._in_string:
-                self._escaped = character == "\\"
-                self._in_string = character != '"'
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
+        begin, self._escaped = int(self._escaped), self._escaped and not text
+        for match in self.TOKEN.finditer(text, begin):
+            token = match.group()
+            self._escaped = token == "\\"
+            if token == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and token in "{}[]":
+                self._depth += 1 if token in "{[" else -1
                 if self._depth == 0:
                     self._done = True
-                    return at
+                    return match.end()
         return len(text)
 
 
@@ -3472,71 +3387,71 @@ class PlannedEvents:
 
     def _rendered(self, events: list[dict], render: Render) -> list[dict]:
         rendered = []
-        for event in self._with_properties(events):
+        for event in events:
             self.assembler.feed(event)
             rendered += render(event)
         return rendered
-
-    def _with_properties(self, events: list[dict]) -> Iterator[dict]:
-        """The events with the client's names of properties; where Claude has others, arguments wait to be whole."""
-        for event in events:
-            kind, block = event["type"], event.get("content_block") or {}
-            if kind == "content_block_start" and block["type"] == "tool_use":
-                self._properties = names = self._plan.properties.get(block["name"])
-                if names and block.get("input"):
-                    event = dict(event, content_block=dict(block, input=names.restored(block["input"])))
-            elif kind in ("content_block_stop", "message_delta"):
-                yield from self._held_arguments()
-            elif self._properties and value_in(event, "delta", "type") == "input_json_delta":
-                self._held.write(event["delta"]["partial_json"])
-                continue
-            yield event
-
-    def _held_arguments(self) -> Iterator[dict]:
-        held, names = self._held.getvalue(), self._properties
-        self._held, self._properties = io.StringIO(), None
-        arguments = object_in(held) if names else None
-        if held:
-            yield arguments_delta(json.dumps(names.restored(arguments), ensure_ascii=False) if names and arguments
-                                  else held)
 
     def _block_start(self, event: dict) -> list[dict]:
         block = event["content_block"]
         self._kind = block["type"]
         if self._kind == "text":
             return self._text(block.get("text") or "", lambda text: dict(event, content_block=dict(block, text=text)))
-        events = [{"type": "content_block_stop"}] if self._calling else []
+        events = self._with_held({"type": "content_block_stop"}) if self._calling else []
         self._calling = False
         if self._kind == "tool_use":
-            event = dict(event, content_block=dict(block, name=self._plan.names.back(block["name"])))
+            event = self._call(event, dict(block, name=self._plan.names.back(block["name"])))
         return [*events, event]
 
     def _block_delta(self, event: dict) -> list[dict]:
         delta = event["delta"]
         if delta["type"] == "text_delta":
             return self._text(delta["text"], lambda text: dict(event, delta=dict(delta, text=text)))
+        if delta["type"] == "input_json_delta":
+            return self._arguments(event)
         return [] if self._plan.forced_tool and self._kind == "text" else [event]
 
     def _block_stop(self, event: dict) -> list[dict]:
         kind, self._kind = self._kind, ""
-        return [] if self._plan.forced_tool and kind == "text" else [event]
+        return [] if self._plan.forced_tool and kind == "text" else self._with_held(event)
+
+    def _with_held(self, event: dict) -> list[dict]:
+        """The end of a call, or of a message that was cut inside one, with the arguments that were held back."""
+        held, names = self._held.getvalue(), self._properties
+        self._held, self._properties = io.StringIO(), None
+        arguments = object_in(held) if names else None
+        if names and arguments:
+            held = json.dumps(names.restored(arguments), ensure_ascii=False)
+        return [*([arguments_delta(held)] if held else ()), event]
 
     def _text(self, text: str, event_with: Callable[[str], dict]) -> list[dict]:
-        if self._plan.forced_tool:
-            return self._arguments(text) if text else []
-        return [event_with(self._bare_json.feed(text) if self._plan.bare_json else text)]
-
-    def _arguments(self, text: str) -> list[dict]:
-        """The text of an answer whose format forced a tool: the arguments of its call."""
-        if self._calling:
-            return [arguments_delta(text)]
+        if not self._plan.forced_tool:
+            return [event_with(self._bare_json.feed(text) if self._plan.bare_json else text)]
+        if not text:
+            return []
+        start = [] if self._calling else [self._call({"type": "content_block_start"}, {
+            "type": "tool_use", "name": self._plan.forced_tool, "input": {},
+            "id": "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(self.assembler.message.get("id") or "0"))})]
         self._calling = True
-        call_id = "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(self.assembler.message.get("id") or "0"))
-        block = {"type": "tool_use", "id": call_id, "name": self._plan.forced_tool, "input": {}}
-        return [{"type": "content_block_start", "content_block": block}, arguments_delta(text)]
+        return start + self._arguments(arguments_delta(text))
+
+    def _call(self, event: dict, block: dict) -> dict:
+        """The beginning of a call, of a tool by the client's name."""
+        self._properties = names = self._plan.properties.get(block["name"])
+        if names:
+            block = dict(block, input=names.restored(block.get("input") or {}))
+        return dict(event, content_block=block)
+
+    def _arguments(self, event: dict) -> list[dict]:
+        """A piece of a call's arguments; where names in it have to be restored, it waits for the others."""
+        if not self._properties:
+            return [event]
+        self._held.write(event["delta"]["partial_json"])
+        return []
 
     _HANDLERS: Dict[str, Callable[[PlannedEvents, dict], List[dict]]] = {
-        "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop}
+        "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop,
+        "message_delta": _with_held}
 
 
 # ---- Replies -----------------------------------------------------------------------------------------
@@ -3823,7 +3738,7 @@ def value_from_encrypted(encrypted: Any) -> dict:
 def thinking_from_encrypted(encrypted: Any) -> list[dict]:
     """The block in our own `encrypted_content`; [] for a foreign or damaged one."""
     block = value_from_encrypted(encrypted)
-    return thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
+    return thinking_block(block)
 
 
 def summary_in(block: Any) -> str:
@@ -7341,16 +7256,16 @@ def checked_message(message: dict) -> dict:
     return message
 
 
-def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) -> ClaudeError:
+def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) -> GatewayError:
     """A refusal in terms of what the client sent: tools by their names, models with the nearest ones."""
     message, request = str(refusal), translation.request
     match = ABOUT_TOOL.search(message)
     if match and int(match.group(1)) < len(request.get("tools", ())):
         name = translation.plan.names.back(request["tools"][int(match.group(1))]["name"])
-        refusal = refusal.explained("Tool %s: %s" % (json.dumps(name), message), "tools")
+        return refusal.reworded("Tool %s: %s" % (json.dumps(name), message), param="tools")
     if refusal.claude_type == "not_found_error" and ABOUT_MODEL.search(message):
         nearest = ", ".join(catalog.nearest(request["model"]))
-        refusal = refusal.explained("%s (nearest: %s)" % (message, nearest), "model", "model_not_found")
+        return refusal.reworded("%s (nearest: %s)" % (message, nearest), param="model", code="model_not_found")
     return refusal
 
 
@@ -7791,7 +7706,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
-                 failure=lambda failure: [failure.anthropic_body()])
+                 failure=lambda failure: [failure.for_anthropic()[2]])
 
 
 class PassingUsage:
@@ -8974,9 +8889,8 @@ class RequestCycle:
         """An error as a status and body or, once a stream has begun, as its last event."""
         failure = failure.reworded(masked(as_typed(str(failure)), self._gateway.secrets()))     # whoever wrote it
         self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
-        status, headers, body = (
-            (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
-            else (failure.status, failure.headers, failure.body()))
+        status, headers, body = failure.for_anthropic() if self._native else (
+            failure.status, failure.headers, failure.body())
         try:
             if self._stream:
                 self.keep_alive = False
