@@ -2082,17 +2082,12 @@ def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
     if names.same():
         return schema
     draft.properties[tool.full_name] = names
-    properties = {}
-    for name, value in schema["properties"].items():
-        fitted = names.there(name)
-        if fitted != name and isinstance(value, dict):
-            value = dict(value, description=led_by_name(name, value.get("description")))
-        properties[fitted] = value
     draft.changes.add("changed", tool.path + ".parameters", "names of properties, and back")
-    schema = dict(schema, properties=properties)
-    if "required" in schema:
-        schema["required"] = [names.there(name) for name in schema["required"]]
-    return schema
+    described = {name: dict(value, description=led_by_name(name, value.get("description")))
+                 if isinstance(value, dict) and names.there(name) != name else value
+                 for name, value in schema["properties"].items()}
+    required = {"required": [names.there(name) for name in schema["required"]]} if "required" in schema else {}
+    return dict(schema, properties=names.renamed(described), **required)
 
 
 def tools_from_declared(draft: Draft) -> list[dict]:
@@ -2220,13 +2215,18 @@ def closed(fragment: str) -> str:
     return fragment + "".join(reversed(closers))
 
 
+def json_in(text: str) -> tuple[Any, bool]:
+    """JSON text as a value, as far as it goes where it is cut, and whether it is.  Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return json_within_bounds(text), False
+    return json_within_bounds(closed(text)), True
+
+
 def object_in(text: str) -> dict | None:
-    """The JSON object in a text, as far as it goes where it is cut; None where there is none."""
-    for repair in (str, closed):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(repair(text))
-            if isinstance(value, dict):
-                return value
+    """The JSON object in a text, as far as it goes; None where there is none."""
+    with contextlib.suppress(ValueError):
+        value, _ = json_in(text)
+        return value if isinstance(value, dict) else None
     return None
 
 
@@ -2236,23 +2236,19 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
         return arguments or {}
     if not text_of(arguments, path).strip():
         return {}
-    for repair in (str, closed):
-        try:
-            value = json_within_bounds(repair(arguments))
-        except ValueError:
-            continue
-        if repair is closed:
-            draft.changes.add("repaired", path, "brackets closed")
-        if "\\ud" in arguments.lower():             # halves of pairs can hide in a string inside a string
-            whole = without_lone_surrogates(value)
-            if whole != value:
-                draft.changes.add("repaired", path, "lone surrogates replaced by U+FFFD")
-            value = whole
-        if isinstance(value, dict):
-            return value
-        return {} if value is None else {"value": value}
-    draft.changes.add("repaired", path, "not JSON: passed on as text")
-    return {"_raw": arguments}
+    try:
+        value, cut = json_in(arguments)
+    except ValueError:
+        draft.changes.add("repaired", path, "not JSON: passed on as text")
+        return {"_raw": arguments}
+    if cut:
+        draft.changes.add("repaired", path, "brackets closed")
+    whole = without_lone_surrogates(value) if "\\ud" in arguments.lower() else value
+    if whole != value:                              # halves of pairs can hide in a string inside a string
+        draft.changes.add("repaired", path, "lone surrogates replaced by U+FFFD")
+    if isinstance(whole, dict):
+        return whole
+    return {} if whole is None else {"value": whole}
 
 
 def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
@@ -2679,31 +2675,25 @@ def effort_from_budget(budget: int) -> str:
 
 def reasoning_from_chat(fields: dict) -> Reasoning:
     """What is asked in `thinking` (Claude's own parameter), `reasoning` (OpenRouter's) or `reasoning_effort`."""
-    thinking = fields.get("thinking")
-    if thinking is not None:
-        thinking = object_of(thinking, "thinking")
-        budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
-        display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
-        if thinking.get("type") is None:
-            return Reasoning(fields.get("reasoning_effort"))
-        kind = one_of("adaptive", "enabled", "disabled", "between_tools")(thinking["type"], "thinking.type")
-        if kind in ("disabled", "between_tools"):
-            return Reasoning("none", field="thinking")
+    thinking = optional(object_of, fields.get("thinking"), "thinking", {})
+    budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
+    display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
+    kind = optional(one_of("adaptive", "enabled", "disabled", "between_tools"), thinking.get("type"), "thinking.type")
+    if kind in ("disabled", "between_tools"):
+        return Reasoning("none", field="thinking")
+    if kind:
         effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
         return Reasoning(effort, budget, display, "thinking")
-    reasoning = fields.get("reasoning")
-    if reasoning is not None:
-        reasoning = object_of(reasoning, "reasoning")
-        effort = optional(effort_of, reasoning.get("effort"), "reasoning.effort")
-        budget = optional(integer_of, reasoning.get("max_tokens"), "reasoning.max_tokens")
-        if reasoning.get("enabled") is False:
-            effort = "none"
-        if effort is None and budget:
-            effort = effort_from_budget(budget)
-        if effort is None and reasoning.get("enabled"):
-            effort = ""
-        return Reasoning(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
-    return Reasoning(fields.get("reasoning_effort"))
+    reasoning = optional(object_of, fields.get("reasoning"), "reasoning", {})
+    if not reasoning:
+        return Reasoning(fields.get("reasoning_effort"))
+    budget = optional(integer_of, reasoning.get("max_tokens"), "reasoning.max_tokens")
+    effort = optional(effort_of, reasoning.get("effort"), "reasoning.effort")
+    if reasoning.get("enabled") is False:
+        effort = "none"
+    elif effort is None:
+        effort = effort_from_budget(budget) if budget else "" if reasoning.get("enabled") else None
+    return Reasoning(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
 
 
 def in_unthought_loop(messages: list[dict]) -> bool:
@@ -2729,32 +2719,26 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
 
 
 def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
-    """A small output limit on a model that thinks unasked: no thinking where that can be, else little of it."""
-    if draft.model.efforts:
-        request.setdefault("output_config", {})["effort"] = draft.model.efforts[0]
-    if "disabled" in draft.model.thinking:
+    """No thinking where the model can do without, else as little as it can: as asked, or for want of room."""
+    model, asked_for = draft.model, asked.effort == "none"
+    can_stop = "disabled" in model.thinking
+    if model.efforts and not (can_stop and asked_for):
+        request.setdefault("output_config", {})["effort"] = model.efforts[0]
+    if can_stop:
         request["thinking"] = {"type": "disabled"}
-        draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
-    else:
+    elif not asked_for:
         request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
+    elif "between_tools" in model.thinking:
+        request["thinking"] = {"type": "between_tools"}
+    if can_stop and not asked_for:
+        draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
+    elif not can_stop and asked_for:
+        draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
 
 
 def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
     request["max_tokens"] = min(limit + LEAST_BUDGET, draft.model.max_output)
     draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
-
-
-def switch_off_thinking(request: dict, asked: Reasoning, draft: Draft) -> None:
-    """No reasoning: off where the model can switch it off, else as little as it can."""
-    model = draft.model
-    if "disabled" in model.thinking:
-        request["thinking"] = {"type": "disabled"}
-        return
-    if "between_tools" in model.thinking:
-        request["thinking"] = {"type": "between_tools"}
-    if model.efforts:
-        request.setdefault("output_config", {})["effort"] = model.efforts[0]
-    draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
 
 
 def set_effort(request: dict, asked: Reasoning, draft: Draft) -> None:
@@ -2793,7 +2777,7 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
     tight = limit is not None and limit < LEAST_BUDGET
     if asked.effort == "none" or asked.effort is None and tight:
         if model.thinks_by_default:
-            (switch_off_thinking if asked.effort else think_little)(request, asked, draft)
+            think_little(request, asked, draft)
             if tight and "disabled" not in model.thinking:
                 add_room_for_thinking(request, limit or 0, draft)
         return
@@ -3613,7 +3597,8 @@ class ChatStream:
         if block["type"] == "thinking":
             return self._reasoning(block.get("thinking") or "")
         if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
-            return self._call_start(block["id"], block["name"])
+            self._tool_position += 1
+            return self._call_delta({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
         return []
 
     def _block_delta(self, event: dict) -> list[dict]:
@@ -3626,7 +3611,7 @@ class ChatStream:
         if kind == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"] \
                 and self._block["name"] not in self._plan.custom_tools:
             self._sent_arguments = True
-            return self._arguments(delta["partial_json"])
+            return self._call_delta({"arguments": delta["partial_json"]})
         return []
 
     def _block_stop(self, event: dict) -> list[dict]:
@@ -3636,9 +3621,11 @@ class ChatStream:
             self._annotations += annotations_of(block, start, self._text_length - start)
         if block["type"] != "tool_use":
             return []
-        if block["name"] in self._plan.custom_tools:
-            return [self._whole_call(block)]
-        return [] if self._sent_arguments else self._arguments(arguments_of(block))
+        if block["name"] in self._plan.custom_tools:        # in one delta: clients parse it only so
+            self._tool_position += 1
+            call = tool_call_from_tool_use(block, self._plan)
+            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})]
+        return [] if self._sent_arguments else self._call_delta({"arguments": arguments_of(block)})
 
     def json_of(self, chunk: dict) -> bytes:
         """`client_json` of a chunk of this stream.
@@ -3678,28 +3665,13 @@ class ChatStream:
     def _reasoning(self, thinking: str) -> list[dict]:
         return [self._chunk({"reasoning_content": thinking})] if thinking else []
 
-    def _whole_call(self, block: dict) -> dict:
-        """A custom tool call, in one delta: clients parse it only so."""
-        self._tool_position += 1
-        call = tool_call_from_tool_use(block, self._plan)
-        return self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})
-
-    def _call_start(self, call_id: str, name: str) -> list[dict]:
-        self._tool_position += 1
-        call = {"name": name, "arguments": ""}
-        return self._call_delta(call, {"index": self._tool_position, "id": call_id, "type": "function",
-                                       "function": call})
-
-    def _arguments(self, fragment: str) -> list[dict]:
-        call = {"arguments": fragment}
-        return self._call_delta(call, {"index": self._tool_position, "function": call})
-
-    def _call_delta(self, function_call: dict, tool_call: dict) -> list[dict]:
+    def _call_delta(self, function: dict, **head: str) -> list[dict]:
+        """A piece of a tool call.  `head`: what only the first one has."""
         if not self._plan.legacy_functions:
-            return [self._chunk({"tool_calls": [tool_call]})]
+            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **head, function=function)]})]
         if self._tool_position:                     # there is room for one call; the full reply shows the first one too
             return []
-        return [self._chunk({"function_call": function_call})]
+        return [self._chunk({"function_call": function})]
 
     def _chunk(self, delta: dict, reason: str | None = None) -> dict:
         return dict(self._envelope, choices=[{"index": 0, "delta": delta, "finish_reason": reason}])
@@ -7181,9 +7153,9 @@ def compacts(request: dict) -> bool:
 
 def betas_for(request: dict) -> list[str]:
     """The beta features that a request makes use of."""
-    used = {FAST_MODE_BETA: "speed" in request, FALLBACK_BETA: "fallbacks" in request,
-            COMPACTION_BETA: compacts(request)}
-    return [beta for beta in used if used[beta]]
+    used = ((FAST_MODE_BETA, "speed" in request), (FALLBACK_BETA, "fallbacks" in request),
+            (COMPACTION_BETA, compacts(request)))
+    return [beta for beta, is_used in used if is_used]
 
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
@@ -7244,16 +7216,12 @@ def events_from_body(body: bytes) -> list[dict]:
         events = decoder.feed(body)
         decoder.check()
         return events + decoder.close()
-    return events_from_message(checked_message(json_object_from(body)))
-
-
-def checked_message(message: dict) -> dict:
-    """A JSON answer that is a message; an error in a 200 is raised like any other."""
+    message = json_object_from(body)
     if message.get("type") == "error" and isinstance(message.get("error"), dict):
-        raise ClaudeError(200, message["error"])
+        raise ClaudeError(200, message["error"])    # in a 200, but an error like any other
     if not isinstance(message.get("content"), list):
         raise UpstreamFault("The upstream answered with JSON that is not a message.")
-    return message
+    return events_from_message(message)
 
 
 def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) -> GatewayError:
