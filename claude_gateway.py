@@ -648,10 +648,7 @@ def without_lone_surrogates(value: Any) -> Any:
 
 
 def json_from_body(body: bytes) -> tuple[dict, bool]:
-    """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest.
-
-    Brackets are counted before it is parsed, as they cost 60 times their size in memory.
-    """
+    """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -1030,6 +1027,13 @@ object_of: Callable[[Any, str], dict] = of_type(dict, "an object")
 list_of: Callable[[Any, str], list] = of_type(list, "an array")
 
 
+def inner(part: dict, name: str, path: str) -> tuple[dict, str]:
+    """The object that a part has under a name, or else the part itself, which is the flat spelling; and its path."""
+    if part.get(name) is None:
+        return part, path
+    return object_of(part[name], "%s.%s" % (path, name)), "%s.%s" % (path, name)
+
+
 def text_at(mapping: dict, name: str, path: str, otherwise: str | None = None) -> str:
     """A string in an object, which may be missing where there is an `otherwise`."""
     value = mapping.get(name)
@@ -1345,25 +1349,25 @@ class Draft:
         self.declared = declared                    # the client's tools
         self.search = search                        # Claude's web search, if it is wanted
         self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
-        self.properties: Dict[str, ToolNames] = {}  # tool -> names of its properties, where Claude gets others
+        self.plan = ReplyPlan(self.names, [tool.full_name for tool in declared if tool.custom],
+                              {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
         self.recall = recall or Recall()
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
         self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
-        self.forced_tool = ""                       # as in ReplyPlan
-        self.bare_json = False
         self.compact = False                        # a summary of the conversation is wanted, not an answer
 
 
-class ReplyPlan(NamedTuple):
+@dataclasses.dataclass
+class ReplyPlan:
     """What the way back has to know of the way there.  Tools are meant by the client's names."""
     names: ToolNames
-    legacy_functions: bool = False                  # the client uses `functions`: answer in `function_call`
     custom_tools: Sequence[str] = ()                # tools whose input is a bare string
-    namespaces: Dict[str, Tuple[str, str]] = {}     # full name -> namespace and name within it
+    namespaces: Dict[str, Tuple[str, str]] = dataclasses.field(default_factory=dict)    # full name -> group, name
+    properties: Dict[str, ToolNames] = dataclasses.field(default_factory=dict)  # tool -> their names, if mapped
+    legacy_functions: bool = False                  # the client uses `functions`: answer in `function_call`
     forced_tool: str = ""                           # the text of the reply is the arguments of this tool
     bare_json: bool = False                         # cut the reply's text down to the JSON object in it
-    properties: Dict[str, ToolNames] = {}           # tool -> names of its properties, where Claude has others
     prewarm: bool = False                           # the cache is filled; there is no answer, and that is no failure
 
 
@@ -1378,17 +1382,16 @@ class Translation(NamedTuple):
 # The marks up to which Claude caches a prompt: the client's, and ours.
 
 MOST_BREAKPOINTS = 4
+EPHEMERAL = {"type": "ephemeral"}
 
 
 def mark_from(part: dict) -> dict:
     """The cache mark on a part, message, tool or call: Anthropic's `cache_control` or OpenAI's breakpoint."""
-    mark = part.get("cache_control")
+    mark, breakpoint_ = part.get("cache_control"), part.get("prompt_cache_breakpoint")
     if isinstance(mark, dict) and mark.get("type") == "ephemeral":
-        return {"type": "ephemeral", "ttl": "1h"} if mark.get("ttl") == "1h" else {"type": "ephemeral"}
-    breakpoint_ = part.get("prompt_cache_breakpoint")
+        return dict(EPHEMERAL, ttl="1h") if mark.get("ttl") == "1h" else EPHEMERAL
     if isinstance(breakpoint_, dict):
-        ttl = ttl_from_openai(breakpoint_)
-        return {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
+        return dict(EPHEMERAL, ttl="1h") if ttl_from_openai(breakpoint_) else EPHEMERAL
     return {}
 
 
@@ -1401,7 +1404,7 @@ def marked(blocks: list[dict], part: dict) -> list[dict]:
     """The blocks, the last of them with the mark that its part carries (thinking cannot carry one)."""
     mark = mark_from(part)
     if mark and blocks and blocks[-1].get("type") not in ("thinking", "redacted_thinking"):
-        blocks[-1]["cache_control"] = mark
+        blocks[-1]["cache_control"] = dict(mark)
     return blocks
 
 
@@ -1421,7 +1424,7 @@ def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) 
         draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
     if ours:
         free = MOST_BREAKPOINTS - min(len(marked_blocks), MOST_BREAKPOINTS)
-        mark = {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
+        mark = dict(EPHEMERAL, ttl=ttl) if ttl else EPHEMERAL
         for block in our_breakpoints(request, bool(draft.instructions)):
             if free and "cache_control" not in block:
                 block["cache_control"] = dict(mark)
@@ -1462,7 +1465,7 @@ def order_lifetimes(request: dict) -> None:
     marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
     long_lived = [at for at, block in enumerate(marked_blocks) if block["cache_control"].get("ttl") == "1h"]
     for block in marked_blocks[:long_lived[-1]] if long_lived else ():
-        block["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
+        block["cache_control"] = dict(EPHEMERAL, ttl="1h")
 
 
 # ---- Content -----------------------------------------------------------------------------------------
@@ -1599,9 +1602,7 @@ def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
 
 
 def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """`image_url` in its three spellings, or an image of the Messages API or of the Model Context Protocol."""
-    if part.get("source") is not None:
-        return source_part(part, path, draft)
+    """`image_url` in its three spellings, or an image of the Model Context Protocol."""
     if part.get("data") is not None:
         declared = text_in(part, "mimeType") or ""
         return blocks_from_base64(text_at(part, "data", path), declared, "", path + ".data", draft)
@@ -1616,11 +1617,7 @@ def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
 
 def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
     """`file` with its data inside, or a document.  There is no store of uploaded files here."""
-    if part.get("source") is not None:
-        return source_part(part, path, draft)
-    file = part
-    if part.get("file") is not None:
-        file, path = object_of(part["file"], path + ".file"), path + ".file"
+    file, path = inner(part, "file", path)
     title = text_at(file, "filename", path, "")
     if file.get("file_data") is not None:
         data, path = text_of(file["file_data"], path + ".file_data"), path + ".file_data"
@@ -1684,6 +1681,8 @@ def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = Fals
     """One content part.  Media that Claude refuses are an error only where the client can still take them back."""
     kind = part.get("type", "text" if "text" in part else None)
     translate = PARTS.get(kind) if isinstance(kind, str) else None
+    if translate in (image_part, file_part) and part.get("source") is not None:
+        translate = source_part
     if translate is None:
         draft.changes.add("changed", path, "a part of unknown type, passed on as text")
         return marked(text_blocks(json.dumps(part, ensure_ascii=False)), part)
@@ -1741,10 +1740,7 @@ def path_in_schema(path: str, name: str) -> str:
 
 
 def checked_schema(schema: Any, path: str) -> Any:
-    """A schema with the shapes of JSON Schema 2020-12, older drafts' spellings brought up to date, nulls left out.
-
-    Raises InvalidRequest with the path of a keyword whose value makes no sense.
-    """
+    """A schema with the shapes of JSON Schema 2020-12, older drafts' spellings brought up to date, nulls left out."""
     if isinstance(schema, bool):
         return schema
     schema = {key: value for key, value in object_of(schema, path).items()
@@ -1975,7 +1971,6 @@ class StrictBudget:
 # ---- Tools -------------------------------------------------------------------------------------------
 # The tools of a request in all their spellings, and Claude's web search.
 
-
 WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
 
@@ -2007,25 +2002,18 @@ def is_web_search(kind: Any) -> bool:
 
 def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     """A function tool: OpenAI's nested shape, the flat one of the Responses API, or Anthropic's own."""
-    strict = tool.get("strict")
-    function = tool
-    if tool.get("function") is not None:
-        path += ".function"
-        function = object_of(tool["function"], path)
+    function, path = inner(tool, "function", path)
     name = text_at(function, "name", path)
     if not name.strip():
         raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
-    strict = optional(boolean_of, function.get("strict", strict), path + ".strict", False)
+    strict = optional(boolean_of, function.get("strict", tool.get("strict")), path + ".strict", False)
     schema = function.get("parameters", function.get("input_schema"))
     return Declared(path, name, text_at(function, "description", path, ""), schema, strict, False, tool, namespace)
 
 
 def declared_custom(tool: dict, path: str, namespace: str) -> Declared:
     """The input of a custom tool is a bare string; its grammar can only be described to Claude, not enforced."""
-    custom = tool
-    if tool.get("custom") is not None:
-        path += ".custom"
-        custom = object_of(tool["custom"], path)
+    custom, path = inner(tool, "custom", path)
     name = text_at(custom, "name", path)
     description = text_at(custom, "description", path, "")
     shape = optional(object_of, custom.get("format"), path + ".format", {})
@@ -2081,7 +2069,7 @@ def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
     names = ToolNames(list(schema["properties"]), more=".")
     if names.same():
         return schema
-    draft.properties[tool.full_name] = names
+    draft.plan.properties[tool.full_name] = names
     draft.changes.add("changed", tool.path + ".parameters", "names of properties, and back")
     described = {name: dict(value, description=led_by_name(name, value.get("description")))
                  if isinstance(value, dict) and names.there(name) != name else value
@@ -2132,21 +2120,18 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
     uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
     tool.update(search_domains(options, path, changes))
-    location = options.get("user_location")
-    if location is not None:
-        location = object_of(location, path + ".user_location")
-        nested = object_of(location.get("approximate") or location, path + ".user_location.approximate")
-        place = {key: text_of(nested[key], "%s.user_location.%s" % (path, key))
-                 for key in ("city", "region", "country", "timezone") if nested.get(key)}
-        if place:
-            tool["user_location"] = dict({"type": "approximate"}, **place)
+    location, path = inner(optional(object_of, options.get("user_location"), path + ".user_location", {}),
+                           "approximate", path + ".user_location")
+    place = {key: text_of(location[key], "%s.%s" % (path, key))
+             for key in ("city", "region", "country", "timezone") if location.get(key)}
+    if place:
+        tool["user_location"] = dict({"type": "approximate"}, **place)
     return [tool]
 
 
 def search_domains(options: dict, path: str, changes: Changes) -> dict:
     """The domains that a web search is restricted to, in OpenAI's shape or Claude's, which accepts one list."""
-    if options.get("filters") is not None:
-        options, path = object_of(options["filters"], path + ".filters"), path + ".filters"
+    options, path = inner(options, "filters", path)
     lists: dict[str, list] = {}
     for name in ("allowed_domains", "blocked_domains"):
         domains = entries_of(options.get(name) or [], "%s.%s" % (path, name), text_of)
@@ -2315,7 +2300,7 @@ class Conversation:
         turn = self._turn("assistant")
         call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name, turn)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
-        properties = self._draft.properties.get(function["name"])
+        properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
         tool_use = {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
         turn.blocks.append(tool_use)
@@ -2351,8 +2336,7 @@ class Conversation:
             call.result["content"] = content
         if given.get("is_error") is True and all(block["type"] == "text" for block in listed(content)):
             call.result["is_error"] = True          # which Claude accepts with text only
-        if mark_from(given):
-            call.result["cache_control"] = mark_from(given)
+        marked([call.result], given)
 
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
@@ -2488,9 +2472,9 @@ def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content and returns its blocks; calls and results in Claude's own shape are what they are.
+    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.
 
-    `kept`: the thinking of an assistant message, where the client kept it beside the content.
+    Calls and results in Claude's own shape are what they are.
     """
     added = list(kept)
     conversation.add(role, added)
@@ -2804,7 +2788,6 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
 # ---- Tool choice and answer format -------------------------------------------------------------------
 # The choice among the tools, and the format of the answer, which may stand in for a forced tool.
 
-
 JSON_ONLY = "Answer with one JSON object only"      # how a request asks for JSON where no answer format enforces it
 
 
@@ -2821,10 +2804,8 @@ FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that n
 
 def choice_name(choice: Any, path: str) -> str:
     """The name in a tool choice: nested under function or custom, or flat."""
-    choice = object_of(choice, path)
     for key in ("function", "custom"):
-        if choice.get(key) is not None:
-            return text_of(object_of(choice[key], "%s.%s" % (path, key)).get("name"), "%s.%s.name" % (path, key))
+        choice, path = inner(object_of(choice, path), key, path)
     return text_at(choice, "name", path)
 
 
@@ -2918,7 +2899,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
         with contextlib.suppress(Unsupported):
             schema, _ = StrictBudget().compiled(tool["input_schema"])
             request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-            draft.forced_tool = draft.names.back(tool["name"])
+            draft.plan.forced_tool = draft.names.back(tool["name"])
             draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
             draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
                               draft.model.id)
@@ -2939,7 +2920,7 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
         converted, moved = StrictBudget().compiled(schema)
     except Unsupported as reason:
         draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
-        draft.bare_json = True
+        draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
@@ -2967,7 +2948,7 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     elif kind == "json_schema":
         add_schema_format(request, schema, path, draft)
     elif kind == "json_object":
-        draft.bare_json = True
+        draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
     verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
     if verbosity is not None:
@@ -2979,7 +2960,6 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
 
 # ---- Messages request --------------------------------------------------------------------------------
 # The whole: a chat completion request as a Messages request.
-
 
 ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "parallel_tool_calls", "stop",
                     "verbosity", *LIMITS)
@@ -3017,14 +2997,8 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
-    return Translation(request, draft.changes, reply_plan(fields, draft))
-
-
-def reply_plan(fields: dict, draft: Draft) -> ReplyPlan:
-    declared = draft.declared
-    return ReplyPlan(draft.names, uses_functions(fields), [tool.full_name for tool in declared if tool.custom],
-                     {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace},
-                     draft.forced_tool, draft.bare_json, draft.properties, wants_prewarm(fields))
+    draft.plan.legacy_functions, draft.plan.prewarm = uses_functions(fields), wants_prewarm(fields)
+    return Translation(request, draft.changes, draft.plan)
 
 
 SUMMARIZE = ("Summarize this conversation so that you can go on from the summary alone: what was asked, decided, done "
@@ -3053,11 +3027,7 @@ def wants_prewarm(fields: dict) -> bool:
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                recall: Recall | None = None) -> Translation:
-    """A chat completion request as a Messages request.
-
-    `preamble`: system blocks that go before the client's.  `recall`: what is remembered of earlier requests.
-    Raises InvalidRequest, naming the field by its path.
-    """
+    """A chat completion request as a Messages request.  `preamble`: system blocks that go before the client's."""
     changes = Changes()
     fields = read_parameters(chat, CHAT, changes)
     if "messages" not in fields:
@@ -6883,9 +6853,7 @@ Translate = Callable[[Model, Sequence[dict], bool, Recall], Translation]
 class Exchange:
     """One request to Claude and the answer, with the corrections that a refusal calls for.
 
-    A refused request is corrected and sent again when the refusal says how: a parameter that the model does not
-    take, signed thinking that does not hold, schemas that do not compile, an image address that Claude cannot fetch,
-    a file of an earlier turn.  Each at most once.
+    A refused request is corrected and sent again when the refusal says how (`_corrected`), for each reason once.
     """
 
     def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate) -> None:
