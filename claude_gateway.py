@@ -548,7 +548,7 @@ class ClaudeError(GatewayError):
             hint = hint or PLAN_HINT
         stop = "" if message.endswith((".", "!", "?")) else "."
         super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
-                         headers=dict(headers_from_claude(headers or {})))
+                         headers=headers_from_claude(headers or {}))
         if self.code in FINAL_CODES:
             self.headers["x-should-retry"] = "false"
         self._anthropic_headers = headers_for_anthropic(headers or {})
@@ -560,22 +560,18 @@ class ClaudeError(GatewayError):
                 {"type": "error", "error": error, "request_id": self.headers.get(REQUEST_ID_HEADER)})
 
 
-RATE_LIMIT_HEADERS = {
-    "anthropic-ratelimit-%s-%s" % (kind, figure): "x-ratelimit-%s-%s" % (figure, kind)
-    for kind in ("requests", "tokens") for figure in ("limit", "remaining", "reset")}
+# Claude's header -> OpenAI's
+OPENAI_HEADERS = {
+    "retry-after": "retry-after", "retry-after-ms": "retry-after-ms", "x-should-retry": "x-should-retry",
+    "request-id": REQUEST_ID_HEADER,
+    **{"anthropic-ratelimit-%s-%s" % (kind, figure): "x-ratelimit-%s-%s" % (figure, kind)
+       for kind in ("requests", "tokens") for figure in ("limit", "remaining", "reset")}}
 
 
-def headers_from_claude(headers: dict[str, str]) -> Iterator[tuple[str, str]]:
+def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
     """The headers of Claude's answer that an OpenAI client can read, under OpenAI's names."""
-    for name in ("retry-after", "retry-after-ms", "x-should-retry"):
-        if headers.get(name):
-            yield name, printable(headers[name])
-    if headers.get("request-id"):
-        yield REQUEST_ID_HEADER, printable(headers["request-id"])
-    for theirs, ours in RATE_LIMIT_HEADERS.items():
-        value = headers.get(theirs)
-        if value:
-            yield ours, printable(duration_until(value) if theirs.endswith("reset") else value)
+    return {ours: printable(duration_until(headers[theirs]) if theirs.endswith("reset") else headers[theirs])
+            for theirs, ours in OPENAI_HEADERS.items() if headers.get(theirs)}
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
@@ -1423,12 +1419,10 @@ def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) 
             del block["cache_control"]
         draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
     if ours:
-        free = MOST_BREAKPOINTS - min(len(marked_blocks), MOST_BREAKPOINTS)
         mark = dict(EPHEMERAL, ttl=ttl) if ttl else EPHEMERAL
-        for block in our_breakpoints(request, bool(draft.instructions)):
-            if free and "cache_control" not in block:
-                block["cache_control"] = dict(mark)
-                free -= 1
+        wanted = our_breakpoints(request, bool(draft.instructions))
+        for block in [block for block in wanted if "cache_control" not in block][:max(0, -surplus)]:
+            block["cache_control"] = dict(mark)
     order_lifetimes(request)
 
 
@@ -2031,8 +2025,7 @@ def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) ->
     if len(tool) == 1 and not {"type", "name", "function", "custom"} & set(tool):
         kind = next(iter(tool))                     # {"googleSearch": {}}
     if kind == "namespace" and not namespace:
-        inner = entries_of(tool.get("tools"), path + ".tools")
-        return declared_tools(inner, changes, text_at(tool, "name", path))
+        return declared_tools(entries_of(tool.get("tools"), path + ".tools"), changes, text_at(tool, "name", path))
     if tool.get("custom") is not None or kind == "custom" and "input_schema" not in tool:
         return [declared_custom(tool, path, namespace)]
     if kind in ("function", "custom"):
@@ -6900,8 +6893,7 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""
-        headers = dict(headers_from_claude(self._headers))
-        changes = self.translation.changes.header()
+        headers, changes = headers_from_claude(self._headers), self.translation.changes.header()
         return dict(headers, **{CHANGES_HEADER: changes}) if changes else headers
 
     def batches(self, translate: Callable[[dict], List[dict]] | None = None) -> Iterator[Any]:
@@ -6958,35 +6950,30 @@ class Exchange:
         """Fetches the images that Claude cannot, as long as they fit into a request and the client is there."""
         size = 0
         for path, block, old in media_in(translation.request["messages"]):
-            source = block["source"]
-            if has_address(block) and (self._inline or source["url"].lower().startswith("http:")):
+            if has_address(block) and (self._inline or block["source"]["url"].lower().startswith("http:")):
                 self.call.client.pause(0)           # a client that has left wants no more of them
                 try:
-                    self._inline_image(source)
+                    block["source"] = self._image_by_bytes(block["source"]["url"])
+                    size += len(block["source"]["data"])
                 except InvalidRequest as failure:
                     if not old:
                         raise
                     translation.changes.add("changed", path, "to a note: %s" % failure)
                     become_note(block)
-                size += len(source.get("data", ""))
                 if size > MAX_UPSTREAM_BODY:
                     raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
                                   "Claude accepts up to 32 MB in one request.")
 
-    def _inline_image(self, source: dict) -> None:
-        """An image by address becomes one by its bytes."""
-        url = source["url"]
-        if url not in self._images:
-            try:
+    def _image_by_bytes(self, url: str) -> dict:
+        """The source of an image, by its bytes instead of its address."""
+        try:
+            if url not in self._images:
                 self._images[url] = self._gateway.images.fetch(url, self.call.client)
-            except InvalidRequest as failure:
-                if not self._inline:
-                    raise
-                raise InvalidRequest("%s It was fetched here because Claude had answered: %s" %
-                                     (failure, self._inline), failure.param, failure.code) from failure
+        except InvalidRequest as failure:
+            why = " It was fetched here because Claude had answered: " + self._inline if self._inline else ""
+            raise failure.reworded(str(failure) + why) from failure
         media_type, data = self._images[url]
-        source.clear()
-        source.update(type="base64", media_type=media_type, data=data)
+        return {"type": "base64", "media_type": media_type, "data": data}
 
     def _send(self, request: dict) -> None:
         body = within_upstream_limit(messages_request_json(request))
@@ -8473,8 +8460,7 @@ def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
 # Bytes to checked requests, replies to bytes; knows no field of either API.  Every wait and every size is bounded.
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")          # none of them leaves in a header
-EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "x-should-retry",
-                             *RATE_LIMIT_HEADERS.values()])
+EXPOSED_HEADERS = ", ".join([CHANGES_HEADER, *OPENAI_HEADERS.values()])
 # in place of a malformed head: whatever follows it is not a request
 NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on

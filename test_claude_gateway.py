@@ -9948,7 +9948,7 @@ class PictureFetchTests(GatewayTestCase):
         self.assertTrue(answer.error["message"].endswith(self.REFUSED))
 
     def test_an_image_of_an_earlier_turn_that_is_gone_ends_no_conversation(self):
-        def fetch(url):
+        def fetch(url, client):
             raise claude_gateway.InvalidRequest("The image is not there.", "image_url", "invalid_image_url")
         self.fetcher.fetch = fetch
         for url, refusals in ((self.SECURE, 1), ("http://pictures.example.org/a.png", 0)):
