@@ -1119,16 +1119,15 @@ class Changes:
     def header(self, limit: int = 1000) -> str:
         """`dropped=seed,logit_bias; changed=tool_choice`: printable ASCII, at most about 1 KB."""
         grouped: Dict[str, List[str]] = {}
-        size, left_out = 0, 0
-        for verb, name in self.reported:
+        size, more = 0, ""
+        for at, (verb, name) in enumerate(self.reported):
             token = re.sub(r"[^A-Za-z0-9_.\[\]-]", "_", name)[:80]
             size += len(token) + len(verb) + 3
             if size > limit:
-                left_out += 1
-            else:
-                grouped.setdefault(verb, []).append(token)
-        parts = ["%s=%s" % (verb, ",".join(names)) for verb, names in grouped.items()]
-        return "; ".join(parts + (["+%d more" % left_out] if left_out else []))
+                more = "; +%d more" % (len(self.reported) - at)
+                break
+            grouped.setdefault(verb, []).append(token)
+        return "; ".join("%s=%s" % (verb, ",".join(names)) for verb, names in grouped.items()) + more
 
     def __str__(self) -> str:
         return "; ".join("%s %s%s" % (verb, name, " (%s)" % why if why else "")
@@ -2405,17 +2404,11 @@ class Conversation:
         return [call.result for call in calls if call.result]
 
     def _late_system(self, blocks: list[Any], results: bool, before_assistant: bool) -> list[dict]:
-        """The system blocks at the end of a user turn that may stay system messages (placement rules of the API).
-
-        They must follow a user turn that is not empty, and be last or before an assistant turn.
-        """
-        count = 0
-        while count < len(blocks) and isinstance(blocks[-1 - count], LateSystem):
-            count += 1
-        follows_something = results or len(blocks) > count
-        if not count or not self._draft.model.late_system or not before_assistant or not follows_something:
-            return []
-        return [late.block for late in blocks[-count:]]
+        """The system blocks at the end of a user turn that may stay system messages, by the API's rules: behind a user
+        turn that is not empty, and last or before an assistant turn."""
+        late = [each.block for each in itertools.takewhile(lambda each: isinstance(each, LateSystem), reversed(blocks))]
+        may_stay = self._draft.model.late_system and before_assistant and (results or len(blocks) > len(late))
+        return late[::-1] if may_stay else []
 
 
 def thinking_marks(content: list[dict]) -> list[str]:
@@ -2501,18 +2494,15 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
     if refusal and refusal[0] not in blocks:        # it may be a part of the content as well
         conversation.add("assistant", refusal)
         blocks += refusal
-    last = blocks[-1] if blocks else None
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = text_at(chat_call, "id", where, "")
         function, where = function_of_call(chat_call, where)
         if not raw_id:                              # legacy calls have none by right
             draft.changes.add("repaired", where, "a call without an id")
-        last = conversation.call(raw_id, function, where)
-        marked([last], chat_call)
+        blocks += marked([conversation.call(raw_id, function, where)], chat_call)
     if chat_message.get("function_call") is not None:
-        last = conversation.call("", chat_message["function_call"], path + ".function_call")
-    if last:
-        marked([last], chat_message)
+        blocks.append(conversation.call("", chat_message["function_call"], path + ".function_call"))
+    marked(blocks, chat_message)
 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
@@ -2675,10 +2665,9 @@ def reasoning_from_chat(fields: dict) -> Reasoning:
 
 def in_unthought_loop(messages: list[dict]) -> bool:
     """Whether tool results wait for an answer to a turn whose thinking is not there any more."""
-    if not any(block["type"] == "tool_result" for block in messages[-1]["content"]):
-        return False
-    calls = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
-    return calls is not None and calls["content"][0]["type"] not in ("thinking", "redacted_thinking")
+    calls = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
+    return bool(calls) and calls[0]["type"] not in THINKING and any(
+        block["type"] == "tool_result" for block in messages[-1]["content"])
 
 
 def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> str:
@@ -2810,9 +2799,7 @@ def asked_choice(fields: dict, changes: Changes) -> Choice:
         return Choice()
     modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
     if isinstance(choice, str):
-        if choice not in modes:
-            raise InvalidRequest("%s: expected none, auto, required or a tool." % path, path, "invalid_value")
-        return Choice(modes[choice])
+        return Choice(modes[one_of(*modes)(choice, path)])
     choice = object_of(choice, path)
     kind = choice.get("type")
     if choice.get("disable_parallel_tool_use") is True:             # Claude's spelling
@@ -7159,9 +7146,9 @@ def has_address(block: dict) -> bool:
 
 def become_note(block: dict) -> None:
     """Turns a block into a note that says what stood there."""
-    mark = {name: block[name] for name in ("cache_control",) if name in block}
-    block.clear()
-    block.update(mark, type="text", text=LEFT_OUT)
+    for name in set(block) - {"cache_control"}:
+        del block[name]
+    block.update(type="text", text=LEFT_OUT)
 
 
 def events_from_body(body: bytes) -> list[dict]:
