@@ -1050,9 +1050,7 @@ def number_of(value: Any, path: str) -> float:
     """A number, also one that a client wrote as a string."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            parsed = float(value)
-            if math.isfinite(parsed):
-                return parsed
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong(path, "a number", value)
     if not abs(value) < 1e300:
@@ -1156,11 +1154,9 @@ verbosity_of = one_of("low", "medium", "high")
 PARAMETERS = {
     "model": Parameter(text_of),
     "messages": Parameter(list_of, api=CHAT),
-    "input": Parameter(api=RESPONSES),
-    "instructions": Parameter(api=RESPONSES),
+    "input": Parameter(api=RESPONSES), "instructions": Parameter(api=RESPONSES),
     "previous_response_id": Parameter(text_of, api=RESPONSES),
-    "include": Parameter(list_of, api=RESPONSES),
-    "context_management": Parameter(list_of, api=RESPONSES),
+    "include": Parameter(list_of, api=RESPONSES), "context_management": Parameter(list_of, api=RESPONSES),
     "stream": Parameter(boolean_of), "stream_options": Parameter(object_of),
     "max_completion_tokens": Parameter(rounded_of), "max_tokens": Parameter(rounded_of),
     "max_output_tokens": Parameter(rounded_of),
@@ -1176,8 +1172,7 @@ PARAMETERS = {
     "logit_bias": Parameter(object_of, DROPPED, {}),
     "logprobs": Parameter(boolean_of, DROPPED, False, "Claude does not return log probabilities", CHAT),
     "top_logprobs": Parameter(integer_of, DROPPED, 0),
-    "frequency_penalty": Parameter(number_of, DROPPED, 0),
-    "presence_penalty": Parameter(number_of, DROPPED, 0),
+    "frequency_penalty": Parameter(number_of, DROPPED, 0), "presence_penalty": Parameter(number_of, DROPPED, 0),
     "prediction": Parameter(object_of, DROPPED),
     "modalities": Parameter(list_of, DROPPED, ["text"]),
     "audio": Parameter(object_of, DROPPED),
@@ -1187,12 +1182,10 @@ PARAMETERS = {
                               RESPONSES),
     "prompt": Parameter(anything, REFUSED, {}, "prompt templates are stored at OpenAI; send their text in input",
                         RESPONSES),
-    "store": Parameter(boolean_of, IGNORED),
-    "metadata": Parameter(object_of, IGNORED),
+    "store": Parameter(boolean_of, IGNORED), "metadata": Parameter(object_of, IGNORED),
     "moderation": Parameter(anything, DROPPED),
     "service_tier": Parameter(text_of), "user": Parameter(text_of), "safety_identifier": Parameter(text_of),
-    "prompt_cache_key": Parameter(text_of, IGNORED),
-    "prompt_cache_retention": Parameter(text_of, IGNORED),
+    "prompt_cache_key": Parameter(text_of, IGNORED), "prompt_cache_retention": Parameter(text_of, IGNORED),
     "prompt_cache_options": Parameter(object_of),
     # not OpenAI's, but sent on purpose by tools that know Claude
     "system": Parameter(api=CHAT), "thinking": Parameter(), "cache_control": Parameter(),
@@ -1377,6 +1370,7 @@ class Translation(NamedTuple):
 # The marks up to which Claude caches a prompt: the client's, and ours.
 
 MOST_BREAKPOINTS = 4
+THINKING = ("thinking", "redacted_thinking")        # types of blocks that carry no mark
 EPHEMERAL = {"type": "ephemeral"}
 
 
@@ -1398,7 +1392,7 @@ def ttl_from_openai(options: Any) -> str | None:
 def marked(blocks: list[dict], part: dict) -> list[dict]:
     """The blocks, the last of them with the mark that its part carries (thinking cannot carry one)."""
     mark = mark_from(part)
-    if mark and blocks and blocks[-1].get("type") not in ("thinking", "redacted_thinking"):
+    if mark and blocks and blocks[-1].get("type") not in THINKING:
         blocks[-1]["cache_control"] = dict(mark)
     return blocks
 
@@ -1435,7 +1429,7 @@ def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
     for at in dict.fromkeys((last, asked - 1)):
         if at >= 0:
             block = messages[at]["content"][-1]
-            if block["type"] not in ("thinking", "redacted_thinking"):
+            if block["type"] not in THINKING:
                 yield block
     for name in ("system", "tools"):
         if request.get(name):
@@ -1647,10 +1641,9 @@ PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
     "image_url": image_part, "input_image": image_part, "image": image_part,
     "file": file_part, "input_file": file_part, "document": file_part, "document_url": file_part,
     "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
-    **dict.fromkeys(("thinking", "redacted_thinking"), lambda part, path, draft: thinking_block(part)),
+    **dict.fromkeys(THINKING, lambda part, path, draft: thinking_block(part)),
     **dict.fromkeys(("reasoning", "reasoning_text"), lambda part, path, draft: []),     # it is not Claude's
 }
-THINKING = ("thinking", "redacted_thinking")
 MEDIA = {kind for kind, translate in PARTS.items() if translate in (image_part, file_part)}
 LEFT_OUT = "[A file that Claude does not accept was left out here.]"
 MALFORMED = ("invalid_type", "missing_required_parameter")      # codes of a part that is no medium at all
@@ -1879,9 +1872,9 @@ class Subset:
         notes = [self.keyword(key, value, kept) for key, value in schema.items() if key not in KEPT_KEYWORDS]
         if "enum" in kept and not all(isinstance(value, (str, int, float, bool, type(None))) for value in kept["enum"]):
             notes.append("one of " + json.dumps(kept.pop("enum")))
-        notes = [note for note in notes if note]
-        if notes:
-            kept["description"] = ". ".join(filter(None, [kept.get("description", "")] + notes))
+        description = ". ".join(filter(None, [kept.get("description"), *notes]))
+        if description:
+            kept["description"] = description
         self.branches(schema, kept, inside)
         types = schema.get("type")
         if {"properties", "additionalProperties"} & set(schema) or "object" in (types, *listed(types)):
@@ -1904,14 +1897,13 @@ class Subset:
     def object(self, schema: dict, kept: dict, inside: tuple[str, ...]) -> None:
         """Every object must be closed; one whose point is to be open has no equivalent."""
         properties = schema.get("properties") or {}
-        if schema.get("additionalProperties") not in (None, False) or not properties and \
-                schema.get("additionalProperties") is not False:
+        more = schema.get("additionalProperties")
+        if more is not False and not (more is None and properties):
             raise Unsupported("an object with free keys")
         kept["properties"] = {name: self.schema(value, inside) for name, value in properties.items()}
         kept["additionalProperties"] = False
-        required = [name for name in schema.get("required") or () if name in properties]
-        kept["required"] = required
-        self.optional += len(properties) - len(required)
+        kept["required"] = [name for name in schema.get("required") or () if name in properties]
+        self.optional += len(properties) - len(kept["required"])
 
     def reference(self, schema: dict, reference: Any, inside: tuple[str, ...]) -> dict:
         """A reference to a definition stays; any other, or one with keywords beside it, is written out."""
@@ -1931,7 +1923,7 @@ class Subset:
 
     def keyword(self, key: str, value: Any, kept: dict) -> str:
         """What to do with a keyword out of the common set: keep it, or describe it."""
-        if key in MEANINGLESS_KEYWORDS or key in ("oneOf",):
+        if key in MEANINGLESS_KEYWORDS or key == "oneOf":
             return ""
         if key == "format" and value in KEPT_FORMATS or key == "minItems" and value in (0, 1) or \
                 key == "pattern" and isinstance(value, str) and not re.search(r"\(\?|\\[1-9bB]", value):
@@ -2665,7 +2657,7 @@ def reasoning_from_chat(fields: dict) -> Reasoning:
 
 def in_unthought_loop(messages: list[dict]) -> bool:
     """Whether tool results wait for an answer to a turn whose thinking is not there any more."""
-    calls = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
+    calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
     return bool(calls) and calls[0]["type"] not in THINKING and any(
         block["type"] == "tool_result" for block in messages[-1]["content"])
 
@@ -2736,8 +2728,7 @@ def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draf
 def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> None:
     """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.
 
-    Where they exclude each other, a forced tool, a temperature and a prefill win over thinking: the client
-    asked for them explicitly.
+    A forced tool, a temperature and a prefill win where they exclude thinking: the client asked for them explicitly.
     """
     model, asked, limit = draft.model, reasoning_from_chat(fields), explicit_max_tokens(fields)
     tight = limit is not None and limit < LEAST_BUDGET
@@ -3031,8 +3022,7 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
-    Lines end in CR, LF or CRLF, and only there: U+2028 and the like are text.  Any cut of the bytes gives the
-    same events.  The `event:` line repeats the `type` inside the data, so it is not needed.
+    Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
     """
 
     def __init__(self) -> None:
@@ -3968,7 +3958,7 @@ class ResponseStream:
         kind = block["type"]
         if kind == "text":
             return self._annotate(block)
-        if kind in ("thinking", "redacted_thinking"):
+        if kind in THINKING:
             return self._end_thinking(block)
         if kind == "tool_use":
             return self._close_item("incomplete" if is_cut(block) else "completed")
@@ -6857,11 +6847,10 @@ class Exchange:
         """Sends the request until Claude accepts it; returns when the answer begins.  Raises GatewayError."""
         while True:
             self.translation = self.translate()
-            if self._gateway.config.strict and self.translation.changes.reported:
-                changes = self.translation.changes
+            request, changes = self.translation.request, self.translation.changes
+            if self._gateway.config.strict and changes.reported:
                 raise InvalidRequest("--strict: not everything can be passed on as it is: %s." % changes,
                                      next(iter(changes.reported))[1], "strict")
-            request = self.translation.request
             self._gateway.check_spending(self._incoming.record.owner, self._known, request.get("speed"))
             try:
                 self._send(request)
@@ -6872,7 +6861,6 @@ class Exchange:
                 continue
             if self._lesson:
                 self._gateway.lessons.learn(self._known, self._lesson)
-            changes = self.translation.changes
             self._incoming.record.changes = str(changes)
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
