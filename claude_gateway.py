@@ -1023,7 +1023,7 @@ object_of: Callable[[Any, str], dict] = of_type(dict, "an object")
 list_of: Callable[[Any, str], list] = of_type(list, "an array")
 
 
-def inner(part: dict, name: str, path: str) -> tuple[dict, str]:
+def nested_in(part: dict, name: str, path: str) -> tuple[dict, str]:
     """The object that a part has under a name, or else the part itself, which is the flat spelling; and its path."""
     if part.get(name) is None:
         return part, path
@@ -1468,13 +1468,13 @@ def text_blocks(text: str) -> list[dict]:
 
 
 # What a file begins with -> its type
-MAGIC = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG\r\n\x1a\n", "image/png"), (rb"GIF8[79]a", "image/gif"),
-         (rb"(?s)RIFF....WEBP", "image/webp"), (rb"(?s).{0,1019}%PDF-", "application/pdf"))
+MAGIC_BYTES = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG\r\n\x1a\n", "image/png"), (rb"GIF8[79]a", "image/gif"),
+               (rb"(?s)RIFF....WEBP", "image/webp"), (rb"(?s).{0,1019}%PDF-", "application/pdf"))
 
 
 def media_type_of(start: bytes) -> str:
     """What the first bytes of a file say it is: one of the types that Claude accepts, or ""."""
-    return next((media_type for magic, media_type in MAGIC if re.match(magic, start)), "")
+    return next((media_type for magic, media_type in MAGIC_BYTES if re.match(magic, start)), "")
 
 
 def titled(block: dict, title: str) -> dict:
@@ -1604,7 +1604,7 @@ def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
 
 def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
     """`file` with its data inside, or a document.  There is no store of uploaded files here."""
-    file, path = inner(part, "file", path)
+    file, path = nested_in(part, "file", path)
     title = text_at(file, "filename", path, "")
     if file.get("file_data") is not None:
         data, path = text_of(file["file_data"], path + ".file_data"), path + ".file_data"
@@ -1987,7 +1987,7 @@ def is_web_search(kind: Any) -> bool:
 
 def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     """A function tool: OpenAI's nested shape, the flat one of the Responses API, or Anthropic's own."""
-    function, path = inner(tool, "function", path)
+    function, path = nested_in(tool, "function", path)
     name = text_at(function, "name", path)
     if not name.strip():
         raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
@@ -1998,7 +1998,7 @@ def declared_function(tool: dict, path: str, namespace: str) -> Declared:
 
 def declared_custom(tool: dict, path: str, namespace: str) -> Declared:
     """The input of a custom tool is a bare string; its grammar can only be described to Claude, not enforced."""
-    custom, path = inner(tool, "custom", path)
+    custom, path = nested_in(tool, "custom", path)
     name = text_at(custom, "name", path)
     description = text_at(custom, "description", path, "")
     shape = optional(object_of, custom.get("format"), path + ".format", {})
@@ -2104,8 +2104,8 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
     uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
     tool.update(search_domains(options, path, changes))
-    location, path = inner(optional(object_of, options.get("user_location"), path + ".user_location", {}),
-                           "approximate", path + ".user_location")
+    location, path = nested_in(optional(object_of, options.get("user_location"), path + ".user_location", {}),
+                                "approximate", path + ".user_location")
     place = {key: text_of(location[key], "%s.%s" % (path, key))
              for key in ("city", "region", "country", "timezone") if location.get(key)}
     if place:
@@ -2115,7 +2115,7 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
 
 def search_domains(options: dict, path: str, changes: Changes) -> dict:
     """The domains that a web search is restricted to, in OpenAI's shape or Claude's, which accepts one list."""
-    options, path = inner(options, "filters", path)
+    options, path = nested_in(options, "filters", path)
     lists: dict[str, list] = {}
     for name in ("allowed_domains", "blocked_domains"):
         domains = entries_of(options.get(name) or [], "%s.%s" % (path, name), text_of)
@@ -2678,19 +2678,19 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
 
 def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
     """No thinking where the model can do without, else as little as it can: as asked, or for want of room."""
-    model, asked_for = draft.model, asked.effort == "none"
+    model, unwanted = draft.model, asked.effort == "none"
     can_stop = "disabled" in model.thinking
-    if model.efforts and not (can_stop and asked_for):
+    if model.efforts and not (can_stop and unwanted):
         request.setdefault("output_config", {})["effort"] = model.efforts[0]
     if can_stop:
         request["thinking"] = {"type": "disabled"}
-    elif not asked_for:
+    elif not unwanted:
         request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
     elif "between_tools" in model.thinking:
         request["thinking"] = {"type": "between_tools"}
-    if can_stop and not asked_for:
+    if can_stop and not unwanted:
         draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
-    elif not can_stop and asked_for:
+    elif not can_stop and unwanted:
         draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
 
 
@@ -2778,7 +2778,7 @@ FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that n
 def choice_name(choice: Any, path: str) -> str:
     """The name in a tool choice: nested under function or custom, or flat."""
     for key in ("function", "custom"):
-        choice, path = inner(object_of(choice, path), key, path)
+        choice, path = nested_in(object_of(choice, path), key, path)
     return text_at(choice, "name", path)
 
 
