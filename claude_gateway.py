@@ -2105,7 +2105,7 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
     tool.update(search_domains(options, path, changes))
     location, path = nested_in(optional(object_of, options.get("user_location"), path + ".user_location", {}),
-                                "approximate", path + ".user_location")
+                               "approximate", path + ".user_location")
     place = {key: text_of(location[key], "%s.%s" % (path, key))
              for key in ("city", "region", "country", "timezone") if location.get(key)}
     if place:
