@@ -292,7 +292,8 @@ def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
     A lower-case word behind `claude-gateway` is a command: no prose puts one there.
     """
     if powershell:
-        text = re.sub(r"\bexport (\w+)=(\S+)", r'$env:\1 = "\2"', text)
+        text = re.sub(r"\bexport((?: \w+=\S+)+)", lambda line: re.sub(
+            r" (\w+)=(\S+)", r'; $env:\1 = "\2"', line.group(1))[2:], text)
         text = re.sub(r"\b([A-Z_]+)=(\S+)(?= claude-gateway )", r'$env:\1 = "\2";', text)
     script = sys.argv[0] if sys.argv else ""
     if not script or os.path.basename(script) != os.path.basename(own_file()):
@@ -3647,12 +3648,6 @@ def value_from_encrypted(encrypted: Any) -> dict:
     return without_lone_surrogates(value) if isinstance(value, dict) else {}
 
 
-def thinking_from_encrypted(encrypted: Any) -> list[dict]:
-    """The block in our own `encrypted_content`; [] for a foreign or damaged one."""
-    block = value_from_encrypted(encrypted)
-    return thinking_block(block)
-
-
 def summary_in(block: Any) -> str:
     """The text of a compaction block, or of a text block in its place; "" where it is neither."""
     field = {"compaction": "content", "text": "text"}.get(text_in(block, "type") or "", "")
@@ -3717,7 +3712,7 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
-    blocks = thinking_from_encrypted(item.get("encrypted_content"))
+    blocks = thinking_block(value_from_encrypted(item.get("encrypted_content")))
     if blocks:
         conversation.add("assistant", blocks)
     elif item.get("encrypted_content"):
@@ -3861,17 +3856,17 @@ RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insu
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
 
 
-class ResponseStream:
-    """Messages API events in, response events out.  One instance per request; `response` is the state so far.
+EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
-    `first`: items that come before the answer's.
-    """
+
+class ResponseStream:
+    """Messages API events in, response events out; `response` is the state so far, `first` come before the answer."""
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
                  first: Sequence[dict] = ()) -> None:
         self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
                              usage=None)
-        self.signed: Dict[str, str] = {}            # reasoning item -> its signed thinking, which it does not show
+        self.to_store: List[dict] = []              # the output items, with signed thinking that they do not show
         self._first = first
         self._plan, self._assembler, self._include = plan, assembler, include
         self._sequence = -1
@@ -3884,11 +3879,6 @@ class ResponseStream:
         """The response events that one event makes."""
         handler = self._HANDLERS.get(event["type"])
         return handler(self, event) if handler else []
-
-    def stored_output(self) -> list[dict]:
-        """The output items with all that is needed to give them back to Claude."""
-        return [dict(item, encrypted_content=self.signed[item["id"]]) if item["id"] in self.signed else item
-                for item in self.response["output"]]
 
     def finish(self, now: int = 0) -> list[dict]:
         """The last events: the open item's end, a refusal, and the response as it ended."""
@@ -3964,19 +3954,23 @@ class ResponseStream:
             return self._close_item("incomplete" if is_cut(block) else "completed")
         if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
             return self._close_item() + self._open_search(block)
-        if kind == "web_search_tool_result" and self._item and self._item["type"] == "web_search_call":
+        if kind == "web_search_tool_result" and self._is_open("web_search_call"):
             return self._end_search(listed(block.get("content")))
         return []
 
     # -- items
 
+    def _is_open(self, kind: str) -> bool:
+        return self._item is not None and self._item["type"] == kind
+
     def _open(self, item: dict) -> dict:
         self._item, self._text, self._annotations = item, io.StringIO(), []
         return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
 
-    def _done(self, item: dict) -> dict:
+    def _done(self, item: dict, to_store: dict | None = None) -> dict:
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
+        self.to_store.append(to_store or item)
         self._item = None
         return self._event("response.output_item.done", output_index=output_index, item=item)
 
@@ -4008,22 +4002,18 @@ class ResponseStream:
     def _text_delta(self, text: str) -> list[dict]:
         if not text:
             return []
-        events = [] if self._item and self._item["type"] == "message" else self._close_item() + self._open_message()
+        events = [] if self._is_open("message") else self._close_item() + self._open_message(EMPTY_TEXT)
         self._text.write(text)
         return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
 
-    def _new_message(self) -> dict:
-        return {"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
-                "content": []}
-
-    def _open_message(self) -> list[dict]:
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        return [self._open(self._new_message()),
+    def _open_message(self, part: dict) -> list[dict]:
+        return [self._open({"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
+                            "content": []}),
                 self._in_item("response.content_part.added", content_index=0, part=part)]
 
     def _annotate(self, block: dict) -> list[dict]:
         """The citations of a text block, placed in the text of its whole item."""
-        if not block.get("citations") or not self._item or self._item["type"] != "message":
+        if not block.get("citations") or not self._is_open("message"):
             return []
         length = self._text.tell()
         start = max(0, length - len(block["text"]))
@@ -4037,21 +4027,20 @@ class ResponseStream:
 
     def _end_message(self, status: str) -> list[dict]:
         text = self._text.getvalue()
-        part = {"type": "output_text", "text": text, "annotations": self._annotations, "logprobs": []}
-        item = dict(self._item or {}, status=status, content=[part])
+        part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
         return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
-                self._in_item("response.content_part.done", content_index=0, part=part), self._done(item)]
+                *self._end_part(part, status)]
+
+    def _end_part(self, part: dict, status: str) -> list[dict]:
+        return [self._in_item("response.content_part.done", content_index=0, part=part),
+                self._done(dict(self._item or {}, status=status, content=[part]))]
 
     def _refusal(self, refusal: str) -> list[dict]:
         """A refusal as a message of its own."""
-        item = self._new_message()
-        part = {"type": "refusal", "refusal": refusal}
-        empty = {"type": "refusal", "refusal": ""}
-        return [self._open(item), self._in_item("response.content_part.added", content_index=0, part=empty),
+        return [*self._open_message({"type": "refusal", "refusal": ""}),
                 self._in_item("response.refusal.delta", content_index=0, delta=refusal),
                 self._in_item("response.refusal.done", content_index=0, refusal=refusal),
-                self._in_item("response.content_part.done", content_index=0, part=part),
-                self._done(dict(item, status="completed", content=[part]))]
+                *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
 
     # -- thinking
 
@@ -4059,7 +4048,7 @@ class ResponseStream:
         """A reasoning item is opened only when there is something to see."""
         if not thinking:
             return []
-        events = [] if self._item and self._item["type"] == "reasoning" else [
+        events = [] if self._is_open("reasoning") else [
             self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
             self._in_item("response.reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
@@ -4070,7 +4059,7 @@ class ResponseStream:
         encrypted = encrypted_from(block) if block else None
         shown = ENCRYPTED_REASONING in self._include
         events = []
-        if not self._item or self._item["type"] != "reasoning":
+        if not self._is_open("reasoning"):
             if not encrypted or not shown:
                 return []
             events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
@@ -4080,11 +4069,8 @@ class ResponseStream:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
                        self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
         item = dict(self._item or {}, summary=[part] if text else [])
-        if encrypted and shown:
-            item["encrypted_content"] = encrypted
-        elif encrypted:
-            self.signed[item["id"]] = encrypted
-        return events + [self._done(item)]
+        signed = dict(item, encrypted_content=encrypted) if encrypted else item
+        return events + [self._done(signed if shown else item, signed)]
 
     # -- calls
 
@@ -4101,7 +4087,7 @@ class ResponseStream:
         if not fragment:
             return []
         self._text.write(fragment)
-        if self._item and self._item["type"] == "custom_tool_call":
+        if self._is_open("custom_tool_call"):
             return []                               # its string is known only at the end
         return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
 
@@ -4216,10 +4202,9 @@ class Bounded:
 
 
 class Answers:
-    """Answers with tool calls, thinking and all, so that they can go back to Claude as they came.
+    """Answers with tool calls, thinking and all, by (client, model, id of the first tool call).
 
-    OpenAI clients have no place for signed thinking blocks; Claude requires them back, unmodified, inside a tool
-    loop.  An answer is found by (client, model, id of its first tool call).
+    Claude requires signed thinking back inside a tool loop, for which OpenAI clients have no place.
     """
 
     def __init__(self) -> None:
@@ -4237,8 +4222,7 @@ class Answers:
             self._tools.put(digest, tools)
             self._tools_of.put((owner, call_ids[-1]), digest)
         if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
-            blocks = [{name: value for name, value in block.items() if name not in ("partial_json", "caller")}
-                      for block in message["content"]
+            blocks = [without(block, "partial_json", "caller") for block in message["content"]
                       if block["type"] != "text" or block.get("text", "").strip()]
             self._answers.put((owner, model_id, call_ids[0]), blocks)
 
@@ -4257,10 +4241,7 @@ class Answers:
 
 
 class StoredResponses:
-    """Responses that clients may continue by their id, and the items of each, which clients may name by theirs.
-
-    An item is stored once, whichever responses of a conversation it belongs to.
-    """
+    """Responses that clients may continue by their id, and their items, each stored once, which clients may name."""
 
     def __init__(self) -> None:
         self._responses = Bounded(1_000, 24_000_000)
@@ -4333,7 +4314,7 @@ class ModelList:
         with self._lock:
             if time.monotonic() < self._next_fetch:
                 return
-            self._next_fetch = time.monotonic() + MODELS_LIFETIME
+            self._next_fetch = time.monotonic() + 60            # if this one fails
         threading.Thread(target=self._run, name="models", daemon=True).start()
 
     def catalog(self) -> Catalog:
@@ -4347,16 +4328,13 @@ class ModelList:
             entries = self._fetch()
             if entries:
                 self._catalog = catalog_from_entries(entries, self._aliases)
-            else:
-                self._next_fetch = time.monotonic() + 60
+                self._next_fetch = time.monotonic() + MODELS_LIFETIME
         except GatewayError as fault:
-            self._next_fetch = time.monotonic() + 60
             if fault.code in FINAL_CODES:
                 LOG.warning("Claude refuses this credential: %s", fault)
             else:
                 LOG.info("no model list from the upstream (%s): using the built-in table", fault)
         except Exception as failure:                # nobody above this thread would report it
-            self._next_fetch = time.monotonic() + 60
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
             self._first.set()
@@ -4372,18 +4350,16 @@ class FailedKeys:
     """How often each address sent a wrong key lately, and how long its next refusal should be delayed."""
 
     def __init__(self) -> None:
-        self._failures: collections.OrderedDict = collections.OrderedDict()
+        self._failures = Bounded(10_000)
         self._lock = threading.Lock()
 
     def penalty(self, address: str) -> float:
         """Seconds to wait before this refusal: nothing for a first slip, two seconds at most."""
         now = time.monotonic()
         with self._lock:
-            count, when = self._failures.pop(address, (0, now))
+            count, when = self._failures.get(address) or (0, now)
             count = count + 1 if now - when < 60 else 1
-            self._failures[address] = (count, now)
-            while len(self._failures) > 10_000:
-                self._failures.popitem(last=False)
+            self._failures.put(address, (count, now))
         return min(2.0, 0.05 * 2 ** min(count - 2, 6)) if count > 1 else 0.0
 
 
@@ -4407,16 +4383,17 @@ class Budget:
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
-TOKEN_KINDS = ("input", "cache_read", "cache_write", "output")
+TOKEN_KINDS = {"input": "input_tokens", "cache_read": "cache_read_input_tokens",
+               "cache_write": "cache_creation_input_tokens", "output": "output_tokens"}
 
 
-def counts_of(usage: dict) -> dict[str, int]:
-    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
-    return {kind: count_in(usage, name) for kind, name in zip(TOKEN_KINDS, names)}
+def prompt_tokens(tokens: dict) -> int:
+    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
 
 
 class Counters:
-    """What has happened since the start, for the log, the status page and Prometheus."""
+    """What has happened since the start, for the log, the status page and Prometheus: no prompt, answer or secret."""
+    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -4424,32 +4401,40 @@ class Counters:
         self._lock = threading.Lock()
         self._requests: collections.Counter = collections.Counter()
         self._errors: collections.Counter = collections.Counter()
-        self._tokens: Dict[str, collections.Counter] = {}
-        self._costs: Dict[str, Tuple[float, float]] = {}
-        self._unpriced: set = set()                 # models, of which some answers have no price that we know
-        self._seconds = 0.0
+        self._error_texts: Dict[str, str] = {}      # code -> the latest message
+        self._last: Deque[dict] = collections.deque(maxlen=50)
+        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
+        self._models: Dict[str, collections.Counter] = {}
+        self.seconds = 0.0                          # spent on all requests
 
-    def add_request(self, route: str, status: int, seconds: float, error_code: str) -> None:
+    def add_request(self, route: str, summary: dict) -> None:
+        """Counts a request, and keeps its summary unless it was one for monitoring."""
         with self._lock:
-            self._requests[route, status] += 1
-            self._seconds += seconds
-            if error_code:
-                self._errors[error_code] += 1
+            self._requests[route, summary["status"]] += 1
+            self.seconds += summary["total_ms"] / 1000
+            if summary["error_code"]:
+                self._errors[summary["error_code"]] += 1
+            if route not in MONITORING:
+                self._last.appendleft(summary)
+                self._add_totals(summary)
+
+    def _add_totals(self, summary: dict) -> None:
+        counts = {name: summary[name] or 0 for name in self.SUMS}
+        counts.update(requests=1, failed=int(summary["status"] >= 400))
+        for field, totals in self._totals.items():
+            name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+            totals.setdefault(name or "-", collections.Counter()).update(counts)
+        if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
+            self._error_texts[summary["error_code"]] = summary["error"]
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
-            name = model.id if model.id in self._tokens or len(self._tokens) < 200 else "other"
-            self._tokens.setdefault(name, collections.Counter()).update(counts)
-            if cost is None:
-                self._unpriced.add(name)
-            else:
-                spent, saved = self._costs.get(name, (0.0, 0.0))
-                self._costs[name] = (spent + cost[0], saved + cost[1])
-            read = sum(tokens["cache_read"] for tokens in self._tokens.values())
-            prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
-                          for tokens in self._tokens.values())
-            return percent(read, prompts)
+            name = model.id if model.id in self._models or len(self._models) < 200 else "other"
+            figures = self._models.setdefault(name, collections.Counter())
+            figures.update(counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1})
+            tokens = self._tokens()
+            return percent(tokens["cache_read"], prompt_tokens(tokens))
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
@@ -4458,34 +4443,27 @@ class Counters:
             with self._lock:
                 self.limit_headers = dict(self.limit_headers, **limits)
 
-    def requests(self) -> list[tuple[tuple[str, int], int]]:
+    def by_model(self) -> dict[str, collections.Counter]:
+        """Tokens by kind, US dollars spent and saved by caching, answers without a price."""
         with self._lock:
-            return sorted(self._requests.items())
+            return {model: collections.Counter(figures) for model, figures in self._models.items()}
 
-    def errors(self) -> dict[str, int]:
+    def shown(self) -> dict:
+        """The last requests, and totals by tool and by model."""
         with self._lock:
-            return dict(self._errors.most_common())
-
-    def seconds(self) -> float:
-        return round(self._seconds, 3)
-
-    def tokens_by_model(self) -> dict[str, dict[str, int]]:
-        with self._lock:
-            return {model: {kind: tokens[kind] for kind in TOKEN_KINDS} for model, tokens in self._tokens.items()}
-
-    def costs(self) -> dict[str, tuple[float, float]]:
-        """US dollars by model: what its answers cost, and what caching saved."""
-        with self._lock:
-            return dict(self._costs)
-
-    def unpriced(self) -> list[str]:
-        with self._lock:
-            return sorted(self._unpriced)
+            by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
+                                 for totals in self._totals.values())
+            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
+                    "error_texts": without(self._error_texts, "")}
 
     def totals(self) -> dict:
-        tokens = self.tokens_by_model().values()
-        return {"requests": sum(count for (route, _), count in self.requests() if route not in MONITORING),
-                "tokens": {kind: sum(each[kind] for each in tokens) for kind in TOKEN_KINDS}}
+        with self._lock:
+            return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
+                    "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
+                    "tokens": self._tokens()}
+
+    def _tokens(self) -> dict[str, int]:
+        return {kind: sum(figures[kind] for figures in self._models.values()) for kind in TOKEN_KINDS}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4495,10 +4473,7 @@ PER_MINUTE = {"requests", "input-tokens", "output-tokens", "tokens"}       # no 
 
 
 def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
-    """Plan windows and rate limits, as Claude last reported them: used share and time of reset.
-
-    Windows without a title here keep the name that Claude gives them.
-    """
+    """Plan windows and rate limits, as Claude last reported them; those without a title here keep Claude's name."""
     limits = []
     unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
     others = {match.group(1): match.group(1) for match in unified if match}
@@ -4528,38 +4503,7 @@ def number_or_none(text: str | None) -> float | None:
 def moment_of(text: str) -> int | None:
     """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
     number = number_or_none(text)
-    if number is not None:
-        return int(number)
-    return unix_time(text)
-
-
-class RecentRequests:
-    """The last requests, and totals by tool and by model: no prompt, no answer, no secret."""
-    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last: Deque[dict] = collections.deque(maxlen=50)
-        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
-        self._error_texts: Dict[str, str] = {}      # code -> the latest message
-
-    def add(self, summary: dict) -> None:
-        counts = {name: summary[name] or 0 for name in self.SUMS}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
-        with self._lock:
-            self._last.appendleft(summary)
-            for field, totals in self._totals.items():
-                name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-                totals.setdefault(name or "-", collections.Counter()).update(counts)
-            if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
-                self._error_texts[summary["error_code"]] = summary["error"]
-
-    def data(self) -> dict:
-        with self._lock:
-            by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
-                                 for totals in self._totals.values())
-            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": without(self._error_texts, "")}
+    return unix_time(text) if number is None else int(number)
 
 
 class Running:
@@ -4595,6 +4539,7 @@ class Running:
 
 class ApiKey:
     """An Anthropic API key."""
+    kind, described = "api_key", "API key from %s"
     refreshable = False
     preamble: Sequence[dict] = ()
     base_url = ""                                   # where it is to be used; "": at the configured address
@@ -4602,14 +4547,14 @@ class ApiKey:
 
     def __init__(self, key: str, source: str) -> None:
         self._key = key
-        self.description = "API key from %s" % source
+        self.description = self.described % source
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         return {"x-api-key": self._key}
 
     def facts(self) -> dict:
         """What `status` tells."""
-        return {"kind": "api_key", "description": self.description}
+        return {"kind": self.kind, "description": self.description}
 
     def secrets(self) -> list[str]:
         return [self._key]
@@ -4623,19 +4568,16 @@ class ApiKey:
 
 class BearerToken(ApiKey):
     """A token from the environment: `subscription` ones belong to a Claude account and need the system block."""
+    kind, described = "bearer_token", "token from %s"
 
     def __init__(self, token: str, source: str, subscription: bool) -> None:
         super().__init__(token, source)
-        self.description = "token from %s" % source
         self.preamble = (OAUTH_SYSTEM_BLOCK,) if subscription else ()
         self._beta = subscription or token.startswith("sk-ant-oat")
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         headers = {"authorization": "Bearer " + self._key}
         return dict(headers, **{"anthropic-beta": OAUTH_BETA}) if self._beta else headers
-
-    def facts(self) -> dict:
-        return {"kind": "bearer_token", "description": self.description}
 
 
 class FileDamaged(GatewayError):
@@ -4648,7 +4590,8 @@ PRIVATE = 0o077                                     # what the mode of a file wi
 class StoredFile:
     """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
 
-    Another program's file is `closed` to others by these bits, and if PRIVATE no symlink, or it is refused.
+    One that others may read is closed to them; another program's must be `closed` by these bits, and if PRIVATE be no
+    symlink, or it is refused.
     """
     kind = "file"
 
@@ -4692,14 +4635,16 @@ class StoredFile:
         mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
         if not stat.S_ISREG(mode):
             return "it is no plain file"
-        loose = mode & self._closed and os.name == "posix"
-        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if loose else ""
+        if os.name != "posix":
+            return ""
+        if mode & PRIVATE and not self._closed:     # ours
+            with contextlib.suppress(OSError):
+                os.chmod(self.path, 0o600)
+                LOG.warning("others could read %s: its mode is 0600 now", self.path)
+        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if mode & self._closed else ""
 
     def write(self, content: dict) -> None:
-        """Replaces the file: a temporary one is written, synced and renamed.  Raises OSError.
-
-        A damaged file is moved aside first, and a symlink is followed, so that neither is lost.
-        """
+        """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
         if not self.path:
             raise OSError("there is no home directory to store tokens in; use --token-file PATH")
         target = os.path.realpath(self.path)
@@ -4738,37 +4683,18 @@ class StoredFile:
                 return True
         return False
 
-    def loose_mode(self) -> bool:
-        """Whether others may read the file (it is closed to them then, where the system knows modes)."""
-        if os.name != "posix" or not self.path:
-            return False
-        with contextlib.suppress(OSError):
-            if stat.S_IMODE(os.stat(self.path).st_mode) & 0o077:
-                os.chmod(self.path, 0o600)
-                return True
-        return False
-
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time, on a side file that is never deleted, so that a kill leaves nothing behind.
-
-        On a file system without locks we go on without: the loser of a race then re-reads the file.
-        """
-        if not self.path:
+        """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):
+                if self.path:
+                    target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
+                    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+                    descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+                    held.callback(os.close, descriptor)         # gives the lock back
+                    lock_file(descriptor, self._limits.lock_patience)
             yield
-            return
-        try:
-            target = os.path.realpath(self.path)    # by whatever name a process knows the file: one lock
-            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
-            descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError:
-            yield
-            return
-        try:
-            lock_file(descriptor, self._limits.lock_patience)
-            yield
-        finally:
-            os.close(descriptor)                    # gives the lock back
 
     def _keep_damaged(self, target: str) -> None:
         """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
@@ -4842,22 +4768,19 @@ class StoredLogin(ApiKey):
         good --(its last minutes)--> due: a thread renews it, everybody else goes on
              --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
-    One refresh at a time across threads and processes, since a refresh token works once: the lock is taken, the
-    file is read again, and only if nobody else renewed it meanwhile the sign-in endpoint is asked.  The new
-    tokens are stored before they are used; what cannot be stored is kept in memory and tried again.
+    One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
+    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used.
     """
     refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
-    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson, limits: Limits = Config.limits) -> None:
-        self._file, self._token_url, self._post_json, self._limits = file, token_url, post_json, limits
+    def __init__(self, file: TokenFile, token_url: str, post_json: PostJson) -> None:
+        self._file, self._token_url, self._post_json = file, token_url, post_json
         self._lock = threading.Lock()
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
-        self._unsaved = False                       # the newest tokens could not be stored yet ...
-        self._told_unsaved = False                  # ... which has been told
-        self._outdated = ""                         # the access token that the file holds as long as that is so
+        self._outdated = ""                         # the access token in the file while newer ones cannot be stored
         self._spent: set = set()                    # refresh tokens that we used, or that were refused
         self._failures, self._retry_at = 0, 0.0
         self._unproven = ""                         # the access token of the last renewal, until Claude accepts it
@@ -4878,7 +4801,7 @@ class StoredLogin(ApiKey):
         """
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
         lives = self._lives(token, rejected)
-        current = lives and not self._unsaved and self._stamp == self._file.stamp()
+        current = lives and not self._outdated and self._stamp == self._file.stamp()
         if not current and self._lock.acquire(blocking=not lives):      # else another thread is at it
             try:
                 token = self._renewed_if_dead(rejected)
@@ -4889,7 +4812,7 @@ class StoredLogin(ApiKey):
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
         self._read_if_changed()
-        if self._unsaved or not self._lives(self._token, rejected):
+        if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
                 self._catch_up()
                 if not self._lives(self._token, rejected) and not (rejected and rejected == self._unproven):
@@ -4903,7 +4826,7 @@ class StoredLogin(ApiKey):
     def close(self) -> None:
         """Waits for a renewal under way; tokens that could not be stored are tried once more."""
         with self._lock, contextlib.suppress(GatewayError):
-            if self._unsaved:
+            if self._outdated:
                 with self._file.lock():
                     self._catch_up()
 
@@ -4957,8 +4880,8 @@ class StoredLogin(ApiKey):
         """Under both locks: what another process stored is read, what we could not store is tried again."""
         self._stamp = None
         self._read_if_changed()
-        if self._unsaved:
-            self._save()
+        if self._outdated:
+            self._save(logging.DEBUG)
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
@@ -4970,16 +4893,16 @@ class StoredLogin(ApiKey):
         except FileDamaged as fault:
             if not self._token:
                 raise CredentialNeeded("%s Please %s; the file will be kept aside." % (fault, self.remedy)) from fault
-            if not self._unsaved:
+            if not self._outdated:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
             self._stamp = stamp
             return
         self._stamp = stamp
         if token is None:                           # a logout, also of tokens that could not be stored
-            self._token, self._unsaved = {}, False
-        elif not (self._unsaved and (token["access_token"] == self._outdated
-                                     or text_in(token, "refresh_token") in self._spent)):
-            self._token, self._unsaved = token, False
+            self._token, self._outdated = {}, ""
+        elif not self._outdated or (token["access_token"] != self._outdated
+                                    and text_in(token, "refresh_token") not in self._spent):
+            self._token, self._outdated = token, ""
 
     def _renew(self, rejected: str | None) -> None:
         """Asks the sign-in endpoint for new tokens; called under both locks."""
@@ -4994,29 +4917,31 @@ class StoredLogin(ApiKey):
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
         body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}
+        reason = ""
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
         except UpstreamFault as fault:
-            self._put_off(self._cannot_renew(str(fault)), rejected)
-            return
+            status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
             self._take_over(token_from_answer(answer, self._token), refresh_token)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
             self._take_refusal(refresh_token, answer, rejected)
         else:
-            reason = refusal_words(answer, "no reason given" if status != 200 else "no access token that can be used")
-            self._put_off(self._cannot_renew("status %d, %s" % (status, reason)), rejected)
+            otherwise = "no reason given" if status != 200 else "no access token that can be used"
+            self._put_off(UpstreamFault(
+                "The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
+                "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
+                                               self._token_url)), rejected)
 
     def _take_over(self, token: dict, used: str | None) -> None:
         """New tokens, in exchange for a refresh token that may be used up now."""
-        if not self._unsaved:
-            self._outdated = self._token["access_token"]
+        level = logging.DEBUG if self._outdated else logging.WARNING        # once
+        self._outdated = self._outdated or self._token["access_token"]
         self._token, self._unproven = token, token["access_token"]
         self._failures, self.trouble = 0, None
         if token["refresh_token"] != used:
             self._spent.add(used)
-        self._unsaved = True
-        self._save()
+        self._save(level)
 
     def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
         """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
@@ -5037,22 +4962,15 @@ class StoredLogin(ApiKey):
             raise failure
         LOG.warning("%s", failure)
 
-    def _cannot_renew(self, reason: str) -> UpstreamFault:
-        return UpstreamFault("The token could not be renewed: %s (%s). If that address cannot be reached from here, "
-                             "set CLAUDE_GATEWAY_TOKEN_URL." % (reason.rstrip("."), self._token_url))
-
-    def _save(self) -> None:
-        """Stores the newest tokens; a failure is told once, and tried again with the next call."""
+    def _save(self, level: int) -> None:
+        """Stores the newest tokens; what fails is tried again with the next call."""
         try:
             self._file.write(self._token)
         except OSError as fault:
-            if not self._told_unsaved:
-                LOG.warning("the renewed tokens could not be stored in %s (%s): keeping them in memory",
-                            self._file.path, fault.strerror or fault)
-            self._told_unsaved = True
-            return
-        self._unsaved = self._told_unsaved = False
-        self._stamp = self._file.stamp()
+            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
+                    fault.strerror or fault)
+        else:
+            self._outdated, self._stamp = "", self._file.stamp()
 
 
 NEVER = 1e11                                        # Unix seconds of a time that is none
@@ -5146,16 +5064,12 @@ class Login:
 
 
 class ProfileLogin(StoredLogin):
-    """The login of a profile of Anthropic's own tools (`ant auth login`), billed to a Console workspace.
-
-    Without a client id in the profile, somebody else renews its tokens.
-    """
+    """The login of a profile of Anthropic's own tools, which renew its tokens where it has no client id."""
     preamble = ()
     remedy = "run `ant auth login`"
 
-    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson,
-                 limits: Limits) -> None:
-        super().__init__(file, token_url, post_json, limits)
+    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson) -> None:
+        super().__init__(file, token_url, post_json)
         self.client_id = text_in(settings, "authentication", "client_id") or ""
         self.base_url = (text_in(settings, "base_url") or "").rstrip("/")
         self._workspace, self._name = text_in(settings, "workspace_id") or "", name
@@ -5204,7 +5118,7 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     if tokens_file.read() is None:
         raise CredentialNeeded("Profile %s is not signed in: run `ant auth login`." % name)
     settings = dict({"workspace_id": config.workspace_id}, **settings)
-    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json, config.limits)
+    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json)
 
 
 def key_file(config: Config) -> TokenFile:
@@ -5232,10 +5146,8 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
         return ApiKey(stored_key["api_key"], key_file(config).path)
     if config.auth != "api-key":
         file = TokenFile(config.token_file, config.limits)
-        if file.loose_mode():
-            LOG.warning("others could read %s: its mode is 0600 now", file.path)
         if file.read() is not None:
-            return StoredLogin(file, config.token_url, post_json, config.limits)
+            return StoredLogin(file, config.token_url, post_json)
         return profile_from_config(config, post_json)
     return None
 
@@ -5299,7 +5211,6 @@ class Usage:
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._stored: UsageRows = {}                # the file, as it was at this stamp
         self._stamp: Any = None
-        self._unwritten: UsageRows = {}             # a write of these is under way, or has failed
         self._new: UsageRows = {}
         self._timer: Optional[threading.Timer] = None
         self._next_write = 0.0
@@ -5322,17 +5233,19 @@ class Usage:
         with self._writing:
             with self._lock:
                 self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-                self._unwritten, self._new = sum_of(self._unwritten, self._new), {}
+                new, self._new = self._new, {}
             oldest, was = day_of(time.time() - USAGE_DAYS * 86_400), self.fault
             try:
                 with self._file.lock():
-                    total = sum_of(self._read(), self._unwritten)
+                    total = sum_of(self._read(), new)
                     self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
                                                in sorted(total.items()) if place[0] > oldest]})
             except (OSError, GatewayError) as fault:
                 self.fault = str(fault)
+                with self._lock:
+                    self._new = sum_of(new, self._new)
             else:
-                self._stored, self._unwritten, self._stamp, self.fault = total, {}, self._file.stamp(), ""
+                self._stored, self._stamp, self.fault = total, self._file.stamp(), ""
             if self.fault != was:
                 LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
 
@@ -5347,7 +5260,7 @@ class Usage:
             stamp = self._file.stamp()
             if stamp != self._stamp:
                 self._stored, self._stamp = self._read(), stamp
-            return sum_of(self._stored, self._unwritten, self._new)
+            return sum_of(self._stored, self._new)
 
     @contextlib.contextmanager
     def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
@@ -5483,10 +5396,7 @@ def silence(wait: Wait, what: str = "sent") -> UpstreamTimeout:
 
 
 class Client:
-    """The client of one request while the upstream is waited for: is it gone, and has it heard anything lately?
-
-    Without a connection (as a library) nobody can leave.
-    """
+    """The client of one request while the upstream is waited for; without a connection (as a library) none leaves."""
 
     def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
         self.peer, self._limits = peer, limits
@@ -5541,8 +5451,7 @@ class Client:
     def check(self) -> None:
         """A client whose read side has ended is gone; one that sends early (pipelining) is not.
 
-        Early bytes are put aside, or nothing behind them could be seen; what would be too much is left where it is,
-        and the client is not watched any more.
+        Early bytes are put aside; where they would be too many they stay, and the client is not watched any more.
         """
         assert self.peer
         keep = len(self.peer.unread) < READ_SIZE
@@ -5577,8 +5486,7 @@ class Client:
 class HeadReader:
     """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.
 
-    `check_first` gets the first line as soon as there is one, for what need not be waited for; `too_large` makes the
-    error of a head beyond the bounds.
+    `check_first` gets the first line as soon as there is one; `too_large` makes the error of a head beyond the bounds.
     """
     END = re.compile(rb"\n\r?\n")
 
@@ -5871,10 +5779,7 @@ class UpstreamConnection(Peer):
             raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
 
     def ask(self, method: str, target: str, headers: dict[str, str], body: bytes, call: UpstreamCall) -> None:
-        """Sends a request, for as long as the client waits for the answer and the upstream goes on reading.
-
-        An upstream that does not read would otherwise hold on to a request that nobody wants any more.
-        """
+        """Sends a request, for as long as the client waits for the answer and the upstream goes on reading."""
         if UNSENDABLE.search("".join(headers.values())):
             raise UpstreamFault("HTTP cannot carry the value of this header to the upstream: %s." % ", ".join(
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
@@ -5906,11 +5811,10 @@ class UpstreamConnection(Peer):
             begun = begun or bool(received)
             if not b"HTTP/".startswith(received[:5]):
                 status_line(received.decode("latin-1"))
-            data, wait = None, None
+            data, wait = None, call.wait_for(self.sock)
             try:
                 data = self.read()
                 while data is None:
-                    wait = wait or call.wait_for(self.sock)
                     call.client.wait(wait)
                     data = self.read()
             except OSError:
@@ -5931,15 +5835,14 @@ class ConnectionPool:
     """Idle upstream connections by destination.  A connection that the other side has closed is never handed out."""
 
     def __init__(self) -> None:
-        self._idle: Dict[Any, List[UpstreamConnection]] = {}
+        self._idle: Dict[Any, List[UpstreamConnection]] = collections.defaultdict(list)
         self._size = POOL_SIZE                      # for each destination
         self._lock = threading.Lock()
 
     def take(self, key: Any) -> UpstreamConnection | None:
         while True:
             with self._lock:
-                connections = self._idle.get(key)
-                connection = connections.pop() if connections else None
+                connection = self._idle[key].pop() if self._idle[key] else None
             if connection is None:
                 return None
             # an idle connection with something to read has been closed, or speaks out of turn
@@ -5950,9 +5853,8 @@ class ConnectionPool:
     def give(self, key: Any, connection: UpstreamConnection) -> None:
         connection.last_used = time.monotonic()
         with self._lock:
-            connections = self._idle.setdefault(key, [])
-            connections.append(connection)
-            surplus = connections.pop(0) if len(connections) > self._size else None
+            self._idle[key].append(connection)
+            surplus = self._idle[key].pop(0) if len(self._idle[key]) > self._size else None
         if surplus:
             surplus.close()
 
@@ -5970,11 +5872,8 @@ class ConnectionPool:
 
 
 class PooledHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's HTTP and HTTPS in one, with kept-alive connections and without redirects.
-
-    urllib itself would close the connection after each call (a TLS handshake costs 0.1 s), and would carry the
-    credential along to wherever a redirect points.
-    """
+    """urllib's HTTP and HTTPS in one: connections are kept, as a TLS handshake costs 0.1 s, and redirects are not
+    followed, as they would carry the credential along."""
 
     def __init__(self, tls: Callable[[], ssl.SSLContext]) -> None:
         super().__init__()
@@ -6015,10 +5914,7 @@ class PooledHandler(urllib.request.AbstractHTTPHandler):
 
 
 class UpstreamReply:
-    """An answer of the upstream: status, headers (lower case), and the body in the pieces it comes in.
-
-    `give_back` keeps its connection for another request; None where there can be no other.
-    """
+    """An answer of the upstream; `give_back` keeps its connection for another request, None where none can follow."""
 
     def __init__(self, connection: UpstreamConnection, head: UpstreamHead, call: UpstreamCall,
                  give_back: Callable[[], None] | None) -> None:
@@ -6074,10 +5970,7 @@ class UpstreamReply:
         return bytes(body)
 
     def close(self, answered: bool = False) -> None:
-        """Gives the connection back if the body was read to its end; otherwise closes it, which stops Claude.
-
-        `answered`: all that matters has been read, so the end is worth waiting for a moment.
-        """
+        """Gives the connection back after the end of the body, which `answered` waits for; else closes it."""
         if self._closed:                            # given back twice, it would serve two requests at once
             return
         self._closed = True
@@ -6124,10 +6017,7 @@ class Upstream:
 
     def messages(self, body: bytes, call: UpstreamCall, beta: Sequence[str] = (), path: str = "/v1/messages",
                  native: dict[str, str] | None = None) -> UpstreamReply:
-        """POST /v1/messages.  Returns once the status is 200; anything else is raised as a GatewayError.
-
-        A failure that may pass is retried once, as nothing has been sent to the client yet.
-        """
+        """POST /v1/messages, once more after a failure that may pass.  Raises GatewayError unless the status is 200."""
         headers = dict({"anthropic-version": ANTHROPIC_VERSION, "content-type": "application/json"}, **(native or {}))
         while True:
             try:
@@ -6143,12 +6033,10 @@ class Upstream:
 
     def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
-        reply = self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, UpstreamCall(patience=timeout),
-                          key=key)
-        try:
+        call = UpstreamCall(patience=timeout)
+        with contextlib.closing(self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, call,
+                                          key=key)) as reply:
             return json_object_from(reply.read())
-        finally:
-            reply.close()
 
     def models(self, key: str | None = None) -> list[dict] | None:
         """Claude's model list, all of its pages; None where there is no credential to ask with."""
@@ -6727,7 +6615,8 @@ class Record:
 
     def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
         """What the status page shows of it, and `status` as this line."""
-        fields = dict(without(vars(self), "method", "client", "started", "cached_percent_of_all", "route"), line=line)
+        fields = dict(without(vars(self), "method", "client", "owner", "started", "cached_percent_of_all",
+                              "route"), line=line)
         texts = {name: masked(value, secrets_known)[:500] for name, value in fields.items() if isinstance(value, str)}
         return dict(fields, time=round(time.time(), 3), **texts)
 
@@ -6735,7 +6624,7 @@ class Record:
         return int((time.monotonic() - self.started) * 1000)
 
     def add_usage(self, usage: dict) -> None:
-        """Counts one answer of Claude; a legacy completion of several prompts has several."""
+        """Counts one answer of Claude; a response whose history is compacted first has two."""
         counts = usage_from_message(usage)
         self.input_tokens = (self.input_tokens or 0) + counts["prompt_tokens"]
         self.cached_tokens += counts["prompt_tokens_details"]["cached_tokens"]
@@ -6789,7 +6678,6 @@ class Gateway:
         self.responses = StoredResponses()
         self.counters = Counters()
         self.usage = Usage(config.usage_file, config.limits, config.budget)
-        self.recent = RecentRequests()
         self.tls_reported = threading.Event()
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
@@ -6840,6 +6728,7 @@ class Exchange:
         self._counted = False                       # the tokens of this answer
         self.assembler = MessageAssembler()
         self.translation: Translation
+        self.events: PlannedEvents                  # of the accepted request
         incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
@@ -6861,6 +6750,7 @@ class Exchange:
                 continue
             if self._lesson:
                 self._gateway.lessons.learn(self._known, self._lesson)
+            self.events = PlannedEvents(self.translation.plan, self.assembler)
             self._incoming.record.changes = str(changes)
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
@@ -7099,7 +6989,7 @@ def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
 def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     record.add_usage(usage)
-    counts, cost = counts_of(usage), cost_of(model, usage)
+    counts, cost = {kind: count_in(usage, name) for kind, name in TOKEN_KINDS.items()}, cost_of(model, usage)
     if cost:
         record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
     record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
@@ -7174,16 +7064,16 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
     include_usage = wants_usage(incoming.body)
-    exchange = exchange_for(gateway, *with_history(gateway, incoming, is_responses_body(incoming.body))[:2])
+    history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
+    exchange = exchange_for(gateway, *history[:2])
     exchange.open()
     plan = exchange.translation.plan
-    events = PlannedEvents(plan, exchange.assembler)
     envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
     if incoming.record.stream:
-        stream = ChatStream(envelope, plan, events.assembler, include_usage)
-        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, events, stream), json_of=stream.json_of,
+        stream = ChatStream(envelope, plan, exchange.events.assembler, include_usage)
+        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
                      closing=b"data: [DONE]\n\n")
-    message = whole_message(exchange, events)
+    message = whole_message(exchange)
     return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
 
 
@@ -7210,18 +7100,18 @@ def wants_usage(body: dict) -> bool:
     return optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
 
 
-def stream_steps(exchange: Exchange, events: PlannedEvents, stream: ChatStream) -> Iterator[Any]:
+def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
     """The steps of a stream, its last events included."""
-    yield from exchange.batches(events.then(stream.feed))
-    yield events.finish(stream.feed) + stream.finish()
+    yield from exchange.batches(exchange.events.then(stream.feed))
+    yield exchange.events.finish(stream.feed) + stream.finish()
 
 
-def whole_message(exchange: Exchange, events: PlannedEvents) -> dict:
+def whole_message(exchange: Exchange) -> dict:
     """The whole answer, read to its end."""
-    for _ in exchange.call.client.waited(exchange.batches(events.then(lambda event: []))):
+    for _ in exchange.call.client.waited(exchange.batches(exchange.events.then(lambda event: []))):
         pass
-    events.finish(lambda event: [])
-    return events.assembler.whole()
+    exchange.events.finish(lambda event: [])
+    return exchange.events.assembler.whole()
 
 
 class History(NamedTuple):
@@ -7233,10 +7123,10 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
-def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> History:
+def with_history(gateway: Gateway, incoming: Incoming) -> History:
     """The items that a Responses request names by `previous_response_id` and by references, in place of the names."""
     body, owner = incoming.body, incoming.owner
-    if not is_responses:
+    if "messages" in body:
         return History(incoming)
     given = resolved_items(body.get("input"), functools.partial(gateway.responses.item, owner))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
@@ -7255,7 +7145,7 @@ def with_history(gateway: Gateway, incoming: Incoming, is_responses: bool) -> Hi
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses: a response, or its stream of events."""
-    history = with_history(gateway, incoming, "messages" not in incoming.body)
+    history = with_history(gateway, incoming)
     incoming, body = history.incoming, history.incoming.body
     compact, name = history.compact, secrets.token_hex(16)
     first = [] if compact else compacted_first(gateway, history, "cmp_%s_0" % name)
@@ -7263,11 +7153,9 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     exchange = exchange_for(gateway, asked, history.earlier, compact)
     exchange.open()
     envelope = response_envelope("resp_" + name, int(time.time()), body)
-    plan = exchange.translation.plan
-    events = PlannedEvents(plan, exchange.assembler)
-    stream = (CompactionStream if compact else ResponseStream)(envelope, plan, events.assembler,
-                                                               listed(body.get("include")), first)
-    steps = response_steps(gateway, history, exchange, events, stream)
+    stream = (CompactionStream if compact else ResponseStream)(
+        envelope, exchange.translation.plan, exchange.events.assembler, listed(body.get("include")), first)
+    steps = response_steps(gateway, history, exchange, stream)
     if incoming.record.stream:
         return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
     for _ in incoming.call.client.waited(steps):
@@ -7275,17 +7163,15 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     return Reply(stream.response, exchange.headers())
 
 
-def response_steps(gateway: Gateway, history: History, exchange: Exchange, events: PlannedEvents,
-                   stream: ResponseStream) -> Iterator[Any]:
+def response_steps(gateway: Gateway, history: History, exchange: Exchange, stream: ResponseStream) -> Iterator[Any]:
     """The steps of a response, which is stored before its end is sent: a client may continue it at once."""
     body = history.incoming.body
-    yield from exchange.batches(events.then(stream.feed))
-    last_events = events.finish(stream.feed) + stream.finish(int(time.time()))
+    yield from exchange.batches(exchange.events.then(stream.feed))
+    last_events = exchange.events.finish(stream.feed) + stream.finish(int(time.time()))
     if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
         yield NEEDS_THREAD                          # a long history takes a while to write down
         entries = since_compaction([("", item) for item in [*history.earlier, *history.given]])
-        gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries],
-                              stream.stored_output())
+        gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries], stream.to_store)
     yield last_events
 
 
@@ -7322,13 +7208,12 @@ def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (
     """Claude's summary of a history, as a message, and the headers that go with it."""
     exchange = exchange_for(gateway, incoming, earlier, compact=True)
     exchange.open()
-    message = whole_message(exchange, PlannedEvents(exchange.translation.plan, exchange.assembler))
-    return message, exchange.headers()
+    return whole_message(exchange), exchange.headers()
 
 
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
-    history = with_history(gateway, incoming, True)
+    history = with_history(gateway, incoming)
     message, headers = summarized(gateway, history.incoming, history.earlier)
     name = secrets.token_hex(16)
     output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
@@ -7384,7 +7269,7 @@ def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/input_tokens, by Claude's own count."""
-    history = with_history(gateway, incoming, "messages" not in incoming.body)
+    history = with_history(gateway, incoming)
     return Reply({"object": "response.input_tokens", "input_tokens": counted_tokens(gateway, history)})
 
 
@@ -7430,9 +7315,8 @@ def health(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 # ---- Legacy completions ------------------------------------------------------------------------------
-# OpenAI's older API, of texts that are continued: each prompt becomes a chat turn that asks for it.
+# OpenAI's older API, of a text that is continued: it becomes a chat turn that asks for it.
 
-MOST_PROMPTS = 128                                  # of one request: OpenAI accepts 2,048, but each is a call here
 COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
                      "only: no comment, no repetition of the text, no code fence.")
 INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
@@ -7440,94 +7324,53 @@ INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with w
 
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/completions: one or several texts continued, or their stream."""
-    body = incoming.body
-    prompts, include_usage = prompts_of(body), wants_usage(body)
-    envelope = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "created": int(time.time()),
-                **({"usage": None} if include_usage else {})}
-    exchanges = [exchange_for(gateway, replace(incoming, body=chat_from_completion(body, prompt)))
-                 for prompt in prompts]
-    text = TextCompletion(envelope, exchanges, prompts if body.get("echo") else [""] * len(prompts))
-    exchanges[0].open()
-    headers = exchanges[0].headers()
-    if incoming.record.stream:
-        return Reply(headers=headers, steps=text.steps(include_usage), closing=b"data: [DONE]\n\n")
-    return Reply(text.whole(), headers)
+    """POST /v1/completions: a text continued, or the stream of that."""
+    prompt = prompt_of(incoming.body)
+    echo = prompt if incoming.body.get("echo") else ""
+    reply = chat_completions(gateway, replace(incoming, body=chat_from_completion(incoming.body, prompt)))
+    if reply.steps is None:
+        return replace(reply, body=text_completion(reply.body, echo))
+    return replace(reply, json_of=client_json, steps=(
+        text_chunks(step, echo) if isinstance(step, list) else step for step in reply.steps))
 
 
-def prompts_of(body: dict) -> list[str]:
-    """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
+def prompt_of(body: dict) -> str:
+    """`prompt`, a string or a list of one; token ids mean nothing to Claude."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
-    prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
-    if len(prompts) > MOST_PROMPTS:
-        raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
-                             "prompt", "invalid_value")
+    prompts = [text_of(each, "prompt[%d]" % at) for at, each in enumerate(
+        [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt"))]
+    if len(prompts) > 1:
+        raise InvalidRequest("prompt: one text in one request, as each is a call to Claude.", "prompt", "invalid_value")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
                                  "unsupported_value")
-    return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
+    return prompts[0]
 
 
 def chat_from_completion(body: dict, prompt: str) -> dict:
     """The chat completion request that asks for the continuation of one prompt."""
     suffix = optional(text_of, body.get("suffix"), "suffix", "")
-    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs", "stream_options")
+    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs")
     chat["messages"] = [{"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM},
                         {"role": "user", "content": prompt + "<gap/>" + suffix if suffix else prompt}]
     return chat
 
 
-class TextCompletion:
-    """The answers to one or several prompts, as one legacy completion or its stream."""
+def text_chunks(chunks: list[dict], echo: str) -> list[dict]:
+    """The chunks of a chat completion as those of a legacy one, without those that have nothing for it."""
+    return [text_completion(chunk, echo) for chunk in chunks if all(
+        choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])]
 
-    def __init__(self, envelope: dict, exchanges: Sequence[Exchange], echoes: Sequence[str]) -> None:
-        self._envelope, self._exchanges, self._echoes = envelope, exchanges, echoes
-        self._usage: Dict[str, Any] = {}
 
-    def steps(self, include_usage: bool) -> Iterator[Any]:
-        """The chunks of all answers, one prompt after the other."""
-        for at, exchange in enumerate(self._exchanges):
-            if at:
-                yield NEEDS_THREAD
-                self._exchanges[at - 1].close()
-                exchange.open()
-            events = PlannedEvents(exchange.translation.plan, exchange.assembler)
-            stream = ChatStream(self._envelope, exchange.translation.plan, events.assembler, False)
-            if self._echoes[at]:
-                yield [self._chunk(exchange, self._choice(at, self._echoes[at], None))]
-            for step in stream_steps(exchange, events, stream):
-                yield self._text_chunks(at, exchange, step) if isinstance(step, list) else step
-            self._usage = added_usage(self._usage, exchange.assembler.usage)
-        if include_usage:
-            yield [dict(self._envelope, model=self._model(), choices=[], usage=usage_from_message(self._usage))]
-
-    def _text_chunks(self, at: int, exchange: Exchange, chunks: list[dict]) -> list[dict]:
-        choices = [choice for chunk in chunks for choice in chunk["choices"]]
-        return [self._chunk(exchange, self._choice(at, choice["delta"].get("content") or "", choice["finish_reason"]))
-                for choice in choices if choice["delta"].get("content") or choice["finish_reason"]]
-
-    def whole(self) -> dict:
-        """The completion that the chunks add up to."""
-        choices = [self._choice(at, "", None) for at in range(len(self._exchanges))]
-        for batch in self._exchanges[0].call.client.waited(self.steps(False)):
-            for choice in (choice for chunk in batch for choice in chunk["choices"]):
-                choices[choice["index"]]["text"] += choice["text"]
-                choices[choice["index"]]["finish_reason"] = choice["finish_reason"]
-        return dict(self._envelope, model=self._model(), choices=choices, usage=usage_from_message(self._usage))
-
-    def _model(self) -> str:
-        return self._exchanges[-1].assembler.message["model"]
-
-    def _chunk(self, exchange: Exchange, choice: dict) -> dict:
-        model = exchange.assembler.message.get("model", exchange.translation.request["model"])
-        return dict(self._envelope, model=model, choices=[choice])
-
-    @staticmethod
-    def _choice(index: int, text: str, reason: str | None) -> dict:
-        return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+def text_completion(chat: dict, echo: str) -> dict:
+    """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
+    texts = [choice.get("message") or choice["delta"] for choice in chat["choices"]]
+    choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": 0, "logprobs": None,
+                "finish_reason": choice["finish_reason"]} for text, choice in zip(texts, chat["choices"])]
+    return dict(chat, id=chat["id"][len("chat"):], object="text_completion", choices=choices)
 
 
 # ---- Native pass-through -----------------------------------------------------------------------------
@@ -7613,8 +7456,7 @@ class PassingUsage:
     def __init__(self, is_stream: bool) -> None:
         self._decoder = EventDecoder() if is_stream else None
         self._usage: dict = {}
-        self._body: List[bytes] = []
-        self._size = 0
+        self._body = bytearray()
 
     def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The same steps, whose bytes are read in passing."""
@@ -7625,9 +7467,7 @@ class PassingUsage:
 
     def _read(self, piece: bytes) -> None:
         if self._decoder is None:
-            self._size += len(piece)
-            if self._size <= MAX_UPSTREAM_BODY:
-                self._body.append(piece)
+            self._body += piece[:MAX_UPSTREAM_BODY - len(self._body)]
             return
         with contextlib.suppress(UpstreamFault):
             for event in self._decoder.feed(piece):
@@ -7639,7 +7479,7 @@ class PassingUsage:
         """What was counted so far, {} for an answer without any."""
         if self._body:
             with contextlib.suppress(ValueError):
-                usage = value_in(json_within_bounds(b"".join(self._body).decode("utf-8"), LENIENT_JSON), "usage")
+                usage = value_in(json_within_bounds(self._body.decode("utf-8"), LENIENT_JSON), "usage")
                 return usage if isinstance(usage, dict) else {}
         return self._usage
 
@@ -7648,30 +7488,37 @@ class PassingUsage:
 # What to write into which tool: printed by `setup NAME`, shown by the page, passed on by `run`, never written by us.
 
 
+FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
+
+
 class ToolSettings(NamedTuple):
     """`where`: one line for the table; `text`: the settings themselves, with the placeholders of `filled`."""
     title: str
     where: str
-    text: str = """\
-Base URL: BASE
-API key:  KEY
-Model:    MODEL"""
-    command: str = ""                               # what `run` uses where the text is a file
+    text: str = FORM
 
+
+def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
+    """The settings of a library: a call whose argument `address` is the base URL."""
+    return ToolSettings(title, "%s(%s=...)" % (name.rpartition(".")[2], address),
+                        'llm = %s(%s, %s="BASE", api_key="KEY"%s)' % (name, model, address, others))
+
+
+# What usually runs in a container, where localhost is the container itself
+CONTAINER = """\
+In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
+docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
+CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
+IN_CONTAINER = "%s\n\n%s" % (FORM, CONTAINER)
 
 TOOL_SETTINGS: Dict[str, ToolSettings] = {
     "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
-export OPENAI_BASE_URL=BASE
-export OPENAI_API_KEY=KEY
+export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
 # or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" })
 # model: MODEL"""),
-    "langchain": ToolSettings("LangChain", "ChatOpenAI(base_url=...)", """\
-from langchain_openai import ChatOpenAI
-model = ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY", stream_usage=True)"""),
-    "llamaindex": ToolSettings("LlamaIndex", "OpenAILike(api_base=..., is_chat_model=True)", """\
-from llama_index.llms.openai_like import OpenAILike
-model = OpenAILike(model="MODEL", api_base="BASE", api_key="KEY",
-                   is_chat_model=True, is_function_calling_model=True, context_window=1000000)"""),
+    "langchain": library("LangChain", "langchain_openai.ChatOpenAI", "base_url", ", stream_usage=True"),
+    "llamaindex": library("LlamaIndex", "llama_index.llms.openai_like.OpenAILike", "api_base",
+                          ",\n    is_chat_model=True, is_function_calling_model=True, context_window=1000000"),
     "ai-sdk": ToolSettings("Vercel AI SDK", "createOpenAI({ baseURL })", """\
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
@@ -7681,25 +7528,17 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
 # Python: Agent(name="agent", model="MODEL")
 # JavaScript: new Runner({ tracingDisabled: true, modelProvider: new OpenAIProvider({ baseURL: "BASE",
 #   apiKey: "KEY" }) })"""),
-    "crewai": ToolSettings("CrewAI", "LLM(base_url=...)", """\
-llm = crewai.LLM(model="openai/MODEL", base_url="BASE", api_key="KEY")"""),
-    "dspy": ToolSettings("DSPy", "dspy.LM(api_base=...)", """\
-dspy.configure(lm=dspy.LM("openai/MODEL_ID", api_base="BASE", api_key="KEY"))"""),
-    "smolagents": ToolSettings("smolagents", "OpenAIServerModel(api_base=...)", """\
-model = smolagents.OpenAIServerModel(model_id="MODEL", api_base="BASE", api_key="KEY")"""),
-    "autogen": ToolSettings("AutoGen", "OpenAIChatCompletionClient(base_url=...)", """\
-client = OpenAIChatCompletionClient(model="MODEL", base_url="BASE", api_key="KEY", model_info={
-    "vision": True, "function_calling": True, "json_output": True, "structured_output": True, "family": "unknown"})"""),
-    "agno": ToolSettings("Agno", "OpenAILike(base_url=...)", """\
-model = agno.models.openai.like.OpenAILike(id="MODEL", base_url="BASE", api_key="KEY")"""),
-    "mastra": ToolSettings("Mastra", "model: { id, url, apiKey }", """\
-model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }"""),
-    "browser-use": ToolSettings("browser-use", "ChatOpenAI(base_url=...)", """\
-llm = browser_use.ChatOpenAI(model="MODEL", base_url="BASE", api_key="KEY")"""),
-    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml, providers", """\
-providers:
-  - id: openai:chat:MODEL
-    config: { apiBaseUrl: BASE, apiKey: KEY }"""),
+    "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL"'),
+    "dspy": library("DSPy", "dspy.LM", "api_base", "", '"openai/MODEL_ID"'),
+    "smolagents": library("smolagents", "smolagents.OpenAIServerModel", "api_base", "", 'model_id="MODEL"'),
+    "autogen": library("AutoGen", "autogen_ext.models.openai.OpenAIChatCompletionClient", "base_url",
+                       ',\n    model_info={"vision": True, "function_calling": True, "json_output": True,'
+                       '\n                "structured_output": True, "family": "unknown"}'),
+    "agno": library("Agno", "agno.models.openai.like.OpenAILike", "base_url", "", 'id="MODEL"'),
+    "mastra": ToolSettings("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
+    "browser-use": library("browser-use", "browser_use.ChatOpenAI", "base_url", ""),
+    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml", """\
+providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY } }]"""),
     "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
 aider --openai-api-base BASE --openai-api-key KEY --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
@@ -7709,26 +7548,18 @@ claude"""),
     "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
 model = "claude-opus-5-5"
 model_provider = "gateway"
-
-[model_providers.gateway]
-name = "gateway"
-base_url = "BASE"
-wire_api = "responses"
-ENV_KEY""", """\
-codex -m claude-opus-5-5 -c model_provider=gateway -c model_providers.gateway.name=gateway \\
-  -c model_providers.gateway.base_url=BASE -c model_providers.gateway.wire_api=responses \\
-  -c model_providers.gateway.env_key=OPENAI_API_KEY"""),
+model_providers.gateway.name = "gateway"
+model_providers.gateway.base_url = "BASE"
+model_providers.gateway.wire_api = "responses"
+ENV_KEY"""),
     "opencode": ToolSettings("opencode", "opencode.json", """\
 { "model": "gateway/MODEL", "provider": { "gateway": {
     "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
     "options": { "baseURL": "BASE", "apiKey": "KEY" },
     "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
     "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
-export GOOSE_PROVIDER=openai
-export GOOSE_MODEL=MODEL
-export OPENAI_HOST=ORIGIN
-export OPENAI_BASE_PATH=v1/chat/completions
-export OPENAI_API_KEY=KEY"""),
+export GOOSE_PROVIDER=openai GOOSE_MODEL=MODEL
+export OPENAI_HOST=ORIGIN OPENAI_BASE_PATH=v1/chat/completions OPENAI_API_KEY=KEY"""),
     "qwen-code": ToolSettings("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_MODEL=MODEL_ID
 qwen --auth-type openai"""),
@@ -7736,23 +7567,14 @@ qwen --auth-type openai"""),
 { "providers": { "gateway": { "baseUrl": "BASE", "api": "openai-completions", "apiKey": "KEY",
     "models": [{ "id": "MODEL", "reasoning": true, "input": ["text", "image"], "contextWindow": 1000000,
                  "maxTokens": 128000 }] } } }"""),
-    "cline-cli": ToolSettings("Cline CLI", "cline auth", """\
-cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"""),
-    "openhands": ToolSettings("OpenHands", "custom model, base URL", """\
-Custom model: openai/MODEL_ID
-Base URL:     BASE
-API key:      KEY"""),
+    "cline-cli": ToolSettings("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
+    "openhands": ToolSettings("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
     "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
 export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors
 mini -m openai/MODEL"""),
     "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
 # this file is in the folder that this prints: dirname "$(llm logs path)"
-- model_id: claude
-  model_name: MODEL
-  api_base: BASE
-  supports_tools: true
-  supports_schema: true
-  vision: true
+- { model_id: claude, model_name: MODEL, api_base: BASE, supports_tools: true, supports_schema: true, vision: true }
 # and the key, in a shell: llm keys set openai --value KEY"""),
     "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
     "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
@@ -7762,12 +7584,8 @@ name: Claude Gateway
 version: 1.0.0
 schema: v1
 models:
-  - name: Claude
-    provider: openai
-    model: MODEL
-    apiBase: BASE
-    apiKey: KEY
-    capabilities: [tool_use, image_input]"""),
+  - { name: Claude, provider: openai, model: MODEL, apiBase: BASE, apiKey: KEY,
+      capabilities: [tool_use, image_input] }"""),
     "vscode": ToolSettings("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
 [{ "name": "Claude Gateway", "vendor": "customendpoint", "apiKey": "KEY", "apiType": "chat-completions",
    "models": [{ "id": "MODEL", "name": "Claude", "url": "BASE/chat/completions", "toolCalling": true, "vision": true,
@@ -7775,73 +7593,38 @@ models:
     "xcode": ToolSettings("Xcode", "Settings, Intelligence, Add a Model Provider", """\
 Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key header Authorization: Bearer KEY"""),
     "zed": ToolSettings("Zed", "settings.json, language_models", """\
-{ "language_models": { "openai_compatible": { "Gateway": {
-    "api_url": "BASE",
-    "available_models": [{ "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
+{ "language_models": { "openai_compatible": { "Gateway": { "api_url": "BASE", "available_models": [
+    { "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
       "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
 // the key goes into the environment: GATEWAY_API_KEY=KEY"""),
     "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
     "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
-Cursor sends its requests from its own servers, which cannot reach an address of this machine. It would need a
-public https address in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening
-your credential to the internet."""),
-    "open-webui": ToolSettings("Open WebUI", "Settings, Connections, OpenAI API", """\
-Admin settings > Connections > OpenAI API > add a connection
-URL: BASE
-Key: KEY
-Models are listed automatically.
-
-CONTAINER"""),
-    "librechat": ToolSettings("LibreChat", "librechat.yaml, endpoints.custom", """\
-# CONTAINER
-endpoints:
-  custom:
-    - name: Claude
-      apiKey: KEY
-      baseURL: BASE
-      models: { default: [MODEL], fetch: true }
-      titleConvo: true
-      titleModel: haiku"""),
-    "n8n": ToolSettings("n8n", "OpenAI credential, base URL", """\
-Credentials > OpenAI
-API Key:  KEY
-Base URL: BASE
-Then choose MODEL by its id in the OpenAI Chat Model node.
-
-CONTAINER"""),
-    "home-assistant": ToolSettings("Home Assistant", "integration LiteLLM (2026.6 or newer)", """\
-Settings > Devices & services > Add integration > LiteLLM
+Cursor sends its requests from its own servers, which cannot reach this machine. It would need a public https address
+in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening your credential so."""),
+    "open-webui": ToolSettings("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
+    "librechat": ToolSettings("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
+endpoints: { custom: [{ name: Claude, apiKey: KEY, baseURL: BASE, models: { default: [MODEL], fetch: true },
+                        titleConvo: true, titleModel: haiku }] }"""),
+    "n8n": ToolSettings("n8n", "Credentials, OpenAI; the model by its id in the OpenAI Chat Model node", IN_CONTAINER),
+    "home-assistant": ToolSettings("Home Assistant", "Settings, Devices & services, Add integration, LiteLLM", """\
 URL: http://ADDRESS-OF-THIS-MACHINE:PORT/v1
 API key: YOUR-GATEWAY-KEY
-and a gateway that Home Assistant can reach:
+and a gateway that Home Assistant (2026.6 or newer) can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
 The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
-    "obsidian": ToolSettings("Obsidian plugins", "custom OpenAI-compatible provider", """\
-Provider: OpenAI compatible / custom
-Base URL: BASE
-API key:  KEY
-Model:    MODEL
-If the plugin reports a network or CORS error, start the gateway with:
-  claude-gateway START --cors-origin app://obsidian.md"""),
+    "obsidian": ToolSettings("Obsidian plugins", "provider: OpenAI compatible, or custom", FORM + """
+If the plugin reports a network or CORS error: claude-gateway START --cors-origin app://obsidian.md"""),
 }
 # Name -> the heading above it, where a list is grouped
 TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", "open-webui": "Apps",
                "systemd": "Service files"}
 
-# Printed with the settings of what usually runs in a container: there, localhost is the container itself.
-CONTAINER = """\
-In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
-docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
-CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
-
 SERVICE_FILES = {
     "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
-# then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway
-# to run it while you are not logged in: loginctl enable-linger
+# then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway && loginctl enable-linger
 [Unit]
 Description=Claude Gateway
 After=network-online.target
-
 [Service]
 ExecStart="PYTHON" "FILE" START
 # keys go into this file, mode 600: ANTHROPIC_API_KEY=... if no login is stored, CLAUDE_GATEWAY_API_KEY=... for clients
@@ -7851,14 +7634,12 @@ RestartPreventExitStatus=2 3
 TimeoutStopSec=35
 NoNewPrivileges=yes
 PrivateTmp=yes
-
 [Install]
 WantedBy=default.target"""),
     "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
-     to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway
-     launchd does not distinguish a missing credential (exit 3) from other failures: it retries every minute -->
+     to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway -->
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
 <plist version="1.0">
 <dict>
@@ -7875,9 +7656,7 @@ WantedBy=default.target"""),
 </dict>
 </plist>"""),
     "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
-# keys, if no login is stored or clients need one:
-# setx ANTHROPIC_API_KEY sk-ant-...
-# setx CLAUDE_GATEWAY_API_KEY ...
+# keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
 $trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
 $settings = New-ScheduledTaskSettingsSet -ExecutionTimeLimit 0 -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
@@ -7932,7 +7711,7 @@ def filled(config: Config, path_form: Callable[[str], str] = str, argument_form:
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
-            "ENV_KEY": 'env_key = "CLAUDE_GATEWAY_API_KEY"' if config.api_key else "",
+            "ENV_KEY": 'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
             "START": between.join(argument_form % argument for argument in arguments),
             **{word: path_form(path) for word, path in paths.items()}}
 
@@ -7947,8 +7726,7 @@ SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
 
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
-    text = re.sub(r"(.*)\bCONTAINER\b", lambda match: re.sub("(?m)^", match.group(1), CONTAINER), SETTINGS[name].text)
-    return with_values(text, filled(config, *SERVICE_FORMS.get(name, ()))).rstrip()
+    return with_values(SETTINGS[name].text, filled(config, *SERVICE_FORMS.get(name, ()))).rstrip()
 
 
 def with_values(text: str, values: dict[str, str]) -> str:
@@ -7961,21 +7739,24 @@ def with_values(text: str, values: dict[str, str]) -> str:
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, costs = counters.totals(), counters.costs()
+    totals, models = counters.totals(), counters.by_model()
+    tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
+    trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
         "status": "ok", "version": VERSION, "uptime_seconds": round(time.time() - counters.started),
         "started_at": round(counters.started), "aliases": dict(gateway.config.alias),
         "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
-        "credential": credential.facts() if credential else None, "trouble": gateway.upstream.trouble,
-        "models": short_names(gateway.models.catalog()),
+        "credential": credential.facts() if credential else None,
+        "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
+        "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
         "requests": {"total": totals["requests"], "running": running_besides(gateway)},
-        "errors": counters.errors(), "tokens": totals["tokens"],
+        "errors": totals["errors"], "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
-                  "saved_usd": round(sum(saved for _, saved in costs.values()), 4)},
-        "cost": {"usd": round(sum(cost for cost, _ in costs.values()), 4),
-                 "without_price": counters.unpriced()},
+                  "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
+        "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
+                 "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **gateway.recent.data(),
+        **counters.shown(),
     }
 
 
@@ -7989,19 +7770,9 @@ def last_days(usage: Usage) -> list[dict]:
     return []
 
 
-def short_names(catalog: Catalog) -> dict[str, str]:
-    """The names of the tiers -> the models they mean; the one to use when in doubt comes first."""
-    found = {tier: model.id for tier, model in catalog.names() if tier in TIERS}
-    return {tier: found[tier] for tier in sorted(found, key=lambda tier: tier != "sonnet")}
-
-
 def running_besides(gateway: Gateway) -> int:
     """The requests that run now, besides the one that asks."""
     return max(0, gateway.running.count - 1)
-
-
-def prompt_tokens(tokens: dict) -> int:
-    return tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -8023,12 +7794,8 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
-    return Reply(raw=metrics_text(gateway).encode("utf-8"), headers={
-        "content-type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def metrics_text(gateway: Gateway) -> str:
     counters = gateway.counters
+    totals, models = counters.totals(), counters.by_model()
     lines: list[str] = []
 
     def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
@@ -8043,25 +7810,27 @@ def metrics_text(gateway: Gateway) -> str:
     family("credential_ok", "gauge", "0 from a refusal of the credential or a failed renewal to the next success.",
            [({}, int(gateway.upstream.trouble is None))])
     family("requests_total", "counter", "Requests answered, by route and status.",
-           [({"route": route, "status": code}, count) for (route, code), count in counters.requests()])
+           [({"route": route, "status": code}, count) for (route, code), count in totals["routes"]])
     family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
-    family("request_duration_seconds_total", "counter", "Time spent on all requests.", [({}, counters.seconds())])
+    family("request_duration_seconds_total", "counter", "Time spent on all requests.",
+           [({}, round(counters.seconds, 3))])
     family("errors_total", "counter", "Requests that failed, by code.",
-           [({"code": code}, count) for code, count in counters.errors().items()])
+           [({"code": code}, count) for code, count in totals["errors"].items()])
     family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
-           [({"model": model, "kind": kind}, count) for model, tokens in counters.tokens_by_model().items()
-            for kind, count in tokens.items()])
-    costs = counters.costs()
+           [({"model": model, "kind": kind}, figures[kind]) for model, figures in models.items()
+            for kind in TOKEN_KINDS])
+    models = {model: figures for model, figures in models.items() if "usd" in figures}
     family("cost_usd_total", "counter", "US dollars by list prices, by model.",
-           [({"model": model}, round(cost, 6)) for model, (cost, _) in costs.items()])
+           [({"model": model}, round(figures["usd"], 6)) for model, figures in models.items()])
     family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
-           [({"model": model}, round(saved, 6)) for model, (_, saved) in costs.items()])
+           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in models.items()])
     limits = limits_from_headers(counters.limit_headers, time.time())
     family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last reported.",
            [({"window": limit["window"]}, limit["used"]) for limit in limits])
     family("limit_reset_timestamp_seconds", "gauge", "When they are reset, in Unix time.",
            [({"window": limit["window"]}, limit["resets_at"]) for limit in limits if limit["resets_at"] is not None])
-    return "\n".join(lines) + "\n"
+    return Reply(raw=("\n".join(lines) + "\n").encode("utf-8"), headers={
+        "content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 PAGE = """<!doctype html>
@@ -8071,11 +7840,10 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Claude Gateway</title>
 <style nonce="NONCE">
-  :root { color-scheme: light dark; --back: #faf9f6; --card: #fff; --ink: #22201c; --soft: #6b665c; --line: #e4e0d6;
-          --accent: #b5532d; --good: #2f7d4f; --bad: #b3261e; }
-  @media (prefers-color-scheme: dark) {
-    :root { --back: #1b1a18; --card: #262421; --ink: #eeebe4; --soft: #a39d91; --line: #3a3732; --accent: #e08a63;
-            --good: #6cc090; --bad: #f2857c; } }
+  :root { color-scheme: light dark; --back: light-dark(#faf9f6, #1b1a18); --card: light-dark(#fff, #262421);
+          --ink: light-dark(#22201c, #eeebe4); --soft: light-dark(#6b665c, #a39d91);
+          --line: light-dark(#e4e0d6, #3a3732); --accent: light-dark(#b5532d, #e08a63);
+          --good: light-dark(#2f7d4f, #6cc090); --bad: light-dark(#b3261e, #f2857c); }
   * { box-sizing: border-box; }
   body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
   main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
@@ -8092,11 +7860,9 @@ PAGE = """<!doctype html>
   dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
   dt { color: var(--soft); white-space: nowrap; }
   dd { margin: 0; text-align: right; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
-  #credential, #errors { grid-template-columns: minmax(0, 1fr); gap: 0; }
-  #credential dd, #errors dd { text-align: left; margin: 0 0 .5rem; }
-  #errors dt { color: var(--bad); white-space: normal; }
-  #credential dt, #names span, td, th { font-size: .88rem; } #names { display: flex; flex-wrap: wrap; gap: 0 .9rem; }
-  #names span { color: var(--soft); } #names code { color: var(--ink); }
+  #credential, #errors { display: block; } #credential dd, #errors dd { text-align: left; }
+  #errors dt { color: var(--bad); }
+  #credential dt, #names, td, th { font-size: .88rem; }
   table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
   td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; white-space: nowrap; font-weight: 400;
            font-variant-numeric: tabular-nums; } th { color: var(--soft); }
@@ -8172,14 +7938,6 @@ PAGE = """<!doctype html>
   const pairs = (id, entries) => fill(id, entries.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
   const row = (cells, kind = "td") => make("tr", cells.map((cell) => make(kind, cell)));
 
-  function duration(seconds) {                      // in two units
-    const units = [[86400, "d"], [3600, "h"], [60, "min"]], at = units.findIndex(([size]) => seconds >= size);
-    if (at < 0) return Math.floor(seconds) + " s";
-    const [[size, name], [small, smaller]] = [units[at], units[at + 1] ?? [1, "s"]];
-    const rest = name === "min" ? 0 : Math.floor(seconds % size / small);
-    return Math.floor(seconds / size) + " " + name + (rest ? " " + rest + " " + smaller : "");
-  }
-
   function dollars(value) {                         // in cents, or finer; never a zero with a sign
     const size = Math.abs(value), text = size >= 0.01 ? size.toFixed(2) : String(Number(size.toFixed(4)) || "0.00");
     return (value < 0 && Number(text) ? "-$" : "$") + text;
@@ -8191,10 +7949,10 @@ PAGE = """<!doctype html>
 
   function limitBars(limits) {
     fill("limits", limits.flatMap((limit) => {
-      const left = limit.resets_at ? limit.resets_at - Date.now() / 1000 : 0, used = make("i");
+      const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "", used = make("i");
       used.style.width = Math.min(100, limit.used * 100) + "%";
-      return [make("div", [make("span", limit.title), make("span", Math.round(limit.used * 100) + " %" +
-        (left > 0 ? ", reset in " + duration(left) : ""), "note")], "row"), make("div", used, "bar")];
+      const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note");
+      return [make("div", [make("span", limit.title), share], "row"), make("div", used, "bar")];
     }));
   }
 
@@ -8231,8 +7989,8 @@ PAGE = """<!doctype html>
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
     at("month-cost").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
       number(sum(days, "requests")) + " requests";
-    at("bars").replaceChildren(...days.map((day) => {
-      const bar = document.createElement("i");
+    fill("bars", days.map((day) => {
+      const bar = make("i");
       bar.style.height = 100 * day.usd / most + "%";
       bar.title = day.day + " " + dollars(day.usd);
       return bar;
@@ -8250,8 +8008,8 @@ PAGE = """<!doctype html>
       moment(data.trouble.at) + ": " + data.trouble.message;
     at("base").textContent = location.origin + "/v1";
     at("keyhint").textContent = key ? "your key" : "none";
-    fill("names", Object.entries({ ...data.models, ...data.aliases }).map(([name, id]) =>
-      make("span", [make("code", name), " " + id])));
+    at("names").textContent = Object.entries({ ...data.models, ...data.aliases })
+      .map(([name, id]) => name + " = " + id).join(", ");
     at("requests").textContent = number(data.requests.total);
     at("running").textContent = data.requests.running + " running; all since " + moment(data.started_at);
     pairs("errors", Object.entries(data.errors).map(([code, count]) =>
@@ -8344,10 +8102,9 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/metrics": {"GET": metrics},
     "/": {"GET": status_page},
 }
-ARGUMENTS = ((re.compile(r"/models/(.+)"), "/models/{id}"),
-             (re.compile(r"/responses/(?!(?:input_tokens|compact)$)([^/]+)"), "/responses/{id}"),
-             (re.compile(r"/responses/([^/]+)/input_items"), "/responses/{id}/input_items"),
-             (re.compile(r"/responses/([^/]+)/cancel"), "/responses/{id}/cancel"))
+# the routes with an argument; the name of a model may have slashes
+PATTERNS = [(re.compile(route.replace("{id}", "(.+)" if route == "/models/{id}" else "([^/]+)")), route)
+            for route in ROUTES if "{id}" in route]
 WITHOUT_KEY = {"/models", "/models/{id}", "/health", "/"}       # for every other path a configured key is needed
 NATIVE = {"/messages", "/messages/count_tokens"}                # whose errors are in Anthropic's shape
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
@@ -8359,9 +8116,9 @@ def route_of(target: str) -> tuple[str, str]:
     path = re.sub(r"/{2,}", "/", re.sub(r"[?#].*", "", target))
     path = re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
     path = re.sub(r"^(/chat/completions)+$", "/chat/completions", path)     # from the start only: it stays linear
-    for pattern, route in ARGUMENTS:
-        match = pattern.match(path)
-        if match and match.end() == len(path):
+    for pattern, route in PATTERNS if path not in ROUTES else ():
+        match = pattern.fullmatch(path)
+        if match:
             return route, urllib.parse.unquote(match.group(1))
     return path, ""
 
@@ -8445,25 +8202,23 @@ LOG_NAME = "request "
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
     """A compressed body, as far as this Python can undo it; never more than `limit` bytes."""
+    inflate: Any
     if encoding in ("gzip", "x-gzip", "deflate"):
         raw_deflate = encoding == "deflate" and (body[:1] or b"\0")[0] & 15 != 8
-        inflate = zlib.decompressobj(-15 if raw_deflate else 47)
-        try:
-            plain = inflate.decompress(body, limit + 1)
-        except zlib.error as fault:
-            raise InvalidRequest("The body is not %s: %s." % (encoding, fault), code="invalid_encoding") from fault
-        if not inflate.eof and len(plain) <= limit:
-            raise InvalidRequest("The %s body is cut short." % encoding, code="invalid_encoding")
+        inflate, invalid = zlib.decompressobj(-15 if raw_deflate else 47), zlib.error
     elif encoding == "zstd" and sys.version_info >= (3, 14):
         from compression import zstd  # type: ignore[import-not-found,unused-ignore]
 
-        try:
-            plain = zstd.ZstdDecompressor().decompress(body, limit + 1)
-        except zstd.ZstdError as fault:
-            raise InvalidRequest("The body is not zstd: %s." % fault, code="invalid_encoding") from fault
+        inflate, invalid = zstd.ZstdDecompressor(), zstd.ZstdError
     else:
         raise Refused(415, "unsupported_encoding", "Content-Encoding %s is not supported here; send the body plain or "
                       "as gzip. (Codex: [features] enable_request_compression = false)" % printable(encoding, 40))
+    try:
+        plain: bytes = inflate.decompress(body, limit + 1)
+    except invalid as fault:
+        raise InvalidRequest("The body is not %s: %s." % (encoding, fault), code="invalid_encoding") from fault
+    if not inflate.eof and len(plain) <= limit:
+        raise InvalidRequest("The %s body is cut short." % encoding, code="invalid_encoding")
     if len(plain) > limit:
         raise Refused(413, "request_too_large", "The body has more than %d MB when unpacked." % (limit // 1_000_000))
     return plain
@@ -8594,14 +8349,12 @@ class RequestCycle:
     def _log(self) -> None:
         self._record.total_ms = self._record.elapsed_ms()
         if self._record.method:
-            self._gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
-                                               self._record.error_code)
             log_request_record(self._record, self._config)
             if self._record.used:
                 self._gateway.usage.add(self._record.tool, self._record.used, self._record.owner, {
                     "requests": 1, "errors": int(self._record.status >= 400)})
-            if self._record.route not in MONITORING:
-                self._gateway.recent.add(self._record.summary(short_line(self._record), self._gateway.secrets()))
+            summary = self._record.summary(short_line(self._record), self._gateway.secrets())
+            self._gateway.counters.add_request(self._record.route, summary)
 
     # -- answering
 
@@ -8623,7 +8376,6 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
-        self._record.owner = owner[:12]
         endpoint = endpoint_of(head.method, path, self._record.path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
@@ -8671,6 +8423,7 @@ class RequestCycle:
         owner = owner_of(digests, self._config.api_key)
         guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
         if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
+            self._record.owner = owner[:12]
             return owner
         self._leave()                               # a slowed refusal takes nobody's place
         time.sleep(self._gateway.failed_keys.penalty(self._address))
@@ -9090,25 +8843,23 @@ def simulated_message(request: dict, usage: dict) -> dict:
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
     choice = request.get("tool_choice", {})
-    output_format = request.get("output_config", {}).get("format")
-    schema = json_asked_for(request["messages"])
+    schema = value_in(request, "output_config", "format", "schema")
+    asked = json_asked_for(request["messages"]) if schema is None else schema
     blocks: list[dict] = []
     if request.get("thinking", {}).get("display") == "summarized":
         blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
-    stop_reason = "end_turn"
-    if output_format:
-        blocks.append({"type": "text", "text": json.dumps(sample_of(output_format["schema"], output_format["schema"]))})
-    elif tools and choice.get("type") != "none" and (not results or choice.get("type") in ("any", "tool")):
+    if schema is None and tools and choice.get("type") != "none" and (
+            not results or choice.get("type") in ("any", "tool")):
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
-        stop_reason = "tool_use"
-    elif schema is not None:
-        sample = sample_of(schema, schema) if schema else {"simulated": True, "answer": summary_of(last, results)}
+    elif asked is not None:
+        sample = sample_of(asked, asked) if asked else {"simulated": True, "answer": summary_of(last, results)}
         blocks.append({"type": "text", "text": json.dumps(sample)})
     else:
         blocks.append({"type": "text", "text": "This is a simulated answer: the gateway runs in demo mode, and no "
                                                "model was asked. " + summary_of(last, results)})
+    stop_reason = "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn"
     usage = dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
             "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
@@ -9256,11 +9007,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
 
     def _hold(self, answer: dict) -> None:
         """A stream that only ends when the gateway closes the connection, for `selftest`."""
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
-        self.send_header("connection", "close")
-        self.end_headers()
-        self.wfile.write(b"data: %s\n\n" % client_json(next(simulated_events(answer))))
+        self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
         self.wfile.flush()
         self.connection.settimeout(30)
         with contextlib.suppress(OSError):
@@ -9268,10 +9015,10 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
                 self.server.abandoned.set()
         self.close_connection = True
 
-    def _send(self, kind: str, body: bytes, status: int = 200) -> None:
+    def _send(self, kind: str, body: bytes, status: int = 200, more: int = 0) -> None:
         self.send_response(status)
         self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(body)))
+        self.send_header("content-length", str(len(body) + more))
         self.send_header("request-id", "req_simulated_" + secrets.token_hex(6))
         for name, value in simulated_limits(time.time()).items():
             self.send_header(name, value)
@@ -9417,8 +9164,8 @@ def say(text: str, level: int = logging.INFO) -> None:
     print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, flush=True)
 
 
-def given_to(command: str, path: str | None) -> bytes:
-    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError."""
+def given_to(path: str | None, example: str) -> bytes:
+    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError, with the example."""
     path = None if path == "-" else path
     if not path and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
@@ -9431,10 +9178,8 @@ def given_to(command: str, path: str | None) -> bytes:
     except OSError as fault:
         raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
     if not data.strip():
-        raise UsageError("%s; %s" % (
-            path + " is empty" if path else "Standard input is %s" % ("empty" if sys.stdin else "closed"),
-            {"ask": "for example: claude-gateway ask Hello"}.get(
-                command, "translate needs a request as JSON: claude-gateway translate FILE")))
+        raise UsageError("%s is %s; for example: claude-gateway %s" % (
+            path or "Standard input", "empty" if path or sys.stdin else "closed", example))
     return data
 
 
@@ -9453,6 +9198,15 @@ def duration_text(seconds: float) -> str:
     days, hours, minutes = int(seconds // 86_400), int(seconds // 3_600 % 24), int(seconds // 60 % 60)
     units = [(days, "d"), (hours, "h")] if days else [(hours, "h"), (minutes, "min")]
     return " ".join("%d %s" % unit for unit in units if unit[0]) or "%d s" % seconds
+
+
+def expiry_text(expires_at: float, refreshable: bool) -> str:
+    """When a token expires, and whether it is renewed."""
+    left = expires_at - time.time()
+    when = moment_text(expires_at)
+    if left > 0:
+        return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
+    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
 
 
 # ---- Options -----------------------------------------------------------------------------------------
@@ -9478,30 +9232,23 @@ class Option(NamedTuple):
 
 
 OPTIONS = (
-    Option("port", "port of the gateway; 0: any free one, printed in the first line (default: %d)" % DEFAULT_PORT, "p",
-           "PORT"),
-    Option("host", "address to listen on; one that other machines can reach requires an API key (default: localhost, "
-                   "which is 127.0.0.1 and ::1); repeatable", "", "ADDRESS", repeatable=True),
-    Option("api-key", "API key that clients have to send; better set in the environment, where others cannot see it; "
-                      "repeatable", "", "KEY", repeatable=True),
+    Option("port", "port of the gateway; 0: any free one (default: %d)" % DEFAULT_PORT, "p", "PORT"),
+    Option("host", "address to listen on (default: localhost); others require an API key", "", "ADDRESS", True),
+    Option("api-key", "API key that clients have to send; better set in the environment", "", "KEY", True),
     Option("verbose", "log requests and replies in full, secrets masked", "V"),
     Option("minimal", "log method, path, status and time only", "m"),
     Option("quiet", "log nothing", "q"),
     Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "kind of credential to use: auto, api-key or oauth (default: auto)", "", "KIND",
-           choices=("auto", "api-key", "oauth")),
+    Option("auth", "kind of credential to use (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
     Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
-    Option("alias", "use MODEL where a request names NAME; '*=MODEL' for every other or missing name; repeatable", "",
-           "NAME=MODEL", repeatable=True),
-    Option("allow-host", "also accept this name in the Host header; repeatable", "", "NAME", repeatable=True),
-    Option("cors-origin", "also accept requests from web pages of this origin; '*' requires an API key; repeatable", "",
-           "ORIGIN", repeatable=True),
+    Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True),
+    Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
+    Option("cors-origin", "also accept web pages of this origin; '*' requires an API key", "", "ORIGIN", True),
     Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
     Option("no-cache", "add no prompt cache breakpoints"),
     Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
     Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS"),
-    Option("budget", "refuse requests of a client key that has cost this much; USD/day, USD/week or USD/month; "
-                     "repeatable", "", "USD/PERIOD", repeatable=True),
+    Option("budget", "refuse a client key that has cost this; USD/day, USD/week or USD/month", "", "USD/PERIOD", True),
     Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
     Option("no-usage", "keep no file of the usage by day"),
     Option("demo", "answer from a built-in simulation: no account, no network"),
@@ -9514,27 +9261,14 @@ def port_from(setting: str, value: Any) -> int:
     return int(value)
 
 
-def aliases_from(setting: str, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    aliases = []
-    for text in texts:
-        name, _, model = map(str.strip, text.partition("="))
-        if not name or not model:
-            raise UsageError("expected NAME=MODEL, got %r." % text, setting)
-        aliases.append((name, model))
-    return tuple(aliases)
-
-
-def budgets_from(setting: str, texts: Sequence[str]) -> tuple[tuple[float, str], ...]:
-    found = [re.match(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", text) for text in texts]
-    if None in found:
-        raise UsageError("expected USD/day, USD/week or USD/month, for example 5/day.", setting)
-    return tuple((float(match.group(1)), match.group(2)) for match in found if match)
-
-
-def keys_from(setting: str, keys: tuple[str, ...]) -> tuple[str, ...]:
-    if any(not key.strip() for key in keys):
-        raise UsageError("the key must not be empty.", setting)
-    return keys
+def each_of(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, Sequence[str]], tuple]:
+    """How a list is read: each text matches the pattern, and becomes what `value_of` makes of the match."""
+    def read(setting: str, texts: Sequence[str]) -> tuple:
+        matches = [re.match(pattern, text.strip()) for text in texts]
+        if None in matches:
+            raise UsageError("expected %s, got %r." % (expected, texts[matches.index(None)]), setting)
+        return tuple(map(value_of, matches))
+    return read
 
 
 def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
@@ -9547,19 +9281,16 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
     return names
 
 
-def origins_from(setting: str, origins: Sequence[str]) -> tuple[str, ...]:
-    """Origins as browsers send them, which is without a slash at the end."""
-    plain = tuple(origin.rstrip("/").lower() for origin in origins)
-    for origin in plain:
-        if not re.match(r"([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)\Z", origin):
-            raise UsageError("expected an origin like https://app.example.com, got %r." % origin, setting)
-    return plain
-
-
 # Options whose values need checking -> how they are read
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": port_from, "alias": aliases_from, "api-key": keys_from, "cors-origin": origins_from,
-    "fallback": fallbacks_from, "budget": budgets_from}
+    "port": port_from, "fallback": fallbacks_from,
+    "alias": each_of(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
+    "api-key": each_of(r"(?s).+", "a key that is not empty", lambda match: match.group()),
+    # as browsers send them, which is without a slash at the end
+    "cors-origin": each_of(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                           "an origin like https://app.example.com", lambda match: match.group(1).lower()),
+    "budget": each_of(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                      lambda match: (float(match.group(1)), match.group(2)))}
 
 
 def checked_credential(variable: str, text: str) -> str:
@@ -9620,12 +9351,8 @@ def checked_proxy(variable: str, url: str) -> str:
     """The URL of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may contain a password."""
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
-    try:
-        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        usable = bool(parts.hostname) and (parts.port or 1) and parts.scheme in ("http", "https")
-    except ValueError:
-        usable = False
-    if url and not usable or re.match(r"https?:/[^/]", url):
+    match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
+    if url and not match or match and int((match.group(4) or ":0")[1:]) > 65_535:
         raise UsageError("expected a URL like http://proxy.example.com:8080.", variable)
     return url
 
@@ -9674,7 +9401,7 @@ LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 # Commands that connect to nothing -> the options whose variables they read
 OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",),
-           "usage": ("token-file",)}
+           "usage": ("token-file",), "completion": (), "selftest": ()}
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
@@ -9716,24 +9443,28 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     return Config(**fields)
 
 
-# Our variables that belong to no option
-OWN_VARIABLES = ("CLAUDE_GATEWAY_TOKEN_URL", "CLAUDE_GATEWAY_AUTHORIZE_URL", "CLAUDE_GATEWAY_OAUTH_SCOPES")
-
-
-def ignored_variables(environment: dict[str, str], config: Config) -> Iterator[tuple[str, str]]:
-    """Settings that somebody made and that have no effect -> what to do instead."""
-    known = [option.variable for option in OPTIONS] + list(OWN_VARIABLES)
+def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[tuple[str, str]]:
+    """What cannot work or has no effect -> what to do instead."""
+    for problem in doubtful_credentials(environment):
+        yield problem, "Correct or unset the variable."
+    for name, target in config.alias:
+        try:
+            Catalog().resolve(target)
+        except GatewayError:
+            yield "--alias %s=%s: unknown model; requests for it will fail unless Claude's own list has it." % (
+                name, target), "Nearest: %s." % ", ".join(Catalog().nearest(target.lower()))
+    ignored, known = "%s is set, and is ignored.", [option.variable for option in OPTIONS] + list(VARIABLES)
     for name in sorted(environment):
         if name.startswith("CLAUDE_GATEWAY_") and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
-            yield name, "Did you mean %s?" % nearest[0] if nearest else "`claude-gateway start --help` lists all."
+            yield ignored % name, "Did you mean %s?" % nearest[0] if nearest else "See claude-gateway start --help."
     if not config.https_proxy and not config.demo:
         found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
         system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
         if system and system not in os.environ.values():
-            found.append("The proxy of this system's settings")
+            found.append("The system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
         if found:
-            yield found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+            yield ignored % found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
@@ -9797,9 +9528,7 @@ def port_finding(config: Config) -> Finding:
 def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
     if not config.https_proxy:
-        system = replace(config, https_proxy=urllib.request.getproxies().get("https", ""))      # on macOS and Windows
-        return Finding("Proxy", "warning", "%s, in the system's settings, is not used" % shown_proxy(system),
-                       "Set HTTPS_PROXY to it.") if system.https_proxy else Finding("Proxy", "ok", "none")
+        return Finding("Proxy", "ok", "none")
     exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
     return Finding("Proxy", "ok", shown_proxy(config) + (
         ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else ""))
@@ -9913,14 +9642,10 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
         yield Finding("Credential", "failed", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
         return
     facts = credential.facts()
-    expires_at, renewed = facts.get("expires_at"), bool(facts.get("refreshable"))
-    expired = bool(expires_at) and expires_at < time.time()
-    detail = ", ".join(filter(None, [
-        facts["description"],
-        "token %s %s" % ("expired" if expired else "valid until", moment_text(expires_at)) if expires_at else "",
-        "" if facts["kind"] == "api_key" else "not renewed automatically" if not renewed else
-        "renewed at the next request" if expired else "renewed automatically"]))
-    if expired and not renewed:
+    detail, expires_at, renewed = facts["description"], facts.get("expires_at"), bool(facts.get("refreshable"))
+    if expires_at:
+        detail += ", token expires: " + expiry_text(expires_at, renewed)
+    if expires_at and expires_at < time.time() and not renewed:
         yield Finding("Credential", "failed", detail, "claude-gateway login", NO_CREDENTIAL)
         return
     yield Finding("Credential", "ok", detail)
@@ -9955,22 +9680,20 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
     with contextlib.closing(Gateway(config, credential)) as gateway:
-        usages = []
+        completions = []
         for _ in range(2):
             incoming = Incoming(body)
             try:
                 with incoming.held:
-                    reply = chat_completions(gateway, incoming)
+                    completions.append(chat_completions(gateway, incoming).body)
             except GatewayError as fault:
                 yield Finding("Live call", "failed", str(fault), "See Claude's message.", UNREACHABLE)
                 return
-            completion = reply.body
-            usages.append(completion["usage"])
-            if len(usages) == 1:
-                yield Finding("Live call", "ok", "%s answered %s" % (
-                    completion["model"], json.dumps((completion["choices"][0]["message"]["content"] or "")[:40])))
-    read = usages[1]["prompt_tokens_details"]["cached_tokens"]
-    yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usages[1]["prompt_tokens"]),
+    model, usage = completions[0]["model"], completions[1]["usage"]
+    answer = completions[0]["choices"][0]["message"]["content"] or ""
+    yield Finding("Live call", "ok", "%s answered %s" % (model, json.dumps(answer[:40])))
+    read = usage["prompt_tokens_details"]["cached_tokens"]
+    yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usage["prompt_tokens"]),
                   "" if read else "Run this again; if nothing is read then, the upstream does not cache.")
 
 
@@ -10018,22 +9741,19 @@ def selftest_findings() -> Iterator[Finding]:
         "type": "object", "properties": {"word": {"type": "string"}}}}}
     picture = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
                "AABJRU5ErkJggg==")
-    cases: Sequence[Tuple[str, dict, Callable[[int, str], bool]]] = (
-        ("plain", hello, lambda status, body: status == 200 and "simulated answer" in body),
-        ("streaming", dict(hello, stream=True), lambda status, body: body.endswith("data: [DONE]\n\n")
-            and '"finish_reason":"stop"' in body),
-        ("tools", dict(hello, tools=[tool]), lambda status, body: '"name":"look.up"' in body
-            and '"finish_reason":"tool_calls"' in body),
+    cases: Sequence[Tuple[str, dict, int, Sequence[str]]] = (       # and what the answer contains
+        ("plain", hello, 200, ["simulated answer"]),
+        ("streaming", dict(hello, stream=True), 200, ['"finish_reason":"stop"', "data: [DONE]\n\n"]),
+        ("tools", dict(hello, tools=[tool]), 200, ['"name":"look.up"', '"finish_reason":"tool_calls"']),
         ("image", dict(hello, messages=[{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": picture}}]}]), lambda status, body: "image/png" in body),
-        ("error", dict(hello, model="no-such-model"), lambda status, body: status == 404
-            and "model_not_found" in body),
-    )
+            {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/png"]),
+        ("error", dict(hello, model="no-such-model"), 404, ["model_not_found"]))
     try:
-        for name, body, is_right in cases:
+        for name, body, expected, words in cases:
             with local_answer(config, body, timeout=10) as response:
                 status, answer = response.status, response.read().decode("utf-8")
-            yield Finding(name, "ok", "") if is_right(status, answer) else Finding(
+            is_right = status == expected and all(word in answer for word in words)
+            yield Finding(name, "ok", "") if is_right else Finding(
                 name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
         hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
         with local_answer(config, hold, timeout=5) as response:
@@ -10116,7 +9836,6 @@ def sign_in(config: Config, open_browser: bool) -> None:
     store(TokenFile(config.token_file), token)
     account = text_in(token, "account", "email_address")
     say("Signed in%s. Stored in %s" % (" as " + account if account else "", config.token_file))
-    say_what_is_next(config)
 
 
 def asked_for(prompt: str, hidden: bool = False) -> str:
@@ -10172,7 +9891,6 @@ def store_key(config: Config) -> None:
         upstream.get("/v1/models?limit=1", key)
     store(key_file(config), {"api_key": key})
     say("Claude accepts this key. Stored in %s" % key_file(config).path)
-    say_what_is_next(config)
 
 
 def say_what_is_next(config: Config) -> None:
@@ -10190,23 +9908,11 @@ def say_what_is_next(config: Config) -> None:
 
 def check_exposure(config: Config) -> None:
     """Refuses to listen to the network without a key: anybody could use the credential.  Raises UsageError."""
-    exposed = [host for host in config.hosts if not is_loopback_host(host)]
+    exposed = ["--host %s can be reached from other machines" % host for host in config.hosts
+               if not is_loopback_host(host)]
+    exposed += ["--cors-origin '*' allows every web page"] * ("*" in config.cors_origin)
     if exposed and not config.api_key:
-        raise UsageError("--host %s can be reached from other machines: set an API key for clients in "
-                         "CLAUDE_GATEWAY_API_KEY first." % exposed[0])
-    if "*" in config.cors_origin and not config.api_key:
-        raise UsageError("--cors-origin '*' allows every web page: set an API key for clients in "
-                         "CLAUDE_GATEWAY_API_KEY first.")
-
-
-def warn_of_aliases(config: Config) -> None:
-    """An alias for an unknown model would otherwise be noticed at its first request."""
-    for name, target in config.alias:
-        try:
-            Catalog().resolve(target)
-        except GatewayError:
-            say("Warning: --alias %s=%s: unknown model; requests for it will fail unless Claude's own list has it. "
-                "Nearest: %s." % (name, target, ", ".join(Catalog().nearest(target.lower()))))
+        raise UsageError("%s: set an API key for clients in CLAUDE_GATEWAY_API_KEY first." % exposed[0])
 
 
 def is_own_address(config: Config) -> bool:
@@ -10329,18 +10035,13 @@ class StopSignals:
         return self._exit_code()
 
 
-def start_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
+def start_command(parsed: argparse.Namespace, config: Config) -> int:
     check_exposure(config)
-    warn_of_aliases(config)
-    for problem in doubtful_credentials(dict(os.environ)):
-        say("Warning: %s" % problem)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
             config.ca_variable, config.ca_file))
-    for name, advice in ignored_variables(dict(os.environ), config):
-        say("Warning: %s is set, and is ignored. %s" % (name, advice))
+    for doubt in doubtful_settings(dict(os.environ), config):
+        say("Warning: %s %s" % doubt)
     if parsed.api_key:
         say("Warning: --api-key is visible to other users of this machine; set CLAUDE_GATEWAY_API_KEY instead.")
     if config.demo:
@@ -10391,16 +10092,14 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
 
 def content_to_ask(parsed: argparse.Namespace) -> Any:
     """The words of the command line, or of standard input, and the images.  Raises UsageError."""
-    text = " ".join(parsed.words).strip() or given_to(parsed.command, None).decode("utf-8", "replace")
-    images = [given_to(parsed.command, path) for path in parsed.image or ()]
+    text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
+    images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
     return [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
         media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
 
 
-def ask_command(parsed: argparse.Namespace) -> int:
+def ask_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints the answer as it arrives, or the whole completion as JSON."""
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(replace(config, quiet=True))
     body = {"model": parsed.model, "stream": not parsed.json,
             "messages": [{"role": "user", "content": content_to_ask(parsed)}]}
     with gateway_at_hand(config) as at_hand:
@@ -10441,10 +10140,11 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     values = dict(filled(config), KEY=next(iter(config.api_key), "none"))
     variables = {"OPENAI_BASE_URL": values["BASE"], "OPENAI_API_BASE": values["BASE"], "OPENAI_API_KEY": values["KEY"]}
     options: list[str] = []
-    settings = SETTINGS.get(PROGRAMS.get(program, ""))
-    text = with_values(settings.command or settings.text, values) if settings else ""
+    text = with_values(SETTINGS[PROGRAMS[program]].text, values) if program in PROGRAMS else ""
     if program == "opencode":                       # reads what is else its file from a variable
         return dict(variables, OPENCODE_CONFIG_CONTENT=text), []
+    if program == "codex":                          # and this one each line of it as an option
+        return variables, [word for line in text.strip().split("\n") for word in ("-c", line.replace(" = ", "="))]
     for line in text.replace("\\\n", "").split("\n"):
         words = shlex.split(line)
         if words[:1] == ["export"]:
@@ -10454,23 +10154,27 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     return variables, options
 
 
-def run_tool(parsed: argparse.Namespace) -> int:
+def run_tool(parsed: argparse.Namespace, config: Config) -> int:
     """Runs a tool that is pointed at the gateway; its exit status.  Nothing is written."""
-    config = config_from(parsed, dict(os.environ))
     name, *arguments = parsed.program[parsed.program[:1] == ["--"]:] or [""]
     path = shutil.which(name)
     if not path:
         raise UsageError("run needs a program to start; %s." % ("there is no %s" % name if name else "for example: "
                                                                 "claude-gateway run aider"))
-    set_up_log(replace(config, quiet=True))
     with gateway_at_hand(config) as at_hand:
         variables, options = ready_made(re.sub(r"\.\w+$", "", os.path.basename(name)), at_hand)
-        with subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables)) as tool:
-            passed = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])]
-            for number in passed:                   # a terminal sends Ctrl-C to the tool by itself
-                signal.signal(number, lambda number, frame: None if number == signal.SIGINT and os.isatty(0)
-                              else tool.send_signal(number))
-            code = tool.wait()
+        tool: Optional[subprocess.Popen] = None
+        early: List[int] = []                       # signals that came before there was a tool
+
+        def pass_on(number: int, frame: Any) -> None:
+            if number != signal.SIGINT or not os.isatty(0):     # a terminal sends Ctrl-C to the tool by itself
+                (tool.send_signal if tool else early.append)(number)
+        for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])):
+            signal.signal(number, pass_on)
+        tool = subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables))
+        for early_one in early:
+            tool.send_signal(early_one)
+        code = tool.wait()
     return code if code >= 0 else 128 - code
 
 
@@ -10478,18 +10182,16 @@ def run_tool(parsed: argparse.Namespace) -> int:
 # The other commands, a function each.
 
 
-def login_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
+def login_command(parsed: argparse.Namespace, config: Config) -> int:
     if parsed.store_key:
         store_key(config)
     else:
         sign_in(config, open_browser=not parsed.no_browser)
+    say_what_is_next(config)
     return OK
 
 
-def logout_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
+def logout_command(parsed: argparse.Namespace, config: Config) -> int:
     found = [file for file in (TokenFile(config.token_file), key_file(config)) if os.path.lexists(file.path)]
     for file in found:
         try:
@@ -10504,23 +10206,14 @@ def logout_command(parsed: argparse.Namespace) -> int:
     return OK
 
 
-def expiry_text(expires_at: float, refreshable: bool) -> str:
-    """When a token expires, and whether it is renewed."""
-    left = expires_at - time.time()
-    when = moment_text(expires_at)
-    if left > 0:
-        return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
-    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
+def credential_rows(facts: dict, renewable: bool) -> list[tuple[str, Any]]:
+    expires_at = facts.get("expires_at")
+    return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
+            ("Token", expires_at and expiry_text(expires_at, renewable))]
 
 
-def credential_lines(facts: dict) -> Iterator[str]:
-    """The credential that `start` would use."""
-    yield "`start` would use: %s" % facts["description"]
-    for name in ("account", "organization", "scope"):
-        if facts.get(name):
-            yield "%s: %s" % (name.capitalize(), facts[name])
-    if facts.get("expires_at"):
-        yield "Expires: %s" % expiry_text(facts["expires_at"], facts["refreshable"])
+def row_lines(rows: Iterable[tuple[str, Any]]) -> list[str]:
+    return ["%-12s %s" % (name + ":", value) for name, value in rows if value]
 
 
 def status_text(running: dict, key_source: str) -> str:
@@ -10533,12 +10226,10 @@ def status_text(running: dict, key_source: str) -> str:
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
     facts, tokens = running["credential"] or {}, running["tokens"]
-    expires_at = facts.get("expires_at")
-    rows = [
+    lines += row_lines([
         ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
             running["upstream"], facts.get("description") or "no credential")),
-        ("Account", facts.get("account")),
-        ("Token", expires_at and expiry_text(expires_at, bool(facts.get("refreshable")) and not trouble)),
+        *credential_rows(facts, bool(facts.get("refreshable")) and not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
         ("Aliases", aliases_text(running.get("aliases", {}).items())),
@@ -10549,8 +10240,7 @@ def status_text(running: dict, key_source: str) -> str:
             ", without %s" % model for model in running["cost"]["without_price"]))),
         ("Cache", "%d %% of all input, which saved %s" % (
             running["cache"]["share_percent"], dollars(running["cache"]["saved_usd"]))),
-        *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())]
-    lines += ["%-12s %s" % (name + ":", value) for name, value in rows if value]
+        *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())])
     for limit in running["limits"]:
         filled = round(20 * min(1.0, limit["used"]))
         left = (limit["resets_at"] or 0) - time.time()
@@ -10573,10 +10263,8 @@ def request_lines(running: dict) -> Iterator[str]:
                                       each["changes"], each["error"]]))
 
 
-def status_command(parsed: argparse.Namespace) -> int:
+def status_command(parsed: argparse.Namespace, config: Config) -> int:
     """The status of the running gateway, or else the credential that `start` would use."""
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
     running = running_status(config)
     if running and running.get("key_needed") and config.api_key:
         running = running_status(config, config.api_key[0]) or running
@@ -10598,7 +10286,9 @@ def status_command(parsed: argparse.Namespace) -> int:
     else:
         print(("No gateway answers on port %d." if running is None else
                "Another program uses port %d; no gateway answers there.") % config.port)
-        print("\n".join(credential_lines(facts)) if facts else as_typed(missing_credential(config)))
+        rows = row_lines(credential_rows(facts, bool(facts.get("refreshable")))) if facts else []
+        print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
+              as_typed(missing_credential(config)))
         if credential and credential.preamble:
             print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
         if credential:
@@ -10607,10 +10297,8 @@ def status_command(parsed: argparse.Namespace) -> int:
     return OK if credential else NO_CREDENTIAL
 
 
-def usage_command(parsed: argparse.Namespace) -> int:
+def usage_command(parsed: argparse.Namespace, config: Config) -> int:
     """A table of the usage file; a running gateway writes it once a minute."""
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
     groups = usage_by(Usage(config.usage_file).rows(), parsed.by, day_of(time.time() - (parsed.days - 1) * 86_400))
     if parsed.json:
         print_json([dict({parsed.by: name}, **{figure: figures[figure] for figure in USAGE_FIGURES})
@@ -10633,9 +10321,7 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
                "mythos": "the newest Mythos: limited access"}
 
 
-def models_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
-    set_up_log(config)
+def models_command(parsed: argparse.Namespace, config: Config) -> int:
     try:
         gateway = Gateway(config)
         entries = gateway.upstream.models()
@@ -10647,10 +10333,9 @@ def models_command(parsed: argparse.Namespace) -> int:
         print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
         return OK
     names = list(catalog.names())
-    short = {name: model for name, model in names if name != model.id}
-    for name in dict.fromkeys([*SHORT_NAMES, *short]):
-        if name in short:
-            print(("%-28s -> %-20s %s" % (name, short[name].id, SHORT_NAMES.get(name, ""))).rstrip())
+    short = {name: model.id for name, model in names if name != model.id}
+    for name in sorted(short, key=lambda name: [*SHORT_NAMES, name].index(name)):
+        print(("%-28s -> %-20s %s" % (name, short[name], SHORT_NAMES.get(name, ""))).rstrip())
     for name, model in names:
         if name == model.id:
             print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
@@ -10684,13 +10369,10 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
-    found += [Finding("Settings", "warning", problem, "Correct or unset the variable.")
-              for problem in doubtful_credentials(environment)]
-    return config, found + [Finding("Settings", "warning", "%s is set, and is ignored" % name, advice)
-                            for name, advice in ignored_variables(environment, config)]
+    return config, found + [Finding("Settings", "warning", *doubt) for doubt in doubtful_settings(environment, config)]
 
 
-def doctor_command(parsed: argparse.Namespace) -> int:
+def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
     config, wrong = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
@@ -10710,7 +10392,7 @@ def doctor_command(parsed: argparse.Namespace) -> int:
     return next((finding.code for finding in found if finding.level == "failed"), OK)
 
 
-def selftest_command(parsed: argparse.Namespace) -> int:
+def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
     set_up_log(Config(quiet=True))
     found = list(selftest_findings())
     for finding in found:
@@ -10720,8 +10402,7 @@ def selftest_command(parsed: argparse.Namespace) -> int:
     return FAILURE if failed else OK
 
 
-def setup_command(parsed: argparse.Namespace) -> int:
-    config = config_from(parsed, dict(os.environ))
+def setup_command(parsed: argparse.Namespace, config: Config) -> int:
     if not parsed.name:
         print(as_typed(setup_list()))
         return OK
@@ -10731,10 +10412,9 @@ def setup_command(parsed: argparse.Namespace) -> int:
     return OK
 
 
-def translate_command(parsed: argparse.Namespace) -> int:
+def translate_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
-    config = config_from(parsed, dict(os.environ))
-    data = given_to("translate", parsed.file)
+    data = given_to(parsed.file, "translate request.json")
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
         assembler = MessageAssembler()
         for event in events_from_body(data):
@@ -10789,7 +10469,7 @@ Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
 }
 
 
-def completion_command(parsed: argparse.Namespace) -> int:
+def completion_command(parsed: argparse.Namespace, config: Config) -> int:
     if parsed.typed:
         for candidate in parsed.parser.candidates(parsed.typed[1:]):
             print(candidate)
@@ -10801,7 +10481,7 @@ def completion_command(parsed: argparse.Namespace) -> int:
 # ---- Command line ------------------------------------------------------------------------------------
 # The commands with their arguments, the parser, and the program itself.
 
-Command = Callable[[argparse.Namespace], int]
+Command = Callable[[argparse.Namespace, Config], int]
 AT_HAND = ("port", "host", "api-key", "auth", "token-file", "alias", "demo")      # how `ask` and `run` find a gateway
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
@@ -10853,6 +10533,14 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
               "help": "bash, zsh, fish or powershell"},
     "typed": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
 }
+DESCRIPTION = """\
+Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on
+http://localhost:%d/v1.
+
+  # try it, without account and network:
+  claude-gateway start --demo
+  # with your API key:
+  ANTHROPIC_API_KEY=... claude-gateway start""" % DEFAULT_PORT
 # What the help of a command ends with
 EPILOGS = {"login": TERMS, "start": """\
 Every option can also be set in the environment: CLAUDE_GATEWAY_PORT for --port,
@@ -10901,9 +10589,10 @@ class Parser(argparse.ArgumentParser):
 
 def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
     flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
-    if option.metavar:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None,
-                            action="append" if option.repeatable else "store")
+    if option.repeatable:
+        parser.add_argument(*flags, metavar=option.metavar, help=option.help + "; repeatable", action="append")
+    elif option.metavar:
+        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None)
     else:
         parser.add_argument(*flags, action="store_true", default=None, help=option.help)
 
@@ -10911,14 +10600,7 @@ def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
 def argument_parser() -> Parser:
     parser = Parser(
         prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=as_typed("Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on\n"
-                             "http://localhost:%d/v1.\n\n"
-                             "  # try it, without account and network:\n"
-                             "  claude-gateway start --demo\n"
-                             "  # with your API key:\n"
-                             "  ANTHROPIC_API_KEY=... claude-gateway start\n"
-                             "  # one model for every name:\n"
-                             "  claude-gateway start --alias '*=sonnet'" % DEFAULT_PORT))
+        description=as_typed(DESCRIPTION))
     # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(parser=parser)              # which `completion` asks
@@ -10954,7 +10636,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     try:
-        code = COMMANDS[parsed.command][0](parsed)
+        # `doctor` reads the settings itself, as it goes on where one is invalid
+        config = Config() if parsed.command == "doctor" else config_from(parsed, dict(os.environ))
+        set_up_log(config)
+        code = COMMANDS[parsed.command][0](parsed, config)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import tempfile
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
 
-from claude_gateway import Config, Gateway, Service
+from claude_gateway import Config, Gateway, Service, setup_text
 from test_claude_gateway import FakeClaude, message, text, thinking, tool_use
 
 PATCH = """*** Begin Patch
@@ -124,14 +123,12 @@ def run(codex: str, title: str, configuration: str) -> None:
 
 def main() -> None:
     codex = sys.argv[1]
-    with open(os.path.join(HERE, "..", "README.md"), encoding="utf-8") as file:
-        recipe = re.search(r"^```toml\n(.*?)^```$", file.read(), re.M | re.S).group(1)
-    recipe = recipe.replace("http://localhost:45554/v1", "BASE_URL")
-    run(codex, "the README's recipe", recipe)
+    recipe = setup_text("codex", Config()).replace("http://localhost:45554/v1", "BASE_URL") + "\n"
+    run(codex, "the settings", recipe)
     run(codex, "a model name with custom tools", recipe.replace("claude-opus-5-5", "gpt-5.5"))
     built_in = 'model = "gpt-5.5"\nopenai_base_url = "BASE_URL"\n'
     run(codex, "built-in provider redirected", built_in)
-    run_long(codex, "the README's recipe", recipe, triggers=False)
+    run_long(codex, "the settings", recipe, triggers=False)
     run_long(codex, "built-in provider redirected", built_in, triggers=True)
 
 
