@@ -6973,9 +6973,9 @@ def compacts(request: dict) -> bool:
 
 def betas_for(request: dict) -> list[str]:
     """The beta features that a request makes use of."""
-    used = ((FAST_MODE_BETA, "speed" in request), (FALLBACK_BETA, "fallbacks" in request),
-            (COMPACTION_BETA, compacts(request)))
-    return [beta for beta, is_used in used if is_used]
+    used = {FAST_MODE_BETA: "speed" in request, FALLBACK_BETA: "fallbacks" in request,
+            COMPACTION_BETA: compacts(request)}
+    return [beta for beta in used if used[beta]]
 
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
