@@ -338,12 +338,9 @@ def is_address(name: str) -> bool:
 def is_loopback_host(host: str) -> bool:
     """Whether a host name or address literal means this machine."""
     host = host.strip("[]").rstrip(".").lower()
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
+    if is_address(host):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or host.endswith(".localhost")
 
 
 def host_in(url: str) -> str:
@@ -389,29 +386,22 @@ class GatewayError(Exception):
         self.code = code or self.code
         self.headers = headers or {}
 
-    def reworded(self, message: str) -> GatewayError:
-        """The same error with another message."""
+    def reworded(self, message: str, **changes: str) -> GatewayError:
+        """The same error with another message, and what else is other about it."""
         copy: GatewayError = type(self).__new__(type(self), message)      # which sets what str() shows
-        vars(copy).update(vars(self))
+        vars(copy).update(vars(self), **changes)
         return copy
 
     def body(self) -> dict:
         """The error envelope of OpenAI's API reference."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
-    @property
-    def anthropic_status(self) -> int:
-        return self.status
-
-    @property
-    def anthropic_headers(self) -> dict[str, str]:
-        return self.headers
-
-    def anthropic_body(self) -> dict:
-        """The error envelope of Anthropic's API, for clients that speak it."""
+    def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
+        """Status, headers and body for clients that speak Anthropic's API."""
         kind = next((name for name, (status, _, _) in CLAUDE_ERRORS.items() if status == self.status),
                     type_of_status(self.status))
-        return {"type": "error", "error": {"type": kind, "message": str(self)}, "request_id": None}
+        error = {"type": kind, "message": str(self)}
+        return self.status, self.headers, {"type": "error", "error": error, "request_id": None}
 
 
 class InvalidRequest(GatewayError):
@@ -483,7 +473,7 @@ def type_of_status(status: int) -> str:
 
 class Verdict(NamedTuple):
     """What the message of a refusal says beyond its type; None leaves what the type says."""
-    words: str
+    words: str                                  # a pattern
     status: int | None = None
     kind: str | None = None
     code: str | None = None
@@ -498,24 +488,20 @@ PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHRO
 # request is read by LESSONS and the patterns beside it.  Nothing else goes by the message of Claude.
 VERDICTS = (
     Verdict("anthropic-workspace-id", 400, code="upstream_refused", hint=WORKSPACE_HINT),
-    Verdict("prompt is too long", 400, code="context_length_exceeded"),
-    Verdict("exceed context limit", 400, code="context_length_exceeded"),
-    Verdict("only authorized for use with claude code", code="upstream_refused", hint=KEY_HINT),
+    Verdict("prompt is too long|exceed context limit", 400, code="context_length_exceeded"),
+    Verdict("only authorized for use with claude code|scope requirement|claude_code_version_too_old",
+            code="upstream_refused", hint=KEY_HINT),
     Verdict("extra usage is required for long context", 429, "insufficient_quota", "insufficient_quota",
             "Hint: this account may not send prompts this long without extra usage."),
     Verdict("extra usage", 429, "insufficient_quota", "insufficient_quota", KEY_HINT),
-    Verdict("credit balance is too low", 429, "insufficient_quota", "insufficient_quota"),
-    Verdict("specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
-    Verdict("enforced_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
-    Verdict("contract_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
+    Verdict("credit balance is too low|specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
+    Verdict("(enforced|contract)_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
     Verdict("output blocked by content filtering", 400, code="content_filter"),
     Verdict("token has been revoked", 401, "authentication_error", "upstream_authentication",
             "Hint: run `claude-gateway login` again."),
     Verdict("oauth authentication is currently not supported", 401, hint=KEY_HINT),
-    Verdict("oauth token has expired", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
-    Verdict("invalid bearer token", 401, hint="Hint: run `claude-gateway login` again, or renew the token."),
-    Verdict("scope requirement", code="upstream_refused", hint=KEY_HINT),
-    Verdict("claude_code_version_too_old", code="upstream_refused", hint=KEY_HINT),
+    Verdict("oauth token has expired|invalid bearer token", 401,
+            hint="Hint: run `claude-gateway login` again, or renew the token."),
     Verdict("invalid x-api-key", 401,
             hint="Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
 )
@@ -564,7 +550,7 @@ class ClaudeError(GatewayError):
             self.status = upstream_status
         self.error_code = text_in(error, "details", "error_code") or ""
         words = "%s %s" % (message.lower(), self.error_code)
-        verdict = next((verdict for verdict in VERDICTS if verdict.words in words), Verdict(""))
+        verdict = next((verdict for verdict in VERDICTS if re.search(verdict.words, words)), Verdict(""))
         self.status = verdict.status or self.status
         self.kind = verdict.kind or self.kind
         code = verdict.code or code
@@ -574,46 +560,30 @@ class ClaudeError(GatewayError):
             hint = hint or PLAN_HINT
         stop = "" if message.endswith((".", "!", "?")) else "."
         super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
-                         headers=dict(headers_from_claude(headers or {})))
+                         headers=headers_from_claude(headers or {}))
         if self.code in FINAL_CODES:
             self.headers["x-should-retry"] = "false"
         self._anthropic_headers = headers_for_anthropic(headers or {})
 
-    @property
-    def anthropic_status(self) -> int:
-        return self.upstream_status if self.upstream_status >= 400 else self.status
-
-    @property
-    def anthropic_headers(self) -> dict[str, str]:
-        return dict(self.headers, **self._anthropic_headers)
-
-    def anthropic_body(self) -> dict:
-        return {"type": "error", "error": {"type": self.claude_type, "message": str(self)},
-                "request_id": self.headers.get(REQUEST_ID_HEADER)}
-
-    def explained(self, message: str, param: str, code: str | None = None) -> ClaudeError:
-        """The same refusal in terms of what the client sent."""
-        copy = ClaudeError.__new__(ClaudeError, message)
-        copy.__dict__.update(vars(self), param=param, code=code or self.code)
-        return copy
+    def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
+        error = {"type": self.claude_type, "message": str(self)}
+        return (self.upstream_status if self.upstream_status >= 400 else self.status,
+                dict(self.headers, **self._anthropic_headers),
+                {"type": "error", "error": error, "request_id": self.headers.get(REQUEST_ID_HEADER)})
 
 
-RATE_LIMIT_HEADERS = {
-    "anthropic-ratelimit-%s-%s" % (kind, figure): "x-ratelimit-%s-%s" % (figure, kind)
-    for kind in ("requests", "tokens") for figure in ("limit", "remaining", "reset")}
+# Claude's header -> OpenAI's
+OPENAI_HEADERS = {
+    "retry-after": "retry-after", "retry-after-ms": "retry-after-ms", "x-should-retry": "x-should-retry",
+    "request-id": REQUEST_ID_HEADER,
+    **{"anthropic-ratelimit-%s-%s" % (kind, figure): "x-ratelimit-%s-%s" % (figure, kind)
+       for kind in ("requests", "tokens") for figure in ("limit", "remaining", "reset")}}
 
 
-def headers_from_claude(headers: dict[str, str]) -> Iterator[tuple[str, str]]:
+def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
     """The headers of Claude's answer that an OpenAI client can read, under OpenAI's names."""
-    for name in ("retry-after", "retry-after-ms", "x-should-retry"):
-        if headers.get(name):
-            yield name, printable(headers[name])
-    if headers.get("request-id"):
-        yield REQUEST_ID_HEADER, printable(headers["request-id"])
-    for theirs, ours in RATE_LIMIT_HEADERS.items():
-        value = headers.get(theirs)
-        if value:
-            yield ours, printable(duration_until(value) if theirs.endswith("reset") else value)
+    return {ours: printable(duration_until(headers[theirs]) if theirs.endswith("reset") else headers[theirs])
+            for theirs, ours in OPENAI_HEADERS.items() if headers.get(theirs)}
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
@@ -686,10 +656,7 @@ def without_lone_surrogates(value: Any) -> Any:
 
 
 def json_from_body(body: bytes) -> tuple[dict, bool]:
-    """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest.
-
-    Brackets are counted before it is parsed, as they cost 60 times their size in memory.
-    """
+    """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
@@ -902,13 +869,12 @@ def model_from_info(info: dict) -> Model | None:
         return None
     known = replace(same_model(model_id, BUILT_IN_MODELS.values()) or Model(""), id=model_id)
 
-    def supported(*path: str) -> bool | None:
+    def supported(*path: str, otherwise: bool | None = None) -> bool | None:
         value = value_in(info, "capabilities", *path, "supported")
-        return value if isinstance(value, bool) else None
+        return value if isinstance(value, bool) else otherwise
 
     def names(path: tuple[str, ...], known_names: tuple[str, ...], all_names: tuple[str, ...]) -> tuple[str, ...]:
-        said = {name: supported(*path, name) for name in all_names}
-        return tuple(name for name in all_names if (name in known_names if said[name] is None else said[name]))
+        return tuple(name for name in all_names if supported(*path, name, otherwise=name in known_names))
 
     def text(name: str, limit: int = 200) -> str | None:
         return (text_in(info, name) or "")[:limit] or None
@@ -939,19 +905,16 @@ class Catalog:
         """The model that a client means by `name`; a refusal names the nearest ones."""
         plain = (name or "").strip().lower()[:200]      # the patterns are not made for more
         target = self.aliases.get(plain, plain)
-        model = self._claude_model(target) or self.newest(tier_of(target))
-        if model is None and "*" in self.aliases:
-            target = self.aliases["*"]
-            model = self._claude_model(target) or self.newest(tier_of(target))
-        if model is not None:
-            return model
+        for each in (target, self.aliases.get("*", "")):
+            model = self._claude_model(each) or self.newest(tier_of(each))
+            if model is not None:
+                return model
         if not name:
             raise InvalidRequest("model is required; --alias '*=MODEL' would choose one for requests without it.",
                                  "model", "missing_required_parameter")
-        raise Refused(404, "model_not_found",
-                      "The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
-                      "for every other name.)" %
-                      (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
+        raise Refused(404, "model_not_found", "The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes "
+                      "MODEL answer for every other name.)" % (
+                          json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
 
     def thinks(self, name: str) -> bool:
         """Whether a model's name asks for thinking: claude-opus-4-8-thinking, opus:thinking."""
@@ -965,8 +928,7 @@ class Catalog:
 
     def nearest(self, name: str) -> list[str]:
         """Three names worth trying instead of `name`: the newest of its line, what is spelt alike, or the tiers."""
-        line = next((tier for tier in TIERS if tier in name), None)
-        newest = self.newest(line)
+        newest = self.newest(next((tier for tier in TIERS if tier in name), None))
         short = [tier for tier in ("sonnet", "opus", "haiku") if self.newest(tier)]
         names = [newest.id] if newest else []
         names += difflib.get_close_matches(name, [*short, *self.aliases], n=1, cutoff=0.7)
@@ -1059,28 +1021,31 @@ def optional(check: Callable[[Any, str], Any], value: Any, path: str, otherwise:
     return otherwise if value is None else check(value, path)
 
 
-def text_of(value: Any, path: str) -> str:
-    if not isinstance(value, str):
-        raise wrong(path, "a string", value)
-    return value
+def of_type(kind: type, wanted: str) -> Callable[[Any, str], Any]:
+    """The check for a value of one type."""
+    def check(value: Any, path: str) -> Any:
+        if not isinstance(value, kind):
+            raise wrong(path, wanted, value)
+        return value
+    return check
 
 
-def object_of(value: Any, path: str) -> dict:
-    if not isinstance(value, dict):
-        raise wrong(path, "an object", value)
-    return value
+text_of: Callable[[Any, str], str] = of_type(str, "a string")
+object_of: Callable[[Any, str], dict] = of_type(dict, "an object")
+list_of: Callable[[Any, str], list] = of_type(list, "an array")
+
+
+def nested_in(part: dict, name: str, path: str) -> tuple[dict, str]:
+    """The object that a part has under a name, or else the part itself, which is the flat spelling; and its path."""
+    if part.get(name) is None:
+        return part, path
+    return object_of(part[name], "%s.%s" % (path, name)), "%s.%s" % (path, name)
 
 
 def text_at(mapping: dict, name: str, path: str, otherwise: str | None = None) -> str:
     """A string in an object, which may be missing where there is an `otherwise`."""
     value = mapping.get(name)
     return otherwise if value is None and otherwise is not None else text_of(value, "%s.%s" % (path, name))
-
-
-def list_of(value: Any, path: str) -> list:
-    if not isinstance(value, list):
-        raise wrong(path, "an array", value)
-    return value
 
 
 def entries_of(value: Any, path: str, check: Callable[[Any, str], Any] = object_of) -> list[tuple[str, Any]]:
@@ -1097,9 +1062,7 @@ def number_of(value: Any, path: str) -> float:
     """A number, also one that a client wrote as a string."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            parsed = float(value)
-            if math.isfinite(parsed):
-                return parsed
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong(path, "a number", value)
     if not abs(value) < 1e300:
@@ -1166,16 +1129,15 @@ class Changes:
     def header(self, limit: int = 1000) -> str:
         """`dropped=seed,logit_bias; changed=tool_choice`: printable ASCII, at most about 1 KB."""
         grouped: Dict[str, List[str]] = {}
-        size, left_out = 0, 0
-        for verb, name in self.reported:
+        size, more = 0, ""
+        for at, (verb, name) in enumerate(self.reported):
             token = re.sub(r"[^A-Za-z0-9_.\[\]-]", "_", name)[:80]
             size += len(token) + len(verb) + 3
             if size > limit:
-                left_out += 1
-            else:
-                grouped.setdefault(verb, []).append(token)
-        parts = ["%s=%s" % (verb, ",".join(names)) for verb, names in grouped.items()]
-        return "; ".join(parts + (["+%d more" % left_out] if left_out else []))
+                more = "; +%d more" % (len(self.reported) - at)
+                break
+            grouped.setdefault(verb, []).append(token)
+        return "; ".join("%s=%s" % (verb, ",".join(names)) for verb, names in grouped.items()) + more
 
     def __str__(self) -> str:
         return "; ".join("%s %s%s" % (verb, name, " (%s)" % why if why else "")
@@ -1204,11 +1166,9 @@ verbosity_of = one_of("low", "medium", "high")
 PARAMETERS = {
     "model": Parameter(text_of),
     "messages": Parameter(list_of, api=CHAT),
-    "input": Parameter(api=RESPONSES),
-    "instructions": Parameter(api=RESPONSES),
+    "input": Parameter(api=RESPONSES), "instructions": Parameter(api=RESPONSES),
     "previous_response_id": Parameter(text_of, api=RESPONSES),
-    "include": Parameter(list_of, api=RESPONSES),
-    "context_management": Parameter(api=RESPONSES),
+    "include": Parameter(list_of, api=RESPONSES), "context_management": Parameter(api=RESPONSES),
     "stream": Parameter(boolean_of), "stream_options": Parameter(object_of),
     "max_completion_tokens": Parameter(rounded_of), "max_tokens": Parameter(rounded_of),
     "max_output_tokens": Parameter(rounded_of),
@@ -1224,8 +1184,7 @@ PARAMETERS = {
     "logit_bias": Parameter(object_of, DROPPED, {}),
     "logprobs": Parameter(boolean_of, DROPPED, False, "Claude does not return log probabilities", CHAT),
     "top_logprobs": Parameter(integer_of, DROPPED, 0),
-    "frequency_penalty": Parameter(number_of, DROPPED, 0),
-    "presence_penalty": Parameter(number_of, DROPPED, 0),
+    "frequency_penalty": Parameter(number_of, DROPPED, 0), "presence_penalty": Parameter(number_of, DROPPED, 0),
     "prediction": Parameter(object_of, DROPPED),
     "modalities": Parameter(list_of, DROPPED, ["text"]),
     "audio": Parameter(object_of, DROPPED),
@@ -1235,12 +1194,10 @@ PARAMETERS = {
                               RESPONSES),
     "prompt": Parameter(anything, REFUSED, {}, "prompt templates are stored at OpenAI; send their text in input",
                         RESPONSES),
-    "store": Parameter(boolean_of, IGNORED),
-    "metadata": Parameter(object_of, IGNORED),
+    "store": Parameter(boolean_of, IGNORED), "metadata": Parameter(object_of, IGNORED),
     "moderation": Parameter(anything, DROPPED),
     "service_tier": Parameter(text_of), "user": Parameter(text_of), "safety_identifier": Parameter(text_of),
-    "prompt_cache_key": Parameter(text_of, IGNORED),
-    "prompt_cache_retention": Parameter(text_of, IGNORED),
+    "prompt_cache_key": Parameter(text_of, IGNORED), "prompt_cache_retention": Parameter(text_of, IGNORED),
     "prompt_cache_options": Parameter(object_of),
     # not OpenAI's, but sent on purpose by tools that know Claude
     "system": Parameter(api=CHAT), "thinking": Parameter(), "cache_control": Parameter(),
@@ -1393,25 +1350,25 @@ class Draft:
         self.declared = declared                    # the client's tools
         self.search = search                        # Claude's web search, if it is wanted
         self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
-        self.properties: Dict[str, ToolNames] = {}  # tool -> names of its properties, where Claude gets others
+        self.plan = ReplyPlan(self.names, [tool.full_name for tool in declared if tool.custom],
+                              {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
         self.recall = recall or Recall()
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
         self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
-        self.forced_tool = ""                       # as in ReplyPlan
-        self.bare_json = False
         self.compact = False                        # a summary of the conversation is wanted, not an answer
 
 
-class ReplyPlan(NamedTuple):
+@dataclasses.dataclass
+class ReplyPlan:
     """What the way back has to know of the way there.  Tools are meant by the client's names."""
     names: ToolNames
-    legacy_functions: bool = False                  # the client uses `functions`: answer in `function_call`
     custom_tools: Sequence[str] = ()                # tools whose input is a bare string
-    namespaces: Dict[str, Tuple[str, str]] = {}     # full name -> namespace and name within it
+    namespaces: Dict[str, Tuple[str, str]] = dataclasses.field(default_factory=dict)    # full name -> group, name
+    properties: Dict[str, ToolNames] = dataclasses.field(default_factory=dict)  # tool -> their names, if mapped
+    legacy_functions: bool = False                  # the client uses `functions`: answer in `function_call`
     forced_tool: str = ""                           # the text of the reply is the arguments of this tool
     bare_json: bool = False                         # cut the reply's text down to the JSON object in it
-    properties: Dict[str, ToolNames] = {}           # tool -> names of its properties, where Claude has others
     prewarm: bool = False                           # the cache is filled; there is no answer, and that is no failure
 
 
@@ -1426,17 +1383,17 @@ class Translation(NamedTuple):
 # The marks up to which Claude caches a prompt: the client's, and ours.
 
 MOST_BREAKPOINTS = 4
+THINKING = ("thinking", "redacted_thinking")        # types of blocks that carry no mark
+EPHEMERAL = {"type": "ephemeral"}
 
 
 def mark_from(part: dict) -> dict:
     """The cache mark on a part, message, tool or call: Anthropic's `cache_control` or OpenAI's breakpoint."""
-    mark = part.get("cache_control")
+    mark, breakpoint_ = part.get("cache_control"), part.get("prompt_cache_breakpoint")
     if isinstance(mark, dict) and mark.get("type") == "ephemeral":
-        return {"type": "ephemeral", "ttl": "1h"} if mark.get("ttl") == "1h" else {"type": "ephemeral"}
-    breakpoint_ = part.get("prompt_cache_breakpoint")
+        return dict(EPHEMERAL, ttl="1h") if mark.get("ttl") == "1h" else EPHEMERAL
     if isinstance(breakpoint_, dict):
-        ttl = ttl_from_openai(breakpoint_)
-        return {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
+        return dict(EPHEMERAL, ttl="1h") if ttl_from_openai(breakpoint_) else EPHEMERAL
     return {}
 
 
@@ -1448,8 +1405,8 @@ def ttl_from_openai(options: Any) -> str | None:
 def marked(blocks: list[dict], part: dict) -> list[dict]:
     """The blocks, the last of them with the mark that its part carries (thinking cannot carry one)."""
     mark = mark_from(part)
-    if mark and blocks and blocks[-1].get("type") not in ("thinking", "redacted_thinking"):
-        blocks[-1]["cache_control"] = mark
+    if mark and blocks and blocks[-1].get("type") not in THINKING:
+        blocks[-1]["cache_control"] = dict(mark)
     return blocks
 
 
@@ -1468,12 +1425,10 @@ def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) 
             del block["cache_control"]
         draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
     if ours:
-        free = MOST_BREAKPOINTS - min(len(marked_blocks), MOST_BREAKPOINTS)
-        mark = {"type": "ephemeral", "ttl": ttl} if ttl else {"type": "ephemeral"}
-        for block in our_breakpoints(request, bool(draft.instructions)):
-            if free and "cache_control" not in block:
-                block["cache_control"] = dict(mark)
-                free -= 1
+        mark = dict(EPHEMERAL, ttl=ttl) if ttl else EPHEMERAL
+        wanted = our_breakpoints(request, bool(draft.instructions))
+        for block in [block for block in wanted if "cache_control" not in block][:max(0, -surplus)]:
+            block["cache_control"] = dict(mark)
     order_lifetimes(request)
 
 
@@ -1487,7 +1442,7 @@ def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
     for at in dict.fromkeys((last, asked - 1)):
         if at >= 0:
             block = messages[at]["content"][-1]
-            if block["type"] not in ("thinking", "redacted_thinking"):
+            if block["type"] not in THINKING:
                 yield block
     for name in ("system", "tools"):
         if request.get(name):
@@ -1510,7 +1465,7 @@ def order_lifetimes(request: dict) -> None:
     marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
     long_lived = [at for at, block in enumerate(marked_blocks) if block["cache_control"].get("ttl") == "1h"]
     for block in marked_blocks[:long_lived[-1]] if long_lived else ():
-        block["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
+        block["cache_control"] = dict(EPHEMERAL, ttl="1h")
 
 
 # ---- Content -----------------------------------------------------------------------------------------
@@ -1525,15 +1480,14 @@ def text_blocks(text: str) -> list[dict]:
     return [{"type": "text", "text": text}] if text.strip() else []
 
 
+# What a file begins with -> its type
+MAGIC_BYTES = ((rb"\xff\xd8\xff", "image/jpeg"), (rb"\x89PNG\r\n\x1a\n", "image/png"), (rb"GIF8[79]a", "image/gif"),
+               (rb"(?s)RIFF....WEBP", "image/webp"), (rb"(?s).{0,1019}%PDF-", "application/pdf"))
+
+
 def media_type_of(start: bytes) -> str:
     """What the first bytes of a file say it is: one of the types that Claude accepts, or ""."""
-    for magic, media_type in ((b"\xff\xd8\xff", "image/jpeg"), (b"\x89PNG\r\n\x1a\n", "image/png"),
-                              (b"GIF87a", "image/gif"), (b"GIF89a", "image/gif")):
-        if start.startswith(magic):
-            return media_type
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "image/webp"
-    return "application/pdf" if b"%PDF-" in start[:1024] else ""
+    return next((media_type for magic, media_type in MAGIC_BYTES if re.match(magic, start)), "")
 
 
 def titled(block: dict, title: str) -> dict:
@@ -1549,10 +1503,8 @@ def text_document(text: str, title: str) -> list[dict]:
 def private_literal(host: str) -> bool:
     """Whether a host is an address literal outside the public internet (names are judged when they resolve)."""
     host = host.rstrip(".").split("%")[0]
-    try:
+    if is_address(host):
         return not is_public(host)
-    except ValueError:
-        pass
     parts = host.split(".")                         # 127.1, 0x7f.1, 0177.0.0.1, 2130706433: as resolvers read them
     if len(parts) > 4 or not all(re.match(r"(0x[0-9a-f]*|\d+)\Z", part, re.I) for part in parts):
         return False
@@ -1652,9 +1604,7 @@ def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
 
 
 def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """`image_url` in its three spellings, or an image of the Messages API or of the Model Context Protocol."""
-    if part.get("source") is not None:
-        return source_part(part, path, draft)
+    """`image_url` in its three spellings, or an image of the Model Context Protocol."""
     if part.get("data") is not None:
         declared = text_in(part, "mimeType") or ""
         return blocks_from_base64(text_at(part, "data", path), declared, "", path + ".data", draft)
@@ -1669,11 +1619,7 @@ def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
 
 def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
     """`file` with its data inside, or a document.  There is no store of uploaded files here."""
-    if part.get("source") is not None:
-        return source_part(part, path, draft)
-    file = part
-    if part.get("file") is not None:
-        file, path = object_of(part["file"], path + ".file"), path + ".file"
+    file, path = nested_in(part, "file", path)
     title = text_at(file, "filename", path, "")
     if file.get("file_data") is not None:
         data, path = text_of(file["file_data"], path + ".file_data"), path + ".file_data"
@@ -1695,21 +1641,13 @@ def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
     return refuse
 
 
-def thinking_block(thinking: Any, signature: Any, data: Any) -> list[dict]:
+def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
     """A thinking block as Claude signed it; text without a signature never becomes thinking."""
+    thinking, signature, data = (value_in(block, name) for name in (text, "signature", "data"))
     if signature and isinstance(signature, str) and isinstance(thinking or "", str):
         return [{"type": "thinking", "thinking": thinking or "", "signature": signature}]
     if data and isinstance(data, str):
         return [{"type": "redacted_thinking", "data": data}]
-    return []
-
-
-def thinking_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    return thinking_block(part.get("thinking"), part.get("signature"), part.get("data"))
-
-
-def nothing_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    """Reasoning that is not Claude's goes nowhere."""
     return []
 
 
@@ -1718,10 +1656,9 @@ PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
     "image_url": image_part, "input_image": image_part, "image": image_part,
     "file": file_part, "input_file": file_part, "document": file_part, "document_url": file_part,
     "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
-    "thinking": thinking_part, "redacted_thinking": thinking_part,
-    "reasoning": nothing_part, "reasoning_text": nothing_part,
+    **dict.fromkeys(THINKING, lambda part, path, draft: thinking_block(part)),
+    **dict.fromkeys(("reasoning", "reasoning_text"), lambda part, path, draft: []),     # it is not Claude's
 }
-THINKING = ("thinking", "redacted_thinking")
 MEDIA = {kind for kind, translate in PARTS.items() if translate in (image_part, file_part)}
 LEFT_OUT = "[A file that Claude does not accept was left out here.]"
 MALFORMED = ("invalid_type", "missing_required_parameter")      # codes of a part that is no medium at all
@@ -1745,6 +1682,8 @@ def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = Fals
     """One content part.  Media that Claude refuses are an error only where the client can still take them back."""
     kind = part.get("type", "text" if "text" in part else None)
     translate = PARTS.get(kind) if isinstance(kind, str) else None
+    if translate in (image_part, file_part) and part.get("source") is not None:
+        translate = source_part
     if translate is None:
         draft.changes.add("changed", path, "a part of unknown type, passed on as text")
         return marked(text_blocks(json.dumps(part, ensure_ascii=False)), part)
@@ -1802,10 +1741,7 @@ def path_in_schema(path: str, name: str) -> str:
 
 
 def checked_schema(schema: Any, path: str) -> Any:
-    """A schema with the shapes of JSON Schema 2020-12, older drafts' spellings brought up to date, nulls left out.
-
-    Raises InvalidRequest with the path of a keyword whose value makes no sense.
-    """
+    """A schema with the shapes of JSON Schema 2020-12, older drafts' spellings brought up to date, nulls left out."""
     if isinstance(schema, bool):
         return schema
     schema = {key: value for key, value in object_of(schema, path).items()
@@ -1821,10 +1757,6 @@ def checked_schema(schema: Any, path: str) -> Any:
 
 def map_of_schemas(value: Any, path: str) -> dict:
     return {name: checked_schema(schema, path_in_schema(path, name)) for name, schema in object_of(value, path).items()}
-
-
-def list_of_schemas(value: Any, path: str) -> list:
-    return [schema for _, schema in entries_of(value, path, checked_schema)]
 
 
 def required_of(value: Any, path: str) -> list[str]:
@@ -1843,7 +1775,8 @@ MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # an empty value
 # keyword -> the shape of its value
 SCHEMA_CHECKS: Dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"), map_of_schemas),
-    **dict.fromkeys(LISTS_OF_SCHEMAS, list_of_schemas),
+    **dict.fromkeys(LISTS_OF_SCHEMAS, lambda value, path: [
+        schema for _, schema in entries_of(value, path, checked_schema)]),
     **dict.fromkeys(("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else"),
                     checked_schema),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
@@ -1898,13 +1831,9 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
                              "invalid_value")
-    properties = optional(object_of, schema.get("properties"), path + ".properties", {})
-    required = schema.pop("required", None)
-    rest = {key: value for key, value in schema.items() if key not in ("type", "properties")}
-    rooted = dict({"type": "object", "properties": properties}, **rest)
-    if isinstance(required, list) and required:
-        rooted["required"] = required
-    return rooted
+    schema = dict(schema, type="object",
+                  properties=optional(object_of, schema.get("properties"), path + ".properties", {}))
+    return schema if listed(schema.get("required")) else without(schema, "required")
 
 
 class Unsupported(Exception):
@@ -1958,9 +1887,9 @@ class Subset:
         notes = [self.keyword(key, value, kept) for key, value in schema.items() if key not in KEPT_KEYWORDS]
         if "enum" in kept and not all(isinstance(value, (str, int, float, bool, type(None))) for value in kept["enum"]):
             notes.append("one of " + json.dumps(kept.pop("enum")))
-        notes = [note for note in notes if note]
-        if notes:
-            kept["description"] = ". ".join(filter(None, [kept.get("description", "")] + notes))
+        description = ". ".join(filter(None, [kept.get("description"), *notes]))
+        if description:
+            kept["description"] = description
         self.branches(schema, kept, inside)
         types = schema.get("type")
         if {"properties", "additionalProperties"} & set(schema) or "object" in (types, *listed(types)):
@@ -1983,14 +1912,13 @@ class Subset:
     def object(self, schema: dict, kept: dict, inside: tuple[str, ...]) -> None:
         """Every object must be closed; one whose point is to be open has no equivalent."""
         properties = schema.get("properties") or {}
-        if schema.get("additionalProperties") not in (None, False) or not properties and \
-                schema.get("additionalProperties") is not False:
+        more = schema.get("additionalProperties")
+        if more is not False and not (more is None and properties):
             raise Unsupported("an object with free keys")
         kept["properties"] = {name: self.schema(value, inside) for name, value in properties.items()}
         kept["additionalProperties"] = False
-        required = [name for name in schema.get("required") or () if name in properties]
-        kept["required"] = required
-        self.optional += len(properties) - len(required)
+        kept["required"] = [name for name in schema.get("required") or () if name in properties]
+        self.optional += len(properties) - len(kept["required"])
 
     def reference(self, schema: dict, reference: Any, inside: tuple[str, ...]) -> dict:
         """A reference to a definition stays; any other, or one with keywords beside it, is written out."""
@@ -2010,7 +1938,7 @@ class Subset:
 
     def keyword(self, key: str, value: Any, kept: dict) -> str:
         """What to do with a keyword out of the common set: keep it, or describe it."""
-        if key in MEANINGLESS_KEYWORDS or key in ("oneOf",):
+        if key in MEANINGLESS_KEYWORDS or key == "oneOf":
             return ""
         if key == "format" and value in KEPT_FORMATS or key == "minItems" and value in (0, 1) or \
                 key == "pattern" and isinstance(value, str) and not re.search(r"\(\?|\\[1-9bB]", value):
@@ -2021,25 +1949,27 @@ class Subset:
 
 
 class StrictBudget:
-    """What all the strict schemas of one request may have together."""
+    """Brings the strict schemas of one request into the subset, as many as Claude compiles together."""
 
     def __init__(self) -> None:
-        self.tools = self.optional = self.unions = 0
+        self._tools = self._optional = self._unions = 0
 
-    def take(self, subset: Subset) -> bool:
-        """Whether one more strict schema fits; if so it is counted."""
-        fits = (self.tools < MOST_STRICT_TOOLS and self.optional + subset.optional <= MOST_OPTIONAL
-                and self.unions + subset.unions <= MOST_UNIONS)
-        if fits:
-            self.tools += 1
-            self.optional += subset.optional
-            self.unions += subset.unions
-        return fits
+    def compiled(self, schema: dict, as_it_is: bool = False) -> tuple[dict, list[str]]:
+        """A schema in the subset, and the keywords that went into descriptions.  Raises Unsupported."""
+        subset = Subset(schema)
+        converted, moved = subset.whole(), list(dict.fromkeys(subset.moved))
+        if as_it_is and moved:
+            raise Unsupported(", ".join(moved))
+        tools, optional = self._tools + 1, self._optional + subset.optional
+        unions = self._unions + subset.unions
+        if tools > MOST_STRICT_TOOLS or optional > MOST_OPTIONAL or unions > MOST_UNIONS:
+            raise Unsupported("more than Claude compiles in one request")
+        self._tools, self._optional, self._unions = tools, optional, unions
+        return converted, moved
 
 
 # ---- Tools -------------------------------------------------------------------------------------------
 # The tools of a request in all their spellings, and Claude's web search.
-
 
 WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
@@ -2072,25 +2002,18 @@ def is_web_search(kind: Any) -> bool:
 
 def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     """A function tool: OpenAI's nested shape, the flat one of the Responses API, or Anthropic's own."""
-    strict = tool.get("strict")
-    function = tool
-    if tool.get("function") is not None:
-        path += ".function"
-        function = object_of(tool["function"], path)
+    function, path = nested_in(tool, "function", path)
     name = text_at(function, "name", path)
     if not name.strip():
         raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
-    strict = optional(boolean_of, function.get("strict", strict), path + ".strict", False)
+    strict = optional(boolean_of, function.get("strict", tool.get("strict")), path + ".strict", False)
     schema = function.get("parameters", function.get("input_schema"))
     return Declared(path, name, text_at(function, "description", path, ""), schema, strict, False, tool, namespace)
 
 
 def declared_custom(tool: dict, path: str, namespace: str) -> Declared:
     """The input of a custom tool is a bare string; its grammar can only be described to Claude, not enforced."""
-    custom = tool
-    if tool.get("custom") is not None:
-        path += ".custom"
-        custom = object_of(tool["custom"], path)
+    custom, path = nested_in(tool, "custom", path)
     name = text_at(custom, "name", path)
     description = text_at(custom, "description", path, "")
     shape = optional(object_of, custom.get("format"), path + ".format", {})
@@ -2108,8 +2031,7 @@ def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) ->
     if len(tool) == 1 and not {"type", "name", "function", "custom"} & set(tool):
         kind = next(iter(tool))                     # {"googleSearch": {}}
     if kind == "namespace" and not namespace:
-        inner = entries_of(tool.get("tools"), path + ".tools")
-        return declared_tools(inner, changes, text_at(tool, "name", path))
+        return declared_tools(entries_of(tool.get("tools"), path + ".tools"), changes, text_at(tool, "name", path))
     if tool.get("custom") is not None or kind == "custom" and "input_schema" not in tool:
         return [declared_custom(tool, path, namespace)]
     if kind in ("function", "custom"):
@@ -2135,16 +2057,10 @@ def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: 
     try:
         if not draft.model.strict_tools:
             raise Unsupported("Claude could not compile the schemas of this request")
-        subset = Subset(tool["input_schema"])
-        schema = subset.whole()
-        if subset.moved:
-            raise Unsupported(", ".join(dict.fromkeys(subset.moved)))
-        if not budget.take(subset):
-            raise Unsupported("more than Claude compiles in one request")
+        tool["input_schema"], _ = budget.compiled(tool["input_schema"], as_it_is=True)
+        tool["strict"] = True
     except Unsupported as reason:
         draft.changes.add("dropped", declared.path + ".strict", str(reason))
-        return
-    tool["input_schema"], tool["strict"] = schema, True
 
 
 def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
@@ -2152,18 +2068,13 @@ def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
     names = ToolNames(list(schema["properties"]), more=".")
     if names.same():
         return schema
-    draft.properties[tool.full_name] = names
-    properties = {}
-    for name, value in schema["properties"].items():
-        fitted = names.there(name)
-        if fitted != name and isinstance(value, dict):
-            value = dict(value, description=led_by_name(name, value.get("description")))
-        properties[fitted] = value
+    draft.plan.properties[tool.full_name] = names
     draft.changes.add("changed", tool.path + ".parameters", "names of properties, and back")
-    schema = dict(schema, properties=properties)
-    if "required" in schema:
-        schema["required"] = [names.there(name) for name in schema["required"]]
-    return schema
+    described = {name: dict(value, description=led_by_name(name, value.get("description")))
+                 if isinstance(value, dict) and names.there(name) != name else value
+                 for name, value in schema["properties"].items()}
+    required = {"required": [names.there(name) for name in schema["required"]]} if "required" in schema else {}
+    return dict(schema, properties=names.renamed(described), **required)
 
 
 def tools_from_declared(draft: Draft) -> list[dict]:
@@ -2175,11 +2086,10 @@ def tools_from_declared(draft: Draft) -> list[dict]:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
         schema = with_fitting_names(schema, entry, draft)
-        tool = {"name": name, "description": entry.description, "input_schema": schema}
+        description = entry.description
         if not entry.name.isascii():                # of which little or nothing is left
-            tool["description"] = led_by_name(entry.name, entry.description)
-        if not tool["description"]:
-            del tool["description"]
+            description = led_by_name(entry.name, description)
+        tool = dict({"name": name, "description": description} if description else {"name": name}, input_schema=schema)
         if entry.strict:
             add_strictness(tool, strict_budget, entry, draft)
         tools += marked([tool], entry.part)
@@ -2209,21 +2119,18 @@ def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
     uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
     tool.update(search_domains(options, path, changes))
-    location = options.get("user_location")
-    if location is not None:
-        location = object_of(location, path + ".user_location")
-        nested = object_of(location.get("approximate") or location, path + ".user_location.approximate")
-        place = {key: text_of(nested[key], "%s.user_location.%s" % (path, key))
-                 for key in ("city", "region", "country", "timezone") if nested.get(key)}
-        if place:
-            tool["user_location"] = dict({"type": "approximate"}, **place)
+    location, path = nested_in(optional(object_of, options.get("user_location"), path + ".user_location", {}),
+                               "approximate", path + ".user_location")
+    place = {key: text_of(location[key], "%s.%s" % (path, key))
+             for key in ("city", "region", "country", "timezone") if location.get(key)}
+    if place:
+        tool["user_location"] = dict({"type": "approximate"}, **place)
     return [tool]
 
 
 def search_domains(options: dict, path: str, changes: Changes) -> dict:
     """The domains that a web search is restricted to, in OpenAI's shape or Claude's, which accepts one list."""
-    if options.get("filters") is not None:
-        options, path = object_of(options["filters"], path + ".filters"), path + ".filters"
+    options, path = nested_in(options, "filters", path)
     lists: dict[str, list] = {}
     for name in ("allowed_domains", "blocked_domains"):
         domains = entries_of(options.get(name) or [], "%s.%s" % (path, name), text_of)
@@ -2279,29 +2186,31 @@ class Turn:
 def closed(fragment: str) -> str:
     """Truncated JSON with its open string and brackets closed, which often makes it whole."""
     closers: List[str] = []
-    in_string = escaped = False
-    for character in fragment:
-        if in_string:
-            in_string = escaped or character != '"'
-            escaped = not escaped and character == "\\"
-        elif character == '"':
-            in_string = True
-        elif character in "{[":
-            closers.append("}" if character == "{" else "]")
-        elif character in "}]" and closers:
+    in_string = False
+    for token in re.findall(r'\\.?|[{}\[\]"]', fragment, re.S):
+        if token == '"':
+            in_string = not in_string
+        elif token in "{[" and not in_string:
+            closers.append("}" if token == "{" else "]")
+        elif token in "}]" and not in_string and closers:
             closers.pop()
     if in_string:
         fragment = re.sub(r'(?<!\\)((?:\\\\)*)\\(u[0-9a-fA-F]{0,3})?\Z', r"\1", fragment) + '"'      # a cut escape goes
     return fragment + "".join(reversed(closers))
 
 
+def json_in(text: str) -> tuple[Any, bool]:
+    """JSON text as a value, as far as it goes where it is cut, and whether it is.  Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return json_within_bounds(text), False
+    return json_within_bounds(closed(text)), True
+
+
 def object_in(text: str) -> dict | None:
-    """The JSON object in a text, as far as it goes where it is cut; None where there is none."""
-    for repair in (str, closed):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(repair(text))
-            if isinstance(value, dict):
-                return value
+    """The JSON object in a text, as far as it goes; None where there is none."""
+    with contextlib.suppress(ValueError):
+        value, _ = json_in(text)
+        return value if isinstance(value, dict) else None
     return None
 
 
@@ -2311,23 +2220,19 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
         return arguments or {}
     if not text_of(arguments, path).strip():
         return {}
-    for repair in (str, closed):
-        try:
-            value = json_within_bounds(repair(arguments))
-        except ValueError:
-            continue
-        if repair is closed:
-            draft.changes.add("repaired", path, "brackets closed")
-        if "\\ud" in arguments.lower():             # halves of pairs can hide in a string inside a string
-            whole = without_lone_surrogates(value)
-            if whole != value:
-                draft.changes.add("repaired", path, "lone surrogates replaced by U+FFFD")
-            value = whole
-        if isinstance(value, dict):
-            return value
-        return {} if value is None else {"value": value}
-    draft.changes.add("repaired", path, "not JSON: passed on as text")
-    return {"_raw": arguments}
+    try:
+        value, cut = json_in(arguments)
+    except ValueError:
+        draft.changes.add("repaired", path, "not JSON: passed on as text")
+        return {"_raw": arguments}
+    if cut:
+        draft.changes.add("repaired", path, "brackets closed")
+    whole = without_lone_surrogates(value) if "\\ud" in arguments.lower() else value
+    if whole != value:                              # halves of pairs can hide in a string inside a string
+        draft.changes.add("repaired", path, "lone surrogates replaced by U+FFFD")
+    if isinstance(whole, dict):
+        return whole
+    return {} if whole is None else {"value": whole}
 
 
 def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
@@ -2340,10 +2245,6 @@ def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
 
 def has_compaction(blocks: list[dict]) -> bool:
     return any(block["type"] == "compaction" for block in blocks)
-
-
-def has_server_blocks(blocks: list[dict]) -> bool:
-    return any(block["type"] not in ("text", "thinking", "redacted_thinking", "tool_use") for block in blocks)
 
 
 def merged(messages: list[dict]) -> list[dict]:
@@ -2398,7 +2299,7 @@ class Conversation:
         turn = self._turn("assistant")
         call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name, turn)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
-        properties = self._draft.properties.get(function["name"])
+        properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
         tool_use = {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
         turn.blocks.append(tool_use)
@@ -2434,8 +2335,7 @@ class Conversation:
             call.result["content"] = content
         if given.get("is_error") is True and all(block["type"] == "text" for block in listed(content)):
             call.result["is_error"] = True          # which Claude accepts with text only
-        if mark_from(given):
-            call.result["cache_control"] = mark_from(given)
+        marked([call.result], given)
 
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
@@ -2495,12 +2395,11 @@ class Conversation:
     def _replayed(self, turn: Turn) -> list[dict]:
         """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
         earlier = self._draft.recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
-        plain = [block for block in turn.blocks if block["type"] not in THINKING]
-        if not earlier or len(plain) < len(turn.blocks) or not same_answer(earlier, plain) \
-                or has_server_blocks(earlier) and not self._draft.search:
+        if not earlier or any(block["type"] in THINKING for block in turn.blocks) or \
+                not same_answer(earlier, turn.blocks):
             return turn.blocks
-        mark = turn.blocks[-1].get("cache_control")
-        return marked(earlier, {"cache_control": mark})
+        searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
+        return turn.blocks if searched and not self._draft.search else marked(earlier, turn.blocks[-1])
 
     def _results(self, calls: list[Call]) -> list[dict]:
         """One result for each call of a turn, in the order of the calls."""
@@ -2512,17 +2411,11 @@ class Conversation:
         return [call.result for call in calls if call.result]
 
     def _late_system(self, blocks: list[Any], results: bool, before_assistant: bool) -> list[dict]:
-        """The system blocks at the end of a user turn that may stay system messages (placement rules of the API).
-
-        They must follow a user turn that is not empty, and be last or before an assistant turn.
-        """
-        count = 0
-        while count < len(blocks) and isinstance(blocks[-1 - count], LateSystem):
-            count += 1
-        follows_something = results or len(blocks) > count
-        if not count or not self._draft.model.late_system or not before_assistant or not follows_something:
-            return []
-        return [late.block for late in blocks[-count:]]
+        """The system blocks at the end of a user turn that may stay system messages, by the API's rules: behind a user
+        turn that is not empty, and last or before an assistant turn."""
+        late = [each.block for each in itertools.takewhile(lambda each: isinstance(each, LateSystem), reversed(blocks))]
+        may_stay = self._draft.model.late_system and before_assistant and (results or len(blocks) > len(late))
+        return late[::-1] if may_stay else []
 
 
 def thinking_marks(content: list[dict]) -> list[str]:
@@ -2542,13 +2435,9 @@ def without_refused(content: list[dict], recall: Recall) -> list[dict]:
 
 def signed_thinking(chat_message: dict) -> list[dict]:
     """The thinking blocks that a client kept beside the content, with their signatures."""
-    blocks: list[dict] = []
-    for block in listed(chat_message.get("thinking_blocks")):
-        if isinstance(block, dict):
-            blocks += thinking_block(block.get("thinking"), block.get("signature"), block.get("data"))
-    for detail in () if blocks else joined_details(listed(chat_message.get("reasoning_details"))):
-        blocks += thinking_block(detail.get("text"), detail.get("signature"), detail.get("data"))
-    return blocks
+    blocks = [block for each in listed(chat_message.get("thinking_blocks")) for block in thinking_block(each)]
+    return blocks or [block for detail in joined_details(listed(chat_message.get("reasoning_details")))
+                      for block in thinking_block(detail, "text")]
 
 
 def joined_details(details: Sequence[Any]) -> list[dict]:
@@ -2576,9 +2465,9 @@ def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content and returns its blocks; calls and results in Claude's own shape are what they are.
+    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.
 
-    `kept`: the thinking of an assistant message, where the client kept it beside the content.
+    Calls and results in Claude's own shape are what they are.
     """
     added = list(kept)
     conversation.add(role, added)
@@ -2615,18 +2504,15 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
     if refusal and refusal[0] not in blocks:        # it may be a part of the content as well
         conversation.add("assistant", refusal)
         blocks += refusal
-    last = blocks[-1] if blocks else None
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = text_at(chat_call, "id", where, "")
         function, where = function_of_call(chat_call, where)
         if not raw_id:                              # legacy calls have none by right
             draft.changes.add("repaired", where, "a call without an id")
-        last = conversation.call(raw_id, function, where)
-        marked([last], chat_call)
+        blocks += marked([conversation.call(raw_id, function, where)], chat_call)
     if chat_message.get("function_call") is not None:
-        last = conversation.call("", chat_message["function_call"], path + ".function_call")
-    if last:
-        marked([last], chat_message)
+        blocks.append(conversation.call("", chat_message["function_call"], path + ".function_call"))
+    marked(blocks, chat_message)
 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
@@ -2766,39 +2652,32 @@ def effort_from_budget(budget: int) -> str:
 
 def reasoning_from_chat(fields: dict) -> Reasoning:
     """What is asked in `thinking` (Claude's own parameter), `reasoning` (OpenRouter's) or `reasoning_effort`."""
-    thinking = fields.get("thinking")
-    if thinking is not None:
-        thinking = object_of(thinking, "thinking")
-        budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
-        display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
-        if thinking.get("type") is None:
-            return Reasoning(fields.get("reasoning_effort"))
-        kind = one_of("adaptive", "enabled", "disabled", "between_tools")(thinking["type"], "thinking.type")
-        if kind in ("disabled", "between_tools"):
-            return Reasoning("none", field="thinking")
+    thinking = optional(object_of, fields.get("thinking"), "thinking", {})
+    budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
+    display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
+    kind = optional(one_of("adaptive", "enabled", "disabled", "between_tools"), thinking.get("type"), "thinking.type")
+    if kind in ("disabled", "between_tools"):
+        return Reasoning("none", field="thinking")
+    if kind:
         effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
         return Reasoning(effort, budget, display, "thinking")
-    reasoning = fields.get("reasoning")
-    if reasoning is not None:
-        reasoning = object_of(reasoning, "reasoning")
-        effort = optional(effort_of, reasoning.get("effort"), "reasoning.effort")
-        budget = optional(integer_of, reasoning.get("max_tokens"), "reasoning.max_tokens")
-        if reasoning.get("enabled") is False:
-            effort = "none"
-        if effort is None and budget:
-            effort = effort_from_budget(budget)
-        if effort is None and reasoning.get("enabled"):
-            effort = ""
-        return Reasoning(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
-    return Reasoning(fields.get("reasoning_effort"))
+    reasoning = optional(object_of, fields.get("reasoning"), "reasoning", {})
+    if not reasoning:
+        return Reasoning(fields.get("reasoning_effort"))
+    budget = optional(integer_of, reasoning.get("max_tokens"), "reasoning.max_tokens")
+    effort = optional(effort_of, reasoning.get("effort"), "reasoning.effort")
+    if reasoning.get("enabled") is False:
+        effort = "none"
+    elif effort is None:
+        effort = effort_from_budget(budget) if budget else "" if reasoning.get("enabled") else None
+    return Reasoning(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
 
 
 def in_unthought_loop(messages: list[dict]) -> bool:
     """Whether tool results wait for an answer to a turn whose thinking is not there any more."""
-    if not any(block["type"] == "tool_result" for block in messages[-1]["content"]):
-        return False
-    calls = next((message for message in reversed(messages) if message["role"] == "assistant"), None)
-    return calls is not None and calls["content"][0]["type"] not in ("thinking", "redacted_thinking")
+    calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
+    return bool(calls) and calls[0]["type"] not in THINKING and any(
+        block["type"] == "tool_result" for block in messages[-1]["content"])
 
 
 def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> str:
@@ -2816,32 +2695,26 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
 
 
 def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
-    """A small output limit on a model that thinks unasked: no thinking where that can be, else little of it."""
-    if draft.model.efforts:
-        request.setdefault("output_config", {})["effort"] = draft.model.efforts[0]
-    if "disabled" in draft.model.thinking:
+    """No thinking where the model can do without, else as little as it can: as asked, or for want of room."""
+    model, unwanted = draft.model, asked.effort == "none"
+    can_stop = "disabled" in model.thinking
+    if model.efforts and not (can_stop and unwanted):
+        request.setdefault("output_config", {})["effort"] = model.efforts[0]
+    if can_stop:
         request["thinking"] = {"type": "disabled"}
-        draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
-    else:
+    elif not unwanted:
         request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
+    elif "between_tools" in model.thinking:
+        request["thinking"] = {"type": "between_tools"}
+    if can_stop and not unwanted:
+        draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
+    elif not can_stop and unwanted:
+        draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
 
 
 def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
     request["max_tokens"] = min(limit + LEAST_BUDGET, draft.model.max_output)
     draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
-
-
-def switch_off_thinking(request: dict, asked: Reasoning, draft: Draft) -> None:
-    """No reasoning: off where the model can switch it off, else as little as it can."""
-    model = draft.model
-    if "disabled" in model.thinking:
-        request["thinking"] = {"type": "disabled"}
-        return
-    if "between_tools" in model.thinking:
-        request["thinking"] = {"type": "between_tools"}
-    if model.efforts:
-        request.setdefault("output_config", {})["effort"] = model.efforts[0]
-    draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
 
 
 def set_effort(request: dict, asked: Reasoning, draft: Draft) -> None:
@@ -2873,14 +2746,13 @@ def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draf
 def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> None:
     """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.
 
-    Where they exclude each other, a forced tool, a temperature and a prefill win over thinking: the client
-    asked for them explicitly.
+    A forced tool, a temperature and a prefill win where they exclude thinking: the client asked for them explicitly.
     """
     model, asked, limit = draft.model, reasoning_from_chat(fields), explicit_max_tokens(fields)
     tight = limit is not None and limit < LEAST_BUDGET
     if asked.effort == "none" or asked.effort is None and tight:
         if model.thinks_by_default:
-            (switch_off_thinking if asked.effort else think_little)(request, asked, draft)
+            think_little(request, asked, draft)
             if tight and "disabled" not in model.thinking:
                 add_room_for_thinking(request, limit or 0, draft)
         return
@@ -2907,7 +2779,6 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
 # ---- Tool choice and answer format -------------------------------------------------------------------
 # The choice among the tools, and the format of the answer, which may stand in for a forced tool.
 
-
 JSON_ONLY = "Answer with one JSON object only"      # how a request asks for JSON where no answer format enforces it
 
 
@@ -2924,10 +2795,8 @@ FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that n
 
 def choice_name(choice: Any, path: str) -> str:
     """The name in a tool choice: nested under function or custom, or flat."""
-    choice = object_of(choice, path)
     for key in ("function", "custom"):
-        if choice.get(key) is not None:
-            return text_of(object_of(choice[key], "%s.%s" % (path, key)).get("name"), "%s.%s.name" % (path, key))
+        choice, path = nested_in(object_of(choice, path), key, path)
     return text_at(choice, "name", path)
 
 
@@ -2939,9 +2808,7 @@ def asked_choice(fields: dict, changes: Changes) -> Choice:
         return Choice()
     modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
     if isinstance(choice, str):
-        if choice not in modes:
-            raise InvalidRequest("%s: expected none, auto, required or a tool." % path, path, "invalid_value")
-        return Choice(modes[choice])
+        return Choice(modes[one_of(*modes)(choice, path)])
     choice = object_of(choice, path)
     kind = choice.get("type")
     if choice.get("disable_parallel_tool_use") is True:             # Claude's spelling
@@ -3019,15 +2886,13 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
         with contextlib.suppress(Unsupported):
-            subset = Subset(tool["input_schema"])
-            schema = subset.whole()
-            if StrictBudget().take(subset):
-                request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-                draft.forced_tool = draft.names.back(tool["name"])
-                draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
-                draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
-                                  draft.model.id)
-                return {"type": "none"}
+            schema, _ = StrictBudget().compiled(tool["input_schema"])
+            request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
+            draft.plan.forced_tool = draft.names.back(tool["name"])
+            draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
+            draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
+                              draft.model.id)
+            return {"type": "none"}
     draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
     draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in the prompt" % draft.model.id)
     choice = dict(without(choice, "name"), type="auto")
@@ -3041,17 +2906,14 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
             raise Unsupported("there is no schema")
         if not draft.model.structured_outputs or draft.search:
             raise Unsupported("web search excludes it" if draft.search else "%s does not compile it" % draft.model.id)
-        subset = Subset(schema)
-        converted = subset.whole()
-        if not StrictBudget().take(subset):
-            raise Unsupported("more than Claude compiles")
+        converted, moved = StrictBudget().compiled(schema)
     except Unsupported as reason:
         draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
-        draft.bare_json = True
+        draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
-    for keyword in dict.fromkeys(subset.moved):
+    for keyword in moved:
         draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
@@ -3075,7 +2937,7 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     elif kind == "json_schema":
         add_schema_format(request, schema, path, draft)
     elif kind == "json_object":
-        draft.bare_json = True
+        draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
     verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
     if verbosity is not None:
@@ -3087,7 +2949,6 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
 
 # ---- Messages request --------------------------------------------------------------------------------
 # The whole: a chat completion request as a Messages request.
-
 
 ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "parallel_tool_calls", "stop",
                     "verbosity", *LIMITS)
@@ -3125,14 +2986,8 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
-    return Translation(request, draft.changes, reply_plan(fields, draft))
-
-
-def reply_plan(fields: dict, draft: Draft) -> ReplyPlan:
-    declared = draft.declared
-    return ReplyPlan(draft.names, uses_functions(fields), [tool.full_name for tool in declared if tool.custom],
-                     {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace},
-                     draft.forced_tool, draft.bare_json, draft.properties, wants_prewarm(fields))
+    draft.plan.legacy_functions, draft.plan.prewarm = uses_functions(fields), wants_prewarm(fields)
+    return Translation(request, draft.changes, draft.plan)
 
 
 SUMMARIZE = ("Summarize this conversation so that you can go on from the summary alone: what was asked, decided, done "
@@ -3161,11 +3016,7 @@ def wants_prewarm(fields: dict) -> bool:
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                recall: Recall | None = None) -> Translation:
-    """A chat completion request as a Messages request.
-
-    `preamble`: system blocks that go before the client's.  `recall`: what is remembered of earlier requests.
-    Raises InvalidRequest, naming the field by its path.
-    """
+    """A chat completion request as a Messages request.  `preamble`: system blocks that go before the client's."""
     changes = Changes()
     fields = read_parameters(chat, CHAT, changes)
     if "messages" not in fields:
@@ -3189,8 +3040,7 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
-    Lines end in CR, LF or CRLF, and only there: U+2028 and the like are text.  Any cut of the bytes gives the
-    same events.  The `event:` line repeats the `type` inside the data, so it is not needed.
+    Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
     """
 
     def __init__(self) -> None:
@@ -3391,7 +3241,7 @@ class BareJson:
     A text without any object is handed on whole, at the end: the client should see what Claude answered instead.
     """
     START = re.compile(r'\{\s*["}]')                # a brace amid the talk is no object
-    INTERESTING = re.compile(r'[{}\[\]"\\]')
+    TOKEN = re.compile(r'\\.?|[{}\[\]"]', re.S)     # an escape, maybe cut, or what opens and closes
 
     def __init__(self) -> None:
         self._held: List[str] = []                  # the text before the object
@@ -3421,28 +3271,17 @@ class BareJson:
 
     def _end(self, text: str) -> int:
         """The index behind the object's last bracket, or behind the text."""
-        at = 0
-        while at < len(text):
-            if self._escaped:
-                self._escaped = False
-                at += 1
-                continue
-            match = self.INTERESTING.search(text, at)
-            if not match:
-                break
-            character, at = match.group(), match.end()
-            if self._in_string:
-                self._escaped = character == "\\"
-                self._in_string = character != '"'
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
+        begin, self._escaped = int(self._escaped), self._escaped and not text
+        for match in self.TOKEN.finditer(text, begin):
+            token = match.group()
+            self._escaped = token == "\\"
+            if token == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and token in "{}[]":
+                self._depth += 1 if token in "{[" else -1
                 if self._depth == 0:
                     self._done = True
-                    return at
+                    return match.end()
         return len(text)
 
 
@@ -3490,71 +3329,71 @@ class PlannedEvents:
 
     def _rendered(self, events: list[dict], render: Render) -> list[dict]:
         rendered = []
-        for event in self._with_properties(events):
+        for event in events:
             self.assembler.feed(event)
             rendered += render(event)
         return rendered
-
-    def _with_properties(self, events: list[dict]) -> Iterator[dict]:
-        """The events with the client's names of properties; where Claude has others, arguments wait to be whole."""
-        for event in events:
-            kind, block = event["type"], event.get("content_block") or {}
-            if kind == "content_block_start" and block["type"] == "tool_use":
-                self._properties = names = self._plan.properties.get(block["name"])
-                if names and block.get("input"):
-                    event = dict(event, content_block=dict(block, input=names.restored(block["input"])))
-            elif kind in ("content_block_stop", "message_delta"):
-                yield from self._held_arguments()
-            elif self._properties and value_in(event, "delta", "type") == "input_json_delta":
-                self._held.write(event["delta"]["partial_json"])
-                continue
-            yield event
-
-    def _held_arguments(self) -> Iterator[dict]:
-        held, names = self._held.getvalue(), self._properties
-        self._held, self._properties = io.StringIO(), None
-        arguments = object_in(held) if names else None
-        if held:
-            yield arguments_delta(json.dumps(names.restored(arguments), ensure_ascii=False) if names and arguments
-                                  else held)
 
     def _block_start(self, event: dict) -> list[dict]:
         block = event["content_block"]
         self._kind = block["type"]
         if self._kind == "text":
             return self._text(block.get("text") or "", lambda text: dict(event, content_block=dict(block, text=text)))
-        events = [{"type": "content_block_stop"}] if self._calling else []
+        events = self._with_held({"type": "content_block_stop"}) if self._calling else []
         self._calling = False
         if self._kind == "tool_use":
-            event = dict(event, content_block=dict(block, name=self._plan.names.back(block["name"])))
+            event = self._call(event, dict(block, name=self._plan.names.back(block["name"])))
         return [*events, event]
 
     def _block_delta(self, event: dict) -> list[dict]:
         delta = event["delta"]
         if delta["type"] == "text_delta":
             return self._text(delta["text"], lambda text: dict(event, delta=dict(delta, text=text)))
+        if delta["type"] == "input_json_delta":
+            return self._arguments(event)
         return [] if self._plan.forced_tool and self._kind == "text" else [event]
 
     def _block_stop(self, event: dict) -> list[dict]:
         kind, self._kind = self._kind, ""
-        return [] if self._plan.forced_tool and kind == "text" else [event]
+        return [] if self._plan.forced_tool and kind == "text" else self._with_held(event)
+
+    def _with_held(self, event: dict) -> list[dict]:
+        """The end of a call, or of a message that was cut inside one, with the arguments that were held back."""
+        held, names = self._held.getvalue(), self._properties
+        self._held, self._properties = io.StringIO(), None
+        arguments = object_in(held) if names else None
+        if names and arguments:
+            held = json.dumps(names.restored(arguments), ensure_ascii=False)
+        return [*([arguments_delta(held)] if held else ()), event]
 
     def _text(self, text: str, event_with: Callable[[str], dict]) -> list[dict]:
-        if self._plan.forced_tool:
-            return self._arguments(text) if text else []
-        return [event_with(self._bare_json.feed(text) if self._plan.bare_json else text)]
-
-    def _arguments(self, text: str) -> list[dict]:
-        """The text of an answer whose format forced a tool: the arguments of its call."""
-        if self._calling:
-            return [arguments_delta(text)]
+        if not self._plan.forced_tool:
+            return [event_with(self._bare_json.feed(text) if self._plan.bare_json else text)]
+        if not text:
+            return []
+        start = [] if self._calling else [self._call({"type": "content_block_start"}, {
+            "type": "tool_use", "name": self._plan.forced_tool, "input": {},
+            "id": "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(self.assembler.message.get("id") or "0"))})]
         self._calling = True
-        call_id = "call_" + re.sub(r"[^a-zA-Z0-9_-]", "_", str(self.assembler.message.get("id") or "0"))
-        block = {"type": "tool_use", "id": call_id, "name": self._plan.forced_tool, "input": {}}
-        return [{"type": "content_block_start", "content_block": block}, arguments_delta(text)]
+        return start + self._arguments(arguments_delta(text))
+
+    def _call(self, event: dict, block: dict) -> dict:
+        """The beginning of a call, of a tool by the client's name."""
+        self._properties = names = self._plan.properties.get(block["name"])
+        if names:
+            block = dict(block, input=names.restored(block.get("input") or {}))
+        return dict(event, content_block=block)
+
+    def _arguments(self, event: dict) -> list[dict]:
+        """A piece of a call's arguments; where names in it have to be restored, it waits for the others."""
+        if not self._properties:
+            return [event]
+        self._held.write(event["delta"]["partial_json"])
+        return []
 
     _HANDLERS: Dict[str, Callable[[PlannedEvents, dict], List[dict]]] = {
-        "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop}
+        "content_block_start": _block_start, "content_block_delta": _block_delta, "content_block_stop": _block_stop,
+        "message_delta": _with_held}
 
 
 # ---- Replies -----------------------------------------------------------------------------------------
@@ -3716,7 +3555,8 @@ class ChatStream:
         if block["type"] == "thinking":
             return self._reasoning(block.get("thinking") or "")
         if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
-            return self._call_start(block["id"], block["name"])
+            self._tool_position += 1
+            return self._call_delta({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
         return []
 
     def _block_delta(self, event: dict) -> list[dict]:
@@ -3729,7 +3569,7 @@ class ChatStream:
         if kind == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"] \
                 and self._block["name"] not in self._plan.custom_tools:
             self._sent_arguments = True
-            return self._arguments(delta["partial_json"])
+            return self._call_delta({"arguments": delta["partial_json"]})
         return []
 
     def _block_stop(self, event: dict) -> list[dict]:
@@ -3739,9 +3579,11 @@ class ChatStream:
             self._annotations += annotations_of(block, start, self._text_length - start)
         if block["type"] != "tool_use":
             return []
-        if block["name"] in self._plan.custom_tools:
-            return [self._whole_call(block)]
-        return [] if self._sent_arguments else self._arguments(arguments_of(block))
+        if block["name"] in self._plan.custom_tools:        # in one delta: clients parse it only so
+            self._tool_position += 1
+            call = tool_call_from_tool_use(block, self._plan)
+            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})]
+        return [] if self._sent_arguments else self._call_delta({"arguments": arguments_of(block)})
 
     def json_of(self, chunk: dict) -> bytes:
         """`client_json` of a chunk of this stream.
@@ -3781,28 +3623,13 @@ class ChatStream:
     def _reasoning(self, thinking: str) -> list[dict]:
         return [self._chunk({"reasoning_content": thinking})] if thinking else []
 
-    def _whole_call(self, block: dict) -> dict:
-        """A custom tool call, in one delta: clients parse it only so."""
-        self._tool_position += 1
-        call = tool_call_from_tool_use(block, self._plan)
-        return self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})
-
-    def _call_start(self, call_id: str, name: str) -> list[dict]:
-        self._tool_position += 1
-        call = {"name": name, "arguments": ""}
-        return self._call_delta(call, {"index": self._tool_position, "id": call_id, "type": "function",
-                                       "function": call})
-
-    def _arguments(self, fragment: str) -> list[dict]:
-        call = {"arguments": fragment}
-        return self._call_delta(call, {"index": self._tool_position, "function": call})
-
-    def _call_delta(self, function_call: dict, tool_call: dict) -> list[dict]:
+    def _call_delta(self, function: dict, **head: str) -> list[dict]:
+        """A piece of a tool call.  `head`: what only the first one has."""
         if not self._plan.legacy_functions:
-            return [self._chunk({"tool_calls": [tool_call]})]
+            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **head, function=function)]})]
         if self._tool_position:                     # there is room for one call; the full reply shows the first one too
             return []
-        return [self._chunk({"function_call": function_call})]
+        return [self._chunk({"function_call": function})]
 
     def _chunk(self, delta: dict, reason: str | None = None) -> dict:
         return dict(self._envelope, choices=[{"index": 0, "delta": delta, "finish_reason": reason}])
@@ -3902,7 +3729,7 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
-    blocks = thinking_part(value_from_encrypted(item.get("encrypted_content")), path, draft)
+    blocks = thinking_block(value_from_encrypted(item.get("encrypted_content")))
     if blocks:
         conversation.add("assistant", blocks)
     elif item.get("encrypted_content"):
@@ -4138,7 +3965,7 @@ class ResponseStream:
         kind = block["type"]
         if kind == "text":
             return self._annotate(block)
-        if kind in ("thinking", "redacted_thinking"):
+        if kind in THINKING:
             return self._end_thinking(block)
         if kind == "tool_use":
             return self._close_item("incomplete" if is_cut(block) else "completed")
@@ -6912,9 +6739,7 @@ Translate = Callable[[Model, Sequence[dict], bool, Recall], Translation]
 class Exchange:
     """One request to Claude and the answer, with the corrections that a refusal calls for.
 
-    A refused request is corrected and sent again when the refusal says how: a parameter that the model does not
-    take, signed thinking that does not hold, schemas that do not compile, an image address that Claude cannot fetch,
-    a file of an earlier turn.  Each at most once.
+    A refused request is corrected and sent again when the refusal says how (`_corrected`), for each reason once.
     """
 
     def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate) -> None:
@@ -6939,11 +6764,10 @@ class Exchange:
         """Sends the request until Claude accepts it; returns when the answer begins.  Raises GatewayError."""
         while True:
             self.translation = self.translate()
-            if self._gateway.config.strict and self.translation.changes.reported:
-                changes = self.translation.changes
+            request, changes = self.translation.request, self.translation.changes
+            if self._gateway.config.strict and changes.reported:
                 raise InvalidRequest("--strict: not everything can be passed on as it is: %s." % changes,
                                      next(iter(changes.reported))[1], "strict")
-            request = self.translation.request
             self._gateway.check_spending(self._incoming.record.owner, self._known, request.get("speed"))
             try:
                 self._send(request)
@@ -6955,7 +6779,6 @@ class Exchange:
             if self._lesson:
                 self._gateway.lessons.learn(self._known, self._lesson)
             self.events = PlannedEvents(self.translation.plan, self.assembler)
-            changes = self.translation.changes
             self._incoming.record.changes = str(changes)
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
@@ -6963,8 +6786,7 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""
-        headers = dict(headers_from_claude(self._headers))
-        changes = self.translation.changes.header()
+        headers, changes = headers_from_claude(self._headers), self.translation.changes.header()
         return dict(headers, **{CHANGES_HEADER: changes}) if changes else headers
 
     def batches(self, translate: Callable[[dict], List[dict]] | None = None) -> Iterator[Any]:
@@ -7021,35 +6843,30 @@ class Exchange:
         """Fetches the images that Claude cannot, as long as they fit into a request and the client is there."""
         size = 0
         for path, block, old in media_in(translation.request["messages"]):
-            source = block["source"]
-            if has_address(block) and (self._inline or source["url"].lower().startswith("http:")):
+            if has_address(block) and (self._inline or block["source"]["url"].lower().startswith("http:")):
                 self.call.client.pause(0)           # a client that has left wants no more of them
                 try:
-                    self._inline_image(source)
+                    block["source"] = self._image_by_bytes(block["source"]["url"])
+                    size += len(block["source"]["data"])
                 except InvalidRequest as failure:
                     if not old:
                         raise
                     translation.changes.add("changed", path, "to a note: %s" % failure)
                     become_note(block)
-                size += len(source.get("data", ""))
                 if size > MAX_UPSTREAM_BODY:
                     raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
                                   "Claude accepts up to 32 MB in one request.")
 
-    def _inline_image(self, source: dict) -> None:
-        """An image by address becomes one by its bytes."""
-        url = source["url"]
-        if url not in self._images:
-            try:
+    def _image_by_bytes(self, url: str) -> dict:
+        """The source of an image, by its bytes instead of its address."""
+        try:
+            if url not in self._images:
                 self._images[url] = self._gateway.images.fetch(url, self.call.client)
-            except InvalidRequest as failure:
-                if not self._inline:
-                    raise
-                raise InvalidRequest("%s It was fetched here because Claude had answered: %s" %
-                                     (failure, self._inline), failure.param, failure.code) from failure
+        except InvalidRequest as failure:
+            why = " It was fetched here because Claude had answered: " + self._inline if self._inline else ""
+            raise failure.reworded(str(failure) + why) from failure
         media_type, data = self._images[url]
-        source.clear()
-        source.update(type="base64", media_type=media_type, data=data)
+        return {"type": "base64", "media_type": media_type, "data": data}
 
     def _send(self, request: dict) -> None:
         body = within_upstream_limit(messages_request_json(request))
@@ -7235,9 +7052,9 @@ def has_address(block: dict) -> bool:
 
 def become_note(block: dict) -> None:
     """Turns a block into a note that says what stood there."""
-    mark = {name: block[name] for name in ("cache_control",) if name in block}
-    block.clear()
-    block.update(mark, type="text", text=LEFT_OUT)
+    for name in set(block) - {"cache_control"}:
+        del block[name]
+    block.update(type="text", text=LEFT_OUT)
 
 
 def events_from_body(body: bytes) -> list[dict]:
@@ -7247,28 +7064,24 @@ def events_from_body(body: bytes) -> list[dict]:
         events = decoder.feed(body)
         decoder.check()
         return events + decoder.close()
-    return events_from_message(checked_message(json_object_from(body)))
-
-
-def checked_message(message: dict) -> dict:
-    """A JSON answer that is a message; an error in a 200 is raised like any other."""
+    message = json_object_from(body)
     if message.get("type") == "error" and isinstance(message.get("error"), dict):
-        raise ClaudeError(200, message["error"])
+        raise ClaudeError(200, message["error"])    # in a 200, but an error like any other
     if not isinstance(message.get("content"), list):
         raise UpstreamFault("The upstream answered with JSON that is not a message.")
-    return message
+    return events_from_message(message)
 
 
-def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) -> ClaudeError:
+def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) -> GatewayError:
     """A refusal in terms of what the client sent: tools by their names, models with the nearest ones."""
     message, request = str(refusal), translation.request
     match = ABOUT_TOOL.search(message)
     if match and int(match.group(1)) < len(request.get("tools", ())):
         name = translation.plan.names.back(request["tools"][int(match.group(1))]["name"])
-        refusal = refusal.explained("Tool %s: %s" % (json.dumps(name), message), "tools")
+        return refusal.reworded("Tool %s: %s" % (json.dumps(name), message), param="tools")
     if refusal.claude_type == "not_found_error" and ABOUT_MODEL.search(message):
         nearest = ", ".join(catalog.nearest(request["model"]))
-        refusal = refusal.explained("%s (nearest: %s)" % (message, nearest), "model", "model_not_found")
+        return refusal.reworded("%s (nearest: %s)" % (message, nearest), param="model", code="model_not_found")
     return refusal
 
 
@@ -7706,7 +7519,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
-                 failure=lambda failure: [failure.anthropic_body()])
+                 failure=lambda failure: [failure.for_anthropic()[2]])
 
 
 class PassingUsage:
@@ -8452,8 +8265,7 @@ def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
 # Bytes to checked requests, replies to bytes; knows no field of either API.  Every wait and every size is bounded.
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f]")          # none of them leaves in a header
-EXPOSED_HEADERS = ", ".join([REQUEST_ID_HEADER, CHANGES_HEADER, "retry-after", "x-should-retry",
-                             *RATE_LIMIT_HEADERS.values()])
+EXPOSED_HEADERS = ", ".join([CHANGES_HEADER, *OPENAI_HEADERS.values()])
 # in place of a malformed head: whatever follows it is not a request
 NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
@@ -8800,9 +8612,8 @@ class RequestCycle:
         """An error as a status and body or, once a stream has begun, as its last event."""
         failure = failure.reworded(masked(as_typed(str(failure)), self._gateway.secrets()))     # whoever wrote it
         self._record.error, self._record.error_code = str(failure), failure.code or failure.kind
-        status, headers, body = (
-            (failure.anthropic_status, failure.anthropic_headers, failure.anthropic_body()) if self._native
-            else (failure.status, failure.headers, failure.body()))
+        status, headers, body = failure.for_anthropic() if self._native else (
+            failure.status, failure.headers, failure.body())
         try:
             if self._stream:
                 self.keep_alive = False
