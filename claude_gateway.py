@@ -5255,7 +5255,7 @@ class Usage:
         """Adds what is new to the file; what cannot be written is tried again after the next request."""
         with self._lock:
             self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-        oldest, was, new = day_of(time.time() - USAGE_DAYS * 86_400), self.fault, {}
+        oldest, fault, new = day_of(time.time() - USAGE_DAYS * 86_400), "", {}
         try:
             with self._file.lock(), self._writing:  # in this order: who only reads waits for no other process
                 with self._lock:
@@ -5263,13 +5263,14 @@ class Usage:
                 total = sum_of(self._read(), new)
                 self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
                                            in sorted(total.items()) if place[0] > oldest]})
-                self._stored, self._stamp, self.fault = total, self._file.stamp(), ""
-        except (OSError, GatewayError) as fault:
-            self.fault = str(fault)
-            with self._lock:
-                self._new = sum_of(new, self._new)
-        if self.fault != was:
-            LOG.warning("usage %s", "could not be written: " + self.fault if self.fault else "is written again")
+                self._stored, self._stamp = total, self._file.stamp()
+                new = {}
+        except (OSError, GatewayError) as failure:
+            fault = str(failure)
+        with self._lock:
+            was, self.fault, self._new = self.fault, fault, sum_of(new, self._new)
+        if fault != was:
+            LOG.warning("usage %s", "could not be written: " + fault if fault else "is written again")
 
     def close(self) -> None:
         """Writes what is new, and waits for a write that is under way."""

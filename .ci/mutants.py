@@ -253,7 +253,8 @@ MUTANTS = (
            "            opener.add_handler(self._handler)\n"
            "            opener.add_handler(urllib.request.HTTPErrorProcessor())\n"
            "            opener.add_handler(urllib.request.HTTPRedirectHandler())\n", "UpstreamAnswerTests"),
-    Mutant("upstream: plain http on loopback only", 'if parts.scheme == "http" and not is_loopback_host(host):',
+    Mutant("upstream: plain http on loopback only",
+           'if not url.lower().startswith("https:") and not is_loopback_host(host):',
            "if False:", "OptionTests"),
     Mutant("upstream: not its own address", "return port == config.port and (", "return False and (", "OptionTests"),
     Mutant("upstream: loops", "        if self._gateway.instance_id in hops:", "        if False:", "AccessTests"),
