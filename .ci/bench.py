@@ -368,6 +368,7 @@ class Column:
         return {name: (min if name == "streams whole" else statistics.median)(values)
                 for name, values in self.values.items() if values[0] == values[0]}
 
+
 def json_seconds(text: str) -> float:
     """What nobody can do without who looks into a body with this text."""
     body = json.dumps({"content": text})
@@ -375,10 +376,9 @@ def json_seconds(text: str) -> float:
 
 
 def one_client(column: Column, quick: bool) -> dict:
-    idle, count = column.status("VmRSS") / 1024, 200 if quick else 400
+    count = 200 if quick else 400
     asyncio.run(one_by_one(column.target, "bench:plain", False, 50))        # warm-up
-    return {"idle memory": idle,
-            "plain reply p50": asyncio.run(one_by_one(column.target, "bench:plain", False, count))["total"],
+    return {"plain reply p50": asyncio.run(one_by_one(column.target, "bench:plain", False, count))["total"],
             "first token p50": asyncio.run(one_by_one(column.target, "bench:plain", True, count))["first"]}
 
 
@@ -425,6 +425,8 @@ SCENARIOS = (one_client, many_clients, streams, bursts, big_chats)      # memory
 
 def measure(columns: list[Column], upstream_port: int, context, quick: bool) -> None:
     """All scenarios, one after the other, in each of them all columns in turn."""
+    for column in columns:
+        column.values["idle memory"] = [column.status("VmRSS") / 1024]
     for scenario in SCENARIOS:
         for _ in range(1 if quick else 3):
             for column in columns:
@@ -468,7 +470,8 @@ def instructions(what: str, upstream_url: str, folder: str) -> dict[str, float]:
         try:
             counted(LOADS[0][1], 20)                # warm-up, and what the start took
             for name, load, small, large, each in LOADS:
-                results[name] = -(counted(load, small) - counted(load, large)) / (each * (large - small))
+                before = counted(load, small)
+                results[name] = (counted(load, large) - before) / (large - small) / each
         finally:
             stop([process])
     return results
@@ -597,8 +600,9 @@ def printed(columns: dict[str, dict], rows: Sequence[tuple[str, float, str]], as
     if as_json:
         return json.dumps(columns, indent=1)
     first, *others = columns
+    names = [re.sub(r" *{\w+}", "", name)[-21:] for name in others]
     lines = ["Python %s" % sys.version.split()[0],
-             "%-46s%12s" % ("", first) + "".join("%22s%8s" % (name[-20:], "ratio") for name in others)]
+             "%-46s%12s" % ("", first) + "".join("%22s%8s" % (name, "ratio") for name in names)]
     for title, scale, unit in rows:
         values = [columns[name].get(title) for name in columns]
         cells = ["-" if value is None else "%.4g %s" % (value * scale, unit) for value in values]
