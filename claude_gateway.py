@@ -223,10 +223,9 @@ def text_in(value: Any, *path: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def count_in(value: Any, *path: str) -> int:
-    """The count at a path of keys, 0 where there is none."""
-    found = value_in(value, *path)
-    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else 0
+def count_of(value: Any) -> int:
+    """A count, 0 for what is none."""
+    return value if type(value) is int and value > 0 else 0
 
 
 UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
@@ -256,7 +255,7 @@ def unix_time(moment: str) -> int | None:
     """The seconds of an RFC 3339 time or date in UTC, None where it is none."""
     match = re.match(r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d):(\d\d))?", moment)
     try:                                            # four of them come with every answer; strptime takes 15 us each
-        return calendar.timegm(tuple(int(part or 0) for part in match.groups())) if match else None
+        return calendar.timegm(tuple(map(int, match.groups("0")))) if match else None
     except ValueError:
         return None
 
@@ -494,7 +493,7 @@ class ClaudeError(GatewayError):
             hint = hint or PLAN_HINT
         stop = "" if message.endswith((".", "!", "?")) else "."
         super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
-                         headers=dict(headers_from_claude(headers or {})))
+                         headers=headers_from_claude(headers or {}))
         if self.code in FINAL_CODES:
             self.headers["x-should-retry"] = "false"
         self._anthropic_headers = headers_for_anthropic(headers or {})
@@ -521,19 +520,15 @@ class ClaudeError(GatewayError):
 RATE_LIMIT_HEADERS = {
     "anthropic-ratelimit-%s-%s" % (kind, figure): "x-ratelimit-%s-%s" % (figure, kind)
     for kind in ("requests", "tokens") for figure in ("limit", "remaining", "reset")}
+# Claude's name of a header -> the name that an OpenAI client reads
+CLIENT_HEADERS = dict({"retry-after": "retry-after", "retry-after-ms": "retry-after-ms",
+                       "x-should-retry": "x-should-retry", "request-id": REQUEST_ID_HEADER}, **RATE_LIMIT_HEADERS)
 
 
-def headers_from_claude(headers: dict[str, str]) -> Iterator[tuple[str, str]]:
+def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
     """The headers of Claude's answer that an OpenAI client can read, under OpenAI's names."""
-    for name in ("retry-after", "retry-after-ms", "x-should-retry"):
-        if headers.get(name):
-            yield name, printable(headers[name])
-    if headers.get("request-id"):
-        yield REQUEST_ID_HEADER, printable(headers["request-id"])
-    for theirs, ours in RATE_LIMIT_HEADERS.items():
-        value = headers.get(theirs)
-        if value:
-            yield ours, printable(duration_until(value) if theirs.endswith("reset") else value)
+    return {ours: printable(duration_until(headers[theirs]) if theirs.endswith("reset") else headers[theirs])
+            for theirs, ours in CLIENT_HEADERS.items() if headers.get(theirs)}
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
@@ -711,8 +706,9 @@ def upstream_json(value: Any) -> bytes:
 
 def messages_request_json(request: dict) -> bytes:
     """A Messages request for Claude.  Message by message: one emoji in a chat would cost four times its size."""
-    messages = b",".join(map(upstream_json, request["messages"]))
-    return b'%s,"messages":[%s]}' % (upstream_json(without(request, "messages"))[:-1], messages)
+    head = dict(request)
+    messages = b",".join(map(upstream_json, head.pop("messages")))
+    return b'%s,"messages":[%s]}' % (upstream_json(head)[:-1], messages)
 
 
 # ---- Models ------------------------------------------------------------------------------------------
@@ -819,7 +815,8 @@ def model_from_info(info: dict) -> Model | None:
 
     released = text("created_at", 10)
     says: dict[str, Any] = {
-        "context": count_in(info, "max_input_tokens") or None, "max_output": count_in(info, "max_tokens") or None,
+        "context": count_of(info.get("max_input_tokens")) or None,
+        "max_output": count_of(info.get("max_tokens")) or None,
         "lifecycle": text("lifecycle"), "retires": text("retires_at", 10),
         "released": released if released != "1970-01-01" else None, "display_name": text("display_name"),
         "structured_outputs": supported("structured_outputs"), "web_search": supported("server_tools", "web_search"),
@@ -837,15 +834,16 @@ class Catalog:
                        if model.lifecycle != "retired"}
         self.aliases = {name.lower(): target.lower() for name, target in aliases}
         self.live = live
+        self._model_by_name = functools.lru_cache(maxsize=1_000)(self._find)
 
     def resolve(self, name: str | None) -> Model:
         """The model that a client means by `name`; a refusal names the nearest ones."""
         plain = (name or "").strip().lower()[:200]      # the patterns are not made for more
         target = self.aliases.get(plain, plain)
-        model = self._claude_model(target) or self.newest(tier_of(target))
+        model = self._model_by_name(target)
         if model is None and "*" in self.aliases:
             target = self.aliases["*"]
-            model = self._claude_model(target) or self.newest(tier_of(target))
+            model = self._model_by_name(target)
         if model is not None:
             return model
         if not name:
@@ -855,6 +853,9 @@ class Catalog:
                       "The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
                       "for every other name.)" %
                       (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
+
+    def _find(self, name: str) -> Model | None:
+        return self._claude_model(name) or self.newest(tier_of(name))
 
     def newest(self, line: str | None) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
@@ -1081,8 +1082,8 @@ class Changes:
         return "; ".join(parts + (["+%d more" % left_out] if left_out else []))
 
     def __str__(self) -> str:
-        return "; ".join("%s %s%s" % (verb, name, " (%s)" % why if why else "")
-                         for (verb, name), why in self.reported.items())
+        return "; ".join(["%s %s%s" % (verb, name, " (%s)" % why if why else "")
+                          for (verb, name), why in self.reported.items()])
 
 
 READ, IGNORED, DROPPED, REFUSED = "read", "ignored", "dropped", "refused"
@@ -1207,7 +1208,7 @@ class ToolNames:
 
     def same(self) -> bool:
         """Whether every tool goes by one name on both sides."""
-        return all(name == other for name, other in self._back.items())
+        return list(self._back) == list(self._back.values())
 
 
 class CallIds:
@@ -1340,7 +1341,8 @@ def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) 
             if free and "cache_control" not in block:
                 block["cache_control"] = dict(mark)
                 free -= 1
-    order_lifetimes(request)
+    if marked_blocks:                               # ours alone share one lifetime
+        order_lifetimes(request)
 
 
 def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
@@ -1843,9 +1845,7 @@ class Subset:
 
 class StrictBudget:
     """What all the strict schemas of one request may have together."""
-
-    def __init__(self) -> None:
-        self.tools = self.optional = self.unions = 0
+    tools = optional = unions = 0                   # so far
 
     def take(self, subset: Subset) -> bool:
         """Whether one more strict schema fits; if so it is counted."""
@@ -1970,11 +1970,11 @@ def tools_from_declared(draft: Draft) -> list[dict]:
     return tools
 
 
-def web_search_tool(fields: dict, model: Model, changes: Changes) -> list[dict]:
+def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
     options = fields.get("web_search_options")
     path = "web_search_options"
-    for where, tool in entries_of(fields.get("tools", []), "tools"):
+    for where, tool in entries:
         if options is None and is_web_search(tool.get("type")):
             options, path = tool, where
     if options is None:
@@ -2099,7 +2099,7 @@ def merged(messages: list[dict]) -> list[dict]:
             kept[-1]["content"] += message["content"]
         else:
             kept.append(message)
-        calls_open = any(block["type"] == "tool_use" for block in message["content"])
+        calls_open = "tool_use" in [block["type"] for block in message["content"]]
     return kept
 
 
@@ -2108,11 +2108,9 @@ class LateSystem(NamedTuple):
     block: dict
 
 
-def user_block(block: Any) -> dict:
-    """A block of a user turn; system text that may not stay a system message is marked as what it is."""
-    if isinstance(block, LateSystem):
-        return dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
-    return block
+def marked_text(block: dict) -> dict:
+    """System text that may not stay a system message, marked as what it is."""
+    return dict(block, text="<system>\n%s\n</system>" % block["text"])
 
 
 class Conversation:
@@ -2192,9 +2190,10 @@ class Conversation:
             before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
             late = self._late_system(turn.blocks, bool(results), before_assistant)
             rest = turn.blocks[:len(turn.blocks) - len(late)]
-            if any(isinstance(block, LateSystem) for block in rest):
+            if LateSystem in map(type, rest):
                 self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
-            blocks = results + [user_block(block) for block in rest]
+                rest = [marked_text(block.block) if isinstance(block, LateSystem) else block for block in rest]
+            blocks = results + rest
             if not blocks and at == 0:
                 blocks = text_blocks(START)
             if blocks:
@@ -2363,8 +2362,8 @@ def max_tokens_from(fields: dict, draft: Draft) -> int:
 
 def explicit_max_tokens(fields: dict) -> int | None:
     """The client's own output limit, if it gave one that means something (0 and -1 mean none)."""
-    wanted = next((fields[name] for name in LIMITS if name in fields), None)
-    return wanted if wanted and wanted > 0 else None
+    limits = [fields[name] for name in LIMITS if name in fields]
+    return limits[0] if limits and limits[0] > 0 else None
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2634,9 +2633,7 @@ def asked_choice(fields: dict, changes: Changes) -> Choice:
 
 def allowed_tools(tools: list[dict], asked: Choice, draft: Draft) -> list[dict]:
     """The tools that the client's choice leaves; web search is no function, and stays."""
-    if asked.allowed is None:
-        return tools
-    allowed = {draft.names.there(name) for name in asked.allowed}
+    allowed = {draft.names.there(name) for name in asked.allowed or ()}
     kept = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
     if tools and not kept:
         raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
@@ -2644,10 +2641,8 @@ def allowed_tools(tools: list[dict], asked: Choice, draft: Draft) -> list[dict]:
     return kept
 
 
-def tool_choice(asked: Choice, fields: dict, tools: list[dict], draft: Draft) -> dict | None:
-    """`tool_choice` of the Messages request; None where it would change nothing."""
-    if not tools:
-        return None
+def tool_choice(asked: Choice, fields: dict, draft: Draft) -> dict | None:
+    """`tool_choice` of a Messages request with tools; None where it would change nothing."""
     if not draft.declared and not draft.search:
         return {"type": "none"}                     # stand-ins for a history's tools: not to be called
     choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
@@ -2765,12 +2760,14 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     add_history(conversation)
     system, messages = conversation.system, conversation.messages()
     asked = asked_choice(fields, draft.changes)
-    tools = allowed_tools(tools, asked, draft) or tools_from_history(messages, draft)
+    if asked.allowed is not None:
+        tools = allowed_tools(tools, asked, draft)
+    tools = tools or tools_from_history(messages, draft)
     request: dict = {"model": draft.model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
     request.update(parameters_from_chat(fields, draft))
     if tools:
         request["tools"] = tools
-    choice = answer_format(request, fields, tool_choice(asked, fields, tools, draft), draft)
+    choice = answer_format(request, fields, tool_choice(asked, fields, draft) if tools else None, draft)
     if choice:
         request["tool_choice"] = choice
     think(request, fields, messages, draft)
@@ -2784,14 +2781,10 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
-    return Translation(request, draft.changes, reply_plan(fields, draft))
-
-
-def reply_plan(fields: dict, draft: Draft) -> ReplyPlan:
-    declared = draft.declared
-    return ReplyPlan(draft.names, uses_functions(fields), [tool.full_name for tool in declared if tool.custom],
-                     {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace},
+    plan = ReplyPlan(draft.names, uses_functions(fields), [tool.full_name for tool in draft.declared if tool.custom],
+                     {tool.full_name: (tool.namespace, tool.name) for tool in draft.declared if tool.namespace},
                      draft.forced_tool, draft.bare_json)
+    return Translation(request, draft.changes, plan)
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
@@ -2808,8 +2801,9 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
         raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
     if not fields["messages"]:
         raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
-    declared = declared_tools(tool_entries(fields), changes)
-    draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall, replay)
+    entries = tool_entries(fields)
+    declared = declared_tools(entries, changes)
+    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall, replay)
     return messages_request(fields, draft, preamble, cache,
                             lambda conversation: add_chat_messages(conversation, fields["messages"], draft))
 
@@ -2835,7 +2829,8 @@ class EventDecoder:
 
     def feed(self, piece: bytes) -> list[dict]:
         """The events that `piece` completes.  Data that is not JSON ends them, see `check`."""
-        self.check()
+        if self._fault:
+            raise self._fault
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
@@ -2940,10 +2935,10 @@ class MessageAssembler:
     def _block_start(self, event: dict) -> None:
         self._join_pieces()
         block = self._block = dict(event["content_block"])
-        must_be = ("type", "id", "name") if block["type"] == "tool_use" else ("type",)
-        may_be = (field for field in ("text", "thinking") if block.get(field) is not None)
-        if not all(isinstance(block[field], str) for field in (*must_be, *may_be)):
-            raise TypeError("a field of a block is no string")
+        texts = ["type", "id", "name"] if block["type"] == "tool_use" else ["type"]
+        for field in texts + [field for field in ("text", "thinking") if block.get(field) is not None]:
+            if not isinstance(block[field], str):
+                raise TypeError("a field of a block is no string")
         if not isinstance(block.get("citations") or [], list):
             raise TypeError("the citations of a block are no list")
         self.message["content"].append(block)
@@ -2985,7 +2980,8 @@ class MessageAssembler:
 
     def _message_stop(self, event: dict) -> None:
         self._join_pieces()
-        if not text_in(self.message, "stop_reason"):
+        reason = self.message.get("stop_reason")
+        if not reason or not isinstance(reason, str):
             raise UpstreamFault("The upstream ended its answer without a stop reason.")
         self.done = True
 
@@ -3061,7 +3057,8 @@ class BareJson:
         return len(text)
 
 
-Render = Callable[[dict], List[dict]]              # an event of Claude's -> what the client gets for it
+# an event of Claude's -> what the client gets for it; None where it gets nothing until the end
+Render = Optional[Callable[[dict], List[dict]]]
 
 
 class PlannedEvents:
@@ -3075,7 +3072,7 @@ class PlannedEvents:
         self._plan = plan
         self._idle = not plan.forced_tool and not plan.bare_json and plan.names.same()
         self.assembler = assembler if self._idle else MessageAssembler()
-        self._bare_json = BareJson()
+        self._bare_json = BareJson() if plan.bare_json else None
         self._kind = ""                             # of the open block, as Claude began it
         self._calling = False                       # whether the forced tool's block is open
 
@@ -3090,7 +3087,7 @@ class PlannedEvents:
 
     def finish(self, render: Render) -> list[dict]:
         """What `render` makes of the text that was held back to the end."""
-        rest = self._bare_json.close() if self._plan.bare_json else ""
+        rest = self._bare_json.close() if self._bare_json else ""
         if not rest:
             return []
         stop = {"type": "content_block_stop"}
@@ -3098,10 +3095,10 @@ class PlannedEvents:
         return self._rendered([*([stop] if self._kind else ()), start, stop], render)
 
     def _rendered(self, events: list[dict], render: Render) -> list[dict]:
-        rendered = []
+        rendered: list[dict] = []
         for event in events:
             self.assembler.feed(event)
-            rendered += render(event)
+            rendered += render(event) if render else ()
         return rendered
 
     def _block_start(self, event: dict) -> list[dict]:
@@ -3128,7 +3125,7 @@ class PlannedEvents:
     def _text(self, text: str, event_with: Callable[[str], dict]) -> list[dict]:
         if self._plan.forced_tool:
             return self._arguments(text) if text else []
-        return [event_with(self._bare_json.feed(text) if self._plan.bare_json else text)]
+        return [event_with(self._bare_json.feed(text) if self._bare_json else text)]
 
     def _arguments(self, text: str) -> list[dict]:
         """The text of an answer whose format forced a tool: the arguments of its call."""
@@ -3154,9 +3151,9 @@ SERVICE_TIERS = {"standard": "default", "priority": "priority", "batch": "batch"
 
 def usage_from_message(usage: dict) -> dict:
     """Claude's counts as OpenAI's: there, the prompt includes what was read from and written to the cache."""
-    read, written = count_in(usage, "cache_read_input_tokens"), count_in(usage, "cache_creation_input_tokens")
-    prompt, completion = count_in(usage, "input_tokens") + read + written, count_in(usage, "output_tokens")
-    thinking = count_in(usage, "output_tokens_details", "thinking_tokens")
+    read, written, uncached, completion = map(count_of, map(usage.get, (
+        "cache_read_input_tokens", "cache_creation_input_tokens", "input_tokens", "output_tokens")))
+    prompt, thinking = uncached + read + written, count_of(value_in(usage, "output_tokens_details", "thinking_tokens"))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
             "completion_tokens_details": {"reasoning_tokens": thinking},
@@ -3164,7 +3161,7 @@ def usage_from_message(usage: dict) -> dict:
 
 
 def with_service_tier(reply: dict, usage: dict) -> dict:
-    tier = SERVICE_TIERS.get(text_in(usage, "service_tier") or "")
+    tier = SERVICE_TIERS.get(str(usage.get("service_tier")))
     return dict(reply, service_tier=tier) if tier else reply
 
 
@@ -3234,7 +3231,7 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
     tool_calls = [tool_call_from_tool_use(block, plan) for block in message["content"] if block["type"] == "tool_use"]
     chat_message: dict = {"role": "assistant", "content": content if content or not tool_calls else None,
                           "refusal": refusal_text(message)}
-    reasoning = "".join(block.get("thinking") or "" for block in message["content"] if block["type"] == "thinking")
+    reasoning = "".join([block.get("thinking") or "" for block in message["content"] if block["type"] == "thinking"])
     if reasoning:
         chat_message["reasoning_content"] = reasoning
     if annotations:
@@ -3505,11 +3502,12 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items += entries_of(items_from_input(fields.get("input")), "input")
-    more_tools = [entry for path, item in items if item.get("type") == "additional_tools"
-                  for entry in entries_of(item.get("tools"), path + ".tools")]
-    declared = declared_tools([*tool_entries(fields), *more_tools], changes)
-    fields["tools"] = fields.get("tools", []) + [tool for _, tool in more_tools]
-    draft = Draft(model, changes, declared, web_search_tool(fields, model, changes), recall, replay)
+    entries = tool_entries(fields)
+    for path, item in items:
+        if item.get("type") == "additional_tools":
+            entries += entries_of(item.get("tools"), path + ".tools")
+    declared = declared_tools(entries, changes)
+    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall, replay)
 
     def add_history(conversation: Conversation) -> None:
         instructions = fields.get("instructions")
@@ -4010,22 +4008,20 @@ class Counters:
             if error_code:
                 self._errors[error_code] += 1
 
-    def add_tokens(self, model_id: str, usage: dict) -> int:
-        """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
-        counts = {"input": count_in(usage, "input_tokens"), "cache_read": count_in(usage, "cache_read_input_tokens"),
-                  "cache_write": count_in(usage, "cache_creation_input_tokens"),
-                  "output": count_in(usage, "output_tokens")}
-        hour_writes = count_in(usage, "cache_creation", "ephemeral_1h_input_tokens")
+    def add_tokens(self, model_id: str, usage: dict, hour_writes: int) -> int:
+        """Counts one answer by its usage in OpenAI's form; the share of all prompts so far that came from the cache,
+        in percent."""
+        read, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
+        counts = {"input": usage["prompt_tokens"] - read - written, "cache_read": read, "cache_write": written,
+                  "output": usage["completion_tokens"]}
         with self._lock:
             tokens = self._tokens.setdefault(model_id if model_id in self._tokens or len(self._tokens) < 200
                                              else "other", collections.Counter())
             tokens.update(counts)
             if model_id in self._tokens:
                 self._hour_writes[model_id] += hour_writes
-            read = sum(tokens["cache_read"] for tokens in self._tokens.values())
-            prompts = sum(tokens["input"] + tokens["cache_read"] + tokens["cache_write"]
-                          for tokens in self._tokens.values())
-            return percent(read, prompts)
+            read = sum([each["cache_read"] for each in self._tokens.values()])
+            return percent(read, read + sum([each["input"] + each["cache_write"] for each in self._tokens.values()]))
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
@@ -5350,6 +5346,7 @@ def shown_proxy(config: Config) -> str:
     return "%s://%s%s" % (proxy.scheme, "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
 
 
+@functools.lru_cache(maxsize=64)
 def bypasses_proxy(config: Config, host: str) -> bool:
     """Whether a host, with or without its port, is asked directly: loopback always, others by NO_PROXY."""
     return is_loopback_host(re.sub(r":\d+$", "", host)) or bool(
@@ -5800,13 +5797,6 @@ class Record:
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
 
-    def add_usage(self, usage: dict) -> None:
-        """Counts one answer of Claude; a legacy completion of several prompts has several."""
-        counts = usage_from_message(usage)
-        self.input_tokens = (self.input_tokens or 0) + counts["prompt_tokens"]
-        self.cached_tokens += counts["prompt_tokens_details"]["cached_tokens"]
-        self.output_tokens += counts["completion_tokens"]
-
 
 @dataclasses.dataclass
 class Incoming:
@@ -5923,11 +5913,10 @@ class Exchange:
 
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""
-        headers = dict(headers_from_claude(self._headers))
-        changes = self.translation.changes.header()
-        return dict(headers, **{CHANGES_HEADER: changes}) if changes else headers
+        headers, changes = headers_from_claude(self._headers), self.translation.changes
+        return dict(headers, **{CHANGES_HEADER: changes.header()}) if changes.reported else headers
 
-    def batches(self, translate: Callable[[dict], List[dict]] | None = None) -> Iterator[Any]:
+    def batches(self, translate: Render) -> Iterator[Any]:
         """What `translate` makes of each event, in batches that arrived together; `assembler` sees them first.
 
         Among them a Wait where there is nothing yet, and NEEDS_THREAD before work that takes time.  An answer that
@@ -5940,7 +5929,7 @@ class Exchange:
             yield NEEDS_THREAD
             self._continue()
         self._count_tokens()
-        self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.whole())
+        self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.message)
         if self._reply and self._reply.complete:    # its connection is free before the client can want another
             self.close()
 
@@ -6030,7 +6019,7 @@ class Exchange:
             LOG.debug("from Claude: %s", message, extra={"payload": message})
             count_tokens(self._gateway, self._incoming.record, self._known.id, message["usage"])
 
-    def _batches_of_stream(self, translate: Callable[[dict], List[dict]] | None) -> Iterator[Any]:
+    def _batches_of_stream(self, translate: Render) -> Iterator[Any]:
         for events in self._event_batches():
             if not isinstance(events, list):        # something to wait for
                 yield events
@@ -6082,9 +6071,14 @@ class Exchange:
 
 
 def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -> None:
-    """Puts the tokens of one answer into the log, the status page and the metrics."""
-    record.add_usage(usage)
-    record.cached_percent_of_all = gateway.counters.add_tokens(model_id, usage)
+    """Adds the tokens of one answer to the log (a legacy completion of several prompts has several), the status page
+    and the metrics."""
+    counts = usage_from_message(usage)
+    record.input_tokens = (record.input_tokens or 0) + counts["prompt_tokens"]
+    record.cached_tokens += counts["cache_read_input_tokens"]
+    record.output_tokens += counts["completion_tokens"]
+    hour_writes = count_of(value_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
+    record.cached_percent_of_all = gateway.counters.add_tokens(model_id, counts, hour_writes)
 
 
 def within_upstream_limit(body: bytes) -> bytes:
@@ -6210,9 +6204,9 @@ def stream_steps(exchange: Exchange, events: PlannedEvents, stream: ChatStream) 
 
 def whole_message(exchange: Exchange, events: PlannedEvents) -> dict:
     """The whole answer, read to its end."""
-    for _ in exchange.call.client.waited(exchange.batches(events.then(lambda event: []))):
+    for _ in exchange.call.client.waited(exchange.batches(events.then(None))):
         pass
-    events.finish(lambda event: [])
+    events.finish(None)
     return events.assembler.whole()
 
 
@@ -6938,6 +6932,7 @@ def named_host(head: Head) -> tuple[str | None, Head]:
     return head.headers.get("host"), head           # HTTP/1.0 may leave it out
 
 
+@functools.lru_cache(maxsize=64)
 def allowed_host(host: str, config: Config) -> tuple[str, bool]:
     """The name in a Host header, and whether it may be this gateway's: a web page's own name never reaches us
     (DNS rebinding)."""
@@ -7012,8 +7007,8 @@ def inflated(body: bytes, encoding: str, limit: int) -> bytes:
 
 
 def cors_headers(head: Head, config: Config) -> dict[str, str]:
-    origin = head.headers.get("origin")
-    if origin is None or not origin_allowed(origin, config):
+    origin = head.headers["origin"]
+    if not origin_allowed(origin, config):
         return {}
     return {"access-control-allow-origin": origin, "vary": "Origin", "access-control-expose-headers": EXPOSED_HEADERS}
 
@@ -7113,11 +7108,14 @@ class RequestCycle:
 
     def _end(self) -> None:
         """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
-        with contextlib.ExitStack() as steps:       # they run from the last to the first
-            steps.callback(self._leave)             # who waits for an idle gateway finds everything counted
-            steps.callback(self._log)
-            steps.callback(self._gateway.body_budget.give, self._reserved)
-            steps.callback(self._held.close)
+        try:
+            self._held.close()
+        finally:
+            self._gateway.body_budget.give(self._reserved)
+            try:
+                self._log()
+            finally:
+                self._leave()                       # who waits for an idle gateway finds everything counted
 
     def _leave(self) -> None:
         if self._entered:
@@ -7275,7 +7273,8 @@ class RequestCycle:
         lines = dict({"server": USER_AGENT, "date": email.utils.formatdate(usegmt=True)}, **headers)
         lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
         self._record.request_id = lines[REQUEST_ID_HEADER]
-        lines.update(cors_headers(self._head, self._config))
+        if "origin" in self._head.headers:
+            lines.update(cors_headers(self._head, self._config))
         lines["connection"] = "keep-alive" if self.keep_alive else "close"
         head = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Unknown"))]
         head += ["%s: %s" % (name, CONTROLS.sub(" ", value)) for name, value in lines.items()]
@@ -7342,7 +7341,7 @@ def tool_of(user_agent: str) -> str:
 
 def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
-    fields = without(vars(record), "started")
+    fields = vars(record)
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
@@ -7810,7 +7809,7 @@ class LogFormatter(logging.Formatter):
                 "%s %s" % (moment, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items()}
+                  for name, value in getattr(record, "fields", {}).items() if name != "started"}
         return json.dumps(dict(fields, **entry))
 
     @staticmethod
