@@ -269,13 +269,6 @@ def duration_until(moment: str) -> str:
     return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
 
 
-def is_address(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(name)
-        return True
-    return False
-
-
 def is_loopback_host(host: str) -> bool:
     """Whether a host name or address literal means this machine."""
     host = host.strip("[]").rstrip(".").lower()
@@ -834,18 +827,17 @@ class Catalog:
                        if model.lifecycle != "retired"}
         self.aliases = {name.lower(): target.lower() for name, target in aliases}
         self.live = live
-        self._model_by_name = functools.lru_cache(maxsize=1_000)(self._find)
+        self._model_by_name = functools.lru_cache(maxsize=1_000)(
+            lambda name: self._claude_model(name) or self.newest(tier_of(name)))
 
     def resolve(self, name: str | None) -> Model:
         """The model that a client means by `name`; a refusal names the nearest ones."""
         plain = (name or "").strip().lower()[:200]      # the patterns are not made for more
-        target = self.aliases.get(plain, plain)
-        model = self._model_by_name(target)
-        if model is None and "*" in self.aliases:
-            target = self.aliases["*"]
+        asked = self.aliases.get(plain, plain)
+        for target in (asked, self.aliases.get("*", asked)):
             model = self._model_by_name(target)
-        if model is not None:
-            return model
+            if model is not None:
+                return model
         if not name:
             raise InvalidRequest("model is required; --alias '*=MODEL' would choose one for requests without it.",
                                  "model", "missing_required_parameter")
@@ -853,9 +845,6 @@ class Catalog:
                       "The model %s does not exist here. Nearest: %s. (--alias '*=MODEL' makes MODEL answer "
                       "for every other name.)" %
                       (json.dumps(target[:100]), ", ".join(self.nearest(target[:100]))), "model")
-
-    def _find(self, name: str) -> Model | None:
-        return self._claude_model(name) or self.newest(tier_of(name))
 
     def newest(self, line: str | None) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
@@ -1056,12 +1045,11 @@ def effort_of(value: Any, path: str) -> str | None:
     return None if effort in ("default", "auto", "") else effort
 
 
+@dataclasses.dataclass
 class Changes:
     """What a translation dropped, clamped, changed or repaired: in order, each thing once, with its reason."""
-
-    def __init__(self) -> None:
-        self.reported: Dict[Tuple[str, str], str] = {}
-        self.ignored: List[str] = []               # fields without any effect on the answer: debug log only
+    reported: Dict[Tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    ignored: List[str] = dataclasses.field(default_factory=list)    # without effect on the answer: debug log only
 
     def add(self, verb: str, name: str, why: str = "") -> None:
         """`verb` is dropped, clamped, changed or repaired; `name` the field or thing."""
@@ -1407,11 +1395,6 @@ def media_type_of(start: bytes) -> str:
 TEXT_NAME = re.compile(r"\.(txt|md|csv|json|xml|html?|ya?ml|log|py|js|ts|c|h|java|go|rs|sh)$")
 
 
-def type_from_name(name: str) -> str:
-    """The media type that a file name claims, as far as text goes."""
-    return "text/plain" if TEXT_NAME.search(name.lower()) else ""
-
-
 def titled(block: dict, title: str) -> dict:
     return dict(block, title=title[:500]) if title.strip() else block
 
@@ -1536,7 +1519,7 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
         data, path = text_of(file["file_data"], path + ".file_data"), path + ".file_data"
         if data.startswith("data:"):
             return blocks_from_url(data, title, path, draft)
-        return blocks_from_base64(data, type_from_name(title), title, path, draft)
+        return blocks_from_base64(data, "text/plain" if TEXT_NAME.search(title.lower()) else "", title, path, draft)
     for name in ("file_url", "document_url"):
         if file.get(name) is not None:
             url = text_of(file[name], path + "." + name)
@@ -2021,14 +2004,15 @@ class Call:
         self.result: Optional[dict] = None
 
 
+@dataclasses.dataclass
 class Turn:
     """One turn in the making: neighbours of the same role become one."""
-
-    def __init__(self, role: str) -> None:
-        self.role = role
-        self.blocks: List[Any] = []                 # of a user turn: LateSystem, and all but the tool results
-        self.calls: List[Call] = []
-        self.waiting: Dict[str, Deque[Call]] = {}   # calls that may lack a result, by name, and all of them by ""
+    role: str
+    # of a user turn: LateSystem, and all but the tool results
+    blocks: List[Any] = dataclasses.field(default_factory=list)
+    calls: List[Call] = dataclasses.field(default_factory=list)
+    # calls that may lack a result, by name, and all of them by ""
+    waiting: Dict[str, Deque[Call]] = dataclasses.field(default_factory=dict)
 
 
 def closed(fragment: str) -> str:
@@ -2073,21 +2057,12 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
     return {"_raw": arguments}
 
 
-def tool_text(content: Any) -> str:
-    """The content of a tool message that is neither a string nor a list of parts, as text."""
-    return "" if content is None else json.dumps(content, ensure_ascii=False)
-
-
 def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
     """Whether a remembered answer is what the client sends back, so that it may be replayed as it was."""
     def gist(some: list[dict]) -> tuple:
         return ("".join(block["text"] for block in some if block["type"] == "text").strip(),
                 [(block["id"], block["name"], block["input"]) for block in some if block["type"] == "tool_use"])
     return gist(earlier) == gist(blocks)
-
-
-def has_server_blocks(blocks: list[dict]) -> bool:
-    return any(block["type"] not in ("text", "thinking", "redacted_thinking", "tool_use") for block in blocks)
 
 
 def merged(messages: list[dict]) -> list[dict]:
@@ -2157,7 +2132,8 @@ class Conversation:
         if call and call.turn is not latest:
             self._draft.changes.add("repaired", path, "a late result moved up to its call")
         user = self._turn("user")
-        content = content if isinstance(content, (str, list)) else tool_text(content)
+        if not isinstance(content, (str, list)):
+            content = "" if content is None else json.dumps(content, ensure_ascii=False)
         if call is None:
             self._draft.changes.add("repaired", path, "a result without its call, kept as text")
             user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id"))
@@ -2227,8 +2203,9 @@ class Conversation:
         """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
         earlier = self._draft.recall([call.raw_id for call in turn.calls]) if turn.calls else None
         plain = [block for block in turn.blocks if block["type"] not in ("thinking", "redacted_thinking")]
+        of_any_answer = {"text", "thinking", "redacted_thinking", "tool_use"}       # the others are of the web search
         if not earlier or len(plain) < len(turn.blocks) or not same_answer(earlier, plain) \
-                or has_server_blocks(earlier) and not self._draft.search:
+                or {block["type"] for block in earlier} - of_any_answer and not self._draft.search:
             return turn.blocks
         mark = turn.blocks[-1].get("cache_control")
         return marked(earlier, {"cache_control": mark})
@@ -2332,9 +2309,7 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
 
 
 def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
-    """Makes the last turn one that the model accepts: a user's, or a prefill where it allows one."""
-    if messages[-1]["role"] != "assistant":
-        return
+    """After a last turn of the assistant: a prefill where the model allows one, else another turn of the user's."""
     thinking = request.get("thinking", {}).get("type", "disabled")
     if draft.model.prefill and thinking == "disabled" and "format" not in request.get("output_config", {}):
         last = messages[-1]["content"][-1]
@@ -2771,7 +2746,8 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     if choice:
         request["tool_choice"] = choice
     think(request, fields, messages, draft)
-    end_turn(messages, request, draft)
+    if messages[-1]["role"] == "assistant":
+        end_turn(messages, request, draft)
     if preamble or system:
         request["system"] = [*(dict(block) for block in preamble), *system]
     request["messages"] = messages
@@ -2804,8 +2780,8 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
     entries = tool_entries(fields)
     declared = declared_tools(entries, changes)
     draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall, replay)
-    return messages_request(fields, draft, preamble, cache,
-                            lambda conversation: add_chat_messages(conversation, fields["messages"], draft))
+    return messages_request(fields, draft, preamble, cache, functools.partial(
+        add_chat_messages, chat_messages=fields["messages"], draft=draft))
 
 
 # ---- Events ------------------------------------------------------------------------------------------
@@ -3839,6 +3815,7 @@ class Answers:
     def __init__(self) -> None:
         self._answers = Bounded(20_000, 64_000_000)
         self._unbound = Bounded(10_000)             # conversations whose signatures did not hold once
+        self.all_bound = True                       # there is none: nothing has to be looked up
 
     def remember(self, owner: str, model_id: str, message: dict) -> None:
         """Keeps an answer that has tool calls and something that a client would lose of it."""
@@ -3855,6 +3832,7 @@ class Answers:
 
     def forget_thinking(self, conversation: str) -> None:
         """From now on nothing is replayed in this conversation."""
+        self.all_bound = False
         self._unbound.put(conversation, True)
 
     def may_replay(self, conversation: str) -> bool:
@@ -3914,7 +3892,7 @@ class ModelList:
         with self._lock:
             if time.monotonic() < self._next_fetch:
                 return
-            self._next_fetch = time.monotonic() + MODELS_LIFETIME
+            self._next_fetch = time.monotonic() + 60        # if this one fails
         threading.Thread(target=self._run, name="models", daemon=True).start()
 
     def catalog(self) -> Catalog:
@@ -3928,13 +3906,10 @@ class ModelList:
             entries = self._fetch()
             if entries:
                 self._catalog = catalog_from_entries(entries, self._aliases)
-            else:
-                self._next_fetch = time.monotonic() + 60
+                self._next_fetch = time.monotonic() + MODELS_LIFETIME
         except GatewayError as fault:
-            self._next_fetch = time.monotonic() + 60
             LOG.info("no model list from the upstream (%s): using the built-in table", fault)
         except Exception as failure:                # nobody above this thread would report it
-            self._next_fetch = time.monotonic() + 60
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
             self._first.set()
@@ -4009,8 +3984,7 @@ class Counters:
                 self._errors[error_code] += 1
 
     def add_tokens(self, model_id: str, usage: dict, hour_writes: int) -> int:
-        """Counts one answer by its usage in OpenAI's form; the share of all prompts so far that came from the cache,
-        in percent."""
+        """Counts an answer by its usage in OpenAI's form; the percentage of all prompts that came from the cache."""
         read, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
         counts = {"input": usage["prompt_tokens"] - read - written, "cache_read": read, "cache_write": written,
                   "output": usage["completion_tokens"]}
@@ -5151,7 +5125,7 @@ class UpstreamReply:
     def __init__(self, connection: UpstreamConnection, head: UpstreamHead, call: UpstreamCall,
                  give_back: Callable[[], None] | None) -> None:
         self._connection, self._call, self._give_back = connection, call, give_back
-        self._framing = head.framing()
+        self.framing = head.framing()
         self._closed = False
         self.status, self.headers = head.status, head.headers
         self.is_stream = self.headers.get("content-type", "").lower().startswith("text/event-stream")
@@ -5160,13 +5134,9 @@ class UpstreamReply:
             raise UpstreamFault("The upstream answered in an encoding that nobody asked for: %s." % encoding)
         self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
 
-    @property
-    def complete(self) -> bool:
-        return self._framing.done
-
     def pieces(self) -> Iterator[Any]:
         """The body as it arrives, a Wait where there is nothing yet.  Raises UpstreamFault when it breaks off."""
-        framing, connection, wait = self._framing, self._connection, None
+        framing, connection, wait = self.framing, self._connection, None
         try:
             while not framing.done:
                 data = connection.read()
@@ -5201,9 +5171,9 @@ class UpstreamReply:
         if self._closed:                            # given back twice, it would serve two requests at once
             return
         self._closed = True
-        if answered and not self._framing.done:
+        if answered and not self.framing.done:
             self._read_on(time.monotonic() + 0.2)
-        if self._give_back and self._framing.done and not self._framing.surplus:
+        if self._give_back and self.framing.done and not self.framing.surplus:
             self._give_back()
         else:
             self._connection.close()
@@ -5238,6 +5208,9 @@ class Upstream:
 
         A failure that may pass is retried once, as nothing has been sent to the client yet.
         """
+        if len(body) > MAX_UPSTREAM_BODY:
+            raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts up "
+                          "to 32 MB." % (len(body) / 1e6))
         headers = {"anthropic-version": version, "content-type": "application/json"}
         while True:
             try:
@@ -5876,8 +5849,9 @@ class Exchange:
         self._translate_body = translate
         self._known = gateway.lessons.apply(model)
         self._lesson: Optional[dict] = None
-        self._conversation = conversation_key(incoming.owner, history)
-        self._replay = gateway.answers.may_replay(self._conversation)
+        self.history = history
+        self._replay = gateway.answers.all_bound or \
+            gateway.answers.may_replay(conversation_key(incoming.owner, history))
         self._images: Dict[str, Tuple[str, str]] = {}
         self._inline = ""                           # Claude's message, once images by address have been refused
         self._reply: Optional[UpstreamReply] = None
@@ -5910,7 +5884,6 @@ class Exchange:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
             return
 
-
     def headers(self) -> dict[str, str]:
         """The headers of the reply: what Claude's answer and the translation have to tell."""
         headers, changes = headers_from_claude(self._headers), self.translation.changes
@@ -5930,7 +5903,7 @@ class Exchange:
             self._continue()
         self._count_tokens()
         self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.message)
-        if self._reply and self._reply.complete:    # its connection is free before the client can want another
+        if self._reply and self._reply.framing.done:    # its connection is free before the client can want another
             self.close()
 
     def close(self) -> None:
@@ -5943,7 +5916,15 @@ class Exchange:
     def translate(self) -> Translation:
         """The request as it would be sent now."""
         translation = self._translated(replace(self._known, **self._lesson) if self._lesson else self._known)
-        self._inline_images(translation.request["messages"])
+        size = 0
+        for source in url_sources(translation.request["messages"]):
+            if self._inline or source["url"].lower().startswith("http:"):       # Claude cannot fetch it
+                self.call.client.pause(0)           # a client that has left wants no more of them
+                self._inline_image(source)
+                size += len(source["data"])
+                if size > MAX_UPSTREAM_BODY:
+                    raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
+                                  "Claude accepts up to 32 MB in one request.")
         return translation
 
     def _translated(self, model: Model) -> Translation:
@@ -5955,18 +5936,6 @@ class Exchange:
         if self._incoming.surrogates_replaced:
             translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
         return translation
-
-    def _inline_images(self, messages: list[dict]) -> None:
-        """Fetches the images that Claude cannot, as long as they fit into a request and the client is there."""
-        size = 0
-        for source in url_sources(messages):
-            if self._inline or source["url"].lower().startswith("http:"):
-                self.call.client.pause(0)           # a client that has left wants no more of them
-                self._inline_image(source)
-                size += len(source["data"])
-                if size > MAX_UPSTREAM_BODY:
-                    raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
-                                  "Claude accepts up to 32 MB in one request.")
 
     def _inline_image(self, source: dict) -> None:
         """An image by address becomes one by its bytes."""
@@ -5984,9 +5953,8 @@ class Exchange:
         source.update(type="base64", media_type=media_type, data=data)
 
     def _send(self, request: dict) -> None:
-        body = within_upstream_limit(messages_request_json(request))
         LOG.debug("to Claude: %s", request, extra={"payload": request})
-        self._reply = self._gateway.upstream.messages(body, self.call,
+        self._reply = self._gateway.upstream.messages(messages_request_json(request), self.call,
                                                       (FAST_MODE_BETA,) if "speed" in request else ())
         self._headers = self._reply.headers
         self._incoming.record.request_id = self._headers.get("request-id", "")
@@ -5997,20 +5965,16 @@ class Exchange:
             return False
         if ABOUT_THINKING.match(str(refusal)) and has_thinking(self.translation.request["messages"]):
             self._replay = False
-            self._gateway.answers.forget_thinking(self._conversation)
+            self._gateway.answers.forget_thinking(conversation_key(self._incoming.owner, self.history))
             return True
         lesson = lesson_from_refusal(self._known, refusal) if self._lesson is None else None
-        if lesson and self._matters(lesson):
-            self._lesson = lesson
+        if lesson and self._translated(replace(self._known, **lesson)).request != self._translated(self._known).request:
+            self._lesson = lesson                   # otherwise the refusal means something else
             return True
         if not self._inline and any(url_sources(self.translation.request["messages"])):
             self._inline = str(refusal)
             return True
         return False
-
-    def _matters(self, lesson: dict) -> bool:
-        """Whether a lesson would make another request of this one; if not, the refusal means something else."""
-        return self._translated(replace(self._known, **lesson)).request != self._translated(self._known).request
 
     def _count_tokens(self) -> None:
         if self.assembler.message and not self._counted:
@@ -6081,14 +6045,6 @@ def count_tokens(gateway: Gateway, record: Record, model_id: str, usage: dict) -
     record.cached_percent_of_all = gateway.counters.add_tokens(model_id, counts, hour_writes)
 
 
-def within_upstream_limit(body: bytes) -> bytes:
-    """A body for Claude, of a size that it accepts."""
-    if len(body) > MAX_UPSTREAM_BODY:
-        raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts up to "
-                      "32 MB." % (len(body) / 1e6))
-    return body
-
-
 def conversation_key(owner: str, history: Sequence[Any]) -> str:
     """What stays the same from turn to turn: the client and its first user message."""
     first = next((each for each in history if isinstance(each, dict) and each.get("role") == "user"), {})
@@ -6126,16 +6082,12 @@ def events_from_body(body: bytes) -> list[dict]:
         events = decoder.feed(body)
         decoder.check()
         return events + decoder.close()
-    return events_from_message(checked_message(json_object_from(body)))
-
-
-def checked_message(message: dict) -> dict:
-    """A JSON answer that is a message; an error in a 200 is raised like any other."""
+    message = json_object_from(body)
     if message.get("type") == "error" and isinstance(message.get("error"), dict):
         raise ClaudeError(200, message["error"])
     if not isinstance(message.get("content"), list):
         raise UpstreamFault("The upstream answered with JSON that is not a message.")
-    return message
+    return events_from_message(message)
 
 
 def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) -> ClaudeError:
@@ -6158,7 +6110,7 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
     include_usage = wants_usage(incoming.body)
-    exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
+    exchange = exchange_for(gateway, incoming)
     exchange.open()
     plan = exchange.translation.plan
     events = PlannedEvents(plan, exchange.assembler)
@@ -6171,7 +6123,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
 
 
-def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> Exchange:
+def exchange_for(gateway: Gateway, incoming: Incoming) -> Exchange:
     """The exchange for a body in either of OpenAI's shapes: some tools post one to the path of the other."""
     body, record = incoming.body, incoming.record
     asked = optional(text_of, body.get("model"), "model")
@@ -6179,9 +6131,10 @@ def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] =
     model = gateway.models.catalog().resolve(asked)
     record.used = model.id
     if is_responses_body(body):
-        history = [*earlier, *items_from_input(body.get("input"))]
+        earlier = earlier_items(gateway, incoming)
         return Exchange(gateway, incoming, model, functools.partial(messages_request_from_responses, body,
-                                                                    earlier=earlier), history)
+                                                                    earlier=earlier),
+                        [*earlier, *items_from_input(body.get("input"))])
     chat_messages = body.get("messages")
     return Exchange(gateway, incoming, model, functools.partial(messages_request_from_chat, body),
                     chat_messages if isinstance(chat_messages, list) else [])
@@ -6213,8 +6166,7 @@ def whole_message(exchange: Exchange, events: PlannedEvents) -> dict:
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses: a response, or its stream of events."""
     body = incoming.body
-    earlier = earlier_items(gateway, incoming)
-    exchange = exchange_for(gateway, incoming, earlier)
+    exchange = exchange_for(gateway, incoming)
     exchange.open()
     envelope = response_envelope("resp_" + secrets.token_hex(16), int(time.time()), body)
     include = body.get("include")
@@ -6222,7 +6174,7 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     plan = exchange.translation.plan
     events = PlannedEvents(plan, exchange.assembler)
     stream = ResponseStream(envelope, plan, events.assembler, encrypted)
-    steps = response_steps(gateway, incoming, exchange, events, stream, earlier)
+    steps = response_steps(gateway, incoming, exchange, events, stream)
     if incoming.record.stream:
         return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
     for _ in incoming.call.client.waited(steps):
@@ -6231,21 +6183,20 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 def response_steps(gateway: Gateway, incoming: Incoming, exchange: Exchange, events: PlannedEvents,
-                   stream: ResponseStream, earlier: Sequence[dict]) -> Iterator[Any]:
+                   stream: ResponseStream) -> Iterator[Any]:
     """The steps of a response, which is stored before its end is sent: a client may continue it at once."""
-    body = incoming.body
     yield from exchange.batches(events.then(stream.feed))
     last_events = events.finish(stream.feed) + stream.finish()
-    if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
+    if optional(boolean_of, incoming.body.get("store"), "store", True) and is_responses_body(incoming.body):
         yield NEEDS_THREAD                          # a long history takes a while to write down
-        gateway.responses.put(incoming.owner, stream.response, [*earlier, *items_from_input(body.get("input"))])
+        gateway.responses.put(incoming.owner, stream.response, exchange.history)
     yield last_events
 
 
 def earlier_items(gateway: Gateway, incoming: Incoming) -> list[dict]:
     """The items of the response that `previous_response_id` names: what led to it, and what it said."""
     response_id = incoming.body.get("previous_response_id")
-    if response_id is None or not is_responses_body(incoming.body):
+    if response_id is None:
         return []
     stored = gateway.responses.get(incoming.owner, text_of(response_id, "previous_response_id"))
     if stored is None:
@@ -6296,11 +6247,10 @@ def listed_item(item: dict, name: str) -> dict:
 
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/input_tokens, by Claude's own count."""
-    exchange = exchange_for(gateway, incoming, earlier_items(gateway, incoming))
+    exchange = exchange_for(gateway, incoming)
     request = without(exchange.translate().request, "max_tokens", "stream", "temperature", "top_p", "top_k",
                       "stop_sequences", "metadata", "service_tier", "speed")
-    reply = gateway.upstream.messages(within_upstream_limit(messages_request_json(request)), incoming.call,
-                                      path="/v1/messages/count_tokens")
+    reply = gateway.upstream.messages(messages_request_json(request), incoming.call, path="/v1/messages/count_tokens")
     incoming.held.callback(reply.close)
     return Reply({"object": "response.input_tokens",
                   "input_tokens": json_object_from(reply.read()).get("input_tokens")})
@@ -6485,11 +6435,10 @@ def native_marks(value: Any) -> Iterator[dict]:
 def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> Reply:
     """The call, with the client's version and betas; what Claude answers goes back as it is."""
     betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
-    data = within_upstream_limit(upstream_json(body))
     LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(
-        data, incoming.call, [beta for beta in betas if beta and not beta.startswith("oauth-")],
+        upstream_json(body), incoming.call, [beta for beta in betas if beta and not beta.startswith("oauth-")],
         path + beta_query, incoming.headers.get("anthropic-version", ANTHROPIC_VERSION))
     incoming.record.request_id = reply.headers.get("request-id", "")
     headers = dict(headers_for_anthropic(reply.headers),
@@ -6636,9 +6585,7 @@ def number_or_none(text: str | None) -> float | None:
 def moment_of(text: str) -> int | None:
     """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
     number = number_or_none(text)
-    if number is not None:
-        return int(number)
-    return unix_time(text)
+    return unix_time(text) if number is None else int(number)
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6895,6 +6842,7 @@ NATIVE = {"/messages", "/messages/count_tokens"}                # whose errors a
 LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?\Z")
 
 
+@functools.lru_cache(maxsize=64)
 def route_of(target: str) -> tuple[str, str]:
     """The path that decides, and the argument behind it: with or without /v1, also doubled; // and a last / do not
     matter."""
@@ -6941,7 +6889,9 @@ def allowed_host(host: str, config: Config) -> tuple[str, bool]:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
     allowed = {"host.docker.internal", config.host.lower(), *(entry.lower() for entry in config.allow_host)}
-    return name, is_loopback_host(name) or is_address(name) or name in allowed
+    with contextlib.suppress(ValueError):           # an address is nobody's domain
+        return name, bool(ipaddress.ip_address(name))
+    return name, is_loopback_host(name) or name in allowed
 
 
 def origin_allowed(origin: str, config: Config) -> bool:
@@ -7108,12 +7058,17 @@ class RequestCycle:
 
     def _end(self) -> None:
         """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
+        record = self._record
         try:
             self._held.close()
         finally:
             self._gateway.body_budget.give(self._reserved)
+            record.total_ms = record.elapsed_ms()
             try:
-                self._log()
+                if record.method:
+                    self._gateway.counters.add_request(record.route, record.status, record.total_ms / 1000,
+                                                       record.error_code)
+                    log_request_record(record, self._config)
             finally:
                 self._leave()                       # who waits for an idle gateway finds everything counted
 
@@ -7121,13 +7076,6 @@ class RequestCycle:
         if self._entered:
             self._entered = False
             self._gateway.running.leave()
-
-    def _log(self) -> None:
-        self._record.total_ms = self._record.elapsed_ms()
-        if self._record.method:
-            self._gateway.counters.add_request(self._record.route, self._record.status, self._record.total_ms / 1000,
-                                               self._record.error_code)
-            log_request_record(self._record, self._config)
 
     # -- answering
 
