@@ -248,7 +248,7 @@ def masked(text: str, secrets_known: Iterable[str]) -> str:
             if not SAME_IN_JSON.match(secret):
                 for form in (json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
                     text = text.replace(form[1:-1], "***")
-    return SECRET_SHAPES.sub("***", text)
+    return SECRET_SHAPES.sub("***", text) if "sk-ant-" in text or "earer " in text else text
 
 
 def unix_time(moment: str) -> int | None:
@@ -651,22 +651,37 @@ def json_object_from(body: bytes) -> dict:
     return value
 
 
-# Nearly every event is one of these, without escapes in its text: 0.7 us to read like this, 1.6 us as any JSON.
-TEXT_DELTA = re.compile(rb'\{"type": ?"content_block_delta", ?"index": ?(\d{1,9}), ?"delta": ?'
-                        rb'\{"type": ?"text_delta", ?"text": ?"([^"\\\x00-\x1f]*)" *\} *\} *\Z')
+EVENT_JSON = json.JSONDecoder()                     # json.loads takes twice as long for a short event
+# Nearly every event is one of these: what comes before its text, the index in that, the text, and what follows.
+TEXT_DELTA = re.compile(rb'(event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
+                        rb'(0|[1-9]\d{0,8}), ?"delta": ?\{"type": ?"text_delta", ?"text": ?")'
+                        rb'([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)(" *\} *\} *\n\n)')
+
+
+def event_from_text_deltas(data: bytes) -> dict | None:
+    """Events that are text deltas of one block and nothing else, as one, in a tenth of the time; None for others."""
+    found = TEXT_DELTA.findall(data)
+    if not found:
+        return None
+    before, indexes, texts, after = zip(*found)
+    text = b"".join(texts)
+    if len(set(before)) > 1 or len(before[0]) * len(found) + len(text) + sum(map(len, after)) < len(data):
+        return None                                 # another block, or something in between
+    try:
+        words = json.loads((b'"%s"' % text).decode("utf-8")) if b"\\" in text else text.decode("utf-8")
+    except ValueError:                              # one of them is at fault
+        return None
+    return {"type": "content_block_delta", "index": int(indexes[0]), "delta": {"type": "text_delta", "text": words}}
 
 
 def event_from_data(data: bytes) -> dict:
     """The data of one event of a Messages API stream.  Raises UpstreamFault."""
-    match = TEXT_DELTA.match(data)
     try:
-        if match:
-            return {"type": "content_block_delta", "index": int(match.group(1)),
-                    "delta": {"type": "text_delta", "text": match.group(2).decode("utf-8")}}
-        event = json.loads(data.decode("utf-8"))
+        text = data.decode("utf-8").strip(" \t\n\r")
+        event, end = EVENT_JSON.raw_decode(text)
     except (ValueError, RecursionError):
         event = None
-    if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+    if not isinstance(event, dict) or end < len(text) or not isinstance(event.get("type"), str):
         raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API.")
     return event
 
@@ -2794,9 +2809,12 @@ class EventDecoder:
 
     Lines end in CR, LF or CRLF, and only there: U+2028 and the like are text.  Any cut of the bytes gives the
     same events.  The `event:` line repeats the `type` inside the data, so it is not needed.
+
+    `joining`: text deltas that come together, and nothing between them, are one event.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, joining: bool = False) -> None:
+        self._joining = joining
         self._rest: List[bytes] = []                # the pieces of an unfinished line
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
@@ -2816,6 +2834,11 @@ class EventDecoder:
         if self._at_start:
             text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
         self._skip_newline = text[-1:] == b"\r"
+        end = text.rfind(b"\n\n") + 2
+        event = event_from_text_deltas(text[:end]) if self._joining and not self._data else None
+        if event:
+            self._rest = [text[end:]]
+            return [event]
         lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
         self._rest = [lines.pop()]
         events: list[dict] = []
@@ -4818,6 +4841,7 @@ def body_length(head: Head) -> int | None:
 class BodyFraming:
     """Where the body of an answer ends (RFC 9112, 6.3): bytes of the connection in, bytes of the body out."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\Z")
+    USUAL = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")   # before the one chunk that most reads bring
     LONGEST_LINE = 65_536
 
     def __init__(self, chunked: bool, length: int | None) -> None:
@@ -4851,6 +4875,14 @@ class BodyFraming:
     def _from_chunks(self, data: bytes) -> bytes:
         """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
         data, at = self.rest + data if self.rest else data, 0
+        size_line = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
+        if size_line:
+            end = size_line.end() + int(size_line.group(1), 16)
+            if len(data) == end + 2 and data.endswith(b"\r\n") and end > size_line.end():
+                self.rest = b""
+                self._begin_chunk(end - size_line.end())
+                self._left, self._in_chunk = 0, False
+                return data[size_line.end():end]
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
             if self._left:
@@ -4883,8 +4915,11 @@ class BodyFraming:
             match = self.SIZE.match(line)
             if not match:
                 raise self._fault("a chunk without a size")
-            self._left = int(match.group(1), 16)
-            self._in_chunk, self._in_trailers = self._left > 0, self._left == 0
+            self._begin_chunk(int(match.group(1), 16))
+
+    def _begin_chunk(self, size: int) -> None:
+        self._left = size
+        self._in_chunk, self._in_trailers = size > 0, size == 0
 
     def _fault(self, what: str) -> GatewayError:
         return UpstreamFault("The upstream sent %s." % what)
@@ -4912,10 +4947,12 @@ class RequestFraming(BodyFraming):
         super()._line(line)
         if self._trailers == MAX_HEADERS and not self.done:
             raise self._fault("too many trailers")
-        if self._in_chunk and self._left:           # the size of a chunk that begins
-            self._room -= self._left
-            if self._room < 0:
-                raise self._too_large()
+
+    def _begin_chunk(self, size: int) -> None:
+        super()._begin_chunk(size)
+        self._room -= size
+        if self._room < 0:
+            raise self._too_large()
 
     def _fault(self, what: str) -> GatewayError:
         return InvalidRequest("The body has %s." % what, code="bad_framing")
@@ -6011,7 +6048,8 @@ class Exchange:
             yield NEEDS_THREAD
             yield events_from_body(self._reply.read())
             return
-        decoder = EventDecoder()
+        # who asks for obfuscation wants to see every delta
+        decoder = EventDecoder(value_in(self._incoming.body, "stream_options", "include_obfuscation") is not True)
         for piece in self._reply.pieces():
             if isinstance(piece, Wait):
                 yield piece
@@ -6459,7 +6497,7 @@ class PassingUsage:
     """Reads the token counts of a native answer from the bytes that pass by; whatever it cannot read it leaves."""
 
     def __init__(self, is_stream: bool) -> None:
-        self._decoder = EventDecoder() if is_stream else None
+        self._decoder = EventDecoder(joining=True) if is_stream else None
         self._usage: dict = {}
         self._body: List[bytes] = []
         self._size = 0
