@@ -1354,7 +1354,7 @@ def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
-    asked = next((at for at in range(last, 0, -1) if messages[at]["role"] == "assistant"), 0)
+    asked = max([at for at in range(1, last + 1) if messages[at]["role"] == "assistant"], default=0)
     for at in dict.fromkeys((last, asked - 1)):
         if at >= 0:
             block = messages[at]["content"][-1]
@@ -2098,11 +2098,6 @@ class LateSystem(NamedTuple):
     block: dict
 
 
-def marked_text(block: dict) -> dict:
-    """System text that may not stay a system message, marked as what it is."""
-    return dict(block, text="<system>\n%s\n</system>" % block["text"])
-
-
 class Conversation:
     """A history in the making: messages, calls and results as a client sends them go in; they come out paired,
     ordered and merged as the Messages API demands.  A `path` says where in the request something stands."""
@@ -2183,7 +2178,8 @@ class Conversation:
             rest = turn.blocks[:len(turn.blocks) - len(late)]
             if LateSystem in map(type, rest):
                 self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
-                rest = [marked_text(block.block) if isinstance(block, LateSystem) else block for block in rest]
+                rest = [dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
+                        if isinstance(block, LateSystem) else block for block in rest]
             blocks = results + rest
             if not blocks and at == 0:
                 blocks = text_blocks(START)
@@ -3523,12 +3519,6 @@ RESPONSE_ECHOES: Dict[str, Any] = {
     "parallel_tool_calls": True, "max_output_tokens": None, "previous_response_id": None, "store": True,
     "truncation": "disabled", "user": None, "reasoning": {"effort": None, "summary": None},
     "text": {"format": {"type": "text"}}}
-
-
-def response_envelope(response_id: str, created: int, body: dict) -> dict:
-    """What is the same in every event of a response: its id, its time, and the request's own fields."""
-    echoes = {name: default if body.get(name) is None else body[name] for name, default in RESPONSE_ECHOES.items()}
-    return dict({"id": response_id, "object": "response", "created_at": created, "background": False}, **echoes)
 
 
 def responses_usage(usage: dict) -> dict:
@@ -6000,7 +5990,9 @@ class Exchange:
         """Whether something about the request was changed that the refusal names."""
         if refusal.upstream_status != 400 or refusal.code in FINAL_CODES | {"context_length_exceeded"}:
             return False
-        if ABOUT_THINKING.match(str(refusal)) and has_thinking(self.translation.request["messages"]):
+        messages = self.translation.request["messages"]
+        kinds = {block["type"] for message in messages for block in message["content"]}
+        if ABOUT_THINKING.match(str(refusal)) and kinds & {"thinking", "redacted_thinking"}:
             self._replay = False
             self._gateway.answers.forget_thinking(conversation_key(self._incoming.owner, self.history))
             return True
@@ -6008,7 +6000,7 @@ class Exchange:
         if lesson and self._translated(replace(self._known, **lesson)).request != self._translated(self._known).request:
             self._lesson = lesson                   # otherwise the refusal means something else
             return True
-        if not self._inline and any(url_sources(self.translation.request["messages"])):
+        if not self._inline and any(url_sources(messages)):
             self._inline = str(refusal)
             return True
         return False
@@ -6096,11 +6088,6 @@ def excerpt_of(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: excerpt_of(member) for name, member in value.items()}
     return [excerpt_of(member) for member in value[:50]] if isinstance(value, list) else value
-
-
-def has_thinking(messages: list[dict]) -> bool:
-    return any(block["type"] in ("thinking", "redacted_thinking") for message in messages
-               for block in message["content"])
 
 
 def url_sources(messages: list[dict]) -> Iterator[dict]:
@@ -6206,7 +6193,9 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
     body = incoming.body
     exchange = exchange_for(gateway, incoming)
     exchange.open()
-    envelope = response_envelope("resp_" + secrets.token_hex(16), int(time.time()), body)
+    echoes = {name: default if body.get(name) is None else body[name] for name, default in RESPONSE_ECHOES.items()}
+    envelope = dict({"id": "resp_" + secrets.token_hex(16), "object": "response", "created_at": int(time.time()),
+                     "background": False}, **echoes)
     include = body.get("include")
     encrypted = isinstance(include, list) and ENCRYPTED_REASONING in include
     plan = exchange.translation.plan
