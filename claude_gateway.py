@@ -659,7 +659,7 @@ TEXT_DELTA = re.compile(rb'(event: content_block_delta\ndata: \{"type": ?"conten
 
 
 def event_from_text_deltas(data: bytes) -> dict | None:
-    """Events that are text deltas of one block and nothing else, as one, in a tenth of the time; None for others."""
+    """Events that are text deltas of one block and nothing else, as one; None for all others."""
     found = TEXT_DELTA.findall(data)
     if not found:
         return None
