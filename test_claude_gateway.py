@@ -5044,6 +5044,12 @@ class HotPathTests(unittest.TestCase):
                     self.assertEqual(events, one_by_one)
                     self.assertRaises(claude_gateway.UpstreamFault, joining.check)
 
+    def test_a_long_answer_of_joined_text_deltas_is_no_long_event(self):
+        decoder = claude_gateway.EventDecoder(joining=True)
+        data = sse([{"type": "content_block_delta", "index": 0,
+                     "delta": {"type": "text_delta", "text": "x" * (claude_gateway.MAX_UPSTREAM_BODY // 4)}}])
+        self.assertEqual([len(decoder.feed(data)) for _ in range(6)], [1] * 6)
+
     def test_text_deltas_that_are_no_json_are_refused(self):
         good = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}'
         for data in (good[:-1], good + b"}", good.replace(b"Hi", b"H\x01i"), good.replace(b"Hi", b'H"i'),

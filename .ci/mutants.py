@@ -554,6 +554,8 @@ MUTANTS = (
     Mutant("stream: only what stands side by side is joined", " + sum(map(len, after)) < len(data):", " < 0:",
            "HotPathTests"),
     Mutant("stream: only deltas of one block are joined", "if len(set(before)) > 1 or ", "if ", "HotPathTests"),
+    Mutant("stream: joined text is no long event", "self._rest, self._held = [text[end:]], len(text) - end",
+           "self._rest = [text[end:]]", "HotPathTests"),
     Mutant("stream: obfuscation keeps deltas apart", '"include_obfuscation") is not True)',
            '"include_obfuscation") or True)', "StreamFramingTests"),
     Mutant("shutdown: no request on an open connection", "if self.draining or self.count >= self._most:",
