@@ -5005,6 +5005,52 @@ class HotPathTests(unittest.TestCase):
                         continue
                     self.assertEqual(claude_gateway.event_from_data(data), wanted)
 
+    def test_text_deltas_that_come_together_are_one_event_with_all_of_their_text(self):
+        deltas = [{"type": "content_block_delta", "index": 3, "delta": {"type": "text_delta", "text": words}}
+                  for words in self.TEXTS]
+        stop = {"type": "content_block_stop", "index": 3}
+        for as_ascii, padding in ((True, ""), (False, ""), (True, "   ")):
+            frames = [b"event: content_block_delta\ndata: %s\n\n" % (json.dumps(event, ensure_ascii=as_ascii)[:-1] +
+                      padding + "}").encode("utf-8", "replace") for event in deltas]
+            wanted = "".join(json.loads(frame.split(b"data: ")[1].decode())["delta"]["text"] for frame in frames)
+            data = b"".join(frames)
+            for size in (1, 30, 100, 1_000, len(data) - 1, len(data)):
+                with self.subTest(as_ascii=as_ascii, padding=padding, size=size):
+                    decoder = claude_gateway.EventDecoder(joining=True)
+                    events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at:at + size])]
+                    self.assertEqual({(event["type"], event["index"]) for event in events}, {(deltas[0]["type"], 3)})
+                    self.assertEqual("".join(event["delta"]["text"] for event in events), wanted)
+                    self.assertEqual(len(events) == 1, size == len(data))
+                    self.assertEqual(decoder.feed(sse([stop])) + decoder.close(), [stop])
+
+    def test_only_text_deltas_of_one_block_with_nothing_between_them_are_joined(self):
+        def delta(words: str, block_index: int = 0) -> bytes:
+            return sse([{"type": "content_block_delta", "index": block_index,
+                         "delta": {"type": "text_delta", "text": words}}])
+        thought = {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "b"}}
+        for name, data, count in (("alone", delta("a") + delta("b"), 1), ("two blocks", delta("a") + delta("b", 1), 2),
+                                  ("a ping", delta("a") + sse([{"type": "ping"}]) + delta("b"), 3),
+                                  ("another kind", delta("a") + sse([thought]), 2),
+                                  ("a comment", delta("a") + b": x\n\n" + delta("b"), 2),
+                                  ("in CRLF", (delta("a") + delta("b")).replace(b"\n", b"\r\n"), 2),
+                                  ("a number that is none", delta("a") + delta("b").replace(b":0,", b":00,"), 1),
+                                  ("no JSON", delta("a") + delta("b").replace(b'"b"', b'"\\x"'), 1)):
+            with self.subTest(name):
+                plain, joining = claude_gateway.EventDecoder(), claude_gateway.EventDecoder(joining=True)
+                one_by_one, events = plain.feed(data), joining.feed(data)
+                self.assertEqual(len(events), count)
+                if count > 1:
+                    self.assertEqual(events, one_by_one)
+                if name in ("a number that is none", "no JSON"):
+                    self.assertEqual(events, one_by_one)
+                    self.assertRaises(claude_gateway.UpstreamFault, joining.check)
+
+    def test_a_long_answer_of_joined_text_deltas_is_no_long_event(self):
+        decoder = claude_gateway.EventDecoder(joining=True)
+        data = sse([{"type": "content_block_delta", "index": 0,
+                     "delta": {"type": "text_delta", "text": "x" * (claude_gateway.MAX_UPSTREAM_BODY // 4)}}])
+        self.assertEqual([len(decoder.feed(data)) for _ in range(6)], [1] * 6)
+
     def test_text_deltas_that_are_no_json_are_refused(self):
         good = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}'
         for data in (good[:-1], good + b"}", good.replace(b"Hi", b"H\x01i"), good.replace(b"Hi", b'H"i'),
@@ -12501,6 +12547,28 @@ class StreamFramingTests(HttpTestCase):
         self.assertEqual(rest, b"")
         self.assertLessEqual(len(chunks), 3)            # everything; what the end adds; [DONE]
         self.assertGreaterEqual(chunks[0].count(b"data: "), 5)
+
+    def test_text_that_arrives_together_is_one_chunk_unless_the_client_asks_for_obfuscation(self):
+        events = events_of(message(text("one two three")), 4)
+        start, stop = (next(at for at, event in enumerate(events) if event["type"] == "content_block_" + kind)
+                       for kind in ("delta", "stop"))
+        for asked, count in ((None, 1), (False, 1), (True, stop - start)):
+            with self.subTest(asked=asked):
+                go_on, end = threading.Event(), threading.Event()
+                self.claude.play(FakeReply(pieces=[sse(events[:start]), go_on, sse(events[start:stop]), end,
+                                                   sse(events[stop:])]))
+                connection = self.connect()
+                connection.sendall(chat_bytes("Connection: close", body=json.dumps(dict(
+                    json.loads(CHAT_BODY.decode()), stream=True,
+                    stream_options={"include_obfuscation": asked})).encode()))
+                received = received_until(connection, b'"role":"assistant"')
+                go_on.set()
+                received += received_until(connection, b'e"}')
+                end.set()
+                answer, = answers_in(received + received_until(connection, b"never"))
+                texts = [chunk["choices"][0]["delta"].get("content") for chunk in answer.chunks]
+                self.assertEqual("".join(filter(None, texts)), "one two three")
+                self.assertEqual(len(list(filter(None, texts))), count)
 
     def test_line_separators_inside_text_reach_the_client_escaped(self):
         words = "a\u2028b\u2029c\x85d"

@@ -4,22 +4,33 @@
     python3 .ci/bench.py                     all scenarios, against the gateway and directly
     python3 .ci/bench.py --quick             under a minute
     python3 .ci/bench.py --tls               the upstream speaks TLS (needs the openssl command)
-    python3 .ci/bench.py --against URL       any other OpenAI-compatible server, in front of an upstream of its own
+    python3 .ci/bench.py --gateway FILE      another copy of claude_gateway.py
+    python3 .ci/bench.py --against X ...     others beside it: each a copy of claude_gateway.py, a command such as
+                                             "python3 .ci/bare.py {port} {upstream} --loop", or the URL of a server
+                                             in front of an upstream of its own
     python3 .ci/bench.py --nginx             nginx as a plain proxy beside them (needs the nginx command)
     python3 .ci/bench.py --json
     python3 .ci/bench.py --growth            what twice the work costs: time and memory of the translations
+    python3 .ci/bench.py --instructions      what a request and an event cost, beside .ci/bare.py (needs valgrind)
 
 The load generator, the fake upstream and the gateway are processes of their own.  "direct" is the same load sent
-straight to the fake upstream, in the Messages API's own format, so that a column can be read as a ratio: times move
-with the machine, ratios and CPU per request less so.
+straight to the fake upstream, in the Messages API's own format.  Times move with the machine, so all columns take turns
+in one run, and beside each stands the ratio of the gateway's value to it.  Instructions hardly move at all.
 """
 from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
+import importlib
+import itertools
 import json
+import math
 import os
+import py_compile
 import re
+import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -31,9 +42,11 @@ import threading
 import time
 import timeit
 import urllib.request
+from collections.abc import Sequence
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GATEWAY = os.path.join(HERE, "..", "claude_gateway.py")
+BARE = shlex.join([sys.executable, os.path.join(HERE, "bare.py")]) + " {port} {upstream}"
 WORDS = "The quick brown fox jumps over the lazy dog and runs on. "
 
 
@@ -54,8 +67,8 @@ END = event("content_block_stop", index=0) + event(
 
 
 async def upstream(certificate: str | None) -> None:
-    """Answers by the first word of the user's text: plain, burst N, drip N SECONDS, hold, silent; and with a fault:
-    refuse STATUS, junk, cut."""
+    """Answers by the first word of the user's text: plain, burst N (SIZE), drip N SECONDS, hold, silent; and with a
+    fault: refuse STATUS, junk, cut."""
     closed: list[float] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,8 +123,9 @@ async def upstream(certificate: str | None) -> None:
                 await writer.drain()
                 await asyncio.sleep(float(pause))
         elif kind == b"burst":
-            for _ in range(int(count) // 50):
-                writer.write(chunk(DELTA * 50))
+            size = int(pause or 50)
+            for _ in range(int(count) // size):
+                writer.write(chunk(DELTA * size))
                 await writer.drain()
         else:
             writer.write(chunk(DELTA))
@@ -156,7 +170,7 @@ async def read_answer(reader: asyncio.StreamReader, on_piece=None) -> bytes:
     if length:
         body = await reader.readexactly(int(length.group(1)))
     else:
-        body = b""
+        body = bytearray()
         while True:
             size = int(await reader.readline(), 16)
             piece = await reader.readexactly(size + 2)
@@ -276,14 +290,45 @@ def start_upstream(certificate: str | None) -> tuple[subprocess.Popen, int]:
     return process, int(process.stdout.readline())
 
 
-def start_gateway(upstream_url: str, certificate: str | None) -> tuple[subprocess.Popen, str, float]:
-    environment = dict(os.environ, ANTHROPIC_API_KEY="sk-ant-bench", ANTHROPIC_BASE_URL=upstream_url)
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    """Returns when the process accepts connections."""
+    while process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.002)
+    raise RuntimeError("%s ended with %d" % (shlex.join(process.args), process.returncode))
+
+
+def start_gateway(upstream_url: str, certificate: str | None, what: str = GATEWAY,
+                  under: tuple = ()) -> tuple[subprocess.Popen, str, float]:
+    """Starts a copy of claude_gateway.py or a command: the process, its URL, the seconds until it accepts.
+
+    CPU, memory and threads are read from this process: a command should not leave the work to a child.
+    """
+    port = free_port()
+    command = what if "{port}" in what else shlex.join([sys.executable, what, "start", "--port", "{port}"])
+    words = [word.replace("{port}", str(port)).replace("{upstream}", upstream_url) for word in shlex.split(command)]
+    environment = dict(os.environ, PYTHONHASHSEED="0", ANTHROPIC_API_KEY="sk-ant-bench",
+                       ANTHROPIC_BASE_URL=upstream_url)
     environment.update({"SSL_CERT_FILE": certificate} if certificate else {})
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, GATEWAY, "start", "--port", "0"], stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, env=environment)
-    url = re.search(r"http\S+", process.stdout.readline().decode()).group()
-    return process, url, time.perf_counter() - started
+    process = subprocess.Popen([*under, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    wait_for(port, process)
+    return process, "http://127.0.0.1:%d/v1" % port, time.perf_counter() - started
+
+
+def stop(processes: list) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait(60)
 
 
 NGINX = """daemon off; pid %(folder)s/pid; error_log stderr crit; worker_processes 1; worker_rlimit_nofile 8192;
@@ -300,21 +345,36 @@ http { access_log off; client_body_temp_path %(folder)s/body; proxy_temp_path %(
 
 def start_nginx(upstream: int, folder: str) -> tuple[subprocess.Popen, str, int]:
     """nginx in front of the upstream: the process, its URL, and the worker whose figures count."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     place = os.path.join(folder, "nginx.conf")
     with open(place, "w") as file:
         file.write(NGINX % {"folder": folder, "upstream": upstream, "port": port})
     process = subprocess.Popen(["nginx", "-e", "stderr", "-c", place])
-    for _ in range(100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
+    wait_for(port, process)
     with open("/proc/%d/task/%d/children" % (process.pid, process.pid)) as file:
         worker = int(file.read().split()[0])
     return process, "http://127.0.0.1:%d" % port, worker
+
+
+# ---- seconds
+
+class Column:
+    """One of those that are measured side by side; `pid`: its process, where that is ours to look at."""
+
+    def __init__(self, name: str, target: Target, pid: int | None = None, ready: float | None = None) -> None:
+        self.name, self.target, self.pid = name, target, pid
+        self.values: dict[str, list] = {"ready": [ready]} if ready else {}
+
+    def cpu(self) -> float:
+        return cpu_seconds(self.pid) if self.pid else math.nan
+
+    def status(self, name: str) -> float:
+        return status_of(self.pid, name) if self.pid else math.nan
+
+    def results(self) -> dict[str, float]:
+        """Of several rounds the one in the middle; of streams that arrived whole the worst."""
+        return {name: (min if name == "streams whole" else statistics.median)(values)
+                for name, values in self.values.items() if values[0] == values[0]}
 
 
 def json_seconds(text: str) -> float:
@@ -323,45 +383,120 @@ def json_seconds(text: str) -> float:
     return min(timeit.repeat(lambda: json.dumps(json.loads(body)), number=1, repeat=5))
 
 
-def measure(target: Target, pid: int | None, upstream_port: int, context, quick: bool) -> dict:
-    """All scenarios against one target; CPU, memory and threads where its process is ours."""
-    run = asyncio.run
-    results: dict = {}
-    rounds = 200 if quick else 1000
-    if pid:
-        results["idle_mb"] = status_of(pid, "VmRSS") / 1024
-    run(one_by_one(target, "bench:plain", False, 50))           # warm-up
-    results["plain_p50"] = run(one_by_one(target, "bench:plain", False, rounds))["total"]
-    results["first_p50"] = run(one_by_one(target, "bench:plain", True, rounds))["first"]
-    before = cpu_seconds(pid) if pid else 0
-    seconds = 3 if quick else 8
-    results["requests_per_second"] = run(together(target, 32, seconds))
-    if pid:
-        results["cpu_per_request"] = (cpu_seconds(pid) - before) / (results["requests_per_second"] * seconds)
-    streams, ticks = (300, 20) if quick else (1000, 100)
-    before, threads = cpu_seconds(pid) if pid else 0, [0]
-    amid = threading.Timer(ticks * 0.06, lambda: threads.append(status_of(pid, "Threads") if pid else 0))
+def one_client(column: Column, quick: bool) -> dict:
+    count = 200 if quick else 400
+    asyncio.run(one_by_one(column.target, "bench:plain", False, 50))        # warm-up
+    return {"plain reply p50": asyncio.run(one_by_one(column.target, "bench:plain", False, count))["total"],
+            "first token p50": asyncio.run(one_by_one(column.target, "bench:plain", True, count))["first"]}
+
+
+def many_clients(column: Column, quick: bool) -> dict:
+    before, seconds = column.cpu(), 3 if quick else 4
+    rate = asyncio.run(together(column.target, 32, seconds))
+    return {"requests/s": rate, "CPU per request": (column.cpu() - before) / (rate * seconds)}
+
+
+def streams(column: Column, quick: bool) -> dict:
+    count, ticks = (300, 20) if quick else (1000, 100)
+    before, threads = column.cpu(), []
+    amid = threading.Timer(ticks * 0.06, lambda: threads.append(column.status("Threads")))
     amid.start()
-    results["streams"] = run(many_streams(target, streams, ticks, 0.1))
+    results = asyncio.run(many_streams(column.target, count, ticks, 0.1))
     amid.join()
-    if pid:
-        results["streams"].update(cpu_per_event=(cpu_seconds(pid) - before) / (streams * ticks), threads=threads[-1],
-                                  peak_mb=status_of(pid, "VmHWM") / 1024)
-    events = 20_000 if quick else 100_000
-    before = cpu_seconds(pid) if pid else 0
-    run(one_by_one(target, "bench:burst %d" % events, True, 1))
-    if pid:
-        results["cpu_per_burst_event"] = (cpu_seconds(pid) - before) / events
+    return {"streams whole": results["whole"], "streams: p99 delay": results["p99_delay"],
+            "streams: first token p99": results["first_p99"],
+            "streams: CPU per event": (column.cpu() - before) / (count * ticks), "streams: threads": threads[0],
+            "streams: memory": column.status("VmHWM") / 1024}
+
+
+def bursts(column: Column, quick: bool) -> dict:
+    before, events = column.cpu(), 20_000 if quick else 50_000
+    asyncio.run(one_by_one(column.target, "bench:burst %d" % events, True, 1))
+    return {"CPU per event in bursts": (column.cpu() - before) / events}
+
+
+def big_chats(column: Column, quick: bool) -> dict:
+    results = {}
     with open(__file__, encoding="utf-8") as file:
         code = file.read()
-    for name, text, size in (("1mb", WORDS, 1_000_000), ("8mb", WORDS, 8_000_000), ("code", code, 8_000_000)):
+    for name, text, size in (("1 MB chat", WORDS, 1_000_000), ("8 MB chat", WORDS, 8_000_000),
+                             ("8 MB chat about code", code, 8_000_000)):
         padding = (text * (size // len(text) + 1))[:size]
-        results["chat_" + name] = run(one_by_one(target, "bench:plain", False, 10, padding))["total"]
-        if target.native and not pid:
-            results["json_" + name] = json_seconds(padding)
-    if not target.native:
-        results["drops"] = run(drops(target, upstream_port, context))
+        results[name] = asyncio.run(one_by_one(column.target, "bench:plain", False, 5, padding))["total"]
+        if column.name == "direct":
+            results["  json.loads + dumps of " + name] = json_seconds(padding)
     return results
+
+
+SCENARIOS = (one_client, many_clients, streams, bursts, big_chats)      # memory of streams before what bursts leave
+
+
+def measure(columns: list[Column], upstream_port: int, context, quick: bool) -> None:
+    """All scenarios, one after the other, in each of them all columns in turn."""
+    for column in columns:
+        column.values["idle memory"] = [column.status("VmRSS") / 1024]
+    for scenario in SCENARIOS:
+        for _ in range(1 if quick else 3):
+            for column in columns:
+                for name, value in scenario(column, quick).items():
+                    column.values.setdefault(name, []).append(value)
+    for column in columns:
+        if not column.target.native:
+            for name, value in asyncio.run(drops(column.target, upstream_port, context)).items():
+                column.values["upstream closed: " + name] = [value]
+
+
+# ---- instructions
+
+async def two_bursts(target: Target, count: int) -> None:
+    await asyncio.gather(*(one_by_one(target, "bench:burst %d 16" % count, True, 1) for _ in range(2)))
+
+
+# what, its load, a small and a large amount of it, how many are measured by each
+LOADS = (("plain reply", lambda target, count: one_by_one(target, "bench:plain", False, count), 50, 250, 1),
+         ("stream of 20 events, each in its own write",
+          lambda target, count: one_by_one(target, "bench:drip 20 0", True, count), 50, 250, 1),
+         ("text delta in a burst, 16 to a write", two_bursts, 1_008, 4_000, 2),
+         ("event of 40 slow streams", lambda target, count: many_streams(target, 40, count, 1.2), 10, 40, 40))
+
+
+def instructions(what: str, upstream_url: str, folder: str) -> dict[str, float]:
+    """Instructions of each load: what the large amount takes beyond the small one, for one of them."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        if "{port}" not in what:                    # compiling is slow there
+            what = py_compile.compile(what, os.path.join(place, "gateway.pyc"), doraise=True)
+        process, url, _ = start_gateway(upstream_url, None, what, (
+            "valgrind", "-q", "--tool=callgrind", "--callgrind-out-file=%s/counts" % place))
+        target, parts, results = Target(url, False), itertools.count(1), {}
+
+        def counted(load, amount: int) -> int:
+            asyncio.run(load(target, amount))
+            subprocess.run(["callgrind_control", "--dump", str(process.pid)], check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+            with open("%s/counts.%d" % (place, next(parts))) as file:
+                return int(re.search(r"(?m)^totals: (\d+)", file.read()).group(1))
+        try:
+            counted(LOADS[0][1], 20)                # warm-up, and what the start took
+            for name, load, small, large, each in LOADS:
+                before = counted(load, small)
+                results[name] = (counted(load, large) - before) / (large - small) / each
+        finally:
+            stop([process])
+    return results
+
+
+def instructions_table(gateways: dict[str, str], as_json: bool) -> str:
+    """All gateways at the same time: instructions do not mind, and most of the time goes into waiting."""
+    if not shutil.which("callgrind_control"):
+        return "skipped: no valgrind here"
+    fake, port = start_upstream(None)
+    try:
+        with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor() as pool:
+            columns = dict(zip(gateways, pool.map(
+                lambda what: instructions(what, "http://127.0.0.1:%d" % port, folder), gateways.values())))
+    finally:
+        stop([fake])
+    return printed(columns, [(name, 1e-3, "k") for name, *_ in LOADS], as_json)
 
 
 # ---- growth
@@ -428,13 +563,13 @@ def growth_cases(gateway):
     yield "fragments of arguments, Responses", 20_000, stream(gateway.ResponseStream, *call)
 
 
-def growth_table() -> str:
+def growth_table(path: str) -> str:
     """Time and peak memory at a size and at twice that size."""
     import tracemalloc
-    sys.path.insert(0, os.path.dirname(GATEWAY))
-    import claude_gateway
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    gateway = importlib.import_module(os.path.basename(path)[:-3])
     lines = ["%-36s %10s %10s %10s %7s %10s %7s" % ("what", "size", "time", "twice", "ratio", "memory", "ratio")]
-    for name, size, work in growth_cases(claude_gateway):
+    for name, size, work in growth_cases(gateway):
         seconds, peaks = [], []
         for count in (size, 2 * size):
             work(count)
@@ -457,85 +592,91 @@ def timed(work, count: int) -> float:
 
 # ---- the table
 
-ROWS = (("plain reply p50, 1 client", "plain_p50", "ms"), ("first token p50, 1 client", "first_p50", "ms"),
-        ("requests/s, 32 clients", "requests_per_second", ""), ("CPU per request", "cpu_per_request", "us"),
-        ("streams whole", "streams.whole", ""),
-        ("streams: p99 delay", "streams.p99_delay", "ms"), ("streams: first token p99", "streams.first_p99", "ms"),
-        ("streams: CPU per event", "streams.cpu_per_event", "us"), ("streams: memory", "streams.peak_mb", "MB"),
-        ("streams: threads", "streams.threads", ""), ("CPU per event in bursts", "cpu_per_burst_event", "us"),
-        ("1 MB chat", "chat_1mb", "ms"), ("  json.loads + dumps of it", "json_1mb", "ms"),
-        ("8 MB chat", "chat_8mb", "ms"), ("  json.loads + dumps of it", "json_8mb", "ms"),
-        ("8 MB chat about code", "chat_code", "ms"), ("  json.loads + dumps of it", "json_code", "ms"),
-        ("ready after", "ready", "ms"),
-        ("idle memory", "idle_mb", "MB"), ("upstream closed: streaming", "drops.streaming", "ms"),
-        ("upstream closed: before first token", "drops.before first token", "ms"),
-        ("upstream closed: plain", "drops.plain", "ms"))
-SCALES = {"ms": 1e3, "us": 1e6}
+MS, US, MB = (1e3, "ms"), (1e6, "us"), (1, "MB")
+ROWS = (("plain reply p50", *MS), ("first token p50", *MS), ("requests/s", 1, ""), ("CPU per request", *US),
+        ("streams whole", 1, ""), ("streams: p99 delay", *MS), ("streams: first token p99", *MS),
+        ("streams: CPU per event", *US), ("streams: memory", *MB), ("streams: threads", 1, ""),
+        ("CPU per event in bursts", *US), ("1 MB chat", *MS), ("  json.loads + dumps of 1 MB chat", *MS),
+        ("8 MB chat", *MS), ("  json.loads + dumps of 8 MB chat", *MS), ("8 MB chat about code", *MS),
+        ("  json.loads + dumps of 8 MB chat about code", *MS), ("ready", *MS), ("idle memory", *MB),
+        ("upstream closed: streaming", *MS), ("upstream closed: before first token", *MS),
+        ("upstream closed: plain", *MS))
 
 
-def value_at(results: dict, path: str):
-    for name in path.split("."):
-        results = (results or {}).get(name)
-    return results
-
-
-def table(columns: dict[str, dict]) -> str:
-    names = list(columns)
-    lines = ["%-38s" % "" + "".join("%16s" % name for name in names) + "%12s" % "last/first"]
-    for title, path, unit in ROWS:
-        values = [value_at(columns[name], path) for name in names]
-        cells = ["-" if value is None else "%.4g %s" % (value * SCALES.get(unit, 1), unit) for value in values]
-        ratio = "%.2f" % (values[-1] / values[0]) if len(values) > 1 and values[0] and values[-1] else ""
-        lines.append("%-38s" % title + "".join("%16s" % cell for cell in cells) + "%12s" % ratio)
+def printed(columns: dict[str, dict], rows: Sequence[tuple[str, float, str]], as_json: bool) -> str:
+    """A table; beside each column but the first, the ratio of the first one's value to this one's."""
+    if as_json:
+        return json.dumps(columns, indent=1)
+    first, *others = columns
+    names = [re.sub(r" *{\w+}", "", name)[-21:] for name in others]
+    lines = ["Python %s" % sys.version.split()[0],
+             "%-46s%12s" % ("", first) + "".join("%22s%8s" % (name, "ratio") for name in names)]
+    for title, scale, unit in rows:
+        values = [columns[name].get(title) for name in columns]
+        cells = ["-" if value is None else "%.4g %s" % (value * scale, unit) for value in values]
+        ratios = ["%.2f" % (values[0] / value) if values[0] and value else "" for value in values[1:]]
+        lines.append("%-46s%12s" % (title, cells[0]) + "".join("%22s%8s" % pair for pair in zip(cells[1:], ratios)))
     return "\n".join(lines)
+
+
+def started(parsed: argparse.Namespace, folder: str, port: int, certificate: str | None, context,
+            processes: list) -> list[Column]:
+    """The gateway, the upstream itself and the others, each ready for its load."""
+    base, columns = "%s://127.0.0.1:%d" % ("https" if certificate else "http", port), []
+    for name, what in {"gateway": parsed.gateway, **{what: what for what in parsed.against}}.items():
+        if re.match("https?://", what):
+            columns.append(Column(name, Target(what.rstrip("/"), False)))
+            continue
+        process, url, ready = start_gateway(base, certificate, what)
+        processes.append(process)
+        columns.append(Column(name, Target(url, False), process.pid, ready))
+    columns.insert(1, Column("direct", Target(base, True, context)))
+    if parsed.nginx:
+        process, url, worker = start_nginx(port, folder)
+        processes.append(process)
+        columns.insert(2, Column("nginx", Target(url, True), worker))
+    time.sleep(0.5)
+    return columns
+
+
+def certificate_in(folder: str) -> str:
+    path = os.path.join(folder, "certificate.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", path, "-out", path + ".crt",
+                    "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"], check=True,
+                   stderr=subprocess.DEVNULL)
+    with open(path + ".crt") as source, open(path, "a") as target:
+        target.write(source.read())
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--tls", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--nginx", action="store_true")
-    parser.add_argument("--against", metavar="URL")
+    for name in ("quick", "tls", "json", "growth", "instructions", "nginx"):
+        parser.add_argument("--" + name, action="store_true")
+    parser.add_argument("--gateway", metavar="FILE", default=GATEWAY)
+    parser.add_argument("--against", metavar="X", nargs="+", default=[])
     parser.add_argument("--upstream", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.upstream is not None:
         asyncio.run(upstream(parsed.upstream or None))
-        return
-    if parsed.growth:
-        print("Python %s\n%s" % (sys.version.split()[0], growth_table()))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        certificate = context = None
-        if parsed.tls:
-            certificate = os.path.join(folder, "certificate.pem")
-            subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", certificate, "-out",
-                            certificate + ".crt", "-days", "2", "-subj", "/CN=localhost", "-addext",
-                            "subjectAltName=IP:127.0.0.1"], check=True, stderr=subprocess.DEVNULL)
-            with open(certificate + ".crt") as source, open(certificate, "a") as target_file:
-                target_file.write(source.read())
-            context = ssl.create_default_context(cafile=certificate)
-        fake, port = start_upstream(certificate)
-        base = "%s://127.0.0.1:%d" % ("https" if certificate else "http", port)
-        gateway = nginx = None
-        try:
-            columns = {"direct": measure(Target(base, True, context), None, port, context, parsed.quick)}
-            if parsed.nginx:
-                nginx, url, worker = start_nginx(port, folder)
-                columns["nginx"] = measure(Target(url, True), worker, port, context, parsed.quick)
-            if parsed.against:
-                columns["other"] = measure(Target(parsed.against.rstrip("/"), False), None, port, context, parsed.quick)
-            else:
-                gateway, url, ready = start_gateway(base, certificate)
-                time.sleep(0.5)
-                columns["gateway"] = dict(measure(Target(url, False), gateway.pid, port, context, parsed.quick),
-                                          ready=ready)
-        finally:
-            for process in filter(None, (gateway, nginx, fake)):
-                process.send_signal(signal.SIGTERM)
-                process.wait(10)
-    print(json.dumps(columns, indent=1) if parsed.json else "Python %s\n%s" % (sys.version.split()[0], table(columns)))
+    elif parsed.growth:
+        print("Python %s\n%s" % (sys.version.split()[0], growth_table(parsed.gateway)))
+    elif parsed.instructions:
+        gateways = {"gateway": parsed.gateway, "bare": BARE, "bare --loop": BARE + " --loop",
+                    **{what: what for what in parsed.against}}
+        print(instructions_table(gateways, parsed.json))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            certificate = certificate_in(folder) if parsed.tls else None
+            context = ssl.create_default_context(cafile=certificate + ".crt") if certificate else None
+            fake, port = start_upstream(certificate)
+            processes = [fake]
+            try:
+                columns = started(parsed, folder, port, certificate, context, processes)
+                measure(columns, port, context, parsed.quick)
+            finally:
+                stop(processes)
+        print(printed({column.name: column.results() for column in columns}, ROWS, parsed.json))
 
 
 if __name__ == "__main__":
