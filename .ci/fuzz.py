@@ -181,10 +181,10 @@ def streams(cuts, noise):
 def answers(events, planned):
     """Events in an order that Claude would not use, some of them damaged, through both kinds of stream."""
     plan = gateway.ReplyPlan(gateway.ToolNames(), bare_json=planned == "JSON", forced_tool="f" * (planned == "tool"))
-    for kind in (gateway.ChatStream, gateway.ResponseStream):
+    for kind, wants in ((gateway.ChatStream, True), (gateway.ResponseStream, ["reasoning.encrypted_content"])):
         assembler = gateway.MessageAssembler()
         planned_events = gateway.PlannedEvents(plan, assembler)
-        stream = kind({"id": "x_1", "created": 1}, plan, planned_events.assembler, True)
+        stream = kind({"id": "x_1", "created": 1}, plan, planned_events.assembler, wants)
         feed, told = planned_events.then(stream.feed), []
         try:
             for event in events:
