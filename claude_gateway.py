@@ -5266,7 +5266,8 @@ class Usage:
         self._stored: UsageRows = {}                # the file, as it was at this stamp
         self._stamp: Any = None
         self._new: UsageRows = {}
-        self._timer: Optional[threading.Timer] = None
+        self._timer: Optional[threading.Timer] = None       # of the next write
+        self._writer: Optional[threading.Timer] = None      # the same, also while it writes
         self._next_write = 0.0
         self._running: Dict[Any, Tuple[str, Callable[[], float]]] = {}
         self.fault = "" if path else "usage is not counted here"
@@ -5279,7 +5280,7 @@ class Usage:
             place = (day_of(time.time()), "other" if crowded else tool, model, key)
             self._new.setdefault(place, collections.Counter()).update(figures)
             if self._timer is None:
-                self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
+                self._writer = self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
                 self._timer.start()
 
@@ -5306,14 +5307,12 @@ class Usage:
 
     def close(self) -> None:
         """Writes what is new, and waits for a write that is under way."""
-        with self._lock:
-            timer = self._timer
-        if timer:
-            timer.cancel()
+        while self._writer:
+            writer, self._writer = self._writer, None
+            writer.cancel()
+            writer.join()
+        if self._new:
             self.write()
-            timer.join()
-        with self._writing:
-            return
 
     def rows(self) -> UsageRows:
         """All that was counted, here and by other gateways.  Raises FileDamaged where budgets count by the file."""

@@ -5578,6 +5578,7 @@ class ItemReferenceTests(ResponsesTestCase):
         self.answered(given=[{"role": "user", "content": "x" * 50_000, "id": "msg_large"}])
         twice = [{"type": "item_reference", "id": "msg_large"}] * 2
         for given, status in ((twice, 200), (twice * 50, 503), (twice, 200)):
+            self.assertTrue(self.service.gateway.running.wait_until_idle(5))
             self.assertEqual(self.respond(given).status, status)
         self.assertEqual(len(self.claude.messages), 3)
         self.assertTrue(self.service.gateway.running.wait_until_idle(5))
