@@ -5307,8 +5307,11 @@ class Usage:
 
     def close(self) -> None:
         """Writes what is new, and waits for a write that is under way."""
-        while self._writer:
-            writer, self._writer = self._writer, None
+        while True:
+            with self._lock:
+                writer, self._writer = self._writer, None
+            if writer is None:
+                break
             writer.cancel()
             writer.join()
         if self._new:
@@ -10202,7 +10205,7 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
     try:
         yield replace(config, port=service.port)
     finally:
-        service.close(0)
+        service.close(2)                            # seconds: its last request is counted first
 
 
 def content_to_ask(parsed: argparse.Namespace) -> Any:

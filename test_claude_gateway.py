@@ -7678,6 +7678,8 @@ class BudgetTests(UsageTestCase):
             self.assertEqual(answer.status, 429)
             self.assertIn("the price of %s is not known" % model, answer.error["message"])
         self.assertEqual(self.chat().status, 200)
+        self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+        self.service.gateway.usage.close()              # nothing is written over what follows
         pathlib.Path(self.path).write_text("{ torn", "utf-8")
         answer = self.chat()
         self.assertEqual(answer.status, 429)
