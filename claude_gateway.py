@@ -2979,9 +2979,8 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     add_history(conversation)
     system, messages = conversation.system, conversation.messages()
     asked = asked_choice(fields, draft.changes)
-    if asked.allowed is not None:
-        tools = allowed_tools(tools, asked, draft)
-    tools = tools or tools_from_history(messages, draft)
+    tools = (tools if asked.allowed is None else allowed_tools(tools, asked, draft)) or \
+        tools_from_history(messages, draft)
     request: dict = {"model": draft.model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
     request.update(parameters_from_chat(fields, draft))
     if tools:
