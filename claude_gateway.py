@@ -7337,10 +7337,16 @@ def cancel_response(gateway: Gateway, incoming: Incoming) -> Reply:
                          code="unsupported_value")
 
 
+# What a list of input items may include, by OpenAI's reference; most of it is never here
+INCLUDABLE = (ENCRYPTED_REASONING, SEARCH_SOURCES, "web_search_call.results", "file_search_call.results",
+              "message.input_image.image_url", "computer_call_output.output.image_url",
+              "code_interpreter_call.outputs", "message.output_text.logprobs")
+
+
 def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /v1/responses/{id}/input_items, newest first unless `order` says otherwise."""
     query = urllib.parse.parse_qs(incoming.query)
-    include = query.get("include", []) + query.get("include[]", [])
+    include = [one_of(*INCLUDABLE)(name, "include") for name in query.get("include", []) + query.get("include[]", [])]
     items = [listed_item(item, include) for item in stored_response(gateway, incoming)[1]]
     if one_of("asc", "desc")(query.get("order", ["desc"])[0], "order") == "desc":
         items.reverse()

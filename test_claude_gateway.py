@@ -5654,7 +5654,7 @@ class InputItemListTests(ResponsesTestCase):
 
     def test_bad_values_are_a_400_that_names_them(self):
         for name, values in (("order", ("up", "")), ("limit", ("0", "101", "-1", "x", "1.5")),
-                             ("after", ("msg_none",))):
+                             ("include", ("reasoning",)), ("after", ("msg_none",))):
             for value in values:
                 with self.subTest(name=name, value=value):
                     answer = self.ask("GET", "%s?%s=%s" % (self.path, name, value))
