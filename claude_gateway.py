@@ -31,8 +31,8 @@ Image fetching, Exchange, Endpoints, Legacy completions, Native pass-through, To
 server, Service, Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest, Signing in, Start, Asking and
 running, Commands, Completion, Command line.
 
-What to read before trusting it with a credential: Credentials, HTTP/1.1, Upstream, Image fetching, Routes, HTTP
-server and Log.
+What to read before trusting it with a credential: Credentials, Usage, HTTP/1.1, Upstream, Image fetching, Routes,
+HTTP server, Log, and Asking and running.
 Places that connect: UpstreamConnection, Upstream, ImageFetcher, local_answer, issuer_of.
 Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
