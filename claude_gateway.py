@@ -6785,6 +6785,7 @@ class Exchange:
         self._translate_body = translate
         self._known = gateway.lessons.apply(model)
         self._lesson: Optional[dict] = None
+        self._thinking_refused = False
         self._for_once: Dict[str, bool] = {}        # what the model cannot do of this one request
         self._left_out = ""                         # the path of a file that Claude refused
         self._images: Dict[str, Tuple[str, str]] = {}
@@ -6817,6 +6818,8 @@ class Exchange:
             if self._lesson:
                 self._gateway.lessons.learn(self._known, self._lesson)
             self.events = PlannedEvents(self.translation.plan, self.assembler)
+            if self._thinking_refused:              # nothing that --strict could prevent
+                changes.add("dropped", "thinking", "Claude refused it")
             self._incoming.record.changes = str(changes)
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
@@ -6921,6 +6924,7 @@ class Exchange:
         marks = [mark for each in messages for mark in thinking_marks(each["content"]) if mark]
         if ABOUT_THINKING.match(message) and marks:
             self._gateway.answers.refuse(self._incoming.owner, marks)
+            self._thinking_refused = True
             return True
         for ability in ("strict_tools", "structured_outputs") if ABOUT_COMPILING.search(message) else ():
             if ability not in self._for_once and self._matters({ability: False}):

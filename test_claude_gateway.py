@@ -10792,6 +10792,17 @@ class ThinkingReplayTests(GatewayTestCase):
                     thinking("more", "c2l2"), tool_use("toolu_2", "g", {})]])
                 self.assertEqual(len(self.claude.messages), count + 1, "the refused block is not tried again")
 
+    def test_thinking_that_was_refused_is_reported_also_where_strict(self):
+        for strict in (False, True):
+            for stream in (False, True):
+                with self.subTest(strict=strict, stream=stream):
+                    self.start(strict=strict)
+                    history = self.turn(thinking("hm", "c2ln"), tool_use("toolu_1", "f", {}))
+                    self.claude.play(refusal_of_claude(400, "invalid_request_error", self.UNBOUND))
+                    answer = self.chat(messages=history, tools=[a_tool("f")], stream=stream)
+                    self.assertEqual((answer.status, answer.headers["x-claude-gateway-changes"]),
+                                     (200, "dropped=thinking"))
+
     def test_only_the_blocks_that_were_refused_are_left_out(self):
         # many tools open every session with the same words; a block is known by its signature and its calls
         self.start()
