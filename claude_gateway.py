@@ -33,7 +33,7 @@ running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, Usage, HTTP/1.1, Upstream, Image fetching, Routes,
 HTTP server, Log, and Asking and running.
-Places that connect: UpstreamConnection, Upstream, ImageFetcher, local_answer, issuer_of.
+Places that connect: UpstreamConnection, ImageFetcher, local_answer, issuer_of.
 Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
@@ -75,7 +75,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
@@ -5653,16 +5652,6 @@ def status_line(line: str) -> tuple[str, int, str]:
     return match.group(1), int(match.group(2)), match.group(3) or ""
 
 
-def upstream_head(lines: list[str]) -> UpstreamHead:
-    """The head of an answer.  Raises BadStatusLine; a line that is no header is passed over."""
-    headers: dict[str, str] = {}
-    for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        if colon:                                   # a folded line makes a name that nobody asks for
-            headers.setdefault(name.lower(), value.strip())
-    return UpstreamHead(*status_line(lines[0]), headers)
-
-
 def body_length(head: Head) -> int | None:
     """The length that frames a request body, None for a chunked one.  Whatever is ambiguous is refused."""
     coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
@@ -5827,29 +5816,28 @@ class UpstreamConnection(Peer):
     """A kept-alive connection to the upstream, where need be through a proxy."""
     last_used = 0.0
 
-    def __init__(self, request: Any, tls: Callable[[], ssl.SSLContext]) -> None:
-        """Connects; `request` is urllib's, whose host is the proxy where it names the host of a tunnel."""
-        tunnel, context = request._tunnel_host, tls() if request.type == "https" else None
-        sock = socket.create_connection(address_of(request.host, 443 if context else 80), CONNECT_TIMEOUT)
+    def __init__(self, way: Any, tls: Callable[[], ssl.SSLContext], call: UpstreamCall) -> None:
+        """Connects; `way` (way_to) names the proxy as its host where there is a tunnel to another one."""
+        tunnel, context = way._tunnel_host, tls() if way.type == "https" else None
+        sock = socket.create_connection(address_of(way.host, 443 if context else 80), CONNECT_TIMEOUT)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             super().__init__(sock)
             if tunnel:
-                self._open_tunnel("%s:%d" % address_of(tunnel, 443), request)
+                self._open_tunnel("%s:%d" % address_of(tunnel, 443), way.headers, call)
             if context:
                 sock.settimeout(CONNECT_TIMEOUT)
-                name = address_of(tunnel or request.host, 443)[0]
+                name = address_of(tunnel or way.host, 443)[0]
                 # read from here on: what a proxy said before TLS could otherwise be taken for an answer
                 super().__init__(context.wrap_socket(sock, server_hostname=name))
         except BaseException:
             sock.close()
             raise
 
-    def _open_tunnel(self, target: str, request: Any) -> None:
+    def _open_tunnel(self, target: str, authorization: dict[str, str], call: UpstreamCall) -> None:
         """Asks the proxy for a way through.  Raises OSError where it refuses."""
-        call = replace(request.call, patience=CONNECT_TIMEOUT)
-        authorization = {name: value for name, value in request.headers.items() if name == "Proxy-authorization"}
-        self.ask("CONNECT", target, dict({"Host": target}, **authorization), b"", call)
+        call = replace(call, patience=CONNECT_TIMEOUT)
+        self.ask("CONNECT", target, dict({"host": target}, **authorization), b"", call)
         head = self.answer(call)
         if head.status != 200:
             raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
@@ -5868,11 +5856,16 @@ class UpstreamConnection(Peer):
             self.send(data, lambda writing: call.client.wait(call.wait_for(self.sock), writing))
 
     def answer(self, call: UpstreamCall) -> UpstreamHead:
-        """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2)."""
-        received = bytearray()
-        head = upstream_head(self._head_lines(received, call, begun=False))
-        while head.status < 200 and head.status != 101:
-            head = upstream_head(self._head_lines(received, call, begun=True))
+        """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2).  Raises BadStatusLine."""
+        received, head = bytearray(), None
+        while head is None or head.status < 200 and head.status != 101:
+            first, *lines = self._head_lines(received, call, begun=head is not None)
+            headers: dict[str, str] = {}
+            for line in lines:
+                name, colon, value = line.partition(":")
+                if colon:                           # a folded line makes a name that nobody asks for
+                    headers.setdefault(name.lower(), value.strip())
+            head = UpstreamHead(*status_line(first), headers)
         self.unread = received
         return head
 
@@ -5947,46 +5940,12 @@ class ConnectionPool:
         self.close_old(0)
 
 
-class PooledHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's HTTP and HTTPS in one: connections are kept, as a TLS handshake costs 0.1 s, and redirects are not
-    followed, as they would carry the credential along."""
-
-    def __init__(self, tls: Callable[[], ssl.SSLContext]) -> None:
-        super().__init__()
-        self.pool = ConnectionPool()
-        self._tls = functools.lru_cache(maxsize=None)(tls)      # made on first use: it costs 20 ms
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def http_open(self, request: Any) -> UpstreamReply:
-        """The answer to a request of urllib; `request.call` is ours."""
-        key, call = (request.type, request.host, request._tunnel_host), request.call
-        headers = dict(request.headers, **request.unredirected_hdrs)
-        headers.pop("Proxy-authorization", None)    # the tunnel's
-        connection = self.pool.take(key)
-        replaced = False
-        while True:
-            reused = connection is not None
-            try:
-                connection = connection or UpstreamConnection(request, self._tls)
-                sent = False
-                with contextlib.suppress(*LOST):
-                    connection.ask(request.get_method(), request.selector, headers, request.data or b"", call)
-                    sent = True
-                head = connection.answer(call)      # there may be one before all of the request was read
-                return UpstreamReply(connection, head, call, functools.partial(self.pool.give, key, connection)
-                                     if sent and not ends_connection(head.version, head.headers) else None)
-            except BaseException as fault:
-                if connection:
-                    connection.close()
-                if not isinstance(fault, LOST) or not (reused or replaced):
-                    raise
-                if replaced:                        # that was our one retry: may_pass stays False
-                    raise UpstreamFault("The upstream ended two connections in a row.") from None
-                connection, replaced = None, True   # it died of age: the request was not accepted
-                call.may_retry = False
-
-    https_open = http_open
+def way_to(config: Config, url: str) -> Any:
+    """A request of urllib to an address; through a proxy its host is the proxy's, and it names that of the tunnel."""
+    way: Any = urllib.request.Request(url)
+    if way.type == "https" and config.https_proxy and not bypasses_proxy(config, way.host):
+        urllib.request.ProxyHandler({}).proxy_open(way, config.https_proxy, "https")
+    return way
 
 
 class UpstreamReply:
@@ -6068,13 +6027,10 @@ class Upstream:
         self._config = config
         self._refusal: Optional[dict] = None        # what Claude last said against the credential
         self._instance_id = instance_id
-        self._handler = PooledHandler(functools.partial(tls_context, config.ca_file, config.relax_x509))
-        self.pool = self._handler.pool
-        self._direct, self._proxied = urllib.request.OpenerDirector(), urllib.request.OpenerDirector()
-        self._proxied.add_handler(urllib.request.ProxyHandler({"https": config.https_proxy}
-                                                              if config.https_proxy else {}))
-        for opener in (self._direct, self._proxied):
-            opener.add_handler(self._handler)
+        self.pool = ConnectionPool()
+        self._way_to = functools.lru_cache(maxsize=16)(functools.partial(way_to, config))
+        # made on first use: it costs 20 ms
+        self._tls = functools.lru_cache(maxsize=1)(functools.partial(tls_context, config.ca_file, config.relax_x509))
         self.credential: Optional[Credential] = None
         self.on_headers: Callable[[Dict[str, str]], None] = lambda headers: None
 
@@ -6129,7 +6085,7 @@ class Upstream:
 
     def probe(self) -> dict[str, str]:
         """Asks the upstream for anything at all, without a credential; the headers of what it answers."""
-        reply = self._open("GET", self.base_url + "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
+        reply = self._open("GET", self.base_url, "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
         reply.close()
         return reply.headers
 
@@ -6138,7 +6094,7 @@ class Upstream:
         data, patience = json.dumps(body).encode(), self._config.limits.token_timeout
         call = UpstreamCall(patience=patience, deadline=time.monotonic() + patience)
         try:
-            reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}), call)
+            reply = self._open("POST", url, "", data, dict(headers, **{"content-type": "application/json"}), call)
             with contextlib.closing(reply):
                 body_read = reply.read(1_000_000)
         except UpstreamTimeout as fault:
@@ -6178,7 +6134,7 @@ class Upstream:
         while True:
             betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
             whole = dict(custom, **dict(paid, **headers))
-            reply = self._open(method, self.base_url + path, body,
+            reply = self._open(method, self.base_url, path, body,
                                dict(whole, **{"anthropic-beta": ",".join(betas)} if betas else {}), call)
             if body is not None:
                 self.on_headers(reply.headers)
@@ -6192,22 +6148,49 @@ class Upstream:
                 raise refusal
             paid, renewable = renewed, False
 
-    def _open(self, method: str, url: str, body: bytes | None, headers: dict[str, str],
+    def _open(self, method: str, base: str, path: str, body: bytes | None, headers: dict[str, str],
               call: UpstreamCall) -> UpstreamReply:
-        request: Any = urllib.request.Request(url, data=body, method=method, headers=dict(
-            headers, **{"user-agent": USER_AGENT, "accept-encoding": "identity"}))
-        request.call = call
-        opener = self._direct if bypasses_proxy(self._config, request.host) else self._proxied
+        """The answer to a request.  Redirects are not followed, as they would carry the credential along."""
+        way = self._way_to(base)
+        headers = dict(headers, **{"host": way._tunnel_host or way.host, "user-agent": USER_AGENT,
+                                   "accept-encoding": "identity"})
+        if body is not None:
+            headers["content-length"] = str(len(body))
         try:
-            reply: UpstreamReply = opener.open(request)
+            reply = self._answer(way, call, (method, way.selector + path or "/", headers, body or b""))
         except (OSError, http.client.HTTPException) as fault:
-            raise fault_before_answer(fault, request) from fault
+            raise fault_before_answer(fault, way) from fault
         if reply.status != 200 and not 400 <= reply.status < 600:
             reply.close()
             raise UpstreamFault("The upstream answered with a redirect (%d), which is not followed: it would take the "
                                 "credential elsewhere." % reply.status if 300 <= reply.status < 400 else
                                 "The upstream answered with status %d, which its API does not use." % reply.status)
         return reply
+
+    def _answer(self, way: Any, call: UpstreamCall, request: Any) -> UpstreamReply:
+        """The same, on a connection that was kept, as a TLS handshake costs 0.1 s, or on a new one."""
+        key = way.type, way.host, way._tunnel_host
+        connection, replaced = self.pool.take(key), False
+        while True:
+            reused = connection is not None
+            try:
+                connection = connection or UpstreamConnection(way, self._tls, call)
+                sent = False
+                with contextlib.suppress(*LOST):
+                    connection.ask(*request, call)
+                    sent = True
+                head = connection.answer(call)      # there may be one before all of the request was read
+                return UpstreamReply(connection, head, call, functools.partial(self.pool.give, key, connection)
+                                     if sent and not ends_connection(head.version, head.headers) else None)
+            except BaseException as fault:
+                if connection:
+                    connection.close()
+                if not isinstance(fault, LOST) or not (reused or replaced):
+                    raise
+                if replaced:                        # that was our one retry: may_pass stays False
+                    raise UpstreamFault("The upstream ended two connections in a row.") from None
+                connection, replaced = None, True   # it died of age: the request was not accepted
+                call.may_retry = False
 
 
 def shown_proxy(config: Config) -> str:
@@ -6216,7 +6199,6 @@ def shown_proxy(config: Config) -> str:
     return "%s://%s%s" % (proxy.scheme, "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
 
 
-@functools.lru_cache(maxsize=64)
 def bypasses_proxy(config: Config, host: str) -> bool:
     """Whether a host, with or without its port, is asked directly: loopback always, others by NO_PROXY."""
     return is_loopback_host(re.sub(r":\d+$", "", host)) or bool(
@@ -6289,36 +6271,32 @@ TLS_CAUSES = (
 )
 
 
-def fault_before_answer(fault: Exception, request: Any) -> GatewayError:
+def fault_before_answer(fault: Exception, way: Any) -> GatewayError:
     """A call that failed before there was an answer: who could not be reached, the upstream or the proxy."""
-    who, what = "The upstream", "could not be reached"
-    if request._tunnel_host:                        # then `host` is the proxy's, without its credentials
-        if isinstance(fault, (ConnectionRefusedError, socket.gaierror)):
-            who = "The proxy " + request.host
-        else:
-            what += " through the proxy " + request.host
-    elif not isinstance(fault, socket.gaierror):
-        what += " at " + request.host
-    if isinstance(fault, socket.gaierror):
+    who, what, unknown = "The upstream", "could not be reached", isinstance(fault, socket.gaierror)
+    if way._tunnel_host and (unknown or isinstance(fault, ConnectionRefusedError)):
+        who = "The proxy " + way.host
+    elif way._tunnel_host:
+        what += " through the proxy " + way.host
+    elif not unknown:
+        what += " at " + way.host
+    if unknown:
         what += ", as its host name %s is not known here (`claude-gateway doctor` checks the way there)" % re.sub(
-            r":\d+\Z", "", request.host)
+            r":\d+\Z", "", way.host)
     return fault_from(fault, what, who)
 
 
 def fault_from(fault: Exception, what: str, who: str = "The upstream") -> GatewayError:
     """Any exception of sockets, TLS or http.client as an UpstreamFault whose message names the cause."""
-    reason: Any = getattr(fault, "reason", None) if isinstance(fault, urllib.error.URLError) else fault
-    if isinstance(reason, GatewayError):
-        return reason
-    if isinstance(reason, (socket.timeout, TimeoutError)):
+    if isinstance(fault, (socket.timeout, TimeoutError)):
         return UpstreamTimeout("%s %s: no answer in time." % (who, what))
-    message = str(reason) or type(reason).__name__
-    if isinstance(reason, ssl.SSLError):
+    message = str(fault) or type(fault).__name__
+    if isinstance(fault, ssl.SSLError):
         cause = next((advice for pattern, advice in TLS_CAUSES if "CERTIFICATE_VERIFY_FAILED" in message
                       and re.search(pattern, message, re.I)), "")
         return UpstreamFault("%s %s: TLS failed (%s)%s." % (who, what, message, ": " + cause if cause else ""))
     failure = UpstreamFault("%s %s: %s." % (who, what, message))
-    failure.may_pass = isinstance(reason, OSError)  # who has answered nonsense would do it again
+    failure.may_pass = isinstance(fault, OSError)   # who has answered nonsense would do it again
     return failure
 
 
