@@ -300,7 +300,7 @@ def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
             r" (\w+)=(\S+)", r'; $env:\1 = "\2"', line.group(1))[2:], text)
         text = re.sub(r"\b([A-Z_]+)=(\S+)(?= claude-gateway )", r'$env:\1 = "\2";', text)
     script = sys.argv[0] if sys.argv else ""
-    if not script or os.path.basename(script) != os.path.basename(own_file()):
+    if not script or "claude-gateway " not in text or os.path.basename(script) != os.path.basename(own_file()):
         return text
     script = '"%s"' % script if " " in script else script
     typed = "%s %s " % (os.path.basename(sys.executable or "") or "python3", script)
@@ -331,6 +331,7 @@ def duration_until(moment: str) -> str:
     return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
 
 
+@functools.lru_cache(maxsize=64)
 def is_address(name: str) -> bool:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
@@ -724,7 +725,7 @@ def event_from_data(data: bytes) -> dict:
     return event
 
 
-CLIENT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+CLIENT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 
 
 def client_json(value: Any) -> bytes:
@@ -739,7 +740,7 @@ def client_json(value: Any) -> bytes:
         return client_json(without_lone_surrogates(value))
 
 
-UPSTREAM_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+UPSTREAM_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"), allow_nan=False)
 
 
 def upstream_json(value: Any) -> bytes:
@@ -4450,8 +4451,9 @@ class Counters:
         self._errors: collections.Counter = collections.Counter()
         self._error_texts: Dict[str, str] = {}      # code -> the latest message
         self._last: Deque[dict] = collections.deque(maxlen=50)
-        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
-        self._models: Dict[str, collections.Counter] = {}
+        self._totals: Dict[str, Dict[str, collections.Counter]] = {
+            field: collections.defaultdict(collections.Counter) for field in ("tool", "used")}
+        self._models: Dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self.seconds = 0.0                          # spent on all requests
 
     def add_request(self, route: str, summary: dict) -> None:
@@ -4470,7 +4472,7 @@ class Counters:
         counts.update(requests=1, failed=int(summary["status"] >= 400))
         for field, totals in self._totals.items():
             name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-            totals.setdefault(name or "-", collections.Counter()).update(counts)
+            totals[name or "-"].update(counts)
         if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
             self._error_texts[summary["error_code"]] = summary["error"]
 
@@ -4478,8 +4480,8 @@ class Counters:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
             name = model.id if model.id in self._models or len(self._models) < 200 else "other"
-            figures = self._models.setdefault(name, collections.Counter())
-            figures.update(counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1})
+            self._models[name].update(dict(
+                counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1}))
             tokens = self._tokens()
             return percent(tokens["cache_read"], prompt_tokens(tokens))
 
@@ -6167,7 +6169,7 @@ class Upstream:
                                 "The upstream answered with status %d, which its API does not use." % reply.status)
         return reply
 
-    def _answer(self, way: Any, call: UpstreamCall, request: Any) -> UpstreamReply:
+    def _answer(self, way: Any, call: UpstreamCall, request: tuple[str, str, dict[str, str], bytes]) -> UpstreamReply:
         """The same, on a connection that was kept, as a TLS handshake costs 0.1 s, or on a new one."""
         key = way.type, way.host, way._tunnel_host
         connection, replaced = self.pool.take(key), False
@@ -6668,8 +6670,10 @@ class Record:
         """What the status page shows of it, and `status` as this line."""
         fields = dict(without(vars(self), "method", "client", "owner", "started", "cached_percent_of_all",
                               "route"), line=line)
-        texts = {name: masked(value, secrets_known)[:500] for name, value in fields.items() if isinstance(value, str)}
-        return dict(fields, time=round(time.time(), 3), **texts)
+        texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+        if masked("\n".join(texts.values()), secrets_known) != "\n".join(texts.values()):
+            texts = {name: masked(value, secrets_known) for name, value in texts.items()}
+        return dict(fields, time=round(time.time(), 3), **{name: value[:500] for name, value in texts.items()})
 
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
@@ -6711,7 +6715,7 @@ class Gateway:
     """
 
     def __init__(self, config: Config, credential: Credential | None = None) -> None:
-        self.config = config
+        self.config, self._configured_secrets = config, config.secrets()
         self.instance_id = secrets.token_hex(8)
         self.upstream = Upstream(config, self.instance_id)
         self.upstream.credential = credential or credential_from_config(config, self.upstream.post_json)
@@ -6732,7 +6736,7 @@ class Gateway:
     def secrets(self) -> list[str]:
         """Every secret known now, for redaction."""
         credential = self.upstream.credential
-        return [*self.config.secrets(), *(credential.secrets() if credential else ())]
+        return [*self._configured_secrets, *(credential.secrets() if credential else ())]
 
     def check_spending(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this client key, or the plan, is used up."""
@@ -6774,7 +6778,8 @@ class Exchange:
         self.assembler = MessageAssembler()
         self.translation: Translation
         self.events: PlannedEvents                  # of the accepted request
-        incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
+        if gateway.config.budget:
+            incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
     def open(self) -> None:
@@ -6821,7 +6826,11 @@ class Exchange:
             yield NEEDS_THREAD
             self._continue()
         self._count_tokens()
-        self._note_who_answered()
+        model_id = self.assembler.message["model"]
+        if "fallbacks" in self.translation.request and model_id != self._known.id:
+            self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
+                self._known.id, model_id))
+            self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
         self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.message,
                                        self.translation.request.get("tools", ()))
         if self._reply and self._reply.framing.done:    # its connection is free before the client can want another
@@ -6847,11 +6856,13 @@ class Exchange:
     def _translated(self, lesson: dict) -> Translation:
         """The request for the model as known with a lesson, images by address still by their address."""
         credential = self._gateway.upstream.credential
-        model = replace(self._known, **dict(lesson, **self._for_once))
+        lesson = dict(lesson, **self._for_once)
+        model = replace(self._known, **lesson) if lesson else self._known
         translation = self._translate_body(model, credential.preamble if credential else (),
                                            not self._gateway.config.no_cache,
                                            self._gateway.answers.recall(self._incoming.owner, self._known.id))
-        fallbacks = fallbacks_for(model, self._gateway.config.fallback, self._gateway.models.catalog())
+        names = self._gateway.config.fallback
+        fallbacks = fallbacks_for(model, names, self._gateway.models.catalog()) if names else None
         if fallbacks and translation.request["max_tokens"] and "compaction" not in translation.request:
             translation.request["fallbacks"] = fallbacks
         if self._incoming.surrogates_replaced:
@@ -6945,14 +6956,6 @@ class Exchange:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
             count_tokens(self._gateway, self._incoming.record, model, message["usage"])
 
-    def _note_who_answered(self) -> None:
-        """Reports an answer that came from another model than the one that was asked, as --fallback allows."""
-        model_id = self.assembler.message["model"]
-        if "fallbacks" in self.translation.request and model_id != self._known.id:
-            self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
-                self._known.id, model_id))
-            self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
-
     def _batches_of_stream(self, translate: Render) -> Iterator[Any]:
         for events in self._event_batches():
             if not isinstance(events, list):        # something to wait for
@@ -7029,8 +7032,8 @@ def betas_for(request: dict) -> list[str]:
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
     """`fallbacks` of a request, as --fallback says; None where the model does not have them."""
-    if not model.fallbacks or not names or names[0] == "default":
-        return "default" if names and model.fallbacks else None
+    if not model.fallbacks or names[0] == "default":
+        return "default" if model.fallbacks else None
     ids = dict.fromkeys(catalog.resolve(name).id for name in names)
     return [{"model": model_id} for model_id in ids if model_id != model.id] or None
 
@@ -8248,7 +8251,7 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
 
 def named_host(head: Head) -> tuple[str | None, Head]:
     """The host that a request names, and the request with a path as its target."""
-    absolute = re.match(r"https?://([^/?#]*)", head.target, re.I)
+    absolute = None if head.target.startswith("/") else re.match(r"https?://([^/?#]*)", head.target, re.I)
     if absolute:                                    # its authority wins over Host (RFC 9112, 3.2.2)
         host, path = absolute.group(1), head.target[absolute.end():]
         return host, head._replace(target=path if path.startswith("/") else "/" + path)
@@ -8257,7 +8260,6 @@ def named_host(head: Head) -> tuple[str | None, Head]:
     return head.headers.get("host"), head           # HTTP/1.0 may leave it out
 
 
-@functools.lru_cache(maxsize=64)
 def allowed_host(host: str, config: Config) -> tuple[str, bool]:
     """The name in a Host header, and whether it may be this gateway's: a web page's own name never reaches us
     (DNS rebinding)."""
@@ -8265,8 +8267,8 @@ def allowed_host(host: str, config: Config) -> tuple[str, bool]:
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
-    allowed = {"host.docker.internal", *(entry.lower() for entry in [*config.hosts, *config.allow_host])}
-    return name, is_loopback_host(name) or is_address(name) or name in allowed
+    names = ["host.docker.internal", *config.hosts, *config.allow_host]
+    return name, is_address(name) or is_loopback_host(name) or name in map(str.lower, names)
 
 
 def origin_allowed(origin: str, config: Config) -> bool:
@@ -8284,13 +8286,8 @@ def keys_sent(head: Head) -> list[bytes]:
 
 def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
     """A digest of the configured key that was sent, "" where none was."""
-    owner = ""
-    for key in keys:
-        known = hashlib.sha256(key.encode("utf-8")).digest()
-        for digest in digests:
-            if hmac.compare_digest(known, digest):
-                owner = known.hex()
-    return owner
+    known = [hashlib.sha256(key.encode("utf-8")).digest() for key in keys]
+    return next(iter([each.hex() for each in known for digest in digests if hmac.compare_digest(each, digest)]), "")
 
 
 # ---- HTTP server -------------------------------------------------------------------------------------
@@ -8303,6 +8300,7 @@ NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
 LAST_CHUNK = b"0\r\n\r\n"
 LOG_NAME = "request "
+http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)      # the same for a second
 
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
@@ -8334,13 +8332,6 @@ def parsed_weight(body: bytes) -> int:
     a character beyond the basic plane gives all others of its string four bytes, too."""
     wide = len(body) > 4_000_000 and re.search(rb"\\u[dD][89abAB]|[\xf0-\xf4]", body)
     return 5 * len(body) if wide else min(25 * (body.count(b",") + body.count(b":")), 5 * len(body))
-
-
-def cors_headers(head: Head, config: Config) -> dict[str, str]:
-    origin = head.headers["origin"]
-    if not origin_allowed(origin, config):
-        return {}
-    return {"access-control-allow-origin": origin, "vary": "Origin", "access-control-expose-headers": EXPOSED_HEADERS}
 
 
 def preflight_headers(head: Head) -> dict[str, str]:
@@ -8407,7 +8398,7 @@ class RequestCycle:
         self.steps: Iterator[Any] = iter(())        # of a stream, once its head has gone out
         self._stream: Optional[StreamedReply] = None
         self._native = False
-        self._record = Record(head.method, re.sub(r"[?#].*", "", head.target), address,
+        self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address,
                               tool_of(head.headers), started)
         self._log_name = LOG_NAME + secrets.token_hex(2)        # of the thread, so that its log entries show it
         # what has to be given back, whatever happens
@@ -8448,12 +8439,12 @@ class RequestCycle:
             record.total_ms = record.elapsed_ms()
             try:
                 if record.method:
-                    log_request_record(record, self._config)
+                    line = short_line(record)
+                    log_request_record(record, line, self._config)
                     if record.used:
                         self._gateway.usage.add(record.tool, record.used, record.owner, {
                             "requests": 1, "errors": int(record.status >= 400)})
-                    summary = record.summary(short_line(record), self._gateway.secrets())
-                    self._gateway.counters.add_request(record.route, summary)
+                    self._gateway.counters.add_request(record.route, record.summary(line, self._gateway.secrets()))
             finally:
                 self._leave()                       # who waits for an idle gateway finds everything counted
 
@@ -8593,7 +8584,11 @@ class RequestCycle:
 
     def _send_reply(self, reply: Reply) -> Wait | None:
         if reply.steps is not None:
-            return self._begin_stream(StreamedReply(reply, chunked=self._head.version == "1.1"))
+            chunked = self._head.version == "1.1"
+            stream, self.keep_alive = StreamedReply(reply, chunked), self.keep_alive and chunked
+            self.client.send(self._head_bytes(200, stream.headers))
+            self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
+            return self._go_on()
         if reply.raw is None:
             LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
         body = client_json(reply.body) + b"\n" if reply.raw is None else reply.raw     # curl leaves the line to us
@@ -8614,22 +8609,18 @@ class RequestCycle:
         self._record.first_byte_ms = self._record.elapsed_ms()
         if self._gateway.running.draining:
             self.keep_alive = False
-        lines = dict({"server": USER_AGENT, "date": email.utils.formatdate(usegmt=True)}, **headers)
+        lines = dict({"server": USER_AGENT, "date": http_date(int(time.time()), usegmt=True)}, **headers)
         lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
         self._record.request_id = lines[REQUEST_ID_HEADER]
-        if "origin" in self._head.headers:
-            lines.update(cors_headers(self._head, self._config))
+        origin = self._head.headers.get("origin")
+        if origin is not None and origin_allowed(origin, self._config):
+            lines.update({"access-control-allow-origin": origin, "vary": "Origin",
+                          "access-control-expose-headers": EXPOSED_HEADERS})
         lines["connection"] = "keep-alive" if self.keep_alive else "close"
         head = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Unknown"))]
-        head += ["%s: %s" % (name, CONTROLS.sub(" ", value)) for name, value in lines.items()]
+        head += ["%s: %s" % (name, value if value.isprintable() else CONTROLS.sub(" ", value))
+                 for name, value in lines.items()]
         return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
-
-    def _begin_stream(self, stream: StreamedReply) -> Wait | None:
-        """A body in pieces, with a comment when nothing goes out for a while."""
-        self.keep_alive = self.keep_alive and self._head.version == "1.1"
-        self.client.send(self._head_bytes(200, stream.headers))
-        self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
-        return self._go_on()
 
     def _go_on(self) -> Wait | None:
         """Sends a stream; where many run, one that has to be waited for is better left to the event loop."""
@@ -8677,7 +8668,7 @@ def unexpected(failure: Exception) -> GatewayError:
 
 def tool_of(headers: dict[str, str]) -> str:
     """The tool that the headers of a request name, short enough for a column of the log."""
-    versions = (re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers)
+    versions = (re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers if name.startswith("x-"))
     named = headers.get("x-title") or "".join(match.group(1) for match in versions if match)
     agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", headers.get("user-agent", ""))      # the SDK, its name minified
     match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) or agent)
@@ -8685,14 +8676,13 @@ def tool_of(headers: dict[str, str]) -> str:
     return {"Mozilla": "browser"}.get(name, name)[:14]
 
 
-def log_request_record(record: Record, config: Config) -> None:
+def log_request_record(record: Record, short: str, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
-    fields = without(vars(record), "started", "owner")
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
     if config.minimal:
-        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": fields})
+        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": vars(record)})
         return
     models = "%s -> %s" % (printable(record.asked or "(none)"), record.used or "-")
     line += "  %-14s %-36s %-6s" % (record.tool, models if record.asked or record.used else "-",
@@ -8703,7 +8693,7 @@ def log_request_record(record: Record, config: Config) -> None:
             record.output_tokens)
     line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
     error = "  " + printable(record.error, 500) if record.error else ""
-    LOG.log(level, "%s", line + error, extra={"fields": fields, "short": short_line(record) + error})
+    LOG.log(level, "%s", line + error, extra={"fields": vars(record), "short": short + error})
     if record.changes and config.log_format != "json":
         LOG.info("  changes: %s", printable(record.changes, 100_000))
 
@@ -9187,15 +9177,16 @@ class LogFormatter(logging.Formatter):
     """One line per entry, as text or JSON; secrets are masked, long base64 in payloads is cut."""
 
     def __init__(self, secrets: Callable[[], list[str]], as_json: bool, colour: bool = False,
-                 with_names: bool = False, columns: Callable[[], int] = lambda: 0) -> None:
+                 with_names: bool = False, columns: Callable[[], int] | None = None) -> None:
         super().__init__()
         self._secrets, self.as_json, self._colour, self._with_names = secrets, as_json, colour, with_names
-        self._columns = columns                     # of the terminal, 0 where there is none
+        self._columns = columns                     # of the terminal, None where there is none
 
     def format(self, record: logging.LogRecord) -> str:
         payload = getattr(record, "payload", None)
         short = getattr(record, "short", "")
-        if short and not self.as_json and 0 < self._columns() < len(record.getMessage()) + 9:        # 9: the time
+        columns = self._columns() if short and self._columns and not self.as_json else 0
+        if 0 < columns < len(record.getMessage()) + 9:          # 9: the time
             record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short,)))
         message = as_typed(super().format(record)) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
@@ -9211,7 +9202,7 @@ class LogFormatter(logging.Formatter):
                 "%s %s" % (moment, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items()}
+                  for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
 
     @staticmethod
@@ -9227,7 +9218,7 @@ def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
-                                      config.verbose, columns_of_terminal))
+                                      config.verbose, columns_of_terminal if columns_of_terminal() else None))
     for old in LOG.handlers[:]:
         LOG.removeHandler(old)
     LOG.addHandler(handler)

@@ -13096,9 +13096,9 @@ class LogTests(GatewayTestCase):
             first_byte_ms=521, total_ms=1682, input_tokens=118918, cached_tokens=118010, cached_percent_of_all=48,
             output_tokens=388, request_id="req_011CV")
         with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
-            claude_gateway.log_request_record(record, Config())
-            claude_gateway.log_request_record(claude_gateway.Record("GET", "/v1/models", tool="-", status=404,
-                                                                    error="Not here: --allow-host x"), Config())
+            for each in (record, claude_gateway.Record("GET", "/v1/models", tool="-", status=404,
+                                                       error="Not here: --allow-host x")):
+                claude_gateway.log_request_record(each, claude_gateway.short_line(each), Config())
         for columns, lines in ((80, ["200 chat/completions aider opus-5-5 118918>388 99% 1.7s",
                                      "404 GET models - 0.0s  Not here: --allow-host x"]),
                                (200, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"]),
@@ -15480,7 +15480,7 @@ class ReadmeTests(unittest.TestCase):
             first_byte_ms=521, total_ms=1682, input_tokens=18918, cached_tokens=18010, cached_percent_of_all=48,
             output_tokens=388, request_id="req_011CV...")
         with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
-            claude_gateway.log_request_record(record, Config())
+            claude_gateway.log_request_record(record, "", Config())
         self.assertEqual(logged.records[0].getMessage(), shown)
 
     def test_every_variable_that_it_names_is_read(self):
