@@ -5673,7 +5673,7 @@ def body_length(head: Head) -> int | None:
 class BodyFraming:
     """Where the body of an answer ends (RFC 9112, 6.3): bytes of the connection in, bytes of the body out."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\Z")
-    USUAL = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")   # before the one chunk that most reads bring
+    USUAL = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")   # before a chunk that most reads bring whole
     LONGEST_LINE = 65_536
 
     def __init__(self, chunked: bool, length: int | None) -> None:
@@ -5707,14 +5707,6 @@ class BodyFraming:
     def _from_chunks(self, data: bytes) -> bytes:
         """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
         data, at = self.rest + data if self.rest else data, 0
-        size_line = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
-        if size_line:
-            end = size_line.end() + int(size_line.group(1), 16)
-            if len(data) == end + 2 and data.endswith(b"\r\n") and end > size_line.end():
-                self.rest = b""
-                self._begin_chunk(end - size_line.end())
-                self._left, self._in_chunk = 0, False
-                return data[size_line.end():end]
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
             if self._left:
@@ -5722,6 +5714,13 @@ class BodyFraming:
                 pieces.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
+                continue
+            whole = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
+            end = whole.end() + int(whole.group(1), 16) if whole else 0
+            if whole and end > whole.end() and data[end:end + 2] == b"\r\n":
+                self._begin_chunk(end - whole.end())
+                self._left, self._in_chunk, at = 0, False, end + 2
+                pieces.append(data[whole.end():end])
                 continue
             end = data.find(b"\n", at) + 1
             if not end or end - at > self.LONGEST_LINE:
@@ -5978,20 +5977,18 @@ class UpstreamReply:
                 wait = None
                 if not data:
                     framing.end()
-                yield from self._unpacked(framing.feed(data))
+                piece = framing.feed(data)
+                if not self._inflate:
+                    yield piece
+                # bit by bit, as gzip can hold a thousand times its size; a client that has left ends it
+                while self._inflate and piece and not self._inflate.eof:
+                    yield self._inflate.decompress(piece, READ_SIZE)
+                    piece = self._inflate.unconsumed_tail
+                    self._call.client.pause(0)
         except (OSError, http.client.HTTPException, zlib.error) as fault:
             raise fault_from(fault, "broke off in the middle of its answer") from fault
         if self._inflate and not self._inflate.eof:
             raise UpstreamFault(BROKE_OFF)
-
-    def _unpacked(self, piece: bytes) -> Iterator[bytes]:
-        """Bit by bit, as gzip can hold a thousand times its size; a client that has left ends it."""
-        if not self._inflate:
-            yield piece
-        while self._inflate and piece and not self._inflate.eof:
-            yield self._inflate.decompress(piece, READ_SIZE)
-            piece = self._inflate.unconsumed_tail
-            self._call.client.pause(0)
 
     def read(self, limit: int = 64_000_000) -> bytes:
         """The whole body, waited for in this thread."""
@@ -6008,18 +6005,16 @@ class UpstreamReply:
             return
         self._closed = True
         if answered and not self.framing.done:
-            self._read_on(time.monotonic() + 0.2)
+            deadline = time.monotonic() + 0.2
+            with contextlib.suppress(GatewayError):
+                for step in self.pieces():
+                    left = deadline - time.monotonic()
+                    if left <= 0 or isinstance(step, Wait) and not wait_ready([step.sock], left):
+                        break
         if self._give_back and self.framing.done and not self.framing.surplus:
             self._give_back()
         else:
             self._connection.close()
-
-    def _read_on(self, deadline: float) -> None:
-        with contextlib.suppress(GatewayError):
-            for step in self.pieces():
-                left = deadline - time.monotonic()
-                if left <= 0 or isinstance(step, Wait) and not wait_ready([step.sock], left):
-                    return
 
 
 class Upstream:
@@ -6821,17 +6816,20 @@ class Exchange:
         """
         for pause in range(MOST_PAUSES + 1):
             yield from self._batches_of_stream(translate)
-            if not is_unfinished(self.assembler.message) or pause == MOST_PAUSES:
+            message = self.assembler.message
+            no_summary = message["stop_reason"] == "compaction" and not any(
+                block.get("content") for block in message["content"])
+            if not no_summary and message["stop_reason"] != "pause_turn" or pause == MOST_PAUSES:
                 break
             yield NEEDS_THREAD
             self._continue()
         self._count_tokens()
-        model_id = self.assembler.message["model"]
+        model_id = message["model"]
         if "fallbacks" in self.translation.request and model_id != self._known.id:
             self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
                 self._known.id, model_id))
             self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
-        self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.message,
+        self._gateway.answers.remember(self._incoming.owner, self._known.id, message,
                                        self.translation.request.get("tools", ()))
         if self._reply and self._reply.framing.done:    # its connection is free before the client can want another
             self.close()
@@ -7010,12 +7008,6 @@ class Exchange:
         if self._incoming.record.stream:
             self.call.may_retry = False             # the client has begun to read
         self._send(dict(request, messages=messages))
-
-
-def is_unfinished(message: dict) -> bool:
-    """Whether Claude interrupted an answer, or could not summarize."""
-    return message["stop_reason"] == "pause_turn" or message["stop_reason"] == "compaction" and not any(
-        block.get("content") for block in message["content"])
 
 
 def compacts(request: dict) -> bool:
@@ -8601,8 +8593,12 @@ class RequestCycle:
             self._drain_body()
         headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
         self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
-        if self._body_unread:
-            self._linger()
+        if self._body_unread:                       # reads on for a moment, so that the client sees this and no reset
+            deadline = time.monotonic() + 2
+            with contextlib.suppress(OSError):
+                self._peer.sock.shutdown(socket.SHUT_WR)
+                while self._peer.read_within(2, deadline):
+                    pass
 
     def _head_bytes(self, status: int, headers: dict[str, str]) -> bytes:
         self._record.status = status
@@ -8649,14 +8645,6 @@ class RequestCycle:
                 self._send(status, client_json(body) + b"\n", dict(headers, **{"content-type": "application/json"}))
         except ClientGone:
             self.keep_alive = False
-
-    def _linger(self) -> None:
-        """Reads on for a moment after refusing a body, so that the client sees the answer and no reset."""
-        deadline = time.monotonic() + 2
-        with contextlib.suppress(OSError):
-            self._peer.sock.shutdown(socket.SHUT_WR)
-            while self._peer.read_within(2, deadline):
-                pass
 
 
 def unexpected(failure: Exception) -> GatewayError:
