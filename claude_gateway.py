@@ -629,6 +629,10 @@ def json_within_bounds(text: str, decoder: json.JSONDecoder = BOUNDED_JSON) -> A
         raise ValueError("more than %d brackets" % MAX_BRACKETS)
     if brackets > MAX_NESTING and nests_deeper(text.encode("utf-8", "surrogatepass"), MAX_NESTING):
         raise ValueError("nested more than %d deep" % MAX_NESTING)
+    if text[:1] == "{":                             # as nearly always; `decode` looks for white space around it
+        value, end = decoder.raw_decode(text)
+        if end == len(text):
+            return value
     return decoder.decode(text)
 
 
@@ -671,7 +675,7 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    if re.search(rb"\\u[dD][89a-fA-F]", body):
+    if b"\\u" in body and re.search(rb"\\u[dD][89a-fA-F]", body):
         whole = without_lone_surrogates(value)
         return whole, whole != value
     return value, False
@@ -5234,10 +5238,10 @@ def day_of(moment: float) -> str:
 
 
 def sum_of(*tables: UsageRows) -> UsageRows:
-    total: UsageRows = {}
+    total: UsageRows = collections.defaultdict(collections.Counter)
     for table in tables:
         for place, figures in table.items():
-            total.setdefault(place, collections.Counter()).update(figures)
+            total[place].update(figures)
     return total
 
 
@@ -5265,7 +5269,7 @@ class Usage:
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._stored: UsageRows = {}                # the file, as it was at this stamp
         self._stamp: Any = None
-        self._new: UsageRows = {}
+        self._new = sum_of()
         self._timer: Optional[threading.Timer] = None       # of the next write
         self._writer: Optional[threading.Timer] = None      # the same, also while it writes
         self._next_write = 0.0
@@ -5278,7 +5282,7 @@ class Usage:
         with self._lock:
             crowded = len(self._new) >= 1_000 or len(self._stored) >= USAGE_ROWS
             place = (day_of(time.time()), "other" if crowded else tool, model, key)
-            self._new.setdefault(place, collections.Counter()).update(figures)
+            self._new[place].update(figures)
             if self._timer is None:
                 self._writer = self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
@@ -5292,7 +5296,7 @@ class Usage:
         try:
             with self._file.lock(), self._writing:  # in this order: who only reads waits for no other process
                 with self._lock:
-                    new, self._new = self._new, {}
+                    new, self._new = self._new, sum_of()
                 total = sum_of(self._read(), new)
                 self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
                                            in sorted(total.items()) if place[0] > oldest]})
@@ -5379,18 +5383,19 @@ def wait_ready(readers: Sequence[socket.socket], seconds: float,
                writers: Sequence[socket.socket] = ()) -> list[socket.socket]:
     """Those of a few sockets that can be read or written to, or have ended; [] when the time is up."""
     seconds = max(0.0, seconds)
-    waiting: list[socket.socket] = [sock for sock in readers if isinstance(sock, ssl.SSLSocket) and sock.pending()]
-    if waiting:
-        return waiting
+    for sock in readers:
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return [sock]
     if not hasattr(select, "poll"):                 # Windows
         readable, writable, _ = select.select(readers, writers, [], seconds)
         return readable + writable
     poll = select.poll()
-    for sockets, event in ((readers, select.POLLIN), (writers, select.POLLOUT)):
-        for sock in sockets:
-            poll.register(sock, event)
-    ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-    return [sock for sock in [*readers, *writers] if sock.fileno() in ready]
+    for sock in readers:
+        poll.register(sock, select.POLLIN)
+    for sock in writers:
+        poll.register(sock, select.POLLOUT)
+    ready = dict(poll.poll(seconds * 1000))
+    return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
 
 
 class Peer:
@@ -5577,7 +5582,7 @@ class HeadReader:
 
 
 REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
-HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\Z")
+HEADER_LINES = re.compile(r"(\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*\Z")
 BLANK_LINES = re.compile(rb"(?:\r?\n)*")
 # Headers that must not come twice: they decide about framing, identity or access.
 SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
@@ -5626,18 +5631,19 @@ def request_line(line: str) -> tuple[str, str, str]:
     match = REQUEST_LINE.match(line)
     if not match:
         raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
-    return match.group(1), match.group(2), match.group(3)
+    method, target, version = match.groups()
+    return method, target, version
 
 
 def head_from_lines(lines: list[str]) -> Head:
     """Request line and header lines, without their line ends, as a Head.  Raises InvalidRequest."""
     method, target, version = request_line(lines[0])
     headers: dict[str, str] = {}
+    if not HEADER_LINES.match("\n".join(["", *lines[1:]])):
+        raise InvalidRequest("A header line is malformed.", code="bad_header")
     for line in lines[1:]:
-        found = HEADER_LINE.match(line)
-        if not found:
-            raise InvalidRequest("A header line is malformed.", code="bad_header")
-        name, value = found.group(1).lower(), found.group(2).strip(" \t")
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
         if name in headers and name in SINGLE_HEADERS:
             raise InvalidRequest("The header %s came twice." % name, code="bad_header")
         headers[name] = headers[name] + ", " + value if name in headers else value
@@ -5665,7 +5671,7 @@ def body_length(head: Head) -> int | None:
         return None
     if length is None:
         return 0
-    if not re.match(r"[0-9]{1,19}\Z", length):
+    if not (length.isascii() and length.isdigit() and len(length) < 20):
         raise InvalidRequest("Content-Length is not a number.", code="bad_framing")
     return int(length)
 
@@ -5716,11 +5722,11 @@ class BodyFraming:
                 self._left -= len(piece)
                 continue
             whole = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
-            end = whole.end() + int(whole.group(1), 16) if whole else 0
-            if whole and end > whole.end() and data[end:end + 2] == b"\r\n":
-                self._begin_chunk(end - whole.end())
-                self._left, self._in_chunk, at = 0, False, end + 2
-                pieces.append(data[whole.end():end])
+            start, size = (whole.end(), int(whole.group(1), 16)) if whole else (0, 0)
+            if size and data[start + size:start + size + 2] == b"\r\n":
+                self._begin_chunk(size)
+                self._left, self._in_chunk, at = 0, False, start + size + 2
+                pieces.append(data[start:start + size])
                 continue
             end = data.find(b"\n", at) + 1
             if not end or end - at > self.LONGEST_LINE:
@@ -5848,7 +5854,7 @@ class UpstreamConnection(Peer):
         if UNSENDABLE.search("".join(headers.values())):
             raise UpstreamFault("HTTP cannot carry the value of this header to the upstream: %s." % ", ".join(
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
-        if re.search(r"[^\x21-\x7e]", target):
+        if not (target.isascii() and target.isprintable()) or " " in target:
             raise UpstreamFault("The upstream's address is an invalid URL: %s" % printable(target))
         lines = ["%s %s HTTP/1.1" % (method, target), *["%s: %s" % each for each in headers.items()], "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
@@ -6660,15 +6666,19 @@ class Record:
     route: str = "other"
     owner: str = ""                                 # the beginning of the digest of the client's key
     cost_usd: Optional[float] = None                # by list prices, where the model has one
+    # what the status page shows of it
+    TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
+    FIGURES = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
+               "cost_usd")
 
     def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
         """What the status page shows of it, and `status` as this line."""
-        fields = dict(without(vars(self), "method", "client", "owner", "started", "cached_percent_of_all",
-                              "route"), line=line)
-        texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+        texts = {name: getattr(self, name) for name in self.TEXTS}
+        texts["line"] = line
         if masked("\n".join(texts.values()), secrets_known) != "\n".join(texts.values()):
             texts = {name: masked(value, secrets_known) for name, value in texts.items()}
-        return dict(fields, time=round(time.time(), 3), **{name: value[:500] for name, value in texts.items()})
+        return dict({name: getattr(self, name) for name in self.FIGURES}, time=round(time.time(), 3),
+                    **{name: value[:500] for name, value in texts.items()})
 
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
@@ -8225,13 +8235,12 @@ def route_of(target: str) -> tuple[str, str]:
 def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
     """The endpoint of a path; `typed` is how the client wrote it."""
     methods = ROUTES.get(path)
-    without_counterpart = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
-    if without_counterpart:
-        raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
-            without_counterpart.group(1), printable(path)))
     if methods is None:
-        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
-            method, printable(typed), ", ".join(route for route in ROUTES if "{" not in route)))
+        without_counterpart = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
+        raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
+            without_counterpart.group(1), printable(path)) if without_counterpart else
+            "There is nothing at %s %s; served are %s." % (
+                method, printable(typed), ", ".join(route for route in ROUTES if "{" not in route)))
     endpoint = methods.get("GET" if method == "HEAD" else method)
     if endpoint is None:
         names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
@@ -8658,8 +8667,10 @@ def tool_of(headers: dict[str, str]) -> str:
     """The tool that the headers of a request name, short enough for a column of the log."""
     versions = (re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers if name.startswith("x-"))
     named = headers.get("x-title") or "".join(match.group(1) for match in versions if match)
-    agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", headers.get("user-agent", ""))      # the SDK, its name minified
-    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) or agent)
+    agent = headers.get("user-agent", "")
+    if "/JS " in agent:                             # the SDK, its name minified
+        agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", agent)
+    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) if named else agent)
     name = match.group(1) if match else "-"
     return {"Mozilla": "browser"}.get(name, name)[:14]
 
