@@ -5467,7 +5467,8 @@ class Client:
     """The client of one request while the upstream is waited for; without a connection (as a library) none leaves."""
 
     def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
-        self.peer, self._limits = peer, limits
+        self.peer: Any = peer
+        self._limits = limits
         self.watched = peer is not None
         self.idle_comment = b""                     # for one that has heard nothing; none before a stream
         self.last_sent = time.monotonic()
@@ -5517,11 +5518,8 @@ class Client:
                 return
 
     def check(self) -> None:
-        """A client whose read side has ended is gone; one that sends early (pipelining) is not.
-
-        Early bytes are put aside; where they would be too many they stay, and the client is not watched any more.
-        """
-        assert self.peer
+        """A client whose read side has ended is gone; one that sends early (pipelining) is not.  Early bytes are put
+        aside; where they would be too many they stay, and the client is not watched any more."""
         keep = len(self.peer.unread) < READ_SIZE
         try:
             data = self.peer.sock.recv(4_096, 0 if keep else socket.MSG_PEEK)
@@ -5538,24 +5536,19 @@ class Client:
 
     def send(self, data: bytes) -> None:
         """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
-        assert self.peer
+        def wait_until_it_reads(writing: bool) -> None:
+            if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
+                raise ClientGone
         try:
-            self.peer.send(data, self._wait_until_it_reads)
+            self.peer.send(data, wait_until_it_reads)
         except OSError:
             raise ClientGone from None
         self.last_sent = time.monotonic()
 
-    def _wait_until_it_reads(self, writing: bool) -> None:
-        assert self.peer
-        if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
-            raise ClientGone
-
 
 class HeadReader:
-    """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.
-
-    `check_first` gets the first line as soon as there is one; `too_large` makes the error of a head beyond the bounds.
-    """
+    """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.  `check_first`
+    gets the first line as soon as there is one; `too_large` makes the error of a head beyond the bounds."""
     END = re.compile(rb"\n\r?\n")
 
     def __init__(self, received: bytearray, check_first: Callable[[str], Any],
@@ -5918,9 +5911,9 @@ class ConnectionPool:
     def take(self, key: Any) -> UpstreamConnection | None:
         while True:
             with self._lock:
-                connection = self._idle[key].pop() if self._idle[key] else None
-            if connection is None:
-                return None
+                if not self._idle[key]:
+                    return None
+                connection = self._idle[key].pop()
             # an idle connection with something to read has been closed, or speaks out of turn
             if time.monotonic() - connection.last_used < POOL_AGE and not wait_ready([connection.sock], 0):
                 return connection
@@ -6320,7 +6313,6 @@ class RunningStream:
 
     def __init__(self, client: Client, steps: Iterator[Any], wait: Wait | None,
                  ended: Callable[[bool, Optional[BaseException]], None]) -> None:
-        assert client.peer
         self.client, self.sock, self.steps, self.ended = client, client.peer.sock, steps, ended
         self.wait = wait                            # None between two turns, and while the client has to read first
         self.unsent = b""                           # what the client has not accepted yet; nothing is read meanwhile
@@ -6715,9 +6707,7 @@ class Reply:
 
 class Gateway:
     """One gateway: its configuration, the way to Claude, and all that it remembers.
-
-    `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port.
-    """
+    `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port."""
 
     def __init__(self, config: Config, credential: Credential | None = None) -> None:
         self.config, self._configured_secrets = config, config.secrets()
@@ -6762,10 +6752,8 @@ Translate = Callable[[Model, Sequence[dict], bool, Recall], Translation]
 
 
 class Exchange:
-    """One request to Claude and the answer, with the corrections that a refusal calls for.
-
-    A refused request is corrected and sent again when the refusal says how (`_corrected`), for each reason once.
-    """
+    """One request to Claude and the answer.  A refused request is corrected and sent again when the refusal says how
+    (`_corrected`), for each reason once."""
 
     def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate) -> None:
         self._gateway, self._incoming, self.call = gateway, incoming, incoming.call
@@ -6819,11 +6807,9 @@ class Exchange:
         return dict(headers, **{CHANGES_HEADER: changes.header()}) if changes.reported else headers
 
     def batches(self, translate: Render) -> Iterator[Any]:
-        """What `translate` makes of each event, in batches that arrived together; `assembler` sees them first.
-
-        Among them a Wait where there is nothing yet, and NEEDS_THREAD before work that takes time.  An answer that
-        Claude interrupts (pause_turn) is continued, as no OpenAI client could.
-        """
+        """What `translate` makes of each event, in batches that arrived together; `assembler` sees them first.  Among
+        them a Wait where there is nothing yet, and NEEDS_THREAD before work that takes time.  An answer that Claude
+        interrupts (pause_turn) is continued, as no OpenAI client could."""
         for pause in range(MOST_PAUSES + 1):
             yield from self._batches_of_stream(translate)
             message = self.assembler.message
@@ -8285,12 +8271,6 @@ def keys_sent(head: Head) -> list[bytes]:
     return [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
 
 
-def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
-    """A digest of the configured key that was sent, "" where none was."""
-    known = [hashlib.sha256(key.encode("utf-8")).digest() for key in keys]
-    return next(iter([each.hex() for each in known for digest in digests if hmac.compare_digest(each, digest)]), "")
-
-
 # ---- HTTP server -------------------------------------------------------------------------------------
 # Bytes to checked requests, replies to bytes; knows no field of either API.  Every wait and every size is bounded.
 
@@ -8409,9 +8389,7 @@ class RequestCycle:
 
     def run(self, failure: BaseException | None = None) -> Wait | None:
         """Answers the request, or goes on with its stream in a thread again; the catch-all of the program is here.
-
-        Returns what a stream waits for that is better left to the event loop; None when the request is over.
-        """
+        Returns what a stream waits for that is better left to the event loop; None when the request is over."""
         wait = None
         threading.current_thread().name = self._log_name
         try:
@@ -8518,7 +8496,9 @@ class RequestCycle:
     def _owner(self, path: str) -> str:
         """The owner of what this request leaves behind: a digest of the key.  A wrong key is refused after a pause."""
         digests = keys_sent(self._head)
-        owner = owner_of(digests, self._config.api_key)
+        known = [hashlib.sha256(key.encode("utf-8")).digest() for key in self._config.api_key]
+        owners = [key.hex() for key in known for digest in digests if hmac.compare_digest(key, digest)]
+        owner = owners[-1] if owners else ""
         guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
         if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
             self._record.owner = "" if self._config.passing_key else owner[:12]
@@ -8716,10 +8696,8 @@ class Connection:
         self._peer, self._address, self._release = Peer(sock), address, release
 
     def run(self, cycle: RequestCycle | None = None, failure: BaseException | None = None) -> None:
-        """Requests in order, until the connection ends or a stream moves to the event loop.
-
-        A cycle whose stream the event loop has given back goes on first.
-        """
+        """Requests in order, until the connection ends or a stream moves to the event loop; a cycle whose stream the
+        event loop has given back goes on first."""
         wait = None
         try:
             cycle = cycle or self._next_cycle()
@@ -9197,20 +9175,16 @@ class LogFormatter(logging.Formatter):
                 message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
             moment = time.strftime("%H:%M:%S", time.localtime(record.created))
             message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
-            return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
-                "%s %s" % (moment, message)
+            if not self._colour:
+                return "%s %s" % (moment, message)
+            status = getattr(record, "fields", {}).get("status", 0)
+            colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
+                "33" if record.levelno == logging.WARNING or status >= 400 else ""       # failures red, refusals yellow
+            return "\x1b[2m%s\x1b[0m %s" % (moment, "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
                   for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
-
-    @staticmethod
-    def _coloured(record: logging.LogRecord, message: str) -> str:
-        """Red for failures, yellow for refusals."""
-        status = getattr(record, "fields", {}).get("status", 0)
-        colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
-            "33" if record.levelno == logging.WARNING or status >= 400 else ""
-        return "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message
 
 
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
