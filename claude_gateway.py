@@ -259,7 +259,7 @@ UNSAFE_IN_LOG = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u
 
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
-    return UNPRINTABLE.sub("?", value)[:limit]
+    return (value if value.isascii() and value.isprintable() else UNPRINTABLE.sub("?", value))[:limit]
 
 
 def visible(text: str) -> str:
@@ -703,7 +703,7 @@ TEXT_DELTA = re.compile(rb'(event: content_block_delta\ndata: \{"type": ?"conten
 
 def event_from_text_deltas(data: bytes) -> dict | None:
     """Events that are text deltas of one block and nothing else, as one; None for all others."""
-    found = TEXT_DELTA.findall(data)
+    found = TEXT_DELTA.findall(data) if data.startswith(b"event: content_block_delta") else ()
     if not found:
         return None
     before, indexes, texts, after = zip(*found)
@@ -720,7 +720,7 @@ def event_from_text_deltas(data: bytes) -> dict | None:
 def event_from_data(data: bytes) -> dict:
     """The data of one event of a Messages API stream.  Raises UpstreamFault."""
     try:
-        decoder = LENIENT_JSON if LONG_NUMBER.search(data) else EVENT_JSON
+        decoder = LENIENT_JSON if len(data) > 300 and LONG_NUMBER.search(data) else EVENT_JSON
         event = json_within_bounds(data.decode("utf-8"), decoder)
     except ValueError:
         event = None
@@ -861,7 +861,7 @@ def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
         price = model.fast_price
     if price is None:
         return None
-    hour = min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
+    hour = min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens")) if written else 0
     prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * price[0] + read * price[1]
     saved = (fresh + read + written) * price[0] - prompt
     tokens = (prompt + count_in(usage, "output_tokens") * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
@@ -948,7 +948,7 @@ class Catalog:
     def thinks(self, name: str) -> bool:
         """Whether a model's name asks for thinking: claude-opus-4-8-thinking, opus:thinking."""
         plain = name.strip().lower()
-        return re.search(r"[-:]thinking$", self.aliases.get(plain, plain)[-200:]) is not None
+        return self.aliases.get(plain, plain).endswith(("-thinking", ":thinking"))
 
     def newest(self, line: str | None) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
@@ -4516,7 +4516,7 @@ class Counters:
                     "tokens": self._tokens()}
 
     def _tokens(self) -> dict[str, int]:
-        return {kind: sum(figures[kind] for figures in self._models.values()) for kind in TOKEN_KINDS}
+        return {kind: sum([figures[kind] for figures in self._models.values()]) for kind in TOKEN_KINDS}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -9165,7 +9165,7 @@ class LogFormatter(logging.Formatter):
         columns = self._columns() if short and self._columns and not self.as_json else 0
         if 0 < columns < len(record.getMessage()) + 9:          # 9: the time
             record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short,)))
-        message = as_typed(super().format(record)) if payload is None else \
+        message = as_typed(super().format(record) if record.exc_info else record.getMessage()) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
         message = masked(message, self._secrets())
         if payload is not None:                     # last: the beginning of a secret is not recognised
