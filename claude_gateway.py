@@ -5601,13 +5601,12 @@ class UpstreamHead(NamedTuple):
 
     def framing(self) -> BodyFraming:
         """Where its body ends (RFC 9112, 6.3).  Raises UpstreamFault for an invalid Content-Length."""
-        length = self.headers.get("content-length")
         if self.status < 200 or self.status in (204, 304):
             return BodyFraming(False, 0)
-        if self.headers.get("transfer-encoding", "").lower() == "chunked":
-            return BodyFraming(True, None)
-        if length is None:
-            return BodyFraming(False, None)
+        length = self.headers.get("content-length")
+        chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        if chunked or length is None:
+            return BodyFraming(chunked, None)
         if not re.match(r"[0-9]{1,40}\Z", length):
             raise UpstreamFault("The upstream sent an invalid Content-Length: %s." % printable(length, 40))
         return BodyFraming(False, int(length))
@@ -5824,7 +5823,11 @@ class UpstreamConnection(Peer):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             super().__init__(sock)
             if tunnel:
-                self._open_tunnel("%s:%d" % address_of(tunnel, 443), way.headers, call)
+                target, call = "%s:%d" % address_of(tunnel, 443), replace(call, patience=CONNECT_TIMEOUT)
+                self.ask("CONNECT", target, dict({"host": target}, **way.headers), b"", call)   # with the proxy's key
+                head = self.answer(call)
+                if head.status != 200:
+                    raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
             if context:
                 sock.settimeout(CONNECT_TIMEOUT)
                 name = address_of(tunnel or way.host, 443)[0]
@@ -5833,14 +5836,6 @@ class UpstreamConnection(Peer):
         except BaseException:
             sock.close()
             raise
-
-    def _open_tunnel(self, target: str, authorization: dict[str, str], call: UpstreamCall) -> None:
-        """Asks the proxy for a way through.  Raises OSError where it refuses."""
-        call = replace(call, patience=CONNECT_TIMEOUT)
-        self.ask("CONNECT", target, dict({"host": target}, **authorization), b"", call)
-        head = self.answer(call)
-        if head.status != 200:
-            raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
 
     def ask(self, method: str, target: str, headers: dict[str, str], body: bytes, call: UpstreamCall) -> None:
         """Sends a request, for as long as the client waits for the answer and the upstream goes on reading."""
@@ -5874,7 +5869,7 @@ class UpstreamConnection(Peer):
         head = HeadReader(received, status_line,
                           lambda words: UpstreamFault("The head of the upstream's answer " + words))
         while True:
-            lines = head.lines()
+            lines = head.lines() if received else []
             if lines:
                 return lines
             begun = begun or bool(received)
@@ -6023,6 +6018,8 @@ class Upstream:
         self._config = config
         self._refusal: Optional[dict] = None        # what Claude last said against the credential
         self._instance_id = instance_id
+        workspace = {"anthropic-workspace-id": config.workspace_id} if config.workspace_id else {}
+        self._custom = dict(config.custom_headers, **workspace)
         self.pool = ConnectionPool()
         self._way_to = functools.lru_cache(maxsize=16)(functools.partial(way_to, config))
         # made on first use: it costs 20 ms
@@ -6122,16 +6119,14 @@ class Upstream:
     def _asked(self, credential: Credential, method: str, path: str, body: bytes | None, headers: dict[str, str],
                call: UpstreamCall, beta: Sequence[str]) -> UpstreamReply:
         """Claude's 401 to a login is answered by one renewal of its token."""
-        custom = dict(self._config.custom_headers)
-        if self._config.workspace_id:
-            custom["anthropic-workspace-id"] = self._config.workspace_id
-        headers = dict(headers, **{HOP_HEADER: ",".join(filter(None, [call.hops, self._instance_id]))})
+        custom, hops = self._custom, ",".join(filter(None, [call.hops, self._instance_id]))
         paid, renewable = credential.headers(), credential.refreshable
         while True:
             betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
-            whole = dict(custom, **dict(paid, **headers))
-            reply = self._open(method, self.base_url, path, body,
-                               dict(whole, **{"anthropic-beta": ",".join(betas)} if betas else {}), call)
+            whole = {**custom, **paid, **headers, HOP_HEADER: hops}
+            if betas:
+                whole["anthropic-beta"] = ",".join(betas)
+            reply = self._open(method, self.base_url, path, body, whole, call)
             if body is not None:
                 self.on_headers(reply.headers)
             if reply.status in (200, 400, 429):
@@ -6148,8 +6143,8 @@ class Upstream:
               call: UpstreamCall) -> UpstreamReply:
         """The answer to a request.  Redirects are not followed, as they would carry the credential along."""
         way = self._way_to(base)
-        headers = dict(headers, **{"host": way._tunnel_host or way.host, "user-agent": USER_AGENT,
-                                   "accept-encoding": "identity"})
+        headers = {**headers, "host": way._tunnel_host or way.host, "user-agent": USER_AGENT,
+                   "accept-encoding": "identity"}
         if body is not None:
             headers["content-length"] = str(len(body))
         try:
@@ -6665,12 +6660,12 @@ class Record:
 
     def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
         """What the status page shows of it, and `status` as this line."""
-        texts = {name: getattr(self, name) for name in self.TEXTS}
-        texts["line"] = line
-        if masked("\n".join(texts.values()), secrets_known) != "\n".join(texts.values()):
-            texts = {name: masked(value, secrets_known) for name, value in texts.items()}
-        return dict({name: getattr(self, name) for name in self.FIGURES}, time=round(time.time(), 3),
-                    **{name: value[:500] for name, value in texts.items()})
+        fields = vars(self)
+        texts = dict({name: fields[name] for name in self.TEXTS}, line=line)
+        whole = "\n".join(texts.values())
+        if len(whole) > 500 or masked(whole, secrets_known) != whole:
+            texts = {name: masked(value, secrets_known)[:500] for name, value in texts.items()}
+        return dict({name: fields[name] for name in self.FIGURES}, time=round(time.time(), 3), **texts)
 
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
@@ -8236,17 +8231,6 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
     return endpoint
 
 
-def named_host(head: Head) -> tuple[str | None, Head]:
-    """The host that a request names, and the request with a path as its target."""
-    absolute = None if head.target.startswith("/") else re.match(r"https?://([^/?#]*)", head.target, re.I)
-    if absolute:                                    # its authority wins over Host (RFC 9112, 3.2.2)
-        host, path = absolute.group(1), head.target[absolute.end():]
-        return host, head._replace(target=path if path.startswith("/") else "/" + path)
-    if not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
-        raise InvalidRequest("The request target is not a path.", code="bad_request_line")
-    return head.headers.get("host"), head           # HTTP/1.0 may leave it out
-
-
 def allowed_host(host: str, config: Config) -> tuple[str, bool]:
     """The name in a Host header, and whether it may be this gateway's: a web page's own name never reaches us
     (DNS rebinding)."""
@@ -8432,8 +8416,6 @@ class RequestCycle:
             self._entered = False
             self._gateway.running.leave()
 
-    # -- answering
-
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
         self._entered = self._gateway.running.enter()
@@ -8475,7 +8457,13 @@ class RequestCycle:
 
     def _checked_head(self) -> Head:
         """The head with a path as its target.  Raises GatewayError for a foreign host or origin."""
-        host, head = named_host(self._head)
+        head, host = self._head, self._head.headers.get("host")         # HTTP/1.0 may leave it out
+        absolute = None if head.target.startswith("/") else re.match(r"https?://([^/?#]*)", head.target, re.I)
+        if absolute:                                # its authority wins over Host (RFC 9112, 3.2.2)
+            host, path = absolute.group(1), head.target[absolute.end():]
+            head = head._replace(target=path if path.startswith("/") else "/" + path)
+        elif not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
+            raise InvalidRequest("The request target is not a path.", code="bad_request_line")
         name, allowed = allowed_host(host, self._config) if host is not None else ("", True)
         if not allowed:
             self.keep_alive = False
@@ -8508,8 +8496,6 @@ class RequestCycle:
         raise Refused(401, "invalid_api_key", "Invalid API key." if digests else
                       "A key of this gateway is needed (Authorization: Bearer KEY).",
                       headers={"www-authenticate": "Bearer"})
-
-    # -- the body
 
     def _read_body(self, length: int | None) -> bytes:
         """The body: framed, bounded, counted against the budget, unpacked."""
@@ -8560,8 +8546,6 @@ class RequestCycle:
                 self._received(RequestFraming(int(length), self._limits.max_body), 2, 2)
         if self._body_unread:                       # or part of it: what follows is out of step
             self.keep_alive = False
-
-    # -- sending
 
     def _send_reply(self, reply: Reply) -> Wait | None:
         if reply.steps is not None:

@@ -452,7 +452,7 @@ MUTANTS = (
            'if not (target.isascii() and target.isprintable()) or " " in target:', "if False:",
            "UpstreamRequestTests"),
     Mutant("client: a client that leaves while a proxy thinks",
-           "call = replace(call, patience=CONNECT_TIMEOUT)", "call = UpstreamCall(patience=CONNECT_TIMEOUT)",
+           "replace(call, patience=CONNECT_TIMEOUT)", "UpstreamCall(patience=CONNECT_TIMEOUT)",
            "ProxyTests"),
     Mutant("upstream: nor does an empty one", "        self.surplus = self.done\n", "        self.surplus = False\n",
            "UpstreamRequestTests"),
