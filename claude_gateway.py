@@ -264,7 +264,7 @@ def printable(value: str, limit: int = 200) -> str:
 
 def visible(text: str) -> str:
     """Text with escapes for whatever could forge a line of the log or control a terminal."""
-    return UNSAFE_IN_LOG.sub(lambda match: ascii(match.group())[1:-1], text)
+    return text if text.isprintable() else UNSAFE_IN_LOG.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 SAME_IN_JSON = re.compile(r"[ !#-\[\]-~]+\Z")
@@ -5623,8 +5623,7 @@ def request_line(line: str) -> tuple[str, str, str]:
     match = REQUEST_LINE.match(line)
     if not match:
         raise InvalidRequest("The request line is not one of HTTP/1.1.", code="bad_request_line")
-    method, target, version = match.groups()
-    return method, target, version
+    return match.group(1), match.group(2), match.group(3)
 
 
 def head_from_lines(lines: list[str]) -> Head:
@@ -5680,8 +5679,7 @@ class BodyFraming:
         self._in_chunk = self._in_trailers = False
         self.done = length == 0 and not chunked
         self.rest = b""                             # a line that has only begun; behind the end, what is not the body's
-        # more came than the body, or might have where nothing is read: the connection may be out of step
-        self.surplus = self.done
+        self.surplus = self.done                    # more came than the body, or might have where nothing is read
 
     def feed(self, data: bytes) -> bytes:
         """The part of `data` that is body.  Raises UpstreamFault for a chunk that does not hold together."""
@@ -6019,7 +6017,7 @@ class Upstream:
         self._refusal: Optional[dict] = None        # what Claude last said against the credential
         self._instance_id = instance_id
         workspace = {"anthropic-workspace-id": config.workspace_id} if config.workspace_id else {}
-        self._custom = dict(config.custom_headers, **workspace)
+        self._custom = {**dict(config.custom_headers), **workspace, "anthropic-version": ANTHROPIC_VERSION}
         self.pool = ConnectionPool()
         self._way_to = functools.lru_cache(maxsize=16)(functools.partial(way_to, config))
         # made on first use: it costs 20 ms
@@ -6039,7 +6037,7 @@ class Upstream:
     def messages(self, body: bytes, call: UpstreamCall, beta: Sequence[str] = (), path: str = "/v1/messages",
                  native: dict[str, str] | None = None) -> UpstreamReply:
         """POST /v1/messages, once more after a failure that may pass.  Raises GatewayError unless the status is 200."""
-        headers = dict({"anthropic-version": ANTHROPIC_VERSION, "content-type": "application/json"}, **(native or {}))
+        headers = {"content-type": "application/json", **(native or {})}
         while True:
             try:
                 return self._ask("POST", path, body, headers, call, beta)
@@ -6055,8 +6053,7 @@ class Upstream:
     def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
         call = UpstreamCall(patience=timeout)
-        with contextlib.closing(self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, call,
-                                          key=key)) as reply:
+        with contextlib.closing(self._ask("GET", path, None, {}, call, key=key)) as reply:
             return json_object_from(reply.read())
 
     def models(self, key: str | None = None) -> list[dict] | None:
@@ -6653,10 +6650,9 @@ class Record:
     route: str = "other"
     owner: str = ""                                 # the beginning of the digest of the client's key
     cost_usd: Optional[float] = None                # by list prices, where the model has one
-    # what the status page shows of it
     TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
     FIGURES = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
-               "cost_usd")
+               "cost_usd")                          # these and TEXTS are what the status page shows
 
     def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
         """What the status page shows of it, and `status` as this line."""
@@ -8201,8 +8197,7 @@ LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\
 
 @functools.lru_cache(maxsize=64)
 def route_of(target: str) -> tuple[str, str]:
-    """The path that decides, and the argument behind it: with or without /v1, also doubled; // and a last / do not
-    matter."""
+    """The path that decides, and the argument behind it; /v1, also doubled, // and a last / do not matter."""
     path = re.sub(r"/{2,}", "/", re.sub(r"[?#].*", "", target))
     path = re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
     path = re.sub(r"^(/chat/completions)+$", "/chat/completions", path)     # from the start only: it stays linear
@@ -8232,8 +8227,7 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
 
 
 def allowed_host(host: str, config: Config) -> tuple[str, bool]:
-    """The name in a Host header, and whether it may be this gateway's: a web page's own name never reaches us
-    (DNS rebinding)."""
+    """The name in a Host header, and whether it may be this gateway's; a web page's own may not (DNS rebinding)."""
     match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
@@ -8245,14 +8239,6 @@ def allowed_host(host: str, config: Config) -> tuple[str, bool]:
 def origin_allowed(origin: str, config: Config) -> bool:
     """Against web pages that spend the owner's quota."""
     return LOOPBACK_ORIGIN.match(origin) is not None or origin in config.cors_origin or "*" in config.cors_origin
-
-
-def keys_sent(head: Head) -> list[bytes]:
-    """Digests of the keys in a request: neither length nor content shows in the time it takes to compare them."""
-    authorization = head.headers.get("authorization", "")
-    sent = [re.sub(r"^bearer\s+", "", authorization, flags=re.I), head.headers.get("x-api-key", ""),
-            head.headers.get("api-key", "")]
-    return [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
 
 
 # ---- HTTP server -------------------------------------------------------------------------------------
@@ -8483,7 +8469,10 @@ class RequestCycle:
 
     def _owner(self, path: str) -> str:
         """The owner of what this request leaves behind: a digest of the key.  A wrong key is refused after a pause."""
-        digests = keys_sent(self._head)
+        sent = [re.sub(r"^bearer\s+", "", self._head.headers.get("authorization", ""), flags=re.I),
+                self._head.headers.get("x-api-key", ""), self._head.headers.get("api-key", "")]
+        # as digests neither length nor content shows in the time it takes to compare them
+        digests = [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
         known = [hashlib.sha256(key.encode("utf-8")).digest() for key in self._config.api_key]
         owners = [key.hex() for key in known for digest in digests if hmac.compare_digest(key, digest)]
         owner = owners[-1] if owners else ""
@@ -9176,9 +9165,7 @@ def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
                                       config.verbose, columns_of_terminal if columns_of_terminal() else None))
-    for old in LOG.handlers[:]:
-        LOG.removeHandler(old)
-    LOG.addHandler(handler)
+    LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
 
