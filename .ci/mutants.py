@@ -454,7 +454,7 @@ MUTANTS = (
     Mutant("client: a client that leaves while a proxy thinks",
            "replace(call, patience=CONNECT_TIMEOUT)", "UpstreamCall(patience=CONNECT_TIMEOUT)",
            "ProxyTests"),
-    Mutant("upstream: nor does an empty one", "        self.surplus = self.done    ", "        self.surplus = False    ",
+    Mutant("upstream: nor does an empty one", "self.surplus = self.done    ", "self.surplus = False    ",
            "UpstreamRequestTests"),
     Mutant("upstream: an early answer is read",
            "                with contextlib.suppress(*LOST):\n",
