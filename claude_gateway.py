@@ -916,13 +916,13 @@ def model_from_info(info: dict) -> Model | None:
 
 
 class Catalog:
-    """The models on offer and the names they go by.  `live`: the list came from Claude, so it is complete."""
+    """The models on offer and the names they go by: those of Claude's list, or the built-in table without a usable one."""
 
-    def __init__(self, models: Iterable[Model] = (), aliases: Iterable[tuple[str, str]] = (), live: bool = False):
-        self.models = {model.id: model for model in (models or BUILT_IN_MODELS.values())
-                       if model.lifecycle != "retired"}
+    def __init__(self, entries: Iterable[dict] = (), aliases: Iterable[tuple[str, str]] = ()) -> None:
+        live = [model for model in map(model_from_info, entries) if model]
+        self.models = {model.id: model for model in live or BUILT_IN_MODELS.values() if model.lifecycle != "retired"}
         self.aliases = {name.lower(): target.lower() for name, target in aliases}
-        self.live = live
+        self.live = bool(live)                      # the list is complete
         self._model_by_name = functools.lru_cache(maxsize=1_000)(
             lambda name: self._claude_model(name) or self.newest(tier_of(name)))
 
@@ -4357,25 +4357,20 @@ class ModelList:
         self._lock = threading.Lock()
         self._first = threading.Event()
 
-    def refresh(self) -> None:
-        """Starts a fetch in the background when one is due."""
-        with self._lock:
-            if time.monotonic() < self._next_fetch:
-                return
-            self._next_fetch = time.monotonic() + 60            # if this one fails
-        threading.Thread(target=self._run, name="models", daemon=True).start()
-
-    def catalog(self) -> Catalog:
+    def catalog(self, patience: float = MODELS_PATIENCE) -> Catalog:
         """The models now; waits a moment for the very first list, so that names do not change under way."""
-        self.refresh()
-        self._first.wait(MODELS_PATIENCE)
+        with self._lock:
+            if time.monotonic() >= self._next_fetch:
+                self._next_fetch = time.monotonic() + 60        # if this one fails
+                threading.Thread(target=self._run, name="models", daemon=True).start()
+        self._first.wait(patience)
         return self._catalog
 
     def _run(self) -> None:
         try:
             entries = self._fetch()
             if entries:
-                self._catalog = catalog_from_entries(entries, self._aliases)
+                self._catalog = Catalog(entries, self._aliases)
                 self._next_fetch = time.monotonic() + MODELS_LIFETIME
         except GatewayError as fault:
             if fault.code in FINAL_CODES:
@@ -4386,12 +4381,6 @@ class ModelList:
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
             self._first.set()
-
-
-def catalog_from_entries(entries: Iterable[dict], aliases: Sequence[tuple[str, str]]) -> Catalog:
-    """Claude's list as a catalog; the built-in table where nothing in it can be read."""
-    models = [model for model in map(model_from_info, entries) if model]
-    return Catalog(models, aliases, live=bool(models))
 
 
 class FailedKeys:
@@ -4412,22 +4401,29 @@ class FailedKeys:
 
 
 class Budget:
-    """An amount that requests share: bytes of bodies, or requests at once."""
+    """An amount that is shared: bytes of bodies, connections, or requests at once.  `count` is what is taken of it."""
 
     def __init__(self, amount: int) -> None:
-        self._left = amount
-        self._lock = threading.Lock()
+        self._amount = amount
+        self._changed = threading.Condition()
+        self.count = 0
+        self.draining = False                       # the service stops: connections close after their answer
 
-    def take(self, amount: int) -> bool:
-        with self._lock:
-            if amount > self._left:
+    def take(self, amount: int = 1) -> bool:
+        with self._changed:
+            if self.draining or self.count + amount > self._amount:
                 return False
-            self._left -= amount
+            self.count += amount
             return True
 
-    def give(self, amount: int) -> None:
-        with self._lock:
-            self._left += amount
+    def give(self, amount: int = 1) -> None:
+        with self._changed:
+            self.count -= amount
+            self._changed.notify_all()
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.count == 0, seconds)
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
@@ -4453,10 +4449,13 @@ class Counters:
         self._last: Deque[dict] = collections.deque(maxlen=50)
         self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
         self._models: Dict[str, collections.Counter] = {}
+        self._tokens = collections.Counter(dict.fromkeys(TOKEN_KINDS, 0))       # of all models
         self.seconds = 0.0                          # spent on all requests
 
     def add_request(self, route: str, summary: dict) -> None:
         """Counts a request, and keeps its summary unless it was one for monitoring."""
+        counts = {name: summary[name] or 0 for name in self.SUMS}
+        counts.update(requests=1, failed=int(summary["status"] >= 400))
         with self._lock:
             self._requests[route, summary["status"]] += 1
             self.seconds += summary["total_ms"] / 1000
@@ -4464,16 +4463,11 @@ class Counters:
                 self._errors[summary["error_code"]] += 1
             if route not in MONITORING:
                 self._last.appendleft(summary)
-                self._add_totals(summary)
-
-    def _add_totals(self, summary: dict) -> None:
-        counts = {name: summary[name] or 0 for name in self.SUMS}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
-        for field, totals in self._totals.items():
-            name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-            totals.setdefault(name or "-", collections.Counter()).update(counts)
-        if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
-            self._error_texts[summary["error_code"]] = summary["error"]
+                for field, totals in self._totals.items():
+                    name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+                    totals.setdefault(name or "-", collections.Counter()).update(counts)
+                if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
+                    self._error_texts[summary["error_code"]] = summary["error"]
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
@@ -4481,20 +4475,14 @@ class Counters:
             name = model.id if model.id in self._models or len(self._models) < 200 else "other"
             figures = self._models.setdefault(name, collections.Counter())
             figures.update(counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1})
-            tokens = self._tokens()
-            return percent(tokens["cache_read"], prompt_tokens(tokens))
+            self._tokens.update(counts)
+            return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
-        limits = {name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")}
-        if limits:
-            with self._lock:
-                self.limit_headers = dict(self.limit_headers, **limits)
-
-    def by_model(self) -> dict[str, collections.Counter]:
-        """Tokens by kind, US dollars spent and saved by caching, answers without a price."""
         with self._lock:
-            return {model: collections.Counter(figures) for model, figures in self._models.items()}
+            self.limit_headers = dict(self.limit_headers, **{
+                name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")})
 
     def shown(self) -> dict:
         """The last requests, and totals by tool and by model."""
@@ -4505,13 +4493,12 @@ class Counters:
                     "error_texts": without(self._error_texts, "")}
 
     def totals(self) -> dict:
+        """Counts of requests and errors; tokens by kind, and of each model with its US dollars."""
         with self._lock:
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
                     "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
-                    "tokens": self._tokens()}
-
-    def _tokens(self) -> dict[str, int]:
-        return {kind: sum(figures[kind] for figures in self._models.values()) for kind in TOKEN_KINDS}
+                    "tokens": dict(self._tokens),
+                    "models": {model: collections.Counter(figures) for model, figures in self._models.items()}}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4529,7 +4516,9 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
         of_plan = "anthropic-ratelimit-unified-%s-" % window
         plain = "anthropic-ratelimit-%s-" % window
         used = number_or_none(headers.get(of_plan + "utilization"))
-        resets_at = moment_of(headers.get(of_plan + "reset") or headers.get(plain + "reset") or "")
+        reset = headers.get(of_plan + "reset") or headers.get(plain + "reset") or ""     # Unix or RFC 3339 time
+        moment = number_or_none(reset)
+        resets_at = unix_time(reset) if moment is None else int(moment) if 0 < moment < 1e11 else None
         limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
         if used is None and limit and left is not None:
             used = 1 - left / limit
@@ -4546,40 +4535,6 @@ def number_or_none(text: str | None) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def moment_of(text: str) -> int | None:
-    """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
-    number = number_or_none(text)
-    if number is not None:
-        return int(number) if 0 < number < 1e11 else None
-    return unix_time(text)
-
-
-class Running:
-    """The requests that run now; whether there may be one more."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._changed = threading.Condition()
-        self.count = 0
-        self.draining = False                       # the service stops: connections close after their answer
-
-    def enter(self) -> bool:
-        with self._changed:
-            if self.draining or self.count >= self._most:
-                return False
-            self.count += 1
-            return True
-
-    def leave(self) -> None:
-        with self._changed:
-            self.count -= 1
-            self._changed.notify_all()
-
-    def wait_until_idle(self, seconds: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self.count == 0, seconds)
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
@@ -6748,7 +6703,7 @@ class Gateway:
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(config.limits.max_bodies)
-        self.running = Running(config.limits.max_requests)
+        self.running = Budget(config.limits.max_requests)
         self.event_loop = EventLoop()
 
     def secrets(self) -> list[str]:
@@ -7402,7 +7357,7 @@ def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
     key = incoming.headers.get("x-api-key", "")
     if re.match(r"sk-ant-[\x21-\x7e]+\Z", key):
         try:
-            return catalog_from_entries(gateway.upstream.models(key) or [], gateway.config.alias)
+            return Catalog(gateway.upstream.models(key) or (), gateway.config.alias)
         except GatewayError as fault:
             LOG.info("no model list for the caller's key (%s): using the gateway's", fault)
     return gateway.models.catalog()
@@ -7864,7 +7819,8 @@ def with_values(text: str, values: dict[str, str]) -> str:
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, models = counters.totals(), counters.by_model()
+    totals = counters.totals()
+    models = totals["models"]
     tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
@@ -7920,7 +7876,8 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
     counters = gateway.counters
-    totals, models = counters.totals(), counters.by_model()
+    totals = counters.totals()
+    models = totals["models"]
     lines: list[str] = []
 
     def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
@@ -8482,13 +8439,13 @@ class RequestCycle:
     def _leave(self) -> None:
         if self._entered:
             self._entered = False
-            self._gateway.running.leave()
+            self._gateway.running.give()
 
     # -- answering
 
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
-        self._entered = self._gateway.running.enter()
+        self._entered = self._gateway.running.take()
         if not self._entered:
             raise busy("The gateway stops." if self._gateway.running.draining else
                        "The gateway is busy with as many requests as it accepts.")
@@ -8859,11 +8816,11 @@ class Listener(socketserver.ThreadingTCPServer):
         self.gateway.upstream.pool.close_old()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._connections.take(1):
+        if self._connections.take():
             try:
                 super().process_request(request, client_address)
             except BaseException:                   # no thread could be started
-                self._connections.give(1)
+                self._connections.give()
                 raise
             return
         with contextlib.suppress(OSError):
@@ -8877,7 +8834,7 @@ class Listener(socketserver.ThreadingTCPServer):
         """In a thread of its own: a connection, until it ends or its stream moves to the event loop."""
         def release() -> None:
             self.shutdown_request(request)
-            self._connections.give(1)
+            self._connections.give()
         Connection(self.gateway, request, client_address[0], release).run()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -10191,7 +10148,7 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
     if not config.quiet:
         print_start_lines(gateway, service)
     if gateway.upstream.credential:
-        gateway.models.refresh()
+        gateway.models.catalog(patience=0)
     return stop.serve(service)
 
 
@@ -10459,7 +10416,7 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
     except GatewayError as fault:
         say("The upstream returned no list, so this is the built-in one: %s" % fault)
         entries = None
-    catalog = catalog_from_entries(entries, config.alias) if entries else Catalog(aliases=config.alias)
+    catalog = Catalog(entries or (), config.alias)
     if parsed.json:
         print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
         return OK

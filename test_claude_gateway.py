@@ -1939,8 +1939,8 @@ class JsonDoorTests(HttpTestCase):
 # ---- Models ------------------------------------------------------------------------------------------
 
 class ModelNameTests(RequestTestCase):
-    def resolved(self, name: str, *aliases, models=()) -> str:
-        return claude_gateway.Catalog(models, aliases).resolve(name).id
+    def resolved(self, name: str, *aliases, entries=()) -> str:
+        return claude_gateway.Catalog(entries, aliases).resolve(name).id
 
     def test_every_spelling_of_an_id_goes_to_the_id_it_means(self):
         for model_id in ALL_MODELS:
@@ -1986,12 +1986,11 @@ class ModelNameTests(RequestTestCase):
                     self.assertEqual(self.resolved(name), expected)
 
     def test_limited_access_lines_stand_in_for_nobody(self):
-        models = [claude_gateway.Model("claude-mythos-9"), claude_gateway.Model("claude-fable-9"),
-                  BUILT_IN_MODELS["claude-haiku-4-5-20251001"]]
-        self.assertEqual(self.resolved("gpt-4o-mini", models=models), "claude-haiku-4-5-20251001")
+        entries = [live_model(name) for name in ("claude-mythos-9", "claude-fable-9", "claude-haiku-4-5-20251001")]
+        self.assertEqual(self.resolved("gpt-4o-mini", entries=entries), "claude-haiku-4-5-20251001")
         for name in ("gpt-5", "o3", "opus"):
             with self.subTest(name=name), self.assertRaises(claude_gateway.Refused):
-                self.resolved(name, models=models)
+                self.resolved(name, entries=entries)
 
     def test_retired_and_unknown_names_are_404_with_names_that_work(self):
         for name, nearest in (
@@ -2153,7 +2152,7 @@ class LiveModelListTests(RequestTestCase):
                     {"display_name": {"a": 1}}, {"capabilities": {"thinking": {"types": {"adaptive": 5}}, "effort": 5}},
                     {"id": "claude-opus-\u00b2"}, {"id": "claude opus 9"}, {"id": ["x"]}, {"id": ""}):
             with self.subTest(odd=odd):
-                catalog = claude_gateway.catalog_from_entries([live_model("claude-opus-5-5", **odd), good], ())
+                catalog = claude_gateway.Catalog([live_model("claude-opus-5-5", **odd), good])
                 self.assertEqual(catalog.newest("opus").id, "claude-opus-7")
                 for name, model in catalog.names():
                     entry = claude_gateway.model_entry(name, model)
@@ -10638,7 +10637,7 @@ class FallbackTests(ResponsesTestCase):
                     self.assertIn("answered by claude-opus-4-8", "".join(logged.output))
                     if not stream:
                         self.assertEqual(chat.headers["x-claude-gateway-changes"], "changed=model")
-        self.assertEqual(set(self.service.gateway.counters.by_model()), {"claude-opus-4-8"})
+        self.assertEqual(set(self.service.gateway.counters.totals()["models"]), {"claude-opus-4-8"})
 
     def test_a_model_without_support_answers_as_without_and_that_is_learnt(self):
         for words in ("fallbacks: Extra inputs are not permitted", "This model does not support fallbacks."):
@@ -12298,7 +12297,7 @@ class ClientKeyTests(HttpTestCase):
 
     def test_a_slowed_refusal_takes_no_place_from_a_correct_key(self):
         service = self.start(api_key=("first-key",))
-        service.gateway.running = claude_gateway.Running(1)
+        service.gateway.running = claude_gateway.Budget(1)
         for _ in range(9):
             service.gateway.failed_keys.penalty("127.0.0.1")
         wrong = self.connect()
@@ -12372,7 +12371,7 @@ class ConnectionTests(HttpTestCase):
 
     def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
         service = self.start()
-        service.gateway.running = claude_gateway.Running(1)
+        service.gateway.running = claude_gateway.Budget(1)
         connection, release = self.held_chat()
         for method, path, body in (("POST", "/v1/chat/completions", CHAT_BODY), ("GET", "/v1/models", None)):
             answer = self.ask(method, path, body)

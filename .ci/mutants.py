@@ -103,11 +103,11 @@ MUTANTS = (
            "BodyTests"),
     Mutant("body: budget is given back",
            "            self._gateway.body_budget.give(self._reserved)\n", "", "BodyTests"),
-    Mutant("load: requests at once", "if self.draining or self.count >= self._most:", "if self.draining:",
+    Mutant("load: requests at once", "if self.draining or self.count + amount > self._amount:", "if self.draining:",
            "ConnectionTests"),
-    Mutant("load: connections at once", "if self._connections.take(1):", "if self._connections.take(0):",
+    Mutant("load: connections at once", "if self._connections.take():", "if self._connections.take(0):",
            "ConnectionTests"),
-    Mutant("load: connections are counted down", "            self._connections.give(1)\n        Connection(",
+    Mutant("load: connections are counted down", "            self._connections.give()\n        Connection(",
            "        Connection(", "ConnectionTests"),
     Mutant("slow client: the whole head", "self._peer.read_within(self._limits.head_timeout, deadline)",
            "self._peer.read_within(self._limits.head_timeout)", "SlowClientTests"),
@@ -559,8 +559,8 @@ MUTANTS = (
            "self._rest = [text[end:]]", "HotPathTests"),
     Mutant("stream: obfuscation keeps deltas apart", '"include_obfuscation") is not True)',
            '"include_obfuscation") or True)', "StreamFramingTests"),
-    Mutant("shutdown: no request on an open connection", "if self.draining or self.count >= self._most:",
-           "if self.count >= self._most:", "ConnectionTests"),
+    Mutant("shutdown: no request on an open connection", "if self.draining or self.count + amount > self._amount:",
+           "if self.count + amount > self._amount:", "ConnectionTests"),
 )
 
 
