@@ -323,15 +323,6 @@ def unix_time(moment: str) -> int | None:
         return None
 
 
-def duration_until(moment: str) -> str:
-    """An RFC 3339 time as OpenAI writes resets: the time until then, such as "1m30s"."""
-    then = unix_time(moment)
-    if then is None:
-        return moment
-    seconds = max(0, round(then - time.time()))
-    return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
-
-
 def is_address(name: str) -> bool:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
@@ -388,7 +379,7 @@ class GatewayError(Exception):
         super().__init__(message)
         self.param = param
         self.code = code or self.code
-        self.headers = headers or {}
+        self.headers = dict(headers or {}, **{"x-should-retry": "false"} if self.code in FINAL_CODES else {})
 
     def reworded(self, message: str, **changes: str) -> GatewayError:
         """The same error with another message, and what else is other about it."""
@@ -402,8 +393,7 @@ class GatewayError(Exception):
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
         """Status, headers and body for clients that speak Anthropic's API."""
-        kind = next((name for name, (status, _, _) in CLAUDE_ERRORS.items() if status == self.status),
-                    type_of_status(self.status))
+        kind = {429: "billing_error", 503: "overloaded_error"}.get(self.status) or type_of_status(self.status)
         error = {"type": kind, "message": str(self)}
         return self.status, self.headers, {"type": "error", "error": error, "request_id": None}
 
@@ -430,9 +420,6 @@ def busy(message: str) -> Refused:
 class CredentialNeeded(GatewayError):
     """The gateway's own credential is missing or dead: only its owner can fix that, no retry can."""
     status, kind, code = 401, "authentication_error", "upstream_authentication"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"x-should-retry": "false"})
 
 
 class UpstreamFault(GatewayError):
@@ -565,8 +552,6 @@ class ClaudeError(GatewayError):
         stop = "" if message.endswith((".", "!", "?")) else "."
         super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
                          headers=headers_from_claude(headers or {}))
-        if self.code in FINAL_CODES:
-            self.headers["x-should-retry"] = "false"
         self._anthropic_headers = headers_for_anthropic(headers or {})
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
@@ -585,9 +570,17 @@ OPENAI_HEADERS = {
 
 
 def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that an OpenAI client can read, under OpenAI's names."""
-    return {ours: printable(duration_until(headers[theirs]) if theirs.endswith("reset") else headers[theirs])
-            for theirs, ours in OPENAI_HEADERS.items() if headers.get(theirs)}
+    """The headers of Claude's answer that an OpenAI client can read, as OpenAI writes them: resets as "1m30s"."""
+    known = {}
+    for theirs, ours in OPENAI_HEADERS.items():
+        value = headers.get(theirs, "")
+        then = unix_time(value) if theirs.endswith("reset") else None
+        if then is not None:
+            seconds = max(0, round(then - time.time()))
+            value = "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
+        if value:
+            known[ours] = printable(value)
+    return known
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
@@ -662,11 +655,9 @@ def without_lone_surrogates(value: Any) -> Any:
 def json_from_body(body: bytes) -> tuple[dict, bool]:
     """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest."""
     try:
-        text = body.decode("utf-8-sig")
+        value = json_within_bounds(body.decode("utf-8-sig"))
     except UnicodeDecodeError as fault:
         raise InvalidRequest("The body is not UTF-8 (byte %d)." % fault.start, code="invalid_json") from fault
-    try:
-        value = json_within_bounds(text)
     except ValueError as fault:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
@@ -677,19 +668,8 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
     return value, False
 
 
-def json_object_from(body: bytes) -> dict:
-    """A body of the upstream as an object.  Raises UpstreamFault."""
-    try:
-        value = json_within_bounds(body.decode("utf-8"), LENIENT_JSON)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UpstreamFault("The upstream answered with something that is not a JSON object.")
-    return value
-
-
-# An event without longer numbers needs no hook for each of its counts.
-EVENT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
+# The same where no number is long, without the hook for each count.
+SHORT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
 LONG_NUMBER = re.compile(rb"\d{300}")
 # Nearly every event is one of these: what comes before its text, the index in that, the text, and what follows.
 TEXT_DELTA = re.compile(rb'(event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
@@ -713,24 +693,24 @@ def event_from_text_deltas(data: bytes) -> dict | None:
     return {"type": "content_block_delta", "index": int(indexes[0]), "delta": {"type": "text_delta", "text": words}}
 
 
-def event_from_data(data: bytes) -> dict:
-    """The data of one event of a Messages API stream.  Raises UpstreamFault."""
+def json_object_from(body: bytes, event: bool = False) -> dict:
+    """A body of the upstream, or an event of its stream, as an object.  Raises UpstreamFault."""
     try:
-        decoder = LENIENT_JSON if LONG_NUMBER.search(data) else EVENT_JSON
-        event = json_within_bounds(data.decode("utf-8"), decoder)
+        value = json_within_bounds(body.decode("utf-8"), LENIENT_JSON if LONG_NUMBER.search(body) else SHORT_JSON)
     except ValueError:
-        event = None
-    if not isinstance(event, dict) or not isinstance(event.get("type"), str):
-        raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API.")
-    return event
+        value = None
+    if not isinstance(value, dict) or event and not isinstance(value.get("type"), str):
+        raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API." if event else
+                            "The upstream answered with something that is not a JSON object.")
+    return value
 
 
-CLIENT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def client_json(value: Any) -> bytes:
     """JSON for clients: UTF-8, but with escapes for the characters that some line readers split at."""
-    text = CLIENT_JSON.encode(value)
+    text = COMPACT_JSON.encode(value)
     if text.isascii():
         return text.encode("ascii")
     text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
@@ -740,13 +720,10 @@ def client_json(value: Any) -> bytes:
         return client_json(without_lone_surrogates(value))
 
 
-UPSTREAM_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
 def upstream_json(value: Any) -> bytes:
     """JSON for Claude: UTF-8 as it is, and the same bytes for the same value."""
     try:
-        return UPSTREAM_JSON.encode(value).encode("utf-8")
+        return COMPACT_JSON.encode(value).encode("utf-8")
     except ValueError as fault:
         raise InvalidRequest("The request contains something that JSON cannot represent: %s" % fault) from fault
 
@@ -867,10 +844,10 @@ def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
 
 BUILT_IN_MODELS = {model.id: model for model in _models()}
 OLDEST_LIVING = (4, 5)                              # every older version is retired
-# OpenAI's names by their tier; the first pattern that is found decides.
-NOT_CHAT = re.compile(r"audio|image|embed|realtime|transcri|tts|whisper|dall-e|moderation|sora")
-OPENAI_FAMILY = re.compile(r"(gpt|chatgpt|codex|o\d+)([-.:]|\d|$)")
-OPENAI_TIERS = ((re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d|-pro\b"), "opus"),
+# What stands in for a name of OpenAI's, none for the models of others and for what does not chat; the first one found.
+OPENAI_TIERS = ((re.compile(r"^(?!(gpt|chatgpt|codex|o\d+)([-.:]|\d|$))"), ""),
+                (re.compile(r"audio|image|embed|realtime|transcri|tts|whisper|dall-e|moderation|sora"), ""),
+                (re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d|-pro\b"), "opus"),
                 (re.compile(r""), "sonnet"))
 
 
@@ -916,15 +893,14 @@ def model_from_info(info: dict) -> Model | None:
 
 
 class Catalog:
-    """The models on offer and the names they go by: those of Claude's list, or the built-in table without a usable one."""
+    """The models on offer, of Claude's list or else of the built-in table, and the names they go by."""
 
     def __init__(self, entries: Iterable[dict] = (), aliases: Iterable[tuple[str, str]] = ()) -> None:
         live = [model for model in map(model_from_info, entries) if model]
         self.models = {model.id: model for model in live or BUILT_IN_MODELS.values() if model.lifecycle != "retired"}
         self.aliases = {name.lower(): target.lower() for name, target in aliases}
         self.live = bool(live)                      # the list is complete
-        self._model_by_name = functools.lru_cache(maxsize=1_000)(
-            lambda name: self._claude_model(name) or self.newest(tier_of(name)))
+        self._model_by_name = functools.lru_cache(maxsize=1_000)(self._model_of)
 
     def resolve(self, name: str | None) -> Model:
         """The model that a client means by `name`; a refusal names the nearest ones."""
@@ -946,14 +922,14 @@ class Catalog:
         plain = name.strip().lower()
         return re.search(r"[-:]thinking$", self.aliases.get(plain, plain)[-200:]) is not None
 
-    def newest(self, line: str | None) -> Model | None:
+    def newest(self, line: str) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
         models = [model for model in self.models.values() if line and model.line == line]
         return max(models, key=lambda model: (model.lifecycle == "active", model.version), default=None)
 
     def nearest(self, name: str) -> list[str]:
         """Three names worth trying instead of `name`: the newest of its line, what is spelt alike, or the tiers."""
-        newest = self.newest(next((tier for tier in TIERS if tier in name), None))
+        newest = self.newest(next((tier for tier in TIERS if tier in name), ""))
         short = [tier for tier in ("sonnet", "opus", "haiku") if self.newest(tier)]
         names = [newest.id] if newest else []
         names += difflib.get_close_matches(name, [*short, *self.aliases], n=1, cutoff=0.7)
@@ -970,33 +946,24 @@ class Catalog:
                     named[alias] = self.resolve(alias)
         yield from named.items()
 
-    def _claude_model(self, name: str) -> Model | None:
-        """The model of a Claude id in any of its spellings: provider prefixes, dots, suffixes, dates."""
+    def _model_of(self, name: str) -> Model | None:
+        """The model of a Claude id in any of its spellings (prefixes, dots, suffixes, dates), or for a name of OpenAI's."""
         if name in self.models:
             return self.models[name]
         plain = re.sub(r"^.*[/~]", "", name)                       # openrouter/anthropic/claude-...
         plain = re.sub(r"^([a-z]+\.)?anthropic\.|^databricks-", "", plain)   # us.anthropic.claude-...
         plain = re.sub(r"-v\d+$", "", re.sub(r"(\[.*\]|[:@].*)$", "", plain)).replace(".", "-").replace("_", "-")
         plain = re.sub(r"-(latest|thinking|beta|fast)$", "", plain)
-        if plain in TIERS:
-            return self.newest(plain)
-        if not plain.startswith("claude-"):
-            return None
         plain = re.sub(r"^claude-(\d+(?:-\d+)?)-(opus|sonnet|haiku|fable|mythos)", r"claude-\2-\1", plain)
-        tier = undated(plain)[len("claude-"):]
+        tier = undated(plain)[len("claude-"):] if plain.startswith("claude-") else plain
         if tier in TIERS:
             return self.newest(tier)
+        if tier == plain:
+            name = name.rsplit("/", 1)[-1]
+            return self.newest(next(tier for pattern, tier in OPENAI_TIERS if pattern.search(name)))
         unknown = Model(plain)                      # newer than this file: Claude will judge
         judged_here = self.live or not unknown.line or unknown.version < OLDEST_LIVING
         return same_model(plain, self.models.values()) or (None if judged_here else unknown)
-
-
-def tier_of(name: str) -> str | None:
-    """The line that stands in for a name of OpenAI's family."""
-    plain = name.rsplit("/", 1)[-1]
-    if NOT_CHAT.search(plain) or not OPENAI_FAMILY.match(plain):
-        return None
-    return next(tier for pattern, tier in OPENAI_TIERS if pattern.search(plain))
 
 
 def model_entry(name: str, model: Model) -> dict:
@@ -3103,7 +3070,7 @@ class EventDecoder:
             elif not line and self._data:
                 try:
                     data, self._data = b"\n".join(self._data), []
-                    events.append(event_from_data(data))
+                    events.append(json_object_from(data, event=True))
                 except UpstreamFault as fault:
                     self._fault = fault
                     break
@@ -5319,7 +5286,7 @@ class Usage:
 
 def exhausted(message: str, resets_at: int | None = None) -> Refused:
     reset = " It is reset at %s." % time.strftime("%Y-%m-%d %H:%M", time.localtime(resets_at)) if resets_at else ""
-    return Refused(429, "insufficient_quota", message + reset, headers={"x-should-retry": "false"})
+    return Refused(429, "insufficient_quota", message + reset)
 
 
 # ---- HTTP/1.1 ----------------------------------------------------------------------------------------

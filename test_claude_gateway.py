@@ -1773,7 +1773,8 @@ class ClaudeErrorTests(GatewayTestCase):
         for seconds, form in ((0, r"0s"), (45, r"4[3-6]s"), (90, r"1m(2[89]|3[01])s"), (7200, r"1(19|20)m\d+s")):
             moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
             for suffix in (moment, moment[:-1] + ".123456+00:00"):
-                self.assertRegex(claude_gateway.duration_until(suffix), "^%s$" % form)
+                told = claude_gateway.headers_from_claude({"anthropic-ratelimit-requests-reset": suffix})
+                self.assertRegex(told["x-ratelimit-reset-requests"], "^%s$" % form)
 
     def test_a_reset_that_is_no_time_does_no_harm(self):
         for moment in ("2026-99-99T99:99:99Z", "soon", "1790000000", "0000-00-00T00:00:00Z"):
@@ -1876,9 +1877,9 @@ class JsonDoorTests(HttpTestCase):
                                "            claude_gateway.json_within_bounds(text * 100000)\n"
                                "        except ValueError as refusal:\n"
                                "            print(refusal)\n"
-                               "        for parse in claude_gateway.event_from_data, claude_gateway.json_object_from:\n"
+                               "        for event in True, False:\n"
                                "            try:\n"
-                               "                parse(text.encode() * 100000)\n"
+                               "                claude_gateway.json_object_from(text.encode() * 100000, event)\n"
                                "            except claude_gateway.UpstreamFault as fault:\n"
                                "                print(fault.code)\n"
                                "threading.stack_size(128 << 10)\n"
@@ -1889,7 +1890,7 @@ class JsonDoorTests(HttpTestCase):
     def test_numbers_of_the_upstream_that_are_not_finite_are_unknown_and_end_nothing(self):
         for number in ("1e400", "-1e400", "NaN", "Infinity", "-Infinity", "9" * 400, "9" * 100_000):
             with self.subTest(number[:20]):
-                self.assertEqual(claude_gateway.event_from_data(b'{"type":"a","n":%s}' % number.encode()),
+                self.assertEqual(claude_gateway.json_object_from(b'{"type":"a","n":%s}' % number.encode()),
                                  {"type": "a", "n": None})
         self.assertEqual(claude_gateway.json_object_from(b'{"a":[1,-2,0.5,1e3,-0]}'), {"a": [1, -2, 0.5, 1000.0, 0]})
 
@@ -4474,7 +4475,7 @@ class EventDecoderTests(unittest.TestCase):
 
     def test_an_event_nested_without_end_is_a_fault_of_the_upstream(self):
         with self.assertRaises(claude_gateway.UpstreamFault):
-            claude_gateway.event_from_data(b"[" * 200_000)
+            claude_gateway.json_object_from(b"[" * 200_000, event=True)
 
 
 class BareJsonTests(GatewayTestCase):
@@ -5000,9 +5001,9 @@ class HotPathTests(unittest.TestCase):
                     try:
                         wanted = json.loads(data.decode("utf-8"))
                     except ValueError:
-                        self.assertRaises(claude_gateway.UpstreamFault, claude_gateway.event_from_data, data)
+                        self.assertRaises(claude_gateway.UpstreamFault, claude_gateway.json_object_from, data)
                         continue
-                    self.assertEqual(claude_gateway.event_from_data(data), wanted)
+                    self.assertEqual(claude_gateway.json_object_from(data, event=True), wanted)
 
     def test_text_deltas_that_come_together_are_one_event_with_all_of_their_text(self):
         deltas = [{"type": "content_block_delta", "index": 3, "delta": {"type": "text_delta", "text": words}}
@@ -5055,7 +5056,7 @@ class HotPathTests(unittest.TestCase):
         for data in (good[:-1], good + b"}", good.replace(b"Hi", b"H\x01i"), good.replace(b"Hi", b'H"i'),
                      good.replace(b"Hi", b"H\\i"), good.replace(b"Hi", b"\xff"), good.replace(b":0,", b":,")):
             with self.subTest(data), self.assertRaises(claude_gateway.UpstreamFault):
-                claude_gateway.event_from_data(data)
+                claude_gateway.json_object_from(data, event=True)
 
     def test_chunks_of_text_are_written_as_any_json(self):
         assembler = claude_gateway.MessageAssembler()
