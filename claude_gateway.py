@@ -2130,6 +2130,8 @@ def search_domains(options: dict, path: str, changes: Changes) -> dict:
             changes.add("dropped", "%s.%s" % (path, name), "Claude accepts either allowed or blocked domains")
         elif domains:
             lists[name] = [re.sub(r"^https?://", "", domain).rstrip("/") for _, domain in domains]
+            if lists[name] != [domain for _, domain in domains]:
+                changes.add("changed", "%s.%s" % (path, name), "without scheme and slash at the end")
     return lists
 
 
@@ -4202,10 +4204,9 @@ class Bounded:
             while len(self._table) > self._entries or self._used > self._size:
                 self._used -= len(self._table.popitem(last=False)[1])
 
-    def remove(self, key: Any) -> bool:
+    def remove(self, key: Any) -> None:
         with self._lock:
-            self._used -= len(self._table.get(key, b""))
-            return self._table.pop(key, None) is not None
+            self._used -= len(self._table.pop(key, b""))
 
     def get(self, key: Any) -> Any:
         with self._lock:
@@ -4261,11 +4262,11 @@ class StoredResponses:
     def __init__(self) -> None:
         self._responses = Bounded(1_000, 24_000_000)
         self._items = Bounded(50_000, 40_000_000)           # by the digest of their content
-        self._names = Bounded(50_000)                       # id -> digest
+        self._names = Bounded(50_000)                       # id -> digest, and the response that first had the item
 
     def put(self, owner: str, response: dict, items: Sequence[dict], output: Sequence[dict] = ()) -> None:
         """Keeps a response with the items that led to it and its own."""
-        digests = [self._put_item(owner, item) for item in items], [self._put_item(owner, item) for item in output]
+        digests = [[self._put_item(owner, response["id"], item) for item in each] for each in (items, output)]
         self._responses.put((owner, response["id"]), [response, *digests])
 
     def get(self, owner: str, response_id: str) -> tuple[dict, list[dict], list[dict]] | None:
@@ -4279,18 +4280,26 @@ class StoredResponses:
 
     def item(self, owner: str, item_id: str) -> dict | None:
         """The item of this id, as it was last stored."""
-        digest = self._names.get((owner, item_id))
-        return digest and self._items.get(digest)
+        named = self._names.get((owner, item_id))
+        return named and self._items.get(named[0])
 
-    def remove(self, owner: str, response_id: str) -> bool:
-        return self._responses.remove((owner, response_id))
+    def remove(self, owner: str, response_id: str) -> None:
+        """Forgets a response; the items that it was the first to have can no longer be named."""
+        stored = self.get(owner, response_id)
+        self._responses.remove((owner, response_id))
+        for item in [*stored[1], *stored[2]] if stored else ():
+            name = owner, text_in(item, "id")
+            if response_id in (self._names.get(name) or ()):
+                self._names.remove(name)
 
-    def _put_item(self, owner: str, item: dict) -> str:
+    def _put_item(self, owner: str, response_id: str, item: dict) -> str:
         text = json.dumps(item, ensure_ascii=False, sort_keys=True)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         self._items.put(digest, item)
         if len(text_in(item, "id") or "") in range(1, 200):
-            self._names.put((owner, item["id"]), digest)
+            name = owner, item["id"]
+            if digest not in (self._names.get(name) or ()):
+                self._names.put(name, (digest, response_id))
         return digest
 
 

@@ -2923,6 +2923,8 @@ class ToolTests(RequestTestCase):
                 self.assertEqual(self.search(tool), expected)
         both = {"type": "web_search", "filters": {"allowed_domains": ["a.example"], "blocked_domains": ["b.example"]}}
         self.assertEqual(self.changes(tools=[both]), "dropped=tools[0].filters.blocked_domains")
+        for domain, report in (("https://sec.gov/", "changed=tools[0].filters.allowed_domains"), ("sec.gov", "")):
+            self.assertEqual(self.changes(tools=[{"type": "web_search", "filters": {"allowed_domains": [domain]}}]), report)
         self.assertEqual(self.refused(tools=[{"type": "web_search", "filters": {"allowed_domains": [5]}}])["param"],
                          "tools[0].filters.allowed_domains[0]")
 
@@ -5628,6 +5630,25 @@ class ItemReferenceTests(ResponsesTestCase):
         self.respond([{"type": "message", "id": "msg_mine", "role": "user", "content": "I am Bob."}])
         request = self.became([{"type": "item_reference", "id": "msg_mine"}, user("Who am I?")])
         self.assertEqual(request["messages"], [said("user", "I am Bob.", "Who am I?")])
+
+    def test_the_items_of_a_deleted_response_are_gone_and_those_of_others_stay(self):
+        mine = {"type": "message", "id": "msg_first", "role": "user", "content": "I am Bob."}
+        first = self.respond([mine, {"role": "user", "content": "Hello"}]).json
+        named = [{"type": "item_reference", "id": item["id"]} for item in (mine, *first["output"])]
+        second = self.respond([*named, user("Who am I?")]).json
+        for deleted, gone in ((second["id"], second["output"]), (first["id"], [mine, *first["output"]])):
+            self.assertEqual(self.respond(named).status, 200)
+            self.assertEqual(self.ask("DELETE", "/v1/responses/" + deleted).status, 200)
+            for item in gone:
+                answer = self.respond([{"type": "item_reference", "id": item["id"]}])
+                self.assertEqual((answer.status, answer.error["code"]), (400, "item_not_found"))
+
+    def test_what_continued_a_deleted_response_can_be_continued(self):
+        first = self.respond("I am Bob.").json
+        second = self.respond("Who am I?", previous_response_id=first["id"]).json
+        self.assertEqual(self.ask("DELETE", "/v1/responses/" + first["id"]).status, 200)
+        request = self.became("And?", previous_response_id=second["id"])
+        self.assertEqual(request["messages"][0], said("user", "I am Bob."))
 
 
 class InputItemListTests(ResponsesTestCase):
