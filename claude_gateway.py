@@ -207,7 +207,7 @@ class Config:
         return [*self.api_key, self.anthropic_api_key, self.anthropic_auth_token, self.claude_code_oauth_token,
                 self.proxy.password or "", *(value for _, value in self.custom_headers)]
 
-    @property
+    @functools.cached_property
     def proxy(self) -> urllib.parse.SplitResult:
         """The parts of the proxy's address, which may come without its scheme."""
         return urllib.parse.urlsplit(self.https_proxy if "://" in self.https_proxy else "http://" + self.https_proxy)
@@ -253,14 +253,13 @@ def count_in(value: Any, *path: str) -> int:
     return count_of(value_in(value, *path))
 
 
-UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 # control characters, line ends of Unicode, marks that turn the direction of text, halves of surrogate pairs
 UNSAFE_IN_LOG = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
-    return UNPRINTABLE.sub("?", value)[:limit]
+    return re.sub(r"[^\x20-\x7e]", "?", value)[:limit]
 
 
 def visible(text: str) -> str:
@@ -293,9 +292,7 @@ def own_file() -> str:
 
 def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
     """A text with every command of ours as it can be typed here: the script's path where it is not installed.
-
-    A lower-case word behind `claude-gateway` is a command: no prose puts one there.
-    """
+    A lower-case word behind `claude-gateway` is a command: no prose puts one there."""
     if powershell:
         text = re.sub(r"\bexport((?: \w+=\S+)+)", lambda line: re.sub(
             r" (\w+)=(\S+)", r'; $env:\1 = "\2"', line.group(1))[2:], text)
@@ -436,30 +433,27 @@ class ClientGone(Exception):
     """The client closed its connection; nobody is left to tell."""
 
 
-# What an error of the Messages API is for an OpenAI client: error type -> (status, type, code).
+# An error of the Messages API -> its statuses there, which are all that is known where the body is not the API's own
+# (a proxy's HTML page, say); and for an OpenAI client: (status, type, code).
 CLAUDE_ERRORS = {
-    "invalid_request_error": (400, "invalid_request_error", None),
-    "authentication_error": (401, "authentication_error", "upstream_authentication"),
-    "billing_error": (429, "insufficient_quota", "insufficient_quota"),
-    "permission_error": (403, "permission_error", None),
-    "not_found_error": (404, "invalid_request_error", None),
-    "conflict_error": (409, "server_error", None),
-    "request_too_large": (413, "invalid_request_error", "request_too_large"),
-    "rate_limit_error": (429, "rate_limit_error", "rate_limit_exceeded"),
-    "api_error": (500, "server_error", None),
-    "timeout_error": (504, "server_error", "timeout"),
-    "overloaded_error": (503, "server_error", "overloaded"),
+    "invalid_request_error": ((400,), (400, "invalid_request_error", None)),
+    "authentication_error": ((401,), (401, "authentication_error", "upstream_authentication")),
+    "billing_error": ((402,), (429, "insufficient_quota", "insufficient_quota")),
+    "permission_error": ((403,), (403, "permission_error", None)),
+    "not_found_error": ((404,), (404, "invalid_request_error", None)),
+    "conflict_error": ((409,), (409, "server_error", None)),
+    "request_too_large": ((413,), (413, "invalid_request_error", "request_too_large")),
+    "rate_limit_error": ((429,), (429, "rate_limit_error", "rate_limit_exceeded")),
+    "api_error": ((500,), (500, "server_error", None)),
+    "timeout_error": ((408, 504), (504, "server_error", "timeout")),
+    "overloaded_error": ((529,), (503, "server_error", "overloaded")),
 }
-# ... and what its status alone says, where the body is not the API's own (a proxy's HTML page, say).
-CLAUDE_STATUSES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-                   403: "permission_error", 404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
-                   413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
-                   529: "overloaded_error"}
 
 
 def type_of_status(status: int) -> str:
     """The type of an error of which only the status is known."""
-    return CLAUDE_STATUSES.get(status, "invalid_request_error" if status // 100 == 4 else "api_error")
+    return next((name for name, (statuses, _) in CLAUDE_ERRORS.items() if status in statuses),
+                "invalid_request_error" if status // 100 == 4 else "api_error")
 
 
 class Verdict(NamedTuple):
@@ -499,7 +493,6 @@ VERDICTS = (
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can help these
 # What a refusal is about, by its message, where a correction or an explanation needs to know.
 ABOUT_TOOL = re.compile(r"tools\.(\d+)\.")
-ABOUT_MODEL = re.compile(r"model")
 ABOUT_COMPACTION = re.compile(r"compaction_(?!unavailable)|(?=.*compaction).*(block|signature|summar)", re.S)
 ABOUT_LIMIT = re.compile(r"max_tokens: \d+ > (\d+)")
 ABOUT_THINKING = re.compile(r"(?=.*thinking).*(signature|invalid `?data`? in|bound to a different conversation|"
@@ -535,17 +528,15 @@ class ClaudeError(GatewayError):
         self.upstream_status = upstream_status
         self.claude_type = str(error.get("type") or type_of_status(upstream_status))
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
-        self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (
-            upstream_status if upstream_status >= 400 else 502, "server_error", None))
+        _, (self.status, self.kind, code) = CLAUDE_ERRORS.get(self.claude_type, ((), (
+            upstream_status if upstream_status >= 400 else 502, "server_error", None)))
         if self.claude_type == "api_error" and 500 <= upstream_status <= 511:
             self.status = upstream_status
         self.error_code = text_in(error, "details", "error_code") or ""
         words = "%s %s" % (message.lower(), self.error_code)
         verdict = next((verdict for verdict in VERDICTS if re.search(verdict.words, words)), Verdict(""))
-        self.status = verdict.status or self.status
-        self.kind = verdict.kind or self.kind
-        code = verdict.code or code
-        hint = verdict.hint
+        self.status, self.kind = verdict.status or self.status, verdict.kind or self.kind
+        code, hint = verdict.code or code, verdict.hint
         if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
             self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
             hint = hint or PLAN_HINT
@@ -640,11 +631,7 @@ def nests_deeper(data: bytes, limit: int) -> bool:
 def without_lone_surrogates(value: Any) -> Any:
     """A JSON value with every half of a surrogate pair replaced by U+FFFD, as UTF-8 has no form for it."""
     if isinstance(value, str):
-        try:
-            value.encode("utf-8")                   # five times as fast as the pattern
-            return value
-        except UnicodeEncodeError:
-            return re.sub("[\ud800-\udfff]", "\ufffd", value)
+        return value if value.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", value)
     if isinstance(value, list):
         return [without_lone_surrogates(entry) for entry in value]
     if isinstance(value, dict):
@@ -801,16 +788,13 @@ def _models() -> Iterator[Model]:
                 late_system=False)
     yield Model("claude-fable-5", "2026-06-09", price=(10, 1, 50), forced_tools=True)
     yield Model("claude-mythos-5", "2026-06-09", price=(10, 1, 50), forced_tools=True)
-
     quiet = Model("", price=(5, 0.5, 25), forced_tools=True, thinks_by_default=False, thinking=can_disable)
     yield replace(quiet, id="claude-opus-4-8", released="2026-05-28")
     yield replace(quiet, id="claude-opus-4-7", released="2026-04-16", late_system=False)
-
     both = replace(quiet, sampling=True, late_system=False, thinking=("adaptive", "enabled", "disabled"),
                    efforts=("low", "medium", "high", "max"))
     yield replace(both, id="claude-sonnet-4-6", released="2026-02-17", price=(3, 0.3, 15))
     yield replace(both, id="claude-opus-4-6", released="2026-02-05")
-
     budgets = replace(both, context=200_000, max_output=64_000, prefill=True, thinking=("enabled", "disabled"),
                       efforts=(), compaction=False)
     yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"),
@@ -822,9 +806,7 @@ def _models() -> Iterator[Model]:
 
 def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
     """US dollars by list prices: what an answer cost, and what caching saved of it.  None: the price is not known.
-
-    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
-    """
+    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much."""
     fresh, read, written = map(count_of, map(usage.get, (
         "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")))
     price = model.price
@@ -834,7 +816,7 @@ def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
         price = model.fast_price
     if price is None:
         return None
-    hour = min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
+    hour = written and min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
     prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * price[0] + read * price[1]
     saved = (fresh + read + written) * price[0] - prompt
     tokens = (prompt + count_in(usage, "output_tokens") * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
@@ -1141,10 +1123,8 @@ CHAT, RESPONSES = "chat", "responses"
 
 class Parameter(NamedTuple):
     """One parameter of OpenAI's APIs: its shape, and what becomes of it.
-
     READ: translated further down.  IGNORED: without effect on the answer, named in the debug log only.
-    DROPPED and REFUSED: Claude has no counterpart, unless the value is the `default`, which changes nothing.
-    """
+    DROPPED and REFUSED: Claude has no counterpart, unless the value is the `default`, which changes nothing."""
     check: Callable[[Any, str], Any] = anything
     fate: str = READ
     default: Any = None
@@ -1155,38 +1135,31 @@ class Parameter(NamedTuple):
 verbosity_of = one_of("low", "medium", "high")
 # Every parameter of both APIs.  `null` is the same as leaving one out.
 PARAMETERS = {
-    "model": Parameter(text_of),
-    "messages": Parameter(list_of, api=CHAT),
-    "input": Parameter(api=RESPONSES), "instructions": Parameter(api=RESPONSES),
-    "previous_response_id": Parameter(text_of, api=RESPONSES),
+    "model": Parameter(text_of), "messages": Parameter(list_of, api=CHAT), "input": Parameter(api=RESPONSES),
+    "instructions": Parameter(api=RESPONSES), "previous_response_id": Parameter(text_of, api=RESPONSES),
     "include": Parameter(list_of, api=RESPONSES), "context_management": Parameter(api=RESPONSES),
     "stream": Parameter(boolean_of), "stream_options": Parameter(object_of),
     "max_completion_tokens": Parameter(rounded_of), "max_tokens": Parameter(rounded_of),
-    "max_output_tokens": Parameter(rounded_of),
+    "max_output_tokens": Parameter(rounded_of), "stop": Parameter(stop_of),
     "tools": Parameter(list_of), "functions": Parameter(list_of), "web_search_options": Parameter(object_of),
     "tool_choice": Parameter(), "function_call": Parameter(), "parallel_tool_calls": Parameter(boolean_of),
     "max_tool_calls": Parameter(integer_of, api=RESPONSES),
     "response_format": Parameter(object_of), "text": Parameter(object_of), "verbosity": Parameter(verbosity_of),
     "reasoning_effort": Parameter(effort_of), "reasoning": Parameter(),
     "temperature": Parameter(number_of), "top_p": Parameter(number_of), "top_k": Parameter(integer_of),
-    "stop": Parameter(stop_of),
     "n": Parameter(integer_of, REFUSED, 1, "Claude gives one answer per request; send the request several times", CHAT),
-    "seed": Parameter(integer_of, DROPPED),
-    "logit_bias": Parameter(object_of, DROPPED, {}),
+    "seed": Parameter(integer_of, DROPPED), "prediction": Parameter(object_of, DROPPED),
+    "audio": Parameter(object_of, DROPPED), "modalities": Parameter(list_of, DROPPED, ["text"]),
+    "logit_bias": Parameter(object_of, DROPPED, {}), "top_logprobs": Parameter(integer_of, DROPPED, 0),
     "logprobs": Parameter(boolean_of, DROPPED, False, "Claude does not return log probabilities", CHAT),
-    "top_logprobs": Parameter(integer_of, DROPPED, 0),
     "frequency_penalty": Parameter(number_of, DROPPED, 0), "presence_penalty": Parameter(number_of, DROPPED, 0),
-    "prediction": Parameter(object_of, DROPPED),
-    "modalities": Parameter(list_of, DROPPED, ["text"]),
-    "audio": Parameter(object_of, DROPPED),
-    "truncation": Parameter(text_of, DROPPED, "disabled", api=RESPONSES),
+    "truncation": Parameter(text_of, DROPPED, "disabled", api=RESPONSES), "moderation": Parameter(anything, DROPPED),
     "background": Parameter(boolean_of, REFUSED, False, "there are no background responses here", RESPONSES),
     "conversation": Parameter(anything, REFUSED, "", "conversations are not stored here; send the items in input",
                               RESPONSES),
     "prompt": Parameter(anything, REFUSED, {}, "prompt templates are stored at OpenAI; send their text in input",
                         RESPONSES),
     "store": Parameter(boolean_of, IGNORED), "metadata": Parameter(object_of, IGNORED),
-    "moderation": Parameter(anything, DROPPED),
     "service_tier": Parameter(text_of), "user": Parameter(text_of), "safety_identifier": Parameter(text_of),
     "prompt_cache_key": Parameter(text_of, IGNORED), "prompt_cache_retention": Parameter(text_of, IGNORED),
     "prompt_cache_options": Parameter(object_of),
@@ -4218,10 +4191,8 @@ class Bounded:
 
 
 class Answers:
-    """Answers with tool calls, thinking and all, by (client, model, id of the first tool call).
-
-    Claude requires signed thinking back inside a tool loop, for which OpenAI clients have no place.
-    """
+    """Answers with tool calls, by (client, model, id of the first call): Claude requires their signed thinking back
+    inside a tool loop, for which OpenAI clients have no place."""
 
     def __init__(self) -> None:
         self._answers = Bounded(20_000, 64_000_000)
@@ -4311,14 +4282,13 @@ class Lessons:
         self._lock = threading.Lock()
 
     def apply(self, model: Model) -> Model:
-        with self._lock:
-            lesson = self._lessons.get(model.id)
+        lesson = self._lessons.get(model.id)
         return replace(model, **lesson) if lesson else model
 
     def learn(self, model: Model, lesson: dict) -> None:
         with self._lock:
             if len(self._lessons) < 200:            # model ids; more would be an attack, not a catalogue
-                self._lessons.setdefault(model.id, {}).update(lesson)
+                self._lessons[model.id] = dict(self._lessons.get(model.id, {}), **lesson)       # others may read it
         LOG.warning("learnt about %s: %s", model.id, ", ".join("%s is %s" % pair for pair in lesson.items()))
 
 
@@ -4326,8 +4296,7 @@ class ModelList:
     """The catalog, fetched from Claude in the background and kept for an hour; until then the built-in table."""
 
     def __init__(self, fetch: Callable[[], Optional[List[dict]]], aliases: Sequence[tuple[str, str]]) -> None:
-        self._fetch = fetch
-        self._aliases = aliases
+        self._fetch, self._aliases = fetch, aliases
         self._catalog = Catalog(aliases=aliases)
         self._next_fetch = 0.0
         self._lock = threading.Lock()
@@ -4413,7 +4382,6 @@ def prompt_tokens(tokens: dict) -> int:
 
 class Counters:
     """What has happened since the start, for the log, the status page and Prometheus: no prompt, answer or secret."""
-    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -4430,7 +4398,7 @@ class Counters:
 
     def add_request(self, route: str, summary: dict) -> None:
         """Counts a request, and keeps its summary unless it was one for monitoring."""
-        counts = {name: summary[name] or 0 for name in self.SUMS}
+        counts = {name: summary[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
         counts.update(requests=1, failed=int(summary["status"] >= 400))
         with self._lock:
             self._requests[route, summary["status"]] += 1
@@ -4460,21 +4428,17 @@ class Counters:
             self.limit_headers = dict(self.limit_headers, **{
                 name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")})
 
-    def shown(self) -> dict:
-        """The last requests, and totals by tool and by model."""
+    def totals(self) -> dict:
+        """Everything counted: `models` has tokens and US dollars, `by_model` the requests that asked for one."""
         with self._lock:
             by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
                                  for totals in self._totals.values())
-            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": without(self._error_texts, "")}
-
-    def totals(self) -> dict:
-        """Counts of requests and errors; tokens by kind, and of each model with its US dollars."""
-        with self._lock:
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
                     "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
                     "tokens": dict(self._tokens),
-                    "models": {model: collections.Counter(figures) for model, figures in self._models.items()}}
+                    "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
+                    "recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
+                    "error_texts": without(self._error_texts, "")}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4489,8 +4453,7 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
     unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
     others = {match.group(1): match.group(1) for match in unified if match}
     for window, title in dict(WINDOWS, **without(others, *WINDOWS)).items():
-        of_plan = "anthropic-ratelimit-unified-%s-" % window
-        plain = "anthropic-ratelimit-%s-" % window
+        of_plan, plain = "anthropic-ratelimit-unified-%s-" % window, "anthropic-ratelimit-%s-" % window
         used = number_or_none(headers.get(of_plan + "utilization"))
         reset = headers.get(of_plan + "reset") or headers.get(plain + "reset") or ""     # Unix or RFC 3339 time
         moment = number_or_none(reset)
@@ -4506,11 +4469,10 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
 
 
 def number_or_none(text: str | None) -> float | None:
-    try:
+    with contextlib.suppress(ValueError):
         number = float(text or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+        return number if math.isfinite(number) else None
+    return None
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
@@ -7056,7 +7018,7 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
     if match and int(match.group(1)) < len(request.get("tools", ())):
         name = translation.plan.names.back(request["tools"][int(match.group(1))]["name"])
         return refusal.reworded("Tool %s: %s" % (json.dumps(name), message), param="tools")
-    if refusal.claude_type == "not_found_error" and ABOUT_MODEL.search(message):
+    if refusal.claude_type == "not_found_error" and "model" in message:
         nearest = ", ".join(catalog.nearest(request["model"]))
         return refusal.reworded("%s (nearest: %s)" % (message, nearest), param="model", code="model_not_found")
     return refusal
@@ -7813,7 +7775,7 @@ def status_data(gateway: Gateway) -> dict:
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **counters.shown(),
+        **{name: totals[name] for name in ("recent", "by_tool", "by_model", "error_texts")},
     }
 
 

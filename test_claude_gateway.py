@@ -2924,7 +2924,8 @@ class ToolTests(RequestTestCase):
         both = {"type": "web_search", "filters": {"allowed_domains": ["a.example"], "blocked_domains": ["b.example"]}}
         self.assertEqual(self.changes(tools=[both]), "dropped=tools[0].filters.blocked_domains")
         for domain, report in (("https://sec.gov/", "changed=tools[0].filters.allowed_domains"), ("sec.gov", "")):
-            self.assertEqual(self.changes(tools=[{"type": "web_search", "filters": {"allowed_domains": [domain]}}]), report)
+            search = {"type": "web_search", "filters": {"allowed_domains": [domain]}}
+            self.assertEqual(self.changes(tools=[search]), report)
         self.assertEqual(self.refused(tools=[{"type": "web_search", "filters": {"allowed_domains": [5]}}])["param"],
                          "tools[0].filters.allowed_domains[0]")
 
@@ -11802,7 +11803,7 @@ class StatusTests(GatewayTestCase):
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
             counters.add_request("other", record.summary("line", []))
-        data = counters.shown()
+        data = counters.totals()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
 
