@@ -207,7 +207,7 @@ class Config:
         return [*self.api_key, self.anthropic_api_key, self.anthropic_auth_token, self.claude_code_oauth_token,
                 self.proxy.password or "", *(value for _, value in self.custom_headers)]
 
-    @functools.cached_property
+    @property
     def proxy(self) -> urllib.parse.SplitResult:
         """The parts of the proxy's address, which may come without its scheme."""
         return urllib.parse.urlsplit(self.https_proxy if "://" in self.https_proxy else "http://" + self.https_proxy)
@@ -807,8 +807,8 @@ def _models() -> Iterator[Model]:
 def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
     """US dollars by list prices: what an answer cost, and what caching saved of it.  None: the price is not known.
     Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much."""
-    fresh, read, written = map(count_of, map(usage.get, (
-        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")))
+    fresh, read, written, output = map(count_of, map(usage.get, (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")))
     price = model.price
     if fresh + read + written > LONG_PROMPT:
         price = model.long_price or price
@@ -819,7 +819,7 @@ def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
     hour = written and min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
     prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * price[0] + read * price[1]
     saved = (fresh + read + written) * price[0] - prompt
-    tokens = (prompt + count_in(usage, "output_tokens") * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
+    tokens = (prompt + output * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
     searches = count_in(usage, "server_tool_use", "web_search_requests") * SEARCH_PRICE
     return tokens / 1e6 + searches, saved / 1e6
 
@@ -929,7 +929,7 @@ class Catalog:
         yield from named.items()
 
     def _model_of(self, name: str) -> Model | None:
-        """The model of a Claude id in any of its spellings (prefixes, dots, suffixes, dates), or for a name of OpenAI's."""
+        """The model of a Claude id in any spelling (prefixes, dots, suffixes, dates), or for a name of OpenAI's."""
         if name in self.models:
             return self.models[name]
         plain = re.sub(r"^.*[/~]", "", name)                       # openrouter/anthropic/claude-...

@@ -8196,7 +8196,7 @@ class BodyTests(HttpTestCase):
                 waiting.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", framing,
                                               body=body))
                 budget = service.gateway.body_budget
-                self.assertTrue(eventually(lambda budget=budget: budget._left == 100_000))
+                self.assertTrue(eventually(lambda budget=budget: budget.count == 900_000))
                 self.assertEqual(self.chat("a" * 150_000).status, 503)
 
     def test_a_body_counts_as_what_it_becomes_once_parsed(self):
@@ -8209,10 +8209,10 @@ class BodyTests(HttpTestCase):
             with self.subTest(name):
                 service.gateway.body_budget = claude_gateway.Budget(room)
                 self.assertEqual(self.chat(usual).status, 200)
-                self.assertTrue(eventually(lambda room=room: service.gateway.body_budget._left == room))
+                self.assertTrue(eventually(lambda: service.gateway.body_budget.count == 0))
                 answer = self.chat(**costly)
                 self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
-                self.assertTrue(eventually(lambda room=room: service.gateway.body_budget._left == room))
+                self.assertTrue(eventually(lambda: service.gateway.body_budget.count == 0))
 
     def test_an_unpacked_body_counts_against_the_budget_with_its_real_size(self):
         service = self.start()
