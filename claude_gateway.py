@@ -649,10 +649,8 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    if re.search(rb"\\u[dD][89a-fA-F]", body):
-        whole = without_lone_surrogates(value)
-        return whole, whole != value
-    return value, False
+    whole = without_lone_surrogates(value) if re.search(rb"\\u[dD][89a-fA-F]", body) else value
+    return whole, whole != value
 
 
 # The same where no number is long, without the hook for each count.
@@ -922,10 +920,9 @@ class Catalog:
         """Every listed name once, with its model: ids, short names, then the user's aliases, which win."""
         named = dict(self.models)
         named.update((tier, newest) for tier in TIERS for newest in [self.newest(tier)] if newest)
-        for alias in self.aliases:
-            if alias != "*":
-                with contextlib.suppress(GatewayError):
-                    named[alias] = self.resolve(alias)
+        for alias in without(self.aliases, "*"):
+            with contextlib.suppress(GatewayError):
+                named[alias] = self.resolve(alias)
         yield from named.items()
 
     def _model_of(self, name: str) -> Model | None:
