@@ -139,7 +139,8 @@ MUTANTS = (
            'LENIENT_JSON.decode(body.decode("utf-8"))', "JsonDoorTests"),
     Mutant("json: bytes that are not UTF-8", 'body.decode("utf-8-sig")', 'body.decode("utf-8-sig", "replace")',
            "JsonDoorTests"),
-    Mutant("json: lone surrogates", r'if re.search(rb"\\u[dD][89a-fA-F]", body) else', "if False else", "JsonDoorTests"),
+    Mutant("json: lone surrogates", r'if re.search(rb"\\u[dD][89a-fA-F]", body) else', "if False else",
+           "JsonDoorTests"),
     Mutant("json: numbers out of range", "if not abs(value) < 1e300:", "if False:",
            "ParameterTests JsonDoorTests"),
     # ---- browsers
