@@ -4590,7 +4590,6 @@ class Running:
 class ApiKey:
     """An Anthropic API key."""
     kind, described = "api_key", "API key from %s"
-    refreshable = False
     preamble: Sequence[dict] = ()
     base_url = ""                                   # where it is to be used; "": at the configured address
     trouble: Optional[dict] = None                  # a failed renewal: message, time
@@ -4650,8 +4649,6 @@ class StoredFile:
 
     def read(self) -> Any:
         """The object, None where there is no file.  Raises FileDamaged."""
-        if not self.path:
-            return None
         content = cause = None
         try:
             reason = self._fault_of_mode()
@@ -4659,7 +4656,7 @@ class StoredFile:
                 with while_held(lambda: open(self.path, "rb")) as file:
                     content = json.loads(file.read(50_000_000).decode("utf-8"))
                 reason = self.fault_in(content)
-        except FileNotFoundError:
+        except FileNotFoundError:                   # also without a path
             return None
         except OSError as fault:
             reason, cause = fault.strerror or str(fault), fault
@@ -4703,7 +4700,13 @@ class StoredFile:
         if os.path.basename(directory) == "claude-gateway":     # ours alone, however it was made
             with contextlib.suppress(OSError):
                 os.chmod(directory, 0o700)
-        self._keep_damaged(target)
+        try:
+            self.read()
+        except FileDamaged as damage:               # what is no file at all stays, and stops the writing
+            if os.path.isfile(target) and getattr(damage.__cause__, "winerror", 0) not in HELD:
+                aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
+                os.replace(target, aside)
+                LOG.warning("the damaged %s is kept as %s", self.kind, aside)
         temporary = target + ".tmp"                 # one name: what a kill leaves behind goes with the next write
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -4718,20 +4721,15 @@ class StoredFile:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        with contextlib.suppress(OSError):          # not every system can sync a directory
-            directory_descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(directory_descriptor)
-            finally:
-                os.close(directory_descriptor)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):      # not every system can sync a directory
+            descriptor = os.open(directory, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            os.fsync(descriptor)
 
-    def remove(self) -> bool:
-        """Whether there was a file to forget.  Raises OSError."""
+    def remove(self) -> None:
+        """Raises OSError, unless there is no file."""
         with contextlib.suppress(FileNotFoundError):
-            if self.path:
-                os.unlink(os.path.realpath(self.path))
-                return True
-        return False
+            os.unlink(os.path.realpath(self.path))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -4745,16 +4743,6 @@ class StoredFile:
                     held.callback(os.close, descriptor)         # gives the lock back
                     lock_file(descriptor, self._limits.lock_patience)
             yield
-
-    def _keep_damaged(self, target: str) -> None:
-        """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
-        try:
-            self.read()
-        except FileDamaged as damage:
-            if os.path.isfile(target) and getattr(damage.__cause__, "winerror", 0) not in HELD:
-                aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
-                os.replace(target, aside)
-                LOG.warning("the damaged %s is kept as %s", self.kind, aside)
 
 
 class TokenFile(StoredFile):
@@ -4799,10 +4787,8 @@ def lock_file(descriptor: int, patience: float) -> None:
                 import fcntl
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        except BlockingIOError:
-            pass
         except OSError as fault:
-            if os.name != "nt" or fault.errno not in (0, 13, 36):
+            if not isinstance(fault, BlockingIOError) and (os.name != "nt" or fault.errno not in (0, 13, 36)):
                 return                              # no locks here
         if time.monotonic() > deadline:             # going on without it could cost the login
             raise UpstreamFault("Another process has held the lock of a file for %d seconds." % patience)
@@ -4821,7 +4807,6 @@ class StoredLogin(ApiKey):
     One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
     read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used.
     """
-    refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
@@ -4857,7 +4842,11 @@ class StoredLogin(ApiKey):
                 token = self._renewed_if_dead(rejected)
             finally:
                 self._lock.release()
-        self._renew_early(token)
+        if self._due(token) and time.monotonic() >= self._retry_at and self._lock.acquire(blocking=False):
+            try:                                    # in a thread of its own, for which a program that ends waits
+                threading.Thread(target=self._renew_early, name="renewal").start()
+            except RuntimeError:                    # out of threads, or the program ends
+                self._lock.release()
         return str(token["access_token"])
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
@@ -4881,15 +4870,13 @@ class StoredLogin(ApiKey):
                     self._catch_up()
 
     def facts(self) -> dict:
-        try:
-            token = self._token or self._file.read() or {}
-        except FileDamaged:
-            token = {}
-        expires_at = expiry_of(token)
+        token = self._token
+        with contextlib.suppress(FileDamaged):
+            token = token or self._file.read() or {}
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
                 "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
                 "organization": text_in(token, "organization", "name"),
-                "expires_at": expires_at if expires_at < NEVER else None, "refreshable": self._renewable(token)}
+                "expires_at": seconds_in(token, "expires_at", 0) or None, "refreshable": self._renewable(token)}
 
     def secrets(self) -> list[str]:
         return [text_in(self._token, name) or "" for name in ("access_token", "refresh_token")]
@@ -4907,15 +4894,7 @@ class StoredLogin(ApiKey):
         early = min(REFRESH_EARLY, seconds_in(token, "expires_in", NEVER) / 2)
         return expiry_of(token) - time.time() < early and self._renewable(token)
 
-    def _renew_early(self, token: dict) -> None:
-        """Renews a token that is due in a thread of its own, for which a program that ends waits."""
-        if self._due(token) and time.monotonic() >= self._retry_at and self._lock.acquire(blocking=False):
-            try:
-                threading.Thread(target=self._run_early, name="renewal").start()
-            except RuntimeError:                    # out of threads, or the program ends
-                self._lock.release()
-
-    def _run_early(self) -> None:
+    def _renew_early(self) -> None:
         try:
             with self._file.lock():
                 self._catch_up()
@@ -4936,8 +4915,9 @@ class StoredLogin(ApiKey):
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
         stamp = self._file.stamp()
-        if stamp == self._stamp and stamp is not None:
+        if self._token and stamp and stamp == self._stamp:
             return
+        self._stamp = stamp
         try:
             token = self._file.read()
         except FileDamaged as fault:
@@ -4945,9 +4925,7 @@ class StoredLogin(ApiKey):
                 raise CredentialNeeded("%s Please %s; the file will be kept aside." % (fault, self.remedy)) from fault
             if not self._outdated:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
-            self._stamp = stamp
             return
-        self._stamp = stamp
         if token is None:                           # a logout, also of tokens that could not be stored
             self._token, self._outdated = {}, ""
         elif not self._outdated or (token["access_token"] != self._outdated
@@ -4975,7 +4953,12 @@ class StoredLogin(ApiKey):
         if status == 200 and is_sendable(answer.get("access_token")):
             self._take_over(token_from_answer(answer, self._token), refresh_token)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
-            self._take_refusal(refresh_token, answer, rejected)
+            self._spent.add(refresh_token)
+            self._stamp = None
+            self._read_if_changed()                 # who else has used it has stored new tokens
+            if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
+                self._put_off(CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
+                    refusal_words(answer, "invalid_grant"), self.remedy)), rejected)
         else:
             otherwise = "no reason given" if status != 200 else "no access token that can be used"
             self._put_off(UpstreamFault(
@@ -4993,18 +4976,8 @@ class StoredLogin(ApiKey):
             self._spent.add(used)
         self._save(level)
 
-    def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
-        """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
-        self._spent.add(refresh_token)
-        self._stamp = None
-        self._read_if_changed()
-        if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
-            failure = CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
-                refusal_words(answer, "invalid_grant"), self.remedy))
-            self._put_off(failure, rejected)        # the access token may still have its last minutes
-
     def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
-        """The renewal fails: go on with a token that is still good, else tell the client."""
+        """The renewal fails: go on with an access token in its last minutes, else tell the client."""
         self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
         self._failures += 1
         self.trouble = trouble_of(failure)
@@ -5039,8 +5012,7 @@ def is_sendable(token: Any) -> bool:
 def seconds_in(token: dict, name: str, otherwise: float) -> float:
     """A number that a token's life can have: no infinity, no NaN, nothing absurd."""
     seconds = token.get(name)
-    sane = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < NEVER
-    return float(seconds or 0) if sane else otherwise
+    return float(seconds) if type(seconds) in (int, float) and 0 < seconds < NEVER else otherwise
 
 
 def expiry_of(token: dict) -> float:
@@ -5050,40 +5022,29 @@ def expiry_of(token: dict) -> float:
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
     """The sign-in endpoint's answer as the token file keeps it; what it leaves out stays as it was."""
-    token = dict(earlier)
-    for name in ("access_token", "refresh_token", "scope", "token_type", "organization", "account"):
-        if answer.get(name):
-            token[name] = answer[name]
+    names = ("access_token", "refresh_token", "scope", "token_type", "organization", "account")
+    token = {"refresh_token": "", **earlier, **{name: answer[name] for name in names if answer.get(name)}}
     token["expires_in"] = seconds_in(answer, "expires_in", 3600)
-    token["expires_at"] = int(time.time() + token["expires_in"])
-    token.setdefault("refresh_token", "")
-    return token
+    return dict(token, expires_at=int(time.time() + token["expires_in"]))
 
 
 def refusal_words(answer: dict, otherwise: str) -> str:
-    """Why the sign-in endpoint refused, in OAuth's shape or the API's."""
-    error = answer.get("error")
-    if isinstance(error, dict):
-        return str(error.get("message") or error.get("type") or otherwise)
-    return str(answer.get("error_description") or error or otherwise)
+    """Why the sign-in endpoint refused, in the API's shape or OAuth's."""
+    return (text_in(answer, "error", "message") or text_in(answer, "error", "type")
+            or text_in(answer, "error_description") or text_in(answer, "error") or otherwise)
 
 
 class Login:
     """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
 
     def __init__(self, authorize_url: str = OAUTH_AUTHORIZE_URL, scopes: str = OAUTH_SCOPES) -> None:
-        self._authorize_url, self._scopes = authorize_url, scopes
-        self._code_verifier = secrets.token_urlsafe(32)
-        self._state = secrets.token_urlsafe(32)
+        self._scopes = scopes
+        self._code_verifier, self._state = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         digest = hashlib.sha256(self._code_verifier.encode()).digest()
-        self._code_challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-
-    @property
-    def url(self) -> str:
-        query = {"code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code",
-                 "redirect_uri": OAUTH_REDIRECT_URI, "scope": self._scopes, "code_challenge": self._code_challenge,
-                 "code_challenge_method": "S256", "state": self._state}
-        return self._authorize_url + "?" + urllib.parse.urlencode(query)
+        self.url = authorize_url + "?" + urllib.parse.urlencode({
+            "code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code", "redirect_uri": OAUTH_REDIRECT_URI,
+            "scope": scopes, "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+            "code_challenge_method": "S256", "state": self._state})
 
     def parse(self, pasted: str) -> tuple[str, bool]:
         """The authorization code in `code#state`, a callback URL or a bare code; whether its state was checked.
@@ -5118,16 +5079,15 @@ class ProfileLogin(StoredLogin):
     preamble = ()
     remedy = "run `ant auth login`"
 
-    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson) -> None:
-        super().__init__(file, token_url, post_json)
-        self.client_id = text_in(settings, "authentication", "client_id") or ""
-        self.base_url = (text_in(settings, "base_url") or "").rstrip("/")
+    def __init__(self, name: str, settings: dict, file: TokenFile, base_url: str, post_json: PostJson) -> None:
+        super().__init__(file, base_url + "/v1/oauth/token", post_json)
+        self.client_id, self.base_url = text_in(settings, "authentication", "client_id") or "", base_url
         self._workspace, self._name = text_in(settings, "workspace_id") or "", name
 
     @property
     def description(self) -> str:                   # type: ignore[override]
-        return "profile %s of `ant auth login`%s" % (
-            self._name, ", workspace " + self._workspace if self._workspace else "")
+        workspace = ", workspace " + self._workspace if self._workspace else ""
+        return "profile %s of `ant auth login`%s" % (self._name, workspace)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         headers = super().headers(rejected)
@@ -5160,17 +5120,16 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     if kind != "user_oauth":
         raise CredentialNeeded("Profile %s: signing in by %s is not supported; set ANTHROPIC_API_KEY, or choose "
                                "another profile with ANTHROPIC_PROFILE." % (name, kind))
-    base_url = text_in(settings, "base_url") or config.base_url
+    base_url = (text_in(settings, "base_url") or config.base_url).rstrip("/")
     host = host_in(base_url)
     if not host or not base_url.lower().startswith("https:") and not is_loopback_host(host):
         raise CredentialNeeded("Profile %s: its base_url must be an https URL." % name)
-    tokens = text_in(settings, "authentication", "credentials_path") or os.path.join(
-        folder, "credentials", name + ".json")
-    tokens_file = TokenFile(os.path.expanduser(tokens), config.limits, closed=PRIVATE)
-    if tokens_file.read() is None:
+    usual = os.path.join(folder, "credentials", name + ".json")
+    path = os.path.expanduser(text_in(settings, "authentication", "credentials_path") or usual)
+    tokens = TokenFile(path, config.limits, closed=PRIVATE)
+    if tokens.read() is None:
         raise CredentialNeeded("Profile %s is not signed in: run `ant auth login`." % name)
-    settings = dict({"workspace_id": config.workspace_id}, **settings)
-    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json)
+    return ProfileLogin(name, {"workspace_id": config.workspace_id, **settings}, tokens, base_url, post_json)
 
 
 def key_file(config: Config) -> TokenFile:
@@ -5184,24 +5143,21 @@ Credential = Any                                    # an ApiKey, in one of its k
 
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
     """The credential to use: the first of a fixed order that is there, within what `auth` allows."""
-    if config.auth != "oauth":
-        if config.anthropic_api_key:
-            return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
-        if config.anthropic_auth_token:
-            return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
-    if config.auth != "api-key" and config.claude_code_oauth_token:
+    keys, logins, file = config.auth != "oauth", config.auth != "api-key", TokenFile(config.token_file, config.limits)
+    if keys and config.anthropic_api_key:
+        return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
+    if keys and config.anthropic_auth_token:
+        return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
+    if logins and config.claude_code_oauth_token:
         return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
-    if config.auth != "api-key" and config.profile:
+    if logins and config.profile:
         return profile_from_config(config, post_json)
-    stored_key = key_file(config).read() if config.auth != "oauth" else None
+    stored_key = key_file(config).read() if keys else None
     if stored_key:
         return ApiKey(stored_key["api_key"], key_file(config).path)
-    if config.auth != "api-key":
-        file = TokenFile(config.token_file, config.limits)
-        if file.read() is not None:
-            return StoredLogin(file, config.token_url, post_json)
-        return profile_from_config(config, post_json)
-    return None
+    if logins and file.read() is not None:
+        return StoredLogin(file, config.token_url, post_json)
+    return profile_from_config(config, post_json) if logins else None
 
 
 # ---- Usage -------------------------------------------------------------------------------------------
@@ -6174,7 +6130,7 @@ class Upstream:
         if self._config.workspace_id:
             custom["anthropic-workspace-id"] = self._config.workspace_id
         headers = dict(headers, **{HOP_HEADER: ",".join(filter(None, [call.hops, self._instance_id]))})
-        paid, renewable = credential.headers(), credential.refreshable
+        paid, renewable = credential.headers(), True
         while True:
             betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
             whole = dict(custom, **dict(paid, **headers))
@@ -6187,7 +6143,7 @@ class Upstream:
             if reply.status == 200:
                 return reply
             refusal = error_from_reply(reply)
-            renewed = credential.headers(paid["authorization"]) if renewable and reply.status == 401 else paid
+            renewed = credential.headers(paid.get("authorization")) if renewable and reply.status == 401 else paid
             if renewed == paid:                     # there is no better token: Claude's message goes to the client
                 raise refusal
             paid, renewable = renewed, False

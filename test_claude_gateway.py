@@ -7265,7 +7265,7 @@ class TokenFileTests(LoginStoreTestCase):
         self.assertEqual(self.file.read(), stored_token())
         self.held_by_another(builtins, "open", -1)
         self.assertRaises(claude_gateway.FileDamaged, self.file.read)
-        self.file._keep_damaged(self.token_path)
+        self.file.write(stored_token(access_token="newer"))
         self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
 
     def test_two_damaged_files_in_one_second_are_both_kept(self):
