@@ -4910,7 +4910,7 @@ class StoredLogin(ApiKey):
         self._stamp = None
         self._read_if_changed()
         if self._outdated:
-            self._save(logging.DEBUG)
+            self._save(self._outdated)
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
@@ -4951,7 +4951,11 @@ class StoredLogin(ApiKey):
         except UpstreamFault as fault:
             status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
-            self._take_over(token_from_answer(answer, self._token), refresh_token)
+            in_file, self._token = self._token["access_token"], token_from_answer(answer, self._token)
+            self._unproven, self._failures, self.trouble = self._token["access_token"], 0, None
+            if self._token["refresh_token"] != refresh_token:
+                self._spent.add(refresh_token)
+            self._save(in_file)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
             self._spent.add(refresh_token)
             self._stamp = None
@@ -4966,16 +4970,6 @@ class StoredLogin(ApiKey):
                 "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
                                                self._token_url)), rejected)
 
-    def _take_over(self, token: dict, used: str | None) -> None:
-        """New tokens, in exchange for a refresh token that may be used up now."""
-        level = logging.DEBUG if self._outdated else logging.WARNING        # once
-        self._outdated = self._outdated or self._token["access_token"]
-        self._token, self._unproven = token, token["access_token"]
-        self._failures, self.trouble = 0, None
-        if token["refresh_token"] != used:
-            self._spent.add(used)
-        self._save(level)
-
     def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
         """The renewal fails: go on with an access token in its last minutes, else tell the client."""
         self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
@@ -4985,15 +4979,16 @@ class StoredLogin(ApiKey):
             raise failure
         LOG.warning("%s", failure)
 
-    def _save(self, level: int) -> None:
-        """Stores the newest tokens; what fails is tried again with the next call."""
+    def _save(self, in_file: str) -> None:
+        """Stores the newest tokens instead of that access token; what fails is tried again with the next call."""
         try:
             self._file.write(self._token)
-        except OSError as fault:
-            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
-                    fault.strerror or fault)
-        else:
             self._outdated, self._stamp = "", self._file.stamp()
+        except OSError as fault:
+            LOG.log(logging.DEBUG if self._outdated else logging.WARNING,       # once
+                    "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
+                    fault.strerror or fault)
+            self._outdated = self._outdated or in_file
 
 
 NEVER = 1e11                                        # Unix seconds of a time that is none

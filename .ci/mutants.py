@@ -396,7 +396,7 @@ MUTANTS = (
     Mutant("refresh: unsaved tokens stay, rotated ones too",
            'and text_in(token, "refresh_token") not in self._spent)', ")", "TokenFileTests"),
     Mutant("refresh: unsaved tokens are saved later",
-           "        if self._outdated:\n            self._save(logging.DEBUG)\n", "", "TokenFileTests"),
+           "        if self._outdated:\n            self._save(self._outdated)\n", "", "TokenFileTests"),
     Mutant("refresh: a logout amid a call", 'return str(token["access_token"])',
            'return str(self._token["access_token"])', "RefreshTests"),
     # ---- the end
