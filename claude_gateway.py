@@ -5160,7 +5160,7 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
 
 USAGE_PLACE = ("day", "tool", "model", "key")       # what a row is about; `key` begins the digest of a client's
 USAGE_FIGURES = ("requests", "errors", *TOKEN_KINDS, "usd", "without_price")
-USAGE_DAYS = 400                                    # that are kept
+USAGE_DAYS = 400                                    # with requests, which are kept however wrong the clock is
 USAGE_ROWS = 20_000                                 # beyond them, tools that clients make up are not told apart
 USAGE_INTERVAL = 60                                 # seconds between two writes
 UsageRows = Dict[Any, Any]                          # place -> Counter of figures
@@ -5217,9 +5217,8 @@ class Usage:
         self._stamp: Any = None
         self._new: UsageRows = {}
         self._timer: Optional[threading.Timer] = None       # of the next write
-        self._writer: Optional[threading.Timer] = None      # the same, also while it writes
         self._next_write = 0.0
-        self._running: Dict[Any, Tuple[str, Callable[[], float]]] = {}
+        self._running: Dict[Callable[[], float], str] = {}  # what a request has cost so far -> its key
         self.fault = "" if path else "usage is not counted here"
 
     def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
@@ -5230,7 +5229,7 @@ class Usage:
             place = (day_of(time.time()), "other" if crowded else tool, model, key)
             self._new.setdefault(place, collections.Counter()).update(figures)
             if self._timer is None:
-                self._writer = self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
+                self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
                 self._timer.start()
 
@@ -5238,14 +5237,15 @@ class Usage:
         """Adds what is new to the file; what cannot be written is tried again after the next request."""
         with self._lock:
             self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-        oldest, fault, new = day_of(time.time() - USAGE_DAYS * 86_400), "", {}
+        fault, new = "", {}
         try:
             with self._file.lock(), self._writing:  # in this order: who only reads waits for no other process
                 with self._lock:
                     new, self._new = self._new, {}
                 total = sum_of(self._read(), new)
+                days = sorted({place[0] for place in total})[-USAGE_DAYS:]
                 self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
-                                           in sorted(total.items()) if place[0] > oldest]})
+                                           in sorted(total.items()) if place[0] >= days[0]]})
                 self._stored, self._stamp = total, self._file.stamp()
                 new = {}
         except (OSError, GatewayError) as failure:
@@ -5257,14 +5257,10 @@ class Usage:
 
     def close(self) -> None:
         """Writes what is new, and waits for a write that is under way."""
-        while True:
-            with self._lock:
-                writer, self._writer = self._writer, None
-            if writer is None:
-                break
-            writer.cancel()
-            writer.join()
-        if self._new:
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+        if self._new or self._writing.locked():
             self.write()
 
     def rows(self) -> UsageRows:
@@ -5278,12 +5274,11 @@ class Usage:
     @contextlib.contextmanager
     def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
         """A request that has cost something before it is counted."""
-        request = object()
-        self._running[request] = (key, cost_so_far)
+        self._running[cost_so_far] = key
         try:
             yield
         finally:
-            del self._running[request]
+            del self._running[cost_so_far]
 
     def check(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this key is used up, or cannot be counted."""
@@ -5297,7 +5292,7 @@ class Usage:
                 fault = str(damage)
             if fault:
                 raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
-            spent += sum(cost() for owner, cost in list(self._running.values()) if owner == key)
+            spent += sum(cost() for cost, owner in list(self._running.items()) if owner == key)
             if spent >= usd:
                 raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
 
