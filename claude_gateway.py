@@ -4651,8 +4651,17 @@ class StoredFile:
         """The object, None where there is no file.  Raises FileDamaged."""
         content = cause = None
         try:
-            reason = self._fault_of_mode()
-            if not reason:
+            mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
+            loose = mode & (self._closed or PRIVATE) if os.name == "posix" else 0
+            if not stat.S_ISREG(mode):              # a FIFO would be waited for
+                reason = "it is no plain file"
+            elif loose and self._closed:
+                reason = "others may use it (mode %04o)" % stat.S_IMODE(mode)
+            else:
+                with contextlib.suppress(OSError):
+                    if loose:                       # ours
+                        os.chmod(self.path, 0o600)
+                        LOG.warning("others could read %s: its mode is 0600 now", self.path)
                 with while_held(lambda: open(self.path, "rb")) as file:
                     content = json.loads(file.read(50_000_000).decode("utf-8"))
                 reason = self.fault_in(content)
@@ -4677,19 +4686,6 @@ class StoredFile:
         """What is wrong with the content, "" where nothing is."""
         return "" if isinstance(content, dict) else "it holds no JSON object"
 
-    def _fault_of_mode(self) -> str:
-        """Why the file must not be opened: a FIFO would be waited for."""
-        mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
-        if not stat.S_ISREG(mode):
-            return "it is no plain file"
-        if os.name != "posix":
-            return ""
-        if mode & PRIVATE and not self._closed:     # ours
-            with contextlib.suppress(OSError):
-                os.chmod(self.path, 0o600)
-                LOG.warning("others could read %s: its mode is 0600 now", self.path)
-        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if mode & self._closed else ""
-
     def write(self, content: dict) -> None:
         """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
         if not self.path:
@@ -4703,7 +4699,7 @@ class StoredFile:
         try:
             self.read()
         except FileDamaged as damage:               # what is no file at all stays, and stops the writing
-            if os.path.isfile(target) and getattr(damage.__cause__, "winerror", 0) not in HELD:
+            if os.path.isfile(target) and not is_held(damage.__cause__):
                 aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
                 os.replace(target, aside)
                 LOG.warning("the damaged %s is kept as %s", self.kind, aside)
@@ -4734,14 +4730,18 @@ class StoredFile:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
+        descriptor, patience = None, self._limits.lock_patience
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):
+            try:
                 if self.path:
                     target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
                     os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
                     descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
                     held.callback(os.close, descriptor)         # gives the lock back
-                    lock_file(descriptor, self._limits.lock_patience)
+                    while_held(functools.partial(lock_file, descriptor), patience)
+            except OSError as fault:
+                if descriptor is not None and is_held(fault):   # going on without it could cost the login
+                    raise UpstreamFault("Another process has held the lock of a file for %d seconds." % patience)
             yield
 
 
@@ -4760,39 +4760,32 @@ class TokenFile(StoredFile):
         return "" if is_sendable(secret) else "no header can carry the characters of its " + self._holds
 
 
-HELD = (5, 32, 33)                                  # winerror: another program has the file open, an antivirus perhaps
+def is_held(fault: Any) -> bool:
+    """Whether another process has the lock of a file, or another program the file open, an antivirus perhaps."""
+    return (isinstance(fault, BlockingIOError) or getattr(fault, "winerror", 0) in (5, 32, 33)
+            or os.name == "nt" and getattr(fault, "errno", None) in (0, 13, 36))
 
 
-def while_held(work: Callable[[], Any]) -> Any:
-    """The result of some work on a file, tried again for two seconds while another program has it open."""
-    deadline = time.monotonic() + 2
+def while_held(work: Callable[[], Any], seconds: float = 2) -> Any:
+    """The result of some work on a file, tried again for some seconds while somebody else has it."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return work()
         except OSError as fault:
-            if getattr(fault, "winerror", 0) not in HELD or time.monotonic() > deadline:
+            if not is_held(fault) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
 
 
-def lock_file(descriptor: int, patience: float) -> None:
-    """Takes an exclusive lock, waiting up to `patience` seconds; goes on without where locks do not exist."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined,unused-ignore]
-            else:
-                import fcntl
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as fault:
-            if not isinstance(fault, BlockingIOError) and (os.name != "nt" or fault.errno not in (0, 13, 36)):
-                return                              # no locks here
-        if time.monotonic() > deadline:             # going on without it could cost the login
-            raise UpstreamFault("Another process has held the lock of a file for %d seconds." % patience)
-        time.sleep(0.02)
+def lock_file(descriptor: int) -> None:
+    """Takes an exclusive lock.  Raises OSError, also where there are no locks."""
+    if os.name == "nt":
+        import msvcrt
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
