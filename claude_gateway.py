@@ -4741,7 +4741,8 @@ class StoredFile:
                     while_held(functools.partial(lock_file, descriptor), patience)
             except OSError as fault:
                 if descriptor is not None and is_held(fault):   # going on without it could cost the login
-                    raise UpstreamFault("Another process has held the lock of a file for %d seconds." % patience)
+                    raise UpstreamFault("Another process has held the lock of a file for %d seconds." %
+                                        patience) from None
             yield
 
 
@@ -4999,7 +5000,7 @@ def is_sendable(token: Any) -> bool:
 
 def seconds_in(token: dict, name: str, otherwise: float) -> float:
     """A number that a token's life can have: no infinity, no NaN, nothing absurd."""
-    seconds = token.get(name)
+    seconds: Any = token.get(name)
     return float(seconds) if type(seconds) in (int, float) and 0 < seconds < NEVER else otherwise
 
 
@@ -6556,9 +6557,11 @@ class ImageFetcher:
         port = parts.port or (443 if secure else 80)
         if parts.username or parts.password or not host:
             raise self._refusal(url, "has user information or no host in it")
-        address = self._checked_address(host, port, url)
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        if not found or not all(map(self.permit, found)):
+            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
         connection = http.client.HTTPConnection(host, port)
-        sock = socket.create_connection((address, port), CONNECT_TIMEOUT)
+        sock = socket.create_connection((found[0], port), CONNECT_TIMEOUT)
         try:
             sock.settimeout(self._timeout)
             download.uses(sock)
@@ -6580,13 +6583,6 @@ class ImageFetcher:
         finally:
             connection.close()
             sock.close()
-
-    def _checked_address(self, host: str, port: int, url: str) -> str:
-        """The address to connect to; all addresses of the name must be permitted, or none is used."""
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if not found or not all(self.permit(str(address)) for address in found):
-            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
-        return str(found[0])
 
     @staticmethod
     def _refusal(url: str, what: str) -> InvalidRequest:
@@ -9853,13 +9849,12 @@ About signing in with a Claude account (Pro, Max, Team)
   Its User-Agent is claude-gateway; nothing else is imitated."""
 
 
-def missing_credential(config: Config) -> str:
-    """Says that there is no credential, and how to get one that --auth allows."""
-    if config.auth == "auto":
-        return ("No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `claude-gateway start --demo` "
-                "needs neither.")
-    remedy = {"api-key": "Set ANTHROPIC_API_KEY", "oauth": "Run `claude-gateway login`"}[config.auth]
-    return "No credential that --auth %s allows. %s, or omit --auth." % (config.auth, remedy)
+# --auth -> what to do where there is no credential that it allows
+MISSING_CREDENTIAL = {
+    "auto": "No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `claude-gateway start --demo` needs "
+            "neither.",
+    "api-key": "No credential that --auth api-key allows. Set ANTHROPIC_API_KEY, or omit --auth.",
+    "oauth": "No credential that --auth oauth allows. Run `claude-gateway login`, or omit --auth."}
 
 
 def check_writable(path: str) -> None:
@@ -9877,21 +9872,15 @@ def check_writable(path: str) -> None:
                            (path, reason))
 
 
-def has_browser() -> bool:
-    """Whether to open a browser: not over SSH, where it would open elsewhere or occupy the terminal."""
-    if os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY"):
-        return False
-    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return os.name == "nt" or sys.platform == "darwin" or bool(graphical)
-
-
 def sign_in(config: Config, open_browser: bool) -> None:
     """The whole sign-in: terms, URL, pasted code, stored tokens."""
     check_writable(config.token_file)
     say(TERMS)
     login = Login(config.authorize_url, config.oauth_scopes)
     say("\nOpen this URL, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
-    if open_browser and has_browser():
+    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("win32", "darwin")
+    remote = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY")
+    if open_browser and graphical and not remote:   # there it would open elsewhere or occupy the terminal
         import webbrowser
 
         with contextlib.suppress(Exception):
@@ -9958,15 +9947,6 @@ def store_key(config: Config) -> None:
     say("Claude accepts this key. Stored in %s" % key_file(config).path)
 
 
-def say_what_is_next(config: Config) -> None:
-    """Which credential wins, where it is not the one just stored, and the next command."""
-    credential = credential_from_config(config, Upstream(config, "").post_json)
-    stem = os.path.splitext(config.token_file)[0]
-    if credential and stem not in credential.description:
-        say("Warning: %s comes first; unset it to use what is stored." % credential.description)
-    say("Next: claude-gateway start")
-
-
 # ---- Start -------------------------------------------------------------------------------------------
 # The command `start`: what is checked before, what is printed, and how it ends.
 
@@ -9996,7 +9976,7 @@ def gateway_with_credential(config: Config) -> Gateway:
             return gateway
     except FileDamaged as fault:
         damage = str(fault)
-    missing = " ".join(filter(None, [damage, missing_credential(config)]))
+    missing = " ".join(filter(None, [damage, MISSING_CREDENTIAL[config.auth]]))
     if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
         raise CredentialNeeded(missing)
     if asked_for("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")).lower() not in (
@@ -10032,17 +10012,6 @@ def report_port(config: Config, fault: OSError) -> int:
     return FAILURE
 
 
-EVERY_ADDRESS = ("0.0.0.0", "::")                   # for listening only: no address to connect to
-
-
-def pasted_url(service: Service) -> str:
-    """The base URL for tools; where we listen on all addresses, with an allowed name or a placeholder for one."""
-    config = service.gateway.config
-    if config.host not in EVERY_ADDRESS:
-        return service.url
-    return "http://%s:%d/v1" % (config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)
-
-
 def aliases_text(aliases: Iterable[Tuple[str, str]]) -> str:
     return ", ".join("%s = %s" % pair for pair in aliases)
 
@@ -10063,8 +10032,10 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
                          len(config.api_key) if config.api_key else "no API key needed; any value is accepted"))
     if config.alias:
         say("Aliases: %s" % aliases_text(config.alias))
-    say("Paste into your tool:  base URL %s   model sonnet" % pasted_url(service))
-    if config.host in EVERY_ADDRESS and not config.allow_host:
+    everywhere = config.host in ("0.0.0.0", "::")   # no address to connect to
+    say("Paste into your tool:  base URL %s   model sonnet" % (service.url if not everywhere else "http://%s:%d/v1" % (
+        config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)))
+    if everywhere and not config.allow_host:
         say("To call this machine by a name, for instance %s, add --allow-host NAME" %
             printable(socket.gethostname()))
 
@@ -10074,18 +10045,15 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._stop = threading.Event()
-        self._received: List[int] = []
+        self._codes: List[int] = []                 # to exit with, one for each signal
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._received.append(number)
+        self._codes.append(INTERRUPTED if number == signal.SIGINT else OK)
         self._stop.set()
-        if len(self._received) > 1:
-            os._exit(self._exit_code())
-
-    def _exit_code(self) -> int:
-        return INTERRUPTED if self._received[0] == signal.SIGINT else OK
+        if len(self._codes) > 1:
+            os._exit(self._codes[0])
 
     def serve(self, service: Service) -> int:
         """Waits for the signal and lets running requests finish; the exit code."""
@@ -10097,7 +10065,7 @@ class StopSignals:
             say("Stopping: waiting up to %d seconds for %d running request%s; a second Ctrl-C stops at once." % (
                 SHUTDOWN_GRACE, running, "" if running == 1 else "s"))
         service.close()
-        return self._exit_code()
+        return self._codes[0]
 
 
 def start_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10257,7 +10225,10 @@ def login_command(parsed: argparse.Namespace, config: Config) -> int:
         store_key(config)
     else:
         sign_in(config, open_browser=not parsed.no_browser)
-    say_what_is_next(config)
+    credential = credential_from_config(config, Upstream(config, "").post_json)
+    if credential and os.path.splitext(config.token_file)[0] not in credential.description:
+        say("Warning: %s comes first; unset it to use what is stored." % credential.description)
+    say("Next: claude-gateway start")
     return OK
 
 
@@ -10358,7 +10329,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
                "Another program uses port %d; no gateway answers there.") % config.port)
         rows = row_lines(credential_rows(facts, bool(facts.get("refreshable")))) if facts else []
         print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
-              as_typed(missing_credential(config)))
+              as_typed(MISSING_CREDENTIAL[config.auth]))
         if credential and credential.preamble:
             print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
         if credential:
