@@ -4586,6 +4586,11 @@ class Running:
 # What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
 # somebody else renews, and a stored login that renews itself.
 
+PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
+NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
+PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
+Credential = Any                                    # an ApiKey, in one of its kinds
+
 
 class ApiKey:
     """An Anthropic API key."""
@@ -4602,7 +4607,6 @@ class ApiKey:
         return {"x-api-key": self._key}
 
     def facts(self) -> dict:
-        """What `status` tells."""
         return {"kind": self.kind, "description": self.description}
 
     def secrets(self) -> list[str]:
@@ -4633,9 +4637,6 @@ class FileDamaged(GatewayError):
     """A file is there, but not what we, or whoever owns it, wrote."""
 
 
-PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
-
-
 class StoredFile:
     """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
 
@@ -4644,8 +4645,8 @@ class StoredFile:
     """
     kind = "file"
 
-    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0) -> None:
-        self.path, self._limits, self._closed = path, limits, closed
+    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
+        self.path, self._limits, self._closed, self._holds = path, limits, closed, holds
 
     def read(self) -> Any:
         """The object, None where there is no file.  Raises FileDamaged."""
@@ -4747,12 +4748,8 @@ class StoredFile:
 
 
 class TokenFile(StoredFile):
-    """A stored secret: the tokens of a login, or an API key."""
+    """A file that `holds` a secret: the tokens of a login, or an API key."""
     kind = "token file"
-
-    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
-        super().__init__(path, limits, closed)
-        self._holds = holds
 
     def fault_in(self, content: Any) -> str:
         secret = text_in(content, self._holds)
@@ -4789,9 +4786,6 @@ def lock_file(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
-
-
 class StoredLogin(ApiKey):
     """The login in the token file.  Renews its access token before it expires and after Claude rejected it.
 
@@ -4824,10 +4818,7 @@ class StoredLogin(ApiKey):
         return {"authorization": "Bearer " + token, "anthropic-beta": OAUTH_BETA}
 
     def access_token(self, rejected: str | None = None) -> str:
-        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now.
-
-        A rejected token comes back if it is so new that the account must be what Claude refuses.
-        """
+        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now."""
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
         lives = self._lives(token, rejected)
         current = lives and not self._outdated and self._stamp == self._file.stamp()
@@ -4844,6 +4835,7 @@ class StoredLogin(ApiKey):
         return str(token["access_token"])
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
+        """The token, also a rejected one if it is so new that the account must be what Claude refuses."""
         self._read_if_changed()
         if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
@@ -4877,7 +4869,8 @@ class StoredLogin(ApiKey):
 
     @staticmethod
     def _lives(token: dict, rejected: str | None) -> bool:
-        return bool(token) and token["access_token"] != rejected and expiry_of(token) > time.time()
+        expires_at = seconds_in(token, "expires_at", NEVER)
+        return bool(token) and token["access_token"] != rejected and expires_at > time.time()
 
     def _renewable(self, token: dict) -> bool:
         refresh_token = text_in(token, "refresh_token")
@@ -4886,7 +4879,7 @@ class StoredLogin(ApiKey):
     def _due(self, token: dict) -> bool:
         """Whether a token is in its last five minutes, or in the second half of a life under ten."""
         early = min(REFRESH_EARLY, seconds_in(token, "expires_in", NEVER) / 2)
-        return expiry_of(token) - time.time() < early and self._renewable(token)
+        return seconds_in(token, "expires_at", NEVER) - time.time() < early and self._renewable(token)
 
     def _renew_early(self) -> None:
         try:
@@ -4985,9 +4978,6 @@ class StoredLogin(ApiKey):
             self._outdated = self._outdated or in_file
 
 
-NEVER = 1e11                                        # Unix seconds of a time that is none
-
-
 def trouble_of(failure: GatewayError) -> dict:
     """A failure of the credential as it is shown until a call succeeds."""
     return {"message": str(failure), "at": int(time.time())}
@@ -5002,11 +4992,6 @@ def seconds_in(token: dict, name: str, otherwise: float) -> float:
     """A number that a token's life can have: no infinity, no NaN, nothing absurd."""
     seconds: Any = token.get(name)
     return float(seconds) if type(seconds) in (int, float) and 0 < seconds < NEVER else otherwise
-
-
-def expiry_of(token: dict) -> float:
-    """Unix seconds; a token that does not say lives for ever (Claude will reject it when it is dead)."""
-    return seconds_in(token, "expires_at", NEVER)
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
@@ -5036,10 +5021,7 @@ class Login:
             "code_challenge_method": "S256", "state": self._state})
 
     def parse(self, pasted: str) -> tuple[str, bool]:
-        """The authorization code in `code#state`, a callback URL or a bare code; whether its state was checked.
-
-        Raises InvalidRequest for a state that is not ours: the code belongs to another sign-in.
-        """
+        """The code of `code#state`, a callback URL or a bare code; whether it had our state.  Raises InvalidRequest."""
         pasted = pasted.strip(" \t\r\n\"'`")
         if "://" in pasted:
             query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
@@ -5125,9 +5107,6 @@ def key_file(config: Config) -> TokenFile:
     """Where `login --api-key` stores a key: beside the login."""
     path = os.path.splitext(config.token_file)[0]
     return TokenFile(path and path + "-api-key.json", config.limits, holds="api_key")
-
-
-Credential = Any                                    # an ApiKey, in one of its kinds
 
 
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
@@ -9831,7 +9810,6 @@ def selftest_findings() -> Iterator[Finding]:
 # ---- Signing in --------------------------------------------------------------------------------------
 # The sign-in with a Claude account at the terminal, for `login` and for a first `start`.
 
-
 TERMS = """\
 About signing in with a Claude account (Pro, Max, Team)
 
@@ -9847,7 +9825,6 @@ About signing in with a Claude account (Pro, Max, Team)
   What this program uses of Claude Code: its public OAuth client id, its
   redirect page, and one system block that such tokens are known to require.
   Its User-Agent is claude-gateway; nothing else is imitated."""
-
 
 # --auth -> what to do where there is no credential that it allows
 MISSING_CREDENTIAL = {
@@ -9882,7 +9859,6 @@ def sign_in(config: Config, open_browser: bool) -> None:
     remote = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY")
     if open_browser and graphical and not remote:   # there it would open elsewhere or occupy the terminal
         import webbrowser
-
         with contextlib.suppress(Exception):
             webbrowser.open(login.url)
     with contextlib.closing(Upstream(config, "")) as upstream:
@@ -9896,7 +9872,6 @@ def asked_for(prompt: str, hidden: bool = False) -> str:
     """A line of standard input, not shown on a terminal if it is a secret."""
     if hidden and sys.stdin and sys.stdin.isatty():
         import getpass
-
         return getpass.getpass(prompt).strip()
     sys.stderr.write(prompt)
     sys.stderr.flush()
@@ -9976,12 +9951,10 @@ def gateway_with_credential(config: Config) -> Gateway:
             return gateway
     except FileDamaged as fault:
         damage = str(fault)
-    missing = " ".join(filter(None, [damage, MISSING_CREDENTIAL[config.auth]]))
-    if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
-        raise CredentialNeeded(missing)
-    if asked_for("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")).lower() not in (
-            "y", "yes"):
-        raise CredentialNeeded(missing)
+    question = "%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")
+    may_ask = config.auth != "api-key" and sys.stdin and sys.stdin.isatty()
+    if not may_ask or asked_for(question).lower() not in ("y", "yes"):
+        raise CredentialNeeded(" ".join(filter(None, [damage, MISSING_CREDENTIAL[config.auth]])))
     sign_in(config, open_browser=True)
     return Gateway(config)
 
@@ -9992,8 +9965,7 @@ def raise_descriptor_limit() -> None:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         for wanted in (3 * Limits.max_connections, 10_240, 4_096):   # macOS reports no limit, and refuses 10,241
-            if hard != resource.RLIM_INFINITY:
-                wanted = min(hard, wanted)
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
             if soft == resource.RLIM_INFINITY or soft >= wanted:
                 return
             with contextlib.suppress(ValueError, OSError):
