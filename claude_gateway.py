@@ -5244,14 +5244,10 @@ class Usage:
                 self._stored, self._stamp = self._read(), stamp
             return sum_of(self._stored, self._new)
 
-    @contextlib.contextmanager
-    def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
-        """A request that has cost something before it is counted."""
+    def running(self, key: str, cost_so_far: Callable[[], float]) -> Callable[[], Any]:
+        """A request that costs something before it is counted; to be called at its end."""
         self._running[cost_so_far] = key
-        try:
-            yield
-        finally:
-            del self._running[cost_so_far]
+        return functools.partial(self._running.pop, cost_so_far)
 
     def check(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this key is used up, or cannot be counted."""
@@ -6710,7 +6706,7 @@ class Exchange:
         self.assembler = MessageAssembler()
         self.translation: Translation
         self.events: PlannedEvents                  # of the accepted request
-        incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
+        incoming.held.callback(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
     def open(self) -> None:
@@ -7481,7 +7477,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         usage = passing.usage()
         if usage:
             count_tokens(gateway, incoming.record, model, usage)
-    incoming.held.enter_context(gateway.usage.running(incoming.record.owner, lambda: (
+    incoming.held.callback(gateway.usage.running(incoming.record.owner, lambda: (
         cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
