@@ -4476,11 +4476,15 @@ def number_or_none(text: str | None) -> float | None:
 # What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
 # somebody else renews, and a stored login that renews itself.
 
+PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
+NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
+PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
+Credential = Any                                    # an ApiKey, in one of its kinds
+
 
 class ApiKey:
     """An Anthropic API key."""
     kind, described = "api_key", "API key from %s"
-    refreshable = False
     preamble: Sequence[dict] = ()
     base_url = ""                                   # where it is to be used; "": at the configured address
     trouble: Optional[dict] = None                  # a failed renewal: message, time
@@ -4493,7 +4497,6 @@ class ApiKey:
         return {"x-api-key": self._key}
 
     def facts(self) -> dict:
-        """What `status` tells."""
         return {"kind": self.kind, "description": self.description}
 
     def secrets(self) -> list[str]:
@@ -4524,9 +4527,6 @@ class FileDamaged(GatewayError):
     """A file is there, but not what we, or whoever owns it, wrote."""
 
 
-PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
-
-
 class StoredFile:
     """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
 
@@ -4535,21 +4535,28 @@ class StoredFile:
     """
     kind = "file"
 
-    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0) -> None:
-        self.path, self._limits, self._closed = path, limits, closed
+    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
+        self.path, self._limits, self._closed, self._holds = path, limits, closed, holds
 
     def read(self) -> Any:
         """The object, None where there is no file.  Raises FileDamaged."""
-        if not self.path:
-            return None
         content = cause = None
         try:
-            reason = self._fault_of_mode()
-            if not reason:
+            mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
+            loose = mode & (self._closed or PRIVATE) if os.name == "posix" else 0
+            if not stat.S_ISREG(mode):              # a FIFO would be waited for
+                reason = "it is no plain file"
+            elif loose and self._closed:
+                reason = "others may use it (mode %04o)" % stat.S_IMODE(mode)
+            else:
+                with contextlib.suppress(OSError):
+                    if loose:                       # ours
+                        os.chmod(self.path, 0o600)
+                        LOG.warning("others could read %s: its mode is 0600 now", self.path)
                 with while_held(lambda: open(self.path, "rb")) as file:
                     content = json.loads(file.read(50_000_000).decode("utf-8"))
                 reason = self.fault_in(content)
-        except FileNotFoundError:
+        except FileNotFoundError:                   # also without a path
             return None
         except OSError as fault:
             reason, cause = fault.strerror or str(fault), fault
@@ -4570,19 +4577,6 @@ class StoredFile:
         """What is wrong with the content, "" where nothing is."""
         return "" if isinstance(content, dict) else "it holds no JSON object"
 
-    def _fault_of_mode(self) -> str:
-        """Why the file must not be opened: a FIFO would be waited for."""
-        mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
-        if not stat.S_ISREG(mode):
-            return "it is no plain file"
-        if os.name != "posix":
-            return ""
-        if mode & PRIVATE and not self._closed:     # ours
-            with contextlib.suppress(OSError):
-                os.chmod(self.path, 0o600)
-                LOG.warning("others could read %s: its mode is 0600 now", self.path)
-        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if mode & self._closed else ""
-
     def write(self, content: dict) -> None:
         """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
         if not self.path:
@@ -4593,7 +4587,13 @@ class StoredFile:
         if os.path.basename(directory) == "claude-gateway":     # ours alone, however it was made
             with contextlib.suppress(OSError):
                 os.chmod(directory, 0o700)
-        self._keep_damaged(target)
+        try:
+            self.read()
+        except FileDamaged as damage:               # what is no file at all stays, and stops the writing
+            if os.path.isfile(target) and not is_held(damage.__cause__):
+                aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
+                os.replace(target, aside)
+                LOG.warning("the damaged %s is kept as %s", self.kind, aside)
         temporary = target + ".tmp"                 # one name: what a kill leaves behind goes with the next write
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -4608,52 +4608,38 @@ class StoredFile:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        with contextlib.suppress(OSError):          # not every system can sync a directory
-            directory_descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(directory_descriptor)
-            finally:
-                os.close(directory_descriptor)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):      # not every system can sync a directory
+            descriptor = os.open(directory, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            os.fsync(descriptor)
 
-    def remove(self) -> bool:
-        """Whether there was a file to forget.  Raises OSError."""
+    def remove(self) -> None:
+        """Raises OSError, unless there is no file."""
         with contextlib.suppress(FileNotFoundError):
-            if self.path:
-                os.unlink(os.path.realpath(self.path))
-                return True
-        return False
+            os.unlink(os.path.realpath(self.path))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
+        descriptor, patience = None, self._limits.lock_patience
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):
+            try:
                 if self.path:
                     target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
                     os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
                     descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
                     held.callback(os.close, descriptor)         # gives the lock back
-                    lock_file(descriptor, self._limits.lock_patience)
+                    while_held(functools.partial(lock_file, descriptor), patience)
+            except OSError as fault:
+                if descriptor is not None and is_held(fault):   # going on without it could cost the login
+                    raise UpstreamFault("Another process has held the lock of a file for %d seconds." %
+                                        patience) from None
             yield
-
-    def _keep_damaged(self, target: str) -> None:
-        """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
-        try:
-            self.read()
-        except FileDamaged as damage:
-            if os.path.isfile(target) and getattr(damage.__cause__, "winerror", 0) not in HELD:
-                aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
-                os.replace(target, aside)
-                LOG.warning("the damaged %s is kept as %s", self.kind, aside)
 
 
 class TokenFile(StoredFile):
-    """A stored secret: the tokens of a login, or an API key."""
+    """A file that `holds` a secret: the tokens of a login, or an API key."""
     kind = "token file"
-
-    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
-        super().__init__(path, limits, closed)
-        self._holds = holds
 
     def fault_in(self, content: Any) -> str:
         secret = text_in(content, self._holds)
@@ -4662,44 +4648,32 @@ class TokenFile(StoredFile):
         return "" if is_sendable(secret) else "no header can carry the characters of its " + self._holds
 
 
-HELD = (5, 32, 33)                                  # winerror: another program has the file open, an antivirus perhaps
+def is_held(fault: Any) -> bool:
+    """Whether another process has the lock of a file, or another program the file open, an antivirus perhaps."""
+    return (isinstance(fault, BlockingIOError) or getattr(fault, "winerror", 0) in (5, 32, 33)
+            or os.name == "nt" and getattr(fault, "errno", None) in (0, 13, 36))
 
 
-def while_held(work: Callable[[], Any]) -> Any:
-    """The result of some work on a file, tried again for two seconds while another program has it open."""
-    deadline = time.monotonic() + 2
+def while_held(work: Callable[[], Any], seconds: float = 2) -> Any:
+    """The result of some work on a file, tried again for some seconds while somebody else has it."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return work()
         except OSError as fault:
-            if getattr(fault, "winerror", 0) not in HELD or time.monotonic() > deadline:
+            if not is_held(fault) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
 
 
-def lock_file(descriptor: int, patience: float) -> None:
-    """Takes an exclusive lock, waiting up to `patience` seconds; goes on without where locks do not exist."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined,unused-ignore]
-            else:
-                import fcntl
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
-        except OSError as fault:
-            if os.name != "nt" or fault.errno not in (0, 13, 36):
-                return                              # no locks here
-        if time.monotonic() > deadline:             # going on without it could cost the login
-            raise UpstreamFault("Another process has held the lock of a file for %d seconds." % patience)
-        time.sleep(0.02)
-
-
-PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
+def lock_file(descriptor: int) -> None:
+    """Takes an exclusive lock.  Raises OSError, also where there are no locks."""
+    if os.name == "nt":
+        import msvcrt
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class StoredLogin(ApiKey):
@@ -4711,7 +4685,6 @@ class StoredLogin(ApiKey):
     One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
     read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used.
     """
-    refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
@@ -4735,10 +4708,7 @@ class StoredLogin(ApiKey):
         return {"authorization": "Bearer " + token, "anthropic-beta": OAUTH_BETA}
 
     def access_token(self, rejected: str | None = None) -> str:
-        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now.
-
-        A rejected token comes back if it is so new that the account must be what Claude refuses.
-        """
+        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now."""
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
         lives = self._lives(token, rejected)
         current = lives and not self._outdated and self._stamp == self._file.stamp()
@@ -4747,10 +4717,15 @@ class StoredLogin(ApiKey):
                 token = self._renewed_if_dead(rejected)
             finally:
                 self._lock.release()
-        self._renew_early(token)
+        if self._due(token) and time.monotonic() >= self._retry_at and self._lock.acquire(blocking=False):
+            try:                                    # in a thread of its own, for which a program that ends waits
+                threading.Thread(target=self._renew_early, name="renewal").start()
+            except RuntimeError:                    # out of threads, or the program ends
+                self._lock.release()
         return str(token["access_token"])
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
+        """The token, also a rejected one if it is so new that the account must be what Claude refuses."""
         self._read_if_changed()
         if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
@@ -4771,22 +4746,21 @@ class StoredLogin(ApiKey):
                     self._catch_up()
 
     def facts(self) -> dict:
-        try:
-            token = self._token or self._file.read() or {}
-        except FileDamaged:
-            token = {}
-        expires_at = expiry_of(token)
+        token = self._token
+        with contextlib.suppress(FileDamaged):
+            token = token or self._file.read() or {}
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
                 "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
                 "organization": text_in(token, "organization", "name"),
-                "expires_at": expires_at if expires_at < NEVER else None, "refreshable": self._renewable(token)}
+                "expires_at": seconds_in(token, "expires_at", 0) or None, "refreshable": self._renewable(token)}
 
     def secrets(self) -> list[str]:
         return [text_in(self._token, name) or "" for name in ("access_token", "refresh_token")]
 
     @staticmethod
     def _lives(token: dict, rejected: str | None) -> bool:
-        return bool(token) and token["access_token"] != rejected and expiry_of(token) > time.time()
+        expires_at = seconds_in(token, "expires_at", NEVER)
+        return bool(token) and token["access_token"] != rejected and expires_at > time.time()
 
     def _renewable(self, token: dict) -> bool:
         refresh_token = text_in(token, "refresh_token")
@@ -4795,17 +4769,9 @@ class StoredLogin(ApiKey):
     def _due(self, token: dict) -> bool:
         """Whether a token is in its last five minutes, or in the second half of a life under ten."""
         early = min(REFRESH_EARLY, seconds_in(token, "expires_in", NEVER) / 2)
-        return expiry_of(token) - time.time() < early and self._renewable(token)
+        return seconds_in(token, "expires_at", NEVER) - time.time() < early and self._renewable(token)
 
-    def _renew_early(self, token: dict) -> None:
-        """Renews a token that is due in a thread of its own, for which a program that ends waits."""
-        if self._due(token) and time.monotonic() >= self._retry_at and self._lock.acquire(blocking=False):
-            try:
-                threading.Thread(target=self._run_early, name="renewal").start()
-            except RuntimeError:                    # out of threads, or the program ends
-                self._lock.release()
-
-    def _run_early(self) -> None:
+    def _renew_early(self) -> None:
         try:
             with self._file.lock():
                 self._catch_up()
@@ -4821,13 +4787,14 @@ class StoredLogin(ApiKey):
         self._stamp = None
         self._read_if_changed()
         if self._outdated:
-            self._save(logging.DEBUG)
+            self._save(self._outdated)
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
         stamp = self._file.stamp()
-        if stamp == self._stamp and stamp is not None:
+        if self._token and stamp and stamp == self._stamp:
             return
+        self._stamp = stamp
         try:
             token = self._file.read()
         except FileDamaged as fault:
@@ -4835,9 +4802,7 @@ class StoredLogin(ApiKey):
                 raise CredentialNeeded("%s Please %s; the file will be kept aside." % (fault, self.remedy)) from fault
             if not self._outdated:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
-            self._stamp = stamp
             return
-        self._stamp = stamp
         if token is None:                           # a logout, also of tokens that could not be stored
             self._token, self._outdated = {}, ""
         elif not self._outdated or (token["access_token"] != self._outdated
@@ -4863,9 +4828,18 @@ class StoredLogin(ApiKey):
         except UpstreamFault as fault:
             status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
-            self._take_over(token_from_answer(answer, self._token), refresh_token)
+            in_file, self._token = self._token["access_token"], token_from_answer(answer, self._token)
+            self._unproven, self._failures, self.trouble = self._token["access_token"], 0, None
+            if self._token["refresh_token"] != refresh_token:
+                self._spent.add(refresh_token)
+            self._save(in_file)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
-            self._take_refusal(refresh_token, answer, rejected)
+            self._spent.add(refresh_token)
+            self._stamp = None
+            self._read_if_changed()                 # who else has used it has stored new tokens
+            if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
+                self._put_off(CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
+                    refusal_words(answer, "invalid_grant"), self.remedy)), rejected)
         else:
             otherwise = "no reason given" if status != 200 else "no access token that can be used"
             self._put_off(UpstreamFault(
@@ -4873,28 +4847,8 @@ class StoredLogin(ApiKey):
                 "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
                                                self._token_url)), rejected)
 
-    def _take_over(self, token: dict, used: str | None) -> None:
-        """New tokens, in exchange for a refresh token that may be used up now."""
-        level = logging.DEBUG if self._outdated else logging.WARNING        # once
-        self._outdated = self._outdated or self._token["access_token"]
-        self._token, self._unproven = token, token["access_token"]
-        self._failures, self.trouble = 0, None
-        if token["refresh_token"] != used:
-            self._spent.add(used)
-        self._save(level)
-
-    def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
-        """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
-        self._spent.add(refresh_token)
-        self._stamp = None
-        self._read_if_changed()
-        if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
-            failure = CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
-                refusal_words(answer, "invalid_grant"), self.remedy))
-            self._put_off(failure, rejected)        # the access token may still have its last minutes
-
     def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
-        """The renewal fails: go on with a token that is still good, else tell the client."""
+        """The renewal fails: go on with an access token in its last minutes, else tell the client."""
         self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
         self._failures += 1
         self.trouble = trouble_of(failure)
@@ -4902,18 +4856,16 @@ class StoredLogin(ApiKey):
             raise failure
         LOG.warning("%s", failure)
 
-    def _save(self, level: int) -> None:
-        """Stores the newest tokens; what fails is tried again with the next call."""
+    def _save(self, in_file: str) -> None:
+        """Stores the newest tokens instead of that access token; what fails is tried again with the next call."""
         try:
             self._file.write(self._token)
-        except OSError as fault:
-            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
-                    fault.strerror or fault)
-        else:
             self._outdated, self._stamp = "", self._file.stamp()
-
-
-NEVER = 1e11                                        # Unix seconds of a time that is none
+        except OSError as fault:
+            LOG.log(logging.DEBUG if self._outdated else logging.WARNING,       # once
+                    "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
+                    fault.strerror or fault)
+            self._outdated = self._outdated or in_file
 
 
 def trouble_of(failure: GatewayError) -> dict:
@@ -4928,58 +4880,38 @@ def is_sendable(token: Any) -> bool:
 
 def seconds_in(token: dict, name: str, otherwise: float) -> float:
     """A number that a token's life can have: no infinity, no NaN, nothing absurd."""
-    seconds = token.get(name)
-    sane = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < NEVER
-    return float(seconds or 0) if sane else otherwise
-
-
-def expiry_of(token: dict) -> float:
-    """Unix seconds; a token that does not say lives for ever (Claude will reject it when it is dead)."""
-    return seconds_in(token, "expires_at", NEVER)
+    seconds: Any = token.get(name)
+    return float(seconds) if type(seconds) in (int, float) and 0 < seconds < NEVER else otherwise
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
     """The sign-in endpoint's answer as the token file keeps it; what it leaves out stays as it was."""
-    token = dict(earlier)
-    for name in ("access_token", "refresh_token", "scope", "token_type", "organization", "account"):
-        if answer.get(name):
-            token[name] = answer[name]
+    names = ("access_token", "refresh_token", "scope", "token_type", "organization", "account")
+    token = {"refresh_token": "", **earlier, **{name: answer[name] for name in names if answer.get(name)}}
     token["expires_in"] = seconds_in(answer, "expires_in", 3600)
-    token["expires_at"] = int(time.time() + token["expires_in"])
-    token.setdefault("refresh_token", "")
-    return token
+    return dict(token, expires_at=int(time.time() + token["expires_in"]))
 
 
 def refusal_words(answer: dict, otherwise: str) -> str:
-    """Why the sign-in endpoint refused, in OAuth's shape or the API's."""
-    error = answer.get("error")
-    if isinstance(error, dict):
-        return str(error.get("message") or error.get("type") or otherwise)
-    return str(answer.get("error_description") or error or otherwise)
+    """Why the sign-in endpoint refused, in the API's shape or OAuth's."""
+    return (text_in(answer, "error", "message") or text_in(answer, "error", "type")
+            or text_in(answer, "error_description") or text_in(answer, "error") or otherwise)
 
 
 class Login:
     """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
 
     def __init__(self, authorize_url: str = OAUTH_AUTHORIZE_URL, scopes: str = OAUTH_SCOPES) -> None:
-        self._authorize_url, self._scopes = authorize_url, scopes
-        self._code_verifier = secrets.token_urlsafe(32)
-        self._state = secrets.token_urlsafe(32)
+        self._scopes = scopes
+        self._code_verifier, self._state = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         digest = hashlib.sha256(self._code_verifier.encode()).digest()
-        self._code_challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-
-    @property
-    def url(self) -> str:
-        query = {"code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code",
-                 "redirect_uri": OAUTH_REDIRECT_URI, "scope": self._scopes, "code_challenge": self._code_challenge,
-                 "code_challenge_method": "S256", "state": self._state}
-        return self._authorize_url + "?" + urllib.parse.urlencode(query)
+        self.url = authorize_url + "?" + urllib.parse.urlencode({
+            "code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code", "redirect_uri": OAUTH_REDIRECT_URI,
+            "scope": scopes, "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+            "code_challenge_method": "S256", "state": self._state})
 
     def parse(self, pasted: str) -> tuple[str, bool]:
-        """The authorization code in `code#state`, a callback URL or a bare code; whether its state was checked.
-
-        Raises InvalidRequest for a state that is not ours: the code belongs to another sign-in.
-        """
+        """The code of `code#state`, a callback URL or a bare code; whether it had our state.  Raises InvalidRequest."""
         pasted = pasted.strip(" \t\r\n\"'`")
         if "://" in pasted:
             query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
@@ -5008,16 +4940,15 @@ class ProfileLogin(StoredLogin):
     preamble = ()
     remedy = "run `ant auth login`"
 
-    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson) -> None:
-        super().__init__(file, token_url, post_json)
-        self.client_id = text_in(settings, "authentication", "client_id") or ""
-        self.base_url = (text_in(settings, "base_url") or "").rstrip("/")
+    def __init__(self, name: str, settings: dict, file: TokenFile, base_url: str, post_json: PostJson) -> None:
+        super().__init__(file, base_url + "/v1/oauth/token", post_json)
+        self.client_id, self.base_url = text_in(settings, "authentication", "client_id") or "", base_url
         self._workspace, self._name = text_in(settings, "workspace_id") or "", name
 
     @property
     def description(self) -> str:                   # type: ignore[override]
-        return "profile %s of `ant auth login`%s" % (
-            self._name, ", workspace " + self._workspace if self._workspace else "")
+        workspace = ", workspace " + self._workspace if self._workspace else ""
+        return "profile %s of `ant auth login`%s" % (self._name, workspace)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         headers = super().headers(rejected)
@@ -5050,17 +4981,16 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     if kind != "user_oauth":
         raise CredentialNeeded("Profile %s: signing in by %s is not supported; set ANTHROPIC_API_KEY, or choose "
                                "another profile with ANTHROPIC_PROFILE." % (name, kind))
-    base_url = text_in(settings, "base_url") or config.base_url
+    base_url = (text_in(settings, "base_url") or config.base_url).rstrip("/")
     host = host_in(base_url)
     if not host or not base_url.lower().startswith("https:") and not is_loopback_host(host):
         raise CredentialNeeded("Profile %s: its base_url must be an https URL." % name)
-    tokens = text_in(settings, "authentication", "credentials_path") or os.path.join(
-        folder, "credentials", name + ".json")
-    tokens_file = TokenFile(os.path.expanduser(tokens), config.limits, closed=PRIVATE)
-    if tokens_file.read() is None:
+    usual = os.path.join(folder, "credentials", name + ".json")
+    path = os.path.expanduser(text_in(settings, "authentication", "credentials_path") or usual)
+    tokens = TokenFile(path, config.limits, closed=PRIVATE)
+    if tokens.read() is None:
         raise CredentialNeeded("Profile %s is not signed in: run `ant auth login`." % name)
-    settings = dict({"workspace_id": config.workspace_id}, **settings)
-    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json)
+    return ProfileLogin(name, {"workspace_id": config.workspace_id, **settings}, tokens, base_url, post_json)
 
 
 def key_file(config: Config) -> TokenFile:
@@ -5069,29 +4999,23 @@ def key_file(config: Config) -> TokenFile:
     return TokenFile(path and path + "-api-key.json", config.limits, holds="api_key")
 
 
-Credential = Any                                    # an ApiKey, in one of its kinds
-
-
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
     """The credential to use: the first of a fixed order that is there, within what `auth` allows."""
-    if config.auth != "oauth":
-        if config.anthropic_api_key:
-            return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
-        if config.anthropic_auth_token:
-            return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
-    if config.auth != "api-key" and config.claude_code_oauth_token:
+    keys, logins, file = config.auth != "oauth", config.auth != "api-key", TokenFile(config.token_file, config.limits)
+    if keys and config.anthropic_api_key:
+        return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
+    if keys and config.anthropic_auth_token:
+        return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
+    if logins and config.claude_code_oauth_token:
         return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
-    if config.auth != "api-key" and config.profile:
+    if logins and config.profile:
         return profile_from_config(config, post_json)
-    stored_key = key_file(config).read() if config.auth != "oauth" else None
+    stored_key = key_file(config).read() if keys else None
     if stored_key:
         return ApiKey(stored_key["api_key"], key_file(config).path)
-    if config.auth != "api-key":
-        file = TokenFile(config.token_file, config.limits)
-        if file.read() is not None:
-            return StoredLogin(file, config.token_url, post_json)
-        return profile_from_config(config, post_json)
-    return None
+    if logins and file.read() is not None:
+        return StoredLogin(file, config.token_url, post_json)
+    return profile_from_config(config, post_json) if logins else None
 
 
 # ---- Usage -------------------------------------------------------------------------------------------
@@ -5099,7 +5023,7 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
 
 USAGE_PLACE = ("day", "tool", "model", "key")       # what a row is about; `key` begins the digest of a client's
 USAGE_FIGURES = ("requests", "errors", *TOKEN_KINDS, "usd", "without_price")
-USAGE_DAYS = 400                                    # that are kept
+USAGE_DAYS = 400                                    # with requests, which are kept however wrong the clock is
 USAGE_ROWS = 20_000                                 # beyond them, tools that clients make up are not told apart
 USAGE_INTERVAL = 60                                 # seconds between two writes
 UsageRows = Dict[Any, Any]                          # place -> Counter of figures
@@ -5156,9 +5080,8 @@ class Usage:
         self._stamp: Any = None
         self._new: UsageRows = {}
         self._timer: Optional[threading.Timer] = None       # of the next write
-        self._writer: Optional[threading.Timer] = None      # the same, also while it writes
         self._next_write = 0.0
-        self._running: Dict[Any, Tuple[str, Callable[[], float]]] = {}
+        self._running: Dict[Callable[[], float], str] = {}  # what a request has cost so far -> its key
         self.fault = "" if path else "usage is not counted here"
 
     def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
@@ -5169,7 +5092,7 @@ class Usage:
             place = (day_of(time.time()), "other" if crowded else tool, model, key)
             self._new.setdefault(place, collections.Counter()).update(figures)
             if self._timer is None:
-                self._writer = self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
+                self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
                 self._timer.start()
 
@@ -5177,14 +5100,15 @@ class Usage:
         """Adds what is new to the file; what cannot be written is tried again after the next request."""
         with self._lock:
             self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-        oldest, fault, new = day_of(time.time() - USAGE_DAYS * 86_400), "", {}
+        fault, new = "", {}
         try:
             with self._file.lock(), self._writing:  # in this order: who only reads waits for no other process
                 with self._lock:
                     new, self._new = self._new, {}
                 total = sum_of(self._read(), new)
+                days = sorted({place[0] for place in total})[-USAGE_DAYS:]
                 self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
-                                           in sorted(total.items()) if place[0] > oldest]})
+                                           in sorted(total.items()) if place[0] >= days[0]]})
                 self._stored, self._stamp = total, self._file.stamp()
                 new = {}
         except (OSError, GatewayError) as failure:
@@ -5196,14 +5120,10 @@ class Usage:
 
     def close(self) -> None:
         """Writes what is new, and waits for a write that is under way."""
-        while True:
-            with self._lock:
-                writer, self._writer = self._writer, None
-            if writer is None:
-                break
-            writer.cancel()
-            writer.join()
-        if self._new:
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+        if self._new or self._writing.locked():
             self.write()
 
     def rows(self) -> UsageRows:
@@ -5214,15 +5134,10 @@ class Usage:
                 self._stored, self._stamp = self._read(), stamp
             return sum_of(self._stored, self._new)
 
-    @contextlib.contextmanager
-    def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
-        """A request that has cost something before it is counted."""
-        request = object()
-        self._running[request] = (key, cost_so_far)
-        try:
-            yield
-        finally:
-            del self._running[request]
+    def running(self, key: str, cost_so_far: Callable[[], float]) -> Callable[[], Any]:
+        """A request that costs something before it is counted; to be called at its end."""
+        self._running[cost_so_far] = key
+        return functools.partial(self._running.pop, cost_so_far)
 
     def check(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this key is used up, or cannot be counted."""
@@ -5236,7 +5151,7 @@ class Usage:
                 fault = str(damage)
             if fault:
                 raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
-            spent += sum(cost() for owner, cost in list(self._running.values()) if owner == key)
+            spent += sum(cost() for cost, owner in list(self._running.items()) if owner == key)
             if spent >= usd:
                 raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
 
@@ -6064,7 +5979,7 @@ class Upstream:
         if self._config.workspace_id:
             custom["anthropic-workspace-id"] = self._config.workspace_id
         headers = dict(headers, **{HOP_HEADER: ",".join(filter(None, [call.hops, self._instance_id]))})
-        paid, renewable = credential.headers(), credential.refreshable
+        paid, renewable = credential.headers(), True
         while True:
             betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
             whole = dict(custom, **dict(paid, **headers))
@@ -6077,7 +5992,7 @@ class Upstream:
             if reply.status == 200:
                 return reply
             refusal = error_from_reply(reply)
-            renewed = credential.headers(paid["authorization"]) if renewable and reply.status == 401 else paid
+            renewed = credential.headers(paid.get("authorization")) if renewable and reply.status == 401 else paid
             if renewed == paid:                     # there is no better token: Claude's message goes to the client
                 raise refusal
             paid, renewable = renewed, False
@@ -6507,9 +6422,11 @@ class ImageFetcher:
         port = parts.port or (443 if secure else 80)
         if parts.username or parts.password or not host:
             raise self._refusal(url, "has user information or no host in it")
-        address = self._checked_address(host, port, url)
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        if not found or not all(map(self.permit, found)):
+            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
         connection = http.client.HTTPConnection(host, port)
-        sock = socket.create_connection((address, port), CONNECT_TIMEOUT)
+        sock = socket.create_connection((found[0], port), CONNECT_TIMEOUT)
         try:
             sock.settimeout(self._timeout)
             download.uses(sock)
@@ -6531,13 +6448,6 @@ class ImageFetcher:
         finally:
             connection.close()
             sock.close()
-
-    def _checked_address(self, host: str, port: int, url: str) -> str:
-        """The address to connect to; all addresses of the name must be permitted, or none is used."""
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if not found or not all(self.permit(str(address)) for address in found):
-            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
-        return str(found[0])
 
     @staticmethod
     def _refusal(url: str, what: str) -> InvalidRequest:
@@ -6686,7 +6596,7 @@ class Exchange:
         self.assembler = MessageAssembler()
         self.translation: Translation
         self.events: PlannedEvents                  # of the accepted request
-        incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
+        incoming.held.callback(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
     def open(self) -> None:
@@ -7457,7 +7367,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         usage = passing.usage()
         if usage:
             count_tokens(gateway, incoming.record, model, usage)
-    incoming.held.enter_context(gateway.usage.running(incoming.record.owner, lambda: (
+    incoming.held.callback(gateway.usage.running(incoming.record.owner, lambda: (
         cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
@@ -9788,7 +9698,6 @@ def selftest_findings() -> Iterator[Finding]:
 # ---- Signing in --------------------------------------------------------------------------------------
 # The sign-in with a Claude account at the terminal, for `login` and for a first `start`.
 
-
 TERMS = """\
 About signing in with a Claude account (Pro, Max, Team)
 
@@ -9805,14 +9714,12 @@ About signing in with a Claude account (Pro, Max, Team)
   redirect page, and one system block that such tokens are known to require.
   Its User-Agent is claude-gateway; nothing else is imitated."""
 
-
-def missing_credential(config: Config) -> str:
-    """Says that there is no credential, and how to get one that --auth allows."""
-    if config.auth == "auto":
-        return ("No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `claude-gateway start --demo` "
-                "needs neither.")
-    remedy = {"api-key": "Set ANTHROPIC_API_KEY", "oauth": "Run `claude-gateway login`"}[config.auth]
-    return "No credential that --auth %s allows. %s, or omit --auth." % (config.auth, remedy)
+# --auth -> what to do where there is no credential that it allows
+MISSING_CREDENTIAL = {
+    "auto": "No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `claude-gateway start --demo` needs "
+            "neither.",
+    "api-key": "No credential that --auth api-key allows. Set ANTHROPIC_API_KEY, or omit --auth.",
+    "oauth": "No credential that --auth oauth allows. Run `claude-gateway login`, or omit --auth."}
 
 
 def check_writable(path: str) -> None:
@@ -9830,23 +9737,16 @@ def check_writable(path: str) -> None:
                            (path, reason))
 
 
-def has_browser() -> bool:
-    """Whether to open a browser: not over SSH, where it would open elsewhere or occupy the terminal."""
-    if os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY"):
-        return False
-    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return os.name == "nt" or sys.platform == "darwin" or bool(graphical)
-
-
 def sign_in(config: Config, open_browser: bool) -> None:
     """The whole sign-in: terms, URL, pasted code, stored tokens."""
     check_writable(config.token_file)
     say(TERMS)
     login = Login(config.authorize_url, config.oauth_scopes)
     say("\nOpen this URL, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
-    if open_browser and has_browser():
+    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("win32", "darwin")
+    remote = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY")
+    if open_browser and graphical and not remote:   # there it would open elsewhere or occupy the terminal
         import webbrowser
-
         with contextlib.suppress(Exception):
             webbrowser.open(login.url)
     with contextlib.closing(Upstream(config, "")) as upstream:
@@ -9860,7 +9760,6 @@ def asked_for(prompt: str, hidden: bool = False) -> str:
     """A line of standard input, not shown on a terminal if it is a secret."""
     if hidden and sys.stdin and sys.stdin.isatty():
         import getpass
-
         return getpass.getpass(prompt).strip()
     sys.stderr.write(prompt)
     sys.stderr.flush()
@@ -9911,15 +9810,6 @@ def store_key(config: Config) -> None:
     say("Claude accepts this key. Stored in %s" % key_file(config).path)
 
 
-def say_what_is_next(config: Config) -> None:
-    """Which credential wins, where it is not the one just stored, and the next command."""
-    credential = credential_from_config(config, Upstream(config, "").post_json)
-    stem = os.path.splitext(config.token_file)[0]
-    if credential and stem not in credential.description:
-        say("Warning: %s comes first; unset it to use what is stored." % credential.description)
-    say("Next: claude-gateway start")
-
-
 # ---- Start -------------------------------------------------------------------------------------------
 # The command `start`: what is checked before, what is printed, and how it ends.
 
@@ -9949,12 +9839,10 @@ def gateway_with_credential(config: Config) -> Gateway:
             return gateway
     except FileDamaged as fault:
         damage = str(fault)
-    missing = " ".join(filter(None, [damage, missing_credential(config)]))
-    if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
-        raise CredentialNeeded(missing)
-    if asked_for("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")).lower() not in (
-            "y", "yes"):
-        raise CredentialNeeded(missing)
+    question = "%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")
+    may_ask = config.auth != "api-key" and sys.stdin and sys.stdin.isatty()
+    if not may_ask or asked_for(question).lower() not in ("y", "yes"):
+        raise CredentialNeeded(" ".join(filter(None, [damage, MISSING_CREDENTIAL[config.auth]])))
     sign_in(config, open_browser=True)
     return Gateway(config)
 
@@ -9965,8 +9853,7 @@ def raise_descriptor_limit() -> None:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         for wanted in (3 * Limits.max_connections, 10_240, 4_096):   # macOS reports no limit, and refuses 10,241
-            if hard != resource.RLIM_INFINITY:
-                wanted = min(hard, wanted)
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
             if soft == resource.RLIM_INFINITY or soft >= wanted:
                 return
             with contextlib.suppress(ValueError, OSError):
@@ -9983,17 +9870,6 @@ def report_port(config: Config, fault: OSError) -> int:
         return PORT_IN_USE
     say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault), logging.ERROR)
     return FAILURE
-
-
-EVERY_ADDRESS = ("0.0.0.0", "::")                   # for listening only: no address to connect to
-
-
-def pasted_url(service: Service) -> str:
-    """The base URL for tools; where we listen on all addresses, with an allowed name or a placeholder for one."""
-    config = service.gateway.config
-    if config.host not in EVERY_ADDRESS:
-        return service.url
-    return "http://%s:%d/v1" % (config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)
 
 
 def aliases_text(aliases: Iterable[Tuple[str, str]]) -> str:
@@ -10016,8 +9892,10 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
                          len(config.api_key) if config.api_key else "no API key needed; any value is accepted"))
     if config.alias:
         say("Aliases: %s" % aliases_text(config.alias))
-    say("Paste into your tool:  base URL %s   model sonnet" % pasted_url(service))
-    if config.host in EVERY_ADDRESS and not config.allow_host:
+    everywhere = config.host in ("0.0.0.0", "::")   # no address to connect to
+    say("Paste into your tool:  base URL %s   model sonnet" % (service.url if not everywhere else "http://%s:%d/v1" % (
+        config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)))
+    if everywhere and not config.allow_host:
         say("To call this machine by a name, for instance %s, add --allow-host NAME" %
             printable(socket.gethostname()))
 
@@ -10027,18 +9905,15 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._stop = threading.Event()
-        self._received: List[int] = []
+        self._codes: List[int] = []                 # to exit with, one for each signal
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._received.append(number)
+        self._codes.append(INTERRUPTED if number == signal.SIGINT else OK)
         self._stop.set()
-        if len(self._received) > 1:
-            os._exit(self._exit_code())
-
-    def _exit_code(self) -> int:
-        return INTERRUPTED if self._received[0] == signal.SIGINT else OK
+        if len(self._codes) > 1:
+            os._exit(self._codes[0])
 
     def serve(self, service: Service) -> int:
         """Waits for the signal and lets running requests finish; the exit code."""
@@ -10050,7 +9925,7 @@ class StopSignals:
             say("Stopping: waiting up to %d seconds for %d running request%s; a second Ctrl-C stops at once." % (
                 SHUTDOWN_GRACE, running, "" if running == 1 else "s"))
         service.close()
-        return self._exit_code()
+        return self._codes[0]
 
 
 def start_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10210,7 +10085,10 @@ def login_command(parsed: argparse.Namespace, config: Config) -> int:
         store_key(config)
     else:
         sign_in(config, open_browser=not parsed.no_browser)
-    say_what_is_next(config)
+    credential = credential_from_config(config, Upstream(config, "").post_json)
+    if credential and os.path.splitext(config.token_file)[0] not in credential.description:
+        say("Warning: %s comes first; unset it to use what is stored." % credential.description)
+    say("Next: claude-gateway start")
     return OK
 
 
@@ -10311,7 +10189,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
                "Another program uses port %d; no gateway answers there.") % config.port)
         rows = row_lines(credential_rows(facts, bool(facts.get("refreshable")))) if facts else []
         print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
-              as_typed(missing_credential(config)))
+              as_typed(MISSING_CREDENTIAL[config.auth]))
         if credential and credential.preamble:
             print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
         if credential:

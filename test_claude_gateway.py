@@ -7287,7 +7287,7 @@ class TokenFileTests(LoginStoreTestCase):
         self.assertEqual(self.file.read(), stored_token())
         self.held_by_another(builtins, "open", -1)
         self.assertRaises(claude_gateway.FileDamaged, self.file.read)
-        self.file._keep_damaged(self.token_path)
+        self.file.write(stored_token(access_token="newer"))
         self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
 
     def test_two_damaged_files_in_one_second_are_both_kept(self):
@@ -7553,12 +7553,19 @@ class UsageTests(UsageTestCase):
         closing.join(10)
         self.assertTrue(os.path.exists(self.path))
 
-    def test_old_days_are_dropped_and_a_damaged_file_is_kept_aside(self):
-        row = {"day": "2020-01-01", "tool": "t", "model": "m", "key": "", "requests": 1}
-        new = dict(row, day=time.strftime("%Y-%m-%d"))
-        pathlib.Path(self.path).write_text(json.dumps({"rows": [row, new]}), "utf-8")
+    def test_the_newest_400_days_are_kept_though_the_clock_is_years_ahead_of_them(self):
+        days = [time.strftime("%Y-%m-%d", time.gmtime(number * 86_400)) for number in range(400)]
+        rows = [{"day": day, "tool": "t", "model": "m", "key": "", "requests": 1} for day in days]
+        pathlib.Path(self.path).write_text(json.dumps({"rows": rows}), "utf-8")
         self.count()
-        self.assertEqual([row["day"] for row in self.rows()], [new["day"]])
+        self.assertEqual(self.rows(), rows)
+        self.chat()
+        for _ in range(2):
+            self.assertEqual([row["day"] for row in self.rows()], [*days[1:], time.strftime("%Y-%m-%d")])
+
+    def test_a_damaged_file_is_kept_aside(self):
+        new = {"day": time.strftime("%Y-%m-%d"), "tool": "t", "model": "m", "key": "", "requests": 1}
+        self.count()
         for content in ("{", "[]", '{"rows": 5}', '{"rows": [5]}', json.dumps({"rows": [dict(new, usd="x")]}),
                         json.dumps({"rows": [dict(new, usd=float("nan"))]}), json.dumps({"rows": [dict(new, usd=-1)]}),
                         json.dumps({"rows": [dict(new, usd="?")]}).replace('"?"', "1e999")):
