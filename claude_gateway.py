@@ -1267,6 +1267,17 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
 # What all parts of a request's translation share.  Pure, as the rooms down to Responses API are: dicts in, dicts out.
 
 
+def numbered(wanted: str, counts: dict[str, int]) -> str:
+    """A name that is not used yet: the wanted one, or that with a number.  `counts`: how often each was wanted."""
+    name, count = wanted, counts.get(wanted, 1)
+    while name in counts:
+        count += 1
+        name = "%s_%d" % (wanted, count)
+    counts[wanted] = count
+    counts.setdefault(name, 1)
+    return name
+
+
 class ToolNames:
     """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
     fits.  `more`: what it accepts beyond [A-Za-z0-9_-]."""
@@ -1276,20 +1287,16 @@ class ToolNames:
         self._unfit = re.compile(r"[^A-Za-z0-9_%s-]" % more)
         self._there = {name: name for name in declared if self._fit.match(name) and name not in taken}
         self._back = dict(self._there, **{name: name for name in taken})
-        self._counts: Dict[str, int] = {}           # how often a name was wanted
+        self._counts = dict.fromkeys(self._back, 1)
         for name in declared:
             self.there(name)
 
     def there(self, name: str) -> str:
         """The name that Claude gets for a client's tool; the same one throughout a request."""
         if name not in self._there:
-            fitted = fitting = name if self._fit.match(name) else (self._unfit.sub("_", name)[:58] or "tool")
-            count = self._counts.get(fitting, 1)
-            while fitted in self._back:
-                count += 1
-                fitted = "%s_%d" % (fitting, count)
-            self._counts[fitting] = count
-            self._there[name], self._back[fitted] = fitted, name
+            fitted = name if self._fit.match(name) else (self._unfit.sub("_", name)[:58] or "tool")
+            self._there[name] = fitted = numbered(fitted, self._counts)
+            self._back[fitted] = name
         return self._there[name]
 
     def back(self, name: str) -> str:
@@ -1312,26 +1319,6 @@ class ToolNames:
 def led_by_name(name: str, description: Any) -> str:
     """A description that begins with the name which it stood beside, where Claude gets another one."""
     return "%s: %s" % (name, description) if description and isinstance(description, str) else name
-
-
-class CallIds:
-    """Tool call ids as Claude accepts them: its alphabet, each one once in a whole conversation."""
-
-    def __init__(self) -> None:
-        self._used: Dict[str, int] = {}             # id -> how often it came
-
-    def use(self, raw: str) -> str:
-        """The id of one more call; the same history gives the same ids, so a longer one keeps its prefix."""
-        plain = re.sub(r"[^a-zA-Z0-9_-]", "_", raw)
-        if plain != raw or not plain:
-            plain = "%s_%s" % (plain[:48], hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:8])
-        unique, count = plain, self._used.get(plain, 1)
-        while unique in self._used:
-            count += 1
-            unique = "%s_%d" % (plain, count)
-        self._used[plain] = count
-        self._used.setdefault(unique, 1)
-        return unique
 
 
 def full_tool_name(namespace: str, name: str) -> str:
@@ -1378,7 +1365,6 @@ class Draft:
                               {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
         self.recall = recall or Recall()
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
-        self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
         self.compact = False                        # a summary of the conversation is wanted, not an answer
 
@@ -1408,22 +1394,18 @@ class Translation(NamedTuple):
 
 MOST_BREAKPOINTS = 4
 THINKING = ("thinking", "redacted_thinking")        # types of blocks that carry no mark
-EPHEMERAL = {"type": "ephemeral"}
+MARK, MARK_OF_AN_HOUR = {"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}
+ABOUT_AN_HOUR = ("30m", "1h", "12h", "24h")         # OpenAI's lifetimes that are nearest to Claude's 1h
 
 
 def mark_from(part: dict) -> dict:
     """The cache mark on a part, message, tool or call: Anthropic's `cache_control` or OpenAI's breakpoint."""
     mark, breakpoint_ = part.get("cache_control"), part.get("prompt_cache_breakpoint")
     if isinstance(mark, dict) and mark.get("type") == "ephemeral":
-        return dict(EPHEMERAL, ttl="1h") if mark.get("ttl") == "1h" else EPHEMERAL
+        return MARK_OF_AN_HOUR if mark.get("ttl") == "1h" else MARK
     if isinstance(breakpoint_, dict):
-        return dict(EPHEMERAL, ttl="1h") if ttl_from_openai(breakpoint_) else EPHEMERAL
+        return MARK_OF_AN_HOUR if breakpoint_.get("ttl") in ABOUT_AN_HOUR else MARK
     return {}
-
-
-def ttl_from_openai(options: Any) -> str | None:
-    """OpenAI's "30m" and "12h" are nearest to Claude's "1h"."""
-    return "1h" if isinstance(options, dict) and options.get("ttl") in ("30m", "1h", "12h", "24h") else None
 
 
 def marked(blocks: list[dict], part: dict) -> list[dict]:
@@ -1434,63 +1416,54 @@ def marked(blocks: list[dict], part: dict) -> list[dict]:
     return blocks
 
 
-def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) -> None:
+def place_breakpoints(request: dict, fields: dict, ours: bool, draft: Draft) -> None:
     """At most four cache marks: the client's own, and ours in the free slots.
 
     Ours end the last turn, the turn that the request before this one ended with (so that its cache is found
     even when a long agent turn lies between: Claude looks back only 20 blocks), the system text and the tools.
     """
-    marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
-    surplus = len(marked_blocks) - MOST_BREAKPOINTS
-    if surplus > 0:                                 # the first in line are tools and system; drop the oldest turns
-        in_front = {id(block) for name in ("tools", "system") for block in request.get(name, ())}
-        of_messages = [block for block in marked_blocks if id(block) not in in_front]
-        for block in (of_messages + marked_blocks)[:surplus]:
+    in_front, in_turns = marked_blocks(request)
+    surplus = len(in_front) + len(in_turns) - MOST_BREAKPOINTS
+    if surplus > 0:
+        for block in (in_turns + in_front)[:surplus]:
             del block["cache_control"]
         draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
-    if ours:
-        mark = dict(EPHEMERAL, ttl=ttl) if ttl else EPHEMERAL
+    options = fields.get("prompt_cache_options") or {}
+    if ours and options.get("mode") != "explicit":
+        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark_from(fields) or MARK
         wanted = our_breakpoints(request, bool(draft.instructions))
         for block in [block for block in wanted if "cache_control" not in block][:max(0, -surplus)]:
             block["cache_control"] = dict(mark)
-    if marked_blocks:                               # ours alone share one lifetime
-        order_lifetimes(request)
+    if in_front or in_turns:                        # ours alone share one lifetime
+        mark = MARK
+        for block in reversed(sum(marked_blocks(request), [])):     # one of 1h may not follow one of 5m
+            mark = MARK_OF_AN_HOUR if "ttl" in block["cache_control"] else mark
+            block["cache_control"] = dict(mark)
 
 
-def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
+def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     """The blocks worth a mark, the most useful first."""
     messages = request["messages"]
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
     asked = max([at for at in range(1, last + 1) if messages[at]["role"] == "assistant"], default=0)
-    for at in dict.fromkeys((last, asked - 1)):
-        if at >= 0:
-            block = messages[at]["content"][-1]
-            if block["type"] not in THINKING:
-                yield block
-    for name in ("system", "tools"):
-        if request.get(name):
-            yield request[name][-1]
+    ends = [messages[at]["content"][-1] for at in dict.fromkeys((last, asked - 1)) if at >= 0]
+    ends = [block for block in ends if block["type"] not in THINKING]
+    return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
 
 
-def cacheable_blocks(request: dict) -> Iterator[dict]:
-    """Every block that may carry a mark, in the order of the prompt."""
-    yield from request.get("tools", ())
-    yield from request.get("system", ())
+def marked_blocks(request: dict) -> tuple[list[dict], list[dict]]:
+    """The blocks with a mark, in the order of the prompt: of tools and system text, and of the turns."""
+    turns: list[dict] = []
     for message in request["messages"]:
         for block in message["content"]:
-            if block["type"] == "tool_result" and isinstance(block.get("content"), list):
-                yield from block["content"]
-            yield block
-
-
-def order_lifetimes(request: dict) -> None:
-    """A mark of 1h may not follow one of 5m: the ones before the last 1h get 1h too."""
-    marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
-    long_lived = [at for at, block in enumerate(marked_blocks) if block["cache_control"].get("ttl") == "1h"]
-    for block in marked_blocks[:long_lived[-1]] if long_lived else ():
-        block["cache_control"] = dict(EPHEMERAL, ttl="1h")
+            if block["type"] == "tool_result":
+                turns += listed(block.get("content"))
+            turns.append(block)
+    in_front = request.get("tools", []) + request.get("system", [])
+    return ([block for block in in_front if "cache_control" in block],
+            [block for block in turns if "cache_control" in block])
 
 
 # ---- Content -----------------------------------------------------------------------------------------
@@ -2190,12 +2163,13 @@ NO_RESULT = "(no result available)"
 chat_role_of = one_of("system", "developer", "user", "assistant", "tool", "function")
 
 
+@dataclasses.dataclass
 class Call:
     """One tool call of the history, waiting for its result."""
-
-    def __init__(self, raw_id: str, call_id: str, name: str, turn: Turn) -> None:
-        self.raw_id, self.call_id, self.name, self.turn = raw_id, call_id, name, turn
-        self.result: Optional[dict] = None
+    raw_id: str
+    call_id: str
+    turn: Turn
+    result: Optional[dict] = None
 
 
 @dataclasses.dataclass
@@ -2286,6 +2260,14 @@ def merged(messages: list[dict]) -> list[dict]:
     return kept
 
 
+def fitting_call_id(raw: str) -> str:
+    """A tool call's id in Claude's alphabet; the same history gives the same ids, so a longer one keeps its prefix."""
+    plain = re.sub(r"[^a-zA-Z0-9_-]", "_", raw)
+    if plain == raw:
+        return plain
+    return "%s_%s" % (plain[:48], hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:8])
+
+
 class LateSystem(NamedTuple):
     """A system text amid the messages, until it is known whether it may stay one."""
     block: dict
@@ -2299,6 +2281,7 @@ class Conversation:
         self._draft = draft
         self._turns: List[Turn] = []
         self._answerable: Dict[str, Deque[Call]] = {}       # by the client's id: the calls of the latest turn with it
+        self._call_ids: Dict[str, int] = {}         # how often each was wanted
         self.system: List[dict] = []
         self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
 
@@ -2316,7 +2299,7 @@ class Conversation:
         function = object_of(function, path)
         name = self._draft.names.there(text_at(function, "name", path))
         turn = self._turn("assistant")
-        call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name, turn)
+        call = Call(raw_id, numbered(fitting_call_id(raw_id or "call_" + path), self._call_ids), turn)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
@@ -2996,9 +2979,7 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
     if preamble or system:
         request["system"] = [*(dict(block) for block in preamble), *system]
     request["messages"] = messages
-    ttl = mark_from(fields).get("ttl") or ttl_from_openai(fields.get("prompt_cache_options"))
-    explicit = (fields.get("prompt_cache_options") or {}).get("mode") == "explicit"
-    place_breakpoints(request, cache and not explicit, ttl, draft)
+    place_breakpoints(request, fields, cache, draft)
     if wants_prewarm(fields):                       # Claude refuses these where there is no output
         budget = request.get("thinking", {}).get("type") == "enabled"
         request = dict(without(request, "stream", "thinking" if budget else ""), max_tokens=0)
