@@ -1360,6 +1360,7 @@ class Draft:
         self.changes = changes
         self.declared = declared                    # the client's tools
         self.search = search                        # Claude's web search, if it is wanted
+        self.tools = list(search)                   # of the Messages request
         self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
         self.plan = ReplyPlan(self.names, [tool.full_name for tool in declared if tool.custom],
                               {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
@@ -1851,15 +1852,16 @@ class Subset:
     """Brings one schema into the subset that Claude compiles; counts what it limits.  Raises Unsupported."""
     DEFINITION = re.compile(r"#/(\$defs|definitions)/([\w.-]+)\Z")
 
-    def __init__(self, root: dict) -> None:
+    def __init__(self, root: dict, others: Sequence[Subset] = ()) -> None:
         self.root = root
+        self._others = others                       # that Claude compiles together with this one
         self.optional = self.unions = 0
-        self.moved: List[str] = []                  # keywords that went into a description
+        self.moved: Dict[str, None] = {}            # keywords that went into a description
         self._definitions: Dict[str, dict] = {}     # those in use, by their reference
         self._written_out = 0
 
-    def whole(self) -> dict:
-        """The converted schema, with the definitions that it uses."""
+    def whole(self, as_it_is: bool = False) -> dict:
+        """The converted schema, with the definitions that it uses.  `as_it_is`: nothing may go into a description."""
         try:
             converted = self.schema(without(self.root, "$defs", "definitions"))
         except RecursionError:
@@ -1869,6 +1871,12 @@ class Subset:
         for reference, definition in self._definitions.items():
             group, name = reference[2:].split("/", 1)
             converted.setdefault(group, {})[name] = definition
+        if as_it_is and self.moved:
+            raise Unsupported(", ".join(self.moved))
+        together = [*self._others, self]
+        if len(together) > MOST_STRICT_TOOLS or sum(each.optional for each in together) > MOST_OPTIONAL or \
+                sum(each.unions for each in together) > MOST_UNIONS:
+            raise Unsupported("more than Claude compiles in one request")
         return converted
 
     def schema(self, schema: Any, inside: tuple[str, ...] = ()) -> dict:
@@ -1942,28 +1950,8 @@ class Subset:
                 key == "pattern" and isinstance(value, str) and not re.search(r"\(\?|\\[1-9bB]", value):
             kept[key] = value
             return ""
-        self.moved.append(key)
+        self.moved[key] = None
         return "%s: %s" % (key, json.dumps(value, ensure_ascii=False))
-
-
-class StrictBudget:
-    """Brings the strict schemas of one request into the subset, as many as Claude compiles together."""
-
-    def __init__(self) -> None:
-        self._tools = self._optional = self._unions = 0
-
-    def compiled(self, schema: dict, as_it_is: bool = False) -> tuple[dict, list[str]]:
-        """A schema in the subset, and the keywords that went into descriptions.  Raises Unsupported."""
-        subset = Subset(schema)
-        converted, moved = subset.whole(), list(dict.fromkeys(subset.moved))
-        if as_it_is and moved:
-            raise Unsupported(", ".join(moved))
-        tools, optional = self._tools + 1, self._optional + subset.optional
-        unions = self._unions + subset.unions
-        if tools > MOST_STRICT_TOOLS or optional > MOST_OPTIONAL or unions > MOST_UNIONS:
-            raise Unsupported("more than Claude compiles in one request")
-        self._tools, self._optional, self._unions = tools, optional, unions
-        return converted, moved
 
 
 # ---- Tools -------------------------------------------------------------------------------------------
@@ -1973,29 +1961,16 @@ WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
 
 
-def tool_entries(fields: dict) -> list[tuple[str, dict]]:
-    """Every tool of a request with its path, from `tools` and the legacy `functions`."""
-    return [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
-
-
-def uses_functions(fields: dict) -> bool:
-    """Whether the client declares its tools in the legacy `functions` only."""
-    return bool(fields.get("functions")) and not fields.get("tools")
-
-
+WEB_SEARCH_TYPES = re.compile("(openrouter:)?web_search")       # of the tools that ask for it
 # Types of hosted tools for which Claude has one of its own.
 CLAUDE_HOSTED = re.compile("web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|memory|advisor")
 
 
 def why_no_tool(kind: Any) -> str:
     """Why a hosted tool is left out."""
-    if isinstance(kind, str) and CLAUDE_HOSTED.match(kind):
+    if CLAUDE_HOSTED.match(str(kind)):
         return "tools of type %s are not translated here" % json.dumps(kind)
     return "Claude has no tool of type %s" % json.dumps(kind)
-
-
-def is_web_search(kind: Any) -> bool:
-    return isinstance(kind, str) and re.match(r"(openrouter:)?web_search", kind) is not None
 
 
 def declared_function(tool: dict, path: str, namespace: str) -> Declared:
@@ -2034,7 +2009,7 @@ def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) ->
         return [declared_custom(tool, path, namespace)]
     if kind in ("function", "custom"):
         return [declared_function(tool, path, namespace)]
-    if not is_web_search(kind):
+    if not WEB_SEARCH_TYPES.match(str(kind)):
         changes.add("dropped", path, why_no_tool(kind))
     return []
 
@@ -2050,13 +2025,14 @@ def declared_tools(entries: Iterable[tuple[str, dict]], changes: Changes, namesp
     return list(first.values())
 
 
-def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: Draft) -> None:
+def add_strictness(tool: dict, others: list[Subset], declared: Declared, draft: Draft) -> None:
     """`strict` stays where the schema is in the subset as it is, so that nothing of it is lost."""
     try:
         if not draft.model.strict_tools:
             raise Unsupported("Claude could not compile the schemas of this request")
-        tool["input_schema"], _ = budget.compiled(tool["input_schema"], as_it_is=True)
-        tool["strict"] = True
+        subset = Subset(tool["input_schema"], others)
+        tool.update(input_schema=subset.whole(as_it_is=True), strict=True)
+        others.append(subset)
     except Unsupported as reason:
         draft.changes.add("dropped", declared.path + ".strict", str(reason))
 
@@ -2077,7 +2053,8 @@ def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
 
 def tools_from_declared(draft: Draft) -> list[dict]:
     """The client's tools as `tools` of the Messages request, in its order."""
-    tools, strict_budget = [], StrictBudget()
+    tools: list[dict] = []
+    strict: list[Subset] = []
     for entry in draft.declared:
         name = draft.names.there(entry.full_name)
         if name != entry.full_name and not entry.namespace:
@@ -2089,22 +2066,20 @@ def tools_from_declared(draft: Draft) -> list[dict]:
             description = led_by_name(entry.name, description)
         tool = dict({"name": name, "description": description} if description else {"name": name}, input_schema=schema)
         if entry.strict:
-            add_strictness(tool, strict_budget, entry, draft)
+            add_strictness(tool, strict, entry, draft)
         tools += marked([tool], entry.part)
     return tools
 
 
 def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
-    options = fields.get("web_search_options")
-    path = "web_search_options"
+    path, options, most = "web_search_options", fields.get("web_search_options"), fields.get("max_tool_calls")
     for where, tool in entries:
-        if options is None and is_web_search(tool.get("type")):
-            options, path = tool, where
-    most = fields.get("max_tool_calls")
-    if options is None and most is not None:
-        changes.add("dropped", "max_tool_calls", "only web searches can be limited")
+        if options is None and WEB_SEARCH_TYPES.match(str(tool.get("type"))):
+            path, options = where, tool
     if options is None:
+        if most is not None:
+            changes.add("dropped", "max_tool_calls", "only web searches can be limited")
         return []
     obstacle = ("%s has no web search" % model.id if not model.web_search else
                 "Claude has no cached index" if options.get("external_web_access") is False else
@@ -2137,6 +2112,19 @@ def search_domains(options: dict, path: str, changes: Changes) -> dict:
         elif domains:
             lists[name] = [re.sub(r"^https?://", "", domain).rstrip("/") for _, domain in domains]
     return lists
+
+
+def draft_from(fields: dict, model: Model, changes: Changes, recall: Recall | None,
+               more: Iterable[tuple[str, dict]] = ()) -> Draft:
+    """The draft of a request, with the tools of `tools` and the legacy `functions`, and more tools."""
+    entries = [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
+    entries += more
+    declared = declared_tools(entries, changes) if entries else []
+    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
+    if declared:
+        draft.tools = tools_from_declared(draft) + draft.tools
+    draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
+    return draft
 
 
 def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
@@ -2817,7 +2805,7 @@ def asked_choice(fields: dict, changes: Changes) -> Choice:
         fields["parallel_tool_calls"] = False
     if isinstance(kind, str) and kind in modes:
         return Choice(modes[kind])
-    if is_web_search(kind):
+    if WEB_SEARCH_TYPES.match(str(kind)):
         return Choice("required", search=True)
     if kind == "allowed_tools":
         allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
@@ -2831,20 +2819,26 @@ def asked_choice(fields: dict, changes: Changes) -> Choice:
     return Choice("required", choice_name(choice, path))
 
 
-def allowed_tools(tools: list[dict], asked: Choice, draft: Draft) -> list[dict]:
-    """The tools that the client's choice leaves; web search is no function, and stays."""
-    allowed = {draft.names.there(name) for name in asked.allowed or ()}
-    kept = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
-    if tools and not kept:
-        raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
-                             "invalid_value")
-    return kept
+def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -> dict | None:
+    """Adds the tools that the client's choice leaves; returns `tool_choice`, None where it would change nothing."""
+    asked, tools = asked_choice(fields, draft.changes), draft.tools
+    if asked.allowed is not None:
+        allowed = {draft.names.there(name) for name in asked.allowed}
+        tools = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]     # web search stays
+        if draft.tools and not tools:
+            raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
+                                 "invalid_value")
+    tools = tools or tools_from_history(messages, draft)
+    if not tools:
+        return None
+    request["tools"] = tools
+    if not draft.tools:                             # stand-ins for a history's: not to be called
+        return {"type": "none"}
+    return tool_choice(asked, fields, draft)
 
 
 def tool_choice(asked: Choice, fields: dict, draft: Draft) -> dict | None:
-    """`tool_choice` of a Messages request with tools; None where it would change nothing."""
-    if not draft.declared and not draft.search:
-        return {"type": "none"}                     # stand-ins for a history's tools: not to be called
+    """A choice among the tools as Claude's; None where it would change nothing."""
     choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
     if asked.search and not draft.search:
         draft.changes.add("dropped", "tool_choice", "there is no web search in this request")
@@ -2857,7 +2851,7 @@ def tool_choice(asked: Choice, fields: dict, draft: Draft) -> dict | None:
             raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(asked.name),
                                  "tool_choice", "invalid_value")
         choice = {"type": "tool", "name": draft.names.there(named.full_name)}
-    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or uses_functions(fields)):
+    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
     return None if choice == {"type": "auto"} else choice
 
@@ -2884,7 +2878,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
         with contextlib.suppress(Unsupported):
-            schema, _ = StrictBudget().compiled(tool["input_schema"])
+            schema = Subset(tool["input_schema"]).whole()
             request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
             draft.plan.forced_tool = draft.names.back(tool["name"])
             draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
@@ -2904,14 +2898,15 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
             raise Unsupported("there is no schema")
         if not draft.model.structured_outputs or draft.search:
             raise Unsupported("web search excludes it" if draft.search else "%s does not compile it" % draft.model.id)
-        converted, moved = StrictBudget().compiled(schema)
+        subset = Subset(schema)
+        converted = subset.whole()
     except Unsupported as reason:
         draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
-    for keyword in moved:
+    for keyword in subset.moved:
         draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
@@ -2952,23 +2947,16 @@ ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "
                     "verbosity", *LIMITS)
 
 
-def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache: bool,
-                     add_history: Callable[[Conversation], None]) -> Translation:
-    """The Messages request of either of OpenAI's APIs: its parameters, and what adds its history."""
-    if draft.compact or wants_prewarm(fields):
+def messages_request(fields: dict, draft: Draft, conversation: Conversation, preamble: Sequence[dict],
+                     cache: bool) -> Translation:
+    """The Messages request of either of OpenAI's APIs, by its parameters and the conversation that it continues."""
+    prewarm = (fields.get("prompt_cache_options") or {}).get("prewarm") is True
+    if draft.compact or prewarm:
         fields = without(fields, *ABOUT_THE_ANSWER)
-    tools = [*tools_from_declared(draft), *draft.search]
-    conversation = Conversation(draft)
-    add_history(conversation)
-    system, messages = conversation.system, conversation.messages()
-    asked = asked_choice(fields, draft.changes)
-    tools = (tools if asked.allowed is None else allowed_tools(tools, asked, draft)) or \
-        tools_from_history(messages, draft)
+    messages = conversation.messages()
     request: dict = {"model": draft.model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
     request.update(parameters_from_chat(fields, draft))
-    if tools:
-        request["tools"] = tools
-    choice = answer_format(request, fields, tool_choice(asked, fields, draft) if tools else None, draft)
+    choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
     if choice:
         request["tool_choice"] = choice
     think(request, fields, messages, draft)
@@ -2976,17 +2964,17 @@ def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache
         ask_for_summary(messages, request, draft)
     elif messages[-1]["role"] == "assistant":
         end_turn(messages, request, draft)
-    if preamble or system:
-        request["system"] = [*(dict(block) for block in preamble), *system]
+    if preamble or conversation.system:
+        request["system"] = [*map(dict, preamble), *conversation.system]
     request["messages"] = messages
     place_breakpoints(request, fields, cache, draft)
-    if wants_prewarm(fields):                       # Claude refuses these where there is no output
+    if prewarm:                                     # Claude refuses these where there is no output
         budget = request.get("thinking", {}).get("type") == "enabled"
         request = dict(without(request, "stream", "thinking" if budget else ""), max_tokens=0)
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
-    draft.plan.legacy_functions, draft.plan.prewarm = uses_functions(fields), wants_prewarm(fields)
+    draft.plan.prewarm = prewarm
     return Translation(request, draft.changes, draft.plan)
 
 
@@ -3010,10 +2998,6 @@ def ask_for_summary(messages: list[dict], request: dict, draft: Draft) -> None:
         request["tool_choice"] = {"type": "none"}
 
 
-def wants_prewarm(fields: dict) -> bool:
-    return (fields.get("prompt_cache_options") or {}).get("prewarm") is True
-
-
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                recall: Recall | None = None) -> Translation:
     """A chat completion request as a Messages request.  `preamble`: system blocks that go before the client's."""
@@ -3023,14 +3007,12 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
         raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
     if not fields["messages"]:
         raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
-    entries = tool_entries(fields)
-    declared = declared_tools(entries, changes)
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
-
-    def add_history(conversation: Conversation) -> None:
-        conversation.add("system", blocks_from_content(fields.get("system"), "system", draft))
-        add_chat_messages(conversation, fields["messages"], draft)
-    return messages_request(fields, draft, preamble, cache, add_history)
+    draft = draft_from(fields, model, changes, recall)
+    conversation = Conversation(draft)
+    if "system" in fields:
+        conversation.add("system", blocks_from_content(fields["system"], "system", draft))
+    add_chat_messages(conversation, fields["messages"], draft)
+    return messages_request(fields, draft, conversation, preamble, cache)
 
 
 # ---- Events ------------------------------------------------------------------------------------------
@@ -3830,24 +3812,21 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    entries = tool_entries(fields)
-    for path, item in items:
-        if item.get("type") == "additional_tools":
-            entries += entries_of(item.get("tools"), path + ".tools")
-    declared = declared_tools(entries, changes)
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
+    draft = draft_from(fields, model, changes, recall, [
+        entry for path, item in items if item.get("type") == "additional_tools"
+        for entry in entries_of(item.get("tools"), path + ".tools")])
     draft.compact = compact
-
-    def add_history(conversation: Conversation) -> None:
-        instructions = fields.get("instructions")
-        if not isinstance(instructions, list):
-            conversation.add("system", blocks_from_content(instructions, "instructions", draft))
-        first = entries_of(instructions, "instructions") if isinstance(instructions, list) else []
-        newest = newest_turn(first + items)
-        for at, (path, item) in enumerate(first + items):
-            draft.lenient = at < newest
-            add_item(conversation, item, path, draft)
-    return messages_request(fields, draft, preamble, cache, add_history)
+    conversation = Conversation(draft)
+    instructions = fields.get("instructions")
+    if isinstance(instructions, list):
+        items = entries_of(instructions, "instructions") + items
+    else:
+        conversation.add("system", blocks_from_content(instructions, "instructions", draft))
+    newest = newest_turn(items)
+    for at, (path, item) in enumerate(items):
+        draft.lenient = at < newest
+        add_item(conversation, item, path, draft)
+    return messages_request(fields, draft, conversation, preamble, cache)
 
 
 # What a response repeats of its request, and what stands there where the request says nothing.
