@@ -1489,14 +1489,13 @@ def media_type_of(start: bytes) -> str:
     return next((media_type for magic, media_type in MAGIC_BYTES if re.match(magic, start)), "")
 
 
-def titled(block: dict, title: str) -> dict:
-    return dict(block, title=title[:500]) if title.strip() else block
+def document(source: dict, title: str) -> list[dict]:
+    block = {"type": "document", "source": source}
+    return [dict(block, title=title[:500]) if title.strip() else block]
 
 
 def text_document(text: str, title: str) -> list[dict]:
-    if not text.strip():
-        return []
-    return [titled({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": text}}, title)]
+    return document({"type": "text", "media_type": "text/plain", "data": text}, title) if text.strip() else []
 
 
 def private_literal(host: str) -> bool:
@@ -1541,13 +1540,13 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
     found = media_type_of(base64.b64decode(data[:2_000]))
     declared = {"image/jpg": "image/jpeg"}.get(declared, declared)      # a common spelling, not a mistake
+    source = {"type": "base64", "media_type": found, "data": data}
     if found == "application/pdf":
-        source = {"type": "base64", "media_type": found, "data": data}
-        return [titled({"type": "document", "source": source}, title)]
+        return document(source, title)
     if found:
         if declared not in ("", found):
-            draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared or "the image", found))
-        return [{"type": "image", "source": {"type": "base64", "media_type": found, "data": data}}]
+            draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared, found))
+        return [{"type": "image", "source": source}]
     with contextlib.suppress(UnicodeDecodeError):
         text = base64.b64decode(data).decode("utf-8-sig")
         if "\0" not in text:
@@ -1567,18 +1566,14 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
         media_type = head.split(";")[0].strip().lower()
         if not comma:
             raise InvalidRequest("%s: a data URL needs a comma before its data." % path, path, "invalid_value")
+        data = urllib.parse.unquote(data) if "%" in data else data
         if head.lower().endswith(";base64"):
-            return blocks_from_base64(urllib.parse.unquote(data) if "%" in data else data, media_type, title, path,
-                                      draft)
-        return text_document(urllib.parse.unquote(data), title)
+            return blocks_from_base64(data, media_type, title, path, draft)
+        return text_document(data, title)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) or not re.match(r"[A-Za-z0-9+/_=\s-]{40,}\Z", url):
-        block = {"type": kind, "source": {"type": "url", "url": checked_url(url, path)}}
-        return [titled(block, title) if kind == "document" else block]
+        source = {"type": "url", "url": checked_url(url, path)}
+        return document(source, title) if kind == "document" else [{"type": kind, "source": source}]
     return blocks_from_base64(url, "", title, path, draft)
-
-
-def text_part(name: str) -> Callable[[dict, str, Draft], list[dict]]:
-    return lambda part, path, draft: text_blocks(text_at(part, name, path))
 
 
 def no_stored_files(path: str) -> InvalidRequest:
@@ -1633,11 +1628,9 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
     raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
 
 
-def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
-    def refuse(part: dict, path: str, draft: Draft) -> list[dict]:
-        raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (path, what),
-                             path, "unsupported_value")
-    return refuse
+def refused_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (
+        path, "video" if part["type"] == "video_url" else "sound"), path, "unsupported_value")
 
 
 def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
@@ -1651,10 +1644,12 @@ def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
 
 
 PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
-    **dict.fromkeys(("text", "input_text", "output_text"), text_part("text")), "refusal": text_part("refusal"),
-    "image_url": image_part, "input_image": image_part, "image": image_part,
-    "file": file_part, "input_file": file_part, "document": file_part, "document_url": file_part,
-    "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
+    **dict.fromkeys(("text", "input_text", "output_text"),
+                    lambda part, path, draft: text_blocks(text_at(part, "text", path))),
+    "refusal": lambda part, path, draft: text_blocks(text_at(part, "refusal", path)),
+    **dict.fromkeys(("image_url", "input_image", "image"), image_part),
+    **dict.fromkeys(("file", "input_file", "document", "document_url"), file_part),
+    **dict.fromkeys(("input_audio", "audio", "video_url"), refused_part),
     **dict.fromkeys(THINKING, lambda part, path, draft: thinking_block(part)),
     **dict.fromkeys(("reasoning", "reasoning_text"), lambda part, path, draft: []),     # it is not Claude's
 }
@@ -1664,17 +1659,16 @@ MALFORMED = ("invalid_type", "missing_required_parameter")      # codes of a par
 
 
 def content_parts(content: Any, path: str) -> list[tuple[str, dict]]:
-    """The parts of a message's content, which may be a string or a list of them, each with its path."""
-    if content is None or isinstance(content, str):
-        return [(path, {"type": "text", "text": content})] if content else []
+    """The parts of a message's content that is no string, each with its path."""
     return [(where, {"type": "text", "text": part} if isinstance(part, str) else object_of(part, where))
-            for where, part in entries_of(content, path, anything)]
+            for where, part in entries_of([] if content is None else content, path, anything)]
 
 
-def blocks_from_content(content: Any, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
+def blocks_from_content(content: Any, path: str, draft: Draft) -> list[dict]:
     """The content of a message as content blocks without empty texts."""
-    return [block for where, part in content_parts(content, path)
-            for block in blocks_from_part(part, where, draft, assistant)]
+    if isinstance(content, str):
+        return text_blocks(content)
+    return [block for where, part in content_parts(content, path) for block in blocks_from_part(part, where, draft)]
 
 
 def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
@@ -2232,20 +2226,15 @@ def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
 
 
 def has_compaction(blocks: list[dict]) -> bool:
-    return any(block["type"] == "compaction" for block in blocks)
+    return "compaction" in [block["type"] for block in blocks]
 
 
-def merged(messages: list[dict]) -> list[dict]:
-    """Neighbours of one role as one message (an empty turn between them has gone)."""
-    kept: list[dict] = []
-    calls_open = False
-    for message in messages:
-        if kept and kept[-1]["role"] == message["role"] and not calls_open:
-            kept[-1]["content"] += message["content"]
-        else:
-            kept.append(message)
-        calls_open = "tool_use" in [block["type"] for block in message["content"]]
-    return kept
+def add_turn(messages: list[dict], role: str, blocks: list[dict]) -> None:
+    """Adds a message, or its blocks to the last one where that has the same role; an empty one is left out."""
+    if blocks and messages and messages[-1]["role"] == role:
+        messages[-1]["content"] += blocks
+    elif blocks:
+        messages.append({"role": role, "content": blocks})
 
 
 def fitting_call_id(raw: str) -> str:
@@ -2330,17 +2319,19 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
-        first = [{"role": "assistant", "content": self.summary}] if has_compaction(self.summary) else []
-        if turns and turns[0].role == "assistant" and not self.summary:
+        messages: list[dict] = []
+        compacted = has_compaction(self.summary)
+        if compacted:
+            add_turn(messages, "assistant", self.summary)
+        elif turns and turns[0].role == "assistant" and not self.summary:
             self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
         if not turns or turns[0].role == "assistant":
             turns.insert(0, Turn("user"))
         if turns[-1].calls:
             turns.append(Turn("user"))              # for the results, which are all missing
-        messages: list[dict] = []
         for at, turn in enumerate(turns):
             if turn.role == "assistant":
-                messages.append({"role": "assistant", "content": self._replayed(turn)})
+                add_turn(messages, "assistant", self._replayed(turn))
                 continue
             results = self._results(turns[at - 1].calls) if at else []
             before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
@@ -2351,17 +2342,11 @@ class Conversation:
                 rest = [dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
                         if isinstance(block, LateSystem) else block for block in rest]
             blocks = results + rest
-            if at == 0 and not first:
-                blocks = self.summary + blocks
-            if not blocks and at == 0:
-                blocks = text_blocks(CONTINUE if first else START)
-            if blocks:
-                messages.append({"role": "user", "content": blocks})
-            if late:
-                messages.append({"role": "system", "content": late})
-        for message in messages:
-            message["content"] = without_refused(message["content"], self._draft.recall)
-        return first + merged([message for message in messages if message["content"]])
+            if at == 0:
+                blocks = (blocks or text_blocks(CONTINUE)) if compacted else self.summary + blocks
+            add_turn(messages, "user", blocks or (text_blocks(START) if at == 0 else []))
+            add_turn(messages, "system", late)
+        return messages
 
     def _turn(self, role: str) -> Turn:
         """The turn that something of this role belongs to: the last one, or a new one."""
@@ -2385,13 +2370,14 @@ class Conversation:
         return None
 
     def _replayed(self, turn: Turn) -> list[dict]:
-        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
-        earlier = self._draft.recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
-        if not earlier or any(block["type"] in THINKING for block in turn.blocks) or \
-                not same_answer(earlier, turn.blocks):
-            return turn.blocks
-        searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
-        return turn.blocks if searched and not self._draft.search else marked(earlier, turn.blocks[-1])
+        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it;
+        without the thinking that Claude refused earlier."""
+        recall, blocks = self._draft.recall, turn.blocks
+        earlier = recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
+        if earlier and not any(block["type"] in THINKING for block in blocks) and same_answer(earlier, blocks):
+            searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
+            blocks = blocks if searched and not self._draft.search else marked(earlier, blocks[-1])
+        return [block for block, mark in zip(blocks, thinking_marks(blocks)) if not mark or not recall.refused(mark)]
 
     def _results(self, calls: list[Call]) -> list[dict]:
         """One result for each call of a turn, in the order of the calls."""
@@ -2405,24 +2391,21 @@ class Conversation:
     def _late_system(self, blocks: list[Any], results: bool, before_assistant: bool) -> list[dict]:
         """The system blocks at the end of a user turn that may stay system messages, by the API's rules: behind a user
         turn that is not empty, and last or before an assistant turn."""
-        late = [each.block for each in itertools.takewhile(lambda each: isinstance(each, LateSystem), reversed(blocks))]
-        may_stay = self._draft.model.late_system and before_assistant and (results or len(blocks) > len(late))
-        return late[::-1] if may_stay else []
+        end = len(blocks)
+        while end and isinstance(blocks[end - 1], LateSystem):
+            end -= 1
+        may_stay = self._draft.model.late_system and before_assistant and (results or end)
+        return [late.block for late in blocks[end:]] if may_stay else []
 
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = " ".join(block["id"] for block in content if block["type"] == "tool_use")
+    call_ids = " ".join([block["id"] for block in content if block["type"] == "tool_use"])
 
     def mark(block: dict) -> str:
         signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
         return hashlib.sha256(signed.encode("utf-8", "replace")).hexdigest()
     return [mark(block) if block["type"] in THINKING else "" for block in content]
-
-
-def without_refused(content: list[dict], recall: Recall) -> list[dict]:
-    """A turn without the thinking blocks that Claude refused earlier."""
-    return [block for block, mark in zip(content, thinking_marks(content)) if not mark or not recall.refused(mark)]
 
 
 def signed_thinking(chat_message: dict) -> list[dict]:
@@ -2461,9 +2444,10 @@ def add_content(conversation: Conversation, role: str, message: dict, path: str,
 
     Calls and results in Claude's own shape are what they are.
     """
-    added = list(kept)
+    content = message.get("content")
+    added = [*kept, *text_blocks(content)] if isinstance(content, str) else list(kept)
     conversation.add(role, added)
-    for where, part in content_parts(message.get("content"), path + ".content"):
+    for where, part in [] if isinstance(content, str) else content_parts(content, path + ".content"):
         kind = part.get("type")
         if kind == "tool_result" and role == "user":
             conversation.result(text_at(part, "tool_use_id", where, ""), None, part.get("content"), where, part)
@@ -2479,7 +2463,8 @@ def add_content(conversation: Conversation, role: str, message: dict, path: str,
 
 
 def add_message(conversation: Conversation, role: str, chat_message: dict, path: str, draft: Draft) -> None:
-    """A message of the user or the system, which may only be text."""
+    """A message of the user, or of the system or developer, which may only be text."""
+    role = "user" if role == "user" else "system"
     blocks = add_content(conversation, role, chat_message, path, draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
         raise InvalidRequest("%s.content: a system message may contain text only." % path, path + ".content")
@@ -2509,8 +2494,10 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
     """Where the newest turn of the user begins: behind all that comes from the assistant or a tool."""
-    return max((at + 1 for at, (_, entry) in enumerate(entries)
-                if entry.get("role") not in ("user", "system", "developer")), default=0)
+    for at in range(len(entries), 0, -1):
+        if entries[at - 1][1].get("role") not in ("user", "system", "developer"):
+            return at
+    return 0
 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
@@ -2526,7 +2513,7 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
             raw_id = text_at(chat_message, "tool_call_id", path, "")
             conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path, chat_message)
         else:
-            add_message(conversation, "user" if role == "user" else "system", chat_message, path, draft)
+            add_message(conversation, role, chat_message, path, draft)
 
 
 def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
@@ -3701,7 +3688,7 @@ def add_message_item(conversation: Conversation, item: dict, path: str, draft: D
     if role == "assistant":
         add_content(conversation, "assistant", item, path, draft)
     else:
-        add_message(conversation, "user" if role == "user" else "system", item, path, draft)
+        add_message(conversation, role, item, path, draft)
 
 
 def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
