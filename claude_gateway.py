@@ -1780,10 +1780,8 @@ SCHEMA_CHECKS: Dict[str, Callable[[Any, str], Any]] = {
 
 def resolved(reference: str, root: dict) -> dict:
     """The part of a schema that a local `$ref` names ({} where there is none); RFC 6901 pointers."""
-    value: Any = root
-    for step in reference.lstrip("#").split("/")[1:]:
-        step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
-        value = value.get(step) if isinstance(value, dict) else None
+    steps = [urllib.parse.unquote(step) for step in reference.lstrip("#").split("/")[1:]]
+    value = value_in(root, *[step.replace("~1", "/").replace("~0", "~") for step in steps])
     return value if isinstance(value, dict) else {}
 
 
@@ -2534,19 +2532,13 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-def max_tokens_from(fields: dict, draft: Draft) -> int:
-    """The output limit: what the client says, up to what the model can; the latter where it says nothing."""
-    most, wanted = draft.model.max_output, explicit_max_tokens(fields)
-    if wanted is not None and wanted > most:
-        name = next(name for name in LIMITS if name in fields)
-        draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (wanted, most))
-    return min(wanted or most, most)
-
-
-def explicit_max_tokens(fields: dict) -> int | None:
+def limit_from_chat(fields: dict, draft: Draft) -> int | None:
     """The client's own output limit, if it gave one that means something (0 and -1 mean none)."""
-    limits = [fields[name] for name in LIMITS if name in fields]
-    return limits[0] if limits and limits[0] > 0 else None
+    names = [name for name in LIMITS if name in fields]
+    limit, most = fields[names[0]] if names else 0, draft.model.max_output
+    if limit > most:
+        draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
+    return limit if limit > 0 else None
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2617,6 +2609,7 @@ class Reasoning(NamedTuple):
     field: str = "reasoning_effort"
 
 
+thinking_type_of = one_of("adaptive", "enabled", "disabled", "between_tools")
 LEAST_BUDGET = 1_024                                # tokens: Claude accepts no smaller budget for thinking
 # Tokens of thinking for an effort, on models that want a budget.
 BUDGETS = {"low": 4_096, "medium": 10_000, "high": 20_000, "xhigh": 32_000, "max": 48_000}
@@ -2629,16 +2622,17 @@ def effort_from_budget(budget: int) -> str:
 
 def reasoning_from_chat(fields: dict) -> Reasoning:
     """What is asked in `thinking` (Claude's own parameter), `reasoning` (OpenRouter's) or `reasoning_effort`."""
-    thinking = optional(object_of, fields.get("thinking"), "thinking", {})
-    budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
-    display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
-    kind = optional(one_of("adaptive", "enabled", "disabled", "between_tools"), thinking.get("type"), "thinking.type")
-    if kind in ("disabled", "between_tools"):
-        return Reasoning("none", field="thinking")
-    if kind:
-        effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
-        return Reasoning(effort, budget, display, "thinking")
-    reasoning = optional(object_of, fields.get("reasoning"), "reasoning", {})
+    if "thinking" in fields:
+        thinking = object_of(fields["thinking"], "thinking")
+        budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
+        display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
+        kind = optional(thinking_type_of, thinking.get("type"), "thinking.type")
+        if kind in ("disabled", "between_tools"):
+            return Reasoning("none", field="thinking")
+        if kind:
+            effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
+            return Reasoning(effort, budget, display, "thinking")
+    reasoning = object_of(fields.get("reasoning", {}), "reasoning")
     if not reasoning:
         return Reasoning(fields.get("reasoning_effort"))
     budget = optional(integer_of, reasoning.get("max_tokens"), "reasoning.max_tokens")
@@ -2650,13 +2644,6 @@ def reasoning_from_chat(fields: dict) -> Reasoning:
     return Reasoning(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
 
 
-def in_unthought_loop(messages: list[dict]) -> bool:
-    """Whether tool results wait for an answer to a turn whose thinking is not there any more."""
-    calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
-    return bool(calls) and calls[0]["type"] not in THINKING and any(
-        block["type"] == "tool_result" for block in messages[-1]["content"])
-
-
 def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> str:
     """What excludes the thinking that a client asks for; "" for nothing."""
     forced = request.get("tool_choice", {}).get("type") in ("any", "tool")
@@ -2665,9 +2652,12 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
             "a temperature excludes thinking" if {"temperature", "top_p", "top_k"} & set(request) else ""
     if "enabled" not in model.thinking:
         return "%s does not think" % model.id
+    calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
+    unthought = calls and calls[0]["type"] not in THINKING and \
+        "tool_result" in [block["type"] for block in messages[-1]["content"]]
     obstacle = ("a forced tool" if forced else "a temperature" if {"temperature", "top_k"} & set(request)
                 else "a prefill" if model.prefill and messages[-1]["role"] == "assistant"
-                else "a tool loop without its thinking" if in_unthought_loop(messages) else "")
+                else "a tool loop without its thinking" if unthought else "")
     return obstacle and obstacle + " excludes thinking"
 
 
@@ -2694,17 +2684,6 @@ def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
     draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
 
 
-def set_effort(request: dict, asked: Reasoning, draft: Draft) -> None:
-    """`output_config.effort`, or the nearest one that the model knows."""
-    effort, efforts = asked.effort, draft.model.efforts
-    if not effort or effort == "none" or not efforts:
-        return
-    nearest = effort if effort in efforts else {"minimal": "low"}.get(effort, "high")
-    if nearest != effort:
-        draft.changes.add("changed", asked.field, "%s to %s" % (effort, nearest))
-    request.setdefault("output_config", {})["effort"] = nearest
-
-
 def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draft: Draft) -> None:
     """Thinking with a budget: at least 1,024 tokens, less than max_tokens, which is raised to make room."""
     budget = max(LEAST_BUDGET, asked.budget or BUDGETS.get(asked.effort or "medium", LEAST_BUDGET))
@@ -2720,23 +2699,24 @@ def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draf
         request["thinking"]["display"] = asked.display
 
 
-def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> None:
+def think(request: dict, asked: Reasoning, limit: int | None, messages: list[dict], draft: Draft) -> None:
     """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.
 
     A forced tool, a temperature and a prefill win where they exclude thinking: the client asked for them explicitly.
     """
-    model, asked, limit = draft.model, reasoning_from_chat(fields), explicit_max_tokens(fields)
-    tight = limit is not None and limit < LEAST_BUDGET
+    model, tight = draft.model, limit is not None and limit < LEAST_BUDGET
     if asked.effort == "none" or asked.effort is None and tight:
         if model.thinks_by_default:
             think_little(request, asked, draft)
             if tight and "disabled" not in model.thinking:
                 add_room_for_thinking(request, limit or 0, draft)
         return
-    obstacle = ""
-    if asked.effort is not None:
-        set_effort(request, asked, draft)
-        obstacle = obstacle_to_thinking(request, messages, model)
+    if asked.effort and model.efforts:
+        nearest = asked.effort if asked.effort in model.efforts else "low" if asked.effort == "minimal" else "high"
+        if nearest != asked.effort:
+            draft.changes.add("changed", asked.field, "%s to %s" % (asked.effort, nearest))
+        request.setdefault("output_config", {})["effort"] = nearest
+    obstacle = obstacle_to_thinking(request, messages, model) if asked.effort is not None else ""
     if obstacle and "effort" in request.get("output_config", {}):       # an effort can go without thinking
         draft.changes.add("changed", asked.field, "sent as effort, without thinking: " + obstacle)
     elif obstacle:
@@ -2919,9 +2899,9 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     elif kind == "json_object":
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
-    verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
+    verbosity = fields.get("verbosity") or fields.get("text", {}).get("verbosity")
     if verbosity is not None:
-        verbosity_of(verbosity, "verbosity" if "verbosity" in fields else "text.verbosity")
+        verbosity_of(verbosity, "text.verbosity")
     if verbosity in VERBOSITIES:
         draft.instructions.append(VERBOSITIES[verbosity])
     return choice
@@ -2940,13 +2920,13 @@ def messages_request(fields: dict, draft: Draft, conversation: Conversation, pre
     prewarm = (fields.get("prompt_cache_options") or {}).get("prewarm") is True
     if draft.compact or prewarm:
         fields = without(fields, *ABOUT_THE_ANSWER)
-    messages = conversation.messages()
-    request: dict = {"model": draft.model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
+    messages, most, limit = conversation.messages(), draft.model.max_output, limit_from_chat(fields, draft)
+    request: dict = {"model": draft.model.id, "max_tokens": min(limit or most, most), "stream": True}
     request.update(parameters_from_chat(fields, draft))
     choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
     if choice:
         request["tool_choice"] = choice
-    think(request, fields, messages, draft)
+    think(request, reasoning_from_chat(fields), limit, messages, draft)
     if draft.compact:
         ask_for_summary(messages, request, draft)
     elif messages[-1]["role"] == "assistant":
