@@ -2145,11 +2145,11 @@ chat_role_of = one_of("system", "developer", "user", "assistant", "tool", "funct
 
 @dataclasses.dataclass
 class Call:
-    """One tool call of the history, waiting for its result."""
+    """One tool call of the history, with its result: one that says there is none until it is answered."""
     raw_id: str
-    call_id: str
     turn: Turn
-    result: Optional[dict] = None
+    result: dict
+    answered: bool = False
 
 
 @dataclasses.dataclass
@@ -2159,8 +2159,6 @@ class Turn:
     # of a user turn: LateSystem, and all but the tool results
     blocks: List[Any] = dataclasses.field(default_factory=list)
     calls: List[Call] = dataclasses.field(default_factory=list)
-    # calls that may lack a result, by name, and all of them by ""
-    waiting: Dict[str, Deque[Call]] = dataclasses.field(default_factory=dict)
 
 
 def closed(fragment: str) -> str:
@@ -2255,7 +2253,8 @@ class Conversation:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._turns: List[Turn] = []
-        self._answerable: Dict[str, Deque[Call]] = {}       # by the client's id: the calls of the latest turn with it
+        # by the client's id, by name, and all by no name: the calls of the latest turn with one such
+        self._calls: Dict[Tuple[str, str], Deque[Call]] = {}
         self._call_ids: Dict[str, int] = {}         # how often each was wanted
         self.system: List[dict] = []
         self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
@@ -2273,20 +2272,19 @@ class Conversation:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
         name = self._draft.names.there(text_at(function, "name", path))
-        turn = self._turn("assistant")
-        call = Call(raw_id, numbered(fitting_call_id(raw_id or "call_" + path), self._call_ids), turn)
+        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self._call_ids)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
-        tool_use = {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
+        tool_use = {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
         turn.blocks.append(tool_use)
+        missing = {"type": "tool_result", "tool_use_id": call_id, "content": NO_RESULT, "is_error": True}
+        call = Call(raw_id, turn, missing)
         turn.calls.append(call)
-        for key in (name, ""):
-            turn.waiting.setdefault(key, collections.deque()).append(call)
-        same_id = self._answerable.get(raw_id)
-        if same_id is None or same_id[0].turn is not turn:
-            same_id = self._answerable[raw_id] = collections.deque()
-        same_id.append(call)
+        for key in (("id", raw_id), ("name", name), ("name", "")):
+            if not self._calls.get(key) or self._calls[key][0].turn is not turn:
+                self._calls[key] = collections.deque()
+            self._calls[key].append(call)
         return tool_use
 
     def result(self, raw_id: str, name: Any, content: Any, path: str, given: dict) -> None:
@@ -2295,7 +2293,7 @@ class Conversation:
         `given`: the message, item or part, for its cache mark and what else it says of the result.
         """
         latest = next((turn for turn in reversed(self._turns) if turn.role == "assistant"), None)
-        call = self._answered(raw_id) if raw_id else self._unanswered(latest, name)
+        call = self._answered(raw_id, name, latest)
         if call and call.turn is not latest:
             self._draft.changes.add("repaired", path, "a late result moved up to its call")
         user = self._turn("user")
@@ -2305,9 +2303,9 @@ class Conversation:
             user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id"))
             user.blocks += text_blocks(content) if isinstance(content, str) else content
             return
-        if call.result is not None:
+        if call.answered:
             self._draft.changes.add("repaired", path, "a second result of one call replaces the first")
-        call.result = {"type": "tool_result", "tool_use_id": call.call_id}
+        call.answered, call.result = True, without(call.result, "content", "is_error", "cache_control")
         if content.strip() if isinstance(content, str) else content:
             call.result["content"] = content
         if given.get("is_error") is True and all(block["type"] == "text" for block in listed(content)):
@@ -2331,7 +2329,10 @@ class Conversation:
             if turn.role == "assistant":
                 add_turn(messages, "assistant", self._replayed(turn))
                 continue
-            results = self._results(turns[at - 1].calls) if at else []
+            calls = turns[at - 1].calls if at else []
+            if False in [call.answered for call in calls]:
+                self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
+            results = [call.result for call in calls]
             before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
             late = self._late_system(turn.blocks, bool(results), before_assistant)
             rest = turn.blocks[:len(turn.blocks) - len(late)]
@@ -2352,18 +2353,17 @@ class Conversation:
             self._turns.append(Turn(role))
         return self._turns[-1]
 
-    def _answered(self, raw_id: str) -> Call | None:
-        """The call of this id; several in one turn are answered one after the other, the last one again and again."""
-        calls = self._answerable.get(raw_id)
-        return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
-
-    def _unanswered(self, turn: Turn | None, name: Any) -> Call | None:
-        """The call that a result without an id answers: the first open one of its name, else the first open one."""
+    def _answered(self, raw_id: str, name: Any, latest: Turn | None) -> Call | None:
+        """The call of this id (several in one turn are answered one after the other, the last one again and again);
+        without an id the first open one of this name in the latest turn, else the first open one there."""
+        if raw_id:
+            calls = self._calls.get(("id", raw_id))
+            return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
         for key in (self._draft.names.there(name) if isinstance(name, str) else "", ""):
-            calls = turn.waiting.get(key) if turn else None
-            while calls and calls[0].result is not None:
+            calls = self._calls.get(("name", key))
+            while calls and calls[0].answered:
                 calls.popleft()
-            if calls:
+            if calls and calls[0].turn is latest:
                 return calls[0]
         return None
 
@@ -2376,15 +2376,6 @@ class Conversation:
             searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
             blocks = blocks if searched and not self._draft.search else marked(earlier, blocks[-1])
         return [block for block, mark in zip(blocks, thinking_marks(blocks)) if not mark or not recall.refused(mark)]
-
-    def _results(self, calls: list[Call]) -> list[dict]:
-        """One result for each call of a turn, in the order of the calls."""
-        for call in calls:
-            if call.result is None:
-                self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
-                call.result = {"type": "tool_result", "tool_use_id": call.call_id, "content": NO_RESULT,
-                               "is_error": True}
-        return [call.result for call in calls if call.result]
 
     def _late_system(self, blocks: list[Any], results: bool, before_assistant: bool) -> list[dict]:
         """The system blocks at the end of a user turn that may stay system messages, by the API's rules: behind a user
