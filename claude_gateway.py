@@ -1418,11 +1418,9 @@ def marked(blocks: list[dict], part: dict) -> list[dict]:
 
 
 def place_breakpoints(request: dict, fields: dict, ours: bool, draft: Draft) -> None:
-    """At most four cache marks: the client's own, and ours in the free slots.
-
-    Ours end the last turn, the turn that the request before this one ended with (so that its cache is found
-    even when a long agent turn lies between: Claude looks back only 20 blocks), the system text and the tools.
-    """
+    """At most four cache marks: the client's own, and ours in the free slots.  Ours end the last turn, the turn that
+    the request before this one ended with (so that its cache is found even when a long agent turn lies between: Claude
+    looks back only 20 blocks), the system text and the tools."""
     in_front, in_turns = marked_blocks(request)
     surplus = len(in_front) + len(in_turns) - MOST_BREAKPOINTS
     if surplus > 0:
@@ -1951,8 +1949,6 @@ class Subset:
 
 WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
-
-
 WEB_SEARCH_TYPES = re.compile("(openrouter:)?web_search")       # of the tools that ask for it
 # Types of hosted tools for which Claude has one of its own.
 CLAUDE_HOSTED = re.compile("web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|memory|advisor")
@@ -2120,10 +2116,8 @@ def draft_from(fields: dict, model: Model, changes: Changes, recall: Recall | No
 
 
 def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
-    """The tools that a history uses, where the request defines none: Claude insists.
-
-    They are as this conversation had them last, for thinking is signed and cached with them, or else bare.
-    """
+    """The tools that a history uses, where the request defines none: Claude insists.  They are as this conversation had
+    them last, for thinking is signed and cached with them, or else bare."""
     calls = [block for message in messages for block in message["content"] if block["type"] == "tool_use"]
     if not calls:
         return []
@@ -2288,10 +2282,8 @@ class Conversation:
         return tool_use
 
     def result(self, raw_id: str, name: Any, content: Any, path: str, given: dict) -> None:
-        """A tool's result: to the call it answers, or as text where there is none.
-
-        `given`: the message, item or part, for its cache mark and what else it says of the result.
-        """
+        """A tool's result: to the call it answers, or as text where there is none.  `given`: the message, item or part,
+        for its cache mark and what else it says of the result."""
         latest = next((turn for turn in reversed(self._turns) if turn.role == "assistant"), None)
         call = self._answered(raw_id, name, latest)
         if call and call.turn is not latest:
@@ -2329,18 +2321,8 @@ class Conversation:
             if turn.role == "assistant":
                 add_turn(messages, "assistant", self._replayed(turn))
                 continue
-            calls = turns[at - 1].calls if at else []
-            if False in [call.answered for call in calls]:
-                self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
-            results = [call.result for call in calls]
             before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
-            late = self._late_system(turn.blocks, bool(results), before_assistant)
-            rest = turn.blocks[:len(turn.blocks) - len(late)]
-            if LateSystem in map(type, rest):
-                self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
-                rest = [dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
-                        if isinstance(block, LateSystem) else block for block in rest]
-            blocks = results + rest
+            blocks, late = self._of_user(turn.blocks, turns[at - 1].calls if at else [], before_assistant)
             if at == 0:
                 blocks = (blocks or text_blocks(CONTINUE)) if compacted else self.summary + blocks
             add_turn(messages, "user", blocks or (text_blocks(START) if at == 0 else []))
@@ -2377,14 +2359,22 @@ class Conversation:
             blocks = blocks if searched and not self._draft.search else marked(earlier, blocks[-1])
         return [block for block, mark in zip(blocks, thinking_marks(blocks)) if not mark or not recall.refused(mark)]
 
-    def _late_system(self, blocks: list[Any], results: bool, before_assistant: bool) -> list[dict]:
-        """The system blocks at the end of a user turn that may stay system messages, by the API's rules: behind a user
-        turn that is not empty, and last or before an assistant turn."""
+    def _of_user(self, blocks: list[Any], calls: list[Call], before_assistant: bool) -> tuple[list[dict], list[dict]]:
+        """The blocks of a user turn, results first, and the system blocks at its end that may stay a system message, by
+        the API's rules: behind a user turn that is not empty, and last or before an assistant turn."""
+        if False in [call.answered for call in calls]:
+            self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
         end = len(blocks)
         while end and isinstance(blocks[end - 1], LateSystem):
             end -= 1
-        may_stay = self._draft.model.late_system and before_assistant and (results or end)
-        return [late.block for late in blocks[end:]] if may_stay else []
+        if not (self._draft.model.late_system and before_assistant and (calls or end)):
+            end = len(blocks)
+        found = [call.result for call in calls] + blocks[:end]
+        if LateSystem in map(type, found):
+            self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
+            found = [dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
+                     if isinstance(block, LateSystem) else block for block in found]
+        return found, [late.block for late in blocks[end:]]
 
 
 def thinking_marks(content: list[dict]) -> list[str]:
@@ -2429,10 +2419,8 @@ def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.
-
-    Calls and results in Claude's own shape are what they are.
-    """
+    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.  Calls and results
+    in Claude's own shape are what they are."""
     content = message.get("content")
     added = [*kept, *text_blocks(content)] if isinstance(content, str) else list(kept)
     conversation.add(role, added)
@@ -2483,10 +2471,8 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
     """Where the newest turn of the user begins: behind all that comes from the assistant or a tool."""
-    for at in range(len(entries), 0, -1):
-        if entries[at - 1][1].get("role") not in ("user", "system", "developer"):
-            return at
-    return 0
+    return max([at for at, (_, entry) in enumerate(entries, 1)
+                if entry.get("role") not in ("user", "system", "developer")], default=0)
 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
@@ -2691,10 +2677,8 @@ def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draf
 
 
 def think(request: dict, asked: Reasoning, limit: int | None, messages: list[dict], draft: Draft) -> None:
-    """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.
-
-    A forced tool, a temperature and a prefill win where they exclude thinking: the client asked for them explicitly.
-    """
+    """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.  What excludes
+    thinking (a forced tool, a temperature, a prefill) wins: the client asked for it explicitly."""
     model, tight = draft.model, limit is not None and limit < LEAST_BUDGET
     if asked.effort == "none" or asked.effort is None and tight:
         if model.thinks_by_default:
@@ -2730,14 +2714,7 @@ def think(request: dict, asked: Reasoning, limit: int | None, messages: list[dic
 JSON_ONLY = "Answer with one JSON object only"      # how a request asks for JSON where no answer format enforces it
 
 
-class Choice(NamedTuple):
-    """A client's tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
-    mode: str = "auto"
-    name: str = ""
-    allowed: Optional[List[str]] = None
-    search: bool = False                            # Claude's web search is chosen
-
-
+MODES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}       # of a choice -> Claude's type of one
 FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that names one of the client's tools
 
 
@@ -2748,40 +2725,40 @@ def choice_name(choice: Any, path: str) -> str:
     return text_at(choice, "name", path)
 
 
-def asked_choice(fields: dict, changes: Changes) -> Choice:
-    """`tool_choice` or `function_call` in any spelling of any API."""
-    choice = fields.get("tool_choice", fields.get("function_call"))
+def asked_choice(fields: dict, changes: Changes) -> dict:
+    """`tool_choice` or `function_call` in any spelling of any API as Claude's, but with the client's names: of a tool,
+    or of those that are `allowed`; its type is `web_search` where that is chosen."""
     path = "tool_choice" if "tool_choice" in fields else "function_call"
+    choice = fields.get(path)
     if choice is None or choice == "":
-        return Choice()
-    modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+        return {"type": "auto"}
     if isinstance(choice, str):
-        return Choice(modes[one_of(*modes)(choice, path)])
-    choice = object_of(choice, path)
-    kind = choice.get("type")
+        return {"type": MODES[one_of(*MODES)(choice, path)]}
+    kind = object_of(choice, path).get("type")
     if choice.get("disable_parallel_tool_use") is True:             # Claude's spelling
         fields["parallel_tool_calls"] = False
-    if isinstance(kind, str) and kind in modes:
-        return Choice(modes[kind])
+    if str(kind) in MODES:
+        return {"type": MODES[str(kind)]}
     if WEB_SEARCH_TYPES.match(str(kind)):
-        return Choice("required", search=True)
+        return {"type": WEB_SEARCH}
     if kind == "allowed_tools":
         allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
-        mode = modes.get(str(allowed.get("mode", "auto")), "auto")
         tools = entries_of(allowed.get("tools"), path + ".allowed_tools.tools")
-        return Choice(mode, allowed=[choice_name(tool, where) for where, tool in tools
-                                     if tool.get("type") in FUNCTION_TYPES or "name" in tool])
+        return {"type": MODES.get(str(allowed.get("mode")), "auto"),
+                "allowed": [choice_name(tool, where) for where, tool in tools
+                            if tool.get("type") in FUNCTION_TYPES or "name" in tool]}
     if kind not in FUNCTION_TYPES and "name" not in choice:
         changes.add("dropped", path, why_no_tool(kind))
-        return Choice()
-    return Choice("required", choice_name(choice, path))
+        return {"type": "auto"}
+    name = choice_name(choice, path)
+    return {"type": "tool", "name": name} if name else {"type": "any"}
 
 
 def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -> dict | None:
     """Adds the tools that the client's choice leaves; returns `tool_choice`, None where it would change nothing."""
-    asked, tools = asked_choice(fields, draft.changes), draft.tools
-    if asked.allowed is not None:
-        allowed = {draft.names.there(name) for name in asked.allowed}
+    choice, tools = asked_choice(fields, draft.changes), draft.tools
+    if "allowed" in choice:
+        allowed = {draft.names.there(name) for name in choice.pop("allowed")}
         tools = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]     # web search stays
         if draft.tools and not tools:
             raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
@@ -2792,23 +2769,22 @@ def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -
     request["tools"] = tools
     if not draft.tools:                             # stand-ins for a history's: not to be called
         return {"type": "none"}
-    return tool_choice(asked, fields, draft)
+    return tool_choice(choice, fields, draft)
 
 
-def tool_choice(asked: Choice, fields: dict, draft: Draft) -> dict | None:
-    """A choice among the tools as Claude's; None where it would change nothing."""
-    choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
-    if asked.search and not draft.search:
+def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict | None:
+    """A choice among the tools with Claude's names; None where it would change nothing."""
+    if choice["type"] == WEB_SEARCH and draft.search:
+        choice = {"type": "tool", "name": WEB_SEARCH}
+    elif choice["type"] == WEB_SEARCH:
         draft.changes.add("dropped", "tool_choice", "there is no web search in this request")
         choice = {"type": "auto"}
-    elif asked.search:
-        choice = {"type": "tool", "name": WEB_SEARCH}
-    if asked.name:
-        named = next((tool for tool in draft.declared if asked.name in (tool.name, tool.full_name)), None)
+    elif "name" in choice:
+        named = next((tool for tool in draft.declared if choice["name"] in (tool.name, tool.full_name)), None)
         if named is None:
-            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(asked.name),
+            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(choice["name"]),
                                  "tool_choice", "invalid_value")
-        choice = {"type": "tool", "name": draft.names.there(named.full_name)}
+        choice["name"] = draft.names.there(named.full_name)
     if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
     return None if choice == {"type": "auto"} else choice
@@ -2873,11 +2849,9 @@ VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in
 
 
 def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
-    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it.
-
-    A forced tool on a model that refuses to be forced becomes an answer format of that tool's schema (the reply
-    is handed back as the tool call); where that cannot be, an instruction.
-    """
+    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it.  A forced tool
+    on a model that refuses to be forced becomes an answer format of that tool's schema (the reply is handed back as the
+    tool call); where that cannot be, an instruction."""
     tools = request.get("tools", [])
     kind, schema, path = asked_format(fields)
     if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
@@ -2908,7 +2882,7 @@ ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "
 def messages_request(fields: dict, draft: Draft, conversation: Conversation, preamble: Sequence[dict],
                      cache: bool) -> Translation:
     """The Messages request of either of OpenAI's APIs, by its parameters and the conversation that it continues."""
-    prewarm = (fields.get("prompt_cache_options") or {}).get("prewarm") is True
+    draft.plan.prewarm = prewarm = fields.get("prompt_cache_options", {}).get("prewarm") is True
     if draft.compact or prewarm:
         fields = without(fields, *ABOUT_THE_ANSWER)
     messages, most, limit = conversation.messages(), draft.model.max_output, limit_from_chat(fields, draft)
@@ -2932,7 +2906,6 @@ def messages_request(fields: dict, draft: Draft, conversation: Conversation, pre
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
-    draft.plan.prewarm = prewarm
     return Translation(request, draft.changes, draft.plan)
 
 
