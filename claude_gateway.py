@@ -1517,11 +1517,9 @@ def checked_url(url: str, path: str) -> str:
     if not HTTP_URL.match(url):
         raise InvalidRequest("%s: %r: expected an http or https address or a data URL." % (path, url[:200]), path,
                              "invalid_image_url")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError:
-        host = ""
+    host = ""
+    with contextlib.suppress(ValueError):
+        host = urllib.parse.urlsplit(url).hostname or ""
     in_brackets = "[" in url.partition("//")[2].partition("/")[0]
     if not host or in_brackets and ":" not in host or is_loopback_host(host) or private_literal(host):
         raise InvalidRequest("%s: %r: addresses of this machine or a private network are not fetched." %
@@ -1561,12 +1559,11 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
     """A data URL or bare base64 as what it holds, a web address as a source that Claude fetches."""
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
-        media_type = head.split(";")[0].strip().lower()
         if not comma:
             raise InvalidRequest("%s: a data URL needs a comma before its data." % path, path, "invalid_value")
         data = urllib.parse.unquote(data) if "%" in data else data
         if head.lower().endswith(";base64"):
-            return blocks_from_base64(data, media_type, title, path, draft)
+            return blocks_from_base64(data, head.split(";")[0].strip().lower(), title, path, draft)
         return text_document(data, title)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) or not re.match(r"[A-Za-z0-9+/_=\s-]{40,}\Z", url):
         source = {"type": "url", "url": checked_url(url, path)}
@@ -1671,8 +1668,7 @@ def blocks_from_content(content: Any, path: str, draft: Draft) -> list[dict]:
 
 def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
     """One content part.  Media that Claude refuses are an error only where the client can still take them back."""
-    kind = part.get("type", "text" if "text" in part else None)
-    translate = PARTS.get(kind) if isinstance(kind, str) else None
+    translate = PARTS.get(str(part.get("type", "text" if "text" in part else "")))
     if translate in (image_part, file_part) and part.get("source") is not None:
         translate = source_part
     if translate is None:
@@ -1787,8 +1783,7 @@ def merged_root(schema: dict, composition: str) -> dict:
     """A root union as one object: every branch's properties; required is what all branches (allOf: any) require."""
     branches = [resolved(branch["$ref"], schema) if "$ref" in branch else branch
                 for branch in schema[composition] if isinstance(branch, dict)]
-    objects = [branch for branch in branches if "object" in listed(branch.get("type")) or
-               branch.get("type", "object") == "object"]
+    objects = [branch for branch in branches if "object" in (branch.get("type", "object"), *listed(branch.get("type")))]
     rooted = dict(without(schema, composition), type="object")
     properties, required = dict(schema.get("properties", {})), list(schema.get("required", ()))
     for branch in objects:
@@ -1895,8 +1890,7 @@ class Subset:
         return kept
 
     def branches(self, schema: dict, kept: dict, inside: tuple[str, ...]) -> None:
-        if isinstance(schema.get("type"), list) and len(schema["type"]) > 1:
-            self.unions += 1
+        self.unions += len(listed(schema.get("type"))) > 1
         for composition in ("anyOf", "oneOf", "allOf"):
             if composition in schema:
                 branches = [self.schema(branch, inside) for branch in schema[composition]]
@@ -2049,9 +2043,8 @@ def tools_from_declared(draft: Draft) -> list[dict]:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
         schema = with_fitting_names(schema, entry, draft)
-        description = entry.description
-        if not entry.name.isascii():                # of which little or nothing is left
-            description = led_by_name(entry.name, description)
+        # of a name that is not ASCII little or nothing is left
+        description = entry.description if entry.name.isascii() else led_by_name(entry.name, entry.description)
         tool = dict({"name": name, "description": description} if description else {"name": name}, input_schema=schema)
         if entry.strict:
             add_strictness(tool, strict, entry, draft)
@@ -2075,8 +2068,7 @@ def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Mo
     if obstacle:
         changes.add("dropped", path, obstacle)
         return []
-    size = options.get("search_context_size") or "medium"
-    one_of(*WEB_SEARCH_USES)(size, path + ".search_context_size")
+    size = one_of(*WEB_SEARCH_USES)(options.get("search_context_size") or "medium", path + ".search_context_size")
     uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
     tool.update(search_domains(options, path, changes))
@@ -2388,16 +2380,11 @@ def thinking_marks(content: list[dict]) -> list[str]:
 
 
 def signed_thinking(chat_message: dict) -> list[dict]:
-    """The thinking blocks that a client kept beside the content, with their signatures."""
+    """The thinking blocks that a client kept beside the content, with their signatures: `thinking_blocks`, or what of
+    `reasoning_details` may be Claude's, the pieces of one block (same `index`) joined."""
     blocks = [block for each in listed(chat_message.get("thinking_blocks")) for block in thinking_block(each)]
-    return blocks or [block for detail in joined_details(listed(chat_message.get("reasoning_details")))
-                      for block in thinking_block(detail, "text")]
-
-
-def joined_details(details: Sequence[Any]) -> list[dict]:
-    """Entries of `reasoning_details` that may be Claude's, the pieces of one block (same `index`) joined."""
     joined: dict[Any, dict] = {}
-    for at, detail in enumerate(details):
+    for at, detail in enumerate(listed(chat_message.get("reasoning_details"))):
         if not isinstance(detail, dict) or not re.match(r"anthropic|unknown|\Z", str(detail.get("format") or "")):
             continue
         index = detail.get("index")
@@ -2405,7 +2392,7 @@ def joined_details(details: Sequence[Any]) -> list[dict]:
         for name in ("text", "signature", "data"):
             if detail.get(name) and isinstance(detail[name], str):
                 block[name] = block.get(name, "") + detail[name]
-    return list(joined.values())
+    return blocks or [block for detail in joined.values() for block in thinking_block(detail, "text")]
 
 
 def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
@@ -2509,13 +2496,13 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-def limit_from_chat(fields: dict, draft: Draft) -> int | None:
-    """The client's own output limit, if it gave one that means something (0 and -1 mean none)."""
+def limit_from_chat(fields: dict, draft: Draft) -> int:
+    """The client's own output limit, 0 where it gave none that means something (-1 means none)."""
     names = [name for name in LIMITS if name in fields]
     limit, most = fields[names[0]] if names else 0, draft.model.max_output
     if limit > most:
         draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
-    return limit if limit > 0 else None
+    return max(limit, 0)
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2536,24 +2523,21 @@ def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]
             yield name, min(1, max(0, value))
 
 
-# OpenAI's service tiers -> what stands for them in a Messages request; "auto" is Claude's default
-SERVICE_TIER_PARAMETERS: Dict[str, Dict[str, str]] = {
-    "auto": {}, "default": {"service_tier": "standard_only"}, "standard_only": {"service_tier": "standard_only"},
-    "priority": {}, "fast": {"speed": "fast"}}
+# OpenAI's service tiers -> Claude's; "" is its default
+CLAUDE_TIERS = {"auto": "", "default": "standard_only", "standard_only": "standard_only", "priority": "", "fast": ""}
 
 
 def tier_from_chat(fields: dict, draft: Draft) -> dict:
     """`service_tier`, and `speed` of clients that know Claude."""
     tier = fields.get("service_tier", "auto")
-    parameters = dict(SERVICE_TIER_PARAMETERS.get(tier, {}))
-    if tier not in SERVICE_TIER_PARAMETERS:
+    if tier not in CLAUDE_TIERS:
         draft.changes.add("dropped", "service_tier", "Claude has no such tier")
     elif tier == "priority":
         draft.changes.add("changed", "service_tier", "to auto, which uses a priority tier where there is one")
-    if fields.get("speed") == "fast":
+    parameters = {"service_tier": CLAUDE_TIERS[tier]} if CLAUDE_TIERS.get(tier) else {}
+    if "fast" in (tier, fields.get("speed")) and draft.model.fast:
         parameters["speed"] = "fast"
-    if "speed" in parameters and not draft.model.fast:
-        del parameters["speed"]
+    elif "fast" in (tier, fields.get("speed")):
         draft.changes.add("dropped", "speed" if "speed" in fields else "service_tier",
                           "%s has no fast mode" % draft.model.id)
     return parameters
@@ -2646,14 +2630,14 @@ def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
         request.setdefault("output_config", {})["effort"] = model.efforts[0]
     if can_stop:
         request["thinking"] = {"type": "disabled"}
-    elif not unwanted:
-        request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
-    elif "between_tools" in model.thinking:
-        request["thinking"] = {"type": "between_tools"}
-    if can_stop and not unwanted:
-        draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
-    elif not can_stop and unwanted:
+        if not unwanted:
+            draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
+    elif unwanted:
+        if "between_tools" in model.thinking:
+            request["thinking"] = {"type": "between_tools"}
         draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
+    else:
+        request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
 
 
 def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
@@ -2661,10 +2645,10 @@ def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
     draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
 
 
-def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draft: Draft) -> None:
+def think_within_budget(request: dict, asked: Reasoning, limit: int, draft: Draft) -> None:
     """Thinking with a budget: at least 1,024 tokens, less than max_tokens, which is raised to make room."""
     budget = max(LEAST_BUDGET, asked.budget or BUDGETS.get(asked.effort or "medium", LEAST_BUDGET))
-    if limit is not None and limit < budget + LEAST_BUDGET:
+    if 0 < limit < budget + LEAST_BUDGET:
         request["max_tokens"] = min(draft.model.max_output, limit + budget)
         draft.changes.add("changed", "max_tokens", "%d added for thinking, which counts as output" % budget)
     budget = min(budget, request["max_tokens"] - 1)
@@ -2676,15 +2660,15 @@ def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draf
         request["thinking"]["display"] = asked.display
 
 
-def think(request: dict, asked: Reasoning, limit: int | None, messages: list[dict], draft: Draft) -> None:
+def think(request: dict, asked: Reasoning, limit: int, messages: list[dict], draft: Draft) -> None:
     """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.  What excludes
     thinking (a forced tool, a temperature, a prefill) wins: the client asked for it explicitly."""
-    model, tight = draft.model, limit is not None and limit < LEAST_BUDGET
+    model, tight = draft.model, 0 < limit < LEAST_BUDGET
     if asked.effort == "none" or asked.effort is None and tight:
         if model.thinks_by_default:
             think_little(request, asked, draft)
             if tight and "disabled" not in model.thinking:
-                add_room_for_thinking(request, limit or 0, draft)
+                add_room_for_thinking(request, limit, draft)
         return
     if asked.effort and model.efforts:
         nearest = asked.effort if asked.effort in model.efforts else "low" if asked.effort == "minimal" else "high"
@@ -2703,7 +2687,7 @@ def think(request: dict, asked: Reasoning, limit: int | None, messages: list[dic
         if asked.budget:
             draft.changes.add("changed", asked.field, "a budget of %d to effort %s" % (asked.budget, asked.effort))
         if thinks and tight:
-            add_room_for_thinking(request, limit or 0, draft)
+            add_room_for_thinking(request, limit, draft)
     elif thinks:
         think_within_budget(request, asked, limit, draft)
 
@@ -2808,7 +2792,8 @@ def asked_format(fields: dict) -> tuple[str, dict, str]:
 
 
 def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict | None:
-    """A forced tool without forcing: its schema as the answer format, or else a plain instruction."""
+    """A forced tool without forcing: its schema as the answer format (the reply is handed back as the tool call), or
+    else a plain instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
         with contextlib.suppress(Unsupported):
@@ -2849,9 +2834,7 @@ VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in
 
 
 def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
-    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it.  A forced tool
-    on a model that refuses to be forced becomes an answer format of that tool's schema (the reply is handed back as the
-    tool call); where that cannot be, an instruction."""
+    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it."""
     tools = request.get("tools", [])
     kind, schema, path = asked_format(fields)
     if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
