@@ -1347,8 +1347,7 @@ class Recall(NamedTuple):
     answer: Callable[[Sequence[str]], Optional[List[dict]]] = lambda call_ids: None
     # the tools that the request had whose answer made one of these calls, as Claude got them
     tools: Callable[[Sequence[str]], List[dict]] = lambda call_ids: []
-    # whether Claude refused a thinking block, by its mark
-    refused: Callable[[str], bool] = lambda mark: False
+    refused: Callable[[str], bool] = lambda mark: False     # whether Claude refused a thinking block, by its mark
 
 
 class Draft:
@@ -1639,9 +1638,8 @@ def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
 
 
 PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
-    **dict.fromkeys(("text", "input_text", "output_text"),
-                    lambda part, path, draft: text_blocks(text_at(part, "text", path))),
-    "refusal": lambda part, path, draft: text_blocks(text_at(part, "refusal", path)),
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), lambda part, path, draft: text_blocks(
+        text_at(part, "refusal" if part.get("type") == "refusal" else "text", path))),
     **dict.fromkeys(("image_url", "input_image", "image"), image_part),
     **dict.fromkeys(("file", "input_file", "document", "document_url"), file_part),
     **dict.fromkeys(("input_audio", "audio", "video_url"), refused_part),
@@ -1719,7 +1717,7 @@ def content_of_result(content: Any, path: str, draft: Draft) -> Any:
 # ---- Tool schemas ------------------------------------------------------------------------------------
 # JSON Schema as Claude accepts it, and the subset of it that Claude compiles.
 
-SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+schema_type_of = one_of("object", "array", "string", "number", "integer", "boolean", "null")
 
 
 def path_in_schema(path: str, name: str) -> str:
@@ -1751,12 +1749,6 @@ def required_of(value: Any, path: str) -> list[str]:
     return list(dict.fromkeys(text_of(name, path) for name in names))
 
 
-def types_of(value: Any, path: str) -> Any:
-    for kind in value if isinstance(value, list) else [value]:
-        one_of(*SCHEMA_TYPES)(kind, path)
-    return value
-
-
 LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # an empty value: as if left out
 # keyword -> the shape of its value
@@ -1769,7 +1761,9 @@ SCHEMA_CHECKS: Dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
                      "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), number_of),
     **dict.fromkeys(("$ref", "description", "title", "pattern", "format"), text_of),
-    "required": required_of, "enum": list_of, "type": types_of}
+    "required": required_of, "enum": list_of,
+    "type": lambda value, path: [schema_type_of(kind, path) for kind in value] if isinstance(value, list)
+    else schema_type_of(value, path)}
 
 
 def resolved(reference: str, root: dict) -> dict:
@@ -1784,14 +1778,14 @@ def merged_root(schema: dict, composition: str) -> dict:
     branches = [resolved(branch["$ref"], schema) if "$ref" in branch else branch
                 for branch in schema[composition] if isinstance(branch, dict)]
     objects = [branch for branch in branches if "object" in (branch.get("type", "object"), *listed(branch.get("type")))]
-    rooted = dict(without(schema, composition), type="object")
     properties, required = dict(schema.get("properties", {})), list(schema.get("required", ()))
     for branch in objects:
         for name, value in branch.get("properties", {}).items():
             properties.setdefault(name, value)
     demands = [set(branch.get("required", ())) for branch in objects] or [set()]
     shared = set.union(*demands) if composition == "allOf" else set.intersection(*demands)
-    rooted.update(properties=properties, required=required + sorted(shared - set(required)))
+    rooted = dict(without(schema, composition), type="object", properties=properties,
+                  required=required + sorted(shared - set(required)))
     if composition != "allOf":
         shapes = [{"properties": list(branch.get("properties", {})), "required": branch.get("required", [])}
                   for branch in objects]
@@ -2142,8 +2136,7 @@ class Call:
 class Turn:
     """One turn in the making: neighbours of the same role become one."""
     role: str
-    # of a user turn: LateSystem, and all but the tool results
-    blocks: List[Any] = dataclasses.field(default_factory=list)
+    blocks: List[Any] = dataclasses.field(default_factory=list)     # of the user: LateSystem too, but no tool results
     calls: List[Call] = dataclasses.field(default_factory=list)
 
 
@@ -2316,8 +2309,9 @@ class Conversation:
             before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
             blocks, late = self._of_user(turn.blocks, turns[at - 1].calls if at else [], before_assistant)
             if at == 0:
-                blocks = (blocks or text_blocks(CONTINUE)) if compacted else self.summary + blocks
-            add_turn(messages, "user", blocks or (text_blocks(START) if at == 0 else []))
+                blocks = blocks if compacted else self.summary + blocks
+                blocks = blocks or text_blocks(CONTINUE if compacted else START)
+            add_turn(messages, "user", blocks)
             add_turn(messages, "system", late)
         return messages
 
@@ -2395,15 +2389,6 @@ def signed_thinking(chat_message: dict) -> list[dict]:
     return blocks or [block for detail in joined.values() for block in thinking_block(detail, "text")]
 
 
-def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
-    """Name and arguments of an entry of `tool_calls`, and their path: a custom call has a bare string for them."""
-    if chat_call.get("custom") is None:
-        return chat_call.get("function"), path + ".function"
-    custom = object_of(chat_call["custom"], path + ".custom")
-    arguments = {"input": text_of(custom.get("input", ""), path + ".custom.input")}
-    return {"name": custom.get("name"), "arguments": arguments}, path + ".custom"
-
-
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
     """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.  Calls and results
@@ -2447,7 +2432,11 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
         blocks += refusal
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = text_at(chat_call, "id", where, "")
-        function, where = function_of_call(chat_call, where)
+        kind = "function" if chat_call.get("custom") is None else "custom"
+        function, where = chat_call.get(kind), "%s.%s" % (where, kind)
+        if kind == "custom":                        # the input is a bare string
+            given = text_of(object_of(function, where).get("input", ""), where + ".input")
+            function = {"name": chat_call["custom"].get("name"), "arguments": {"input": given}}
         if not raw_id:                              # legacy calls have none by right
             draft.changes.add("repaired", where, "a call without an id")
         blocks += marked([conversation.call(raw_id, function, where)], chat_call)
@@ -2738,8 +2727,8 @@ def asked_choice(fields: dict, changes: Changes) -> dict:
     return {"type": "tool", "name": name} if name else {"type": "any"}
 
 
-def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -> dict | None:
-    """Adds the tools that the client's choice leaves; returns `tool_choice`, None where it would change nothing."""
+def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -> dict:
+    """Adds the tools that the client's choice leaves; returns the choice among them as Claude's."""
     choice, tools = asked_choice(fields, draft.changes), draft.tools
     if "allowed" in choice:
         allowed = {draft.names.there(name) for name in choice.pop("allowed")}
@@ -2748,16 +2737,15 @@ def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -
             raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
                                  "invalid_value")
     tools = tools or tools_from_history(messages, draft)
-    if not tools:
-        return None
-    request["tools"] = tools
-    if not draft.tools:                             # stand-ins for a history's: not to be called
-        return {"type": "none"}
+    if tools:
+        request["tools"] = tools
+    if not draft.tools:                             # stand-ins for a history's are not to be called
+        return {"type": "none" if tools else "auto"}
     return tool_choice(choice, fields, draft)
 
 
-def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict | None:
-    """A choice among the tools with Claude's names; None where it would change nothing."""
+def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict:
+    """A choice among the tools with Claude's names."""
     if choice["type"] == WEB_SEARCH and draft.search:
         choice = {"type": "tool", "name": WEB_SEARCH}
     elif choice["type"] == WEB_SEARCH:
@@ -2771,7 +2759,7 @@ def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict | None:
         choice["name"] = draft.names.there(named.full_name)
     if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
-    return None if choice == {"type": "auto"} else choice
+    return choice
 
 
 def asked_format(fields: dict) -> tuple[str, dict, str]:
@@ -2791,7 +2779,7 @@ def asked_format(fields: dict) -> tuple[str, dict, str]:
     return "json_schema", checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
 
 
-def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict | None:
+def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
     """A forced tool without forcing: its schema as the answer format (the reply is handed back as the tool call), or
     else a plain instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
@@ -2806,8 +2794,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
             return {"type": "none"}
     draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
     draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in the prompt" % draft.model.id)
-    choice = dict(without(choice, "name"), type="auto")
-    return None if choice == {"type": "auto"} else choice
+    return dict(without(choice, "name"), type="auto")
 
 
 def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
@@ -2833,11 +2820,11 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
 VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in detail."}
 
 
-def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
+def answer_format(request: dict, fields: dict, choice: dict, draft: Draft) -> dict:
     """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it."""
     tools = request.get("tools", [])
     kind, schema, path = asked_format(fields)
-    if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
+    if choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
         if kind != "text":
             draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
@@ -2848,9 +2835,7 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
     verbosity = fields.get("verbosity") or fields.get("text", {}).get("verbosity")
-    if verbosity is not None:
-        verbosity_of(verbosity, "text.verbosity")
-    if verbosity in VERBOSITIES:
+    if verbosity is not None and verbosity_of(verbosity, "text.verbosity") in VERBOSITIES:
         draft.instructions.append(VERBOSITIES[verbosity])
     return choice
 
@@ -2872,7 +2857,7 @@ def messages_request(fields: dict, draft: Draft, conversation: Conversation, pre
     request: dict = {"model": draft.model.id, "max_tokens": min(limit or most, most), "stream": True}
     request.update(parameters_from_chat(fields, draft))
     choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
-    if choice:
+    if choice != {"type": "auto"}:
         request["tool_choice"] = choice
     think(request, reasoning_from_chat(fields), limit, messages, draft)
     if draft.compact:
