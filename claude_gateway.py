@@ -1805,8 +1805,7 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
         if isinstance(schema.get(composition), list):
             draft.changes.add("repaired", path, "%s at the root of the schema of %s" % (composition, name))
             schema = merged_root(schema, composition)
-    kind = schema.get("type", "object")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+    if "object" not in (schema.get("type", "object"), *listed(schema.get("type"))):
         raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
                              "invalid_value")
     schema = dict(schema, type="object",
@@ -1862,12 +1861,10 @@ class Subset:
         """The schema of one value.  `inside`: the references that led here, to find recursion."""
         if not isinstance(schema, dict):
             raise Unsupported("a schema that is no object")
-        reference = schema.get("$ref")
-        if reference is not None:
-            return self.reference(schema, reference, inside)
-        if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) == 1:
-            schema = dict(schema["allOf"][0], **{key: value for key, value in schema.items() if key != "allOf"})
-            return self.schema(schema, inside)
+        if schema.get("$ref") is not None:
+            return self.reference(schema, schema["$ref"], inside)
+        if len(listed(schema.get("allOf"))) == 1:
+            return self.schema(dict(schema["allOf"][0], **without(schema, "allOf")), inside)
         kept = {key: value for key, value in schema.items() if key in KEPT_KEYWORDS}
         notes = [self.keyword(key, value, kept) for key, value in schema.items() if key not in KEPT_KEYWORDS]
         if "enum" in kept and not all(isinstance(value, (str, int, float, bool, type(None))) for value in kept["enum"]):
