@@ -1204,6 +1204,17 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
 # What all parts of a request's translation share.  Pure, as the rooms down to Responses API are: dicts in, dicts out.
 
 
+def numbered(wanted: str, counts: dict[str, int]) -> str:
+    """A name that is not used yet: the wanted one, or that with a number.  `counts`: how often each was wanted."""
+    name, count = wanted, counts.get(wanted, 1)
+    while name in counts:
+        count += 1
+        name = "%s_%d" % (wanted, count)
+    counts[wanted] = count
+    counts.setdefault(name, 1)
+    return name
+
+
 class ToolNames:
     """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
     fits.  `more`: what it accepts beyond [A-Za-z0-9_-]."""
@@ -1213,20 +1224,16 @@ class ToolNames:
         self._unfit = re.compile(r"[^A-Za-z0-9_%s-]" % more)
         self._there = {name: name for name in declared if self._fit.match(name) and name not in taken}
         self._back = dict(self._there, **{name: name for name in taken})
-        self._counts: Dict[str, int] = {}           # how often a name was wanted
+        self._counts = dict.fromkeys(self._back, 1)
         for name in declared:
             self.there(name)
 
     def there(self, name: str) -> str:
         """The name that Claude gets for a client's tool; the same one throughout a request."""
         if name not in self._there:
-            fitted = fitting = name if self._fit.match(name) else (self._unfit.sub("_", name)[:58] or "tool")
-            count = self._counts.get(fitting, 1)
-            while fitted in self._back:
-                count += 1
-                fitted = "%s_%d" % (fitting, count)
-            self._counts[fitting] = count
-            self._there[name], self._back[fitted] = fitted, name
+            fitted = name if self._fit.match(name) else (self._unfit.sub("_", name)[:58] or "tool")
+            self._there[name] = fitted = numbered(fitted, self._counts)
+            self._back[fitted] = name
         return self._there[name]
 
     def back(self, name: str) -> str:
@@ -1249,26 +1256,6 @@ class ToolNames:
 def led_by_name(name: str, description: Any) -> str:
     """A description that begins with the name which it stood beside, where Claude gets another one."""
     return "%s: %s" % (name, description) if description and isinstance(description, str) else name
-
-
-class CallIds:
-    """Tool call ids as Claude accepts them: its alphabet, each one once in a whole conversation."""
-
-    def __init__(self) -> None:
-        self._used: Dict[str, int] = {}             # id -> how often it came
-
-    def use(self, raw: str) -> str:
-        """The id of one more call; the same history gives the same ids, so a longer one keeps its prefix."""
-        plain = re.sub(r"[^a-zA-Z0-9_-]", "_", raw)
-        if plain != raw or not plain:
-            plain = "%s_%s" % (plain[:48], hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:8])
-        unique, count = plain, self._used.get(plain, 1)
-        while unique in self._used:
-            count += 1
-            unique = "%s_%d" % (plain, count)
-        self._used[plain] = count
-        self._used.setdefault(unique, 1)
-        return unique
 
 
 def full_tool_name(namespace: str, name: str) -> str:
@@ -1297,8 +1284,7 @@ class Recall(NamedTuple):
     answer: Callable[[Sequence[str]], Optional[List[dict]]] = lambda call_ids: None
     # the tools that the request had whose answer made one of these calls, as Claude got them
     tools: Callable[[Sequence[str]], List[dict]] = lambda call_ids: []
-    # whether Claude refused a thinking block, by its mark
-    refused: Callable[[str], bool] = lambda mark: False
+    refused: Callable[[str], bool] = lambda mark: False     # whether Claude refused a thinking block, by its mark
 
 
 class Draft:
@@ -1310,12 +1296,12 @@ class Draft:
         self.changes = changes
         self.declared = declared                    # the client's tools
         self.search = search                        # Claude's web search, if it is wanted
+        self.tools = list(search)                   # of the Messages request
         self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
         self.plan = ReplyPlan(self.names, [tool.full_name for tool in declared if tool.custom],
                               {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
         self.recall = recall or Recall()
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
-        self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
         self.compact = False                        # a summary of the conversation is wanted, not an answer
 
@@ -1345,22 +1331,18 @@ class Translation(NamedTuple):
 
 MOST_BREAKPOINTS = 4
 THINKING = ("thinking", "redacted_thinking")        # types of blocks that carry no mark
-EPHEMERAL = {"type": "ephemeral"}
+MARK, MARK_OF_AN_HOUR = {"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}
+ABOUT_AN_HOUR = ("30m", "1h", "12h", "24h")         # OpenAI's lifetimes that are nearest to Claude's 1h
 
 
 def mark_from(part: dict) -> dict:
     """The cache mark on a part, message, tool or call: Anthropic's `cache_control` or OpenAI's breakpoint."""
     mark, breakpoint_ = part.get("cache_control"), part.get("prompt_cache_breakpoint")
     if isinstance(mark, dict) and mark.get("type") == "ephemeral":
-        return dict(EPHEMERAL, ttl="1h") if mark.get("ttl") == "1h" else EPHEMERAL
+        return MARK_OF_AN_HOUR if mark.get("ttl") == "1h" else MARK
     if isinstance(breakpoint_, dict):
-        return dict(EPHEMERAL, ttl="1h") if ttl_from_openai(breakpoint_) else EPHEMERAL
+        return MARK_OF_AN_HOUR if breakpoint_.get("ttl") in ABOUT_AN_HOUR else MARK
     return {}
-
-
-def ttl_from_openai(options: Any) -> str | None:
-    """OpenAI's "30m" and "12h" are nearest to Claude's "1h"."""
-    return "1h" if isinstance(options, dict) and options.get("ttl") in ("30m", "1h", "12h", "24h") else None
 
 
 def marked(blocks: list[dict], part: dict) -> list[dict]:
@@ -1371,63 +1353,52 @@ def marked(blocks: list[dict], part: dict) -> list[dict]:
     return blocks
 
 
-def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) -> None:
-    """At most four cache marks: the client's own, and ours in the free slots.
-
-    Ours end the last turn, the turn that the request before this one ended with (so that its cache is found
-    even when a long agent turn lies between: Claude looks back only 20 blocks), the system text and the tools.
-    """
-    marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
-    surplus = len(marked_blocks) - MOST_BREAKPOINTS
-    if surplus > 0:                                 # the first in line are tools and system; drop the oldest turns
-        in_front = {id(block) for name in ("tools", "system") for block in request.get(name, ())}
-        of_messages = [block for block in marked_blocks if id(block) not in in_front]
-        for block in (of_messages + marked_blocks)[:surplus]:
+def place_breakpoints(request: dict, fields: dict, ours: bool, draft: Draft) -> None:
+    """At most four cache marks: the client's own, and ours in the free slots.  Ours end the last turn, the turn that
+    the request before this one ended with (so that its cache is found even when a long agent turn lies between: Claude
+    looks back only 20 blocks), the system text and the tools."""
+    in_front, in_turns = marked_blocks(request)
+    surplus = len(in_front) + len(in_turns) - MOST_BREAKPOINTS
+    if surplus > 0:
+        for block in (in_turns + in_front)[:surplus]:
             del block["cache_control"]
         draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
-    if ours:
-        mark = dict(EPHEMERAL, ttl=ttl) if ttl else EPHEMERAL
+    options = fields.get("prompt_cache_options") or {}
+    if ours and options.get("mode") != "explicit":
+        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark_from(fields) or MARK
         wanted = our_breakpoints(request, bool(draft.instructions))
         for block in [block for block in wanted if "cache_control" not in block][:max(0, -surplus)]:
             block["cache_control"] = dict(mark)
-    if marked_blocks:                               # ours alone share one lifetime
-        order_lifetimes(request)
+    if in_front or in_turns:                        # ours alone share one lifetime
+        mark = MARK
+        for block in reversed(sum(marked_blocks(request), [])):     # one of 1h may not follow one of 5m
+            mark = MARK_OF_AN_HOUR if "ttl" in block["cache_control"] else mark
+            block["cache_control"] = dict(mark)
 
 
-def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
+def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     """The blocks worth a mark, the most useful first."""
     messages = request["messages"]
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
     asked = max([at for at in range(1, last + 1) if messages[at]["role"] == "assistant"], default=0)
-    for at in dict.fromkeys((last, asked - 1)):
-        if at >= 0:
-            block = messages[at]["content"][-1]
-            if block["type"] not in THINKING:
-                yield block
-    for name in ("system", "tools"):
-        if request.get(name):
-            yield request[name][-1]
+    ends = [messages[at]["content"][-1] for at in dict.fromkeys((last, asked - 1)) if at >= 0]
+    ends = [block for block in ends if block["type"] not in THINKING]
+    return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
 
 
-def cacheable_blocks(request: dict) -> Iterator[dict]:
-    """Every block that may carry a mark, in the order of the prompt."""
-    yield from request.get("tools", ())
-    yield from request.get("system", ())
+def marked_blocks(request: dict) -> tuple[list[dict], list[dict]]:
+    """The blocks with a mark, in the order of the prompt: of tools and system text, and of the turns."""
+    turns: list[dict] = []
     for message in request["messages"]:
         for block in message["content"]:
-            if block["type"] == "tool_result" and isinstance(block.get("content"), list):
-                yield from block["content"]
-            yield block
-
-
-def order_lifetimes(request: dict) -> None:
-    """A mark of 1h may not follow one of 5m: the ones before the last 1h get 1h too."""
-    marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
-    long_lived = [at for at, block in enumerate(marked_blocks) if block["cache_control"].get("ttl") == "1h"]
-    for block in marked_blocks[:long_lived[-1]] if long_lived else ():
-        block["cache_control"] = dict(EPHEMERAL, ttl="1h")
+            if block["type"] == "tool_result":
+                turns += listed(block.get("content"))
+            turns.append(block)
+    in_front = request.get("tools", []) + request.get("system", [])
+    return ([block for block in in_front if "cache_control" in block],
+            [block for block in turns if "cache_control" in block])
 
 
 # ---- Content -----------------------------------------------------------------------------------------
@@ -1452,14 +1423,13 @@ def media_type_of(start: bytes) -> str:
     return next((media_type for magic, media_type in MAGIC_BYTES if re.match(magic, start)), "")
 
 
-def titled(block: dict, title: str) -> dict:
-    return dict(block, title=title[:500]) if title.strip() else block
+def document(source: dict, title: str) -> list[dict]:
+    block = {"type": "document", "source": source}
+    return [dict(block, title=title[:500]) if title.strip() else block]
 
 
 def text_document(text: str, title: str) -> list[dict]:
-    if not text.strip():
-        return []
-    return [titled({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": text}}, title)]
+    return document({"type": "text", "media_type": "text/plain", "data": text}, title) if text.strip() else []
 
 
 def private_literal(host: str) -> bool:
@@ -1483,11 +1453,9 @@ def checked_url(url: str, path: str) -> str:
     if not HTTP_URL.match(url):
         raise InvalidRequest("%s: %r: expected an http or https address or a data URL." % (path, url[:200]), path,
                              "invalid_image_url")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError:
-        host = ""
+    host = ""
+    with contextlib.suppress(ValueError):
+        host = urllib.parse.urlsplit(url).hostname or ""
     in_brackets = "[" in url.partition("//")[2].partition("/")[0]
     if not host or in_brackets and ":" not in host or is_loopback_host(host) or private_literal(host):
         raise InvalidRequest("%s: %r: addresses of this machine or a private network are not fetched." %
@@ -1504,13 +1472,13 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
     found = media_type_of(base64.b64decode(data[:2_000]))
     declared = {"image/jpg": "image/jpeg"}.get(declared, declared)      # a common spelling, not a mistake
+    source = {"type": "base64", "media_type": found, "data": data}
     if found == "application/pdf":
-        source = {"type": "base64", "media_type": found, "data": data}
-        return [titled({"type": "document", "source": source}, title)]
+        return document(source, title)
     if found:
         if declared not in ("", found):
-            draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared or "the image", found))
-        return [{"type": "image", "source": {"type": "base64", "media_type": found, "data": data}}]
+            draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared, found))
+        return [{"type": "image", "source": source}]
     with contextlib.suppress(UnicodeDecodeError):
         text = base64.b64decode(data).decode("utf-8-sig")
         if "\0" not in text:
@@ -1527,21 +1495,16 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
     """A data URL or bare base64 as what it holds, a web address as a source that Claude fetches."""
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
-        media_type = head.split(";")[0].strip().lower()
         if not comma:
             raise InvalidRequest("%s: a data URL needs a comma before its data." % path, path, "invalid_value")
+        data = urllib.parse.unquote(data) if "%" in data else data
         if head.lower().endswith(";base64"):
-            return blocks_from_base64(urllib.parse.unquote(data) if "%" in data else data, media_type, title, path,
-                                      draft)
-        return text_document(urllib.parse.unquote(data), title)
+            return blocks_from_base64(data, head.split(";")[0].strip().lower(), title, path, draft)
+        return text_document(data, title)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) or not re.match(r"[A-Za-z0-9+/_=\s-]{40,}\Z", url):
-        block = {"type": kind, "source": {"type": "url", "url": checked_url(url, path)}}
-        return [titled(block, title) if kind == "document" else block]
+        source = {"type": "url", "url": checked_url(url, path)}
+        return document(source, title) if kind == "document" else [{"type": kind, "source": source}]
     return blocks_from_base64(url, "", title, path, draft)
-
-
-def text_part(name: str) -> Callable[[dict, str, Draft], list[dict]]:
-    return lambda part, path, draft: text_blocks(text_at(part, name, path))
 
 
 def no_stored_files(path: str) -> InvalidRequest:
@@ -1596,11 +1559,9 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
     raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
 
 
-def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
-    def refuse(part: dict, path: str, draft: Draft) -> list[dict]:
-        raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (path, what),
-                             path, "unsupported_value")
-    return refuse
+def refused_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (
+        path, "video" if part["type"] == "video_url" else "sound"), path, "unsupported_value")
 
 
 def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
@@ -1614,10 +1575,11 @@ def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
 
 
 PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
-    **dict.fromkeys(("text", "input_text", "output_text"), text_part("text")), "refusal": text_part("refusal"),
-    "image_url": image_part, "input_image": image_part, "image": image_part,
-    "file": file_part, "input_file": file_part, "document": file_part, "document_url": file_part,
-    "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), lambda part, path, draft: text_blocks(
+        text_at(part, "refusal" if part.get("type") == "refusal" else "text", path))),
+    **dict.fromkeys(("image_url", "input_image", "image"), image_part),
+    **dict.fromkeys(("file", "input_file", "document", "document_url"), file_part),
+    **dict.fromkeys(("input_audio", "audio", "video_url"), refused_part),
     **dict.fromkeys(THINKING, lambda part, path, draft: thinking_block(part)),
     **dict.fromkeys(("reasoning", "reasoning_text"), lambda part, path, draft: []),     # it is not Claude's
 }
@@ -1627,23 +1589,21 @@ MALFORMED = ("invalid_type", "missing_required_parameter")      # codes of a par
 
 
 def content_parts(content: Any, path: str) -> list[tuple[str, dict]]:
-    """The parts of a message's content, which may be a string or a list of them, each with its path."""
-    if content is None or isinstance(content, str):
-        return [(path, {"type": "text", "text": content})] if content else []
+    """The parts of a message's content that is no string, each with its path."""
     return [(where, {"type": "text", "text": part} if isinstance(part, str) else object_of(part, where))
-            for where, part in entries_of(content, path, anything)]
+            for where, part in entries_of([] if content is None else content, path, anything)]
 
 
-def blocks_from_content(content: Any, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
+def blocks_from_content(content: Any, path: str, draft: Draft) -> list[dict]:
     """The content of a message as content blocks without empty texts."""
-    return [block for where, part in content_parts(content, path)
-            for block in blocks_from_part(part, where, draft, assistant)]
+    if isinstance(content, str):
+        return text_blocks(content)
+    return [block for where, part in content_parts(content, path) for block in blocks_from_part(part, where, draft)]
 
 
 def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
     """One content part.  Media that Claude refuses are an error only where the client can still take them back."""
-    kind = part.get("type", "text" if "text" in part else None)
-    translate = PARTS.get(kind) if isinstance(kind, str) else None
+    translate = PARTS.get(str(part.get("type", "text" if "text" in part else "")))
     if translate in (image_part, file_part) and part.get("source") is not None:
         translate = source_part
     if translate is None:
@@ -1694,7 +1654,7 @@ def content_of_result(content: Any, path: str, draft: Draft) -> Any:
 # ---- Tool schemas ------------------------------------------------------------------------------------
 # JSON Schema as Claude accepts it, and the subset of it that Claude compiles.
 
-SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+schema_type_of = one_of("object", "array", "string", "number", "integer", "boolean", "null")
 
 
 def path_in_schema(path: str, name: str) -> str:
@@ -1726,12 +1686,6 @@ def required_of(value: Any, path: str) -> list[str]:
     return list(dict.fromkeys(text_of(name, path) for name in names))
 
 
-def types_of(value: Any, path: str) -> Any:
-    for kind in value if isinstance(value, list) else [value]:
-        one_of(*SCHEMA_TYPES)(kind, path)
-    return value
-
-
 LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # an empty value: as if left out
 # keyword -> the shape of its value
@@ -1744,15 +1698,15 @@ SCHEMA_CHECKS: Dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
                      "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), number_of),
     **dict.fromkeys(("$ref", "description", "title", "pattern", "format"), text_of),
-    "required": required_of, "enum": list_of, "type": types_of}
+    "required": required_of, "enum": list_of,
+    "type": lambda value, path: [schema_type_of(kind, path) for kind in value] if isinstance(value, list)
+    else schema_type_of(value, path)}
 
 
 def resolved(reference: str, root: dict) -> dict:
     """The part of a schema that a local `$ref` names ({} where there is none); RFC 6901 pointers."""
-    value: Any = root
-    for step in reference.lstrip("#").split("/")[1:]:
-        step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
-        value = value.get(step) if isinstance(value, dict) else None
+    steps = [urllib.parse.unquote(step) for step in reference.lstrip("#").split("/")[1:]]
+    value = value_in(root, *[step.replace("~1", "/").replace("~0", "~") for step in steps])
     return value if isinstance(value, dict) else {}
 
 
@@ -1760,16 +1714,15 @@ def merged_root(schema: dict, composition: str) -> dict:
     """A root union as one object: every branch's properties; required is what all branches (allOf: any) require."""
     branches = [resolved(branch["$ref"], schema) if "$ref" in branch else branch
                 for branch in schema[composition] if isinstance(branch, dict)]
-    objects = [branch for branch in branches if "object" in listed(branch.get("type")) or
-               branch.get("type", "object") == "object"]
-    rooted = dict(without(schema, composition), type="object")
+    objects = [branch for branch in branches if "object" in (branch.get("type", "object"), *listed(branch.get("type")))]
     properties, required = dict(schema.get("properties", {})), list(schema.get("required", ()))
     for branch in objects:
         for name, value in branch.get("properties", {}).items():
             properties.setdefault(name, value)
     demands = [set(branch.get("required", ())) for branch in objects] or [set()]
     shared = set.union(*demands) if composition == "allOf" else set.intersection(*demands)
-    rooted.update(properties=properties, required=required + sorted(shared - set(required)))
+    rooted = dict(without(schema, composition), type="object", properties=properties,
+                  required=required + sorted(shared - set(required)))
     if composition != "allOf":
         shapes = [{"properties": list(branch.get("properties", {})), "required": branch.get("required", [])}
                   for branch in objects]
@@ -1789,8 +1742,7 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
         if isinstance(schema.get(composition), list):
             draft.changes.add("repaired", path, "%s at the root of the schema of %s" % (composition, name))
             schema = merged_root(schema, composition)
-    kind = schema.get("type", "object")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+    if "object" not in (schema.get("type", "object"), *listed(schema.get("type"))):
         raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
                              "invalid_value")
     schema = dict(schema, type="object",
@@ -1815,15 +1767,16 @@ class Subset:
     """Brings one schema into the subset that Claude compiles; counts what it limits.  Raises Unsupported."""
     DEFINITION = re.compile(r"#/(\$defs|definitions)/([\w.-]+)\Z")
 
-    def __init__(self, root: dict) -> None:
+    def __init__(self, root: dict, others: Sequence[Subset] = ()) -> None:
         self.root = root
+        self._others = others                       # that Claude compiles together with this one
         self.optional = self.unions = 0
-        self.moved: List[str] = []                  # keywords that went into a description
+        self.moved: Dict[str, None] = {}            # keywords that went into a description
         self._definitions: Dict[str, dict] = {}     # those in use, by their reference
         self._written_out = 0
 
-    def whole(self) -> dict:
-        """The converted schema, with the definitions that it uses."""
+    def whole(self, as_it_is: bool = False) -> dict:
+        """The converted schema, with the definitions that it uses.  `as_it_is`: nothing may go into a description."""
         try:
             converted = self.schema(without(self.root, "$defs", "definitions"))
         except RecursionError:
@@ -1833,18 +1786,22 @@ class Subset:
         for reference, definition in self._definitions.items():
             group, name = reference[2:].split("/", 1)
             converted.setdefault(group, {})[name] = definition
+        if as_it_is and self.moved:
+            raise Unsupported(", ".join(self.moved))
+        together = [*self._others, self]
+        if len(together) > MOST_STRICT_TOOLS or sum(each.optional for each in together) > MOST_OPTIONAL or \
+                sum(each.unions for each in together) > MOST_UNIONS:
+            raise Unsupported("more than Claude compiles in one request")
         return converted
 
     def schema(self, schema: Any, inside: tuple[str, ...] = ()) -> dict:
         """The schema of one value.  `inside`: the references that led here, to find recursion."""
         if not isinstance(schema, dict):
             raise Unsupported("a schema that is no object")
-        reference = schema.get("$ref")
-        if reference is not None:
-            return self.reference(schema, reference, inside)
-        if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) == 1:
-            schema = dict(schema["allOf"][0], **{key: value for key, value in schema.items() if key != "allOf"})
-            return self.schema(schema, inside)
+        if schema.get("$ref") is not None:
+            return self.reference(schema, schema["$ref"], inside)
+        if len(listed(schema.get("allOf"))) == 1:
+            return self.schema(dict(schema["allOf"][0], **without(schema, "allOf")), inside)
         kept = {key: value for key, value in schema.items() if key in KEPT_KEYWORDS}
         notes = [self.keyword(key, value, kept) for key, value in schema.items() if key not in KEPT_KEYWORDS]
         if "enum" in kept and not all(isinstance(value, (str, int, float, bool, type(None))) for value in kept["enum"]):
@@ -1861,8 +1818,7 @@ class Subset:
         return kept
 
     def branches(self, schema: dict, kept: dict, inside: tuple[str, ...]) -> None:
-        if isinstance(schema.get("type"), list) and len(schema["type"]) > 1:
-            self.unions += 1
+        self.unions += len(listed(schema.get("type"))) > 1
         for composition in ("anyOf", "oneOf", "allOf"):
             if composition in schema:
                 branches = [self.schema(branch, inside) for branch in schema[composition]]
@@ -1906,28 +1862,8 @@ class Subset:
                 key == "pattern" and isinstance(value, str) and not re.search(r"\(\?|\\[1-9bB]", value):
             kept[key] = value
             return ""
-        self.moved.append(key)
+        self.moved[key] = None
         return "%s: %s" % (key, json.dumps(value, ensure_ascii=False))
-
-
-class StrictBudget:
-    """Brings the strict schemas of one request into the subset, as many as Claude compiles together."""
-
-    def __init__(self) -> None:
-        self._tools = self._optional = self._unions = 0
-
-    def compiled(self, schema: dict, as_it_is: bool = False) -> tuple[dict, list[str]]:
-        """A schema in the subset, and the keywords that went into descriptions.  Raises Unsupported."""
-        subset = Subset(schema)
-        converted, moved = subset.whole(), list(dict.fromkeys(subset.moved))
-        if as_it_is and moved:
-            raise Unsupported(", ".join(moved))
-        tools, optional = self._tools + 1, self._optional + subset.optional
-        unions = self._unions + subset.unions
-        if tools > MOST_STRICT_TOOLS or optional > MOST_OPTIONAL or unions > MOST_UNIONS:
-            raise Unsupported("more than Claude compiles in one request")
-        self._tools, self._optional, self._unions = tools, optional, unions
-        return converted, moved
 
 
 # ---- Tools -------------------------------------------------------------------------------------------
@@ -1935,31 +1871,16 @@ class StrictBudget:
 
 WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
-
-
-def tool_entries(fields: dict) -> list[tuple[str, dict]]:
-    """Every tool of a request with its path, from `tools` and the legacy `functions`."""
-    return [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
-
-
-def uses_functions(fields: dict) -> bool:
-    """Whether the client declares its tools in the legacy `functions` only."""
-    return bool(fields.get("functions")) and not fields.get("tools")
-
-
+WEB_SEARCH_TYPES = re.compile("(openrouter:)?web_search")       # of the tools that ask for it
 # Types of hosted tools for which Claude has one of its own.
 CLAUDE_HOSTED = re.compile("web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|memory|advisor")
 
 
 def why_no_tool(kind: Any) -> str:
     """Why a hosted tool is left out."""
-    if isinstance(kind, str) and CLAUDE_HOSTED.match(kind):
+    if CLAUDE_HOSTED.match(str(kind)):
         return "tools of type %s are not translated here" % json.dumps(kind)
     return "Claude has no tool of type %s" % json.dumps(kind)
-
-
-def is_web_search(kind: Any) -> bool:
-    return isinstance(kind, str) and re.match(r"(openrouter:)?web_search", kind) is not None
 
 
 def declared_function(tool: dict, path: str, namespace: str) -> Declared:
@@ -1998,7 +1919,7 @@ def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) ->
         return [declared_custom(tool, path, namespace)]
     if kind in ("function", "custom"):
         return [declared_function(tool, path, namespace)]
-    if not is_web_search(kind):
+    if not WEB_SEARCH_TYPES.match(str(kind)):
         changes.add("dropped", path, why_no_tool(kind))
     return []
 
@@ -2014,13 +1935,14 @@ def declared_tools(entries: Iterable[tuple[str, dict]], changes: Changes, namesp
     return list(first.values())
 
 
-def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: Draft) -> None:
+def add_strictness(tool: dict, others: list[Subset], declared: Declared, draft: Draft) -> None:
     """`strict` stays where the schema is in the subset as it is, so that nothing of it is lost."""
     try:
         if not draft.model.strict_tools:
             raise Unsupported("Claude could not compile the schemas of this request")
-        tool["input_schema"], _ = budget.compiled(tool["input_schema"], as_it_is=True)
-        tool["strict"] = True
+        subset = Subset(tool["input_schema"], others)
+        tool.update(input_schema=subset.whole(as_it_is=True), strict=True)
+        others.append(subset)
     except Unsupported as reason:
         draft.changes.add("dropped", declared.path + ".strict", str(reason))
 
@@ -2041,34 +1963,32 @@ def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
 
 def tools_from_declared(draft: Draft) -> list[dict]:
     """The client's tools as `tools` of the Messages request, in its order."""
-    tools, strict_budget = [], StrictBudget()
+    tools: list[dict] = []
+    strict: list[Subset] = []
     for entry in draft.declared:
         name = draft.names.there(entry.full_name)
         if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
         schema = with_fitting_names(schema, entry, draft)
-        description = entry.description
-        if not entry.name.isascii():                # of which little or nothing is left
-            description = led_by_name(entry.name, description)
+        # of a name that is not ASCII little or nothing is left
+        description = entry.description if entry.name.isascii() else led_by_name(entry.name, entry.description)
         tool = dict({"name": name, "description": description} if description else {"name": name}, input_schema=schema)
         if entry.strict:
-            add_strictness(tool, strict_budget, entry, draft)
+            add_strictness(tool, strict, entry, draft)
         tools += marked([tool], entry.part)
     return tools
 
 
 def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
-    options = fields.get("web_search_options")
-    path = "web_search_options"
+    path, options, most = "web_search_options", fields.get("web_search_options"), fields.get("max_tool_calls")
     for where, tool in entries:
-        if options is None and is_web_search(tool.get("type")):
-            options, path = tool, where
-    most = fields.get("max_tool_calls")
-    if options is None and most is not None:
-        changes.add("dropped", "max_tool_calls", "only web searches can be limited")
+        if options is None and WEB_SEARCH_TYPES.match(str(tool.get("type"))):
+            path, options = where, tool
     if options is None:
+        if most is not None:
+            changes.add("dropped", "max_tool_calls", "only web searches can be limited")
         return []
     obstacle = ("%s has no web search" % model.id if not model.web_search else
                 "Claude has no cached index" if options.get("external_web_access") is False else
@@ -2076,8 +1996,7 @@ def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Mo
     if obstacle:
         changes.add("dropped", path, obstacle)
         return []
-    size = options.get("search_context_size") or "medium"
-    one_of(*WEB_SEARCH_USES)(size, path + ".search_context_size")
+    size = one_of(*WEB_SEARCH_USES)(options.get("search_context_size") or "medium", path + ".search_context_size")
     uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
     tool.update(search_domains(options, path, changes))
@@ -2105,11 +2024,22 @@ def search_domains(options: dict, path: str, changes: Changes) -> dict:
     return lists
 
 
-def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
-    """The tools that a history uses, where the request defines none: Claude insists.
+def draft_from(fields: dict, model: Model, changes: Changes, recall: Recall | None,
+               more: Iterable[tuple[str, dict]] = ()) -> Draft:
+    """The draft of a request, with the tools of `tools` and the legacy `functions`, and more tools."""
+    entries = [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
+    entries += more
+    declared = declared_tools(entries, changes) if entries else []
+    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
+    if declared:
+        draft.tools = tools_from_declared(draft) + draft.tools
+    draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
+    return draft
 
-    They are as this conversation had them last, for thinking is signed and cached with them, or else bare.
-    """
+
+def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
+    """The tools that a history uses, where the request defines none: Claude insists.  They are as this conversation had
+    them last, for thinking is signed and cached with them, or else bare."""
     calls = [block for message in messages for block in message["content"] if block["type"] == "tool_use"]
     if not calls:
         return []
@@ -2129,23 +2059,21 @@ NO_RESULT = "(no result available)"
 chat_role_of = one_of("system", "developer", "user", "assistant", "tool", "function")
 
 
+@dataclasses.dataclass
 class Call:
-    """One tool call of the history, waiting for its result."""
-
-    def __init__(self, raw_id: str, call_id: str, name: str, turn: Turn) -> None:
-        self.raw_id, self.call_id, self.name, self.turn = raw_id, call_id, name, turn
-        self.result: Optional[dict] = None
+    """One tool call of the history, with its result: one that says there is none until it is answered."""
+    raw_id: str
+    turn: Turn
+    result: dict
+    answered: bool = False
 
 
 @dataclasses.dataclass
 class Turn:
     """One turn in the making: neighbours of the same role become one."""
     role: str
-    # of a user turn: LateSystem, and all but the tool results
-    blocks: List[Any] = dataclasses.field(default_factory=list)
+    blocks: List[Any] = dataclasses.field(default_factory=list)     # of the user: LateSystem too, but no tool results
     calls: List[Call] = dataclasses.field(default_factory=list)
-    # calls that may lack a result, by name, and all of them by ""
-    waiting: Dict[str, Deque[Call]] = dataclasses.field(default_factory=dict)
 
 
 def closed(fragment: str) -> str:
@@ -2209,20 +2137,23 @@ def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
 
 
 def has_compaction(blocks: list[dict]) -> bool:
-    return any(block["type"] == "compaction" for block in blocks)
+    return "compaction" in [block["type"] for block in blocks]
 
 
-def merged(messages: list[dict]) -> list[dict]:
-    """Neighbours of one role as one message (an empty turn between them has gone)."""
-    kept: list[dict] = []
-    calls_open = False
-    for message in messages:
-        if kept and kept[-1]["role"] == message["role"] and not calls_open:
-            kept[-1]["content"] += message["content"]
-        else:
-            kept.append(message)
-        calls_open = "tool_use" in [block["type"] for block in message["content"]]
-    return kept
+def add_turn(messages: list[dict], role: str, blocks: list[dict]) -> None:
+    """Adds a message, or its blocks to the last one where that has the same role; an empty one is left out."""
+    if blocks and messages and messages[-1]["role"] == role:
+        messages[-1]["content"] += blocks
+    elif blocks:
+        messages.append({"role": role, "content": blocks})
+
+
+def fitting_call_id(raw: str) -> str:
+    """A tool call's id in Claude's alphabet; the same history gives the same ids, so a longer one keeps its prefix."""
+    plain = re.sub(r"[^a-zA-Z0-9_-]", "_", raw)
+    if plain == raw:
+        return plain
+    return "%s_%s" % (plain[:48], hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:8])
 
 
 class LateSystem(NamedTuple):
@@ -2237,7 +2168,9 @@ class Conversation:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._turns: List[Turn] = []
-        self._answerable: Dict[str, Deque[Call]] = {}       # by the client's id: the calls of the latest turn with it
+        # by the client's id, by name, and all by no name: the calls of the latest turn with one such
+        self._calls: Dict[Tuple[str, str], Deque[Call]] = {}
+        self._call_ids: Dict[str, int] = {}         # how often each was wanted
         self.system: List[dict] = []
         self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
 
@@ -2254,29 +2187,26 @@ class Conversation:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
         name = self._draft.names.there(text_at(function, "name", path))
-        turn = self._turn("assistant")
-        call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name, turn)
+        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self._call_ids)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
-        tool_use = {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
+        tool_use = {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
         turn.blocks.append(tool_use)
+        missing = {"type": "tool_result", "tool_use_id": call_id, "content": NO_RESULT, "is_error": True}
+        call = Call(raw_id, turn, missing)
         turn.calls.append(call)
-        for key in (name, ""):
-            turn.waiting.setdefault(key, collections.deque()).append(call)
-        same_id = self._answerable.get(raw_id)
-        if same_id is None or same_id[0].turn is not turn:
-            same_id = self._answerable[raw_id] = collections.deque()
-        same_id.append(call)
+        for key in (("id", raw_id), ("name", name), ("name", "")):
+            if not self._calls.get(key) or self._calls[key][0].turn is not turn:
+                self._calls[key] = collections.deque()
+            self._calls[key].append(call)
         return tool_use
 
     def result(self, raw_id: str, name: Any, content: Any, path: str, given: dict) -> None:
-        """A tool's result: to the call it answers, or as text where there is none.
-
-        `given`: the message, item or part, for its cache mark and what else it says of the result.
-        """
+        """A tool's result: to the call it answers, or as text where there is none.  `given`: the message, item or part,
+        for its cache mark and what else it says of the result."""
         latest = next((turn for turn in reversed(self._turns) if turn.role == "assistant"), None)
-        call = self._answered(raw_id) if raw_id else self._unanswered(latest, name)
+        call = self._answered(raw_id, name, latest)
         if call and call.turn is not latest:
             self._draft.changes.add("repaired", path, "a late result moved up to its call")
         user = self._turn("user")
@@ -2286,9 +2216,9 @@ class Conversation:
             user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id"))
             user.blocks += text_blocks(content) if isinstance(content, str) else content
             return
-        if call.result is not None:
+        if call.answered:
             self._draft.changes.add("repaired", path, "a second result of one call replaces the first")
-        call.result = {"type": "tool_result", "tool_use_id": call.call_id}
+        call.answered, call.result = True, without(call.result, "content", "is_error", "cache_control")
         if content.strip() if isinstance(content, str) else content:
             call.result["content"] = content
         if given.get("is_error") is True and all(block["type"] == "text" for block in listed(content)):
@@ -2298,38 +2228,28 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
-        first = [{"role": "assistant", "content": self.summary}] if has_compaction(self.summary) else []
-        if turns and turns[0].role == "assistant" and not self.summary:
+        messages: list[dict] = []
+        compacted = has_compaction(self.summary)
+        if compacted:
+            add_turn(messages, "assistant", self.summary)
+        elif turns and turns[0].role == "assistant" and not self.summary:
             self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
         if not turns or turns[0].role == "assistant":
             turns.insert(0, Turn("user"))
         if turns[-1].calls:
             turns.append(Turn("user"))              # for the results, which are all missing
-        messages: list[dict] = []
         for at, turn in enumerate(turns):
             if turn.role == "assistant":
-                messages.append({"role": "assistant", "content": self._replayed(turn)})
+                add_turn(messages, "assistant", self._replayed(turn))
                 continue
-            results = self._results(turns[at - 1].calls) if at else []
             before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
-            late = self._late_system(turn.blocks, bool(results), before_assistant)
-            rest = turn.blocks[:len(turn.blocks) - len(late)]
-            if LateSystem in map(type, rest):
-                self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
-                rest = [dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
-                        if isinstance(block, LateSystem) else block for block in rest]
-            blocks = results + rest
-            if at == 0 and not first:
-                blocks = self.summary + blocks
-            if not blocks and at == 0:
-                blocks = text_blocks(CONTINUE if first else START)
-            if blocks:
-                messages.append({"role": "user", "content": blocks})
-            if late:
-                messages.append({"role": "system", "content": late})
-        for message in messages:
-            message["content"] = without_refused(message["content"], self._draft.recall)
-        return first + merged([message for message in messages if message["content"]])
+            blocks, late = self._of_user(turn.blocks, turns[at - 1].calls if at else [], before_assistant)
+            if at == 0:
+                blocks = blocks if compacted else self.summary + blocks
+                blocks = blocks or text_blocks(CONTINUE if compacted else START)
+            add_turn(messages, "user", blocks)
+            add_turn(messages, "system", late)
+        return messages
 
     def _turn(self, role: str) -> Turn:
         """The turn that something of this role belongs to: the last one, or a new one."""
@@ -2337,50 +2257,51 @@ class Conversation:
             self._turns.append(Turn(role))
         return self._turns[-1]
 
-    def _answered(self, raw_id: str) -> Call | None:
-        """The call of this id; several in one turn are answered one after the other, the last one again and again."""
-        calls = self._answerable.get(raw_id)
-        return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
-
-    def _unanswered(self, turn: Turn | None, name: Any) -> Call | None:
-        """The call that a result without an id answers: the first open one of its name, else the first open one."""
+    def _answered(self, raw_id: str, name: Any, latest: Turn | None) -> Call | None:
+        """The call of this id (several in one turn are answered one after the other, the last one again and again);
+        without an id the first open one of this name in the latest turn, else the first open one there."""
+        if raw_id:
+            calls = self._calls.get(("id", raw_id))
+            return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
         for key in (self._draft.names.there(name) if isinstance(name, str) else "", ""):
-            calls = turn.waiting.get(key) if turn else None
-            while calls and calls[0].result is not None:
+            calls = self._calls.get(("name", key))
+            while calls and calls[0].answered:
                 calls.popleft()
-            if calls:
+            if calls and calls[0].turn is latest:
                 return calls[0]
         return None
 
     def _replayed(self, turn: Turn) -> list[dict]:
-        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
-        earlier = self._draft.recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
-        if not earlier or any(block["type"] in THINKING for block in turn.blocks) or \
-                not same_answer(earlier, turn.blocks):
-            return turn.blocks
-        searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
-        return turn.blocks if searched and not self._draft.search else marked(earlier, turn.blocks[-1])
+        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it;
+        without the thinking that Claude refused earlier."""
+        recall, blocks = self._draft.recall, turn.blocks
+        earlier = recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
+        if earlier and not any(block["type"] in THINKING for block in blocks) and same_answer(earlier, blocks):
+            searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
+            blocks = blocks if searched and not self._draft.search else marked(earlier, blocks[-1])
+        return [block for block, mark in zip(blocks, thinking_marks(blocks)) if not mark or not recall.refused(mark)]
 
-    def _results(self, calls: list[Call]) -> list[dict]:
-        """One result for each call of a turn, in the order of the calls."""
-        for call in calls:
-            if call.result is None:
-                self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
-                call.result = {"type": "tool_result", "tool_use_id": call.call_id, "content": NO_RESULT,
-                               "is_error": True}
-        return [call.result for call in calls if call.result]
-
-    def _late_system(self, blocks: list[Any], results: bool, before_assistant: bool) -> list[dict]:
-        """The system blocks at the end of a user turn that may stay system messages, by the API's rules: behind a user
-        turn that is not empty, and last or before an assistant turn."""
-        late = [each.block for each in itertools.takewhile(lambda each: isinstance(each, LateSystem), reversed(blocks))]
-        may_stay = self._draft.model.late_system and before_assistant and (results or len(blocks) > len(late))
-        return late[::-1] if may_stay else []
+    def _of_user(self, blocks: list[Any], calls: list[Call], before_assistant: bool) -> tuple[list[dict], list[dict]]:
+        """The blocks of a user turn, results first, and the system blocks at its end that may stay a system message, by
+        the API's rules: behind a user turn that is not empty, and last or before an assistant turn."""
+        if False in [call.answered for call in calls]:
+            self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
+        end = len(blocks)
+        while end and isinstance(blocks[end - 1], LateSystem):
+            end -= 1
+        if not (self._draft.model.late_system and before_assistant and (calls or end)):
+            end = len(blocks)
+        found = [call.result for call in calls] + blocks[:end]
+        if LateSystem in map(type, found):
+            self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
+            found = [dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
+                     if isinstance(block, LateSystem) else block for block in found]
+        return found, [late.block for late in blocks[end:]]
 
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = " ".join(block["id"] for block in content if block["type"] == "tool_use")
+    call_ids = " ".join([block["id"] for block in content if block["type"] == "tool_use"])
 
     def mark(block: dict) -> str:
         signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
@@ -2388,22 +2309,12 @@ def thinking_marks(content: list[dict]) -> list[str]:
     return [mark(block) if block["type"] in THINKING else "" for block in content]
 
 
-def without_refused(content: list[dict], recall: Recall) -> list[dict]:
-    """A turn without the thinking blocks that Claude refused earlier."""
-    return [block for block, mark in zip(content, thinking_marks(content)) if not mark or not recall.refused(mark)]
-
-
 def signed_thinking(chat_message: dict) -> list[dict]:
-    """The thinking blocks that a client kept beside the content, with their signatures."""
+    """The thinking blocks that a client kept beside the content, with their signatures: `thinking_blocks`, or what of
+    `reasoning_details` may be Claude's, the pieces of one block (same `index`) joined."""
     blocks = [block for each in listed(chat_message.get("thinking_blocks")) for block in thinking_block(each)]
-    return blocks or [block for detail in joined_details(listed(chat_message.get("reasoning_details")))
-                      for block in thinking_block(detail, "text")]
-
-
-def joined_details(details: Sequence[Any]) -> list[dict]:
-    """Entries of `reasoning_details` that may be Claude's, the pieces of one block (same `index`) joined."""
     joined: dict[Any, dict] = {}
-    for at, detail in enumerate(details):
+    for at, detail in enumerate(listed(chat_message.get("reasoning_details"))):
         if not isinstance(detail, dict) or not re.match(r"anthropic|unknown|\Z", str(detail.get("format") or "")):
             continue
         index = detail.get("index")
@@ -2411,27 +2322,17 @@ def joined_details(details: Sequence[Any]) -> list[dict]:
         for name in ("text", "signature", "data"):
             if detail.get(name) and isinstance(detail[name], str):
                 block[name] = block.get(name, "") + detail[name]
-    return list(joined.values())
-
-
-def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
-    """Name and arguments of an entry of `tool_calls`, and their path: a custom call has a bare string for them."""
-    if chat_call.get("custom") is None:
-        return chat_call.get("function"), path + ".function"
-    custom = object_of(chat_call["custom"], path + ".custom")
-    arguments = {"input": text_of(custom.get("input", ""), path + ".custom.input")}
-    return {"name": custom.get("name"), "arguments": arguments}, path + ".custom"
+    return blocks or [block for detail in joined.values() for block in thinking_block(detail, "text")]
 
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.
-
-    Calls and results in Claude's own shape are what they are.
-    """
-    added = list(kept)
+    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.  Calls and results
+    in Claude's own shape are what they are."""
+    content = message.get("content")
+    added = [*kept, *text_blocks(content)] if isinstance(content, str) else list(kept)
     conversation.add(role, added)
-    for where, part in content_parts(message.get("content"), path + ".content"):
+    for where, part in [] if isinstance(content, str) else content_parts(content, path + ".content"):
         kind = part.get("type")
         if kind == "tool_result" and role == "user":
             conversation.result(text_at(part, "tool_use_id", where, ""), None, part.get("content"), where, part)
@@ -2447,7 +2348,8 @@ def add_content(conversation: Conversation, role: str, message: dict, path: str,
 
 
 def add_message(conversation: Conversation, role: str, chat_message: dict, path: str, draft: Draft) -> None:
-    """A message of the user or the system, which may only be text."""
+    """A message of the user, or of the system or developer, which may only be text."""
+    role = "user" if role == "user" else "system"
     blocks = add_content(conversation, role, chat_message, path, draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
         raise InvalidRequest("%s.content: a system message may contain text only." % path, path + ".content")
@@ -2466,7 +2368,11 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
         blocks += refusal
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = text_at(chat_call, "id", where, "")
-        function, where = function_of_call(chat_call, where)
+        kind = "function" if chat_call.get("custom") is None else "custom"
+        function, where = chat_call.get(kind), "%s.%s" % (where, kind)
+        if kind == "custom":                        # the input is a bare string
+            given = text_of(object_of(function, where).get("input", ""), where + ".input")
+            function = {"name": chat_call["custom"].get("name"), "arguments": {"input": given}}
         if not raw_id:                              # legacy calls have none by right
             draft.changes.add("repaired", where, "a call without an id")
         blocks += marked([conversation.call(raw_id, function, where)], chat_call)
@@ -2477,8 +2383,8 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
     """Where the newest turn of the user begins: behind all that comes from the assistant or a tool."""
-    return max((at + 1 for at, (_, entry) in enumerate(entries)
-                if entry.get("role") not in ("user", "system", "developer")), default=0)
+    return max([at for at, (_, entry) in enumerate(entries, 1)
+                if entry.get("role") not in ("user", "system", "developer")], default=0)
 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
@@ -2494,7 +2400,7 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
             raw_id = text_at(chat_message, "tool_call_id", path, "")
             conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path, chat_message)
         else:
-            add_message(conversation, "user" if role == "user" else "system", chat_message, path, draft)
+            add_message(conversation, role, chat_message, path, draft)
 
 
 def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
@@ -2515,19 +2421,13 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-def max_tokens_from(fields: dict, draft: Draft) -> int:
-    """The output limit: what the client says, up to what the model can; the latter where it says nothing."""
-    most, wanted = draft.model.max_output, explicit_max_tokens(fields)
-    if wanted is not None and wanted > most:
-        name = next(name for name in LIMITS if name in fields)
-        draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (wanted, most))
-    return min(wanted or most, most)
-
-
-def explicit_max_tokens(fields: dict) -> int | None:
-    """The client's own output limit, if it gave one that means something (0 and -1 mean none)."""
-    limits = [fields[name] for name in LIMITS if name in fields]
-    return limits[0] if limits and limits[0] > 0 else None
+def limit_from_chat(fields: dict, draft: Draft) -> int:
+    """The client's own output limit, 0 where it gave none that means something (-1 means none)."""
+    names = [name for name in LIMITS if name in fields]
+    limit, most = fields[names[0]] if names else 0, draft.model.max_output
+    if limit > most:
+        draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
+    return max(limit, 0)
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2548,24 +2448,21 @@ def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]
             yield name, min(1, max(0, value))
 
 
-# OpenAI's service tiers -> what stands for them in a Messages request; "auto" is Claude's default
-SERVICE_TIER_PARAMETERS: Dict[str, Dict[str, str]] = {
-    "auto": {}, "default": {"service_tier": "standard_only"}, "standard_only": {"service_tier": "standard_only"},
-    "priority": {}, "fast": {"speed": "fast"}}
+# OpenAI's service tiers -> Claude's; "" is its default
+CLAUDE_TIERS = {"auto": "", "default": "standard_only", "standard_only": "standard_only", "priority": "", "fast": ""}
 
 
 def tier_from_chat(fields: dict, draft: Draft) -> dict:
     """`service_tier`, and `speed` of clients that know Claude."""
     tier = fields.get("service_tier", "auto")
-    parameters = dict(SERVICE_TIER_PARAMETERS.get(tier, {}))
-    if tier not in SERVICE_TIER_PARAMETERS:
+    if tier not in CLAUDE_TIERS:
         draft.changes.add("dropped", "service_tier", "Claude has no such tier")
     elif tier == "priority":
         draft.changes.add("changed", "service_tier", "to auto, which uses a priority tier where there is one")
-    if fields.get("speed") == "fast":
+    parameters = {"service_tier": CLAUDE_TIERS[tier]} if CLAUDE_TIERS.get(tier) else {}
+    if "fast" in (tier, fields.get("speed")) and draft.model.fast:
         parameters["speed"] = "fast"
-    if "speed" in parameters and not draft.model.fast:
-        del parameters["speed"]
+    elif "fast" in (tier, fields.get("speed")):
         draft.changes.add("dropped", "speed" if "speed" in fields else "service_tier",
                           "%s has no fast mode" % draft.model.id)
     return parameters
@@ -2598,6 +2495,7 @@ class Reasoning(NamedTuple):
     field: str = "reasoning_effort"
 
 
+thinking_type_of = one_of("adaptive", "enabled", "disabled", "between_tools")
 LEAST_BUDGET = 1_024                                # tokens: Claude accepts no smaller budget for thinking
 # Tokens of thinking for an effort, on models that want a budget.
 BUDGETS = {"low": 4_096, "medium": 10_000, "high": 20_000, "xhigh": 32_000, "max": 48_000}
@@ -2610,16 +2508,17 @@ def effort_from_budget(budget: int) -> str:
 
 def reasoning_from_chat(fields: dict) -> Reasoning:
     """What is asked in `thinking` (Claude's own parameter), `reasoning` (OpenRouter's) or `reasoning_effort`."""
-    thinking = optional(object_of, fields.get("thinking"), "thinking", {})
-    budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
-    display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
-    kind = optional(one_of("adaptive", "enabled", "disabled", "between_tools"), thinking.get("type"), "thinking.type")
-    if kind in ("disabled", "between_tools"):
-        return Reasoning("none", field="thinking")
-    if kind:
-        effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
-        return Reasoning(effort, budget, display, "thinking")
-    reasoning = optional(object_of, fields.get("reasoning"), "reasoning", {})
+    if "thinking" in fields:
+        thinking = object_of(fields["thinking"], "thinking")
+        budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
+        display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
+        kind = optional(thinking_type_of, thinking.get("type"), "thinking.type")
+        if kind in ("disabled", "between_tools"):
+            return Reasoning("none", field="thinking")
+        if kind:
+            effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
+            return Reasoning(effort, budget, display, "thinking")
+    reasoning = object_of(fields.get("reasoning", {}), "reasoning")
     if not reasoning:
         return Reasoning(fields.get("reasoning_effort"))
     budget = optional(integer_of, reasoning.get("max_tokens"), "reasoning.max_tokens")
@@ -2631,13 +2530,6 @@ def reasoning_from_chat(fields: dict) -> Reasoning:
     return Reasoning(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
 
 
-def in_unthought_loop(messages: list[dict]) -> bool:
-    """Whether tool results wait for an answer to a turn whose thinking is not there any more."""
-    calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
-    return bool(calls) and calls[0]["type"] not in THINKING and any(
-        block["type"] == "tool_result" for block in messages[-1]["content"])
-
-
 def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> str:
     """What excludes the thinking that a client asks for; "" for nothing."""
     forced = request.get("tool_choice", {}).get("type") in ("any", "tool")
@@ -2646,9 +2538,12 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
             "a temperature excludes thinking" if {"temperature", "top_p", "top_k"} & set(request) else ""
     if "enabled" not in model.thinking:
         return "%s does not think" % model.id
+    calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
+    unthought = calls and calls[0]["type"] not in THINKING and \
+        "tool_result" in [block["type"] for block in messages[-1]["content"]]
     obstacle = ("a forced tool" if forced else "a temperature" if {"temperature", "top_k"} & set(request)
                 else "a prefill" if model.prefill and messages[-1]["role"] == "assistant"
-                else "a tool loop without its thinking" if in_unthought_loop(messages) else "")
+                else "a tool loop without its thinking" if unthought else "")
     return obstacle and obstacle + " excludes thinking"
 
 
@@ -2660,14 +2555,14 @@ def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
         request.setdefault("output_config", {})["effort"] = model.efforts[0]
     if can_stop:
         request["thinking"] = {"type": "disabled"}
-    elif not unwanted:
-        request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
-    elif "between_tools" in model.thinking:
-        request["thinking"] = {"type": "between_tools"}
-    if can_stop and not unwanted:
-        draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
-    elif not can_stop and unwanted:
+        if not unwanted:
+            draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
+    elif unwanted:
+        if "between_tools" in model.thinking:
+            request["thinking"] = {"type": "between_tools"}
         draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
+    else:
+        request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
 
 
 def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
@@ -2675,21 +2570,10 @@ def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
     draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
 
 
-def set_effort(request: dict, asked: Reasoning, draft: Draft) -> None:
-    """`output_config.effort`, or the nearest one that the model knows."""
-    effort, efforts = asked.effort, draft.model.efforts
-    if not effort or effort == "none" or not efforts:
-        return
-    nearest = effort if effort in efforts else {"minimal": "low"}.get(effort, "high")
-    if nearest != effort:
-        draft.changes.add("changed", asked.field, "%s to %s" % (effort, nearest))
-    request.setdefault("output_config", {})["effort"] = nearest
-
-
-def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draft: Draft) -> None:
+def think_within_budget(request: dict, asked: Reasoning, limit: int, draft: Draft) -> None:
     """Thinking with a budget: at least 1,024 tokens, less than max_tokens, which is raised to make room."""
     budget = max(LEAST_BUDGET, asked.budget or BUDGETS.get(asked.effort or "medium", LEAST_BUDGET))
-    if limit is not None and limit < budget + LEAST_BUDGET:
+    if 0 < limit < budget + LEAST_BUDGET:
         request["max_tokens"] = min(draft.model.max_output, limit + budget)
         draft.changes.add("changed", "max_tokens", "%d added for thinking, which counts as output" % budget)
     budget = min(budget, request["max_tokens"] - 1)
@@ -2701,23 +2585,22 @@ def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draf
         request["thinking"]["display"] = asked.display
 
 
-def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> None:
-    """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.
-
-    A forced tool, a temperature and a prefill win where they exclude thinking: the client asked for them explicitly.
-    """
-    model, asked, limit = draft.model, reasoning_from_chat(fields), explicit_max_tokens(fields)
-    tight = limit is not None and limit < LEAST_BUDGET
+def think(request: dict, asked: Reasoning, limit: int, messages: list[dict], draft: Draft) -> None:
+    """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.  What excludes
+    thinking (a forced tool, a temperature, a prefill) wins: the client asked for it explicitly."""
+    model, tight = draft.model, 0 < limit < LEAST_BUDGET
     if asked.effort == "none" or asked.effort is None and tight:
         if model.thinks_by_default:
             think_little(request, asked, draft)
             if tight and "disabled" not in model.thinking:
-                add_room_for_thinking(request, limit or 0, draft)
+                add_room_for_thinking(request, limit, draft)
         return
-    obstacle = ""
-    if asked.effort is not None:
-        set_effort(request, asked, draft)
-        obstacle = obstacle_to_thinking(request, messages, model)
+    if asked.effort and model.efforts:
+        nearest = asked.effort if asked.effort in model.efforts else "low" if asked.effort == "minimal" else "high"
+        if nearest != asked.effort:
+            draft.changes.add("changed", asked.field, "%s to %s" % (asked.effort, nearest))
+        request.setdefault("output_config", {})["effort"] = nearest
+    obstacle = obstacle_to_thinking(request, messages, model) if asked.effort is not None else ""
     if obstacle and "effort" in request.get("output_config", {}):       # an effort can go without thinking
         draft.changes.add("changed", asked.field, "sent as effort, without thinking: " + obstacle)
     elif obstacle:
@@ -2729,7 +2612,7 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
         if asked.budget:
             draft.changes.add("changed", asked.field, "a budget of %d to effort %s" % (asked.budget, asked.effort))
         if thinks and tight:
-            add_room_for_thinking(request, limit or 0, draft)
+            add_room_for_thinking(request, limit, draft)
     elif thinks:
         think_within_budget(request, asked, limit, draft)
 
@@ -2740,14 +2623,7 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
 JSON_ONLY = "Answer with one JSON object only"      # how a request asks for JSON where no answer format enforces it
 
 
-class Choice(NamedTuple):
-    """A client's tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
-    mode: str = "auto"
-    name: str = ""
-    allowed: Optional[List[str]] = None
-    search: bool = False                            # Claude's web search is chosen
-
-
+MODES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}       # of a choice -> Claude's type of one
 FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that names one of the client's tools
 
 
@@ -2758,64 +2634,68 @@ def choice_name(choice: Any, path: str) -> str:
     return text_at(choice, "name", path)
 
 
-def asked_choice(fields: dict, changes: Changes) -> Choice:
-    """`tool_choice` or `function_call` in any spelling of any API."""
-    choice = fields.get("tool_choice", fields.get("function_call"))
+def asked_choice(fields: dict, changes: Changes) -> dict:
+    """`tool_choice` or `function_call` in any spelling of any API as Claude's, but with the client's names: of a tool,
+    or of those that are `allowed`; its type is `web_search` where that is chosen."""
     path = "tool_choice" if "tool_choice" in fields else "function_call"
+    choice = fields.get(path)
     if choice is None or choice == "":
-        return Choice()
-    modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+        return {"type": "auto"}
     if isinstance(choice, str):
-        return Choice(modes[one_of(*modes)(choice, path)])
-    choice = object_of(choice, path)
-    kind = choice.get("type")
+        return {"type": MODES[one_of(*MODES)(choice, path)]}
+    kind = object_of(choice, path).get("type")
     if choice.get("disable_parallel_tool_use") is True:             # Claude's spelling
         fields["parallel_tool_calls"] = False
-    if isinstance(kind, str) and kind in modes:
-        return Choice(modes[kind])
-    if is_web_search(kind):
-        return Choice("required", search=True)
+    if str(kind) in MODES:
+        return {"type": MODES[str(kind)]}
+    if WEB_SEARCH_TYPES.match(str(kind)):
+        return {"type": WEB_SEARCH}
     if kind == "allowed_tools":
         allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
-        mode = modes.get(str(allowed.get("mode", "auto")), "auto")
         tools = entries_of(allowed.get("tools"), path + ".allowed_tools.tools")
-        return Choice(mode, allowed=[choice_name(tool, where) for where, tool in tools
-                                     if tool.get("type") in FUNCTION_TYPES or "name" in tool])
+        return {"type": MODES.get(str(allowed.get("mode")), "auto"),
+                "allowed": [choice_name(tool, where) for where, tool in tools
+                            if tool.get("type") in FUNCTION_TYPES or "name" in tool]}
     if kind not in FUNCTION_TYPES and "name" not in choice:
         changes.add("dropped", path, why_no_tool(kind))
-        return Choice()
-    return Choice("required", choice_name(choice, path))
+        return {"type": "auto"}
+    name = choice_name(choice, path)
+    return {"type": "tool", "name": name} if name else {"type": "any"}
 
 
-def allowed_tools(tools: list[dict], asked: Choice, draft: Draft) -> list[dict]:
-    """The tools that the client's choice leaves; web search is no function, and stays."""
-    allowed = {draft.names.there(name) for name in asked.allowed or ()}
-    kept = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
-    if tools and not kept:
-        raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
-                             "invalid_value")
-    return kept
+def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -> dict:
+    """Adds the tools that the client's choice leaves; returns the choice among them as Claude's."""
+    choice, tools = asked_choice(fields, draft.changes), draft.tools
+    if "allowed" in choice:
+        allowed = {draft.names.there(name) for name in choice.pop("allowed")}
+        tools = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]     # web search stays
+        if draft.tools and not tools:
+            raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
+                                 "invalid_value")
+    tools = tools or tools_from_history(messages, draft)
+    if tools:
+        request["tools"] = tools
+    if not draft.tools:                             # stand-ins for a history's are not to be called
+        return {"type": "none" if tools else "auto"}
+    return tool_choice(choice, fields, draft)
 
 
-def tool_choice(asked: Choice, fields: dict, draft: Draft) -> dict | None:
-    """`tool_choice` of a Messages request with tools; None where it would change nothing."""
-    if not draft.declared and not draft.search:
-        return {"type": "none"}                     # stand-ins for a history's tools: not to be called
-    choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
-    if asked.search and not draft.search:
+def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict:
+    """A choice among the tools with Claude's names."""
+    if choice["type"] == WEB_SEARCH and draft.search:
+        choice = {"type": "tool", "name": WEB_SEARCH}
+    elif choice["type"] == WEB_SEARCH:
         draft.changes.add("dropped", "tool_choice", "there is no web search in this request")
         choice = {"type": "auto"}
-    elif asked.search:
-        choice = {"type": "tool", "name": WEB_SEARCH}
-    if asked.name:
-        named = next((tool for tool in draft.declared if asked.name in (tool.name, tool.full_name)), None)
+    elif "name" in choice:
+        named = next((tool for tool in draft.declared if choice["name"] in (tool.name, tool.full_name)), None)
         if named is None:
-            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(asked.name),
+            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(choice["name"]),
                                  "tool_choice", "invalid_value")
-        choice = {"type": "tool", "name": draft.names.there(named.full_name)}
-    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or uses_functions(fields)):
+        choice["name"] = draft.names.there(named.full_name)
+    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
-    return None if choice == {"type": "auto"} else choice
+    return choice
 
 
 def asked_format(fields: dict) -> tuple[str, dict, str]:
@@ -2835,12 +2715,13 @@ def asked_format(fields: dict) -> tuple[str, dict, str]:
     return "json_schema", checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
 
 
-def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict | None:
-    """A forced tool without forcing: its schema as the answer format, or else a plain instruction."""
+def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
+    """A forced tool without forcing: its schema as the answer format (the reply is handed back as the tool call), or
+    else a plain instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
         with contextlib.suppress(Unsupported):
-            schema, _ = StrictBudget().compiled(tool["input_schema"])
+            schema = Subset(tool["input_schema"]).whole()
             request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
             draft.plan.forced_tool = draft.names.back(tool["name"])
             draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
@@ -2849,8 +2730,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
             return {"type": "none"}
     draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
     draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in the prompt" % draft.model.id)
-    choice = dict(without(choice, "name"), type="auto")
-    return None if choice == {"type": "auto"} else choice
+    return dict(without(choice, "name"), type="auto")
 
 
 def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
@@ -2860,14 +2740,15 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
             raise Unsupported("there is no schema")
         if not draft.model.structured_outputs or draft.search:
             raise Unsupported("web search excludes it" if draft.search else "%s does not compile it" % draft.model.id)
-        converted, moved = StrictBudget().compiled(schema)
+        subset = Subset(schema)
+        converted = subset.whole()
     except Unsupported as reason:
         draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
-    for keyword in moved:
+    for keyword in subset.moved:
         draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
@@ -2875,15 +2756,11 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
 VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in detail."}
 
 
-def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
-    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it.
-
-    A forced tool on a model that refuses to be forced becomes an answer format of that tool's schema (the reply
-    is handed back as the tool call); where that cannot be, an instruction.
-    """
+def answer_format(request: dict, fields: dict, choice: dict, draft: Draft) -> dict:
+    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it."""
     tools = request.get("tools", [])
     kind, schema, path = asked_format(fields)
-    if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
+    if choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
         if kind != "text":
             draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
@@ -2893,10 +2770,8 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     elif kind == "json_object":
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
-    verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
-    if verbosity is not None:
-        verbosity_of(verbosity, "verbosity" if "verbosity" in fields else "text.verbosity")
-    if verbosity in VERBOSITIES:
+    verbosity = fields.get("verbosity") or fields.get("text", {}).get("verbosity")
+    if verbosity is not None and verbosity_of(verbosity, "text.verbosity") in VERBOSITIES:
         draft.instructions.append(VERBOSITIES[verbosity])
     return choice
 
@@ -2908,43 +2783,33 @@ ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "
                     "verbosity", *LIMITS)
 
 
-def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache: bool,
-                     add_history: Callable[[Conversation], None]) -> Translation:
-    """The Messages request of either of OpenAI's APIs: its parameters, and what adds its history."""
-    if draft.compact or wants_prewarm(fields):
+def messages_request(fields: dict, draft: Draft, conversation: Conversation, preamble: Sequence[dict],
+                     cache: bool) -> Translation:
+    """The Messages request of either of OpenAI's APIs, by its parameters and the conversation that it continues."""
+    draft.plan.prewarm = prewarm = fields.get("prompt_cache_options", {}).get("prewarm") is True
+    if draft.compact or prewarm:
         fields = without(fields, *ABOUT_THE_ANSWER)
-    tools = [*tools_from_declared(draft), *draft.search]
-    conversation = Conversation(draft)
-    add_history(conversation)
-    system, messages = conversation.system, conversation.messages()
-    asked = asked_choice(fields, draft.changes)
-    tools = (tools if asked.allowed is None else allowed_tools(tools, asked, draft)) or \
-        tools_from_history(messages, draft)
-    request: dict = {"model": draft.model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
+    messages, most, limit = conversation.messages(), draft.model.max_output, limit_from_chat(fields, draft)
+    request: dict = {"model": draft.model.id, "max_tokens": min(limit or most, most), "stream": True}
     request.update(parameters_from_chat(fields, draft))
-    if tools:
-        request["tools"] = tools
-    choice = answer_format(request, fields, tool_choice(asked, fields, draft) if tools else None, draft)
-    if choice:
+    choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
+    if choice != {"type": "auto"}:
         request["tool_choice"] = choice
-    think(request, fields, messages, draft)
+    think(request, reasoning_from_chat(fields), limit, messages, draft)
     if draft.compact:
         ask_for_summary(messages, request, draft)
     elif messages[-1]["role"] == "assistant":
         end_turn(messages, request, draft)
-    if preamble or system:
-        request["system"] = [*(dict(block) for block in preamble), *system]
+    if preamble or conversation.system:
+        request["system"] = [*map(dict, preamble), *conversation.system]
     request["messages"] = messages
-    ttl = mark_from(fields).get("ttl") or ttl_from_openai(fields.get("prompt_cache_options"))
-    explicit = (fields.get("prompt_cache_options") or {}).get("mode") == "explicit"
-    place_breakpoints(request, cache and not explicit, ttl, draft)
-    if wants_prewarm(fields):                       # Claude refuses these where there is no output
+    place_breakpoints(request, fields, cache, draft)
+    if prewarm:                                     # Claude refuses these where there is no output
         budget = request.get("thinking", {}).get("type") == "enabled"
         request = dict(without(request, "stream", "thinking" if budget else ""), max_tokens=0)
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
-    draft.plan.legacy_functions, draft.plan.prewarm = uses_functions(fields), wants_prewarm(fields)
     return Translation(request, draft.changes, draft.plan)
 
 
@@ -2968,10 +2833,6 @@ def ask_for_summary(messages: list[dict], request: dict, draft: Draft) -> None:
         request["tool_choice"] = {"type": "none"}
 
 
-def wants_prewarm(fields: dict) -> bool:
-    return (fields.get("prompt_cache_options") or {}).get("prewarm") is True
-
-
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                recall: Recall | None = None) -> Translation:
     """A chat completion request as a Messages request.  `preamble`: system blocks that go before the client's."""
@@ -2981,14 +2842,12 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
         raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
     if not fields["messages"]:
         raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
-    entries = tool_entries(fields)
-    declared = declared_tools(entries, changes)
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
-
-    def add_history(conversation: Conversation) -> None:
-        conversation.add("system", blocks_from_content(fields.get("system"), "system", draft))
-        add_chat_messages(conversation, fields["messages"], draft)
-    return messages_request(fields, draft, preamble, cache, add_history)
+    draft = draft_from(fields, model, changes, recall)
+    conversation = Conversation(draft)
+    if "system" in fields:
+        conversation.add("system", blocks_from_content(fields["system"], "system", draft))
+    add_chat_messages(conversation, fields["messages"], draft)
+    return messages_request(fields, draft, conversation, preamble, cache)
 
 
 # ---- Events ------------------------------------------------------------------------------------------
@@ -3677,7 +3536,7 @@ def add_message_item(conversation: Conversation, item: dict, path: str, draft: D
     if role == "assistant":
         add_content(conversation, "assistant", item, path, draft)
     else:
-        add_message(conversation, "user" if role == "user" else "system", item, path, draft)
+        add_message(conversation, role, item, path, draft)
 
 
 def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
@@ -3788,24 +3647,21 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    entries = tool_entries(fields)
-    for path, item in items:
-        if item.get("type") == "additional_tools":
-            entries += entries_of(item.get("tools"), path + ".tools")
-    declared = declared_tools(entries, changes)
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
+    draft = draft_from(fields, model, changes, recall, [
+        entry for path, item in items if item.get("type") == "additional_tools"
+        for entry in entries_of(item.get("tools"), path + ".tools")])
     draft.compact = compact
-
-    def add_history(conversation: Conversation) -> None:
-        instructions = fields.get("instructions")
-        if not isinstance(instructions, list):
-            conversation.add("system", blocks_from_content(instructions, "instructions", draft))
-        first = entries_of(instructions, "instructions") if isinstance(instructions, list) else []
-        newest = newest_turn(first + items)
-        for at, (path, item) in enumerate(first + items):
-            draft.lenient = at < newest
-            add_item(conversation, item, path, draft)
-    return messages_request(fields, draft, preamble, cache, add_history)
+    conversation = Conversation(draft)
+    instructions = fields.get("instructions")
+    if isinstance(instructions, list):
+        items = entries_of(instructions, "instructions") + items
+    else:
+        conversation.add("system", blocks_from_content(instructions, "instructions", draft))
+    newest = newest_turn(items)
+    for at, (path, item) in enumerate(items):
+        draft.lenient = at < newest
+        add_item(conversation, item, path, draft)
+    return messages_request(fields, draft, conversation, preamble, cache)
 
 
 # What a response repeats of its request, and what stands there where the request says nothing.
