@@ -1525,7 +1525,8 @@ def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
         return blocks_from_base64(text_at(source, "data", path), declared, title, path + ".data", draft)
     if kind == "file":
         raise no_stored_files(path)
-    return blocks_from_url(text_at(source, "url", path), title, path + ".url", draft, part["type"])
+    kind = "image" if "image" in part["type"] else "document"
+    return blocks_from_url(text_at(source, "url", path), title, path + ".url", draft, kind)
 
 
 def image_part(part: dict, path: str, draft: Draft) -> list[dict]:

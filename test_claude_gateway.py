@@ -2630,6 +2630,7 @@ class ContentPartTests(RequestTestCase):
                          "type": "url", "url": "https://example.com/a.png"}},
                      {"type": "image_url", "image_url": "https://example.com/a.png"},
                      {"type": "input_image", "image_url": "https://example.com/a.png"},
+                     {"type": "input_image", "source": {"type": "url", "url": "https://example.com/a.png"}},
                      {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}):
             with self.subTest(part=part):
                 self.assertEqual(self.block(part), {"type": "image", "source": {
