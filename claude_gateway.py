@@ -7137,7 +7137,8 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
-    include_usage = wants_usage(incoming.body)
+    options = optional(object_of, incoming.body.get("stream_options"), "stream_options", {})
+    include_usage = optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
     history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
     exchange = exchange_for(gateway, *history[:2])
     exchange.open()
@@ -7147,8 +7148,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
         stream = ChatStream(envelope, plan, exchange.events.assembler, include_usage)
         return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
                      closing=b"data: [DONE]\n\n")
-    message = whole_message(exchange)
-    return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
+    return Reply(chat_completion_from_message(whole_message(exchange), envelope, plan), exchange.headers())
 
 
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (), compact: bool = False) -> Exchange:
@@ -7167,11 +7167,6 @@ def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] =
 
 def is_responses_body(body: dict) -> bool:
     return "messages" not in body and ("input" in body or "instructions" in body)
-
-
-def wants_usage(body: dict) -> bool:
-    options = optional(object_of, body.get("stream_options"), "stream_options", {})
-    return optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
 
 
 def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
@@ -7197,18 +7192,13 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
-def counter_of(gateway: Gateway, incoming: Incoming) -> Callable[[Any], Any]:
-    """Counts what a request names against the budget of all bodies: a few bytes can name megabytes, many times."""
-    taken = [0]
-    incoming.held.callback(lambda: gateway.body_budget.give(taken[0]))
-
-    def counted(stored: Any) -> Any:
-        weight = 6 * len(client_json(stored))       # in memory
-        if not gateway.body_budget.take(weight):
-            raise busy("The gateway holds too many large requests at the moment.")
-        taken[0] += weight
-        return stored
-    return counted
+def counted(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
+    """What a request names, against the budget of all bodies: a few bytes can name megabytes, many times."""
+    weight = 6 * len(client_json(stored))           # in memory
+    if not gateway.body_budget.take(weight):
+        raise busy("The gateway holds too many large requests at the moment.")
+    incoming.held.callback(gateway.body_budget.give, weight)
+    return stored
 
 
 def with_history(gateway: Gateway, incoming: Incoming) -> History:
@@ -7216,8 +7206,8 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     body, owner = incoming.body, incoming.owner
     if "messages" in body:
         return History(incoming)
-    counted = counter_of(gateway, incoming)
-    given = resolved_items(body.get("input"), lambda item_id: counted(gateway.responses.item(owner, item_id)))
+    given = resolved_items(body.get("input"), lambda item_id: counted(
+        gateway, incoming, gateway.responses.item(owner, item_id)))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
     given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
              for item in given[:len(given) - compact]]
@@ -7229,8 +7219,8 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     if stored is None:
         raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
                              json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    return History(incoming, counted([*stored[1], *stored[2]]), given, compact,
-                   count_in(stored[0], "usage", "total_tokens"))
+    earlier = counted(gateway, incoming, [*stored[1], *stored[2]])
+    return History(incoming, earlier, given, compact, count_in(stored[0], "usage", "total_tokens"))
 
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -7266,35 +7256,33 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, strea
 
 
 def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
-    """The compaction item of a history longer than `context_management` allows; the last user messages stay."""
-    threshold = compaction_threshold(history.incoming.body)
+    """The compaction item of a history longer than `context_management` allows; the last user messages stay.
+
+    Its length is the last response's usage, or else Claude's count.
+    """
+    body = history.incoming.body
+    threshold = compaction_threshold(body)
     items = [*history.earlier, *history.given]
     kept = list(itertools.takewhile(lambda item: item.get("role") == "user", reversed(items)))[::-1]
     items = items[:len(items) - len(kept)]
-    if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS \
-            or not is_longer(gateway, history, threshold):
-        return []                                   # there is nothing to summarize, or no need
-    incoming = replace(history.incoming, body=dict(history.incoming.body, input=items))
-    message, _ = summarized(gateway, incoming)
+    if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS:
+        return []                                   # there is nothing to summarize
+    size = history.tokens and history.tokens + len(client_json(history.given)) // 4     # about four bytes make one
+    if not size and len(client_json(body)) // 2 > threshold:
+        size = counted_tokens(gateway, history)
+    if size <= threshold:
+        return []
+    message, _ = summarized(gateway, replace(history.incoming, body=dict(body, input=items)))
     return [compaction_item(item_id, message, kept)]
 
 
 def compaction_threshold(body: dict) -> int:
     """`compact_threshold`, 0 where none is set."""
     management = body.get("context_management") or []
-    if isinstance(management, dict):
-        return 0
-    for path, entry in entries_of(management, "context_management"):
+    for path, entry in () if isinstance(management, dict) else entries_of(management, "context_management"):
         one_of("compaction")(entry.get("type"), path + ".type")
         return optional(integer_of, entry.get("compact_threshold"), path + ".compact_threshold", 0)
     return 0
-
-
-def is_longer(gateway: Gateway, history: History, threshold: int) -> bool:
-    """Whether a request has more tokens than that: by the last response's usage, else by Claude's count."""
-    if history.tokens:
-        return history.tokens + len(client_json(history.given)) // 4 > threshold       # about four bytes make one
-    return len(client_json(history.incoming.body)) // 2 > threshold and counted_tokens(gateway, history) > threshold
 
 
 def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> tuple[dict, dict[str, str]]:
