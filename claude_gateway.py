@@ -7492,7 +7492,7 @@ def text_completion(chat: dict, echo: str, index: int) -> dict:
 def native_messages(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/messages"""
     body = native_body(gateway, incoming)
-    if not gateway.config.no_cache and not any(True for _ in native_marks(body)):
+    if not gateway.config.no_cache and not has_marks(body):
         body["cache_control"] = {"type": "ephemeral"}
     return native_call(gateway, incoming, body, "/v1/messages")
 
@@ -7504,12 +7504,9 @@ def native_count(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def native_body(gateway: Gateway, incoming: Incoming) -> dict:
     """The client's body with the id of its model, and the system block that a subscription token needs, once."""
-    body = dict(incoming.body)
-    asked = text_of(body.get("model"), "model")
-    incoming.record.asked, incoming.record.stream = asked, body.get("stream") is True
-    model = gateway.models.catalog().resolve(asked)
-    incoming.record.used = model.id
-    body["model"] = model.id
+    body, record = dict(incoming.body), incoming.record
+    record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
+    record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
     credential = gateway.upstream.credential
     preamble = [dict(block) for block in credential.preamble] if credential else []
     if preamble:
@@ -7520,16 +7517,12 @@ def native_body(gateway: Gateway, incoming: Incoming) -> dict:
     return body
 
 
-def native_marks(value: Any) -> Iterator[dict]:
-    """Every cache mark that a client set itself."""
-    if isinstance(value, dict):
-        if isinstance(value.get("cache_control"), dict):
-            yield value["cache_control"]
-        for name in ("tools", "system", "messages", "content"):
-            yield from native_marks(value.get(name))
-    elif isinstance(value, list):
-        for entry in value:
-            yield from native_marks(entry)
+def has_marks(value: Any) -> bool:
+    """Whether a client set cache marks itself."""
+    if isinstance(value, list):
+        return any(map(has_marks, value))
+    return isinstance(value, dict) and (isinstance(value.get("cache_control"), dict) or any(
+        has_marks(value.get(name)) for name in ("tools", "system", "messages", "content")))
 
 
 def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> Reply:
@@ -8896,8 +8889,7 @@ class Service:
     def start(self) -> None:
         self._started = True
         for listener in self.listeners:
-            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.5}, name="listener",
-                             daemon=True).start()
+            threading.Thread(target=listener.serve_forever, name="listener", daemon=True).start()
 
     def close(self, grace: float = SHUTDOWN_GRACE) -> bool:
         """Stops accepting, lets running requests finish for `grace` seconds; whether all of them did."""
@@ -8922,8 +8914,8 @@ def listeners_for(gateway: Gateway) -> list[Listener]:
     listeners: list[Listener] = []
     try:
         for host in gateway.config.hosts:
-            listeners += listeners_on(host, listeners[0].server_address[1] if listeners else gateway.config.port,
-                                      gateway)
+            port = listeners[0].server_address[1] if listeners else gateway.config.port
+            listeners += listeners_on(host, port, gateway)
     except OSError:
         for listener in listeners:
             listener.server_close()
@@ -8953,15 +8945,17 @@ def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
 # A small server on loopback that speaks the Messages API, for `start --demo`: the gateway reaches it the same way
 # as Claude.  Its replies say that they are simulated.
 
+SIMULATED = "This is a simulated answer: the gateway runs in demo mode, and no model was asked. "
+
 
 def simulated_message(request: dict, usage: dict) -> dict:
     """The reply to a Messages request: a JSON sample, a tool call, or a sentence about what was sent."""
-    last = request["messages"][-1]["content"]
+    last = [message["content"] for message in request["messages"] if message["role"] == "user"][-1]
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
     choice = request.get("tool_choice", {})
     schema = value_in(request, "output_config", "format", "schema")
-    asked = json_asked_for(request["messages"]) if schema is None else schema
+    asked = json_asked_for(last) if schema is None else schema
     blocks: list[dict] = []
     if request.get("thinking", {}).get("display") == "summarized":
         blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
@@ -8970,16 +8964,13 @@ def simulated_message(request: dict, usage: dict) -> dict:
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
-    elif asked is not None:
-        sample = sample_of(asked, asked) if asked else {"simulated": True, "answer": summary_of(last, results)}
-        blocks.append({"type": "text", "text": json.dumps(sample)})
     else:
-        blocks.append({"type": "text", "text": "This is a simulated answer: the gateway runs in demo mode, and no "
-                                               "model was asked. " + summary_of(last, results)})
-    stop_reason = "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn"
-    usage = dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")
+        summary = summary_of(last, results)
+        sample = sample_of(asked, asked) if asked else {"simulated": True, "answer": summary}
+        blocks.append({"type": "text", "text": SIMULATED + summary if asked is None else json.dumps(sample)})
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
-            "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+            "content": blocks, "stop_reason": "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn",
+            "stop_sequence": None, "usage": dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")}
 
 
 def simulated_usage(request: dict, seen: Bounded) -> dict:
@@ -9003,20 +8994,9 @@ def simulated_usage(request: dict, seen: Bounded) -> dict:
             "cache_read_input_tokens": read}
 
 
-def simulated_limits(now: float) -> dict[str, str]:
-    """Made-up plan windows, so that the status page has some to show."""
-    headers = {}
-    for window, seconds, used in (("5h", 18_000, "0.37"), ("7d", 604_800, "0.61")):
-        prefix = "anthropic-ratelimit-unified-%s-" % window
-        headers.update({prefix + "utilization": used, prefix + "status": "allowed",
-                        prefix + "reset": "%d" % ((now // seconds + 1) * seconds)})
-    return headers
-
-
-def json_asked_for(messages: list[dict]) -> dict | None:
-    """The schema that the last user turn asks for in its text, {} for any object, None where it asks for no JSON."""
-    said: List[dict] = next((message["content"] for message in reversed(messages) if message["role"] == "user"), [])
-    texts = [block["text"] for block in said if block["type"] == "text"]
+def json_asked_for(content: list[dict]) -> dict | None:
+    """The schema that a turn asks for in its text, {} for any object, None where it asks for no JSON."""
+    texts = [block["text"] for block in content if block["type"] == "text"]
     if not texts or not texts[-1].startswith(JSON_ONLY):
         return None
     with contextlib.suppress(ValueError, RecursionError):
@@ -9044,25 +9024,20 @@ def sample_of(schema: Any, root: dict, depth: int = 0) -> Any:
     """A small value that fits a JSON schema, more or less."""
     if not isinstance(schema, dict) or depth > 20:
         return "simulated"
-    depth += 1
-    if isinstance(schema.get("$ref"), str):
-        return sample_of(resolved(schema["$ref"], root), root, depth)
-    for key in ("const", "default"):
-        if key in schema:
-            return schema[key]
-    if schema.get("enum"):
-        return schema["enum"][0]
-    for key in ("anyOf", "allOf"):
-        if schema.get(key):
-            return sample_of(schema[key][0], root, depth)
+    given = [schema[key] for key in ("const", "default") if key in schema] or schema.get("enum")
+    if given:
+        return given[0]
+    inner = [schema[key][0] for key in ("anyOf", "allOf") if schema.get(key)]
+    if isinstance(schema.get("$ref"), str) or inner:
+        return sample_of(inner[0] if inner else resolved(schema["$ref"], root), root, depth + 1)
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) else kind
     if kind == "object":
         properties = schema.get("properties") or {}
-        return {name: sample_of(value, root, depth) for name, value in properties.items()
+        return {name: sample_of(value, root, depth + 1) for name, value in properties.items()
                 if name in (schema.get("required") or properties)}
     if kind == "array":
-        return [sample_of(schema.get("items"), root, depth)]
+        return [sample_of(schema.get("items"), root, depth + 1)]
     return {"integer": 1, "number": 1.5, "boolean": True, "null": None}.get(kind, "simulated")
 
 
@@ -9086,7 +9061,7 @@ HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of 
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
-    """Answers GET as /v1/models, POST as /v1/messages or its count_tokens."""
+    """GET is /v1/models, POST is /v1/messages or its count_tokens."""
     server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
@@ -9137,8 +9112,10 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body) + more))
         self.send_header("request-id", "req_simulated_" + secrets.token_hex(6))
-        for name, value in simulated_limits(time.time()).items():
-            self.send_header(name, value)
+        for window, seconds, used in (("5h", 18_000, "0.37"), ("7d", 604_800, "0.61")):     # of a made-up plan
+            reset = "%d" % ((time.time() // seconds + 1) * seconds)
+            for name, value in (("utilization", used), ("status", "allowed"), ("reset", reset)):
+                self.send_header("anthropic-ratelimit-unified-%s-%s" % (window, name), value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -9146,7 +9123,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         """The gateway logs for both."""
 
 
-class SimulatedUpstream(http.server.ThreadingHTTPServer):
+class SimulatedUpstream(socketserver.ThreadingTCPServer):
     """The server; `url` is what ANTHROPIC_BASE_URL would be."""
     daemon_threads = True
     request_queue_size = BACKLOG
@@ -9157,9 +9134,6 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), SimulatedHandler)
         self.url = "http://127.0.0.1:%d" % self.server_address[1]
         threading.Thread(target=self.serve_forever, name="simulated upstream", daemon=True).start()
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         failure = sys.exc_info()[1]
