@@ -7601,6 +7601,8 @@ class ToolSettings(NamedTuple):
     title: str
     where: str
     text: str = FORM
+    path_form: Callable[[str], str] = str           # how a path is written there
+    between: str = " "                              # two arguments of START
 
 
 def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
@@ -7638,7 +7640,7 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
     "smolagents": library("smolagents", "smolagents.OpenAIServerModel", "api_base", "", 'model_id="MODEL"'),
     "autogen": library("AutoGen", "autogen_ext.models.openai.OpenAIChatCompletionClient", "base_url",
                        ',\n    model_info={"vision": True, "function_calling": True, "json_output": True,'
-                       '\n                "structured_output": True, "family": "unknown"}'),
+                       '\n                "structured_output": True, "family": "unknown"}', 'model="MODEL_ID"'),
     "agno": library("Agno", "agno.models.openai.like.OpenAILike", "base_url", "", 'id="MODEL"'),
     "mastra": ToolSettings("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
     "browser-use": library("browser-use", "browser_use.ChatOpenAI", "base_url", ""),
@@ -7676,7 +7678,7 @@ qwen --auth-type openai"""),
     "cline-cli": ToolSettings("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
     "openhands": ToolSettings("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
     "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
-export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors
+export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors MSWEA_CONFIGURED=true
 mini -m openai/MODEL"""),
     "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
 # this file is in the folder that this prints: dirname "$(llm logs path)"
@@ -7730,7 +7732,6 @@ SERVICE_FILES = {
 # then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway && loginctl enable-linger
 [Unit]
 Description=Claude Gateway
-After=network-online.target
 [Service]
 ExecStart="PYTHON" "FILE" START
 # keys go into this file, mode 600: ANTHROPIC_API_KEY=... if no login is stored, CLAUDE_GATEWAY_API_KEY=... for clients
@@ -7741,7 +7742,7 @@ TimeoutStopSec=35
 NoNewPrivileges=yes
 PrivateTmp=yes
 [Install]
-WantedBy=default.target"""),
+WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$")),
     "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
@@ -7751,7 +7752,7 @@ WantedBy=default.target"""),
 <dict>
   <key>Label</key><string>local.claude-gateway</string>
   <key>ProgramArguments</key>
-  <array><string>PYTHON</string><string>FILE</string>START</array>
+  <array><string>PYTHON</string><string>FILE</string><string>START</string></array>
   <!-- keys, if no login is stored or clients need one; then: chmod 600 this file
   <key>EnvironmentVariables</key>
   <dict><key>ANTHROPIC_API_KEY</key><string>...</string><key>CLAUDE_GATEWAY_API_KEY</key><string>...</string></dict> -->
@@ -7760,7 +7761,7 @@ WantedBy=default.target"""),
   <key>ThrottleInterval</key><integer>60</integer>
   <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
 </dict>
-</plist>"""),
+</plist>""", lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "</string><string>"),
     "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
 # keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
@@ -7770,7 +7771,8 @@ Register-ScheduledTask 'Claude Gateway' -Action $action -Trigger $trigger -Setti
 Start-ScheduledTask 'Claude Gateway'
 # where that is denied: a shortcut in the start-up folder does the same
 # $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
-# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()"""),
+# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()""",
+                             lambda path: path.replace("'", "''")),
     "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .
 # docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
@@ -7782,7 +7784,7 @@ ENV CLAUDE_GATEWAY_HOST=0.0.0.0
 EXPOSE PORT
 HEALTHCHECK CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:PORT/health')"]
 ENTRYPOINT ["python3", "/claude_gateway.py"]
-CMD [START]"""),
+CMD ["START"]""", between='", "'),
 }
 
 SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
@@ -7807,8 +7809,7 @@ def setup_name(text: str) -> str:
         text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
 
 
-def filled(config: Config, path_form: Callable[[str], str] = str, argument_form: str = "%s",
-           between: str = " ") -> dict[str, str]:
+def filled(config: Config, path_form: Callable[[str], str] = str, between: str = " ") -> dict[str, str]:
     """The placeholders of the settings -> their values here."""
     origin, python = "http://localhost:%d" % config.port, own_file() and sys.executable or "python3"
     arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
@@ -7818,21 +7819,13 @@ def filled(config: Config, path_form: Callable[[str], str] = str, argument_form:
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": 'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
-            "START": between.join(argument_form % argument for argument in arguments),
-            **{word: path_form(path) for word, path in paths.items()}}
-
-
-# How a service file writes a path, an argument, and what it puts between two arguments
-SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
-    "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
-    "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
-    "windows": (lambda path: path.replace("'", "''"), "%s", " "),
-    "docker": (str, '"%s"', ", ")}
+            "START": between.join(arguments), **{word: path_form(path) for word, path in paths.items()}}
 
 
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
-    return with_values(SETTINGS[name].text, filled(config, *SERVICE_FORMS.get(name, ()))).rstrip()
+    settings = SETTINGS[name]
+    return with_values(settings.text, filled(config, settings.path_form, settings.between)).rstrip()
 
 
 def with_values(text: str, values: dict[str, str]) -> str:
@@ -8974,20 +8967,15 @@ def simulated_message(request: dict, usage: dict) -> dict:
 
 
 def simulated_usage(request: dict, seen: Bounded) -> dict:
-    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache.
-
-    So is all but the last turn of a conversation, whose first turns a demo need not have seen.
-    """
+    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
     total, marked = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
-    newest = len(prompt) - len(request["messages"][-1]["content"])
     read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
-    for at, part in enumerate(prompt if marked else (), 1):
-        digest.update(json.dumps(without(part, "cache_control") if isinstance(part, dict) else part).encode())
+    for part in prompt if marked else ():
+        digest.update(json.dumps(without(part, "cache_control")).encode())
         so_far += about_tokens(part)
-        if seen.get(digest.hexdigest()) or len(request["messages"]) > 1 and at == newest:
-            read = so_far
+        read = so_far if seen.get(digest.hexdigest()) else read
         seen.put(digest.hexdigest(), True)
     written = total - read if marked else 0
     return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
