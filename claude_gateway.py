@@ -7141,14 +7141,14 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     include_usage = optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
     history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
     exchange = exchange_for(gateway, *history[:2])
-    exchange.open()
-    plan = exchange.translation.plan
     envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
-    if incoming.record.stream:
-        stream = ChatStream(envelope, plan, exchange.events.assembler, include_usage)
-        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
-                     closing=b"data: [DONE]\n\n")
-    return Reply(chat_completion_from_message(whole_message(exchange), envelope, plan), exchange.headers())
+    if not incoming.record.stream:
+        completion = chat_completion_from_message(whole_message(exchange), envelope, exchange.translation.plan)
+        return Reply(completion, exchange.headers())
+    exchange.open()
+    stream = ChatStream(envelope, exchange.translation.plan, exchange.events.assembler, include_usage)
+    return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
+                 closing=b"data: [DONE]\n\n")
 
 
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (), compact: bool = False) -> Exchange:
@@ -7176,7 +7176,8 @@ def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
 
 
 def whole_message(exchange: Exchange) -> dict:
-    """The whole answer, read to its end."""
+    """The whole answer: the request is sent, and what comes read to its end."""
+    exchange.open()
     for _ in exchange.call.client.waited(exchange.batches(exchange.events.then(None))):
         pass
     exchange.events.finish(None)
@@ -7256,10 +7257,7 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, strea
 
 
 def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
-    """The compaction item of a history longer than `context_management` allows; the last user messages stay.
-
-    Its length is the last response's usage, or else Claude's count.
-    """
+    """The compaction item of a history longer than `context_management` allows; the last user messages stay."""
     body = history.incoming.body
     threshold = compaction_threshold(body)
     items = [*history.earlier, *history.given]
@@ -7267,13 +7265,14 @@ def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[di
     items = items[:len(items) - len(kept)]
     if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS:
         return []                                   # there is nothing to summarize
-    size = history.tokens and history.tokens + len(client_json(history.given)) // 4     # about four bytes make one
+    # by the last response's usage, and about four bytes a token; else as Claude counts
+    size = history.tokens and history.tokens + len(client_json(history.given)) // 4
     if not size and len(client_json(body)) // 2 > threshold:
         size = counted_tokens(gateway, history)
     if size <= threshold:
         return []
-    message, _ = summarized(gateway, replace(history.incoming, body=dict(body, input=items)))
-    return [compaction_item(item_id, message, kept)]
+    exchange = exchange_for(gateway, replace(history.incoming, body=dict(body, input=items)), compact=True)
+    return [compaction_item(item_id, whole_message(exchange), kept)]
 
 
 def compaction_threshold(body: dict) -> int:
@@ -7285,22 +7284,16 @@ def compaction_threshold(body: dict) -> int:
     return 0
 
 
-def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> tuple[dict, dict[str, str]]:
-    """Claude's summary of a history, as a message, and the headers that go with it."""
-    exchange = exchange_for(gateway, incoming, earlier, compact=True)
-    exchange.open()
-    return whole_message(exchange), exchange.headers()
-
-
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
     history = with_history(gateway, incoming)
-    message, headers = summarized(gateway, history.incoming, history.earlier)
+    exchange = exchange_for(gateway, *history[:2], compact=True)
+    message = whole_message(exchange)
     name = secrets.token_hex(16)
     output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
     output.append(compaction_item("cmp_" + name, message))
     return Reply({"id": "resp_" + name, "object": "response.compaction", "created_at": int(time.time()),
-                  "output": output, "usage": responses_usage(message["usage"])}, headers)
+                  "output": output, "usage": responses_usage(message["usage"])}, exchange.headers())
 
 
 def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[dict], list[dict]]:
@@ -7311,19 +7304,16 @@ def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[di
 
 
 def get_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /v1/responses/{id}"""
     return Reply(stored_response(gateway, incoming)[0])
 
 
 def delete_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """DELETE /v1/responses/{id}"""
     stored_response(gateway, incoming)
     gateway.responses.remove(incoming.owner, incoming.argument)
     return Reply({"id": incoming.argument, "object": "response", "deleted": True})
 
 
 def cancel_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/responses/{id}/cancel"""
     stored_response(gateway, incoming)
     raise InvalidRequest("Only a response created with background=true can be cancelled; there are none here.",
                          code="unsupported_value")
@@ -7426,18 +7416,15 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     return replace(first, body=whole)
 
 
-MOST_PROMPTS = 128                                  # of one request: OpenAI accepts 2,048, but each is a call here
-
-
 def prompts_of(body: dict) -> list[str]:
     """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
     prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
-    if len(prompts) > MOST_PROMPTS:
-        raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
-                             "prompt", "invalid_value")
+    if len(prompts) > 128:                          # OpenAI accepts 2,048
+        raise InvalidRequest("prompt: at most 128 prompts in one request, as each is a call to Claude.", "prompt",
+                             "invalid_value")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
@@ -7466,11 +7453,10 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
             chunks = []
             for chunk in step:
                 same = same or {"id": chunk["id"], "created": chunk["created"]}
-                choice = chunk["choices"][0] if chunk["choices"] else None
-                if choice is None:
+                is_text = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
+                if not chunk["choices"]:
                     usage = chunk["usage"] = added_usage(usage, chunk["usage"])
-                if choice and (choice["finish_reason"] or "content" in choice["delta"]) or \
-                        choice is None and at == len(echoes) - 1:
+                if is_text or not chunk["choices"] and at == len(echoes) - 1:
                     chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
             yield chunks
         yield NEEDS_THREAD                          # for the call of the next prompt
@@ -7489,21 +7475,11 @@ def text_completion(chat: dict, echo: str, index: int) -> dict:
 # Anthropic's own API for clients that speak it: with the gateway's credential, otherwise as it is.
 
 
-def native_messages(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages"""
-    body = native_body(gateway, incoming)
-    if not gateway.config.no_cache and not has_marks(body):
-        body["cache_control"] = {"type": "ephemeral"}
-    return native_call(gateway, incoming, body, "/v1/messages")
-
-
-def native_count(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages/count_tokens"""
-    return native_call(gateway, incoming, native_body(gateway, incoming), "/v1/messages/count_tokens")
-
-
 def native_body(gateway: Gateway, incoming: Incoming) -> dict:
-    """The client's body with the id of its model, and the system block that a subscription token needs, once."""
+    """The client's body with the id of its model, and the system block that a subscription token needs, once.
+
+    A message without cache marks gets one.
+    """
     body, record = dict(incoming.body), incoming.record
     record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
     record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
@@ -7512,8 +7488,10 @@ def native_body(gateway: Gateway, incoming: Incoming) -> dict:
     if preamble:
         system = body.get("system") or []
         blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list_of(system, "system")
-        already = bool(blocks) and isinstance(blocks[0], dict) and blocks[0].get("text") == preamble[0]["text"]
+        already = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
         body["system"] = blocks if already else preamble + blocks
+    if record.route == "/messages" and not gateway.config.no_cache and not has_marks(body):
+        body["cache_control"] = {"type": "ephemeral"}
     return body
 
 
@@ -7525,9 +7503,10 @@ def has_marks(value: Any) -> bool:
         has_marks(value.get(name)) for name in ("tools", "system", "messages", "content")))
 
 
-def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> Reply:
-    """The call, with the client's version and betas; what Claude answers goes back as it is."""
-    betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
+def native(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas, answered as Claude does."""
+    body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
+    betas = re.findall(r"[^\s,]+", incoming.headers.get("anthropic-beta", ""))
     data = within_upstream_limit(upstream_json(body))
     model = gateway.models.catalog().resolve(body["model"])
     if path == "/v1/messages":
@@ -7535,7 +7514,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
     LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(
-        data, incoming.call, [beta for beta in betas if beta and not beta.startswith("oauth-")],
+        data, incoming.call, [beta for beta in betas if not beta.startswith("oauth-")],
         path + beta_query, {name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
                             if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
@@ -7592,7 +7571,6 @@ class PassingUsage:
 # ---- Tool settings -----------------------------------------------------------------------------------
 # What to write into which tool: printed by `setup NAME`, shown by the page, passed on by `run`, never written by us.
 
-
 FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
 
 
@@ -7621,8 +7599,7 @@ IN_CONTAINER = "%s\n\n%s" % (FORM, CONTAINER)
 TOOL_SETTINGS: Dict[str, ToolSettings] = {
     "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
-# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" })
-# model: MODEL"""),
+# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" }); model: MODEL"""),
     "langchain": library("LangChain", "langchain_openai.ChatOpenAI", "base_url", ", stream_usage=True"),
     "llamaindex": library("LlamaIndex", "llama_index.llms.openai_like.OpenAILike", "api_base",
                           ",\n    is_chat_model=True, is_function_calling_model=True, context_window=1000000"),
@@ -7630,12 +7607,10 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
 // openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
-    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL, or OpenAIProvider({ baseURL })", """\
+    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
-# Python: Agent(name="agent", model="MODEL")
-# JavaScript: new Runner({ tracingDisabled: true, modelProvider: new OpenAIProvider({ baseURL: "BASE",
-#   apiKey: "KEY" }) })"""),
-    "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL"'),
+# Python: Agent(name="agent", model="MODEL") / JavaScript: new Agent({ name: "agent", model: "MODEL" })"""),
+    "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL_ID"'),
     "dspy": library("DSPy", "dspy.LM", "api_base", "", '"openai/MODEL_ID"'),
     "smolagents": library("smolagents", "smolagents.OpenAIServerModel", "api_base", "", 'model_id="MODEL"'),
     "autogen": library("AutoGen", "autogen_ext.models.openai.OpenAIChatCompletionClient", "base_url",
@@ -7748,8 +7723,7 @@ WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).repl
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
      to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway -->
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
-<plist version="1.0">
-<dict>
+<plist version="1.0"><dict>
   <key>Label</key><string>local.claude-gateway</string>
   <key>ProgramArguments</key>
   <array><string>PYTHON</string><string>FILE</string><string>START</string></array>
@@ -7760,8 +7734,7 @@ WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).repl
   <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
   <key>ThrottleInterval</key><integer>60</integer>
   <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
-</dict>
-</plist>""", lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "</string><string>"),
+</dict></plist>""", lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "</string><string>"),
     "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
 # keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
@@ -7813,13 +7786,13 @@ def filled(config: Config, path_form: Callable[[str], str] = str, between: str =
     """The placeholders of the settings -> their values here."""
     origin, python = "http://localhost:%d" % config.port, own_file() and sys.executable or "python3"
     arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
-    paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
-             "FILE": own_file() or "/path/to/claude_gateway.py", "HOME": os.path.expanduser("~")}
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": 'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
-            "START": between.join(arguments), **{word: path_form(path) for word, path in paths.items()}}
+            "START": between.join(arguments), "PYTHON": path_form(python),
+            "PYTHONW": path_form(re.sub(r"python(\.exe)?$", r"pythonw\1", python)),
+            "FILE": path_form(own_file() or "/path/to/claude_gateway.py"), "HOME": path_form(os.path.expanduser("~"))}
 
 
 def setup_text(name: str, config: Config) -> str:
@@ -8193,8 +8166,8 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/responses/{id}": {"GET": get_response, "DELETE": delete_response},
     "/responses/{id}/input_items": {"GET": response_input_items},
     "/completions": {"POST": completions},
-    "/messages": {"POST": native_messages},
-    "/messages/count_tokens": {"POST": native_count},
+    "/messages": {"POST": native},
+    "/messages/count_tokens": {"POST": native},
     "/models": {"GET": list_models},
     "/models/{id}": {"GET": one_model},
     "/health": {"GET": health},
@@ -8799,6 +8772,10 @@ def log_lost_connection(failure: BaseException | None) -> None:
 # ---- Service -----------------------------------------------------------------------------------------
 # A gateway on its port: listening sockets, a thread per connection, the way to stop.
 
+# Windows denies access to a port that another program has for itself
+IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
+TOO_MANY_CONNECTIONS = client_json(busy("The gateway has too many connections.").body())
+
 
 class Listener(socketserver.ThreadingTCPServer):
     """One listening socket; a thread per connection, within a bound."""
@@ -8832,20 +8809,16 @@ class Listener(socketserver.ThreadingTCPServer):
     def service_actions(self) -> None:              # called by the loop of the socket server every half second
         self.gateway.upstream.pool.close_old()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for one more connection."""
         if self._connections.take(1):
-            try:
-                super().process_request(request, client_address)
-            except BaseException:                   # no thread could be started
-                self._connections.give(1)
-                raise
-            return
+            return True
         with contextlib.suppress(OSError):
             request.settimeout(1)
             request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
                             b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" %
                             (len(TOO_MANY_CONNECTIONS), TOO_MANY_CONNECTIONS))
-        self.shutdown_request(request)
+        return False
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """In a thread of its own: a connection, until it ends or its stream moves to the event loop."""
@@ -8854,13 +8827,9 @@ class Listener(socketserver.ThreadingTCPServer):
             self._connections.give(1)
         Connection(self.gateway, request, client_address[0], release).run()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:      # no thread could be started
+        self._connections.give(1)
         log_lost_connection(sys.exc_info()[1])
-
-
-# Windows denies access to a port that another program has for itself
-IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
-TOO_MANY_CONNECTIONS = client_json(busy("The gateway has too many connections.").body())
 
 
 class Service:
@@ -8939,6 +8908,7 @@ def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
 # as Claude.  Its replies say that they are simulated.
 
 SIMULATED = "This is a simulated answer: the gateway runs in demo mode, and no model was asked. "
+HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
@@ -9045,9 +9015,6 @@ def simulated_events(message: dict) -> Iterator[dict]:
             yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": delta, name: piece}}
 
 
-HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request
-
-
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
     """GET is /v1/models, POST is /v1/messages or its count_tokens."""
     server: SimulatedUpstream
@@ -9070,9 +9037,8 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
             usage = simulated_usage(request, self.server.seen)
             answer = simulated_message(request, usage)
         except (LookupError, TypeError, AttributeError, ValueError) as fault:
-            error = {"type": "invalid_request_error", "message": "The simulation cannot read this request: %s: %s" % (
-                type(fault).__name__, fault)}
-            self._send("application/json", client_json({"type": "error", "error": error}), 400)
+            refusal = InvalidRequest("The simulation cannot read this request: %s: %s" % (type(fault).__name__, fault))
+            self._send("application/json", client_json(refusal.for_anthropic()[2]), 400)
             return
         if self.path.endswith("/count_tokens"):
             self._send("application/json", client_json({"input_tokens": sum(usage.values())}))
@@ -9089,10 +9055,9 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         """A stream that only ends when the gateway closes the connection, for `selftest`."""
         self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
         self.wfile.flush()
-        self.connection.settimeout(30)
         with contextlib.suppress(OSError):
-            if not self.connection.recv(1):
-                self.server.abandoned.set()
+            self.connection.recv(1)
+        self.server.abandoned.set()
         self.close_connection = True
 
     def _send(self, kind: str, body: bytes, status: int = 200, more: int = 0) -> None:

@@ -11629,7 +11629,7 @@ class SetupTests(unittest.TestCase):
             ("Service files", "systemd")])
 
     def test_tools_that_know_models_by_their_full_names_get_one(self):
-        for name in ("aider", "dspy", "openhands", "qwen-code"):
+        for name in ("aider", "autogen", "crewai", "dspy", "openhands", "qwen-code"):
             self.assertIn("claude-sonnet-5-5", claude_gateway.setup_text(name, Config()))
         self.assertIn('"url": "http://localhost:45554/v1/chat/completions"',
                       claude_gateway.setup_text("vscode", Config()))
