@@ -7464,10 +7464,9 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
     """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
-    texts = [choice.get("message") or choice["delta"] for choice in chat["choices"]]
     choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": index,
                 "logprobs": None, "finish_reason": choice["finish_reason"]}
-               for text, choice in zip(texts, chat["choices"])]
+               for choice in chat["choices"] for text in [choice.get("message") or choice["delta"]]]
     return dict(chat, id=re.sub("^chat", "", chat["id"]), object="text_completion", choices=choices)
 
 
@@ -9016,16 +9015,13 @@ def simulated_events(message: dict) -> Iterator[dict]:
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
-    """GET is /v1/models, POST is /v1/messages or its count_tokens."""
+    """GET is /v1/models, without any, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
     server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
 
     def do_GET(self) -> None:
-        entries = [{"type": "model", "id": model.id, "lifecycle": model.lifecycle,
-                    "created_at": (model.released or "1970-01-01") + "T00:00:00Z"}
-                   for model in BUILT_IN_MODELS.values()]
-        self._send("application/json", json.dumps({"data": entries, "has_more": False, "last_id": None}).encode())
+        self._send("application/json", client_json({"data": [], "has_more": False, "last_id": None}))
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
