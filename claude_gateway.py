@@ -7371,8 +7371,7 @@ def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def one_model(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /v1/models/{id}, in any spelling that a request may use."""
-    name = incoming.argument
-    return Reply(model_entry(name, catalog_for(gateway, incoming).resolve(name)))
+    return Reply(model_entry(incoming.argument, catalog_for(gateway, incoming).resolve(incoming.argument)))
 
 
 def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
@@ -7404,8 +7403,12 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/completions: one or several texts continued, or the stream of that."""
     prompts = prompts_of(incoming.body)
     echoes = prompts if incoming.body.get("echo") else [""] * len(prompts)
-    replies = (chat_completions(gateway, replace(incoming, body=chat_from_completion(incoming.body, prompt)))
-               for prompt in prompts)
+    suffix = optional(text_of, incoming.body.get("suffix"), "suffix", "")
+    chat = without(incoming.body, "prompt", "suffix", "echo", "best_of", "logprobs")
+    system = {"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM}
+    texts = [prompt + "<gap/>" + suffix if suffix else prompt for prompt in prompts]
+    replies = (chat_completions(gateway, replace(incoming, body=dict(
+        chat, messages=[system, {"role": "user", "content": text}]))) for text in texts)
     first = next(replies)
     if first.steps is not None:
         return replace(first, json_of=client_json, steps=text_steps(itertools.chain([first], replies), echoes))
@@ -7430,15 +7433,6 @@ def prompts_of(body: dict) -> list[str]:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
                                  "unsupported_value")
     return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
-
-
-def chat_from_completion(body: dict, prompt: str) -> dict:
-    """The chat completion request that asks for the continuation of one prompt."""
-    suffix = optional(text_of, body.get("suffix"), "suffix", "")
-    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs")
-    chat["messages"] = [{"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM},
-                        {"role": "user", "content": prompt + "<gap/>" + suffix if suffix else prompt}]
-    return chat
 
 
 def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]:
@@ -7505,17 +7499,16 @@ def has_marks(value: Any) -> bool:
 def native(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas, answered as Claude does."""
     body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
-    betas = re.findall(r"[^\s,]+", incoming.headers.get("anthropic-beta", ""))
+    betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
     data = within_upstream_limit(upstream_json(body))
     model = gateway.models.catalog().resolve(body["model"])
     if path == "/v1/messages":
         gateway.check_spending(incoming.record.owner, model, body.get("speed"))
     LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
-    reply = gateway.upstream.messages(
-        data, incoming.call, [beta for beta in betas if not beta.startswith("oauth-")],
-        path + beta_query, {name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
-                            if incoming.headers.get(name)})
+    reply = gateway.upstream.messages(data, incoming.call, betas, path + beta_query, {
+        name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
+        if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
     headers = dict(headers_for_anthropic(reply.headers),
                    **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
@@ -7588,7 +7581,6 @@ def library(title: str, name: str, address: str, others: str, model: str = 'mode
                         'llm = %s(%s, %s="BASE", api_key="KEY"%s)' % (name, model, address, others))
 
 
-# What usually runs in a container, where localhost is the container itself
 CONTAINER = """\
 In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
 docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
@@ -7635,8 +7627,7 @@ model_providers.gateway.base_url = "BASE"
 model_providers.gateway.wire_api = "responses"
 ENV_KEY"""),
     "opencode": ToolSettings("opencode", "opencode.json", """\
-{ "model": "gateway/MODEL", "provider": { "gateway": {
-    "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
+{ "model": "gateway/MODEL", "provider": { "gateway": { "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
     "options": { "baseURL": "BASE", "apiKey": "KEY" },
     "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
     "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
@@ -8907,7 +8898,7 @@ def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
 # as Claude.  Its replies say that they are simulated.
 
 SIMULATED = "This is a simulated answer: the gateway runs in demo mode, and no model was asked. "
-HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request
+HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request, for `selftest`
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
@@ -8918,9 +8909,8 @@ def simulated_message(request: dict, usage: dict) -> dict:
     choice = request.get("tool_choice", {})
     schema = value_in(request, "output_config", "format", "schema")
     asked = json_asked_for(last) if schema is None else schema
-    blocks: list[dict] = []
-    if request.get("thinking", {}).get("display") == "summarized":
-        blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
+    thinking = {"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"}
+    blocks: list[dict] = [thinking] * (request.get("thinking", {}).get("display") == "summarized")
     if schema is None and tools and choice.get("type") != "none" and (
             not results or choice.get("type") in ("any", "tool")):
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
@@ -9041,20 +9031,16 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         elif not request.get("stream"):
             self._send("application/json", client_json(answer))
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
-            self._hold(answer)
+            self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
+            self.wfile.flush()
+            with contextlib.suppress(OSError):
+                self.connection.recv(1)             # until the gateway closes the connection
+            self.server.abandoned.set()
+            self.close_connection = True
         else:
             self._send("text/event-stream", b"".join(
                 b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
                 for event in simulated_events(answer)))
-
-    def _hold(self, answer: dict) -> None:
-        """A stream that only ends when the gateway closes the connection, for `selftest`."""
-        self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
-        self.wfile.flush()
-        with contextlib.suppress(OSError):
-            self.connection.recv(1)
-        self.server.abandoned.set()
-        self.close_connection = True
 
     def _send(self, kind: str, body: bytes, status: int = 200, more: int = 0) -> None:
         self.send_response(status)
