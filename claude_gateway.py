@@ -7426,8 +7426,7 @@ def prompts_of(body: dict) -> list[str]:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
     prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
     if len(prompts) > 128:                          # OpenAI accepts 2,048
-        raise InvalidRequest("prompt: at most 128 prompts in one request, as each is a call to Claude.", "prompt",
-                             "invalid_value")
+        raise InvalidRequest("prompt: at most 128 of them, as each is a call to Claude.", "prompt", "invalid_value")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
@@ -7469,10 +7468,7 @@ def text_completion(chat: dict, echo: str, index: int) -> dict:
 
 
 def native_body(gateway: Gateway, incoming: Incoming) -> dict:
-    """The client's body with the id of its model, and the system block that a subscription token needs, once.
-
-    A message without cache marks gets one.
-    """
+    """The client's body with its model's id; where missing, a subscription token's system block and a cache mark."""
     body, record = dict(incoming.body), incoming.record
     record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
     record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
@@ -7496,7 +7492,7 @@ def has_marks(value: Any) -> bool:
         has_marks(value.get(name)) for name in ("tools", "system", "messages", "content")))
 
 
-def native(gateway: Gateway, incoming: Incoming) -> Reply:
+def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas, answered as Claude does."""
     body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
     betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
@@ -7537,19 +7533,18 @@ class PassingUsage:
     def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The same steps, whose bytes are read in passing."""
         for step in steps:
-            if isinstance(step, bytes):
-                self._read(step)
+            if isinstance(step, bytes) and self._decoder:
+                with contextlib.suppress(UpstreamFault):
+                    self._note(self._decoder.feed(step))
+            elif isinstance(step, bytes):
+                self._body += step[:MAX_UPSTREAM_BODY - len(self._body)]
             yield step
 
-    def _read(self, piece: bytes) -> None:
-        if self._decoder is None:
-            self._body += piece[:MAX_UPSTREAM_BODY - len(self._body)]
-            return
-        with contextlib.suppress(UpstreamFault):
-            for event in self._decoder.feed(piece):
-                for usage in (value_in(event, "message", "usage"), event.get("usage")):
-                    if isinstance(usage, dict):
-                        self._usage.update({name: value for name, value in usage.items() if value is not None})
+    def _note(self, events: list[dict]) -> None:
+        for event in events:
+            for usage in (value_in(event, "message", "usage"), event.get("usage")):
+                if isinstance(usage, dict):
+                    self._usage.update({name: value for name, value in usage.items() if value is not None})
 
     def usage(self) -> dict:
         """What was counted so far, {} for an answer without any."""
@@ -7586,6 +7581,10 @@ In a container the base URL is http://host.docker.internal:PORT/v1. On Linux tha
 docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
 IN_CONTAINER = "%s\n\n%s" % (FORM, CONTAINER)
+OPENCODE = """\
+{ "model": "gateway/MODEL", "provider": { "gateway": { "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
+    "options": { "baseURL": "BASE", "apiKey": "KEY" },
+    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""
 
 TOOL_SETTINGS: Dict[str, ToolSettings] = {
     "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
@@ -7616,9 +7615,8 @@ providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY }
 export OPENAI_API_KEY=KEY
 aider --openai-api-base BASE --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
-    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)", """\
-export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY
-claude"""),
+    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
+                                "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
     "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
 model = "claude-opus-5-5"
 model_provider = "gateway"
@@ -7626,10 +7624,7 @@ model_providers.gateway.name = "gateway"
 model_providers.gateway.base_url = "BASE"
 model_providers.gateway.wire_api = "responses"
 ENV_KEY"""),
-    "opencode": ToolSettings("opencode", "opencode.json", """\
-{ "model": "gateway/MODEL", "provider": { "gateway": { "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
-    "options": { "baseURL": "BASE", "apiKey": "KEY" },
-    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
+    "opencode": ToolSettings("opencode", "opencode.json", OPENCODE),
     "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
 export GOOSE_PROVIDER=openai GOOSE_MODEL=MODEL
 export OPENAI_HOST=ORIGIN OPENAI_BASE_PATH=v1/chat/completions OPENAI_API_KEY=KEY"""),
@@ -7651,7 +7646,7 @@ mini -m openai/MODEL"""),
 # and the key, in a shell: llm keys set openai --value KEY"""),
     "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
     "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
-    "kilo-code": ToolSettings("Kilo Code", "API provider: OpenAI Compatible"),
+    "kilo-code": ToolSettings("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
     "continue": ToolSettings("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
 name: Claude Gateway
 version: 1.0.0
@@ -8156,8 +8151,8 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/responses/{id}": {"GET": get_response, "DELETE": delete_response},
     "/responses/{id}/input_items": {"GET": response_input_items},
     "/completions": {"POST": completions},
-    "/messages": {"POST": native},
-    "/messages/count_tokens": {"POST": native},
+    "/messages": {"POST": native_call},
+    "/messages/count_tokens": {"POST": native_call},
     "/models": {"GET": list_models},
     "/models/{id}": {"GET": one_model},
     "/health": {"GET": health},
@@ -8834,8 +8829,7 @@ class Service:
     @property
     def url(self) -> str:
         """The base URL for an OpenAI client."""
-        host = self.gateway.config.host
-        host = host if host == "localhost" else str(self.listeners[0].server_address[0])
+        host = "localhost" if self.gateway.config.host == "localhost" else str(self.listeners[0].server_address[0])
         return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, self.port)
 
     def start(self) -> None:
@@ -8894,8 +8888,7 @@ def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
 
 
 # ---- Simulated upstream ------------------------------------------------------------------------------
-# A small server on loopback that speaks the Messages API, for `start --demo`: the gateway reaches it the same way
-# as Claude.  Its replies say that they are simulated.
+# A small server on loopback that speaks the Messages API, for `start --demo`; it says what is simulated.
 
 SIMULATED = "This is a simulated answer: the gateway runs in demo mode, and no model was asked. "
 HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request, for `selftest`
@@ -8952,7 +8945,6 @@ def json_asked_for(content: list[dict]) -> dict | None:
 
 
 def about_tokens(value: Any) -> int:
-    """About four characters make a token."""
     return len(json.dumps(value)) // 4 + 1
 
 

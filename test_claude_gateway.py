@@ -11634,7 +11634,7 @@ class SetupTests(unittest.TestCase):
         self.assertIn('"url": "http://localhost:45554/v1/chat/completions"',
                       claude_gateway.setup_text("vscode", Config()))
         self.assertIn("--edit-format diff", claude_gateway.setup_text("aider", Config()))
-        for name in ("vscode", "pi", "opencode"):
+        for name in ("vscode", "pi", "opencode", "kilo-code"):
             json.loads(claude_gateway.setup_text(name, Config()))
         for name in ("openai-agents", "crewai", "dspy", "smolagents", "autogen", "agno", "browser-use"):
             compile(re.sub("(?m)^export .*", "", claude_gateway.setup_text(name, Config())), name, "exec")
