@@ -192,7 +192,7 @@ MUTANTS = (
            'if "compaction" not in self._for_once and compacts(', "if False and compacts(", "CompactionTests"),
     Mutant("compaction: items before it are left out", "        if entries[at][1].get(\"type\") in COMPACTIONS and",
            "        if False and", "CompactionTests"),
-    Mutant("compaction: no count where usage is known", "    if history.tokens:\n", "    if False:\n",
+    Mutant("compaction: no count where usage is known", "size = history.tokens and", "size = False and",
            "CompactionTests"),
     Mutant("references: an unknown id is refused", '"item_reference": add_reference_item',
            '"item_reference": leave_out_item', "ItemReferenceTests"),
