@@ -12414,6 +12414,18 @@ class ConnectionTests(HttpTestCase):
         first.close()
         self.assertTrue(eventually(lambda: self.exchanged(NEXT_REQUEST)[0].status == 200))
 
+    def test_a_connection_for_which_no_thread_starts_gives_its_place_back(self):
+        def no_thread(request, address):
+            raise RuntimeError("can't start new thread")
+
+        listener = self.start().listeners[0]
+        listener._connections = claude_gateway.Budget(1)
+        with self.assertLogs(claude_gateway.LOG, "ERROR"):
+            listener.process_request = no_thread
+            self.assertEqual(received_until(self.connect(), b"\r\n\r\n"), b"")
+            del listener.process_request
+        self.assertEqual(self.exchanged(NEXT_REQUEST)[0].status, 200)
+
     def test_threads_and_descriptors_return_to_the_baseline(self):
         def descriptors() -> int:
             return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
