@@ -6794,18 +6794,18 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
-    include_usage = wants_usage(incoming.body)
+    options = optional(object_of, incoming.body.get("stream_options"), "stream_options", {})
+    include_usage = optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
     history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
     exchange = exchange_for(gateway, *history[:2])
-    exchange.open()
-    plan = exchange.translation.plan
     envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
-    if incoming.record.stream:
-        stream = ChatStream(envelope, plan, exchange.events.assembler, include_usage)
-        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
-                     closing=b"data: [DONE]\n\n")
-    message = whole_message(exchange)
-    return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
+    if not incoming.record.stream:
+        completion = chat_completion_from_message(whole_message(exchange), envelope, exchange.translation.plan)
+        return Reply(completion, exchange.headers())
+    exchange.open()
+    stream = ChatStream(envelope, exchange.translation.plan, exchange.events.assembler, include_usage)
+    return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
+                 closing=b"data: [DONE]\n\n")
 
 
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (), compact: bool = False) -> Exchange:
@@ -6826,11 +6826,6 @@ def is_responses_body(body: dict) -> bool:
     return "messages" not in body and ("input" in body or "instructions" in body)
 
 
-def wants_usage(body: dict) -> bool:
-    options = optional(object_of, body.get("stream_options"), "stream_options", {})
-    return optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
-
-
 def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
     """The steps of a stream, its last events included."""
     yield from exchange.batches(exchange.events.then(stream.feed))
@@ -6838,7 +6833,8 @@ def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
 
 
 def whole_message(exchange: Exchange) -> dict:
-    """The whole answer, read to its end."""
+    """The whole answer: the request is sent, and what comes read to its end."""
+    exchange.open()
     for _ in exchange.call.client.waited(exchange.batches(exchange.events.then(None))):
         pass
     exchange.events.finish(None)
@@ -6854,18 +6850,13 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
-def counter_of(gateway: Gateway, incoming: Incoming) -> Callable[[Any], Any]:
-    """Counts what a request names against the budget of all bodies: a few bytes can name megabytes, many times."""
-    taken = [0]
-    incoming.held.callback(lambda: gateway.body_budget.give(taken[0]))
-
-    def counted(stored: Any) -> Any:
-        weight = 6 * len(client_json(stored))       # in memory
-        if not gateway.body_budget.take(weight):
-            raise busy("The gateway holds too many large requests at the moment.")
-        taken[0] += weight
-        return stored
-    return counted
+def counted(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
+    """What a request names, against the budget of all bodies: a few bytes can name megabytes, many times."""
+    weight = 6 * len(client_json(stored))           # in memory
+    if not gateway.body_budget.take(weight):
+        raise busy("The gateway holds too many large requests at the moment.")
+    incoming.held.callback(gateway.body_budget.give, weight)
+    return stored
 
 
 def with_history(gateway: Gateway, incoming: Incoming) -> History:
@@ -6873,8 +6864,8 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     body, owner = incoming.body, incoming.owner
     if "messages" in body:
         return History(incoming)
-    counted = counter_of(gateway, incoming)
-    given = resolved_items(body.get("input"), lambda item_id: counted(gateway.responses.item(owner, item_id)))
+    given = resolved_items(body.get("input"), lambda item_id: counted(
+        gateway, incoming, gateway.responses.item(owner, item_id)))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
     given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
              for item in given[:len(given) - compact]]
@@ -6886,8 +6877,8 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     if stored is None:
         raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
                              json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    return History(incoming, counted([*stored[1], *stored[2]]), given, compact,
-                   count_in(stored[0], "usage", "total_tokens"))
+    earlier = counted(gateway, incoming, [*stored[1], *stored[2]])
+    return History(incoming, earlier, given, compact, count_in(stored[0], "usage", "total_tokens"))
 
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6924,52 +6915,42 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, strea
 
 def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
     """The compaction item of a history longer than `context_management` allows; the last user messages stay."""
-    threshold = compaction_threshold(history.incoming.body)
+    body = history.incoming.body
+    threshold = compaction_threshold(body)
     items = [*history.earlier, *history.given]
     kept = list(itertools.takewhile(lambda item: item.get("role") == "user", reversed(items)))[::-1]
     items = items[:len(items) - len(kept)]
-    if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS \
-            or not is_longer(gateway, history, threshold):
-        return []                                   # there is nothing to summarize, or no need
-    incoming = replace(history.incoming, body=dict(history.incoming.body, input=items))
-    message, _ = summarized(gateway, incoming)
-    return [compaction_item(item_id, message, kept)]
+    if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS:
+        return []                                   # there is nothing to summarize
+    # by the last response's usage, and about four bytes a token; else as Claude counts
+    size = history.tokens and history.tokens + len(client_json(history.given)) // 4
+    if not size and len(client_json(body)) // 2 > threshold:
+        size = counted_tokens(gateway, history)
+    if size <= threshold:
+        return []
+    exchange = exchange_for(gateway, replace(history.incoming, body=dict(body, input=items)), compact=True)
+    return [compaction_item(item_id, whole_message(exchange), kept)]
 
 
 def compaction_threshold(body: dict) -> int:
     """`compact_threshold`, 0 where none is set."""
     management = body.get("context_management") or []
-    if isinstance(management, dict):
-        return 0
-    for path, entry in entries_of(management, "context_management"):
+    for path, entry in () if isinstance(management, dict) else entries_of(management, "context_management"):
         one_of("compaction")(entry.get("type"), path + ".type")
         return optional(integer_of, entry.get("compact_threshold"), path + ".compact_threshold", 0)
     return 0
 
 
-def is_longer(gateway: Gateway, history: History, threshold: int) -> bool:
-    """Whether a request has more tokens than that: by the last response's usage, else by Claude's count."""
-    if history.tokens:
-        return history.tokens + len(client_json(history.given)) // 4 > threshold       # about four bytes make one
-    return len(client_json(history.incoming.body)) // 2 > threshold and counted_tokens(gateway, history) > threshold
-
-
-def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> tuple[dict, dict[str, str]]:
-    """Claude's summary of a history, as a message, and the headers that go with it."""
-    exchange = exchange_for(gateway, incoming, earlier, compact=True)
-    exchange.open()
-    return whole_message(exchange), exchange.headers()
-
-
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
     history = with_history(gateway, incoming)
-    message, headers = summarized(gateway, history.incoming, history.earlier)
+    exchange = exchange_for(gateway, *history[:2], compact=True)
+    message = whole_message(exchange)
     name = secrets.token_hex(16)
     output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
     output.append(compaction_item("cmp_" + name, message))
     return Reply({"id": "resp_" + name, "object": "response.compaction", "created_at": int(time.time()),
-                  "output": output, "usage": responses_usage(message["usage"])}, headers)
+                  "output": output, "usage": responses_usage(message["usage"])}, exchange.headers())
 
 
 def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[dict], list[dict]]:
@@ -6980,19 +6961,16 @@ def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[di
 
 
 def get_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /v1/responses/{id}"""
     return Reply(stored_response(gateway, incoming)[0])
 
 
 def delete_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """DELETE /v1/responses/{id}"""
     stored_response(gateway, incoming)
     gateway.responses.remove(incoming.owner, incoming.argument)
     return Reply({"id": incoming.argument, "object": "response", "deleted": True})
 
 
 def cancel_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/responses/{id}/cancel"""
     stored_response(gateway, incoming)
     raise InvalidRequest("Only a response created with background=true can be cancelled; there are none here.",
                          code="unsupported_value")
@@ -7050,8 +7028,7 @@ def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def one_model(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /v1/models/{id}, in any spelling that a request may use."""
-    name = incoming.argument
-    return Reply(model_entry(name, catalog_for(gateway, incoming).resolve(name)))
+    return Reply(model_entry(incoming.argument, catalog_for(gateway, incoming).resolve(incoming.argument)))
 
 
 def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
@@ -7083,8 +7060,12 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/completions: one or several texts continued, or the stream of that."""
     prompts = prompts_of(incoming.body)
     echoes = prompts if incoming.body.get("echo") else [""] * len(prompts)
-    replies = (chat_completions(gateway, replace(incoming, body=chat_from_completion(incoming.body, prompt)))
-               for prompt in prompts)
+    suffix = optional(text_of, incoming.body.get("suffix"), "suffix", "")
+    chat = without(incoming.body, "prompt", "suffix", "echo", "best_of", "logprobs")
+    system = {"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM}
+    texts = [prompt + "<gap/>" + suffix if suffix else prompt for prompt in prompts]
+    replies = (chat_completions(gateway, replace(incoming, body=dict(
+        chat, messages=[system, {"role": "user", "content": text}]))) for text in texts)
     first = next(replies)
     if first.steps is not None:
         return replace(first, json_of=client_json, steps=text_steps(itertools.chain([first], replies), echoes))
@@ -7095,32 +7076,19 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     return replace(first, body=whole)
 
 
-MOST_PROMPTS = 128                                  # of one request: OpenAI accepts 2,048, but each is a call here
-
-
 def prompts_of(body: dict) -> list[str]:
     """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
     prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
-    if len(prompts) > MOST_PROMPTS:
-        raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
-                             "prompt", "invalid_value")
+    if len(prompts) > 128:                          # OpenAI accepts 2,048
+        raise InvalidRequest("prompt: at most 128 of them, as each is a call to Claude.", "prompt", "invalid_value")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
                                  "unsupported_value")
     return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
-
-
-def chat_from_completion(body: dict, prompt: str) -> dict:
-    """The chat completion request that asks for the continuation of one prompt."""
-    suffix = optional(text_of, body.get("suffix"), "suffix", "")
-    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs")
-    chat["messages"] = [{"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM},
-                        {"role": "user", "content": prompt + "<gap/>" + suffix if suffix else prompt}]
-    return chat
 
 
 def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]:
@@ -7135,11 +7103,10 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
             chunks = []
             for chunk in step:
                 same = same or {"id": chunk["id"], "created": chunk["created"]}
-                choice = chunk["choices"][0] if chunk["choices"] else None
-                if choice is None:
+                is_text = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
+                if not chunk["choices"]:
                     usage = chunk["usage"] = added_usage(usage, chunk["usage"])
-                if choice and (choice["finish_reason"] or "content" in choice["delta"]) or \
-                        choice is None and at == len(echoes) - 1:
+                if is_text or not chunk["choices"] and at == len(echoes) - 1:
                     chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
             yield chunks
         yield NEEDS_THREAD                          # for the call of the next prompt
@@ -7147,10 +7114,9 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
     """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
-    texts = [choice.get("message") or choice["delta"] for choice in chat["choices"]]
     choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": index,
                 "logprobs": None, "finish_reason": choice["finish_reason"]}
-               for text, choice in zip(texts, chat["choices"])]
+               for choice in chat["choices"] for text in [choice.get("message") or choice["delta"]]]
     return dict(chat, id=re.sub("^chat", "", chat["id"]), object="text_completion", choices=choices)
 
 
@@ -7158,62 +7124,44 @@ def text_completion(chat: dict, echo: str, index: int) -> dict:
 # Anthropic's own API for clients that speak it: with the gateway's credential, otherwise as it is.
 
 
-def native_messages(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages"""
-    body = native_body(gateway, incoming)
-    if not gateway.config.no_cache and not any(True for _ in native_marks(body)):
-        body["cache_control"] = {"type": "ephemeral"}
-    return native_call(gateway, incoming, body, "/v1/messages")
-
-
-def native_count(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages/count_tokens"""
-    return native_call(gateway, incoming, native_body(gateway, incoming), "/v1/messages/count_tokens")
-
-
 def native_body(gateway: Gateway, incoming: Incoming) -> dict:
-    """The client's body with the id of its model, and the system block that a subscription token needs, once."""
-    body = dict(incoming.body)
-    asked = text_of(body.get("model"), "model")
-    incoming.record.asked, incoming.record.stream = asked, body.get("stream") is True
-    model = gateway.models.catalog().resolve(asked)
-    incoming.record.used = model.id
-    body["model"] = model.id
+    """The client's body with its model's id; where missing, a subscription token's system block and a cache mark."""
+    body, record = dict(incoming.body), incoming.record
+    record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
+    record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
     credential = gateway.upstream.credential
     preamble = [dict(block) for block in credential.preamble] if credential else []
     if preamble:
         system = body.get("system") or []
         blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list_of(system, "system")
-        already = bool(blocks) and isinstance(blocks[0], dict) and blocks[0].get("text") == preamble[0]["text"]
+        already = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
         body["system"] = blocks if already else preamble + blocks
+    if record.route == "/messages" and not gateway.config.no_cache and not has_marks(body):
+        body["cache_control"] = {"type": "ephemeral"}
     return body
 
 
-def native_marks(value: Any) -> Iterator[dict]:
-    """Every cache mark that a client set itself."""
-    if isinstance(value, dict):
-        if isinstance(value.get("cache_control"), dict):
-            yield value["cache_control"]
-        for name in ("tools", "system", "messages", "content"):
-            yield from native_marks(value.get(name))
-    elif isinstance(value, list):
-        for entry in value:
-            yield from native_marks(entry)
+def has_marks(value: Any) -> bool:
+    """Whether a client set cache marks itself."""
+    if isinstance(value, list):
+        return any(map(has_marks, value))
+    return isinstance(value, dict) and (isinstance(value.get("cache_control"), dict) or any(
+        has_marks(value.get(name)) for name in ("tools", "system", "messages", "content")))
 
 
-def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> Reply:
-    """The call, with the client's version and betas; what Claude answers goes back as it is."""
-    betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
+def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas, answered as Claude does."""
+    body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
+    betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
     data = within_upstream_limit(upstream_json(body))
     model = gateway.models.catalog().resolve(body["model"])
     if path == "/v1/messages":
         gateway.check_spending(incoming.record.owner, model, body.get("speed"))
     LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
-    reply = gateway.upstream.messages(
-        data, incoming.call, [beta for beta in betas if beta and not beta.startswith("oauth-")],
-        path + beta_query, {name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
-                            if incoming.headers.get(name)})
+    reply = gateway.upstream.messages(data, incoming.call, betas, path + beta_query, {
+        name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
+        if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
     headers = dict(headers_for_anthropic(reply.headers),
                    **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
@@ -7242,19 +7190,18 @@ class PassingUsage:
     def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The same steps, whose bytes are read in passing."""
         for step in steps:
-            if isinstance(step, bytes):
-                self._read(step)
+            if isinstance(step, bytes) and self._decoder:
+                with contextlib.suppress(UpstreamFault):
+                    self._note(self._decoder.feed(step))
+            elif isinstance(step, bytes):
+                self._body += step[:MAX_UPSTREAM_BODY - len(self._body)]
             yield step
 
-    def _read(self, piece: bytes) -> None:
-        if self._decoder is None:
-            self._body += piece[:MAX_UPSTREAM_BODY - len(self._body)]
-            return
-        with contextlib.suppress(UpstreamFault):
-            for event in self._decoder.feed(piece):
-                for usage in (value_in(event, "message", "usage"), event.get("usage")):
-                    if isinstance(usage, dict):
-                        self._usage.update({name: value for name, value in usage.items() if value is not None})
+    def _note(self, events: list[dict]) -> None:
+        for event in events:
+            for usage in (value_in(event, "message", "usage"), event.get("usage")):
+                if isinstance(usage, dict):
+                    self._usage.update({name: value for name, value in usage.items() if value is not None})
 
     def usage(self) -> dict:
         """What was counted so far, {} for an answer without any."""
@@ -7268,7 +7215,6 @@ class PassingUsage:
 # ---- Tool settings -----------------------------------------------------------------------------------
 # What to write into which tool: printed by `setup NAME`, shown by the page, passed on by `run`, never written by us.
 
-
 FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
 
 
@@ -7277,6 +7223,8 @@ class ToolSettings(NamedTuple):
     title: str
     where: str
     text: str = FORM
+    path_form: Callable[[str], str] = str           # how a path is written there
+    between: str = " "                              # two arguments of START
 
 
 def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
@@ -7285,18 +7233,20 @@ def library(title: str, name: str, address: str, others: str, model: str = 'mode
                         'llm = %s(%s, %s="BASE", api_key="KEY"%s)' % (name, model, address, others))
 
 
-# What usually runs in a container, where localhost is the container itself
 CONTAINER = """\
 In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
 docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
 IN_CONTAINER = "%s\n\n%s" % (FORM, CONTAINER)
+OPENCODE = """\
+{ "model": "gateway/MODEL", "provider": { "gateway": { "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
+    "options": { "baseURL": "BASE", "apiKey": "KEY" },
+    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""
 
 TOOL_SETTINGS: Dict[str, ToolSettings] = {
     "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
-# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" })
-# model: MODEL"""),
+# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" }); model: MODEL"""),
     "langchain": library("LangChain", "langchain_openai.ChatOpenAI", "base_url", ", stream_usage=True"),
     "llamaindex": library("LlamaIndex", "llama_index.llms.openai_like.OpenAILike", "api_base",
                           ",\n    is_chat_model=True, is_function_calling_model=True, context_window=1000000"),
@@ -7304,17 +7254,15 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
 // openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
-    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL, or OpenAIProvider({ baseURL })", """\
+    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
-# Python: Agent(name="agent", model="MODEL")
-# JavaScript: new Runner({ tracingDisabled: true, modelProvider: new OpenAIProvider({ baseURL: "BASE",
-#   apiKey: "KEY" }) })"""),
-    "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL"'),
+# Python: Agent(name="agent", model="MODEL") / JavaScript: new Agent({ name: "agent", model: "MODEL" })"""),
+    "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL_ID"'),
     "dspy": library("DSPy", "dspy.LM", "api_base", "", '"openai/MODEL_ID"'),
     "smolagents": library("smolagents", "smolagents.OpenAIServerModel", "api_base", "", 'model_id="MODEL"'),
     "autogen": library("AutoGen", "autogen_ext.models.openai.OpenAIChatCompletionClient", "base_url",
                        ',\n    model_info={"vision": True, "function_calling": True, "json_output": True,'
-                       '\n                "structured_output": True, "family": "unknown"}'),
+                       '\n                "structured_output": True, "family": "unknown"}', 'model="MODEL_ID"'),
     "agno": library("Agno", "agno.models.openai.like.OpenAILike", "base_url", "", 'id="MODEL"'),
     "mastra": ToolSettings("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
     "browser-use": library("browser-use", "browser_use.ChatOpenAI", "base_url", ""),
@@ -7324,9 +7272,8 @@ providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY }
 export OPENAI_API_KEY=KEY
 aider --openai-api-base BASE --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
-    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)", """\
-export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY
-claude"""),
+    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
+                                "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
     "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
 model = "claude-opus-5-5"
 model_provider = "gateway"
@@ -7334,11 +7281,7 @@ model_providers.gateway.name = "gateway"
 model_providers.gateway.base_url = "BASE"
 model_providers.gateway.wire_api = "responses"
 ENV_KEY"""),
-    "opencode": ToolSettings("opencode", "opencode.json", """\
-{ "model": "gateway/MODEL", "provider": { "gateway": {
-    "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
-    "options": { "baseURL": "BASE", "apiKey": "KEY" },
-    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
+    "opencode": ToolSettings("opencode", "opencode.json", OPENCODE),
     "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
 export GOOSE_PROVIDER=openai GOOSE_MODEL=MODEL
 export OPENAI_HOST=ORIGIN OPENAI_BASE_PATH=v1/chat/completions OPENAI_API_KEY=KEY"""),
@@ -7352,7 +7295,7 @@ qwen --auth-type openai"""),
     "cline-cli": ToolSettings("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
     "openhands": ToolSettings("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
     "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
-export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors
+export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors MSWEA_CONFIGURED=true
 mini -m openai/MODEL"""),
     "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
 # this file is in the folder that this prints: dirname "$(llm logs path)"
@@ -7360,7 +7303,7 @@ mini -m openai/MODEL"""),
 # and the key, in a shell: llm keys set openai --value KEY"""),
     "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
     "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
-    "kilo-code": ToolSettings("Kilo Code", "API provider: OpenAI Compatible"),
+    "kilo-code": ToolSettings("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
     "continue": ToolSettings("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
 name: Claude Gateway
 version: 1.0.0
@@ -7406,7 +7349,6 @@ SERVICE_FILES = {
 # then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway && loginctl enable-linger
 [Unit]
 Description=Claude Gateway
-After=network-online.target
 [Service]
 ExecStart="PYTHON" "FILE" START
 # keys go into this file, mode 600: ANTHROPIC_API_KEY=... if no login is stored, CLAUDE_GATEWAY_API_KEY=... for clients
@@ -7417,17 +7359,16 @@ TimeoutStopSec=35
 NoNewPrivileges=yes
 PrivateTmp=yes
 [Install]
-WantedBy=default.target"""),
+WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$")),
     "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
      to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway -->
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
-<plist version="1.0">
-<dict>
+<plist version="1.0"><dict>
   <key>Label</key><string>local.claude-gateway</string>
   <key>ProgramArguments</key>
-  <array><string>PYTHON</string><string>FILE</string>START</array>
+  <array><string>PYTHON</string><string>FILE</string><string>START</string></array>
   <!-- keys, if no login is stored or clients need one; then: chmod 600 this file
   <key>EnvironmentVariables</key>
   <dict><key>ANTHROPIC_API_KEY</key><string>...</string><key>CLAUDE_GATEWAY_API_KEY</key><string>...</string></dict> -->
@@ -7435,8 +7376,7 @@ WantedBy=default.target"""),
   <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
   <key>ThrottleInterval</key><integer>60</integer>
   <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
-</dict>
-</plist>"""),
+</dict></plist>""", lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "</string><string>"),
     "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
 # keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
@@ -7446,7 +7386,8 @@ Register-ScheduledTask 'Claude Gateway' -Action $action -Trigger $trigger -Setti
 Start-ScheduledTask 'Claude Gateway'
 # where that is denied: a shortcut in the start-up folder does the same
 # $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
-# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()"""),
+# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()""",
+                             lambda path: path.replace("'", "''")),
     "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .
 # docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
@@ -7458,7 +7399,7 @@ ENV CLAUDE_GATEWAY_HOST=0.0.0.0
 EXPOSE PORT
 HEALTHCHECK CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:PORT/health')"]
 ENTRYPOINT ["python3", "/claude_gateway.py"]
-CMD [START]"""),
+CMD ["START"]""", between='", "'),
 }
 
 SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
@@ -7483,32 +7424,23 @@ def setup_name(text: str) -> str:
         text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
 
 
-def filled(config: Config, path_form: Callable[[str], str] = str, argument_form: str = "%s",
-           between: str = " ") -> dict[str, str]:
+def filled(config: Config, path_form: Callable[[str], str] = str, between: str = " ") -> dict[str, str]:
     """The placeholders of the settings -> their values here."""
     origin, python = "http://localhost:%d" % config.port, own_file() and sys.executable or "python3"
     arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
-    paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
-             "FILE": own_file() or "/path/to/claude_gateway.py", "HOME": os.path.expanduser("~")}
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": 'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
-            "START": between.join(argument_form % argument for argument in arguments),
-            **{word: path_form(path) for word, path in paths.items()}}
-
-
-# How a service file writes a path, an argument, and what it puts between two arguments
-SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
-    "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
-    "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
-    "windows": (lambda path: path.replace("'", "''"), "%s", " "),
-    "docker": (str, '"%s"', ", ")}
+            "START": between.join(arguments), "PYTHON": path_form(python),
+            "PYTHONW": path_form(re.sub(r"python(\.exe)?$", r"pythonw\1", python)),
+            "FILE": path_form(own_file() or "/path/to/claude_gateway.py"), "HOME": path_form(os.path.expanduser("~"))}
 
 
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
-    return with_values(SETTINGS[name].text, filled(config, *SERVICE_FORMS.get(name, ()))).rstrip()
+    settings = SETTINGS[name]
+    return with_values(settings.text, filled(config, settings.path_form, settings.between)).rstrip()
 
 
 def with_values(text: str, values: dict[str, str]) -> str:
@@ -7878,8 +7810,8 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/responses/{id}": {"GET": get_response, "DELETE": delete_response},
     "/responses/{id}/input_items": {"GET": response_input_items},
     "/completions": {"POST": completions},
-    "/messages": {"POST": native_messages},
-    "/messages/count_tokens": {"POST": native_count},
+    "/messages": {"POST": native_call},
+    "/messages/count_tokens": {"POST": native_call},
     "/models": {"GET": list_models},
     "/models/{id}": {"GET": one_model},
     "/health": {"GET": health},
@@ -8484,6 +8416,10 @@ def log_lost_connection(failure: BaseException | None) -> None:
 # ---- Service -----------------------------------------------------------------------------------------
 # A gateway on its port: listening sockets, a thread per connection, the way to stop.
 
+# Windows denies access to a port that another program has for itself
+IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
+TOO_MANY_CONNECTIONS = client_json(busy("The gateway has too many connections.").body())
+
 
 class Listener(socketserver.ThreadingTCPServer):
     """One listening socket; a thread per connection, within a bound."""
@@ -8517,20 +8453,16 @@ class Listener(socketserver.ThreadingTCPServer):
     def service_actions(self) -> None:              # called by the loop of the socket server every half second
         self.gateway.upstream.pool.close_old()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for one more connection."""
         if self._connections.take():
-            try:
-                super().process_request(request, client_address)
-            except BaseException:                   # no thread could be started
-                self._connections.give()
-                raise
-            return
+            return True
         with contextlib.suppress(OSError):
             request.settimeout(1)
             request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
                             b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" %
                             (len(TOO_MANY_CONNECTIONS), TOO_MANY_CONNECTIONS))
-        self.shutdown_request(request)
+        return False
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """In a thread of its own: a connection, until it ends or its stream moves to the event loop."""
@@ -8539,13 +8471,9 @@ class Listener(socketserver.ThreadingTCPServer):
             self._connections.give()
         Connection(self.gateway, request, client_address[0], release).run()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:      # no thread could be started
+        self._connections.give()
         log_lost_connection(sys.exc_info()[1])
-
-
-# Windows denies access to a port that another program has for itself
-IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
-TOO_MANY_CONNECTIONS = client_json(busy("The gateway has too many connections.").body())
 
 
 class Service:
@@ -8560,15 +8488,13 @@ class Service:
     @property
     def url(self) -> str:
         """The base URL for an OpenAI client."""
-        host = self.gateway.config.host
-        host = host if host == "localhost" else str(self.listeners[0].server_address[0])
+        host = "localhost" if self.gateway.config.host == "localhost" else str(self.listeners[0].server_address[0])
         return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, self.port)
 
     def start(self) -> None:
         self._started = True
         for listener in self.listeners:
-            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.5}, name="listener",
-                             daemon=True).start()
+            threading.Thread(target=listener.serve_forever, name="listener", daemon=True).start()
 
     def close(self, grace: float = SHUTDOWN_GRACE) -> bool:
         """Stops accepting, lets running requests finish for `grace` seconds; whether all of them did."""
@@ -8593,8 +8519,8 @@ def listeners_for(gateway: Gateway) -> list[Listener]:
     listeners: list[Listener] = []
     try:
         for host in gateway.config.hosts:
-            listeners += listeners_on(host, listeners[0].server_address[1] if listeners else gateway.config.port,
-                                      gateway)
+            port = listeners[0].server_address[1] if listeners else gateway.config.port
+            listeners += listeners_on(host, port, gateway)
     except OSError:
         for listener in listeners:
             listener.server_close()
@@ -8621,73 +8547,55 @@ def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
 
 
 # ---- Simulated upstream ------------------------------------------------------------------------------
-# A small server on loopback that speaks the Messages API, for `start --demo`: the gateway reaches it the same way
-# as Claude.  Its replies say that they are simulated.
+# A small server on loopback that speaks the Messages API, for `start --demo`; it says what is simulated.
+
+SIMULATED = "This is a simulated answer: the gateway runs in demo mode, and no model was asked. "
+HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request, for `selftest`
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
     """The reply to a Messages request: a JSON sample, a tool call, or a sentence about what was sent."""
-    last = request["messages"][-1]["content"]
+    last = [message["content"] for message in request["messages"] if message["role"] == "user"][-1]
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
     choice = request.get("tool_choice", {})
     schema = value_in(request, "output_config", "format", "schema")
-    asked = json_asked_for(request["messages"]) if schema is None else schema
-    blocks: list[dict] = []
-    if request.get("thinking", {}).get("display") == "summarized":
-        blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
+    asked = json_asked_for(last) if schema is None else schema
+    thinking = {"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"}
+    blocks: list[dict] = [thinking] * (request.get("thinking", {}).get("display") == "summarized")
     if schema is None and tools and choice.get("type") != "none" and (
             not results or choice.get("type") in ("any", "tool")):
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
-    elif asked is not None:
-        sample = sample_of(asked, asked) if asked else {"simulated": True, "answer": summary_of(last, results)}
-        blocks.append({"type": "text", "text": json.dumps(sample)})
     else:
-        blocks.append({"type": "text", "text": "This is a simulated answer: the gateway runs in demo mode, and no "
-                                               "model was asked. " + summary_of(last, results)})
-    stop_reason = "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn"
-    usage = dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")
+        summary = summary_of(last, results)
+        sample = sample_of(asked, asked) if asked else {"simulated": True, "answer": summary}
+        blocks.append({"type": "text", "text": SIMULATED + summary if asked is None else json.dumps(sample)})
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
-            "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+            "content": blocks, "stop_reason": "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn",
+            "stop_sequence": None, "usage": dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")}
 
 
 def simulated_usage(request: dict, seen: Bounded) -> dict:
-    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache.
-
-    So is all but the last turn of a conversation, whose first turns a demo need not have seen.
-    """
+    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
     total, marked = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
-    newest = len(prompt) - len(request["messages"][-1]["content"])
     read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
-    for at, part in enumerate(prompt if marked else (), 1):
-        digest.update(json.dumps(without(part, "cache_control") if isinstance(part, dict) else part).encode())
+    for part in prompt if marked else ():
+        digest.update(json.dumps(without(part, "cache_control")).encode())
         so_far += about_tokens(part)
-        if seen.get(digest.hexdigest()) or len(request["messages"]) > 1 and at == newest:
-            read = so_far
+        read = so_far if seen.get(digest.hexdigest()) else read
         seen.put(digest.hexdigest(), True)
     written = total - read if marked else 0
     return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
             "cache_read_input_tokens": read}
 
 
-def simulated_limits(now: float) -> dict[str, str]:
-    """Made-up plan windows, so that the status page has some to show."""
-    headers = {}
-    for window, seconds, used in (("5h", 18_000, "0.37"), ("7d", 604_800, "0.61")):
-        prefix = "anthropic-ratelimit-unified-%s-" % window
-        headers.update({prefix + "utilization": used, prefix + "status": "allowed",
-                        prefix + "reset": "%d" % ((now // seconds + 1) * seconds)})
-    return headers
-
-
-def json_asked_for(messages: list[dict]) -> dict | None:
-    """The schema that the last user turn asks for in its text, {} for any object, None where it asks for no JSON."""
-    said: List[dict] = next((message["content"] for message in reversed(messages) if message["role"] == "user"), [])
-    texts = [block["text"] for block in said if block["type"] == "text"]
+def json_asked_for(content: list[dict]) -> dict | None:
+    """The schema that a turn asks for in its text, {} for any object, None where it asks for no JSON."""
+    texts = [block["text"] for block in content if block["type"] == "text"]
     if not texts or not texts[-1].startswith(JSON_ONLY):
         return None
     with contextlib.suppress(ValueError, RecursionError):
@@ -8696,7 +8604,6 @@ def json_asked_for(messages: list[dict]) -> dict | None:
 
 
 def about_tokens(value: Any) -> int:
-    """About four characters make a token."""
     return len(json.dumps(value)) // 4 + 1
 
 
@@ -8715,25 +8622,20 @@ def sample_of(schema: Any, root: dict, depth: int = 0) -> Any:
     """A small value that fits a JSON schema, more or less."""
     if not isinstance(schema, dict) or depth > 20:
         return "simulated"
-    depth += 1
-    if isinstance(schema.get("$ref"), str):
-        return sample_of(resolved(schema["$ref"], root), root, depth)
-    for key in ("const", "default"):
-        if key in schema:
-            return schema[key]
-    if schema.get("enum"):
-        return schema["enum"][0]
-    for key in ("anyOf", "allOf"):
-        if schema.get(key):
-            return sample_of(schema[key][0], root, depth)
+    given = [schema[key] for key in ("const", "default") if key in schema] or schema.get("enum")
+    if given:
+        return given[0]
+    inner = [schema[key][0] for key in ("anyOf", "allOf") if schema.get(key)]
+    if isinstance(schema.get("$ref"), str) or inner:
+        return sample_of(inner[0] if inner else resolved(schema["$ref"], root), root, depth + 1)
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) else kind
     if kind == "object":
         properties = schema.get("properties") or {}
-        return {name: sample_of(value, root, depth) for name, value in properties.items()
+        return {name: sample_of(value, root, depth + 1) for name, value in properties.items()
                 if name in (schema.get("required") or properties)}
     if kind == "array":
-        return [sample_of(schema.get("items"), root, depth)]
+        return [sample_of(schema.get("items"), root, depth + 1)]
     return {"integer": 1, "number": 1.5, "boolean": True, "null": None}.get(kind, "simulated")
 
 
@@ -8753,20 +8655,14 @@ def simulated_events(message: dict) -> Iterator[dict]:
             yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": delta, name: piece}}
 
 
-HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request
-
-
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
-    """Answers GET as /v1/models, POST as /v1/messages or its count_tokens."""
+    """GET is /v1/models, without any, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
     server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
 
     def do_GET(self) -> None:
-        entries = [{"type": "model", "id": model.id, "lifecycle": model.lifecycle,
-                    "created_at": (model.released or "1970-01-01") + "T00:00:00Z"}
-                   for model in BUILT_IN_MODELS.values()]
-        self._send("application/json", json.dumps({"data": entries, "has_more": False, "last_id": None}).encode())
+        self._send("application/json", client_json({"data": [], "has_more": False, "last_id": None}))
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -8778,38 +8674,34 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
             usage = simulated_usage(request, self.server.seen)
             answer = simulated_message(request, usage)
         except (LookupError, TypeError, AttributeError, ValueError) as fault:
-            error = {"type": "invalid_request_error", "message": "The simulation cannot read this request: %s: %s" % (
-                type(fault).__name__, fault)}
-            self._send("application/json", client_json({"type": "error", "error": error}), 400)
+            refusal = InvalidRequest("The simulation cannot read this request: %s: %s" % (type(fault).__name__, fault))
+            self._send("application/json", client_json(refusal.for_anthropic()[2]), 400)
             return
         if self.path.endswith("/count_tokens"):
             self._send("application/json", client_json({"input_tokens": sum(usage.values())}))
         elif not request.get("stream"):
             self._send("application/json", client_json(answer))
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
-            self._hold(answer)
+            self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
+            self.wfile.flush()
+            with contextlib.suppress(OSError):
+                self.connection.recv(1)             # until the gateway closes the connection
+            self.server.abandoned.set()
+            self.close_connection = True
         else:
             self._send("text/event-stream", b"".join(
                 b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
                 for event in simulated_events(answer)))
-
-    def _hold(self, answer: dict) -> None:
-        """A stream that only ends when the gateway closes the connection, for `selftest`."""
-        self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
-        self.wfile.flush()
-        self.connection.settimeout(30)
-        with contextlib.suppress(OSError):
-            if not self.connection.recv(1):
-                self.server.abandoned.set()
-        self.close_connection = True
 
     def _send(self, kind: str, body: bytes, status: int = 200, more: int = 0) -> None:
         self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body) + more))
         self.send_header("request-id", "req_simulated_" + secrets.token_hex(6))
-        for name, value in simulated_limits(time.time()).items():
-            self.send_header(name, value)
+        for window, seconds, used in (("5h", 18_000, "0.37"), ("7d", 604_800, "0.61")):     # of a made-up plan
+            reset = "%d" % ((time.time() // seconds + 1) * seconds)
+            for name, value in (("utilization", used), ("status", "allowed"), ("reset", reset)):
+                self.send_header("anthropic-ratelimit-unified-%s-%s" % (window, name), value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -8817,7 +8709,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         """The gateway logs for both."""
 
 
-class SimulatedUpstream(http.server.ThreadingHTTPServer):
+class SimulatedUpstream(socketserver.ThreadingTCPServer):
     """The server; `url` is what ANTHROPIC_BASE_URL would be."""
     daemon_threads = True
     request_queue_size = BACKLOG
@@ -8828,9 +8720,6 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), SimulatedHandler)
         self.url = "http://127.0.0.1:%d" % self.server_address[1]
         threading.Thread(target=self.serve_forever, name="simulated upstream", daemon=True).start()
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         failure = sys.exc_info()[1]

@@ -11659,12 +11659,12 @@ class SetupTests(unittest.TestCase):
             ("Service files", "systemd")])
 
     def test_tools_that_know_models_by_their_full_names_get_one(self):
-        for name in ("aider", "dspy", "openhands", "qwen-code"):
+        for name in ("aider", "autogen", "crewai", "dspy", "openhands", "qwen-code"):
             self.assertIn("claude-sonnet-5-5", claude_gateway.setup_text(name, Config()))
         self.assertIn('"url": "http://localhost:45554/v1/chat/completions"',
                       claude_gateway.setup_text("vscode", Config()))
         self.assertIn("--edit-format diff", claude_gateway.setup_text("aider", Config()))
-        for name in ("vscode", "pi", "opencode"):
+        for name in ("vscode", "pi", "opencode", "kilo-code"):
             json.loads(claude_gateway.setup_text(name, Config()))
         for name in ("openai-agents", "crewai", "dspy", "smolagents", "autogen", "agno", "browser-use"):
             compile(re.sub("(?m)^export .*", "", claude_gateway.setup_text(name, Config())), name, "exec")
@@ -12444,6 +12444,18 @@ class ConnectionTests(HttpTestCase):
         first.close()
         self.assertTrue(eventually(lambda: self.exchanged(NEXT_REQUEST)[0].status == 200))
 
+    def test_a_connection_for_which_no_thread_starts_gives_its_place_back(self):
+        def no_thread(request, address):
+            raise RuntimeError("can't start new thread")
+
+        listener = self.start().listeners[0]
+        listener._connections = claude_gateway.Budget(1)
+        with self.assertLogs(claude_gateway.LOG, "ERROR"):
+            listener.process_request = no_thread
+            self.assertEqual(received_until(self.connect(), b"\r\n\r\n"), b"")
+            del listener.process_request
+        self.assertEqual(self.exchanged(NEXT_REQUEST)[0].status, 200)
+
     def test_threads_and_descriptors_return_to_the_baseline(self):
         def descriptors() -> int:
             return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
@@ -12905,7 +12917,8 @@ class DemoTests(CommandTestCase):
     def test_it_has_limits_and_cached_tokens_to_show(self):
         turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user",
                                                                                           "content": "C"}]
-        usage = self.ask("POST", "/v1/chat/completions", {"model": "sonnet", "messages": turns}).json["usage"]
+        self.chat(messages=turns[:1])
+        usage = self.chat(messages=turns).json["usage"]
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         self.assertTrue(0 < cached < usage["prompt_tokens"], usage)
         data = self.ask("GET", "/", headers={"accept": "application/json"}).json
