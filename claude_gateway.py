@@ -6700,13 +6700,13 @@ def within_upstream_limit(body: bytes) -> bytes:
 def media_in(messages: list[dict]) -> Iterator[tuple[str, dict, bool]]:
     """Every image and document: its path as Claude names it, its block, and whether it stands in a tool result or an
     earlier turn, where the client cannot take it back."""
-    newest = max(at for at, message in enumerate(messages) if message["role"] == "user")
+    newest = max([at for at, message in enumerate(messages) if message["role"] == "user"])
     for at, message in enumerate(messages):
         for place, block in enumerate(message["content"]):
             path, inner = "messages.%d.content.%d" % (at, place), block.get("content")
             blocks = [(path, block, at < newest)]
             blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(listed(inner))]
-            yield from (entry for entry in blocks if entry[1]["type"] in ("image", "document"))
+            yield from [entry for entry in blocks if entry[1]["type"] in ("image", "document")]
 
 
 def has_address(block: dict) -> bool:
@@ -8210,8 +8210,8 @@ def unexpected(failure: Exception) -> GatewayError:
 
 def tool_of(headers: dict[str, str]) -> str:
     """The tool that the headers of a request name, short enough for a column of the log."""
-    versions = (re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers if name.startswith("x-"))
-    named = headers.get("x-title") or "".join(match.group(1) for match in versions if match)
+    versions = [re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers if name.startswith("x-")]
+    named = headers.get("x-title") or "".join([match.group(1) for match in versions if match])
     agent = headers.get("user-agent", "")
     if "/JS " in agent:                             # the SDK, its name minified
         agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", agent)
