@@ -5377,9 +5377,9 @@ class BodyFraming:
                 continue
             whole = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
             start, size = (whole.end(), int(whole.group(1), 16)) if whole else (0, 0)
-            if size and data[start + size:start + size + 2] == b"\r\n":
+            if whole and data[start + size:start + size + 2] == b"\r\n":      # or the end, without trailers
                 self._begin_chunk(size)
-                self._left, self._in_chunk, at = 0, False, start + size + 2
+                self._left, self._in_chunk, self.done, at = 0, False, not size, start + size + 2
                 pieces.append(data[start:start + size])
                 continue
             end = data.find(b"\n", at) + 1
