@@ -7874,15 +7874,14 @@ def status_data(gateway: Gateway) -> dict:
         "credential": credential.facts() if credential else None,
         "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
-        "requests": {"total": totals["requests"], "running": running_besides(gateway)},
+        "requests": {"total": totals["requests"], "running": max(0, gateway.running.count - 1)},    # without this one
         "errors": totals["errors"], "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
                   "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **counters.shown(),
-    }
+        **counters.shown()}
 
 
 def last_days(usage: Usage) -> list[dict]:
@@ -7893,11 +7892,6 @@ def last_days(usage: Usage) -> list[dict]:
         return [{"day": day, "usd": round(days.get(day, {}).get("usd", 0), 4), "requests": days.get(day, {}).get(
             "requests", 0)} for day in map(day_of, moments)] if days else []
     return []
-
-
-def running_besides(gateway: Gateway) -> int:
-    """The requests that run now, besides the one that asks."""
-    return max(0, gateway.running.count - 1)
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -7919,41 +7913,38 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
-    counters = gateway.counters
-    totals, models = counters.totals(), counters.by_model()
+    data, counters, models = status_data(gateway), gateway.counters, gateway.counters.by_model()
+    priced = {model: figures for model, figures in models.items() if "usd" in figures}
     lines: list[str] = []
 
-    def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+    def family(name: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+        kind = "counter" if name.endswith("_total") else "gauge"
         lines.append("# HELP claude_gateway_%s %s\n# TYPE claude_gateway_%s %s" % (name, help_text, name, kind))
         for labels, value in samples:
             labelled = ",".join('%s="%s"' % (label, re.sub(r'(["\\])', r"\\\1", str(text)))
                                 for label, text in labels.items())
             lines.append("claude_gateway_%s%s %s" % (name, "{%s}" % labelled if labelled else "", value))
 
-    family("info", "gauge", "The running version.", [({"version": VERSION}, 1)])
-    family("start_time_seconds", "gauge", "Unix time of the start.", [({}, round(counters.started, 3))])
-    family("credential_ok", "gauge", "0 from a refusal of the credential or a failed renewal to the next success.",
-           [({}, int(gateway.upstream.trouble is None))])
-    family("requests_total", "counter", "Requests answered, by route and status.",
-           [({"route": route, "status": code}, count) for (route, code), count in totals["routes"]])
-    family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
-    family("request_duration_seconds_total", "counter", "Time spent on all requests.",
-           [({}, round(counters.seconds, 3))])
-    family("errors_total", "counter", "Requests that failed, by code.",
-           [({"code": code}, count) for code, count in totals["errors"].items()])
-    family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
-           [({"model": model, "kind": kind}, figures[kind]) for model, figures in models.items()
-            for kind in TOKEN_KINDS])
-    models = {model: figures for model, figures in models.items() if "usd" in figures}
-    family("cost_usd_total", "counter", "US dollars by list prices, by model.",
-           [({"model": model}, round(figures["usd"], 6)) for model, figures in models.items()])
-    family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
-           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in models.items()])
-    limits = limits_from_headers(counters.limit_headers, time.time())
-    family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last reported.",
-           [({"window": limit["window"]}, limit["used"]) for limit in limits])
-    family("limit_reset_timestamp_seconds", "gauge", "When they are reset, in Unix time.",
-           [({"window": limit["window"]}, limit["resets_at"]) for limit in limits if limit["resets_at"] is not None])
+    family("info", "The running version.", [({"version": VERSION}, 1)])
+    family("start_time_seconds", "Unix time of the start.", [({}, round(counters.started, 3))])
+    family("credential_ok", "0 from a refusal of the credential or a failed renewal to the next success.",
+           [({}, int(data["trouble"] is None))])
+    family("requests_total", "Requests answered, by route and status.",
+           [({"route": route, "status": code}, count) for (route, code), count in counters.totals()["routes"]])
+    family("requests_running", "Requests that run now.", [({}, data["requests"]["running"])])
+    family("request_duration_seconds_total", "Time spent on all requests.", [({}, round(counters.seconds, 3))])
+    family("errors_total", "Requests that failed, by code.",
+           [({"code": code}, count) for code, count in data["errors"].items()])
+    family("tokens_total", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
+           [({"model": model, "kind": kind}, models[model][kind]) for model in models for kind in TOKEN_KINDS])
+    family("cost_usd_total", "US dollars by list prices, by model.",
+           [({"model": model}, round(figures["usd"], 6)) for model, figures in priced.items()])
+    family("cache_saved_usd", "US dollars that caching saved; negative while it is only written.",
+           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in priced.items()])
+    family("limit_used_ratio", "Used share of plan windows and rate limits, as Claude last reported.",
+           [({"window": limit["window"]}, limit["used"]) for limit in data["limits"]])
+    family("limit_reset_timestamp_seconds", "When they are reset, in Unix time.",
+           [({"window": limit["window"]}, limit["resets_at"]) for limit in data["limits"] if limit["resets_at"]])
     return Reply(raw=("\n".join(lines) + "\n").encode("utf-8"), headers={
         "content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
@@ -7969,46 +7960,36 @@ PAGE = """<!doctype html>
           --ink: light-dark(#22201c, #eeebe4); --soft: light-dark(#6b665c, #a39d91);
           --line: light-dark(#e4e0d6, #3a3732); --accent: light-dark(#b5532d, #e08a63);
           --good: light-dark(#2f7d4f, #6cc090); --bad: light-dark(#b3261e, #f2857c); }
-  * { box-sizing: border-box; }
+  * { box-sizing: border-box; } [hidden] { display: none !important; }
   body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-  main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-  h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase;
-       color: var(--soft); margin: 0 0 .6rem; font-weight: 600; }
-  header { display: flex; gap: .75rem; align-items: baseline; flex-wrap: wrap; margin-bottom: 1.2rem; }
-  header span { color: var(--soft); }
-  #state::before { content: "\\25cf"; margin-right: .35em; } .up { color: var(--good) !important; }
-  .down { color: var(--bad) !important; }
-  .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
+  main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; font-variant-numeric: tabular-nums; }
+  h1 { font-size: 1.3rem; margin: 0; }
+  h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase; margin: 0 0 .6rem; font-weight: 600; }
+  h2, dt, th, .note, #version { color: var(--soft); } .up { color: var(--good); }
+  .down, #errors dt, #trouble { color: var(--bad); } #state::before { content: "\\25cf"; margin-right: .35em; }
+  header, form, .row { display: flex; gap: .5rem .75rem; align-items: baseline; flex-wrap: wrap; }
+  .row { justify-content: space-between; }
+  .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); margin-top: 1.2rem; }
   section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
             min-width: 0; }
-  .wide { grid-column: 1 / -1; } .wide dd { text-align: left; }
+  .wide { grid-column: 1 / -1; overflow-x: auto; } #demo, #trouble, #ask { margin-top: 1rem; }
+  #trouble { border-color: var(--bad); } #demo { border-color: var(--accent); } #demo b { color: var(--accent); }
   dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
-  dt { color: var(--soft); white-space: nowrap; }
-  dd { margin: 0; text-align: right; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
-  #credential, #errors { display: block; } #credential dd, #errors dd { text-align: left; }
-  #errors dt { color: var(--bad); }
-  #credential dt, #names, td, th { font-size: .88rem; }
-  table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
-  td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; white-space: nowrap; font-weight: 400;
-           font-variant-numeric: tabular-nums; } th { color: var(--soft); }
+  dt, th, td { white-space: nowrap; } dd { margin: 0; overflow-wrap: break-word; } #tokens dd { text-align: right; }
+  #credential, #errors { display: block; } #credential dt, #names, .note, td, th { font-size: .88rem; }
+  td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; font-weight: 400; }
+  table { border-spacing: 0; width: 100%; }
   tr.detail span { display: inline-block; max-width: calc(100vw - 4.5rem); white-space: normal; margin-right: .5rem; }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: .6rem 0 0; }
-  dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
-  #trouble { border-color: var(--bad); color: var(--bad); margin-bottom: 1rem; }
-  #demo { border-color: var(--accent); margin-bottom: 1rem; } #demo b { color: var(--accent); }
-  code { font: 13px/1.5 ui-monospace, monospace; }
-  .big { font-size: 2rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
-  .note { color: var(--soft); font-size: .9rem; }
-  .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin: .2rem 0 .7rem; }
-  .bar i { display: block; height: 100%; background: var(--accent); border-radius: 4px; }
+  code, pre { font: 13px/1.5 ui-monospace, monospace; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0 0; }
+  .big { font-size: 2rem; font-weight: 600; line-height: 1.2; }
+  progress { width: 100%; height: .9rem; accent-color: var(--accent); }
   #bars { display: flex; align-items: flex-end; gap: 2px; height: 4rem; margin-top: .6rem; }
   #bars i { flex: 1; min-height: 1px; background: var(--line); }
   #bars i:nth-last-child(-n + 7) { background: var(--accent); }
-  .row { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
-  form { display: flex; gap: .5rem; flex-wrap: wrap; }
   input, button, select { font: inherit; padding: .4rem .7rem; border-radius: 6px; border: 1px solid var(--line);
                   background: var(--back); color: var(--ink); }
-  [hidden] { display: none !important; }
+  dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
 </style>
 </head>
 <body>
@@ -8037,12 +8018,12 @@ PAGE = """<!doctype html>
     <section data-card="used"><h2>Cache</h2><div class="big" id="share"></div>
       <div class="note">of all prompt tokens were read from Claude's cache</div></section>
     <section data-card="used"><h2>Tokens</h2><dl id="tokens"></dl></section>
-    <section id="month"><h2>7 and 30 days</h2><div class="big" id="week"></div><div class="note" id="month-cost"></div>
-      <div id="bars" aria-hidden="true"></div></section>
+    <section data-card="days"><h2>7 and 30 days</h2><div class="big" id="week"></div>
+      <div class="note" id="month"></div><div id="bars" aria-hidden="true"></div></section>
     <section data-card="limits"><h2>Limits</h2><div id="limits"></div></section>
     <section><h2>Credential</h2><dl id="credential"></dl></section>
-    <section class="wide scroll" data-card="used"><h2>By tool and model</h2><table id="totals"></table></section>
-    <section class="wide scroll" data-card="recent"><h2>Last requests</h2>
+    <section class="wide" data-card="used"><h2>By tool and model</h2><table id="totals"></table></section>
+    <section class="wide" data-card="recent"><h2>Last requests</h2>
       <label class="note"><input type="checkbox" id="failed"> only errors</label><table id="recent"></table></section>
   </div>
 </main>
@@ -8050,7 +8031,10 @@ PAGE = """<!doctype html>
   "use strict";
   const at = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en");
-  let key = "";
+  const dollars = (usd) => "$" + (usd < 0.01 ? Number(usd.toFixed(4)) || "0.00" : usd.toFixed(2));
+  const moment = (seconds, style = { dateStyle: "medium", timeStyle: "short" }) =>
+    new Date(seconds * 1000).toLocaleString("en-GB", style);
+  let key = "", listed;
 
   function make(kind, content = "", className = "") {
     const made = document.createElement(kind);
@@ -8063,56 +8047,18 @@ PAGE = """<!doctype html>
   const pairs = (id, entries) => fill(id, entries.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
   const row = (cells, kind = "td") => make("tr", cells.map((cell) => make(kind, cell)));
 
-  function dollars(value) {                         // in cents, or finer; never a zero with a sign
-    const size = Math.abs(value), text = size >= 0.01 ? size.toFixed(2) : String(Number(size.toFixed(4)) || "0.00");
-    return (value < 0 && Number(text) ? "-$" : "$") + text;
-  }
-
-  const time = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
-  const moment = (seconds) =>
-    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
-
-  function limitBars(limits) {
-    fill("limits", limits.flatMap((limit) => {
-      const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "", used = make("i");
-      used.style.width = Math.min(100, limit.used * 100) + "%";
-      const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note");
-      return [make("div", [make("span", limit.title), share], "row"), make("div", used, "bar")];
-    }));
-  }
-
-  function totals(data) {
-    const lines = (sums) => Object.entries(sums).map(([name, each]) => row([name, number(each.requests),
-      number(each.failed), number(each.input_tokens), number(each.output_tokens), dollars(each.cost_usd)]));
-    fill("totals", [row(["", "Requests", "Failed", "Tokens in", "Tokens out", "Cost"], "th"),
-      ...lines(data.by_tool), ...lines(data.by_model)]);
-  }
-
-  function recent(data) {
-    const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
-    const news = JSON.stringify(shown);
-    if (news === recent.news) return;               // a selection in the table stays
-    recent.news = news;
-    fill("recent", [row(["Time", "Tool", "Model", "Status", "Tokens in", "out", "Cost", "First byte, all"], "th"),
-      ...shown.flatMap((each) => {
-        const models = each.asked && each.used && each.asked !== each.used ? each.asked + " \u2192 " + each.used :
-          each.used || each.asked || each.path;
-        const counts = each.input_tokens === null ? ["", ""] : [number(each.input_tokens) + " (" +
-          Math.round(100 * each.cached_tokens / (each.input_tokens || 1)) + " % cached)", number(each.output_tokens)];
-        const line = row([time(each.time), each.tool, models, each.status + (each.stream ? " stream" : ""), ...counts,
-          each.cost_usd === null ? "" : dollars(each.cost_usd), each.first_byte_ms + " / " + each.total_ms + " ms"]);
-        const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
-        detail.colSpan = 8;
-        return each.error || each.changes ? [line, make("tr", detail, "detail")] : [line];
-      })]);
+  function limitBar(limit) {
+    const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "";
+    const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note"), bar = make("progress");
+    bar.value = limit.used;
+    return [make("div", [make("span", limit.title), share], "row"), bar];
   }
 
   function dayBars(days) {
     const most = Math.max(...days.map((day) => day.usd), 0.01);
     const sum = (some, name) => some.reduce((total, day) => total + day[name], 0);
-    at("month").hidden = !days.length;
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
-    at("month-cost").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
+    at("month").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
       number(sum(days, "requests")) + " requests";
     fill("bars", days.map((day) => {
       const bar = make("i");
@@ -8122,39 +8068,62 @@ PAGE = """<!doctype html>
     }));
   }
 
+  function recent(each) {
+    const models = each.asked && each.used && each.asked !== each.used ? each.asked + " \u2192 " + each.used :
+      each.used || each.asked || each.path;
+    const counts = each.input_tokens === null ? ["", ""] : [number(each.input_tokens) + " (" +
+      Math.round(100 * each.cached_tokens / (each.input_tokens || 1)) + " % cached)", number(each.output_tokens)];
+    const line = row([moment(each.time, { timeStyle: "medium" }), each.tool, models,
+      each.status + (each.stream ? " stream" : ""), ...counts,
+      each.cost_usd === null ? "" : dollars(each.cost_usd), each.first_byte_ms + " / " + each.total_ms + " ms"]);
+    const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
+    detail.colSpan = 8;
+    return each.error || each.changes ? [line, make("tr", detail, "detail")] : [line];
+  }
+
+  function tables(data) {
+    fill("totals", [row(["", "Requests", "Failed", "Tokens in", "Tokens out", "Cost"], "th"),
+      ...[data.by_tool, data.by_model].flatMap(Object.entries).map(([name, each]) => row([name, number(each.requests),
+        number(each.failed), number(each.input_tokens), number(each.output_tokens), dollars(each.cost_usd)]))]);
+    const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
+    if (listed === (listed = JSON.stringify(shown))) return;    // a selection in the table stays
+    fill("recent", [row(["Time", "Tool", "Model", "Status", "Tokens in", "out", "Cost", "First byte, all"], "th"),
+      ...shown.flatMap(recent)]);
+  }
+
   function show(data) {
     at("version").textContent = data.version ?? "";
-    at("ask").hidden = !data.key_needed; at("data").hidden = !!data.key_needed;
+    at("ask").hidden = !data.key_needed;
+    at("data").hidden = !!data.key_needed;
     if (data.key_needed) return;
-    const tokens = data.tokens, facts = data.credential ?? {}, demo = data.upstream === "simulated";
-    at("demo").hidden = !demo;
+    const tokens = data.tokens, facts = data.credential ?? {}, saved = data.cache.saved_usd;
+    const texts = {
+      trouble: data.trouble ? "The credential does not work, since " + moment(data.trouble.at) + ": " +
+        data.trouble.message : "",
+      base: location.origin + "/v1", keyhint: key ? "your key" : "none",
+      names: Object.entries({ ...data.models, ...data.aliases }).map((pair) => pair.join(" = ")).join(", "),
+      requests: number(data.requests.total), share: data.cache.share_percent + " %", cost: dollars(data.cost.usd),
+      running: data.requests.running + " running; all since " + moment(data.started_at),
+      saved: "by list prices; caching " + (saved < 0 ? "cost " : "saved ") + dollars(Math.abs(saved)) +
+        data.cost.without_price.map((model) => "; without " + model).join("") };
+    for (const [id, text] of Object.entries(texts)) at(id).textContent = text;
     at("trouble").hidden = !data.trouble;
-    if (data.trouble) at("trouble").textContent = "The credential does not work, since " +
-      moment(data.trouble.at) + ": " + data.trouble.message;
-    at("base").textContent = location.origin + "/v1";
-    at("keyhint").textContent = key ? "your key" : "none";
-    at("names").textContent = Object.entries({ ...data.models, ...data.aliases })
-      .map(([name, id]) => name + " = " + id).join(", ");
-    at("requests").textContent = number(data.requests.total);
-    at("running").textContent = data.requests.running + " running; all since " + moment(data.started_at);
+    at("demo").hidden = data.upstream !== "simulated";
     pairs("errors", Object.entries(data.errors).map(([code, count]) =>
       [number(count) + " \u00d7 " + code, data.error_texts[code] ?? ""]));
-    at("share").textContent = data.cache.share_percent + " %";
-    at("cost").textContent = dollars(data.cost.usd);
-    at("saved").textContent = "by list prices; caching saved " + dollars(data.cache.saved_usd) +
-      data.cost.without_price.map((model) => "; without " + model).join("");
     const kinds = [["New in the prompt", tokens.input], ["Read from the cache", tokens.cache_read],
       ["Stored in the cache", tokens.cache_write], ["Answers", tokens.output]];
     const sum = kinds.reduce((all, [, count]) => all + count, 0);
     pairs("tokens", [...kinds, ["Total", sum]].map(([name, count]) => [name, number(count)]));
-    limitBars(data.limits); dayBars(data.days); totals(data); recent(data);
     const over = facts.expires_at * 1000 < Date.now();
     pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
       [over ? "Token expired" : facts.refreshable ? "Token renews" : "Token expires",
-        facts.expires_at && moment(facts.expires_at)]]
-      .filter(([, value]) => value));
+        facts.expires_at && moment(facts.expires_at)]].filter(([, value]) => value));
+    fill("limits", data.limits.flatMap(limitBar));
+    dayBars(data.days);
+    tables(data);
     const cards = { errors: Object.keys(data.errors).length, used: sum, limits: data.limits.length,
-      recent: data.recent.length };
+      days: data.days.length, recent: data.recent.length };
     for (const card of document.querySelectorAll("[data-card]")) card.hidden = !cards[card.dataset.card];
   }
 
@@ -8163,6 +8132,7 @@ PAGE = """<!doctype html>
 
   async function update() {
     const sent = key;
+    let state = "running";
     try {
       const answer = await ask("/", sent);
       if (!answer.ok && answer.status !== 401) throw new Error(answer.status);
@@ -8170,10 +8140,11 @@ PAGE = """<!doctype html>
       if (sent !== key) return;
       if (sent && data.key_needed) { key = ""; at("wrong").hidden = false; }
       show(data);
-      at("state").textContent = "running"; at("state").className = "up";
     } catch (problem) {
-      at("state").textContent = "not reachable"; at("state").className = "down";
+      state = "not reachable";
     }
+    at("state").textContent = state;
+    at("state").className = state === "running" ? "up" : "down";
   }
 
   at("key").addEventListener("submit", (event) => {
@@ -8193,7 +8164,11 @@ PAGE = """<!doctype html>
   }, { once: true });
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.hidden = !navigator.clipboard;           // browsers have it on localhost and https only
-    button.addEventListener("click", () => navigator.clipboard.writeText(at(button.dataset.copy).textContent));
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(at(button.dataset.copy).textContent);
+      button.textContent = "copied";
+      setTimeout(() => { button.textContent = "copy"; }, 2000);
+    });
   }
   at("failed").addEventListener("change", update);
   update();

@@ -11664,9 +11664,14 @@ function element() {
            get all() { return (this.textContent ?? "") + this.children.map((one) => one.all ?? one).join("|"); },
            addEventListener(name, on) { this.listeners[name] = on; } };
 }
+const buttons = [Object.assign(element(), { dataset: { copy: "base" } })];
 const cards = ["errors", "used", "limits", "recent"].map((card) => Object.assign(element(), { dataset: { card } }));
 globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element,
-                        querySelectorAll: (what) => what === "[data-card]" ? cards : [] };
+                        querySelectorAll: (what) => what === "[data-card]" ? cards : buttons };
+let copied, later;
+Object.defineProperty(globalThis, "navigator", {
+  value: { clipboard: { writeText: async (text) => { copied = text; } } } });
+globalThis.setTimeout = (call) => { later = call; };
 globalThis.location = { origin: "http://localhost:1234", host: "localhost:1234", port: "1234" };
 let tick, sent, shown;
 globalThis.setInterval = (update) => { tick = update; };
@@ -11690,6 +11695,11 @@ async function run() {
     shown.cards = cards.filter((card) => !card.hidden).map((card) => card.dataset.card);
     told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
   }
+  const [button] = buttons;
+  await button.listeners.click();
+  shown.copying = [copied, button.textContent];
+  later();
+  shown.copying.push(button.textContent);
   console.log(JSON.stringify([told, shown]));
 }
 run();
@@ -11923,15 +11933,16 @@ class StatusTests(GatewayTestCase):
         data["limits"] = [{"title": "5 hours", "used": 0.5, "resets_at": time.time() + 28_770}]
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]),
-                         ("$1.23", "by list prices; caching saved -$0.50; without x"))
+                         ("$1.23", "by list prices; caching cost $0.50; without x"))
         self.assertRegex(shown["running"], r"\A0 running; all since \d+ \w+ 20\d\d, \d\d:\d\d\Z")
         self.assertEqual(shown["cards"], ["limits"])            # there is nothing to show in the others
         self.assertRegex(shown["limits"], r"50 %, reset \d+ \w+ 20\d\d, \d\d:\d\d")
         self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
         self.assertTrue(shown["names"].startswith("sonnet = claude-sonnet-5-5, "), shown["names"])
-        data["cache"]["saved_usd"], data["cost"]["usd"] = -0.00001, 0.0042
+        data["cache"]["saved_usd"], data["cost"]["usd"] = -0.0, 0.0042
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]), ("$0.0042", "by list prices; caching saved $0.00; without x"))
+        self.assertEqual(shown["copying"], ["http://localhost:1234/v1", "copied", "copy"])
         self.assertNotIn("demo", shown["hidden"])
         data["upstream"] = "https://api.anthropic.com"
         self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
