@@ -6686,10 +6686,9 @@ class Record:
     owner: str = ""                                 # the beginning of the digest of the client's key
     cost_usd: Optional[float] = None                # by list prices, where the model has one
 
-    def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
-        """What the status page shows of it, and `status` as this line."""
-        fields = dict(without(vars(self), "method", "client", "owner", "started", "cached_percent_of_all",
-                              "route"), line=line)
+    def summary(self, secrets_known: Iterable[str]) -> dict:
+        """What the status page and `status` show of it."""
+        fields = without(vars(self), "method", "client", "owner", "started", "cached_percent_of_all", "route")
         texts = {name: masked(value, secrets_known)[:500] for name, value in fields.items() if isinstance(value, str)}
         return dict(fields, time=round(time.time(), 3), **texts)
 
@@ -7861,10 +7860,30 @@ def with_values(text: str, values: dict[str, str]) -> str:
 # ---- Status page -------------------------------------------------------------------------------------
 # What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
 
+USAGE_COLUMNS = ("requests", "errors", "tokens in", "cached", "tokens out", "cost")
+REQUEST_COLUMNS = ("time", "tool", "model", "status", *USAGE_COLUMNS[2:], "first byte, all")
+
+
+def usage_row(requests: int, failed: int, input_tokens: int, cached_tokens: int, output_tokens: int,
+              cost_usd: float | None) -> list[str]:
+    """Texts for USAGE_COLUMNS."""
+    return [*map("{:,}".format, (requests, failed, input_tokens)), "%d%%" % percent(cached_tokens, input_tokens),
+            "{:,}".format(output_tokens), "" if cost_usd is None else dollars(cost_usd)]
+
+
+def request_row(each: dict) -> list[str]:
+    """Texts for REQUEST_COLUMNS."""
+    models = " -> ".join(dict.fromkeys(filter(None, (each["asked"], each["used"])))) or each["path"]
+    usage = [""] * 4 if each["input_tokens"] is None else usage_row(
+        0, 0, each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])[2:]
+    return [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["tool"], models, "%d%s" % (
+        each["status"], " stream" * each["stream"]), *usage, "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])]
+
+
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, models = counters.totals(), counters.by_model()
+    totals, models, shown = counters.totals(), counters.by_model(), counters.shown()
     tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
@@ -7881,7 +7900,9 @@ def status_data(gateway: Gateway) -> dict:
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **counters.shown()}
+        **shown, "recent": [dict(each, row=request_row(each)) for each in shown["recent"]], "columns": REQUEST_COLUMNS,
+        "totals": [[[title, *USAGE_COLUMNS], *([name, *usage_row(**sums)] for name, sums in shown[field].items())]
+                   for title, field in (("tool", "by_tool"), ("model", "by_model"))]}
 
 
 def last_days(usage: Usage) -> list[dict]:
@@ -7889,8 +7910,7 @@ def last_days(usage: Usage) -> list[dict]:
     with contextlib.suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
         moments = (time.time() - 86_400 * back for back in range(29, -1, -1))
-        return [{"day": day, "usd": round(days.get(day, {}).get("usd", 0), 4), "requests": days.get(day, {}).get(
-            "requests", 0)} for day in map(day_of, moments)] if days else []
+        return [dict({"usd": 0, "requests": 0}, **days.get(day, {}), day=day) for day in map(day_of, moments) if days]
     return []
 
 
@@ -7905,9 +7925,11 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
     if gateway.config.api_key and not incoming.owner:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
-    if incoming.query == "setup":                   # for the page, whose address replaces localhost
-        port = int((re.search(r":(\d+)\Z", incoming.headers.get("host", "")) or ("", 80))[1])
-        return Reply({name: as_typed(setup_text(name, replace(gateway.config, port=port))) for name in TOOL_SETTINGS})
+    if incoming.query == "setup":                   # for the page, at the address that the browser used
+        host = incoming.headers.get("host", "")
+        config = replace(gateway.config, port=int((re.search(r":(\d+)\Z", host) or ("", 80))[1]))
+        return Reply({name: as_typed(setup_text(name, config)).replace("localhost:%d" % config.port, host)
+                      for name in TOOL_SETTINGS})
     return Reply(status_data(gateway))
 
 
@@ -8058,8 +8080,8 @@ PAGE = """<!doctype html>
     const most = Math.max(...days.map((day) => day.usd), 0.01);
     const sum = (some, name) => some.reduce((total, day) => total + day[name], 0);
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
-    at("month").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
-      number(sum(days, "requests")) + " requests";
+    at("month").textContent = "in 7 days; " + dollars(sum(days, "usd")) + " in 30 days, requests: " +
+      number(sum(days, "requests"));
     fill("bars", days.map((day) => {
       const bar = make("i");
       bar.style.height = 100 * day.usd / most + "%";
@@ -8068,27 +8090,15 @@ PAGE = """<!doctype html>
     }));
   }
 
-  function recent(each) {
-    const models = each.asked && each.used && each.asked !== each.used ? each.asked + " \u2192 " + each.used :
-      each.used || each.asked || each.path;
-    const counts = each.input_tokens === null ? ["", ""] : [number(each.input_tokens) + " (" +
-      Math.round(100 * each.cached_tokens / (each.input_tokens || 1)) + " % cached)", number(each.output_tokens)];
-    const line = row([moment(each.time, { timeStyle: "medium" }), each.tool, models,
-      each.status + (each.stream ? " stream" : ""), ...counts,
-      each.cost_usd === null ? "" : dollars(each.cost_usd), each.first_byte_ms + " / " + each.total_ms + " ms"]);
-    const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
-    detail.colSpan = 8;
-    return each.error || each.changes ? [line, make("tr", detail, "detail")] : [line];
-  }
-
   function tables(data) {
-    fill("totals", [row(["", "Requests", "Failed", "Tokens in", "Tokens out", "Cost"], "th"),
-      ...[data.by_tool, data.by_model].flatMap(Object.entries).map(([name, each]) => row([name, number(each.requests),
-        number(each.failed), number(each.input_tokens), number(each.output_tokens), dollars(each.cost_usd)]))]);
+    fill("totals", data.totals.flatMap((table) => table.map((cells, at) => row(cells, at ? "td" : "th"))));
     const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
     if (listed === (listed = JSON.stringify(shown))) return;    // a selection in the table stays
-    fill("recent", [row(["Time", "Tool", "Model", "Status", "Tokens in", "out", "Cost", "First byte, all"], "th"),
-      ...shown.flatMap(recent)]);
+    fill("recent", [row(data.columns, "th"), ...shown.flatMap((each) => {
+      const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
+      detail.colSpan = data.columns.length;
+      return [row(each.row), ...(each.error || each.changes ? [make("tr", detail, "detail")] : [])];
+    })]);
   }
 
   function show(data) {
@@ -8155,9 +8165,7 @@ PAGE = """<!doctype html>
   });
   at("setup").addEventListener("toggle", async () => {
     const texts = await (await ask("/?setup", key)).json(), chosen = at("tool");
-    const show = () => {
-      at("settings").textContent = texts[chosen.value].replaceAll("localhost:" + (location.port || 80), location.host);
-    };
+    const show = () => { at("settings").textContent = texts[chosen.value]; };
     fill("tool", Object.keys(texts).map((name) => make("option", name)));
     chosen.addEventListener("change", show);
     show();
@@ -8449,7 +8457,7 @@ class RequestCycle:
                     if record.used:
                         self._gateway.usage.add(record.tool, record.used, record.owner, {
                             "requests": 1, "errors": int(record.status >= 400)})
-                    summary = record.summary(short_line(record), self._gateway.secrets())
+                    summary = record.summary(self._gateway.secrets())
                     self._gateway.counters.add_request(record.route, summary)
             finally:
                 self._leave()                       # who waits for an idle gateway finds everything counted
@@ -9265,7 +9273,12 @@ def say(text: str, level: int = logging.INFO) -> None:
         if isinstance(handler.formatter, LogFormatter) and handler.formatter.as_json:
             handler.handle(LOG.makeRecord(LOG.name, level, "", 0, "%s", (text,), None))
             return
-    print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, flush=True)
+    print(for_terminal(text), file=sys.stderr, flush=True)
+
+
+def for_terminal(text: str) -> str:
+    """Text that cannot control a terminal, with its lines and tabs."""
+    return re.sub(r"[^\n\t]+", lambda plain: visible(plain.group()), text)
 
 
 def given_to(path: str | None, example: str) -> bytes:
@@ -9289,8 +9302,14 @@ def given_to(path: str | None, example: str) -> bytes:
 
 def print_json(value: Any) -> None:
     """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases."""
-    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-")
-    print(json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8")))
+    print(json.dumps(value, indent=1, ensure_ascii="utf" not in str(sys.stdout.encoding).lower()))
+
+
+def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table; the texts of each column stand at this side of it, "<" or ">"."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows)
 
 
 def moment_text(seconds: float) -> str:
@@ -9307,10 +9326,9 @@ def duration_text(seconds: float) -> str:
 def expiry_text(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and whether it is renewed."""
     left = expires_at - time.time()
-    when = moment_text(expires_at)
-    if left > 0:
-        return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
-    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
+    when = "in %s)%s" % (duration_text(left), ", renewed automatically" * refreshable) if left > 0 else \
+        "expired%s)" % ("; it is renewed at the next request" * refreshable)
+    return "%s (%s" % (moment_text(expires_at), when)
 
 
 # ---- Options -----------------------------------------------------------------------------------------
@@ -9457,19 +9475,17 @@ def checked_proxy(variable: str, url: str) -> str:
     return url
 
 
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": None, "false": None, "no": None, "off": None}
+
+
 def value_from_variable(option: Option, text: str) -> Any:
     """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
     if option.repeatable:
         return [entry.strip() for entry in text.split(",")]
-    if option.metavar:
-        if option.choices and text not in option.choices:
-            raise UsageError("expected one of %s, got %r." % (", ".join(option.choices), text), option.variable)
-        return text
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return None
-    raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
+    values: Dict[str, Any] = {choice: choice for choice in option.choices} if option.metavar else SWITCH
+    if values and text.lower() not in values:
+        raise UsageError("expected one of %s, got %r." % (", ".join(values), text), option.variable)
+    return values.get(text.lower(), text)
 
 
 def in_configuration(environment: dict[str, str], *names: str) -> str:
@@ -9499,13 +9515,11 @@ VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
 }
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
-# Commands that connect to nothing -> the options whose variables they read
-OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",),
-           "usage": ("token-file",), "completion": (), "selftest": ()}
+OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  An offline command reads only its own options."""
+    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
@@ -9513,7 +9527,7 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     fields: dict[str, Any] = {}
     for option in OPTIONS:
         value, setting = getattr(parsed, option.field, None), "--" + option.name
-        if value is None and option.variable in given and not (offline and option.name not in OFFLINE[parsed.command]):
+        if value is None and option.variable in given and (hasattr(parsed, option.field) or not offline):
             setting = option.variable
             value = value_from_variable(option, given[setting])
         if value is not None:
@@ -9564,7 +9578,8 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
         if system and system not in os.environ.values():
             found.append("The system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
         if found:
-            yield ignored % found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+            yield (ignored if len(found) == 1 else ignored.replace("is", "are")) % ", ".join(found), \
+                "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
@@ -9581,31 +9596,31 @@ class Finding(NamedTuple):
 
 
 @contextlib.contextmanager
-def local_answer(config: Config, body: dict | None = None, key: str = "",
-                 timeout: float = 2) -> Iterator[http.client.HTTPResponse]:
-    """What this machine's port answers to GET /, or to a chat completion request."""
+def local_answer(config: Config, body: dict | None = None, key: str = "", timeout: float = 5,
+                 path: str = "/") -> Iterator[http.client.HTTPResponse]:
+    """What this machine's port answers to GET, or to a chat completion request; a key is sent only if given."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": "ask",
-               **({"authorization": "Bearer " + key} if key else {})}
+    headers = {"accept": "application/json", "user-agent": "ask", **({"authorization": "Bearer " + key} if key else {})}
     with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
-        connection.request("POST" if body else "GET", "/v1/chat/completions" if body else "/",
+        connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
         yield connection.getresponse()
 
 
-def running_status(config: Config, key: str = "") -> dict | None:
+def running_status(config: Config, key: str = "", path: str = "/") -> dict | None:
     """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
 
-    A key is sent only if given.
+    With another path, the JSON object that it answers there.
     """
     try:
-        with local_answer(config, key=key) as response:
+        with local_answer(config, key=key, path=path) as response:
             status = json.loads(response.read(1_000_000).decode("utf-8"))
     except (ConnectionRefusedError, socket.gaierror):
         return None
     except (OSError, ValueError, http.client.HTTPException):
         return {}
-    return status if isinstance(status, dict) and status.get("status") == "ok" and "version" in status else {}
+    is_ours = path != "/" or value_in(status, "status") == "ok" and value_in(status, "version")
+    return status if isinstance(status, dict) and is_ours else {}
 
 
 def port_finding(config: Config) -> Finding:
@@ -9615,10 +9630,7 @@ def port_finding(config: Config) -> Finding:
     host = "127.0.0.1" if config.host == "localhost" else config.host
     try:
         family = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0][0]
-        with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-            if os.name == "posix":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, config.port))
+        socket.create_server((host, config.port), family=family).close()
     except OSError as fault:
         host = "" if config.host == "localhost" else " --host " + config.host
         return Finding("Port", "failed", "%d: %s" % (config.port, fault.strerror or fault),
@@ -9668,11 +9680,9 @@ def machine_findings(config: Config) -> Iterator[Finding]:
 
 
 def step_for_fault(message: str) -> str:
-    if "--relax-x509" in message:
-        return "claude-gateway start --relax-x509"
-    if "authority is unknown" in message:
-        return "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor"
-    return "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
+    return "claude-gateway start --relax-x509" if "--relax-x509" in message else \
+        "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor" if "authority is unknown" in message else \
+        "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
 
 
 def issuer_of(host: str, port: int) -> str:
@@ -9799,31 +9809,26 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
 
 
 # The checks that are skipped where one before them fails, as `doctor` then reports
-LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude accepts the credential"}
+LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude accepts the credential",
+                "Live call": "the live calls"}
 
 
 def findings(config: Config, live: bool) -> Iterator[Finding]:
     """All checks of `doctor`, each building on those before it, and at the end which ones were skipped."""
-    yield from machine_findings(config)
-    upstream = Upstream(config, "")
-    found: Dict[str, str] = {}
-    try:
-        for finding in itertools.chain(network_findings(config, upstream), credential_findings(config, upstream)):
-            found[finding.name] = finding.level
+    levels: Dict[str, str] = {}
+    with contextlib.closing(Upstream(config, "")) as upstream:
+        def later() -> Iterator[Finding]:
+            if levels.get("Upstream", "failed") != "failed" != levels["Credential"]:
+                yield acceptance_finding(upstream)
+            if live and upstream.credential and levels.get("Accepted") == "ok":
+                yield from live_findings(config, upstream.credential)
+        for finding in itertools.chain(machine_findings(config), network_findings(config, upstream),
+                                       credential_findings(config, upstream), later()):
+            levels[finding.name] = finding.level
             yield finding
-        if "failed" not in found.values():
-            accepted = acceptance_finding(upstream)
-            found["Accepted"] = accepted.level
-            yield accepted
-        skipped = [check for name, check in LATER_CHECKS.items() if name not in found]
-        if live and upstream.credential and found.get("Accepted") == "ok":
-            yield from live_findings(config, upstream.credential)
-        elif live:
-            skipped.append("the live calls")
-        if skipped:
-            yield Finding("Skipped", "warning", ", ".join(skipped), "Fix what failed above, then run this again.")
-    finally:
-        upstream.close()
+    skipped = [check for name, check in LATER_CHECKS.items() if name not in levels and (live or name != "Live call")]
+    if skipped:
+        yield Finding("Skipped", "warning", ", ".join(skipped), "Fix what failed above, then run this again.")
 
 
 # ---- Selftest ----------------------------------------------------------------------------------------
@@ -10175,7 +10180,7 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
 
 
 @contextlib.contextmanager
-def gateway_at_hand(config: Config) -> Iterator[Config]:
+def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
     """The settings that reach the running gateway, or else one that lives as long as this block, with its own key."""
     if not config.demo and running_status(config):
         yield config
@@ -10184,7 +10189,10 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
                      api_key=config.api_key or (secrets.token_urlsafe(16),))
     config = demo_config(config, SimulatedUpstream().url) if config.demo else config
     set_up_log(config)
-    service = Service(gateway_with_credential(config))
+    try:
+        service = Service(gateway_with_credential(config))
+    except CredentialNeeded as missing:
+        raise CredentialNeeded(str(missing).replace("start --demo", command + " --demo")) from missing
     service.start()
     try:
         yield replace(config, port=service.port)
@@ -10192,25 +10200,22 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
         service.close(2)                            # seconds: its last request is counted first
 
 
-def content_to_ask(parsed: argparse.Namespace) -> Any:
-    """The words of the command line, or of standard input, and the images.  Raises UsageError."""
-    text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
-    images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
-    return [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
-        media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
-
-
 def ask_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints the answer as it arrives, or the whole completion as JSON."""
-    body = {"model": parsed.model, "stream": not parsed.json,
-            "messages": [{"role": "user", "content": content_to_ask(parsed)}]}
-    with gateway_at_hand(config) as at_hand:
+    text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
+    images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
+    content = [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
+        media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
+    body = {"model": parsed.model, "stream": not parsed.json, "messages": [{"role": "user", "content": content}]}
+    with gateway_at_hand("ask", config) as at_hand:
         for chunk in chunks_of_answer(at_hand, body):
             if parsed.json:
                 print_json(chunk)
-            for choice in () if parsed.json else chunk.get("choices", ()):
-                print(choice["delta"].get("content") or "", end="", flush=True)
-    print(end="" if parsed.json else "\n")
+                return OK
+            for choice in chunk.get("choices", ()):
+                text = choice["delta"].get("content") or ""
+                print(for_terminal(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print()
     return OK
 
 
@@ -10264,7 +10269,7 @@ def run_tool(parsed: argparse.Namespace, config: Config) -> int:
     if not path:
         raise UsageError("run needs a program to start; %s." % ("there is no %s" % name if name else "for example: "
                                                                 "claude-gateway run aider"))
-    with gateway_at_hand(config) as at_hand:
+    with gateway_at_hand("run", config) as at_hand:
         variables, options = ready_made(re.sub(r"\.\w+$", "", os.path.basename(name)), at_hand)
         tool: Optional[subprocess.Popen] = None
         early: List[int] = []                       # signals that came before there was a tool
@@ -10312,7 +10317,8 @@ def logout_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def credential_rows(facts: dict, renewable: bool) -> list[tuple[str, Any]]:
+def rows_of(facts: dict, renewable: bool) -> list[tuple[str, Any]]:
+    """What is known of a login, with names."""
     expires_at = facts.get("expires_at")
     return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
             ("Token", expires_at and expiry_text(expires_at, renewable))]
@@ -10331,42 +10337,28 @@ def status_text(running: dict, key_source: str) -> str:
     if running.get("key_needed"):
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
-    facts, tokens = running["credential"] or {}, running["tokens"]
+    facts, tokens, cache = running["credential"] or {}, running["tokens"], running["cache"]
     lines += row_lines([
         ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
             running["upstream"], facts.get("description") or "no credential")),
-        *credential_rows(facts, bool(facts.get("refreshable")) and not trouble),
+        *rows_of(facts, bool(facts.get("refreshable")) and not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
         ("Aliases", aliases_text(running.get("aliases", {}).items())),
         ("Requests", "%d, %d running" % (running["requests"]["total"], running["requests"]["running"])),
         ("Tokens", "{:,} in, {:,} of them from the cache, {:,} out".format(
             prompt_tokens(tokens), tokens["cache_read"], tokens["output"])),
-        ("Cost", "%s by list prices%s" % (dollars(running["cost"]["usd"]), "".join(
-            ", without %s" % model for model in running["cost"]["without_price"]))),
-        ("Cache", "%d %% of all input, which saved %s" % (
-            running["cache"]["share_percent"], dollars(running["cache"]["saved_usd"]))),
+        ("Cost", ", without ".join([dollars(running["cost"]["usd"]) + " by list prices",
+                                    *running["cost"]["without_price"]])),
+        ("Cache", "%d %% of all input, which %s %s" % (cache["share_percent"], "cost" if cache["saved_usd"] < 0 else
+                                                       "saved", dollars(abs(cache["saved_usd"])))),
         *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())])
     for limit in running["limits"]:
         filled = round(20 * min(1.0, limit["used"]))
         left = (limit["resets_at"] or 0) - time.time()
-        resets = ", reset in " + duration_text(left) if left > 0 else ""
-        lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
-                                                round(100 * limit["used"]), resets))
+        lines.append("%-24s [%s] %d %%%s" % (limit["title"], ("#" * filled).ljust(20, "."), round(100 * limit["used"]),
+                                             ", reset in " + duration_text(left) if left > 0 else ""))
     return "\n".join(lines)
-
-
-def request_lines(running: dict) -> Iterator[str]:
-    """The last requests of a running gateway, and its totals by tool and by model."""
-    for title in ("by_tool", "by_model"):
-        for name, sums in running.get(title, {}).items():
-            yield "%-9s %-20s %d requests, %d failed; %s tokens in, %s out; %s" % (
-                title.replace("_", " "), name, sums["requests"], sums["failed"], format(sums["input_tokens"], ","),
-                format(sums["output_tokens"], ","), dollars(sums["cost_usd"]))
-    for each in running.get("recent", ()):
-        cost = dollars(each["cost_usd"]) if each["cost_usd"] is not None else ""
-        yield "  ".join(filter(None, [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["line"], cost,
-                                      each["changes"], each["error"]]))
 
 
 def status_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10376,10 +10368,14 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
         running = running_status(config, config.api_key[0]) or running
     if running:
         source = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
-        print(json.dumps(dict({"running": True, "credential": None}, **running), indent=1) if parsed.json else
-              status_text(running, source))
-        if parsed.requests and not parsed.json:
-            print("\n".join(["", *request_lines(running)]))
+        if parsed.json:
+            print_json(dict({"running": True, "credential": None}, **running))
+            return OK
+        print(status_text(running, source))
+        if parsed.requests and "totals" in running:
+            last = [[*each["row"], each["error"], each["changes"]] for each in running["recent"]]
+            print("", *(in_columns("<>>>>>>", table) + "\n" for table in running["totals"]),
+                  in_columns("<<<<>>>>><<", [[*REQUEST_COLUMNS, "", ""], *last]), sep="\n")
         return OK
     try:
         credential = credential_from_config(config, Upstream(config, "").post_json)
@@ -10388,11 +10384,11 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
                            "it." % fault) from fault
     facts = credential.facts() if credential else None
     if parsed.json:
-        print(json.dumps({"running": False, "port": config.port, "credential": facts}, indent=1))
+        print_json({"running": False, "port": config.port, "credential": facts})
     else:
         print(("No gateway answers on port %d." if running is None else
                "Another program uses port %d; no gateway answers there.") % config.port)
-        rows = row_lines(credential_rows(facts, bool(facts.get("refreshable")))) if facts else []
+        rows = row_lines(rows_of(facts, bool(facts.get("refreshable")))) if facts else []
         print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
               as_typed(missing_credential(config)))
         if credential and credential.preamble:
@@ -10411,13 +10407,10 @@ def usage_command(parsed: argparse.Namespace, config: Config) -> int:
                     for name, figures in groups.items()])
         return OK
     total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
-    columns = ("requests", "errors", "tokens in", "cached", "tokens out", "USD")
-    print("%-24s %9s %7s %13s %6s %11s %9s" % (parsed.by, *columns))
-    for name, figures in [*groups.items(), *total.items()]:
-        prompt = prompt_tokens(figures)
-        print("{:24} {:9,} {:7,} {:13,} {:5}% {:11,} {:9.2f}{}".format(
-            name, figures["requests"], figures["errors"], prompt, percent(figures["cache_read"], prompt),
-            figures["output"], figures["usd"], " + unknown" if figures["without_price"] else ""))
+    rows = [[name, *usage_row(figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"],
+                              figures["output"], figures["usd"]), "+ unknown" * bool(figures["without_price"])]
+            for name, figures in [*groups.items(), *total.items()]]
+    print(in_columns("<>>>>>><", [[parsed.by, *USAGE_COLUMNS, ""], *rows]))
     return OK
 
 
@@ -10428,24 +10421,26 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
 
 
 def models_command(parsed: argparse.Namespace, config: Config) -> int:
-    try:
-        gateway = Gateway(config)
-        entries = gateway.upstream.models()
-    except GatewayError as fault:
-        say("The upstream returned no list, so this is the built-in one: %s" % fault)
-        entries = None
-    catalog = catalog_from_entries(entries, config.alias) if entries else Catalog(aliases=config.alias)
+    """The models of the running gateway, or else Claude's, or the built-in ones."""
+    entries = None
+    if not parsed.alias and running_status(config):
+        entries = (running_status(config, path="/v1/models") or {}).get("data")
+    if not entries:
+        try:
+            listed = Gateway(config).upstream.models()
+        except GatewayError as fault:
+            say("The upstream returned no list, so this is the built-in one: %s" % fault)
+            listed = None
+        entries = [model_entry(*named) for named in catalog_from_entries(listed or (), config.alias).names()]
     if parsed.json:
-        print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
+        print_json(entries)
         return OK
-    names = list(catalog.names())
-    short = {name: model.id for name, model in names if name != model.id}
-    for name in sorted(short, key=lambda name: [*SHORT_NAMES, name].index(name)):
-        print(("%-28s -> %-20s %s" % (name, short[name], SHORT_NAMES.get(name, ""))).rstrip())
-    for name, model in names:
-        if name == model.id:
-            print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
-                                                    ", retires " + model.retires if model.retires else ""))
+    short = {entry["id"]: entry["alias_of"] for entry in entries if "alias_of" in entry}
+    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in sorted(
+        short, key=lambda name: [*SHORT_NAMES, name].index(name))]))
+    print(in_columns("<>>", [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
+                              "retires " * bool(entry.get("shutdown_date")) + entry.get("shutdown_date", ""))
+                             for entry in entries if entry["id"] not in short]))
     return OK
 
 
@@ -10490,7 +10485,7 @@ def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
         if not parsed.json:
             print_finding(finding)
     if parsed.json:
-        print(json.dumps([finding._asdict() for finding in found], indent=1))
+        print_json([finding._asdict() for finding in found])
     else:
         block = "\n".join("%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found)
         block = block.replace(home, "~") if len(home) > 1 else block       # it contains the user's name
@@ -10601,7 +10596,7 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "status": (status_command, "show what the running gateway does",
                ["--json", "--requests", "port", "host", "api-key", "auth", "token-file"]),
     "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
-    "models": (models_command, "list the models and aliases", ["--json", "alias", "auth", "token-file"]),
+    "models": (models_command, "list the models and aliases", ["--json", "port", "host", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
                ["--json", "--live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
     "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
@@ -10639,6 +10634,9 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
               "help": "bash, zsh, fish or powershell"},
     "typed": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
 }
+# What options of `start` mean to other commands
+ELSEWHERE = {"port": "port of the gateway (default: %d)" % DEFAULT_PORT, "api-key": "API key of the gateway",
+             "host": "address of the gateway (default: localhost)"}
 DESCRIPTION = """\
 Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on
 http://localhost:%d/v1.
@@ -10693,16 +10691,6 @@ class Parser(argparse.ArgumentParser):
         return [each for each in found if each.startswith(word.strip())]     # PowerShell cannot pass an empty word
 
 
-def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
-    flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
-    if option.repeatable:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help + "; repeatable", action="append")
-    elif option.metavar:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None)
-    else:
-        parser.add_argument(*flags, action="store_true", default=None, help=option.help)
-
-
 def argument_parser() -> Parser:
     parser = Parser(
         prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -10711,14 +10699,18 @@ def argument_parser() -> Parser:
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(parser=parser)              # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    options = {option.name: option for option in OPTIONS}
     for name, (_, help_text, arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text, epilog=EPILOGS.get(name),
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
+        for option in OPTIONS:
+            if option.name in arguments:
+                text = name != "start" and ELSEWHERE.get(option.name) or option.help + "; repeatable" * option.repeatable
+                kind: Dict[str, Any] = {
+                    "metavar": option.metavar, "choices": option.choices or None, "action": "append" if option.repeatable
+                    else "store"} if option.metavar else {"action": "store_true", "default": None}
+                command.add_argument(*["-" + option.short, "--" + option.name][not option.short:], help=text, **kind)
         for argument in arguments:
-            if argument in options:
-                add_option(command, options[argument])
-            else:
+            if argument in EXTRA_ARGUMENTS:
                 command.add_argument(argument, **EXTRA_ARGUMENTS[argument])
     parser.commands = commands.choices
     return parser

@@ -11754,7 +11754,7 @@ class StatusTests(GatewayTestCase):
         self.chat("a private question", headers={"user-agent": "curl/8"}, model="haiku")
         data = self.status()
         failed, streamed, first = data["recent"]
-        self.assertEqual(set(first), {"time", "line", "tool", "path", "status", "asked", "used", "stream",
+        self.assertEqual(set(first), {"time", "row", "tool", "path", "status", "asked", "used", "stream",
                                       "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
                                       "request_id", "changes", "error", "error_code", "cost_usd"})
         for name, value in (("tool", "aider"), ("asked", "sonnet"), ("used", "claude-sonnet-5-5"), ("status", 200),
@@ -11790,7 +11790,7 @@ class StatusTests(GatewayTestCase):
         counters = claude_gateway.Counters()
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
-            counters.add_request("other", record.summary("line", []))
+            counters.add_request("other", record.summary([]))
         data = counters.shown()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
@@ -11960,10 +11960,11 @@ class StatusTests(GatewayTestCase):
         self.assertRegex(shown["errors"], r"\A1 \u00d7 model_not_found\|The model \"no-such-model\" does not exist")
         self.assertIn("New in the prompt|1,000|Read from the cache|500|Stored in the cache|0|Answers|20|Total|1,520",
                       shown["tokens"])
-        self.assertIn("aider|1|0|1,500|20|$0.0045", shown["totals"])
-        newest, older = shown["recent"].index("no-such-model"), shown["recent"].index("opus \u2192 claude-opus-5-5")
+        self.assertIn("tool|requests|errors|tokens in|cached|tokens out|cost|aider|1|0|1,500|33%|20|$0.0045|",
+                      shown["totals"])
+        newest, older = shown["recent"].index("no-such-model"), shown["recent"].index("opus -> claude-opus-5-5")
         self.assertLess(newest, older)
-        for words in ("1,500 (33 % cached)|20|$0.0045", "dropped seed (no counterpart)", "does not exist here"):
+        for words in ("1,500|33%|20|$0.0045", "dropped seed (no counterpart)", "does not exist here"):
             self.assertIn(words, shown["recent"])
 
     @unittest.skipUnless(shutil.which("node"), "no node here")
@@ -14535,9 +14536,9 @@ class UsageCommandTests(CommandTestCase):
             (["usage"], {}), (["usage", "--by", "tool"], {}), (["usage", "--json", "--by", "model"], {}),
             (["usage", "--days", "30"], {}), (["usage", "--days", "0"], {}),
             (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}))
-        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") + r" +2 +0 +[\d,]+ +0% +[\d,]+ +1.50 \+ unknown$")
-        self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +1.50$")
-        self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* 6.50 \+ unknown$")
+        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") + r" +2 +0 +[\d,]+ +0% +[\d,]+ +\$1.50  \+ unknown$")
+        self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +\$1.50$")
+        self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* \$6.50  \+ unknown$")
         self.assertEqual({row["model"]: row["usd"] for row in json.loads(key.out)},
                          {"claude-mythos-5-2": 0, "claude-sonnet-5-5": 1.5})
         self.assertEqual((wrong.code, nobody.code), (2, 0))
@@ -14584,11 +14585,16 @@ class DailyCommandTests(GatewayTestCase):
         code, said, _ = run_command("status", "--requests", "--port", str(self.service.port))
         self.assertEqual(code, 0)
         self.assertIn("\nAliases:     fast = haiku\n", said)
-        self.assertRegex(said, r"\nby tool   aider +1 requests, 0 failed; 1,000 tokens in, 20 out; \$0\.0044\n")
-        self.assertRegex(said, r"\nby model  claude-opus-5-5 +1 requests, 0 failed; ")
-        self.assertRegex(said, r"\n[\d:]{8}  404 chat/completions curl [\d.]+s  The model .*\n"
-                               r"[\d:]{8}  200 chat/completions aider opus-5-5 1000>20 0% [\d.]+s  \$0\.0044  "
-                               r"dropped seed")
+        _, by_tool, by_model, last = said.split("\n\n")
+        self.assertEqual(by_tool.split("\n")[:2], ["tool   requests  errors  tokens in  cached  tokens out     cost",
+                                                   "aider         1       0      1,000      0%          20  $0.0044"])
+        self.assertRegex(by_model, r"\nclaude-opus-5-5 +1 +0 +1,000 ")
+        heads, failed, answered = last.rstrip("\n").split("\n")
+        self.assertRegex(failed, r"\A[\d:]{8}  curl   no-such-model    404 +\d+ / \d+ ms  The model ")
+        self.assertRegex(answered, r"\A[\d:]{8}  aider  claude-opus-5-5  200 +1,000 +0% +20  \$0\.0044 +"
+                                   r"\d+ / \d+ ms +dropped seed")
+        self.assertEqual({heads.index("status"), failed.index("404"), answered.index("200")}, {failed.index("404")})
+        self.assertNotIn("1 requests", said)
         said = run_command("status", "--json", "-p", str(self.service.port))[1]
         self.assertEqual(json.loads(said)["recent"][0]["status"], 404)
 
