@@ -7910,7 +7910,8 @@ def last_days(usage: Usage) -> list[dict]:
     with contextlib.suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
         moments = (time.time() - 86_400 * back for back in range(29, -1, -1))
-        return [dict({"usd": 0, "requests": 0}, **days.get(day, {}), day=day) for day in map(day_of, moments) if days]
+        return [dict({name: days.get(day, {}).get(name, 0) for name in ("usd", "requests")}, day=day)
+                for day in map(day_of, moments) if days]
     return []
 
 
@@ -9283,20 +9284,18 @@ def for_terminal(text: str) -> str:
 
 def given_to(path: str | None, example: str) -> bytes:
     """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError, with the example."""
-    path = None if path == "-" else path
-    if not path and sys.stdin and sys.stdin.isatty():
+    source = None if path in (None, "-") else path
+    if not source and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
     try:
-        if path:
-            with open(path, "rb") as file:
-                data = file.read()
-        else:
-            data = sys.stdin.buffer.read() if sys.stdin else b""
+        with open(source, "rb") if source else contextlib.nullcontext(
+                sys.stdin.buffer if sys.stdin else io.BytesIO()) as file:
+            data = file.read()
     except OSError as fault:
-        raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
+        raise UsageError("%s: %s" % (source or "standard input", fault.strerror or fault)) from fault
     if not data.strip():
         raise UsageError("%s is %s; for example: claude-gateway %s" % (
-            path or "Standard input", "empty" if path or sys.stdin else "closed", example))
+            source or "Standard input", "empty" if source or sys.stdin else "closed", example))
     return data
 
 
@@ -9470,7 +9469,7 @@ def checked_proxy(variable: str, url: str) -> str:
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
     match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
-    if url and not match or match and int((match.group(4) or ":0")[1:]) > 65_535:
+    if url and (not match or int((match.group(4) or ":0")[1:]) > 65_535):
         raise UsageError("expected a URL like http://proxy.example.com:8080.", variable)
     return url
 
@@ -9490,14 +9489,11 @@ def value_from_variable(option: Option, text: str) -> Any:
 
 def in_configuration(environment: dict[str, str], *names: str) -> str:
     """A path in the user's configuration directory, never in the working directory; "" without a home directory."""
-    if os.name == "nt":
-        base = environment.get("APPDATA", "")
-    else:
-        home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
-        base = environment.get("XDG_CONFIG_HOME", "")
-        if not os.path.isabs(base):                 # relative ones are ignored (XDG base directory specification)
-            base = os.path.join(home, ".config")
-    return os.path.join(base, *names) if os.path.isabs(base) else ""
+    home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
+    bases = [environment.get("APPDATA", "")] if os.name == "nt" else [
+        environment.get("XDG_CONFIG_HOME", ""), os.path.join(home, ".config")]
+    # relative ones are ignored (XDG base directory specification)
+    return next((os.path.join(base, *names) for base in bases if os.path.isabs(base)), "")
 
 
 # Variables that are no options -> the field of the Config, and how they are read
@@ -9533,8 +9529,8 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
         if value is not None:
             value = tuple(value) if option.repeatable else value
             fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
-    fields["host"], *fields["more_hosts"] = dict.fromkeys(fields.get("host", ["localhost"]))
-    fields["more_hosts"] = tuple(fields["more_hosts"])
+    fields["host"], *more_hosts = dict.fromkeys(fields.get("host", ["localhost"]))
+    fields["more_hosts"] = tuple(more_hosts)
     levels = [name for name in LOG_LEVELS if fields.get(name)]
     if len(levels) > 1:
         raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
@@ -9576,7 +9572,7 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
         found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
         system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
         if system and system not in os.environ.values():
-            found.append("The system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
+            found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
         if found:
             yield (ignored if len(found) == 1 else ignored.replace("is", "are")) % ", ".join(found), \
                 "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
@@ -9587,12 +9583,15 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
 
 
 class Finding(NamedTuple):
-    """The result of a check: level ok, warning or failed; `step` is what to do next; `code` a failure's exit code."""
+    """The result of a check; `step`: what to do next, where it is not ok; `code`: a failure's exit code."""
     name: str
-    level: str
     detail: str
     step: str = ""
-    code: int = 0
+    code: int = OK
+
+    @property
+    def level(self) -> str:
+        return "failed" if self.code else "warning" if self.step else "ok"
 
 
 @contextlib.contextmanager
@@ -9626,25 +9625,24 @@ def running_status(config: Config, key: str = "", path: str = "/") -> dict | Non
 def port_finding(config: Config) -> Finding:
     """Whether the port is free; a gateway that is running there is fine, too."""
     if running_status(config):
-        return Finding("Port", "ok", "%d: a gateway is running there" % config.port)
+        return Finding("Port", "%d: a gateway is running there" % config.port)
     host = "127.0.0.1" if config.host == "localhost" else config.host
     try:
         family = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, config.port), family=family).close()
     except OSError as fault:
         host = "" if config.host == "localhost" else " --host " + config.host
-        return Finding("Port", "failed", "%d: %s" % (config.port, fault.strerror or fault),
+        return Finding("Port", "%d: %s" % (config.port, fault.strerror or fault),
                        "claude-gateway start --port %d%s" % (config.port % 65_535 + 1, host), PORT_IN_USE)
-    return Finding("Port", "ok", "%d is free" % config.port)
+    return Finding("Port", "%d is free" % config.port)
 
 
 def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
-    if not config.https_proxy:
-        return Finding("Proxy", "ok", "none")
     exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
-    return Finding("Proxy", "ok", shown_proxy(config) + (
-        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else ""))
+    return Finding("Proxy", shown_proxy(config) + (
+        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else "")
+                   if config.https_proxy else "none")
 
 
 def authorities_finding(config: Config) -> Finding:
@@ -9653,14 +9651,14 @@ def authorities_finding(config: Config) -> Finding:
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except (UpstreamFault, OSError) as fault:       # OSError: PyPy, where the system has no authorities
-        return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable
+        return Finding("Certificates", str(fault), "Correct the path in %s." % config.ca_variable
                        if config.ca_variable else step, FAILURE)
     strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
     count = context.cert_store_stats()["x509_ca"]
     directory = ssl.get_default_verify_paths().capath       # those in there are read when they are needed
     if not count and not (directory and os.listdir(directory)):
-        return Finding("Certificates", "warning", "no certificate authorities", step)
-    return Finding("Certificates", "ok", "%d authorit%s%s%s" % (
+        return Finding("Certificates", "no certificate authorities", step)
+    return Finding("Certificates", "%d authorit%s%s%s" % (
         count, "y" if count == 1 else "ies",
         ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
         ", strict X.509 rules" if strict else ""))
@@ -9668,12 +9666,12 @@ def authorities_finding(config: Config) -> Finding:
 
 def machine_findings(config: Config) -> Iterator[Finding]:
     """Python, the file, the port, the network settings: checks that work without a network."""
-    yield Finding("Python", "ok", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
+    yield Finding("Python", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
     origin = "not from a file of its own"
     if own_file():
         with open(own_file(), "rb") as file:
             origin = "sha256 " + hashlib.sha256(file.read()).hexdigest()
-    yield Finding("File", "ok", "claude-gateway %s, %s" % (VERSION, origin))
+    yield Finding("File", "claude-gateway %s, %s" % (VERSION, origin))
     yield port_finding(config)
     yield proxy_finding(config)
     yield authorities_finding(config)
@@ -9704,10 +9702,9 @@ def clock_finding(date: str) -> Finding:
     try:
         skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
-        return Finding("Clock", "warning", "the upstream sent no Date header", "Check this machine's clock yourself.")
-    if abs(skew) > 60:
-        return Finding("Clock", "warning", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.")
-    return Finding("Clock", "ok", "within a minute of the upstream's")
+        return Finding("Clock", "the upstream sent no Date header", "Check this machine's clock yourself.")
+    return Finding("Clock", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.") if abs(skew) > 60 else \
+        Finding("Clock", "within a minute of the upstream's")
 
 
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
@@ -9719,25 +9716,23 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
         try:
             found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         except OSError as fault:
-            yield Finding("DNS", "failed", "%s: %s" % (host, fault.strerror or fault),
+            yield Finding("DNS", "%s: %s" % (host, fault.strerror or fault),
                           "Check the network; if a proxy is required, set HTTPS_PROXY.", UNREACHABLE)
             return
-        yield Finding("DNS", "ok", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
+        yield Finding("DNS", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
     started = time.monotonic()
     try:
         headers = upstream.probe()
     except GatewayError as fault:
         issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
-        yield Finding("Upstream", "failed", "%s port %d%s: %s%s" % (
+        yield Finding("Upstream", "%s port %d%s: %s%s" % (
             host, port, " by the proxy" if proxied else "", fault,
             " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
         return
     detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
-    if headers.get("server", "").startswith("claude-gateway"):
-        yield Finding("Upstream", "warning", detail + ", and is a claude-gateway itself",
-                      "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.")
-    else:
-        yield Finding("Upstream", "ok", detail)
+    yield Finding("Upstream", detail + ", and is a claude-gateway itself",
+                  "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.") \
+        if headers.get("server", "").startswith("claude-gateway") else Finding("Upstream", detail)
     yield clock_finding(headers.get("date", ""))
 
 
@@ -9746,22 +9741,20 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     try:
         upstream.credential = credential_from_config(config, upstream.post_json)
     except GatewayError as fault:
-        yield Finding("Credential", "failed", str(fault), "claude-gateway login", NO_CREDENTIAL)
+        yield Finding("Credential", str(fault), "claude-gateway login", NO_CREDENTIAL)
         return
     credential = upstream.credential
     if credential is None:
-        yield Finding("Credential", "failed", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
+        yield Finding("Credential", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
         return
     facts = credential.facts()
     detail, expires_at, renewed = facts["description"], facts.get("expires_at"), bool(facts.get("refreshable"))
     if expires_at:
         detail += ", token expires: " + expiry_text(expires_at, renewed)
-    if expires_at and expires_at < time.time() and not renewed:
-        yield Finding("Credential", "failed", detail, "claude-gateway login", NO_CREDENTIAL)
-        return
-    yield Finding("Credential", "ok", detail)
-    if credential.preamble:
-        yield Finding("Terms", "warning", OWN_APPS_ONLY, "An API key is always fine.")
+    over = expires_at and expires_at < time.time() and not renewed
+    yield Finding("Credential", detail, *(("claude-gateway login", NO_CREDENTIAL) if over else ()))
+    if credential.preamble and not over:
+        yield Finding("Terms", OWN_APPS_ONLY, "An API key is always fine.")
 
 
 OWN_APPS_ONLY = "Anthropic's terms allow this kind of token in its own apps only"
@@ -9774,15 +9767,15 @@ REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.
 def acceptance_finding(upstream: Upstream) -> Finding:
     """Whether Claude accepts the credential."""
     try:
-        return Finding("Accepted", "ok", "Claude lists %d models for it" % len(upstream.models() or []))
+        return Finding("Accepted", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
         if WORKSPACE_HINT in str(fault):
-            return Finding("Accepted", "failed", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
-        if fault.status in (401, 403):
-            kind = upstream.credential.facts()["kind"] if upstream.credential else ""
-            return Finding("Accepted", "failed", str(fault), REFUSED_STEPS.get(kind, ""), NO_CREDENTIAL)
-        step = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault))
-        return Finding("Accepted", "warning", str(fault), step)
+            return Finding("Accepted", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
+        if fault.status in (401, 403) and upstream.credential:
+            step = REFUSED_STEPS.get(upstream.credential.facts()["kind"], "")
+            return Finding("Accepted", str(fault), step, NO_CREDENTIAL)
+        return Finding("Accepted", str(fault), "Try again later." if isinstance(fault, ClaudeError) else
+                       step_for_fault(str(fault)))
 
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
@@ -9790,22 +9783,20 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
+    completions = []
     with contextlib.closing(Gateway(config, credential)) as gateway:
-        completions = []
-        for _ in range(2):
-            incoming = Incoming(body)
-            try:
+        try:
+            for incoming in (Incoming(body), Incoming(body)):
                 with incoming.held:
                     completions.append(chat_completions(gateway, incoming).body)
-            except GatewayError as fault:
-                yield Finding("Live call", "failed", str(fault), "See Claude's message.", UNREACHABLE)
-                return
-    model, usage = completions[0]["model"], completions[1]["usage"]
-    answer = completions[0]["choices"][0]["message"]["content"] or ""
-    yield Finding("Live call", "ok", "%s answered %s" % (model, json.dumps(answer[:40])))
+        except GatewayError as fault:
+            yield Finding("Live call", str(fault), "See Claude's message.", UNREACHABLE)
+            return
+    answer, usage = completions[0]["choices"][0]["message"]["content"] or "", completions[1]["usage"]
+    yield Finding("Live call", "%s answered %s" % (completions[0]["model"], json.dumps(answer[:40])))
     read = usage["prompt_tokens_details"]["cached_tokens"]
-    yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usage["prompt_tokens"]),
-                  "" if read else "Run this again; if nothing is read then, the upstream does not cache.")
+    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), "" if read else
+                  "Run this again; if nothing is read then, the upstream does not cache.")
 
 
 # The checks that are skipped where one before them fails, as `doctor` then reports
@@ -9828,7 +9819,7 @@ def findings(config: Config, live: bool) -> Iterator[Finding]:
             yield finding
     skipped = [check for name, check in LATER_CHECKS.items() if name not in levels and (live or name != "Live call")]
     if skipped:
-        yield Finding("Skipped", "warning", ", ".join(skipped), "Fix what failed above, then run this again.")
+        yield Finding("Skipped", ", ".join(skipped), "Fix what failed above, then run this again.")
 
 
 # ---- Selftest ----------------------------------------------------------------------------------------
@@ -9859,14 +9850,14 @@ def selftest_findings() -> Iterator[Finding]:
             with local_answer(config, body, timeout=10) as response:
                 status, answer = response.status, response.read().decode("utf-8")
             is_right = status == expected and all(word in answer for word in words)
-            yield Finding(name, "ok", "") if is_right else Finding(
-                name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
+            yield Finding(name, "") if is_right else Finding(
+                name, "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
         hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
         with local_answer(config, hold, timeout=5) as response:
             response.read(1)
             response.close()
-        yield Finding("cancel", "ok", "") if simulated.abandoned.wait(5) else Finding(
-            "cancel", "failed", "a client left, and its call upstream went on", "Please report this.", FAILURE)
+        yield Finding("cancel", "") if simulated.abandoned.wait(5) else Finding(
+            "cancel", "a client left, and its call upstream went on", "Please report this.", FAILURE)
     finally:
         service.close(0)
         simulated.shutdown()
@@ -10317,15 +10308,15 @@ def logout_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def rows_of(facts: dict, renewable: bool) -> list[tuple[str, Any]]:
-    """What is known of a login, with names."""
-    expires_at = facts.get("expires_at")
-    return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
-            ("Token", expires_at and expiry_text(expires_at, renewable))]
-
-
 def row_lines(rows: Iterable[tuple[str, Any]]) -> list[str]:
     return ["%-12s %s" % (name + ":", value) for name, value in rows if value]
+
+
+def login_rows(facts: dict, renewable: bool = True) -> list[tuple[str, Any]]:
+    """Whose login it is, and until when."""
+    expires_at, renewable = facts.get("expires_at"), renewable and bool(facts.get("refreshable"))
+    return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
+            ("Token", expires_at and expiry_text(expires_at, renewable))]
 
 
 def status_text(running: dict, key_source: str) -> str:
@@ -10341,7 +10332,7 @@ def status_text(running: dict, key_source: str) -> str:
     lines += row_lines([
         ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
             running["upstream"], facts.get("description") or "no credential")),
-        *rows_of(facts, bool(facts.get("refreshable")) and not trouble),
+        *login_rows(facts, renewable=not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
         ("Aliases", aliases_text(running.get("aliases", {}).items())),
@@ -10385,18 +10376,18 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
     facts = credential.facts() if credential else None
     if parsed.json:
         print_json({"running": False, "port": config.port, "credential": facts})
-    else:
-        print(("No gateway answers on port %d." if running is None else
-               "Another program uses port %d; no gateway answers there.") % config.port)
-        rows = row_lines(rows_of(facts, bool(facts.get("refreshable")))) if facts else []
-        print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
-              as_typed(missing_credential(config)))
-        if credential and credential.preamble:
-            print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
-        if credential:
-            port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
-            print(as_typed("Start one: claude-gateway start" + port))
-    return OK if credential else NO_CREDENTIAL
+        return OK if credential else NO_CREDENTIAL
+    print(("No gateway answers on port %d." if running is None else
+           "Another program uses port %d; no gateway answers there.") % config.port)
+    if not credential or not facts:
+        print(as_typed(missing_credential(config)))
+        return NO_CREDENTIAL
+    print("\n".join(["`start` would use: " + facts["description"], *row_lines(login_rows(facts))]))
+    if credential.preamble:
+        print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
+    port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
+    print(as_typed("Start one: claude-gateway start" + port))
+    return OK
 
 
 def usage_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10439,18 +10430,17 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
     print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in sorted(
         short, key=lambda name: [*SHORT_NAMES, name].index(name))]))
     print(in_columns("<>>", [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
-                              "retires " * bool(entry.get("shutdown_date")) + entry.get("shutdown_date", ""))
+                              "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
                              for entry in entries if entry["id"] not in short]))
     return OK
 
 
 def print_finding(finding: Finding) -> None:
-    colours = {"ok": "32", "warning": "33", "failed": "31"}
     level = "%-8s" % finding.level
     if wants_colour(sys.stdout):
-        level = "\x1b[%sm%s\x1b[0m" % (colours[finding.level], level)
+        level = "\x1b[%dm%s\x1b[0m" % ({"ok": 32, "warning": 33, "failed": 31}[finding.level], level)
     print(("%s %-13s %s" % (level, finding.name, finding.detail)).rstrip())
-    if finding.step and finding.level != "ok":
+    if finding.step:
         print("%s-> %s" % (" " * 23, finding.step))
     sys.stdout.flush()
 
@@ -10463,14 +10453,14 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             config = config_from(parsed, environment)
             break
         except UsageError as fault:
-            found.append(Finding("Settings", "failed", str(fault), "Correct %s; the checks below use the default." % (
+            found.append(Finding("Settings", str(fault), "Correct %s; the checks below use the default." % (
                 fault.setting or "it"), USAGE))
             if not fault.setting:                   # two that exclude each other
                 environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
-    return config, found + [Finding("Settings", "warning", *doubt) for doubt in doubtful_settings(environment, config)]
+    return config, found + [Finding("Settings", *doubt) for doubt in doubtful_settings(environment, config)]
 
 
 def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10485,12 +10475,12 @@ def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
         if not parsed.json:
             print_finding(finding)
     if parsed.json:
-        print_json([finding._asdict() for finding in found])
+        print_json([dict(finding._asdict(), level=finding.level) for finding in found])
     else:
         block = "\n".join("%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found)
         block = block.replace(home, "~") if len(home) > 1 else block       # it contains the user's name
         print("\nTo paste into a bug report:\n\n```\n%s\n```" % block)
-    return next((finding.code for finding in found if finding.level == "failed"), OK)
+    return next((finding.code for finding in found if finding.code), OK)
 
 
 def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10498,7 +10488,7 @@ def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
     found = list(selftest_findings())
     for finding in found:
         print_finding(finding)
-    failed = sum(finding.level == "failed" for finding in found)
+    failed = sum(map(bool, (finding.code for finding in found)))
     print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
     return FAILURE if failed else OK
 
@@ -10596,7 +10586,8 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "status": (status_command, "show what the running gateway does",
                ["--json", "--requests", "port", "host", "api-key", "auth", "token-file"]),
     "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
-    "models": (models_command, "list the models and aliases", ["--json", "port", "host", "alias", "auth", "token-file"]),
+    "models": (models_command, "list the models and aliases",
+               ["--json", "port", "host", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
                ["--json", "--live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
     "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
@@ -10704,11 +10695,12 @@ def argument_parser() -> Parser:
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
         for option in OPTIONS:
             if option.name in arguments:
-                text = name != "start" and ELSEWHERE.get(option.name) or option.help + "; repeatable" * option.repeatable
-                kind: Dict[str, Any] = {
-                    "metavar": option.metavar, "choices": option.choices or None, "action": "append" if option.repeatable
-                    else "store"} if option.metavar else {"action": "store_true", "default": None}
-                command.add_argument(*["-" + option.short, "--" + option.name][not option.short:], help=text, **kind)
+                kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {
+                    "action": "append" if option.repeatable else "store", "metavar": option.metavar,
+                    "choices": option.choices or None}
+                text = option.help + "; repeatable" * option.repeatable
+                command.add_argument(*["-" + option.short, "--" + option.name][not option.short:], **kind,
+                                     help=text if name == "start" else ELSEWHERE.get(option.name, text))
         for argument in arguments:
             if argument in EXTRA_ARGUMENTS:
                 command.add_argument(argument, **EXTRA_ARGUMENTS[argument])

@@ -13471,18 +13471,20 @@ class OptionTests(unittest.TestCase):
 
     def test_settings_that_have_no_effect_are_named(self):
         def ignored(**variables):
-            return [problem[:-len(" is set, and is ignored.")] for problem, _ in
+            return [re.sub(" (is set, and is|are set, and are) ignored.$", "", problem) for problem, _ in
                     claude_gateway.doubtful_settings(variables, config_of(**variables))]
         self.assertEqual(ignored(CLAUDE_GATEWAY_PORTS="1", CLAUDE_GATEWAY_PORT="1", ALL_PROXY="socks5://h",
                                  CLAUDE_GATEWAY_TOKEN_URL="https://x", HTTP_PROXY="http://h:1"),
-                         ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY"])
+                         ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY, HTTP_PROXY"])
         self.assertEqual(ignored(http_proxy="http://h:1"), ["HTTP_PROXY"])
         self.assertEqual(ignored(HTTP_PROXY="http://h:1", HTTPS_PROXY="http://h:1"), [])
         (_, advice), = claude_gateway.doubtful_settings({"CLAUDE_GATEWAY_PROT": "1"}, Config())
         self.assertEqual(advice, "Did you mean CLAUDE_GATEWAY_PORT?")
         self.addCleanup(setattr, claude_gateway.urllib.request, "getproxies", claude_gateway.urllib.request.getproxies)
         claude_gateway.urllib.request.getproxies = lambda: {"https": "http://u:word@of-the-system:1"}  # macOS
-        self.assertEqual(ignored(), ["The system's proxy http://***@of-the-system:1"])
+        self.assertEqual(ignored(), ["the system's proxy http://***@of-the-system:1"])
+        self.assertEqual(ignored(all_proxy="socks5://h", http_proxy="http://h:1"),
+                         ["ALL_PROXY, HTTP_PROXY, the system's proxy http://***@of-the-system:1"])
 
     def test_the_log_has_one_loudness(self):
         for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
@@ -14536,7 +14538,8 @@ class UsageCommandTests(CommandTestCase):
             (["usage"], {}), (["usage", "--by", "tool"], {}), (["usage", "--json", "--by", "model"], {}),
             (["usage", "--days", "30"], {}), (["usage", "--days", "0"], {}),
             (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}))
-        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") + r" +2 +0 +[\d,]+ +0% +[\d,]+ +\$1.50  \+ unknown$")
+        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") +
+                         r" +2 +0 +[\d,]+ +0% +[\d,]+ +\$1.50  \+ unknown$")
         self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +\$1.50$")
         self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* \$6.50  \+ unknown$")
         self.assertEqual({row["model"]: row["usd"] for row in json.loads(key.out)},
