@@ -7974,8 +7974,6 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
 
 PAGE = """<!doctype html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Claude Gateway</title>
 <style nonce="NONCE">
@@ -8014,8 +8012,6 @@ PAGE = """<!doctype html>
                   background: var(--back); color: var(--ink); }
   dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
 </style>
-</head>
-<body>
 <main>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
   <section id="demo" hidden><b>DEMO</b> Nothing is sent to Claude: answers, tokens, costs and limits are
@@ -8183,8 +8179,6 @@ PAGE = """<!doctype html>
   update();
   setInterval(update, 2000);
 </script>
-</body>
-</html>
 """
 
 

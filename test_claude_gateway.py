@@ -7592,8 +7592,7 @@ class UsageTests(UsageTestCase):
         if shutil.which("node"):
             data["days"][0]["usd"] = 1.5
             shown = StatusTests.page(self, [(200, json.dumps(data), "")])[1]
-            self.assertEqual((shown["week"], shown["month-cost"]),
-                             ("$3.00", "in 7 days, $4.50 in 30 days, for 1 requests"))
+            self.assertEqual((shown["week"], shown["month"]), ("$3.00", "in 7 days; $4.50 in 30 days, requests: 1"))
 
     def test_periods_begin_and_end_where_a_calendar_says(self):
         def at(*date):
@@ -14329,7 +14328,22 @@ class AskTests(CommandTestCase):
         self.assertEqual((empty.code, empty.err),
                          (2, "claude-gateway: Standard input is empty; for example: claude-gateway ask Hello\n"))
         self.assertEqual((nobody.code, nobody.out), (3, ""))
-        self.assertIn("No credential. Set ANTHROPIC_API_KEY", nobody.err)
+        self.assertRegex(nobody.err, "No credential. Set ANTHROPIC_API_KEY.*; `claude-gateway ask --demo` needs neither")
+
+    @POSIX_ONLY
+    def test_an_answer_cannot_control_the_terminal(self):
+        import pty
+
+        answer = "\x1b]0;title\x07Over\rHello,\n\tyou\u202e!"
+        self.claude.play(message(text(answer)), message(text(answer)))
+        variables = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url, "PYTHONIOENCODING": "utf-8"}
+        self.assertEqual(self.command("ask", "Hello", **variables).out, answer + "\n")      # into a file or a pipe
+        reading, terminal = pty.openpty()
+        self.addCleanup(os.close, reading)
+        subprocess.run([sys.executable, PROGRAM, "ask", "Hello"], stdin=subprocess.DEVNULL, stdout=terminal,
+                       env=self.environment(variables), cwd=self.working_directory, timeout=20, check=True)
+        os.close(terminal)
+        self.assertEqual(os.read(reading, 1_000), br"\x1b]0;title\x07Over\rHello," b"\r\n\tyou" br"\u202e!" b"\r\n")
 
 
 @POSIX_ONLY
@@ -14414,6 +14428,7 @@ class RunTests(CommandTestCase):
                          (2, "claude-gateway: run needs a program to start; there is no no-such-tool.\n"))
         self.assertEqual(nothing.code, 2)
         self.assertIn("for example: claude-gateway run aider", nothing.err)
+        self.assertIn("`claude-gateway run --demo` needs neither", self.command("run", "sh").err)
 
 
 # ---- Commands ---------------------------------------------------------------------------------------
@@ -14577,6 +14592,26 @@ class DailyCommandTests(GatewayTestCase):
         told = json.loads(said)
         self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
                          (0, 1, True, "api_key"))
+
+    def test_models_are_those_of_the_gateway_that_runs(self):
+        self.start(alias=(("fast", "haiku"),), api_key=("the-client-key",))
+        self.claude.models = []
+        port = str(self.service.port)
+        code, said, complaint = run_command("models", "-p", port)
+        self.assertEqual((code, "built-in" in complaint), (0, False))
+        self.assertRegex(said, r"(?m)^fast +-> claude-haiku-5-5$")
+        self.assertEqual({entry["id"]: entry.get("alias_of") for entry in json.loads(
+            run_command("models", "--json", "-p", port)[1])}["fast"], "claude-haiku-5-5")
+        said = run_command("models", "-p", port, "--alias", "mine=opus")[1]        # what would be, not what is
+        self.assertRegex(said, r"(?m)^mine +-> claude-opus-5-5$")
+        self.assertNotIn("fast", said)
+
+    def test_caching_saves_or_costs(self):
+        running = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        for saved, words in ((0.5, "saved $0.50"), (-0.0001, "cost $0.0001"), (-0.0, "saved $0.00")):
+            running["cache"] = {"share_percent": 7, "saved_usd": saved}
+            self.assertIn("\nCache:       7 %% of all input, which %s\n" % words,
+                          claude_gateway.status_text(running, "") + "\n")
 
     def test_status_lists_the_last_requests_and_totals(self):
         self.start(alias=(("fast", "haiku"),))
@@ -14793,6 +14828,12 @@ class CommandLineTests(CommandTestCase):
         for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
             self.assertEqual(child.code, 0)
             self.assertIn("--token-file", child.out)
+        self.assertIn("0: any free one", start.out)
+        for child in self.commands(*[([name, "--help"], {}) for name in ("ask", "run", "status", "doctor", "models")]):
+            words = " ".join(child.out.split())
+            for described in ("PORT port of the gateway (default: 45554)", "--host ADDRESS address of the gateway"):
+                self.assertIn(described, words)
+            self.assertNotIn("any free one", words)
 
     def test_unknown_words_are_answered_with_the_nearest_if_one_is_near(self):
         for arguments, nearest, usage in (
