@@ -7991,8 +7991,7 @@ PAGE = """<!doctype html>
   header, form, .row { display: flex; gap: .5rem .75rem; align-items: baseline; flex-wrap: wrap; }
   .row { justify-content: space-between; }
   .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); margin-top: 1.2rem; }
-  section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
-            min-width: 0; }
+  section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; min-width: 0; }
   .wide { grid-column: 1 / -1; overflow-x: auto; } #demo, #trouble, #ask { margin-top: 1rem; }
   #trouble { border-color: var(--bad); } #demo { border-color: var(--accent); } #demo b { color: var(--accent); }
   dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
@@ -8014,8 +8013,7 @@ PAGE = """<!doctype html>
 </style>
 <main>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
-  <section id="demo" hidden><b>DEMO</b> Nothing is sent to Claude: answers, tokens, costs and limits are
-    simulated.</section>
+  <section id="demo" hidden><b>DEMO</b> Nothing goes to Claude: answers, tokens, costs, limits are simulated.</section>
   <section id="trouble" role="alert" hidden></section>
   <section id="ask" hidden><h2>API key required</h2>
     <form id="key"><input type="password" id="secret" aria-label="API key of this gateway" autocomplete="off"
@@ -8051,8 +8049,8 @@ PAGE = """<!doctype html>
   const at = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en");
   const dollars = (usd) => "$" + (usd < 0.01 ? Number(usd.toFixed(4)) || "0.00" : usd.toFixed(2));
-  const moment = (seconds, style = { dateStyle: "medium", timeStyle: "short" }) =>
-    new Date(seconds * 1000).toLocaleString("en-GB", style);
+  const style = { dateStyle: "medium", timeStyle: "short" };
+  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", style);
   let key = "", listed;
 
   function make(kind, content = "", className = "") {
@@ -9839,19 +9837,18 @@ def selftest_findings() -> Iterator[Finding]:
         ("image", dict(hello, messages=[{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/png"]),
         ("error", dict(hello, model="no-such-model"), 404, ["model_not_found"]))
+    report = ("Please report this.", FAILURE)
     try:
         for name, body, expected, words in cases:
             with local_answer(config, body, timeout=10) as response:
                 status, answer = response.status, response.read().decode("utf-8")
             is_right = status == expected and all(word in answer for word in words)
-            yield Finding(name, "") if is_right else Finding(
-                name, "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
-        hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
-        with local_answer(config, hold, timeout=5) as response:
+            yield Finding(name, "") if is_right else Finding(name, "status %d: %s" % (status, answer[:300]), *report)
+        with local_answer(config, dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)) as response:
             response.read(1)
             response.close()
         yield Finding("cancel", "") if simulated.abandoned.wait(5) else Finding(
-            "cancel", "a client left, and its call upstream went on", "Please report this.", FAILURE)
+            "cancel", "a client left, and its call upstream went on", *report)
     finally:
         service.close(0)
         simulated.shutdown()
@@ -10492,7 +10489,6 @@ def setup_command(parsed: argparse.Namespace, config: Config) -> int:
         print(as_typed(setup_list()))
         return OK
     say("%s, %s:" % SETTINGS[parsed.name][:2])      # on standard error, as it is not to be pasted
-    sys.stderr.flush()
     print(as_typed(setup_text(parsed.name, config)))
     return OK
 
