@@ -253,14 +253,13 @@ def count_in(value: Any, *path: str) -> int:
     return count_of(value_in(value, *path))
 
 
-UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 # control characters, line ends of Unicode, marks that turn the direction of text, halves of surrogate pairs
 UNSAFE_IN_LOG = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
-    return UNPRINTABLE.sub("?", value)[:limit]
+    return re.sub(r"[^\x20-\x7e]", "?", value)[:limit]
 
 
 def visible(text: str) -> str:
@@ -293,9 +292,7 @@ def own_file() -> str:
 
 def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
     """A text with every command of ours as it can be typed here: the script's path where it is not installed.
-
-    A lower-case word behind `claude-gateway` is a command: no prose puts one there.
-    """
+    A lower-case word behind `claude-gateway` is a command: no prose puts one there."""
     if powershell:
         text = re.sub(r"\bexport((?: \w+=\S+)+)", lambda line: re.sub(
             r" (\w+)=(\S+)", r'; $env:\1 = "\2"', line.group(1))[2:], text)
@@ -321,15 +318,6 @@ def unix_time(moment: str) -> int | None:
         return calendar.timegm(tuple(map(int, match.groups("0")))) if match else None
     except ValueError:
         return None
-
-
-def duration_until(moment: str) -> str:
-    """An RFC 3339 time as OpenAI writes resets: the time until then, such as "1m30s"."""
-    then = unix_time(moment)
-    if then is None:
-        return moment
-    seconds = max(0, round(then - time.time()))
-    return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
 
 
 def is_address(name: str) -> bool:
@@ -388,7 +376,7 @@ class GatewayError(Exception):
         super().__init__(message)
         self.param = param
         self.code = code or self.code
-        self.headers = headers or {}
+        self.headers = dict(headers or {}, **{"x-should-retry": "false"} if self.code in FINAL_CODES else {})
 
     def reworded(self, message: str, **changes: str) -> GatewayError:
         """The same error with another message, and what else is other about it."""
@@ -402,8 +390,7 @@ class GatewayError(Exception):
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
         """Status, headers and body for clients that speak Anthropic's API."""
-        kind = next((name for name, (status, _, _) in CLAUDE_ERRORS.items() if status == self.status),
-                    type_of_status(self.status))
+        kind = {429: "billing_error", 503: "overloaded_error"}.get(self.status) or type_of_status(self.status)
         error = {"type": kind, "message": str(self)}
         return self.status, self.headers, {"type": "error", "error": error, "request_id": None}
 
@@ -431,9 +418,6 @@ class CredentialNeeded(GatewayError):
     """The gateway's own credential is missing or dead: only its owner can fix that, no retry can."""
     status, kind, code = 401, "authentication_error", "upstream_authentication"
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"x-should-retry": "false"})
-
 
 class UpstreamFault(GatewayError):
     """Claude's API could not be reached, or broke off, or said something that is not its protocol."""
@@ -449,30 +433,27 @@ class ClientGone(Exception):
     """The client closed its connection; nobody is left to tell."""
 
 
-# What an error of the Messages API is for an OpenAI client: error type -> (status, type, code).
+# An error of the Messages API -> its statuses there, which are all that is known where the body is not the API's own
+# (a proxy's HTML page, say); and for an OpenAI client: (status, type, code).
 CLAUDE_ERRORS = {
-    "invalid_request_error": (400, "invalid_request_error", None),
-    "authentication_error": (401, "authentication_error", "upstream_authentication"),
-    "billing_error": (429, "insufficient_quota", "insufficient_quota"),
-    "permission_error": (403, "permission_error", None),
-    "not_found_error": (404, "invalid_request_error", None),
-    "conflict_error": (409, "server_error", None),
-    "request_too_large": (413, "invalid_request_error", "request_too_large"),
-    "rate_limit_error": (429, "rate_limit_error", "rate_limit_exceeded"),
-    "api_error": (500, "server_error", None),
-    "timeout_error": (504, "server_error", "timeout"),
-    "overloaded_error": (503, "server_error", "overloaded"),
+    "invalid_request_error": ((400,), (400, "invalid_request_error", None)),
+    "authentication_error": ((401,), (401, "authentication_error", "upstream_authentication")),
+    "billing_error": ((402,), (429, "insufficient_quota", "insufficient_quota")),
+    "permission_error": ((403,), (403, "permission_error", None)),
+    "not_found_error": ((404,), (404, "invalid_request_error", None)),
+    "conflict_error": ((409,), (409, "server_error", None)),
+    "request_too_large": ((413,), (413, "invalid_request_error", "request_too_large")),
+    "rate_limit_error": ((429,), (429, "rate_limit_error", "rate_limit_exceeded")),
+    "api_error": ((500,), (500, "server_error", None)),
+    "timeout_error": ((408, 504), (504, "server_error", "timeout")),
+    "overloaded_error": ((529,), (503, "server_error", "overloaded")),
 }
-# ... and what its status alone says, where the body is not the API's own (a proxy's HTML page, say).
-CLAUDE_STATUSES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-                   403: "permission_error", 404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
-                   413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
-                   529: "overloaded_error"}
 
 
 def type_of_status(status: int) -> str:
     """The type of an error of which only the status is known."""
-    return CLAUDE_STATUSES.get(status, "invalid_request_error" if status // 100 == 4 else "api_error")
+    return next((name for name, (statuses, _) in CLAUDE_ERRORS.items() if status in statuses),
+                "invalid_request_error" if status // 100 == 4 else "api_error")
 
 
 class Verdict(NamedTuple):
@@ -512,7 +493,6 @@ VERDICTS = (
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can help these
 # What a refusal is about, by its message, where a correction or an explanation needs to know.
 ABOUT_TOOL = re.compile(r"tools\.(\d+)\.")
-ABOUT_MODEL = re.compile(r"model")
 ABOUT_COMPACTION = re.compile(r"compaction_(?!unavailable)|(?=.*compaction).*(block|signature|summar)", re.S)
 ABOUT_LIMIT = re.compile(r"max_tokens: \d+ > (\d+)")
 ABOUT_THINKING = re.compile(r"(?=.*thinking).*(signature|invalid `?data`? in|bound to a different conversation|"
@@ -548,25 +528,21 @@ class ClaudeError(GatewayError):
         self.upstream_status = upstream_status
         self.claude_type = str(error.get("type") or type_of_status(upstream_status))
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
-        self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (
-            upstream_status if upstream_status >= 400 else 502, "server_error", None))
+        _, (self.status, self.kind, code) = CLAUDE_ERRORS.get(self.claude_type, ((), (
+            upstream_status if upstream_status >= 400 else 502, "server_error", None)))
         if self.claude_type == "api_error" and 500 <= upstream_status <= 511:
             self.status = upstream_status
         self.error_code = text_in(error, "details", "error_code") or ""
         words = "%s %s" % (message.lower(), self.error_code)
         verdict = next((verdict for verdict in VERDICTS if re.search(verdict.words, words)), Verdict(""))
-        self.status = verdict.status or self.status
-        self.kind = verdict.kind or self.kind
-        code = verdict.code or code
-        hint = verdict.hint
+        self.status, self.kind = verdict.status or self.status, verdict.kind or self.kind
+        code, hint = verdict.code or code, verdict.hint
         if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
             self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
             hint = hint or PLAN_HINT
         stop = "" if message.endswith((".", "!", "?")) else "."
         super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
                          headers=headers_from_claude(headers or {}))
-        if self.code in FINAL_CODES:
-            self.headers["x-should-retry"] = "false"
         self._anthropic_headers = headers_for_anthropic(headers or {})
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
@@ -585,9 +561,17 @@ OPENAI_HEADERS = {
 
 
 def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that an OpenAI client can read, under OpenAI's names."""
-    return {ours: printable(duration_until(headers[theirs]) if theirs.endswith("reset") else headers[theirs])
-            for theirs, ours in OPENAI_HEADERS.items() if headers.get(theirs)}
+    """The headers of Claude's answer that an OpenAI client can read, as OpenAI writes them: resets as "1m30s"."""
+    known = {}
+    for theirs, ours in OPENAI_HEADERS.items():
+        value = headers.get(theirs, "")
+        then = unix_time(value) if theirs.endswith("reset") else None
+        if then is not None:
+            seconds = max(0, round(then - time.time()))
+            value = "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
+        if value:
+            known[ours] = printable(value)
+    return known
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
@@ -647,11 +631,7 @@ def nests_deeper(data: bytes, limit: int) -> bool:
 def without_lone_surrogates(value: Any) -> Any:
     """A JSON value with every half of a surrogate pair replaced by U+FFFD, as UTF-8 has no form for it."""
     if isinstance(value, str):
-        try:
-            value.encode("utf-8")                   # five times as fast as the pattern
-            return value
-        except UnicodeEncodeError:
-            return re.sub("[\ud800-\udfff]", "\ufffd", value)
+        return value if value.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", value)
     if isinstance(value, list):
         return [without_lone_surrogates(entry) for entry in value]
     if isinstance(value, dict):
@@ -662,34 +642,19 @@ def without_lone_surrogates(value: Any) -> Any:
 def json_from_body(body: bytes) -> tuple[dict, bool]:
     """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest."""
     try:
-        text = body.decode("utf-8-sig")
+        value = json_within_bounds(body.decode("utf-8-sig"))
     except UnicodeDecodeError as fault:
         raise InvalidRequest("The body is not UTF-8 (byte %d)." % fault.start, code="invalid_json") from fault
-    try:
-        value = json_within_bounds(text)
     except ValueError as fault:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    if re.search(rb"\\u[dD][89a-fA-F]", body):
-        whole = without_lone_surrogates(value)
-        return whole, whole != value
-    return value, False
+    whole = without_lone_surrogates(value) if re.search(rb"\\u[dD][89a-fA-F]", body) else value
+    return whole, whole != value
 
 
-def json_object_from(body: bytes) -> dict:
-    """A body of the upstream as an object.  Raises UpstreamFault."""
-    try:
-        value = json_within_bounds(body.decode("utf-8"), LENIENT_JSON)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UpstreamFault("The upstream answered with something that is not a JSON object.")
-    return value
-
-
-# An event without longer numbers needs no hook for each of its counts.
-EVENT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
+# The same where no number is long, without the hook for each count.
+SHORT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
 LONG_NUMBER = re.compile(rb"\d{300}")
 # Nearly every event is one of these: what comes before its text, the index in that, the text, and what follows.
 TEXT_DELTA = re.compile(rb'(event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
@@ -713,24 +678,24 @@ def event_from_text_deltas(data: bytes) -> dict | None:
     return {"type": "content_block_delta", "index": int(indexes[0]), "delta": {"type": "text_delta", "text": words}}
 
 
-def event_from_data(data: bytes) -> dict:
-    """The data of one event of a Messages API stream.  Raises UpstreamFault."""
+def json_object_from(body: bytes, event: bool = False) -> dict:
+    """A body of the upstream, or an event of its stream, as an object.  Raises UpstreamFault."""
     try:
-        decoder = LENIENT_JSON if LONG_NUMBER.search(data) else EVENT_JSON
-        event = json_within_bounds(data.decode("utf-8"), decoder)
+        value = json_within_bounds(body.decode("utf-8"), LENIENT_JSON if LONG_NUMBER.search(body) else SHORT_JSON)
     except ValueError:
-        event = None
-    if not isinstance(event, dict) or not isinstance(event.get("type"), str):
-        raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API.")
-    return event
+        value = None
+    if not isinstance(value, dict) or event and not isinstance(value.get("type"), str):
+        raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API." if event else
+                            "The upstream answered with something that is not a JSON object.")
+    return value
 
 
-CLIENT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def client_json(value: Any) -> bytes:
     """JSON for clients: UTF-8, but with escapes for the characters that some line readers split at."""
-    text = CLIENT_JSON.encode(value)
+    text = COMPACT_JSON.encode(value)
     if text.isascii():
         return text.encode("ascii")
     text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
@@ -740,13 +705,10 @@ def client_json(value: Any) -> bytes:
         return client_json(without_lone_surrogates(value))
 
 
-UPSTREAM_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
 def upstream_json(value: Any) -> bytes:
     """JSON for Claude: UTF-8 as it is, and the same bytes for the same value."""
     try:
-        return UPSTREAM_JSON.encode(value).encode("utf-8")
+        return COMPACT_JSON.encode(value).encode("utf-8")
     except ValueError as fault:
         raise InvalidRequest("The request contains something that JSON cannot represent: %s" % fault) from fault
 
@@ -824,16 +786,13 @@ def _models() -> Iterator[Model]:
                 late_system=False)
     yield Model("claude-fable-5", "2026-06-09", price=(10, 1, 50), forced_tools=True)
     yield Model("claude-mythos-5", "2026-06-09", price=(10, 1, 50), forced_tools=True)
-
     quiet = Model("", price=(5, 0.5, 25), forced_tools=True, thinks_by_default=False, thinking=can_disable)
     yield replace(quiet, id="claude-opus-4-8", released="2026-05-28")
     yield replace(quiet, id="claude-opus-4-7", released="2026-04-16", late_system=False)
-
     both = replace(quiet, sampling=True, late_system=False, thinking=("adaptive", "enabled", "disabled"),
                    efforts=("low", "medium", "high", "max"))
     yield replace(both, id="claude-sonnet-4-6", released="2026-02-17", price=(3, 0.3, 15))
     yield replace(both, id="claude-opus-4-6", released="2026-02-05")
-
     budgets = replace(both, context=200_000, max_output=64_000, prefill=True, thinking=("enabled", "disabled"),
                       efforts=(), compaction=False)
     yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"),
@@ -845,11 +804,9 @@ def _models() -> Iterator[Model]:
 
 def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
     """US dollars by list prices: what an answer cost, and what caching saved of it.  None: the price is not known.
-
-    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
-    """
-    fresh, read, written = map(count_of, map(usage.get, (
-        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")))
+    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much."""
+    fresh, read, written, output = map(count_of, map(usage.get, (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")))
     price = model.price
     if fresh + read + written > LONG_PROMPT:
         price = model.long_price or price
@@ -857,20 +814,20 @@ def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
         price = model.fast_price
     if price is None:
         return None
-    hour = min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
+    hour = written and min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
     prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * price[0] + read * price[1]
     saved = (fresh + read + written) * price[0] - prompt
-    tokens = (prompt + count_in(usage, "output_tokens") * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
+    tokens = (prompt + output * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
     searches = count_in(usage, "server_tool_use", "web_search_requests") * SEARCH_PRICE
     return tokens / 1e6 + searches, saved / 1e6
 
 
 BUILT_IN_MODELS = {model.id: model for model in _models()}
 OLDEST_LIVING = (4, 5)                              # every older version is retired
-# OpenAI's names by their tier; the first pattern that is found decides.
-NOT_CHAT = re.compile(r"audio|image|embed|realtime|transcri|tts|whisper|dall-e|moderation|sora")
-OPENAI_FAMILY = re.compile(r"(gpt|chatgpt|codex|o\d+)([-.:]|\d|$)")
-OPENAI_TIERS = ((re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d|-pro\b"), "opus"),
+# What stands in for a name of OpenAI's, none for the models of others and for what does not chat; the first one found.
+OPENAI_TIERS = ((re.compile(r"^(?!(gpt|chatgpt|codex|o\d+)([-.:]|\d|$))"), ""),
+                (re.compile(r"audio|image|embed|realtime|transcri|tts|whisper|dall-e|moderation|sora"), ""),
+                (re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d|-pro\b"), "opus"),
                 (re.compile(r""), "sonnet"))
 
 
@@ -916,15 +873,14 @@ def model_from_info(info: dict) -> Model | None:
 
 
 class Catalog:
-    """The models on offer and the names they go by.  `live`: the list came from Claude, so it is complete."""
+    """The models on offer, of Claude's list or else of the built-in table, and the names they go by."""
 
-    def __init__(self, models: Iterable[Model] = (), aliases: Iterable[tuple[str, str]] = (), live: bool = False):
-        self.models = {model.id: model for model in (models or BUILT_IN_MODELS.values())
-                       if model.lifecycle != "retired"}
+    def __init__(self, entries: Iterable[dict] = (), aliases: Iterable[tuple[str, str]] = ()) -> None:
+        live = [model for model in map(model_from_info, entries) if model]
+        self.models = {model.id: model for model in live or BUILT_IN_MODELS.values() if model.lifecycle != "retired"}
         self.aliases = {name.lower(): target.lower() for name, target in aliases}
-        self.live = live
-        self._model_by_name = functools.lru_cache(maxsize=1_000)(
-            lambda name: self._claude_model(name) or self.newest(tier_of(name)))
+        self.live = bool(live)                      # the list is complete
+        self._model_by_name = functools.lru_cache(maxsize=1_000)(self._model_of)
 
     def resolve(self, name: str | None) -> Model:
         """The model that a client means by `name`; a refusal names the nearest ones."""
@@ -946,14 +902,14 @@ class Catalog:
         plain = name.strip().lower()
         return re.search(r"[-:]thinking$", self.aliases.get(plain, plain)[-200:]) is not None
 
-    def newest(self, line: str | None) -> Model | None:
+    def newest(self, line: str) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
         models = [model for model in self.models.values() if line and model.line == line]
         return max(models, key=lambda model: (model.lifecycle == "active", model.version), default=None)
 
     def nearest(self, name: str) -> list[str]:
         """Three names worth trying instead of `name`: the newest of its line, what is spelt alike, or the tiers."""
-        newest = self.newest(next((tier for tier in TIERS if tier in name), None))
+        newest = self.newest(next((tier for tier in TIERS if tier in name), ""))
         short = [tier for tier in ("sonnet", "opus", "haiku") if self.newest(tier)]
         names = [newest.id] if newest else []
         names += difflib.get_close_matches(name, [*short, *self.aliases], n=1, cutoff=0.7)
@@ -964,39 +920,29 @@ class Catalog:
         """Every listed name once, with its model: ids, short names, then the user's aliases, which win."""
         named = dict(self.models)
         named.update((tier, newest) for tier in TIERS for newest in [self.newest(tier)] if newest)
-        for alias in self.aliases:
-            if alias != "*":
-                with contextlib.suppress(GatewayError):
-                    named[alias] = self.resolve(alias)
+        for alias in without(self.aliases, "*"):
+            with contextlib.suppress(GatewayError):
+                named[alias] = self.resolve(alias)
         yield from named.items()
 
-    def _claude_model(self, name: str) -> Model | None:
-        """The model of a Claude id in any of its spellings: provider prefixes, dots, suffixes, dates."""
+    def _model_of(self, name: str) -> Model | None:
+        """The model of a Claude id in any spelling (prefixes, dots, suffixes, dates), or for a name of OpenAI's."""
         if name in self.models:
             return self.models[name]
         plain = re.sub(r"^.*[/~]", "", name)                       # openrouter/anthropic/claude-...
         plain = re.sub(r"^([a-z]+\.)?anthropic\.|^databricks-", "", plain)   # us.anthropic.claude-...
         plain = re.sub(r"-v\d+$", "", re.sub(r"(\[.*\]|[:@].*)$", "", plain)).replace(".", "-").replace("_", "-")
         plain = re.sub(r"-(latest|thinking|beta|fast)$", "", plain)
-        if plain in TIERS:
-            return self.newest(plain)
-        if not plain.startswith("claude-"):
-            return None
         plain = re.sub(r"^claude-(\d+(?:-\d+)?)-(opus|sonnet|haiku|fable|mythos)", r"claude-\2-\1", plain)
-        tier = undated(plain)[len("claude-"):]
+        tier = undated(plain)[len("claude-"):] if plain.startswith("claude-") else plain
         if tier in TIERS:
             return self.newest(tier)
+        if tier == plain:
+            name = name.rsplit("/", 1)[-1]
+            return self.newest(next(tier for pattern, tier in OPENAI_TIERS if pattern.search(name)))
         unknown = Model(plain)                      # newer than this file: Claude will judge
         judged_here = self.live or not unknown.line or unknown.version < OLDEST_LIVING
         return same_model(plain, self.models.values()) or (None if judged_here else unknown)
-
-
-def tier_of(name: str) -> str | None:
-    """The line that stands in for a name of OpenAI's family."""
-    plain = name.rsplit("/", 1)[-1]
-    if NOT_CHAT.search(plain) or not OPENAI_FAMILY.match(plain):
-        return None
-    return next(tier for pattern, tier in OPENAI_TIERS if pattern.search(plain))
 
 
 def model_entry(name: str, model: Model) -> dict:
@@ -1174,10 +1120,8 @@ CHAT, RESPONSES = "chat", "responses"
 
 class Parameter(NamedTuple):
     """One parameter of OpenAI's APIs: its shape, and what becomes of it.
-
     READ: translated further down.  IGNORED: without effect on the answer, named in the debug log only.
-    DROPPED and REFUSED: Claude has no counterpart, unless the value is the `default`, which changes nothing.
-    """
+    DROPPED and REFUSED: Claude has no counterpart, unless the value is the `default`, which changes nothing."""
     check: Callable[[Any, str], Any] = anything
     fate: str = READ
     default: Any = None
@@ -1188,38 +1132,31 @@ class Parameter(NamedTuple):
 verbosity_of = one_of("low", "medium", "high")
 # Every parameter of both APIs.  `null` is the same as leaving one out.
 PARAMETERS = {
-    "model": Parameter(text_of),
-    "messages": Parameter(list_of, api=CHAT),
-    "input": Parameter(api=RESPONSES), "instructions": Parameter(api=RESPONSES),
-    "previous_response_id": Parameter(text_of, api=RESPONSES),
+    "model": Parameter(text_of), "messages": Parameter(list_of, api=CHAT), "input": Parameter(api=RESPONSES),
+    "instructions": Parameter(api=RESPONSES), "previous_response_id": Parameter(text_of, api=RESPONSES),
     "include": Parameter(list_of, api=RESPONSES), "context_management": Parameter(api=RESPONSES),
     "stream": Parameter(boolean_of), "stream_options": Parameter(object_of),
     "max_completion_tokens": Parameter(rounded_of), "max_tokens": Parameter(rounded_of),
-    "max_output_tokens": Parameter(rounded_of),
+    "max_output_tokens": Parameter(rounded_of), "stop": Parameter(stop_of),
     "tools": Parameter(list_of), "functions": Parameter(list_of), "web_search_options": Parameter(object_of),
     "tool_choice": Parameter(), "function_call": Parameter(), "parallel_tool_calls": Parameter(boolean_of),
     "max_tool_calls": Parameter(integer_of, api=RESPONSES),
     "response_format": Parameter(object_of), "text": Parameter(object_of), "verbosity": Parameter(verbosity_of),
     "reasoning_effort": Parameter(effort_of), "reasoning": Parameter(),
     "temperature": Parameter(number_of), "top_p": Parameter(number_of), "top_k": Parameter(integer_of),
-    "stop": Parameter(stop_of),
     "n": Parameter(integer_of, REFUSED, 1, "Claude gives one answer per request; send the request several times", CHAT),
-    "seed": Parameter(integer_of, DROPPED),
-    "logit_bias": Parameter(object_of, DROPPED, {}),
+    "seed": Parameter(integer_of, DROPPED), "prediction": Parameter(object_of, DROPPED),
+    "audio": Parameter(object_of, DROPPED), "modalities": Parameter(list_of, DROPPED, ["text"]),
+    "logit_bias": Parameter(object_of, DROPPED, {}), "top_logprobs": Parameter(integer_of, DROPPED, 0),
     "logprobs": Parameter(boolean_of, DROPPED, False, "Claude does not return log probabilities", CHAT),
-    "top_logprobs": Parameter(integer_of, DROPPED, 0),
     "frequency_penalty": Parameter(number_of, DROPPED, 0), "presence_penalty": Parameter(number_of, DROPPED, 0),
-    "prediction": Parameter(object_of, DROPPED),
-    "modalities": Parameter(list_of, DROPPED, ["text"]),
-    "audio": Parameter(object_of, DROPPED),
-    "truncation": Parameter(text_of, DROPPED, "disabled", api=RESPONSES),
+    "truncation": Parameter(text_of, DROPPED, "disabled", api=RESPONSES), "moderation": Parameter(anything, DROPPED),
     "background": Parameter(boolean_of, REFUSED, False, "there are no background responses here", RESPONSES),
     "conversation": Parameter(anything, REFUSED, "", "conversations are not stored here; send the items in input",
                               RESPONSES),
     "prompt": Parameter(anything, REFUSED, {}, "prompt templates are stored at OpenAI; send their text in input",
                         RESPONSES),
     "store": Parameter(boolean_of, IGNORED), "metadata": Parameter(object_of, IGNORED),
-    "moderation": Parameter(anything, DROPPED),
     "service_tier": Parameter(text_of), "user": Parameter(text_of), "safety_identifier": Parameter(text_of),
     "prompt_cache_key": Parameter(text_of, IGNORED), "prompt_cache_retention": Parameter(text_of, IGNORED),
     "prompt_cache_options": Parameter(object_of),
@@ -2163,6 +2100,8 @@ def search_domains(options: dict, path: str, changes: Changes) -> dict:
             changes.add("dropped", "%s.%s" % (path, name), "Claude accepts either allowed or blocked domains")
         elif domains:
             lists[name] = [re.sub(r"^https?://", "", domain).rstrip("/") for _, domain in domains]
+            if lists[name] != [domain for _, domain in domains]:
+                changes.add("changed", "%s.%s" % (path, name), "without scheme and slash at the end")
     return lists
 
 
@@ -3103,7 +3042,7 @@ class EventDecoder:
             elif not line and self._data:
                 try:
                     data, self._data = b"\n".join(self._data), []
-                    events.append(event_from_data(data))
+                    events.append(json_object_from(data, event=True))
                 except UpstreamFault as fault:
                     self._fault = fault
                     break
@@ -4235,10 +4174,9 @@ class Bounded:
             while len(self._table) > self._entries or self._used > self._size:
                 self._used -= len(self._table.popitem(last=False)[1])
 
-    def remove(self, key: Any) -> bool:
+    def remove(self, key: Any) -> None:
         with self._lock:
-            self._used -= len(self._table.get(key, b""))
-            return self._table.pop(key, None) is not None
+            self._used -= len(self._table.pop(key, b""))
 
     def get(self, key: Any) -> Any:
         with self._lock:
@@ -4250,10 +4188,8 @@ class Bounded:
 
 
 class Answers:
-    """Answers with tool calls, thinking and all, by (client, model, id of the first tool call).
-
-    Claude requires signed thinking back inside a tool loop, for which OpenAI clients have no place.
-    """
+    """Answers with tool calls, by (client, model, id of the first call): Claude requires their signed thinking back
+    inside a tool loop, for which OpenAI clients have no place."""
 
     def __init__(self) -> None:
         self._answers = Bounded(20_000, 64_000_000)
@@ -4294,11 +4230,11 @@ class StoredResponses:
     def __init__(self) -> None:
         self._responses = Bounded(1_000, 24_000_000)
         self._items = Bounded(50_000, 40_000_000)           # by the digest of their content
-        self._names = Bounded(50_000)                       # id -> digest
+        self._names = Bounded(50_000)                       # id -> digest, and the response that first had the item
 
     def put(self, owner: str, response: dict, items: Sequence[dict], output: Sequence[dict] = ()) -> None:
         """Keeps a response with the items that led to it and its own."""
-        digests = [self._put_item(owner, item) for item in items], [self._put_item(owner, item) for item in output]
+        digests = [[self._put_item(owner, response["id"], item) for item in each] for each in (items, output)]
         self._responses.put((owner, response["id"]), [response, *digests])
 
     def get(self, owner: str, response_id: str) -> tuple[dict, list[dict], list[dict]] | None:
@@ -4312,18 +4248,26 @@ class StoredResponses:
 
     def item(self, owner: str, item_id: str) -> dict | None:
         """The item of this id, as it was last stored."""
-        digest = self._names.get((owner, item_id))
-        return digest and self._items.get(digest)
+        named = self._names.get((owner, item_id))
+        return named and self._items.get(named[0])
 
-    def remove(self, owner: str, response_id: str) -> bool:
-        return self._responses.remove((owner, response_id))
+    def remove(self, owner: str, response_id: str) -> None:
+        """Forgets a response; the items that it was the first to have can no longer be named."""
+        stored = self.get(owner, response_id)
+        self._responses.remove((owner, response_id))
+        for item in [*stored[1], *stored[2]] if stored else ():
+            name = owner, text_in(item, "id")
+            if response_id in (self._names.get(name) or ()):
+                self._names.remove(name)
 
-    def _put_item(self, owner: str, item: dict) -> str:
+    def _put_item(self, owner: str, response_id: str, item: dict) -> str:
         text = json.dumps(item, ensure_ascii=False, sort_keys=True)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         self._items.put(digest, item)
         if len(text_in(item, "id") or "") in range(1, 200):
-            self._names.put((owner, item["id"]), digest)
+            name = owner, item["id"]
+            if digest not in (self._names.get(name) or ()):
+                self._names.put(name, (digest, response_id))
         return digest
 
 
@@ -4335,14 +4279,13 @@ class Lessons:
         self._lock = threading.Lock()
 
     def apply(self, model: Model) -> Model:
-        with self._lock:
-            lesson = self._lessons.get(model.id)
+        lesson = self._lessons.get(model.id)
         return replace(model, **lesson) if lesson else model
 
     def learn(self, model: Model, lesson: dict) -> None:
         with self._lock:
             if len(self._lessons) < 200:            # model ids; more would be an attack, not a catalogue
-                self._lessons.setdefault(model.id, {}).update(lesson)
+                self._lessons[model.id] = dict(self._lessons.get(model.id, {}), **lesson)       # others may read it
         LOG.warning("learnt about %s: %s", model.id, ", ".join("%s is %s" % pair for pair in lesson.items()))
 
 
@@ -4350,32 +4293,26 @@ class ModelList:
     """The catalog, fetched from Claude in the background and kept for an hour; until then the built-in table."""
 
     def __init__(self, fetch: Callable[[], Optional[List[dict]]], aliases: Sequence[tuple[str, str]]) -> None:
-        self._fetch = fetch
-        self._aliases = aliases
+        self._fetch, self._aliases = fetch, aliases
         self._catalog = Catalog(aliases=aliases)
         self._next_fetch = 0.0
         self._lock = threading.Lock()
         self._first = threading.Event()
 
-    def refresh(self) -> None:
-        """Starts a fetch in the background when one is due."""
-        with self._lock:
-            if time.monotonic() < self._next_fetch:
-                return
-            self._next_fetch = time.monotonic() + 60            # if this one fails
-        threading.Thread(target=self._run, name="models", daemon=True).start()
-
-    def catalog(self) -> Catalog:
+    def catalog(self, patience: float = MODELS_PATIENCE) -> Catalog:
         """The models now; waits a moment for the very first list, so that names do not change under way."""
-        self.refresh()
-        self._first.wait(MODELS_PATIENCE)
+        with self._lock:
+            if time.monotonic() >= self._next_fetch:
+                self._next_fetch = time.monotonic() + 60        # if this one fails
+                threading.Thread(target=self._run, name="models", daemon=True).start()
+        self._first.wait(patience)
         return self._catalog
 
     def _run(self) -> None:
         try:
             entries = self._fetch()
             if entries:
-                self._catalog = catalog_from_entries(entries, self._aliases)
+                self._catalog = Catalog(entries, self._aliases)
                 self._next_fetch = time.monotonic() + MODELS_LIFETIME
         except GatewayError as fault:
             if fault.code in FINAL_CODES:
@@ -4386,12 +4323,6 @@ class ModelList:
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
             self._first.set()
-
-
-def catalog_from_entries(entries: Iterable[dict], aliases: Sequence[tuple[str, str]]) -> Catalog:
-    """Claude's list as a catalog; the built-in table where nothing in it can be read."""
-    models = [model for model in map(model_from_info, entries) if model]
-    return Catalog(models, aliases, live=bool(models))
 
 
 class FailedKeys:
@@ -4412,22 +4343,29 @@ class FailedKeys:
 
 
 class Budget:
-    """An amount that requests share: bytes of bodies, or requests at once."""
+    """An amount that is shared: bytes of bodies, connections, or requests at once.  `count` is what is taken of it."""
 
     def __init__(self, amount: int) -> None:
-        self._left = amount
-        self._lock = threading.Lock()
+        self._amount = amount
+        self._changed = threading.Condition()
+        self.count = 0
+        self.draining = False                       # the service stops: connections close after their answer
 
-    def take(self, amount: int) -> bool:
-        with self._lock:
-            if amount > self._left:
+    def take(self, amount: int = 1) -> bool:
+        with self._changed:
+            if self.draining or self.count + amount > self._amount:
                 return False
-            self._left -= amount
+            self.count += amount
             return True
 
-    def give(self, amount: int) -> None:
-        with self._lock:
-            self._left += amount
+    def give(self, amount: int = 1) -> None:
+        with self._changed:
+            self.count -= amount
+            self._changed.notify_all()
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.count == 0, seconds)
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
@@ -4441,7 +4379,6 @@ def prompt_tokens(tokens: dict) -> int:
 
 class Counters:
     """What has happened since the start, for the log, the status page and Prometheus: no prompt, answer or secret."""
-    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -4453,10 +4390,13 @@ class Counters:
         self._last: Deque[dict] = collections.deque(maxlen=50)
         self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
         self._models: Dict[str, collections.Counter] = {}
+        self._tokens = collections.Counter(dict.fromkeys(TOKEN_KINDS, 0))       # of all models
         self.seconds = 0.0                          # spent on all requests
 
     def add_request(self, route: str, summary: dict) -> None:
         """Counts a request, and keeps its summary unless it was one for monitoring."""
+        counts = {name: summary[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
+        counts.update(requests=1, failed=int(summary["status"] >= 400))
         with self._lock:
             self._requests[route, summary["status"]] += 1
             self.seconds += summary["total_ms"] / 1000
@@ -4464,16 +4404,11 @@ class Counters:
                 self._errors[summary["error_code"]] += 1
             if route not in MONITORING:
                 self._last.appendleft(summary)
-                self._add_totals(summary)
-
-    def _add_totals(self, summary: dict) -> None:
-        counts = {name: summary[name] or 0 for name in self.SUMS}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
-        for field, totals in self._totals.items():
-            name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-            totals.setdefault(name or "-", collections.Counter()).update(counts)
-        if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
-            self._error_texts[summary["error_code"]] = summary["error"]
+                for field, totals in self._totals.items():
+                    name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+                    totals.setdefault(name or "-", collections.Counter()).update(counts)
+                if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
+                    self._error_texts[summary["error_code"]] = summary["error"]
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
@@ -4481,37 +4416,26 @@ class Counters:
             name = model.id if model.id in self._models or len(self._models) < 200 else "other"
             figures = self._models.setdefault(name, collections.Counter())
             figures.update(counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1})
-            tokens = self._tokens()
-            return percent(tokens["cache_read"], prompt_tokens(tokens))
+            self._tokens.update(counts)
+            return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
-        limits = {name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")}
-        if limits:
-            with self._lock:
-                self.limit_headers = dict(self.limit_headers, **limits)
-
-    def by_model(self) -> dict[str, collections.Counter]:
-        """Tokens by kind, US dollars spent and saved by caching, answers without a price."""
         with self._lock:
-            return {model: collections.Counter(figures) for model, figures in self._models.items()}
+            self.limit_headers = dict(self.limit_headers, **{
+                name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")})
 
-    def shown(self) -> dict:
-        """The last requests, and totals by tool and by model."""
+    def totals(self) -> dict:
+        """Everything counted: `models` has tokens and US dollars, `by_model` the requests that asked for one."""
         with self._lock:
             by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
                                  for totals in self._totals.values())
-            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": without(self._error_texts, "")}
-
-    def totals(self) -> dict:
-        with self._lock:
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
                     "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
-                    "tokens": self._tokens()}
-
-    def _tokens(self) -> dict[str, int]:
-        return {kind: sum(figures[kind] for figures in self._models.values()) for kind in TOKEN_KINDS}
+                    "tokens": dict(self._tokens),
+                    "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
+                    "recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
+                    "error_texts": without(self._error_texts, "")}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4526,10 +4450,11 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
     unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
     others = {match.group(1): match.group(1) for match in unified if match}
     for window, title in dict(WINDOWS, **without(others, *WINDOWS)).items():
-        of_plan = "anthropic-ratelimit-unified-%s-" % window
-        plain = "anthropic-ratelimit-%s-" % window
+        of_plan, plain = "anthropic-ratelimit-unified-%s-" % window, "anthropic-ratelimit-%s-" % window
         used = number_or_none(headers.get(of_plan + "utilization"))
-        resets_at = moment_of(headers.get(of_plan + "reset") or headers.get(plain + "reset") or "")
+        reset = headers.get(of_plan + "reset") or headers.get(plain + "reset") or ""     # Unix or RFC 3339 time
+        moment = number_or_none(reset)
+        resets_at = unix_time(reset) if moment is None else int(moment) if 0 < moment < 1e11 else None
         limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
         if used is None and limit and left is not None:
             used = 1 - left / limit
@@ -4541,45 +4466,10 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
 
 
 def number_or_none(text: str | None) -> float | None:
-    try:
+    with contextlib.suppress(ValueError):
         number = float(text or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def moment_of(text: str) -> int | None:
-    """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
-    number = number_or_none(text)
-    if number is not None:
-        return int(number) if 0 < number < 1e11 else None
-    return unix_time(text)
-
-
-class Running:
-    """The requests that run now; whether there may be one more."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._changed = threading.Condition()
-        self.count = 0
-        self.draining = False                       # the service stops: connections close after their answer
-
-    def enter(self) -> bool:
-        with self._changed:
-            if self.draining or self.count >= self._most:
-                return False
-            self.count += 1
-            return True
-
-    def leave(self) -> None:
-        with self._changed:
-            self.count -= 1
-            self._changed.notify_all()
-
-    def wait_until_idle(self, seconds: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self.count == 0, seconds)
+        return number if math.isfinite(number) else None
+    return None
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
@@ -5364,7 +5254,7 @@ class Usage:
 
 def exhausted(message: str, resets_at: int | None = None) -> Refused:
     reset = " It is reset at %s." % time.strftime("%Y-%m-%d %H:%M", time.localtime(resets_at)) if resets_at else ""
-    return Refused(429, "insufficient_quota", message + reset, headers={"x-should-retry": "false"})
+    return Refused(429, "insufficient_quota", message + reset)
 
 
 # ---- HTTP/1.1 ----------------------------------------------------------------------------------------
@@ -6747,7 +6637,7 @@ class Gateway:
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(config.limits.max_bodies)
-        self.running = Running(config.limits.max_requests)
+        self.running = Budget(config.limits.max_requests)
         self.event_loop = EventLoop()
 
     def secrets(self) -> list[str]:
@@ -7124,7 +7014,7 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
     if match and int(match.group(1)) < len(request.get("tools", ())):
         name = translation.plan.names.back(request["tools"][int(match.group(1))]["name"])
         return refusal.reworded("Tool %s: %s" % (json.dumps(name), message), param="tools")
-    if refusal.claude_type == "not_found_error" and ABOUT_MODEL.search(message):
+    if refusal.claude_type == "not_found_error" and "model" in message:
         nearest = ", ".join(catalog.nearest(request["model"]))
         return refusal.reworded("%s (nearest: %s)" % (message, nearest), param="model", code="model_not_found")
     return refusal
@@ -7401,7 +7291,7 @@ def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
     key = incoming.headers.get("x-api-key", "")
     if re.match(r"sk-ant-[\x21-\x7e]+\Z", key):
         try:
-            return catalog_from_entries(gateway.upstream.models(key) or [], gateway.config.alias)
+            return Catalog(gateway.upstream.models(key) or (), gateway.config.alias)
         except GatewayError as fault:
             LOG.info("no model list for the caller's key (%s): using the gateway's", fault)
     return gateway.models.catalog()
@@ -7883,7 +7773,8 @@ def request_row(each: dict) -> list[str]:
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, models, shown = counters.totals(), counters.by_model(), counters.shown()
+    totals = counters.totals()
+    models = totals["models"]
     tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
@@ -7900,8 +7791,9 @@ def status_data(gateway: Gateway) -> dict:
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **shown, "recent": [dict(each, row=request_row(each)) for each in shown["recent"]], "columns": REQUEST_COLUMNS,
-        "totals": [[[title, *USAGE_COLUMNS], *([name, *usage_row(**sums)] for name, sums in shown[field].items())]
+        **{name: totals[name] for name in ("by_tool", "by_model", "error_texts")}, "columns": REQUEST_COLUMNS,
+        "recent": [dict(each, row=request_row(each)) for each in totals["recent"]],
+        "totals": [[[title, *USAGE_COLUMNS], *([name, *usage_row(**sums)] for name, sums in totals[field].items())]
                    for title, field in (("tool", "by_tool"), ("model", "by_model"))]}
 
 
@@ -7936,7 +7828,8 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
-    data, counters, models = status_data(gateway), gateway.counters, gateway.counters.by_model()
+    data, counters, totals = status_data(gateway), gateway.counters, gateway.counters.totals()
+    models = totals["models"]
     priced = {model: figures for model, figures in models.items() if "usd" in figures}
     lines: list[str] = []
 
@@ -7953,7 +7846,7 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     family("credential_ok", "0 from a refusal of the credential or a failed renewal to the next success.",
            [({}, int(data["trouble"] is None))])
     family("requests_total", "Requests answered, by route and status.",
-           [({"route": route, "status": code}, count) for (route, code), count in counters.totals()["routes"]])
+           [({"route": route, "status": code}, count) for (route, code), count in totals["routes"]])
     family("requests_running", "Requests that run now.", [({}, data["requests"]["running"])])
     family("request_duration_seconds_total", "Time spent on all requests.", [({}, round(counters.seconds, 3))])
     family("errors_total", "Requests that failed, by code.",
@@ -8458,13 +8351,13 @@ class RequestCycle:
     def _leave(self) -> None:
         if self._entered:
             self._entered = False
-            self._gateway.running.leave()
+            self._gateway.running.give()
 
     # -- answering
 
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
-        self._entered = self._gateway.running.enter()
+        self._entered = self._gateway.running.take()
         if not self._entered:
             raise busy("The gateway stops." if self._gateway.running.draining else
                        "The gateway is busy with as many requests as it accepts.")
@@ -8835,11 +8728,11 @@ class Listener(socketserver.ThreadingTCPServer):
         self.gateway.upstream.pool.close_old()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._connections.take(1):
+        if self._connections.take():
             try:
                 super().process_request(request, client_address)
             except BaseException:                   # no thread could be started
-                self._connections.give(1)
+                self._connections.give()
                 raise
             return
         with contextlib.suppress(OSError):
@@ -8853,7 +8746,7 @@ class Listener(socketserver.ThreadingTCPServer):
         """In a thread of its own: a connection, until it ends or its stream moves to the event loop."""
         def release() -> None:
             self.shutdown_request(request)
-            self._connections.give(1)
+            self._connections.give()
         Connection(self.gateway, request, client_address[0], release).run()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -10153,7 +10046,7 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
     if not config.quiet:
         print_start_lines(gateway, service)
     if gateway.upstream.credential:
-        gateway.models.refresh()
+        gateway.models.catalog(patience=0)
     return stop.serve(service)
 
 
@@ -10413,7 +10306,7 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
         except GatewayError as fault:
             say("The upstream returned no list, so this is the built-in one: %s" % fault)
             listed = None
-        entries = [model_entry(*named) for named in catalog_from_entries(listed or (), config.alias).names()]
+        entries = [model_entry(*named) for named in Catalog(listed or (), config.alias).names()]
     if parsed.json:
         print_json(entries)
         return OK
