@@ -9185,13 +9185,14 @@ def given_to(path: str | None, example: str) -> bytes:
 
 
 def print_json(value: Any) -> None:
-    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases."""
-    print(json.dumps(value, indent=1, ensure_ascii="utf" not in str(sys.stdout.encoding).lower()))
+    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases, which controls no terminal."""
+    text = json.dumps(value, indent=1, ensure_ascii="utf" not in str(sys.stdout.encoding).lower())
+    print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
 
 
 def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
     """A table; the texts of each column stand at this side of it, "<" or ">"."""
-    rows = list(rows)
+    rows = [[*map(visible, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows)
 
@@ -9624,11 +9625,10 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
 def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     """Which credential there is, and what is known of it without a request to Claude."""
     try:
-        upstream.credential = credential_from_config(config, upstream.post_json)
+        credential = upstream.credential = credential_from_config(config, upstream.post_json)
     except GatewayError as fault:
         yield Finding("Credential", str(fault), "claude-gateway login", NO_CREDENTIAL)
         return
-    credential = upstream.credential
     if credential is None:
         yield Finding("Credential", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
         return
@@ -10229,9 +10229,8 @@ def status_text(running: dict, key_source: str) -> str:
                                                        "saved", dollars(abs(cache["saved_usd"])))),
         *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())])
     for limit in running["limits"]:
-        filled = round(20 * min(1.0, limit["used"]))
-        left = (limit["resets_at"] or 0) - time.time()
-        lines.append("%-24s [%s] %d %%%s" % (limit["title"], ("#" * filled).ljust(20, "."), round(100 * limit["used"]),
+        bar, left = "#" * round(20 * min(1.0, limit["used"])), (limit["resets_at"] or 0) - time.time()
+        lines.append("%-24s [%s] %d %%%s" % (limit["title"], bar.ljust(20, "."), round(100 * limit["used"]),
                                              ", reset in " + duration_text(left) if left > 0 else ""))
     return "\n".join(lines)
 
@@ -10246,7 +10245,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
         if parsed.json:
             print_json(dict({"running": True, "credential": None}, **running))
             return OK
-        print(status_text(running, source))
+        print(for_terminal(status_text(running, source)))
         if parsed.requests and "totals" in running:
             last = [[*each["row"], each["error"], each["changes"]] for each in running["recent"]]
             print("", *(in_columns("<>>>>>>", table) + "\n" for table in running["totals"]),
@@ -10354,7 +10353,8 @@ def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     home = os.path.expanduser("~")
     found = []
     for finding in itertools.chain(wrong, findings(config, parsed.live)):
-        finding = finding._replace(detail=masked(finding.detail, config.secrets()), step=as_typed(finding.step))
+        detail = visible(masked(finding.detail, config.secrets()))
+        finding = finding._replace(detail=detail, step=as_typed(finding.step))
         found.append(finding)
         if not parsed.json:
             print_finding(finding)

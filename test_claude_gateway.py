@@ -14357,9 +14357,12 @@ class AskTests(CommandTestCase):
         import pty
 
         answer = "\x1b]0;title\x07Over\rHello,\n\tyou\u202e!"
-        self.claude.play(message(text(answer)), message(text(answer)))
+        self.claude.play(*[message(text(answer))] * 3)
         variables = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url, "PYTHONIOENCODING": "utf-8"}
         self.assertEqual(self.command("ask", "Hello", **variables).out, answer + "\n")      # into a file or a pipe
+        whole = self.command("ask", "--json", "Hello", **variables).out
+        self.assertNotRegex(whole, "[\x07\u202e]")
+        self.assertEqual(json.loads(whole)["choices"][0]["message"]["content"], answer)
         reading, terminal = pty.openpty()
         self.addCleanup(os.close, reading)
         subprocess.run([sys.executable, PROGRAM, "ask", "Hello"], stdin=subprocess.DEVNULL, stdout=terminal,
@@ -14655,6 +14658,12 @@ class DailyCommandTests(GatewayTestCase):
                                    r"\d+ / \d+ ms +dropped seed")
         self.assertEqual({heads.index("status"), failed.index("404"), answered.index("200")}, {failed.index("404")})
         self.assertNotIn("1 requests", said)
+        self.chat(model="no\x1b[2J\u202e-model")
+        self.service.gateway.running.wait_until_idle(10)
+        for flag in ("--requests", "--json"):
+            said = run_command("status", flag, "-p", str(self.service.port))[1]
+            self.assertRegex(said, r"no\\(x|u00)1b\[2J\\u202e-model")
+            self.assertNotRegex(said, "[\x1b\u202e]")
         said = run_command("status", "--json", "-p", str(self.service.port))[1]
         self.assertEqual(json.loads(said)["recent"][0]["status"], 404)
 
