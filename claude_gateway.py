@@ -7879,7 +7879,7 @@ PAGE = """<!doctype html>
   main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; font-variant-numeric: tabular-nums; }
   h1 { font-size: 1.3rem; margin: 0; }
   h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase; margin: 0 0 .6rem; font-weight: 600; }
-  h2, dt, th, .note, #version { color: var(--soft); } .up { color: var(--good); }
+  h2, dt, th, p, .note, #version { color: var(--soft); } .up { color: var(--good); }
   .down, #errors dt, #trouble { color: var(--bad); } #state::before { content: "\\25cf"; margin-right: .35em; }
   header, form, .row { display: flex; gap: .5rem .75rem; align-items: baseline; flex-wrap: wrap; }
   .row { justify-content: space-between; }
@@ -7889,13 +7889,13 @@ PAGE = """<!doctype html>
   #trouble { border-color: var(--bad); } #demo { border-color: var(--accent); } #demo b { color: var(--accent); }
   dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
   dt, th, td { white-space: nowrap; } dd { margin: 0; overflow-wrap: break-word; } #tokens dd { text-align: right; }
-  #credential, #errors { display: block; } #credential dt, #names, .note, td, th { font-size: .88rem; }
+  #credential, #errors { display: block; } #credential dt, #names, p, .note, td, th { font-size: .88rem; }
   td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; font-weight: 400; }
   table { border-spacing: 0; width: 100%; }
   tr.detail span { display: inline-block; max-width: calc(100vw - 4.5rem); white-space: normal; margin-right: .5rem; }
   code, pre { font: 13px/1.5 ui-monospace, monospace; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0 0; }
-  .big { font-size: 2rem; font-weight: 600; line-height: 1.2; }
+  .grid b { display: block; font-size: 2rem; font-weight: 600; line-height: 1.2; } p { margin: 0; }
   progress { width: 100%; height: .9rem; accent-color: var(--accent); }
   #bars { display: flex; align-items: flex-end; gap: 2px; height: 4rem; margin-top: .6rem; }
   #bars i { flex: 1; min-height: 1px; background: var(--line); }
@@ -7921,15 +7921,13 @@ PAGE = """<!doctype html>
       <details id="setup"><summary class="note">Settings for a tool</summary>
         <select id="tool" aria-label="Tool"></select> <button data-copy="settings">copy</button>
         <pre id="settings"></pre></details></section>
-    <section><h2>Requests</h2><div class="big" id="requests"></div><div class="note" id="running"></div></section>
+    <section><h2>Requests</h2><b id="requests"></b><p id="running"></p></section>
     <section data-card="errors"><h2>Errors</h2><dl id="errors"></dl></section>
-    <section data-card="used"><h2>Cost</h2><div class="big" id="cost"></div>
-      <div class="note" id="saved"></div></section>
-    <section data-card="used"><h2>Cache</h2><div class="big" id="share"></div>
-      <div class="note">of all prompt tokens were read from Claude's cache</div></section>
+    <section data-card="used"><h2>Cost</h2><b id="cost"></b><p id="saved"></p></section>
+    <section data-card="used"><h2>Cache</h2><b id="share"></b><p>of all input was read from Claude's cache</p></section>
     <section data-card="used"><h2>Tokens</h2><dl id="tokens"></dl></section>
-    <section data-card="days"><h2>7 and 30 days</h2><div class="big" id="week"></div>
-      <div class="note" id="month"></div><div id="bars" aria-hidden="true"></div></section>
+    <section data-card="days"><h2>7 and 30 days</h2><b id="week"></b><p id="month"></p>
+      <div id="bars" aria-hidden="true"></div></section>
     <section data-card="limits"><h2>Limits</h2><div id="limits"></div></section>
     <section><h2>Credential</h2><dl id="credential"></dl></section>
     <section class="wide" data-card="used"><h2>By tool and model</h2><table id="totals"></table></section>
@@ -10334,7 +10332,7 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
     while True:
         try:
             config = config_from(parsed, environment)
-            break
+            return config, found + [Finding("Settings", *doubt) for doubt in doubtful_settings(environment, config)]
         except UsageError as fault:
             found.append(Finding("Settings", str(fault), "Correct %s; the checks below use the default." % (
                 fault.setting or "it"), USAGE))
@@ -10343,7 +10341,6 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
-    return config, found + [Finding("Settings", *doubt) for doubt in doubtful_settings(environment, config)]
 
 
 def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10378,11 +10375,9 @@ def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
 
 
 def setup_command(parsed: argparse.Namespace, config: Config) -> int:
-    if not parsed.name:
-        print(as_typed(setup_list()))
-        return OK
-    say("%s, %s:" % SETTINGS[parsed.name][:2])      # on standard error, as it is not to be pasted
-    print(as_typed(setup_text(parsed.name, config)))
+    if parsed.name:
+        say("%s, %s:" % SETTINGS[parsed.name][:2])  # on standard error, as it is not to be pasted
+    print(as_typed(setup_text(parsed.name, config) if parsed.name else setup_list()))
     return OK
 
 
@@ -10456,23 +10451,22 @@ def completion_command(parsed: argparse.Namespace, config: Config) -> int:
 # The commands with their arguments, the parser, and the program itself.
 
 Command = Callable[[argparse.Namespace, Config], int]
-AT_HAND = ("port", "host", "api-key", "auth", "token-file", "alias", "demo")      # how `ask` and `run` find a gateway
+AT_HAND = ("port", "host", "api-key", "auth", "token-file")         # what finds a gateway, or else a credential
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
     "ask": (ask_command, "ask Claude, by the running gateway or one of its own",
-            ["words", "--model", "--image", "--json", *AT_HAND]),
-    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "program"]),
+            ["words", "--model", "--image", "--json", *AT_HAND, "alias", "demo"]),
+    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "alias", "demo", "program"]),
     "login": (login_command, "sign in with a Claude account, or store an API key",
               ["--api-key", "--no-browser", "token-file"]),
     "logout": (logout_command, "delete the stored login", ["token-file"]),
-    "status": (status_command, "show what the running gateway does",
-               ["--json", "--requests", "port", "host", "api-key", "auth", "token-file"]),
+    "status": (status_command, "show what the running gateway does", ["--json", "--requests", *AT_HAND]),
     "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
     "models": (models_command, "list the models and aliases",
                ["--json", "port", "host", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
-               ["--json", "--live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
+               ["--json", "--live", *AT_HAND, "relax-x509"]),
     "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
     "translate": (translate_command, "print what a request would become, without sending it",
                   ["file", "alias", "no-cache"]),
@@ -10504,8 +10498,7 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*SETTINGS],
              "help": "default: list all names, which are %s" % ", ".join(SETTINGS)},
     "file": {"metavar": "FILE", "nargs": "?", "help": "a request, or a saved message; default: standard input"},
-    "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
-              "help": "bash, zsh, fish or powershell"},
+    "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS], "help": ", ".join(COMPLETIONS)},
     "typed": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
 }
 # What options of `start` mean to other commands
@@ -10566,16 +10559,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def argument_parser() -> Parser:
-    parser = Parser(
-        prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=as_typed(DESCRIPTION))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="claude-gateway", description=as_typed(DESCRIPTION), formatter_class=raw)
     # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(parser=parser)              # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (_, help_text, arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text, epilog=EPILOGS.get(name),
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+                                      formatter_class=raw)
         for option in OPTIONS:
             if option.name in arguments:
                 kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {
