@@ -2630,6 +2630,7 @@ class ContentPartTests(RequestTestCase):
                          "type": "url", "url": "https://example.com/a.png"}},
                      {"type": "image_url", "image_url": "https://example.com/a.png"},
                      {"type": "input_image", "image_url": "https://example.com/a.png"},
+                     {"type": "input_image", "source": {"type": "url", "url": "https://example.com/a.png"}},
                      {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}):
             with self.subTest(part=part):
                 self.assertEqual(self.block(part), {"type": "image", "source": {
@@ -7287,7 +7288,7 @@ class TokenFileTests(LoginStoreTestCase):
         self.assertEqual(self.file.read(), stored_token())
         self.held_by_another(builtins, "open", -1)
         self.assertRaises(claude_gateway.FileDamaged, self.file.read)
-        self.file._keep_damaged(self.token_path)
+        self.file.write(stored_token(access_token="newer"))
         self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
 
     def test_two_damaged_files_in_one_second_are_both_kept(self):
@@ -7553,12 +7554,19 @@ class UsageTests(UsageTestCase):
         closing.join(10)
         self.assertTrue(os.path.exists(self.path))
 
-    def test_old_days_are_dropped_and_a_damaged_file_is_kept_aside(self):
-        row = {"day": "2020-01-01", "tool": "t", "model": "m", "key": "", "requests": 1}
-        new = dict(row, day=time.strftime("%Y-%m-%d"))
-        pathlib.Path(self.path).write_text(json.dumps({"rows": [row, new]}), "utf-8")
+    def test_the_newest_400_days_are_kept_though_the_clock_is_years_ahead_of_them(self):
+        days = [time.strftime("%Y-%m-%d", time.gmtime(number * 86_400)) for number in range(400)]
+        rows = [{"day": day, "tool": "t", "model": "m", "key": "", "requests": 1} for day in days]
+        pathlib.Path(self.path).write_text(json.dumps({"rows": rows}), "utf-8")
         self.count()
-        self.assertEqual([row["day"] for row in self.rows()], [new["day"]])
+        self.assertEqual(self.rows(), rows)
+        self.chat()
+        for _ in range(2):
+            self.assertEqual([row["day"] for row in self.rows()], [*days[1:], time.strftime("%Y-%m-%d")])
+
+    def test_a_damaged_file_is_kept_aside(self):
+        new = {"day": time.strftime("%Y-%m-%d"), "tool": "t", "model": "m", "key": "", "requests": 1}
+        self.count()
         for content in ("{", "[]", '{"rows": 5}', '{"rows": [5]}', json.dumps({"rows": [dict(new, usd="x")]}),
                         json.dumps({"rows": [dict(new, usd=float("nan"))]}), json.dumps({"rows": [dict(new, usd=-1)]}),
                         json.dumps({"rows": [dict(new, usd="?")]}).replace('"?"', "1e999")):
@@ -11650,12 +11658,12 @@ class SetupTests(unittest.TestCase):
             ("Service files", "systemd")])
 
     def test_tools_that_know_models_by_their_full_names_get_one(self):
-        for name in ("aider", "dspy", "openhands", "qwen-code"):
+        for name in ("aider", "autogen", "crewai", "dspy", "openhands", "qwen-code"):
             self.assertIn("claude-sonnet-5-5", claude_gateway.setup_text(name, Config()))
         self.assertIn('"url": "http://localhost:45554/v1/chat/completions"',
                       claude_gateway.setup_text("vscode", Config()))
         self.assertIn("--edit-format diff", claude_gateway.setup_text("aider", Config()))
-        for name in ("vscode", "pi", "opencode"):
+        for name in ("vscode", "pi", "opencode", "kilo-code"):
             json.loads(claude_gateway.setup_text(name, Config()))
         for name in ("openai-agents", "crewai", "dspy", "smolagents", "autogen", "agno", "browser-use"):
             compile(re.sub("(?m)^export .*", "", claude_gateway.setup_text(name, Config())), name, "exec")
@@ -12447,6 +12455,18 @@ class ConnectionTests(HttpTestCase):
         first.close()
         self.assertTrue(eventually(lambda: self.exchanged(NEXT_REQUEST)[0].status == 200))
 
+    def test_a_connection_for_which_no_thread_starts_gives_its_place_back(self):
+        def no_thread(request, address):
+            raise RuntimeError("can't start new thread")
+
+        listener = self.start().listeners[0]
+        listener._connections = claude_gateway.Budget(1)
+        with self.assertLogs(claude_gateway.LOG, "ERROR"):
+            listener.process_request = no_thread
+            self.assertEqual(received_until(self.connect(), b"\r\n\r\n"), b"")
+            del listener.process_request
+        self.assertEqual(self.exchanged(NEXT_REQUEST)[0].status, 200)
+
     def test_threads_and_descriptors_return_to_the_baseline(self):
         def descriptors() -> int:
             return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
@@ -12908,7 +12928,8 @@ class DemoTests(CommandTestCase):
     def test_it_has_limits_and_cached_tokens_to_show(self):
         turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user",
                                                                                           "content": "C"}]
-        usage = self.ask("POST", "/v1/chat/completions", {"model": "sonnet", "messages": turns}).json["usage"]
+        self.chat(messages=turns[:1])
+        usage = self.chat(messages=turns).json["usage"]
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         self.assertTrue(0 < cached < usage["prompt_tokens"], usage)
         data = self.ask("GET", "/", headers={"accept": "application/json"}).json
