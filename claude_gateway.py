@@ -8916,19 +8916,14 @@ OPTIONS = (
 )
 
 
-def port_from(setting: str, value: Any) -> int:
-    if not re.match(r"\d{1,5}\Z", str(value)) or int(value) > 65_535:
-        raise UsageError("expected a number from 0 to 65535, got %r." % value, setting)
-    return int(value)
-
-
-def each_of(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, Sequence[str]], tuple]:
-    """How a list is read: each text matches the pattern, and becomes what `value_of` makes of the match."""
-    def read(setting: str, texts: Sequence[str]) -> tuple:
-        matches = [re.match(pattern, text.strip()) for text in texts]
-        if None in matches:
-            raise UsageError("expected %s, got %r." % (expected, texts[matches.index(None)]), setting)
-        return tuple(map(value_of, matches))
+def reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
+    """How a text is read: as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
+    def read(setting: str, text: str) -> Any:
+        match = re.match(pattern, text.strip())
+        value = match and value_of(match)
+        if value is None:
+            raise UsageError("expected %s, got %r." % (expected, text), setting)
+        return value
     return read
 
 
@@ -8944,14 +8939,16 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
 
 # Options whose values need checking -> how they are read
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": port_from, "fallback": fallbacks_from,
-    "alias": each_of(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
-    "api-key": each_of(r"(?s).+", "a key that is not empty", lambda match: match.group()),
+    "port": reader(r"\d{1,5}\Z", "a number from 0 to 65535",
+                   lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
+    "fallback": fallbacks_from,
+    "alias": reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
+    "api-key": reader(r"(?s).+", "a key that is not empty", lambda match: match.group()),
     # as browsers send them, which is without a slash at the end
-    "cors-origin": each_of(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
-                           "an origin like https://app.example.com", lambda match: match.group(1).lower()),
-    "budget": each_of(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
-                      lambda match: (float(match.group(1)), match.group(2)))}
+    "cors-origin": reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                          "an origin like https://app.example.com", lambda match: match.group(1).lower()),
+    "budget": reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                     lambda match: (float(match.group(1)), match.group(2)))}
 
 
 def checked_credential(variable: str, text: str) -> str:
@@ -9067,8 +9064,9 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
             setting = option.variable
             value = value_from_variable(option, given[setting])
         if value is not None:
-            value = tuple(value) if option.repeatable else value
-            fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
+            read = CHECKS.get(option.name, lambda setting, text: text)
+            fields[option.field] = tuple(read(setting, text) for text in value) if option.repeatable else \
+                read(setting, value)
     fields["host"], *more_hosts = dict.fromkeys(fields.get("host", ["localhost"]))
     fields["more_hosts"] = tuple(more_hosts)
     levels = [name for name in LOG_LEVELS if fields.get(name)]
