@@ -7518,7 +7518,7 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
     if gateway.config.api_key and not incoming.owner:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
     if incoming.query == "setup":                   # for the page, at the address that the browser used
-        host = incoming.headers.get("host", "")
+        host = incoming.headers.get("host") or "localhost"
         config = replace(gateway.config, port=int((re.search(r":(\d+)\Z", host) or ("", 80))[1]))
         return Reply({name: as_typed(setup_text(name, config)).replace("localhost:%d" % config.port, host)
                       for name in TOOL_SETTINGS})
@@ -7639,8 +7639,8 @@ PAGE = """<!doctype html>
   const at = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en");
   const dollars = (usd) => "$" + (usd < 0.01 ? Number(usd.toFixed(4)) || "0.00" : usd.toFixed(2));
-  const style = { dateStyle: "medium", timeStyle: "short" };
-  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", style);
+  const moment = (seconds) =>
+    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
   let key = "", listed;
 
   function make(kind, content = "", className = "") {
@@ -7678,7 +7678,9 @@ PAGE = """<!doctype html>
   function tables(data) {
     fill("totals", data.totals.flatMap((table) => table.map((cells, at) => row(cells, at ? "td" : "th"))));
     const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
-    if (listed === (listed = JSON.stringify(shown))) return;    // a selection in the table stays
+    const news = JSON.stringify(shown);
+    if (news === listed) return;                    // a selection in the table stays
+    listed = news;
     fill("recent", [row(data.columns, "th"), ...shown.flatMap((each) => {
       const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
       detail.colSpan = data.columns.length;
@@ -8916,7 +8918,7 @@ OPTIONS = (
 )
 
 
-def reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
+def matching(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
     """How a text is read: as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
     def read(setting: str, text: str) -> Any:
         match = re.match(pattern, text.strip())
@@ -8939,16 +8941,16 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
 
 # Options whose values need checking -> how they are read
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": reader(r"\d{1,5}\Z", "a number from 0 to 65535",
-                   lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
+    "port": matching(r"\d{1,5}\Z", "a number from 0 to 65535",
+                     lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
     "fallback": fallbacks_from,
-    "alias": reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
-    "api-key": reader(r"(?s).+", "a key that is not empty", lambda match: match.group()),
+    "alias": matching(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
+    "api-key": matching(r"(?s).+", "a key that is not empty", lambda match: match.group()),
     # as browsers send them, which is without a slash at the end
-    "cors-origin": reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
-                          "an origin like https://app.example.com", lambda match: match.group(1).lower()),
-    "budget": reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
-                     lambda match: (float(match.group(1)), match.group(2)))}
+    "cors-origin": matching(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                            "an origin like https://app.example.com", lambda match: match.group(1).lower()),
+    "budget": matching(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                       lambda match: (float(match.group(1)), match.group(2)))}
 
 
 def checked_credential(variable: str, text: str) -> str:

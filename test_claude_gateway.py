@@ -11835,6 +11835,8 @@ class StatusTests(GatewayTestCase):
         texts = self.ask("GET", "/?setup", headers={"host": "localhost:8123"}).json
         self.assertEqual(set(texts), set(claude_gateway.TOOL_SETTINGS))
         self.assertIn("http://localhost:8123/v1", texts["aider"])
+        texts = self.ask("GET", "/?setup", headers={"host": "127.0.0.1:8123"}).json
+        self.assertIn("http://127.0.0.1:8123/v1", texts["aider"])
         self.start(api_key=("the-client-key",))
         self.assertEqual(set(self.ask("GET", "/?setup").json), {"status", "version", "key_needed"})
 
