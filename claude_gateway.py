@@ -8918,7 +8918,7 @@ OPTIONS = (
 )
 
 
-def matching(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
+def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
     """How a text is read: as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
     def read(setting: str, text: str) -> Any:
         match = re.match(pattern, text.strip())
@@ -8941,16 +8941,16 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
 
 # Options whose values need checking -> how they are read
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": matching(r"\d{1,5}\Z", "a number from 0 to 65535",
-                     lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
+    "port": value_reader(r"\d{1,5}\Z", "a number from 0 to 65535",
+                         lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
     "fallback": fallbacks_from,
-    "alias": matching(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
-    "api-key": matching(r"(?s).+", "a key that is not empty", lambda match: match.group()),
+    "alias": value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
+    "api-key": value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group()),
     # as browsers send them, which is without a slash at the end
-    "cors-origin": matching(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
-                            "an origin like https://app.example.com", lambda match: match.group(1).lower()),
-    "budget": matching(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
-                       lambda match: (float(match.group(1)), match.group(2)))}
+    "cors-origin": value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                                "an origin like https://app.example.com", lambda match: match.group(1).lower()),
+    "budget": value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                           lambda match: (float(match.group(1)), match.group(2)))}
 
 
 def checked_credential(variable: str, text: str) -> str:
