@@ -6313,10 +6313,10 @@ class Record:
     FIGURES = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
                "cost_usd")                          # these and TEXTS are what the status page shows
 
-    def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
-        """What the status page shows of it, and `status` as this line."""
+    def summary(self, secrets_known: Iterable[str]) -> dict:
+        """What the status page and `status` show of it."""
         fields = vars(self)
-        texts = dict({name: fields[name] for name in self.TEXTS}, line=line)
+        texts = {name: fields[name] for name in self.TEXTS}
         whole = "\n".join(texts.values())
         if len(whole) > 500 or masked(whole, secrets_known) != whole:
             texts = {name: masked(value, secrets_known)[:500] for name, value in texts.items()}
@@ -7411,6 +7411,26 @@ def with_values(text: str, values: dict[str, str]) -> str:
 # ---- Status page -------------------------------------------------------------------------------------
 # What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
 
+USAGE_COLUMNS = ("requests", "errors", "tokens in", "cached", "tokens out", "cost")
+REQUEST_COLUMNS = ("time", "tool", "model", "status", *USAGE_COLUMNS[2:], "first byte, all")
+
+
+def usage_row(requests: int, failed: int, input_tokens: int, cached_tokens: int, output_tokens: int,
+              cost_usd: float | None) -> list[str]:
+    """Texts for USAGE_COLUMNS."""
+    return [*map("{:,}".format, (requests, failed, input_tokens)), "%d%%" % percent(cached_tokens, input_tokens),
+            "{:,}".format(output_tokens), "" if cost_usd is None else dollars(cost_usd)]
+
+
+def request_row(each: dict) -> list[str]:
+    """Texts for REQUEST_COLUMNS."""
+    models = " -> ".join(dict.fromkeys(filter(None, (each["asked"], each["used"])))) or each["path"]
+    usage = [""] * 4 if each["input_tokens"] is None else usage_row(
+        0, 0, each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])[2:]
+    return [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["tool"], models, "%d%s" % (
+        each["status"], " stream" * each["stream"]), *usage, "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])]
+
+
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
@@ -7425,15 +7445,17 @@ def status_data(gateway: Gateway) -> dict:
         "credential": credential.facts() if credential else None,
         "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
-        "requests": {"total": totals["requests"], "running": running_besides(gateway)},
+        "requests": {"total": totals["requests"], "running": max(0, gateway.running.count - 1)},    # without this one
         "errors": totals["errors"], "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
                   "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **{name: totals[name] for name in ("recent", "by_tool", "by_model", "error_texts")},
-    }
+        **{name: totals[name] for name in ("by_tool", "by_model", "error_texts")}, "columns": REQUEST_COLUMNS,
+        "recent": [dict(each, row=request_row(each)) for each in totals["recent"]],
+        "totals": [[[title, *USAGE_COLUMNS], *([name, *usage_row(**sums)] for name, sums in totals[field].items())]
+                   for title, field in (("tool", "by_tool"), ("model", "by_model"))]}
 
 
 def last_days(usage: Usage) -> list[dict]:
@@ -7441,14 +7463,9 @@ def last_days(usage: Usage) -> list[dict]:
     with contextlib.suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
         moments = (time.time() - 86_400 * back for back in range(29, -1, -1))
-        return [{"day": day, "usd": round(days.get(day, {}).get("usd", 0), 4), "requests": days.get(day, {}).get(
-            "requests", 0)} for day in map(day_of, moments)] if days else []
+        return [dict({name: days.get(day, {}).get(name, 0) for name in ("usd", "requests")}, day=day)
+                for day in map(day_of, moments) if days]
     return []
-
-
-def running_besides(gateway: Gateway) -> int:
-    """The requests that run now, besides the one that asks."""
-    return max(0, gateway.running.count - 1)
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -7462,58 +7479,55 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
     if gateway.config.api_key and not incoming.owner:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
-    if incoming.query == "setup":                   # for the page, whose address replaces localhost
-        port = int((re.search(r":(\d+)\Z", incoming.headers.get("host", "")) or ("", 80))[1])
-        return Reply({name: as_typed(setup_text(name, replace(gateway.config, port=port))) for name in TOOL_SETTINGS})
+    if incoming.query == "setup":                   # for the page, at the address that the browser used
+        host = incoming.headers.get("host") or "localhost"
+        config = replace(gateway.config, port=int((re.search(r":(\d+)\Z", host) or ("", 80))[1]))
+        return Reply({name: as_typed(setup_text(name, config)).replace("localhost:%d" % config.port, host)
+                      for name in TOOL_SETTINGS})
     return Reply(status_data(gateway))
 
 
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
-    counters = gateway.counters
-    totals = counters.totals()
+    data, counters, totals = status_data(gateway), gateway.counters, gateway.counters.totals()
     models = totals["models"]
+    priced = {model: figures for model, figures in models.items() if "usd" in figures}
     lines: list[str] = []
 
-    def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+    def family(name: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+        kind = "counter" if name.endswith("_total") else "gauge"
         lines.append("# HELP claude_gateway_%s %s\n# TYPE claude_gateway_%s %s" % (name, help_text, name, kind))
         for labels, value in samples:
             labelled = ",".join('%s="%s"' % (label, re.sub(r'(["\\])', r"\\\1", str(text)))
                                 for label, text in labels.items())
             lines.append("claude_gateway_%s%s %s" % (name, "{%s}" % labelled if labelled else "", value))
 
-    family("info", "gauge", "The running version.", [({"version": VERSION}, 1)])
-    family("start_time_seconds", "gauge", "Unix time of the start.", [({}, round(counters.started, 3))])
-    family("credential_ok", "gauge", "0 from a refusal of the credential or a failed renewal to the next success.",
-           [({}, int(gateway.upstream.trouble is None))])
-    family("requests_total", "counter", "Requests answered, by route and status.",
+    family("info", "The running version.", [({"version": VERSION}, 1)])
+    family("start_time_seconds", "Unix time of the start.", [({}, round(counters.started, 3))])
+    family("credential_ok", "0 from a refusal of the credential or a failed renewal to the next success.",
+           [({}, int(data["trouble"] is None))])
+    family("requests_total", "Requests answered, by route and status.",
            [({"route": route, "status": code}, count) for (route, code), count in totals["routes"]])
-    family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
-    family("request_duration_seconds_total", "counter", "Time spent on all requests.",
-           [({}, round(counters.seconds, 3))])
-    family("errors_total", "counter", "Requests that failed, by code.",
-           [({"code": code}, count) for code, count in totals["errors"].items()])
-    family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
-           [({"model": model, "kind": kind}, figures[kind]) for model, figures in models.items()
-            for kind in TOKEN_KINDS])
-    models = {model: figures for model, figures in models.items() if "usd" in figures}
-    family("cost_usd_total", "counter", "US dollars by list prices, by model.",
-           [({"model": model}, round(figures["usd"], 6)) for model, figures in models.items()])
-    family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
-           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in models.items()])
-    limits = limits_from_headers(counters.limit_headers, time.time())
-    family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last reported.",
-           [({"window": limit["window"]}, limit["used"]) for limit in limits])
-    family("limit_reset_timestamp_seconds", "gauge", "When they are reset, in Unix time.",
-           [({"window": limit["window"]}, limit["resets_at"]) for limit in limits if limit["resets_at"] is not None])
+    family("requests_running", "Requests that run now.", [({}, data["requests"]["running"])])
+    family("request_duration_seconds_total", "Time spent on all requests.", [({}, round(counters.seconds, 3))])
+    family("errors_total", "Requests that failed, by code.",
+           [({"code": code}, count) for code, count in data["errors"].items()])
+    family("tokens_total", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
+           [({"model": model, "kind": kind}, models[model][kind]) for model in models for kind in TOKEN_KINDS])
+    family("cost_usd_total", "US dollars by list prices, by model.",
+           [({"model": model}, round(figures["usd"], 6)) for model, figures in priced.items()])
+    family("cache_saved_usd", "US dollars that caching saved; negative while it is only written.",
+           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in priced.items()])
+    family("limit_used_ratio", "Used share of plan windows and rate limits, as Claude last reported.",
+           [({"window": limit["window"]}, limit["used"]) for limit in data["limits"]])
+    family("limit_reset_timestamp_seconds", "When they are reset, in Unix time.",
+           [({"window": limit["window"]}, limit["resets_at"]) for limit in data["limits"] if limit["resets_at"]])
     return Reply(raw=("\n".join(lines) + "\n").encode("utf-8"), headers={
         "content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 PAGE = """<!doctype html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Claude Gateway</title>
 <style nonce="NONCE">
@@ -7521,53 +7535,39 @@ PAGE = """<!doctype html>
           --ink: light-dark(#22201c, #eeebe4); --soft: light-dark(#6b665c, #a39d91);
           --line: light-dark(#e4e0d6, #3a3732); --accent: light-dark(#b5532d, #e08a63);
           --good: light-dark(#2f7d4f, #6cc090); --bad: light-dark(#b3261e, #f2857c); }
-  * { box-sizing: border-box; }
+  * { box-sizing: border-box; } [hidden] { display: none !important; }
   body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-  main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-  h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase;
-       color: var(--soft); margin: 0 0 .6rem; font-weight: 600; }
-  header { display: flex; gap: .75rem; align-items: baseline; flex-wrap: wrap; margin-bottom: 1.2rem; }
-  header span { color: var(--soft); }
-  #state::before { content: "\\25cf"; margin-right: .35em; } .up { color: var(--good) !important; }
-  .down { color: var(--bad) !important; }
-  .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
-  section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
-            min-width: 0; }
-  .wide { grid-column: 1 / -1; } .wide dd { text-align: left; }
+  main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; font-variant-numeric: tabular-nums; }
+  h1 { font-size: 1.3rem; margin: 0; }
+  h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase; margin: 0 0 .6rem; font-weight: 600; }
+  h2, dt, th, p, .note, #version { color: var(--soft); } .up { color: var(--good); }
+  .down, #errors dt, #trouble { color: var(--bad); } #state::before { content: "\\25cf"; margin-right: .35em; }
+  header, form, .row { display: flex; gap: .5rem .75rem; align-items: baseline; flex-wrap: wrap; }
+  .row { justify-content: space-between; }
+  .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); margin-top: 1.2rem; }
+  section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; min-width: 0; }
+  .wide { grid-column: 1 / -1; overflow-x: auto; } #demo, #trouble, #ask { margin-top: 1rem; }
+  #trouble { border-color: var(--bad); } #demo { border-color: var(--accent); } #demo b { color: var(--accent); }
   dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
-  dt { color: var(--soft); white-space: nowrap; }
-  dd { margin: 0; text-align: right; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
-  #credential, #errors { display: block; } #credential dd, #errors dd { text-align: left; }
-  #errors dt { color: var(--bad); }
-  #credential dt, #names, td, th { font-size: .88rem; }
-  table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
-  td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; white-space: nowrap; font-weight: 400;
-           font-variant-numeric: tabular-nums; } th { color: var(--soft); }
+  dt, th, td { white-space: nowrap; } dd { margin: 0; overflow-wrap: break-word; } #tokens dd { text-align: right; }
+  #credential, #errors { display: block; } #credential dt, #names, p, .note, td, th { font-size: .88rem; }
+  td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; font-weight: 400; }
+  table { border-spacing: 0; width: 100%; }
   tr.detail span { display: inline-block; max-width: calc(100vw - 4.5rem); white-space: normal; margin-right: .5rem; }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: .6rem 0 0; }
-  dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
-  #trouble { border-color: var(--bad); color: var(--bad); margin-bottom: 1rem; }
-  #demo { border-color: var(--accent); margin-bottom: 1rem; } #demo b { color: var(--accent); }
-  code { font: 13px/1.5 ui-monospace, monospace; }
-  .big { font-size: 2rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
-  .note { color: var(--soft); font-size: .9rem; }
-  .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin: .2rem 0 .7rem; }
-  .bar i { display: block; height: 100%; background: var(--accent); border-radius: 4px; }
+  code, pre { font: 13px/1.5 ui-monospace, monospace; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0 0; }
+  .grid b { display: block; font-size: 2rem; font-weight: 600; line-height: 1.2; } p { margin: 0; }
+  progress { width: 100%; height: .9rem; accent-color: var(--accent); }
   #bars { display: flex; align-items: flex-end; gap: 2px; height: 4rem; margin-top: .6rem; }
   #bars i { flex: 1; min-height: 1px; background: var(--line); }
   #bars i:nth-last-child(-n + 7) { background: var(--accent); }
-  .row { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
-  form { display: flex; gap: .5rem; flex-wrap: wrap; }
   input, button, select { font: inherit; padding: .4rem .7rem; border-radius: 6px; border: 1px solid var(--line);
                   background: var(--back); color: var(--ink); }
-  [hidden] { display: none !important; }
+  dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
 </style>
-</head>
-<body>
 <main>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
-  <section id="demo" hidden><b>DEMO</b> Nothing is sent to Claude: answers, tokens, costs and limits are
-    simulated.</section>
+  <section id="demo" hidden><b>DEMO</b> Nothing goes to Claude: answers, tokens, costs, limits are simulated.</section>
   <section id="trouble" role="alert" hidden></section>
   <section id="ask" hidden><h2>API key required</h2>
     <form id="key"><input type="password" id="secret" aria-label="API key of this gateway" autocomplete="off"
@@ -7582,19 +7582,17 @@ PAGE = """<!doctype html>
       <details id="setup"><summary class="note">Settings for a tool</summary>
         <select id="tool" aria-label="Tool"></select> <button data-copy="settings">copy</button>
         <pre id="settings"></pre></details></section>
-    <section><h2>Requests</h2><div class="big" id="requests"></div><div class="note" id="running"></div></section>
+    <section><h2>Requests</h2><b id="requests"></b><p id="running"></p></section>
     <section data-card="errors"><h2>Errors</h2><dl id="errors"></dl></section>
-    <section data-card="used"><h2>Cost</h2><div class="big" id="cost"></div>
-      <div class="note" id="saved"></div></section>
-    <section data-card="used"><h2>Cache</h2><div class="big" id="share"></div>
-      <div class="note">of all prompt tokens were read from Claude's cache</div></section>
+    <section data-card="used"><h2>Cost</h2><b id="cost"></b><p id="saved"></p></section>
+    <section data-card="used"><h2>Cache</h2><b id="share"></b><p>of all input was read from Claude's cache</p></section>
     <section data-card="used"><h2>Tokens</h2><dl id="tokens"></dl></section>
-    <section id="month"><h2>7 and 30 days</h2><div class="big" id="week"></div><div class="note" id="month-cost"></div>
+    <section data-card="days"><h2>7 and 30 days</h2><b id="week"></b><p id="month"></p>
       <div id="bars" aria-hidden="true"></div></section>
     <section data-card="limits"><h2>Limits</h2><div id="limits"></div></section>
     <section><h2>Credential</h2><dl id="credential"></dl></section>
-    <section class="wide scroll" data-card="used"><h2>By tool and model</h2><table id="totals"></table></section>
-    <section class="wide scroll" data-card="recent"><h2>Last requests</h2>
+    <section class="wide" data-card="used"><h2>By tool and model</h2><table id="totals"></table></section>
+    <section class="wide" data-card="recent"><h2>Last requests</h2>
       <label class="note"><input type="checkbox" id="failed"> only errors</label><table id="recent"></table></section>
   </div>
 </main>
@@ -7602,7 +7600,10 @@ PAGE = """<!doctype html>
   "use strict";
   const at = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en");
-  let key = "";
+  const dollars = (usd) => "$" + (usd < 0.01 ? Number(usd.toFixed(4)) || "0.00" : usd.toFixed(2));
+  const moment = (seconds) =>
+    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  let key = "", listed;
 
   function make(kind, content = "", className = "") {
     const made = document.createElement(kind);
@@ -7615,57 +7616,19 @@ PAGE = """<!doctype html>
   const pairs = (id, entries) => fill(id, entries.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
   const row = (cells, kind = "td") => make("tr", cells.map((cell) => make(kind, cell)));
 
-  function dollars(value) {                         // in cents, or finer; never a zero with a sign
-    const size = Math.abs(value), text = size >= 0.01 ? size.toFixed(2) : String(Number(size.toFixed(4)) || "0.00");
-    return (value < 0 && Number(text) ? "-$" : "$") + text;
-  }
-
-  const time = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
-  const moment = (seconds) =>
-    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
-
-  function limitBars(limits) {
-    fill("limits", limits.flatMap((limit) => {
-      const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "", used = make("i");
-      used.style.width = Math.min(100, limit.used * 100) + "%";
-      const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note");
-      return [make("div", [make("span", limit.title), share], "row"), make("div", used, "bar")];
-    }));
-  }
-
-  function totals(data) {
-    const lines = (sums) => Object.entries(sums).map(([name, each]) => row([name, number(each.requests),
-      number(each.failed), number(each.input_tokens), number(each.output_tokens), dollars(each.cost_usd)]));
-    fill("totals", [row(["", "Requests", "Failed", "Tokens in", "Tokens out", "Cost"], "th"),
-      ...lines(data.by_tool), ...lines(data.by_model)]);
-  }
-
-  function recent(data) {
-    const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
-    const news = JSON.stringify(shown);
-    if (news === recent.news) return;               // a selection in the table stays
-    recent.news = news;
-    fill("recent", [row(["Time", "Tool", "Model", "Status", "Tokens in", "out", "Cost", "First byte, all"], "th"),
-      ...shown.flatMap((each) => {
-        const models = each.asked && each.used && each.asked !== each.used ? each.asked + " \u2192 " + each.used :
-          each.used || each.asked || each.path;
-        const counts = each.input_tokens === null ? ["", ""] : [number(each.input_tokens) + " (" +
-          Math.round(100 * each.cached_tokens / (each.input_tokens || 1)) + " % cached)", number(each.output_tokens)];
-        const line = row([time(each.time), each.tool, models, each.status + (each.stream ? " stream" : ""), ...counts,
-          each.cost_usd === null ? "" : dollars(each.cost_usd), each.first_byte_ms + " / " + each.total_ms + " ms"]);
-        const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
-        detail.colSpan = 8;
-        return each.error || each.changes ? [line, make("tr", detail, "detail")] : [line];
-      })]);
+  function limitBar(limit) {
+    const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "";
+    const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note"), bar = make("progress");
+    bar.value = limit.used;
+    return [make("div", [make("span", limit.title), share], "row"), bar];
   }
 
   function dayBars(days) {
     const most = Math.max(...days.map((day) => day.usd), 0.01);
     const sum = (some, name) => some.reduce((total, day) => total + day[name], 0);
-    at("month").hidden = !days.length;
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
-    at("month-cost").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
-      number(sum(days, "requests")) + " requests";
+    at("month").textContent = "in 7 days; " + dollars(sum(days, "usd")) + " in 30 days, requests: " +
+      number(sum(days, "requests"));
     fill("bars", days.map((day) => {
       const bar = make("i");
       bar.style.height = 100 * day.usd / most + "%";
@@ -7674,39 +7637,52 @@ PAGE = """<!doctype html>
     }));
   }
 
+  function tables(data) {
+    fill("totals", data.totals.flatMap((table) => table.map((cells, at) => row(cells, at ? "td" : "th"))));
+    const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
+    const news = JSON.stringify(shown);
+    if (news === listed) return;                    // a selection in the table stays
+    listed = news;
+    fill("recent", [row(data.columns, "th"), ...shown.flatMap((each) => {
+      const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
+      detail.colSpan = data.columns.length;
+      return [row(each.row), ...(each.error || each.changes ? [make("tr", detail, "detail")] : [])];
+    })]);
+  }
+
   function show(data) {
     at("version").textContent = data.version ?? "";
-    at("ask").hidden = !data.key_needed; at("data").hidden = !!data.key_needed;
+    at("ask").hidden = !data.key_needed;
+    at("data").hidden = !!data.key_needed;
     if (data.key_needed) return;
-    const tokens = data.tokens, facts = data.credential ?? {}, demo = data.upstream === "simulated";
-    at("demo").hidden = !demo;
+    const tokens = data.tokens, facts = data.credential ?? {}, saved = data.cache.saved_usd;
+    const texts = {
+      trouble: data.trouble ? "The credential does not work, since " + moment(data.trouble.at) + ": " +
+        data.trouble.message : "",
+      base: location.origin + "/v1", keyhint: key ? "your key" : "none",
+      names: Object.entries({ ...data.models, ...data.aliases }).map((pair) => pair.join(" = ")).join(", "),
+      requests: number(data.requests.total), share: data.cache.share_percent + " %", cost: dollars(data.cost.usd),
+      running: data.requests.running + " running; all since " + moment(data.started_at),
+      saved: "by list prices; caching " + (saved < 0 ? "cost " : "saved ") + dollars(Math.abs(saved)) +
+        data.cost.without_price.map((model) => "; without " + model).join("") };
+    for (const [id, text] of Object.entries(texts)) at(id).textContent = text;
     at("trouble").hidden = !data.trouble;
-    if (data.trouble) at("trouble").textContent = "The credential does not work, since " +
-      moment(data.trouble.at) + ": " + data.trouble.message;
-    at("base").textContent = location.origin + "/v1";
-    at("keyhint").textContent = key ? "your key" : "none";
-    at("names").textContent = Object.entries({ ...data.models, ...data.aliases })
-      .map(([name, id]) => name + " = " + id).join(", ");
-    at("requests").textContent = number(data.requests.total);
-    at("running").textContent = data.requests.running + " running; all since " + moment(data.started_at);
+    at("demo").hidden = data.upstream !== "simulated";
     pairs("errors", Object.entries(data.errors).map(([code, count]) =>
       [number(count) + " \u00d7 " + code, data.error_texts[code] ?? ""]));
-    at("share").textContent = data.cache.share_percent + " %";
-    at("cost").textContent = dollars(data.cost.usd);
-    at("saved").textContent = "by list prices; caching saved " + dollars(data.cache.saved_usd) +
-      data.cost.without_price.map((model) => "; without " + model).join("");
     const kinds = [["New in the prompt", tokens.input], ["Read from the cache", tokens.cache_read],
       ["Stored in the cache", tokens.cache_write], ["Answers", tokens.output]];
     const sum = kinds.reduce((all, [, count]) => all + count, 0);
     pairs("tokens", [...kinds, ["Total", sum]].map(([name, count]) => [name, number(count)]));
-    limitBars(data.limits); dayBars(data.days); totals(data); recent(data);
     const over = facts.expires_at * 1000 < Date.now();
     pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
       [over ? "Token expired" : facts.refreshable ? "Token renews" : "Token expires",
-        facts.expires_at && moment(facts.expires_at)]]
-      .filter(([, value]) => value));
+        facts.expires_at && moment(facts.expires_at)]].filter(([, value]) => value));
+    fill("limits", data.limits.flatMap(limitBar));
+    dayBars(data.days);
+    tables(data);
     const cards = { errors: Object.keys(data.errors).length, used: sum, limits: data.limits.length,
-      recent: data.recent.length };
+      days: data.days.length, recent: data.recent.length };
     for (const card of document.querySelectorAll("[data-card]")) card.hidden = !cards[card.dataset.card];
   }
 
@@ -7715,6 +7691,7 @@ PAGE = """<!doctype html>
 
   async function update() {
     const sent = key;
+    let state = "running";
     try {
       const answer = await ask("/", sent);
       if (!answer.ok && answer.status !== 401) throw new Error(answer.status);
@@ -7722,10 +7699,11 @@ PAGE = """<!doctype html>
       if (sent !== key) return;
       if (sent && data.key_needed) { key = ""; at("wrong").hidden = false; }
       show(data);
-      at("state").textContent = "running"; at("state").className = "up";
     } catch (problem) {
-      at("state").textContent = "not reachable"; at("state").className = "down";
+      state = "not reachable";
     }
+    at("state").textContent = state;
+    at("state").className = state === "running" ? "up" : "down";
   }
 
   at("key").addEventListener("submit", (event) => {
@@ -7736,23 +7714,23 @@ PAGE = """<!doctype html>
   });
   at("setup").addEventListener("toggle", async () => {
     const texts = await (await ask("/?setup", key)).json(), chosen = at("tool");
-    const show = () => {
-      at("settings").textContent = texts[chosen.value].replaceAll("localhost:" + (location.port || 80), location.host);
-    };
+    const show = () => { at("settings").textContent = texts[chosen.value]; };
     fill("tool", Object.keys(texts).map((name) => make("option", name)));
     chosen.addEventListener("change", show);
     show();
   }, { once: true });
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.hidden = !navigator.clipboard;           // browsers have it on localhost and https only
-    button.addEventListener("click", () => navigator.clipboard.writeText(at(button.dataset.copy).textContent));
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(at(button.dataset.copy).textContent);
+      button.textContent = "copied";
+      setTimeout(() => { button.textContent = "copy"; }, 2000);
+    });
   }
   at("failed").addEventListener("change", update);
   update();
   setInterval(update, 2000);
 </script>
-</body>
-</html>
 """
 
 
@@ -7980,12 +7958,11 @@ class RequestCycle:
             record.total_ms = record.elapsed_ms()
             try:
                 if record.method:
-                    line = short_line(record)
-                    log_request_record(record, line, self._config)
+                    log_request_record(record, self._config)
                     if record.used:
                         self._gateway.usage.add(record.tool, record.used, record.owner, {
                             "requests": 1, "errors": int(record.status >= 400)})
-                    self._gateway.counters.add_request(record.route, record.summary(line, self._gateway.secrets()))
+                    self._gateway.counters.add_request(record.route, record.summary(self._gateway.secrets()))
             finally:
                 self._leave()                       # who waits for an idle gateway finds everything counted
 
@@ -8220,7 +8197,7 @@ def tool_of(headers: dict[str, str]) -> str:
     return {"Mozilla": "browser"}.get(name, name)[:14]
 
 
-def log_request_record(record: Record, short: str, config: Config) -> None:
+def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
@@ -8237,7 +8214,7 @@ def log_request_record(record: Record, short: str, config: Config) -> None:
             record.output_tokens)
     line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
     error = "  " + printable(record.error, 500) if record.error else ""
-    LOG.log(level, "%s", line + error, extra={"fields": vars(record), "short": short + error})
+    LOG.log(level, "%s", line + error, extra={"fields": vars(record), "short": lambda: short_line(record) + error})
     if record.changes and config.log_format != "json":
         LOG.info("  changes: %s", printable(record.changes, 100_000))
 
@@ -8683,10 +8660,10 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         payload = getattr(record, "payload", None)
-        short = getattr(record, "short", "")
+        short: Any = getattr(record, "short", None)         # makes the line for a narrow terminal
         columns = self._columns() if short and self._columns and not self.as_json else 0
         if 0 < columns < len(record.getMessage()) + 9:          # 9: the time
-            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short,)))
+            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
         message = as_typed(super().format(record) if record.exc_info else record.getMessage()) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
         message = masked(message, self._secrets())
@@ -8752,32 +8729,42 @@ def say(text: str, level: int = logging.INFO) -> None:
         if isinstance(handler.formatter, LogFormatter) and handler.formatter.as_json:
             handler.handle(LOG.makeRecord(LOG.name, level, "", 0, "%s", (text,), None))
             return
-    print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, flush=True)
+    print(for_terminal(text), file=sys.stderr, flush=True)
+
+
+def for_terminal(text: str) -> str:
+    """Text that cannot control a terminal, with its lines and tabs."""
+    return re.sub(r"[^\n\t]+", lambda plain: visible(plain.group()), text)
 
 
 def given_to(path: str | None, example: str) -> bytes:
     """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError, with the example."""
-    path = None if path == "-" else path
-    if not path and sys.stdin and sys.stdin.isatty():
+    source = None if path in (None, "-") else path
+    if not source and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
     try:
-        if path:
-            with open(path, "rb") as file:
-                data = file.read()
-        else:
-            data = sys.stdin.buffer.read() if sys.stdin else b""
+        with open(source, "rb") if source else contextlib.nullcontext(
+                sys.stdin.buffer if sys.stdin else io.BytesIO()) as file:
+            data = file.read()
     except OSError as fault:
-        raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
+        raise UsageError("%s: %s" % (source or "standard input", fault.strerror or fault)) from fault
     if not data.strip():
         raise UsageError("%s is %s; for example: claude-gateway %s" % (
-            path or "Standard input", "empty" if path or sys.stdin else "closed", example))
+            source or "Standard input", "empty" if source or sys.stdin else "closed", example))
     return data
 
 
 def print_json(value: Any) -> None:
-    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases."""
-    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-")
-    print(json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8")))
+    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases, which controls no terminal."""
+    text = json.dumps(value, indent=1, ensure_ascii="utf" not in str(sys.stdout.encoding).lower())
+    print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
+
+
+def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table; the texts of each column stand at this side of it, "<" or ">"."""
+    rows = [[*map(visible, row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows)
 
 
 def moment_text(seconds: float) -> str:
@@ -8794,10 +8781,9 @@ def duration_text(seconds: float) -> str:
 def expiry_text(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and whether it is renewed."""
     left = expires_at - time.time()
-    when = moment_text(expires_at)
-    if left > 0:
-        return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
-    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
+    when = "in %s)%s" % (duration_text(left), ", renewed automatically" * refreshable) if left > 0 else \
+        "expired%s)" % ("; it is renewed at the next request" * refreshable)
+    return "%s (%s" % (moment_text(expires_at), when)
 
 
 # ---- Options -----------------------------------------------------------------------------------------
@@ -8846,19 +8832,14 @@ OPTIONS = (
 )
 
 
-def port_from(setting: str, value: Any) -> int:
-    if not re.match(r"\d{1,5}\Z", str(value)) or int(value) > 65_535:
-        raise UsageError("expected a number from 0 to 65535, got %r." % value, setting)
-    return int(value)
-
-
-def each_of(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, Sequence[str]], tuple]:
-    """How a list is read: each text matches the pattern, and becomes what `value_of` makes of the match."""
-    def read(setting: str, texts: Sequence[str]) -> tuple:
-        matches = [re.match(pattern, text.strip()) for text in texts]
-        if None in matches:
-            raise UsageError("expected %s, got %r." % (expected, texts[matches.index(None)]), setting)
-        return tuple(map(value_of, matches))
+def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
+    """How a text is read: as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
+    def read(setting: str, text: str) -> Any:
+        match = re.match(pattern, text.strip())
+        value = match and value_of(match)
+        if value is None:
+            raise UsageError("expected %s, got %r." % (expected, text), setting)
+        return value
     return read
 
 
@@ -8874,14 +8855,16 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
 
 # Options whose values need checking -> how they are read
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": port_from, "fallback": fallbacks_from,
-    "alias": each_of(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
-    "api-key": each_of(r"(?s).+", "a key that is not empty", lambda match: match.group()),
+    "port": value_reader(r"\d{1,5}\Z", "a number from 0 to 65535",
+                         lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
+    "fallback": fallbacks_from,
+    "alias": value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
+    "api-key": value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group()),
     # as browsers send them, which is without a slash at the end
-    "cors-origin": each_of(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
-                           "an origin like https://app.example.com", lambda match: match.group(1).lower()),
-    "budget": each_of(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
-                      lambda match: (float(match.group(1)), match.group(2)))}
+    "cors-origin": value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                                "an origin like https://app.example.com", lambda match: match.group(1).lower()),
+    "budget": value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                           lambda match: (float(match.group(1)), match.group(2)))}
 
 
 def checked_credential(variable: str, text: str) -> str:
@@ -8939,36 +8922,31 @@ def checked_proxy(variable: str, url: str) -> str:
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
     match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
-    if url and not match or match and int((match.group(4) or ":0")[1:]) > 65_535:
+    if url and (not match or int((match.group(4) or ":0")[1:]) > 65_535):
         raise UsageError("expected a URL like http://proxy.example.com:8080.", variable)
     return url
+
+
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": None, "false": None, "no": None, "off": None}
 
 
 def value_from_variable(option: Option, text: str) -> Any:
     """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
     if option.repeatable:
         return [entry.strip() for entry in text.split(",")]
-    if option.metavar:
-        if option.choices and text not in option.choices:
-            raise UsageError("expected one of %s, got %r." % (", ".join(option.choices), text), option.variable)
-        return text
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return None
-    raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
+    values: Dict[str, Any] = {choice: choice for choice in option.choices} if option.metavar else SWITCH
+    if values and text.lower() not in values:
+        raise UsageError("expected one of %s, got %r." % (", ".join(values), text), option.variable)
+    return values.get(text.lower(), text)
 
 
 def in_configuration(environment: dict[str, str], *names: str) -> str:
     """A path in the user's configuration directory, never in the working directory; "" without a home directory."""
-    if os.name == "nt":
-        base = environment.get("APPDATA", "")
-    else:
-        home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
-        base = environment.get("XDG_CONFIG_HOME", "")
-        if not os.path.isabs(base):                 # relative ones are ignored (XDG base directory specification)
-            base = os.path.join(home, ".config")
-    return os.path.join(base, *names) if os.path.isabs(base) else ""
+    home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
+    bases = [environment.get("APPDATA", "")] if os.name == "nt" else [
+        environment.get("XDG_CONFIG_HOME", ""), os.path.join(home, ".config")]
+    # relative ones are ignored (XDG base directory specification)
+    return next((os.path.join(base, *names) for base in bases if os.path.isabs(base)), "")
 
 
 # Variables that are no options -> the field of the Config, and how they are read
@@ -8986,13 +8964,11 @@ VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
 }
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
-# Commands that connect to nothing -> the options whose variables they read
-OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",),
-           "usage": ("token-file",), "completion": (), "selftest": ()}
+OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  An offline command reads only its own options."""
+    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
@@ -9000,14 +8976,15 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     fields: dict[str, Any] = {}
     for option in OPTIONS:
         value, setting = getattr(parsed, option.field, None), "--" + option.name
-        if value is None and option.variable in given and not (offline and option.name not in OFFLINE[parsed.command]):
+        if value is None and option.variable in given and (hasattr(parsed, option.field) or not offline):
             setting = option.variable
             value = value_from_variable(option, given[setting])
         if value is not None:
-            value = tuple(value) if option.repeatable else value
-            fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
-    fields["host"], *fields["more_hosts"] = dict.fromkeys(fields.get("host", ["localhost"]))
-    fields["more_hosts"] = tuple(fields["more_hosts"])
+            read = CHECKS.get(option.name, lambda setting, text: text)
+            fields[option.field] = tuple(read(setting, text) for text in value) if option.repeatable else \
+                read(setting, value)
+    fields["host"], *more_hosts = dict.fromkeys(fields.get("host", ["localhost"]))
+    fields["more_hosts"] = tuple(more_hosts)
     levels = [name for name in LOG_LEVELS if fields.get(name)]
     if len(levels) > 1:
         raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
@@ -9049,9 +9026,10 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
         found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
         system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
         if system and system not in os.environ.values():
-            found.append("The system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
+            found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
         if found:
-            yield ignored % found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+            yield (ignored if len(found) == 1 else ignored.replace("is", "are")) % ", ".join(found), \
+                "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
@@ -9059,67 +9037,66 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
 
 
 class Finding(NamedTuple):
-    """The result of a check: level ok, warning or failed; `step` is what to do next; `code` a failure's exit code."""
+    """The result of a check; `step`: what to do next, where it is not ok; `code`: a failure's exit code."""
     name: str
-    level: str
     detail: str
     step: str = ""
-    code: int = 0
+    code: int = OK
+
+    @property
+    def level(self) -> str:
+        return "failed" if self.code else "warning" if self.step else "ok"
 
 
 @contextlib.contextmanager
-def local_answer(config: Config, body: dict | None = None, key: str = "",
-                 timeout: float = 2) -> Iterator[http.client.HTTPResponse]:
-    """What this machine's port answers to GET /, or to a chat completion request."""
+def local_answer(config: Config, body: dict | None = None, key: str = "", timeout: float = 5,
+                 path: str = "/") -> Iterator[http.client.HTTPResponse]:
+    """What this machine's port answers to GET, or to a chat completion request; a key is sent only if given."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": "ask",
-               **({"authorization": "Bearer " + key} if key else {})}
+    headers = {"accept": "application/json", "user-agent": "ask", **({"authorization": "Bearer " + key} if key else {})}
     with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
-        connection.request("POST" if body else "GET", "/v1/chat/completions" if body else "/",
+        connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
         yield connection.getresponse()
 
 
-def running_status(config: Config, key: str = "") -> dict | None:
+def running_status(config: Config, key: str = "", path: str = "/") -> dict | None:
     """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
 
-    A key is sent only if given.
+    With another path, the JSON object that it answers there.
     """
     try:
-        with local_answer(config, key=key) as response:
+        with local_answer(config, key=key, path=path) as response:
             status = json.loads(response.read(1_000_000).decode("utf-8"))
     except (ConnectionRefusedError, socket.gaierror):
         return None
     except (OSError, ValueError, http.client.HTTPException):
         return {}
-    return status if isinstance(status, dict) and status.get("status") == "ok" and "version" in status else {}
+    is_ours = path != "/" or value_in(status, "status") == "ok" and value_in(status, "version")
+    return status if isinstance(status, dict) and is_ours else {}
 
 
 def port_finding(config: Config) -> Finding:
     """Whether the port is free; a gateway that is running there is fine, too."""
     if running_status(config):
-        return Finding("Port", "ok", "%d: a gateway is running there" % config.port)
+        return Finding("Port", "%d: a gateway is running there" % config.port)
     host = "127.0.0.1" if config.host == "localhost" else config.host
     try:
         family = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0][0]
-        with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-            if os.name == "posix":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, config.port))
+        socket.create_server((host, config.port), family=family).close()
     except OSError as fault:
         host = "" if config.host == "localhost" else " --host " + config.host
-        return Finding("Port", "failed", "%d: %s" % (config.port, fault.strerror or fault),
+        return Finding("Port", "%d: %s" % (config.port, fault.strerror or fault),
                        "claude-gateway start --port %d%s" % (config.port % 65_535 + 1, host), PORT_IN_USE)
-    return Finding("Port", "ok", "%d is free" % config.port)
+    return Finding("Port", "%d is free" % config.port)
 
 
 def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
-    if not config.https_proxy:
-        return Finding("Proxy", "ok", "none")
     exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
-    return Finding("Proxy", "ok", shown_proxy(config) + (
-        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else ""))
+    return Finding("Proxy", shown_proxy(config) + (
+        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else "")
+                   if config.https_proxy else "none")
 
 
 def authorities_finding(config: Config) -> Finding:
@@ -9128,14 +9105,14 @@ def authorities_finding(config: Config) -> Finding:
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except (UpstreamFault, OSError) as fault:       # OSError: PyPy, where the system has no authorities
-        return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable
+        return Finding("Certificates", str(fault), "Correct the path in %s." % config.ca_variable
                        if config.ca_variable else step, FAILURE)
     strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
     count = context.cert_store_stats()["x509_ca"]
     directory = ssl.get_default_verify_paths().capath       # those in there are read when they are needed
     if not count and not (directory and os.listdir(directory)):
-        return Finding("Certificates", "warning", "no certificate authorities", step)
-    return Finding("Certificates", "ok", "%d authorit%s%s%s" % (
+        return Finding("Certificates", "no certificate authorities", step)
+    return Finding("Certificates", "%d authorit%s%s%s" % (
         count, "y" if count == 1 else "ies",
         ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
         ", strict X.509 rules" if strict else ""))
@@ -9143,23 +9120,21 @@ def authorities_finding(config: Config) -> Finding:
 
 def machine_findings(config: Config) -> Iterator[Finding]:
     """Python, the file, the port, the network settings: checks that work without a network."""
-    yield Finding("Python", "ok", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
+    yield Finding("Python", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
     origin = "not from a file of its own"
     if own_file():
         with open(own_file(), "rb") as file:
             origin = "sha256 " + hashlib.sha256(file.read()).hexdigest()
-    yield Finding("File", "ok", "claude-gateway %s, %s" % (VERSION, origin))
+    yield Finding("File", "claude-gateway %s, %s" % (VERSION, origin))
     yield port_finding(config)
     yield proxy_finding(config)
     yield authorities_finding(config)
 
 
 def step_for_fault(message: str) -> str:
-    if "--relax-x509" in message:
-        return "claude-gateway start --relax-x509"
-    if "authority is unknown" in message:
-        return "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor"
-    return "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
+    return "claude-gateway start --relax-x509" if "--relax-x509" in message else \
+        "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor" if "authority is unknown" in message else \
+        "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
 
 
 def issuer_of(host: str, port: int) -> str:
@@ -9181,10 +9156,9 @@ def clock_finding(date: str) -> Finding:
     try:
         skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
-        return Finding("Clock", "warning", "the upstream sent no Date header", "Check this machine's clock yourself.")
-    if abs(skew) > 60:
-        return Finding("Clock", "warning", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.")
-    return Finding("Clock", "ok", "within a minute of the upstream's")
+        return Finding("Clock", "the upstream sent no Date header", "Check this machine's clock yourself.")
+    return Finding("Clock", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.") if abs(skew) > 60 else \
+        Finding("Clock", "within a minute of the upstream's")
 
 
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
@@ -9196,49 +9170,44 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
         try:
             found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         except OSError as fault:
-            yield Finding("DNS", "failed", "%s: %s" % (host, fault.strerror or fault),
+            yield Finding("DNS", "%s: %s" % (host, fault.strerror or fault),
                           "Check the network; if a proxy is required, set HTTPS_PROXY.", UNREACHABLE)
             return
-        yield Finding("DNS", "ok", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
+        yield Finding("DNS", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
     started = time.monotonic()
     try:
         headers = upstream.probe()
     except GatewayError as fault:
         issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
-        yield Finding("Upstream", "failed", "%s port %d%s: %s%s" % (
+        yield Finding("Upstream", "%s port %d%s: %s%s" % (
             host, port, " by the proxy" if proxied else "", fault,
             " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
         return
     detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
-    if headers.get("server", "").startswith("claude-gateway"):
-        yield Finding("Upstream", "warning", detail + ", and is a claude-gateway itself",
-                      "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.")
-    else:
-        yield Finding("Upstream", "ok", detail)
+    yield Finding("Upstream", detail + ", and is a claude-gateway itself",
+                  "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.") \
+        if headers.get("server", "").startswith("claude-gateway") else Finding("Upstream", detail)
     yield clock_finding(headers.get("date", ""))
 
 
 def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     """Which credential there is, and what is known of it without a request to Claude."""
     try:
-        upstream.credential = credential_from_config(config, upstream.post_json)
+        credential = upstream.credential = credential_from_config(config, upstream.post_json)
     except GatewayError as fault:
-        yield Finding("Credential", "failed", str(fault), "claude-gateway login", NO_CREDENTIAL)
+        yield Finding("Credential", str(fault), "claude-gateway login", NO_CREDENTIAL)
         return
-    credential = upstream.credential
     if credential is None:
-        yield Finding("Credential", "failed", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
+        yield Finding("Credential", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
         return
     facts = credential.facts()
     detail, expires_at, renewed = facts["description"], facts.get("expires_at"), bool(facts.get("refreshable"))
     if expires_at:
         detail += ", token expires: " + expiry_text(expires_at, renewed)
-    if expires_at and expires_at < time.time() and not renewed:
-        yield Finding("Credential", "failed", detail, "claude-gateway login", NO_CREDENTIAL)
-        return
-    yield Finding("Credential", "ok", detail)
-    if credential.preamble:
-        yield Finding("Terms", "warning", OWN_APPS_ONLY, "An API key is always fine.")
+    over = expires_at and expires_at < time.time() and not renewed
+    yield Finding("Credential", detail, *(("claude-gateway login", NO_CREDENTIAL) if over else ()))
+    if credential.preamble and not over:
+        yield Finding("Terms", OWN_APPS_ONLY, "An API key is always fine.")
 
 
 OWN_APPS_ONLY = "Anthropic's terms allow this kind of token in its own apps only"
@@ -9251,15 +9220,15 @@ REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.
 def acceptance_finding(upstream: Upstream) -> Finding:
     """Whether Claude accepts the credential."""
     try:
-        return Finding("Accepted", "ok", "Claude lists %d models for it" % len(upstream.models() or []))
+        return Finding("Accepted", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
         if WORKSPACE_HINT in str(fault):
-            return Finding("Accepted", "failed", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
-        if fault.status in (401, 403):
-            kind = upstream.credential.facts()["kind"] if upstream.credential else ""
-            return Finding("Accepted", "failed", str(fault), REFUSED_STEPS.get(kind, ""), NO_CREDENTIAL)
-        step = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault))
-        return Finding("Accepted", "warning", str(fault), step)
+            return Finding("Accepted", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
+        if fault.status in (401, 403) and upstream.credential:
+            step = REFUSED_STEPS.get(upstream.credential.facts()["kind"], "")
+            return Finding("Accepted", str(fault), step, NO_CREDENTIAL)
+        return Finding("Accepted", str(fault), "Try again later." if isinstance(fault, ClaudeError) else
+                       step_for_fault(str(fault)))
 
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
@@ -9267,50 +9236,43 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
+    completions = []
     with contextlib.closing(Gateway(config, credential)) as gateway:
-        completions = []
-        for _ in range(2):
-            incoming = Incoming(body)
-            try:
+        try:
+            for incoming in (Incoming(body), Incoming(body)):
                 with incoming.held:
                     completions.append(chat_completions(gateway, incoming).body)
-            except GatewayError as fault:
-                yield Finding("Live call", "failed", str(fault), "See Claude's message.", UNREACHABLE)
-                return
-    model, usage = completions[0]["model"], completions[1]["usage"]
-    answer = completions[0]["choices"][0]["message"]["content"] or ""
-    yield Finding("Live call", "ok", "%s answered %s" % (model, json.dumps(answer[:40])))
+        except GatewayError as fault:
+            yield Finding("Live call", str(fault), "See Claude's message.", UNREACHABLE)
+            return
+    answer, usage = completions[0]["choices"][0]["message"]["content"] or "", completions[1]["usage"]
+    yield Finding("Live call", "%s answered %s" % (completions[0]["model"], json.dumps(answer[:40])))
     read = usage["prompt_tokens_details"]["cached_tokens"]
-    yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usage["prompt_tokens"]),
-                  "" if read else "Run this again; if nothing is read then, the upstream does not cache.")
+    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), "" if read else
+                  "Run this again; if nothing is read then, the upstream does not cache.")
 
 
 # The checks that are skipped where one before them fails, as `doctor` then reports
-LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude accepts the credential"}
+LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude accepts the credential",
+                "Live call": "the live calls"}
 
 
 def findings(config: Config, live: bool) -> Iterator[Finding]:
     """All checks of `doctor`, each building on those before it, and at the end which ones were skipped."""
-    yield from machine_findings(config)
-    upstream = Upstream(config, "")
-    found: Dict[str, str] = {}
-    try:
-        for finding in itertools.chain(network_findings(config, upstream), credential_findings(config, upstream)):
-            found[finding.name] = finding.level
+    levels: Dict[str, str] = {}
+    with contextlib.closing(Upstream(config, "")) as upstream:
+        def later() -> Iterator[Finding]:
+            if levels.get("Upstream", "failed") != "failed" != levels["Credential"]:
+                yield acceptance_finding(upstream)
+            if live and upstream.credential and levels.get("Accepted") == "ok":
+                yield from live_findings(config, upstream.credential)
+        for finding in itertools.chain(machine_findings(config), network_findings(config, upstream),
+                                       credential_findings(config, upstream), later()):
+            levels[finding.name] = finding.level
             yield finding
-        if "failed" not in found.values():
-            accepted = acceptance_finding(upstream)
-            found["Accepted"] = accepted.level
-            yield accepted
-        skipped = [check for name, check in LATER_CHECKS.items() if name not in found]
-        if live and upstream.credential and found.get("Accepted") == "ok":
-            yield from live_findings(config, upstream.credential)
-        elif live:
-            skipped.append("the live calls")
-        if skipped:
-            yield Finding("Skipped", "warning", ", ".join(skipped), "Fix what failed above, then run this again.")
-    finally:
-        upstream.close()
+    skipped = [check for name, check in LATER_CHECKS.items() if name not in levels and (live or name != "Live call")]
+    if skipped:
+        yield Finding("Skipped", ", ".join(skipped), "Fix what failed above, then run this again.")
 
 
 # ---- Selftest ----------------------------------------------------------------------------------------
@@ -9336,19 +9298,18 @@ def selftest_findings() -> Iterator[Finding]:
         ("image", dict(hello, messages=[{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/png"]),
         ("error", dict(hello, model="no-such-model"), 404, ["model_not_found"]))
+    report = ("Please report this.", FAILURE)
     try:
         for name, body, expected, words in cases:
             with local_answer(config, body, timeout=10) as response:
                 status, answer = response.status, response.read().decode("utf-8")
             is_right = status == expected and all(word in answer for word in words)
-            yield Finding(name, "ok", "") if is_right else Finding(
-                name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
-        hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
-        with local_answer(config, hold, timeout=5) as response:
+            yield Finding(name, "") if is_right else Finding(name, "status %d: %s" % (status, answer[:300]), *report)
+        with local_answer(config, dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)) as response:
             response.read(1)
             response.close()
-        yield Finding("cancel", "ok", "") if simulated.abandoned.wait(5) else Finding(
-            "cancel", "failed", "a client left, and its call upstream went on", "Please report this.", FAILURE)
+        yield Finding("cancel", "") if simulated.abandoned.wait(5) else Finding(
+            "cancel", "a client left, and its call upstream went on", *report)
     finally:
         service.close(0)
         simulated.shutdown()
@@ -9627,7 +9588,7 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
 
 
 @contextlib.contextmanager
-def gateway_at_hand(config: Config) -> Iterator[Config]:
+def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
     """The settings that reach the running gateway, or else one that lives as long as this block, with its own key."""
     if not config.demo and running_status(config):
         yield config
@@ -9636,7 +9597,10 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
                      api_key=config.api_key or (secrets.token_urlsafe(16),))
     config = demo_config(config, SimulatedUpstream().url) if config.demo else config
     set_up_log(config)
-    service = Service(gateway_with_credential(config))
+    try:
+        service = Service(gateway_with_credential(config))
+    except CredentialNeeded as missing:
+        raise CredentialNeeded(str(missing).replace("start --demo", command + " --demo")) from missing
     service.start()
     try:
         yield replace(config, port=service.port)
@@ -9644,25 +9608,22 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
         service.close(2)                            # seconds: its last request is counted first
 
 
-def content_to_ask(parsed: argparse.Namespace) -> Any:
-    """The words of the command line, or of standard input, and the images.  Raises UsageError."""
-    text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
-    images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
-    return [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
-        media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
-
-
 def ask_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints the answer as it arrives, or the whole completion as JSON."""
-    body = {"model": parsed.model, "stream": not parsed.json,
-            "messages": [{"role": "user", "content": content_to_ask(parsed)}]}
-    with gateway_at_hand(config) as at_hand:
+    text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
+    images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
+    content = [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
+        media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
+    body = {"model": parsed.model, "stream": not parsed.json, "messages": [{"role": "user", "content": content}]}
+    with gateway_at_hand("ask", config) as at_hand:
         for chunk in chunks_of_answer(at_hand, body):
             if parsed.json:
                 print_json(chunk)
-            for choice in () if parsed.json else chunk.get("choices", ()):
-                print(choice["delta"].get("content") or "", end="", flush=True)
-    print(end="" if parsed.json else "\n")
+                return OK
+            for choice in chunk.get("choices", ()):
+                text = choice["delta"].get("content") or ""
+                print(for_terminal(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print()
     return OK
 
 
@@ -9716,7 +9677,7 @@ def run_tool(parsed: argparse.Namespace, config: Config) -> int:
     if not path:
         raise UsageError("run needs a program to start; %s." % ("there is no %s" % name if name else "for example: "
                                                                 "claude-gateway run aider"))
-    with gateway_at_hand(config) as at_hand:
+    with gateway_at_hand("run", config) as at_hand:
         variables, options = ready_made(re.sub(r"\.\w+$", "", os.path.basename(name)), at_hand)
         tool: Optional[subprocess.Popen] = None
         early: List[int] = []                       # signals that came before there was a tool
@@ -9767,14 +9728,15 @@ def logout_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def credential_rows(facts: dict, renewable: bool) -> list[tuple[str, Any]]:
-    expires_at = facts.get("expires_at")
-    return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
-            ("Token", expires_at and expiry_text(expires_at, renewable))]
-
-
 def row_lines(rows: Iterable[tuple[str, Any]]) -> list[str]:
     return ["%-12s %s" % (name + ":", value) for name, value in rows if value]
+
+
+def login_rows(facts: dict, renewable: bool = True) -> list[tuple[str, Any]]:
+    """Whose login it is, and until when."""
+    expires_at, renewable = facts.get("expires_at"), renewable and bool(facts.get("refreshable"))
+    return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
+            ("Token", expires_at and expiry_text(expires_at, renewable))]
 
 
 def status_text(running: dict, key_source: str) -> str:
@@ -9786,42 +9748,27 @@ def status_text(running: dict, key_source: str) -> str:
     if running.get("key_needed"):
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
-    facts, tokens = running["credential"] or {}, running["tokens"]
+    facts, tokens, cache = running["credential"] or {}, running["tokens"], running["cache"]
     lines += row_lines([
         ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
             running["upstream"], facts.get("description") or "no credential")),
-        *credential_rows(facts, bool(facts.get("refreshable")) and not trouble),
+        *login_rows(facts, renewable=not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
         ("Aliases", aliases_text(running.get("aliases", {}).items())),
         ("Requests", "%d, %d running" % (running["requests"]["total"], running["requests"]["running"])),
         ("Tokens", "{:,} in, {:,} of them from the cache, {:,} out".format(
             prompt_tokens(tokens), tokens["cache_read"], tokens["output"])),
-        ("Cost", "%s by list prices%s" % (dollars(running["cost"]["usd"]), "".join(
-            ", without %s" % model for model in running["cost"]["without_price"]))),
-        ("Cache", "%d %% of all input, which saved %s" % (
-            running["cache"]["share_percent"], dollars(running["cache"]["saved_usd"]))),
+        ("Cost", ", without ".join([dollars(running["cost"]["usd"]) + " by list prices",
+                                    *running["cost"]["without_price"]])),
+        ("Cache", "%d %% of all input, which %s %s" % (cache["share_percent"], "cost" if cache["saved_usd"] < 0 else
+                                                       "saved", dollars(abs(cache["saved_usd"])))),
         *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())])
     for limit in running["limits"]:
-        filled = round(20 * min(1.0, limit["used"]))
-        left = (limit["resets_at"] or 0) - time.time()
-        resets = ", reset in " + duration_text(left) if left > 0 else ""
-        lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
-                                                round(100 * limit["used"]), resets))
+        bar, left = "#" * round(20 * min(1.0, limit["used"])), (limit["resets_at"] or 0) - time.time()
+        lines.append("%-24s [%s] %d %%%s" % (limit["title"], bar.ljust(20, "."), round(100 * limit["used"]),
+                                             ", reset in " + duration_text(left) if left > 0 else ""))
     return "\n".join(lines)
-
-
-def request_lines(running: dict) -> Iterator[str]:
-    """The last requests of a running gateway, and its totals by tool and by model."""
-    for title in ("by_tool", "by_model"):
-        for name, sums in running.get(title, {}).items():
-            yield "%-9s %-20s %d requests, %d failed; %s tokens in, %s out; %s" % (
-                title.replace("_", " "), name, sums["requests"], sums["failed"], format(sums["input_tokens"], ","),
-                format(sums["output_tokens"], ","), dollars(sums["cost_usd"]))
-    for each in running.get("recent", ()):
-        cost = dollars(each["cost_usd"]) if each["cost_usd"] is not None else ""
-        yield "  ".join(filter(None, [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["line"], cost,
-                                      each["changes"], each["error"]]))
 
 
 def status_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -9831,10 +9778,14 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
         running = running_status(config, config.api_key[0]) or running
     if running:
         source = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
-        print(json.dumps(dict({"running": True, "credential": None}, **running), indent=1) if parsed.json else
-              status_text(running, source))
-        if parsed.requests and not parsed.json:
-            print("\n".join(["", *request_lines(running)]))
+        if parsed.json:
+            print_json(dict({"running": True, "credential": None}, **running))
+            return OK
+        print(for_terminal(status_text(running, source)))
+        if parsed.requests and "totals" in running:
+            last = [[*each["row"], each["error"], each["changes"]] for each in running["recent"]]
+            print("", *(in_columns("<>>>>>>", table) + "\n" for table in running["totals"]),
+                  in_columns("<<<<>>>>><<", [[*REQUEST_COLUMNS, "", ""], *last]), sep="\n")
         return OK
     try:
         credential = credential_from_config(config, Upstream(config, "").post_json)
@@ -9843,19 +9794,19 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
                            "it." % fault) from fault
     facts = credential.facts() if credential else None
     if parsed.json:
-        print(json.dumps({"running": False, "port": config.port, "credential": facts}, indent=1))
-    else:
-        print(("No gateway answers on port %d." if running is None else
-               "Another program uses port %d; no gateway answers there.") % config.port)
-        rows = row_lines(credential_rows(facts, bool(facts.get("refreshable")))) if facts else []
-        print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
-              as_typed(MISSING_CREDENTIAL[config.auth]))
-        if credential and credential.preamble:
-            print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
-        if credential:
-            port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
-            print(as_typed("Start one: claude-gateway start" + port))
-    return OK if credential else NO_CREDENTIAL
+        print_json({"running": False, "port": config.port, "credential": facts})
+        return OK if credential else NO_CREDENTIAL
+    print(("No gateway answers on port %d." if running is None else
+           "Another program uses port %d; no gateway answers there.") % config.port)
+    if not credential or not facts:
+        print(as_typed(MISSING_CREDENTIAL[config.auth]))
+        return NO_CREDENTIAL
+    print("\n".join(["`start` would use: " + facts["description"], *row_lines(login_rows(facts))]))
+    if credential.preamble:
+        print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
+    port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
+    print(as_typed("Start one: claude-gateway start" + port))
+    return OK
 
 
 def usage_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -9866,13 +9817,10 @@ def usage_command(parsed: argparse.Namespace, config: Config) -> int:
                     for name, figures in groups.items()])
         return OK
     total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
-    columns = ("requests", "errors", "tokens in", "cached", "tokens out", "USD")
-    print("%-24s %9s %7s %13s %6s %11s %9s" % (parsed.by, *columns))
-    for name, figures in [*groups.items(), *total.items()]:
-        prompt = prompt_tokens(figures)
-        print("{:24} {:9,} {:7,} {:13,} {:5}% {:11,} {:9.2f}{}".format(
-            name, figures["requests"], figures["errors"], prompt, percent(figures["cache_read"], prompt),
-            figures["output"], figures["usd"], " + unknown" if figures["without_price"] else ""))
+    rows = [[name, *usage_row(figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"],
+                              figures["output"], figures["usd"]), "+ unknown" * bool(figures["without_price"])]
+            for name, figures in [*groups.items(), *total.items()]]
+    print(in_columns("<>>>>>><", [[parsed.by, *USAGE_COLUMNS, ""], *rows]))
     return OK
 
 
@@ -9883,34 +9831,35 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
 
 
 def models_command(parsed: argparse.Namespace, config: Config) -> int:
-    try:
-        gateway = Gateway(config)
-        entries = gateway.upstream.models()
-    except GatewayError as fault:
-        say("The upstream returned no list, so this is the built-in one: %s" % fault)
-        entries = None
-    catalog = Catalog(entries or (), config.alias)
+    """The models of the running gateway, or else Claude's, or the built-in ones."""
+    entries = None
+    if not parsed.alias and running_status(config):
+        entries = (running_status(config, path="/v1/models") or {}).get("data")
+    if not entries:
+        try:
+            listed = Gateway(config).upstream.models()
+        except GatewayError as fault:
+            say("The upstream returned no list, so this is the built-in one: %s" % fault)
+            listed = None
+        entries = [model_entry(*named) for named in Catalog(listed or (), config.alias).names()]
     if parsed.json:
-        print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
+        print_json(entries)
         return OK
-    names = list(catalog.names())
-    short = {name: model.id for name, model in names if name != model.id}
-    for name in sorted(short, key=lambda name: [*SHORT_NAMES, name].index(name)):
-        print(("%-28s -> %-20s %s" % (name, short[name], SHORT_NAMES.get(name, ""))).rstrip())
-    for name, model in names:
-        if name == model.id:
-            print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
-                                                    ", retires " + model.retires if model.retires else ""))
+    short = {entry["id"]: entry["alias_of"] for entry in entries if "alias_of" in entry}
+    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in sorted(
+        short, key=lambda name: [*SHORT_NAMES, name].index(name))]))
+    print(in_columns("<>>", [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
+                              "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
+                             for entry in entries if entry["id"] not in short]))
     return OK
 
 
 def print_finding(finding: Finding) -> None:
-    colours = {"ok": "32", "warning": "33", "failed": "31"}
     level = "%-8s" % finding.level
     if wants_colour(sys.stdout):
-        level = "\x1b[%sm%s\x1b[0m" % (colours[finding.level], level)
+        level = "\x1b[%dm%s\x1b[0m" % ({"ok": 32, "warning": 33, "failed": 31}[finding.level], level)
     print(("%s %-13s %s" % (level, finding.name, finding.detail)).rstrip())
-    if finding.step and finding.level != "ok":
+    if finding.step:
         print("%s-> %s" % (" " * 23, finding.step))
     sys.stdout.flush()
 
@@ -9921,16 +9870,15 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
     while True:
         try:
             config = config_from(parsed, environment)
-            break
+            return config, found + [Finding("Settings", *doubt) for doubt in doubtful_settings(environment, config)]
         except UsageError as fault:
-            found.append(Finding("Settings", "failed", str(fault), "Correct %s; the checks below use the default." % (
+            found.append(Finding("Settings", str(fault), "Correct %s; the checks below use the default." % (
                 fault.setting or "it"), USAGE))
             if not fault.setting:                   # two that exclude each other
                 environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
-    return config, found + [Finding("Settings", "warning", *doubt) for doubt in doubtful_settings(environment, config)]
 
 
 def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -9940,17 +9888,18 @@ def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     home = os.path.expanduser("~")
     found = []
     for finding in itertools.chain(wrong, findings(config, parsed.live)):
-        finding = finding._replace(detail=masked(finding.detail, config.secrets()), step=as_typed(finding.step))
+        detail = visible(masked(finding.detail, config.secrets()))
+        finding = finding._replace(detail=detail, step=as_typed(finding.step))
         found.append(finding)
         if not parsed.json:
             print_finding(finding)
     if parsed.json:
-        print(json.dumps([finding._asdict() for finding in found], indent=1))
+        print_json([dict(finding._asdict(), level=finding.level) for finding in found])
     else:
         block = "\n".join("%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found)
         block = block.replace(home, "~") if len(home) > 1 else block       # it contains the user's name
         print("\nTo paste into a bug report:\n\n```\n%s\n```" % block)
-    return next((finding.code for finding in found if finding.level == "failed"), OK)
+    return next((finding.code for finding in found if finding.code), OK)
 
 
 def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -9958,18 +9907,15 @@ def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
     found = list(selftest_findings())
     for finding in found:
         print_finding(finding)
-    failed = sum(finding.level == "failed" for finding in found)
+    failed = sum(map(bool, (finding.code for finding in found)))
     print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
     return FAILURE if failed else OK
 
 
 def setup_command(parsed: argparse.Namespace, config: Config) -> int:
-    if not parsed.name:
-        print(as_typed(setup_list()))
-        return OK
-    say("%s, %s:" % SETTINGS[parsed.name][:2])      # on standard error, as it is not to be pasted
-    sys.stderr.flush()
-    print(as_typed(setup_text(parsed.name, config)))
+    if parsed.name:
+        say("%s, %s:" % SETTINGS[parsed.name][:2])  # on standard error, as it is not to be pasted
+    print(as_typed(setup_text(parsed.name, config) if parsed.name else setup_list()))
     return OK
 
 
@@ -10043,22 +9989,22 @@ def completion_command(parsed: argparse.Namespace, config: Config) -> int:
 # The commands with their arguments, the parser, and the program itself.
 
 Command = Callable[[argparse.Namespace, Config], int]
-AT_HAND = ("port", "host", "api-key", "auth", "token-file", "alias", "demo")      # how `ask` and `run` find a gateway
+AT_HAND = ("port", "host", "api-key", "auth", "token-file")         # what finds a gateway, or else a credential
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
     "ask": (ask_command, "ask Claude, by the running gateway or one of its own",
-            ["words", "--model", "--image", "--json", *AT_HAND]),
-    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "program"]),
+            ["words", "--model", "--image", "--json", *AT_HAND, "alias", "demo"]),
+    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "alias", "demo", "program"]),
     "login": (login_command, "sign in with a Claude account, or store an API key",
               ["--api-key", "--no-browser", "token-file"]),
     "logout": (logout_command, "delete the stored login", ["token-file"]),
-    "status": (status_command, "show what the running gateway does",
-               ["--json", "--requests", "port", "host", "api-key", "auth", "token-file"]),
+    "status": (status_command, "show what the running gateway does", ["--json", "--requests", *AT_HAND]),
     "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
-    "models": (models_command, "list the models and aliases", ["--json", "alias", "auth", "token-file"]),
+    "models": (models_command, "list the models and aliases",
+               ["--json", "port", "host", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
-               ["--json", "--live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
+               ["--json", "--live", *AT_HAND, "relax-x509"]),
     "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
     "translate": (translate_command, "print what a request would become, without sending it",
                   ["file", "alias", "no-cache"]),
@@ -10090,10 +10036,12 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*SETTINGS],
              "help": "default: list all names, which are %s" % ", ".join(SETTINGS)},
     "file": {"metavar": "FILE", "nargs": "?", "help": "a request, or a saved message; default: standard input"},
-    "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
-              "help": "bash, zsh, fish or powershell"},
+    "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS], "help": ", ".join(COMPLETIONS)},
     "typed": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
 }
+# What options of `start` mean to other commands
+ELSEWHERE = {"port": "port of the gateway (default: %d)" % DEFAULT_PORT, "api-key": "API key of the gateway",
+             "host": "address of the gateway (default: localhost)"}
 DESCRIPTION = """\
 Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on
 http://localhost:%d/v1.
@@ -10148,32 +10096,26 @@ class Parser(argparse.ArgumentParser):
         return [each for each in found if each.startswith(word.strip())]     # PowerShell cannot pass an empty word
 
 
-def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
-    flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
-    if option.repeatable:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help + "; repeatable", action="append")
-    elif option.metavar:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None)
-    else:
-        parser.add_argument(*flags, action="store_true", default=None, help=option.help)
-
-
 def argument_parser() -> Parser:
-    parser = Parser(
-        prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=as_typed(DESCRIPTION))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="claude-gateway", description=as_typed(DESCRIPTION), formatter_class=raw)
     # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(parser=parser)              # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    options = {option.name: option for option in OPTIONS}
     for name, (_, help_text, arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text, epilog=EPILOGS.get(name),
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+                                      formatter_class=raw)
+        for option in OPTIONS:
+            if option.name in arguments:
+                kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {
+                    "action": "append" if option.repeatable else "store", "metavar": option.metavar,
+                    "choices": option.choices or None}
+                text = option.help + "; repeatable" * option.repeatable
+                command.add_argument(*["-" + option.short, "--" + option.name][not option.short:], **kind,
+                                     help=text if name == "start" else ELSEWHERE.get(option.name, text))
         for argument in arguments:
-            if argument in options:
-                add_option(command, options[argument])
-            else:
+            if argument in EXTRA_ARGUMENTS:
                 command.add_argument(argument, **EXTRA_ARGUMENTS[argument])
     parser.commands = commands.choices
     return parser

@@ -7622,8 +7622,7 @@ class UsageTests(UsageTestCase):
         if shutil.which("node"):
             data["days"][0]["usd"] = 1.5
             shown = StatusTests.page(self, [(200, json.dumps(data), "")])[1]
-            self.assertEqual((shown["week"], shown["month-cost"]),
-                             ("$3.00", "in 7 days, $4.50 in 30 days, for 1 requests"))
+            self.assertEqual((shown["week"], shown["month"]), ("$3.00", "in 7 days; $4.50 in 30 days, requests: 1"))
 
     def test_periods_begin_and_end_where_a_calendar_says(self):
         def at(*date):
@@ -11694,9 +11693,14 @@ function element() {
            get all() { return (this.textContent ?? "") + this.children.map((one) => one.all ?? one).join("|"); },
            addEventListener(name, on) { this.listeners[name] = on; } };
 }
+const buttons = [Object.assign(element(), { dataset: { copy: "base" } })];
 const cards = ["errors", "used", "limits", "recent"].map((card) => Object.assign(element(), { dataset: { card } }));
 globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element,
-                        querySelectorAll: (what) => what === "[data-card]" ? cards : [] };
+                        querySelectorAll: (what) => what === "[data-card]" ? cards : buttons };
+let copied, later;
+Object.defineProperty(globalThis, "navigator", {
+  value: { clipboard: { writeText: async (text) => { copied = text; } } } });
+globalThis.setTimeout = (call) => { later = call; };
 globalThis.location = { origin: "http://localhost:1234", host: "localhost:1234", port: "1234" };
 let tick, sent, shown;
 globalThis.setInterval = (update) => { tick = update; };
@@ -11720,6 +11724,11 @@ async function run() {
     shown.cards = cards.filter((card) => !card.hidden).map((card) => card.dataset.card);
     told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
   }
+  const [button] = buttons;
+  await button.listeners.click();
+  shown.copying = [copied, button.textContent];
+  later();
+  shown.copying.push(button.textContent);
   console.log(JSON.stringify([told, shown]));
 }
 run();
@@ -11774,7 +11783,7 @@ class StatusTests(GatewayTestCase):
         self.chat("a private question", headers={"user-agent": "curl/8"}, model="haiku")
         data = self.status()
         failed, streamed, first = data["recent"]
-        self.assertEqual(set(first), {"time", "line", "tool", "path", "status", "asked", "used", "stream",
+        self.assertEqual(set(first), {"time", "row", "tool", "path", "status", "asked", "used", "stream",
                                       "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
                                       "request_id", "changes", "error", "error_code", "cost_usd"})
         for name, value in (("tool", "aider"), ("asked", "sonnet"), ("used", "claude-sonnet-5-5"), ("status", 200),
@@ -11810,7 +11819,7 @@ class StatusTests(GatewayTestCase):
         counters = claude_gateway.Counters()
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
-            counters.add_request("other", record.summary("line", []))
+            counters.add_request("other", record.summary([]))
         data = counters.totals()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
@@ -11826,6 +11835,8 @@ class StatusTests(GatewayTestCase):
         texts = self.ask("GET", "/?setup", headers={"host": "localhost:8123"}).json
         self.assertEqual(set(texts), set(claude_gateway.TOOL_SETTINGS))
         self.assertIn("http://localhost:8123/v1", texts["aider"])
+        texts = self.ask("GET", "/?setup", headers={"host": "127.0.0.1:8123"}).json
+        self.assertIn("http://127.0.0.1:8123/v1", texts["aider"])
         self.start(api_key=("the-client-key",))
         self.assertEqual(set(self.ask("GET", "/?setup").json), {"status", "version", "key_needed"})
 
@@ -11953,15 +11964,16 @@ class StatusTests(GatewayTestCase):
         data["limits"] = [{"title": "5 hours", "used": 0.5, "resets_at": time.time() + 28_770}]
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]),
-                         ("$1.23", "by list prices; caching saved -$0.50; without x"))
+                         ("$1.23", "by list prices; caching cost $0.50; without x"))
         self.assertRegex(shown["running"], r"\A0 running; all since \d+ \w+ 20\d\d, \d\d:\d\d\Z")
         self.assertEqual(shown["cards"], ["limits"])            # there is nothing to show in the others
         self.assertRegex(shown["limits"], r"50 %, reset \d+ \w+ 20\d\d, \d\d:\d\d")
         self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
         self.assertTrue(shown["names"].startswith("sonnet = claude-sonnet-5-5, "), shown["names"])
-        data["cache"]["saved_usd"], data["cost"]["usd"] = -0.00001, 0.0042
+        data["cache"]["saved_usd"], data["cost"]["usd"] = -0.0, 0.0042
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]), ("$0.0042", "by list prices; caching saved $0.00; without x"))
+        self.assertEqual(shown["copying"], ["http://localhost:1234/v1", "copied", "copy"])
         self.assertNotIn("demo", shown["hidden"])
         data["upstream"] = "https://api.anthropic.com"
         self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
@@ -11979,10 +11991,11 @@ class StatusTests(GatewayTestCase):
         self.assertRegex(shown["errors"], r"\A1 \u00d7 model_not_found\|The model \"no-such-model\" does not exist")
         self.assertIn("New in the prompt|1,000|Read from the cache|500|Stored in the cache|0|Answers|20|Total|1,520",
                       shown["tokens"])
-        self.assertIn("aider|1|0|1,500|20|$0.0045", shown["totals"])
-        newest, older = shown["recent"].index("no-such-model"), shown["recent"].index("opus \u2192 claude-opus-5-5")
+        self.assertIn("tool|requests|errors|tokens in|cached|tokens out|cost|aider|1|0|1,500|33%|20|$0.0045|",
+                      shown["totals"])
+        newest, older = shown["recent"].index("no-such-model"), shown["recent"].index("opus -> claude-opus-5-5")
         self.assertLess(newest, older)
-        for words in ("1,500 (33 % cached)|20|$0.0045", "dropped seed (no counterpart)", "does not exist here"):
+        for words in ("1,500|33%|20|$0.0045", "dropped seed (no counterpart)", "does not exist here"):
             self.assertIn(words, shown["recent"])
 
     @unittest.skipUnless(shutil.which("node"), "no node here")
@@ -13141,7 +13154,7 @@ class LogTests(GatewayTestCase):
         with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
             for each in (record, claude_gateway.Record("GET", "/v1/models", tool="-", status=404,
                                                        error="Not here: --allow-host x")):
-                claude_gateway.log_request_record(each, claude_gateway.short_line(each), Config())
+                claude_gateway.log_request_record(each, Config())
         for columns, lines in ((80, ["200 chat/completions aider opus-5-5 118918>388 99% 1.7s",
                                      "404 GET models - 0.0s  Not here: --allow-host x"]),
                                (200, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"]),
@@ -13502,18 +13515,20 @@ class OptionTests(unittest.TestCase):
 
     def test_settings_that_have_no_effect_are_named(self):
         def ignored(**variables):
-            return [problem[:-len(" is set, and is ignored.")] for problem, _ in
+            return [re.sub(" (is set, and is|are set, and are) ignored.$", "", problem) for problem, _ in
                     claude_gateway.doubtful_settings(variables, config_of(**variables))]
         self.assertEqual(ignored(CLAUDE_GATEWAY_PORTS="1", CLAUDE_GATEWAY_PORT="1", ALL_PROXY="socks5://h",
                                  CLAUDE_GATEWAY_TOKEN_URL="https://x", HTTP_PROXY="http://h:1"),
-                         ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY"])
+                         ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY, HTTP_PROXY"])
         self.assertEqual(ignored(http_proxy="http://h:1"), ["HTTP_PROXY"])
         self.assertEqual(ignored(HTTP_PROXY="http://h:1", HTTPS_PROXY="http://h:1"), [])
         (_, advice), = claude_gateway.doubtful_settings({"CLAUDE_GATEWAY_PROT": "1"}, Config())
         self.assertEqual(advice, "Did you mean CLAUDE_GATEWAY_PORT?")
         self.addCleanup(setattr, claude_gateway.urllib.request, "getproxies", claude_gateway.urllib.request.getproxies)
         claude_gateway.urllib.request.getproxies = lambda: {"https": "http://u:word@of-the-system:1"}  # macOS
-        self.assertEqual(ignored(), ["The system's proxy http://***@of-the-system:1"])
+        self.assertEqual(ignored(), ["the system's proxy http://***@of-the-system:1"])
+        self.assertEqual(ignored(all_proxy="socks5://h", http_proxy="http://h:1"),
+                         ["ALL_PROXY, HTTP_PROXY, the system's proxy http://***@of-the-system:1"])
 
     def test_the_log_has_one_loudness(self):
         for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
@@ -14358,7 +14373,25 @@ class AskTests(CommandTestCase):
         self.assertEqual((empty.code, empty.err),
                          (2, "claude-gateway: Standard input is empty; for example: claude-gateway ask Hello\n"))
         self.assertEqual((nobody.code, nobody.out), (3, ""))
-        self.assertIn("No credential. Set ANTHROPIC_API_KEY", nobody.err)
+        self.assertRegex(nobody.err, "No credential. Set ANTHROPIC_API_KEY.* `claude-gateway ask --demo` needs ne")
+
+    @POSIX_ONLY
+    def test_an_answer_cannot_control_the_terminal(self):
+        import pty
+
+        answer = "\x1b]0;title\x07Over\rHello,\n\tyou\u202e!"
+        self.claude.play(*[message(text(answer))] * 3)
+        variables = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url, "PYTHONIOENCODING": "utf-8"}
+        self.assertEqual(self.command("ask", "Hello", **variables).out, answer + "\n")      # into a file or a pipe
+        whole = self.command("ask", "--json", "Hello", **variables).out
+        self.assertNotRegex(whole, "[\x07\u202e]")
+        self.assertEqual(json.loads(whole)["choices"][0]["message"]["content"], answer)
+        reading, terminal = pty.openpty()
+        self.addCleanup(os.close, reading)
+        subprocess.run([sys.executable, PROGRAM, "ask", "Hello"], stdin=subprocess.DEVNULL, stdout=terminal,
+                       env=self.environment(variables), cwd=self.working_directory, timeout=20, check=True)
+        os.close(terminal)
+        self.assertEqual(os.read(reading, 1_000), br"\x1b]0;title\x07Over\rHello," b"\r\n\tyou" br"\u202e!" b"\r\n")
 
 
 @POSIX_ONLY
@@ -14443,6 +14476,7 @@ class RunTests(CommandTestCase):
                          (2, "claude-gateway: run needs a program to start; there is no no-such-tool.\n"))
         self.assertEqual(nothing.code, 2)
         self.assertIn("for example: claude-gateway run aider", nothing.err)
+        self.assertIn("`claude-gateway run --demo` needs neither", self.command("run", "sh").err)
 
 
 # ---- Commands ---------------------------------------------------------------------------------------
@@ -14567,9 +14601,10 @@ class UsageCommandTests(CommandTestCase):
             (["usage"], {}), (["usage", "--by", "tool"], {}), (["usage", "--json", "--by", "model"], {}),
             (["usage", "--days", "30"], {}), (["usage", "--days", "0"], {}),
             (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}))
-        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") + r" +2 +0 +[\d,]+ +0% +[\d,]+ +1.50 \+ unknown$")
-        self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +1.50$")
-        self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* 6.50 \+ unknown$")
+        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") +
+                         r" +2 +0 +[\d,]+ +0% +[\d,]+ +\$1.50  \+ unknown$")
+        self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +\$1.50$")
+        self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* \$6.50  \+ unknown$")
         self.assertEqual({row["model"]: row["usd"] for row in json.loads(key.out)},
                          {"claude-mythos-5-2": 0, "claude-sonnet-5-5": 1.5})
         self.assertEqual((wrong.code, nobody.code), (2, 0))
@@ -14606,6 +14641,26 @@ class DailyCommandTests(GatewayTestCase):
         self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
                          (0, 1, True, "api_key"))
 
+    def test_models_are_those_of_the_gateway_that_runs(self):
+        self.start(alias=(("fast", "haiku"),), api_key=("the-client-key",))
+        self.claude.models = []
+        port = str(self.service.port)
+        code, said, complaint = run_command("models", "-p", port)
+        self.assertEqual((code, "built-in" in complaint), (0, False))
+        self.assertRegex(said, r"(?m)^fast +-> claude-haiku-5-5$")
+        self.assertEqual({entry["id"]: entry.get("alias_of") for entry in json.loads(
+            run_command("models", "--json", "-p", port)[1])}["fast"], "claude-haiku-5-5")
+        said = run_command("models", "-p", port, "--alias", "mine=opus")[1]        # what would be, not what is
+        self.assertRegex(said, r"(?m)^mine +-> claude-opus-5-5$")
+        self.assertNotIn("fast", said)
+
+    def test_caching_saves_or_costs(self):
+        running = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        for saved, words in ((0.5, "saved $0.50"), (-0.0001, "cost $0.0001"), (-0.0, "saved $0.00")):
+            running["cache"] = {"share_percent": 7, "saved_usd": saved}
+            self.assertIn("\nCache:       7 %% of all input, which %s\n" % words,
+                          claude_gateway.status_text(running, "") + "\n")
+
     def test_status_lists_the_last_requests_and_totals(self):
         self.start(alias=(("fast", "haiku"),))
         self.claude.play(message(text("A"), usage={"input_tokens": 1000, "output_tokens": 20}))
@@ -14616,11 +14671,22 @@ class DailyCommandTests(GatewayTestCase):
         code, said, _ = run_command("status", "--requests", "--port", str(self.service.port))
         self.assertEqual(code, 0)
         self.assertIn("\nAliases:     fast = haiku\n", said)
-        self.assertRegex(said, r"\nby tool   aider +1 requests, 0 failed; 1,000 tokens in, 20 out; \$0\.0044\n")
-        self.assertRegex(said, r"\nby model  claude-opus-5-5 +1 requests, 0 failed; ")
-        self.assertRegex(said, r"\n[\d:]{8}  404 chat/completions curl [\d.]+s  The model .*\n"
-                               r"[\d:]{8}  200 chat/completions aider opus-5-5 1000>20 0% [\d.]+s  \$0\.0044  "
-                               r"dropped seed")
+        _, by_tool, by_model, last = said.split("\n\n")
+        self.assertEqual(by_tool.split("\n")[:2], ["tool   requests  errors  tokens in  cached  tokens out     cost",
+                                                   "aider         1       0      1,000      0%          20  $0.0044"])
+        self.assertRegex(by_model, r"\nclaude-opus-5-5 +1 +0 +1,000 ")
+        heads, failed, answered = last.rstrip("\n").split("\n")
+        self.assertRegex(failed, r"\A[\d:]{8}  curl   no-such-model    404 +\d+ / \d+ ms  The model ")
+        self.assertRegex(answered, r"\A[\d:]{8}  aider  claude-opus-5-5  200 +1,000 +0% +20  \$0\.0044 +"
+                                   r"\d+ / \d+ ms +dropped seed")
+        self.assertEqual({heads.index("status"), failed.index("404"), answered.index("200")}, {failed.index("404")})
+        self.assertNotIn("1 requests", said)
+        self.chat(model="no\x1b[2J\u202e-model")
+        self.service.gateway.running.wait_until_idle(10)
+        for flag in ("--requests", "--json"):
+            said = run_command("status", flag, "-p", str(self.service.port))[1]
+            self.assertRegex(said, r"no\\(x|u00)1b\[2J\\u202e-model")
+            self.assertNotRegex(said, "[\x1b\u202e]")
         said = run_command("status", "--json", "-p", str(self.service.port))[1]
         self.assertEqual(json.loads(said)["recent"][0]["status"], 404)
 
@@ -14816,6 +14882,12 @@ class CommandLineTests(CommandTestCase):
         for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
             self.assertEqual(child.code, 0)
             self.assertIn("--token-file", child.out)
+        self.assertIn("0: any free one", start.out)
+        for child in self.commands(*[([name, "--help"], {}) for name in ("ask", "run", "status", "doctor", "models")]):
+            words = " ".join(child.out.split())
+            for described in ("PORT port of the gateway (default: 45554)", "--host ADDRESS address of the gateway"):
+                self.assertIn(described, words)
+            self.assertNotIn("any free one", words)
 
     def test_unknown_words_are_answered_with_the_nearest_if_one_is_near(self):
         for arguments, nearest, usage in (
@@ -15523,7 +15595,7 @@ class ReadmeTests(unittest.TestCase):
             first_byte_ms=521, total_ms=1682, input_tokens=18918, cached_tokens=18010, cached_percent_of_all=48,
             output_tokens=388, request_id="req_011CV...")
         with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
-            claude_gateway.log_request_record(record, "", Config())
+            claude_gateway.log_request_record(record, Config())
         self.assertEqual(logged.records[0].getMessage(), shown)
 
     def test_every_variable_that_it_names_is_read(self):
