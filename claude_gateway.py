@@ -3036,21 +3036,23 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 # get what follows from it.
 
 
-# How nearly every event begins, up to its text; the index of its block in that.
+# How nearly every event begins, up to its text, with the index of its block; and how it ends behind that.
 TEXT_DELTA = re.compile(r'event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
                         r'(0|[1-9][0-9]{0,8}), ?"delta": ?\{"type": ?"text_delta", ?"text": ?"')
+DELTA_END = re.compile(r"\} *\}\n\n")
+scan_string = json.decoder.scanstring               # type: ignore[attr-defined]
 
 
 class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas that come together, and nothing between them, are one event.
+    `joining`: text deltas of one block that a read begins with are one event.
     """
 
     def __init__(self, joining: bool = False) -> None:
         self._joining = joining
-        self._rest: List[bytes] = []                # the pieces of an unfinished line
+        self._rest: List[bytes] = []                # the pieces of an unfinished line or event
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
         self._at_start = True
@@ -3059,24 +3061,26 @@ class EventDecoder:
 
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
+        if self._joining and not self._data and (not self._held or b"\n\n" in piece):
+            event, rest = self._joined(b"".join([*self._rest, piece]))
+            if event:
+                piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
+                yield event
+                if not piece:
+                    return
         if self._held > MAX_UPSTREAM_BODY:
             raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
         self._held += len(piece)
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
-        if b"\n" not in piece and b"\r" not in piece:
+        # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
+        if b"\r" not in piece and (b"\n" if self._held > len(piece) else b"\n\n") not in piece:
             return
         text = b"".join(self._rest)
         if self._at_start:
             text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
         self._skip_newline = text[-1:] == b"\r"
-        end = text.rfind(b"\n\n") + 2
-        event = self._joined(text[:end]) if self._joining and not self._data else None
-        if event:
-            self._rest, self._held = [text[end:]], len(text) - end
-            yield event
-            return
         lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
         self._rest = [lines.pop()]
         for line in lines:
@@ -3091,24 +3095,28 @@ class EventDecoder:
         with contextlib.suppress(UpstreamFault):
             yield from self.feed(b"\n\n")
 
-    def _joined(self, data: bytes) -> dict | None:
-        """Whole events that are text deltas of one block and nothing else, as one; None for all others."""
+    def _joined(self, data: bytes) -> tuple[dict | None, bytes]:
+        """The text deltas of one block that `data` begins with, as one event, and what follows them."""
+        texts, at = [], 0                           # type: List[str], int
         try:
-            text, texts = data.decode("utf-8"), []
-            if not text.startswith(self._text_begins):
-                begin = TEXT_DELTA.match(text)
-                if not begin:
-                    return None
+            text = data.decode("utf-8")
+            begin = None if text.startswith(self._text_begins) else TEXT_DELTA.match(text)
+            if begin:
                 self._text_begins, self._index = begin.group(), int(begin.group(1))
-            for rest in text[len(self._text_begins):-3].split("}\n\n" + self._text_begins):
-                words, end = json.decoder.scanstring(rest, 0)       # type: ignore[attr-defined]
-                if rest[end:].rstrip(" ") != "}":   # another block, or something in between
-                    return None
+            while at < len(text) and text.startswith(self._text_begins, at):
+                words, end = scan_string(text, at + len(self._text_begins))
+                delta_end = DELTA_END.match(text, end)
+                if not delta_end:
+                    break
                 texts.append(words)
-        except ValueError:                          # one of them is at fault
-            return None
-        return {"type": "content_block_delta", "index": self._index,
-                "delta": {"type": "text_delta", "text": "".join(texts)}}
+                at = delta_end.end()
+        except ValueError:                          # it is cut or at fault
+            pass
+        if not texts:
+            return None, data
+        event = {"type": "content_block_delta", "index": self._index,
+                 "delta": {"type": "text_delta", "text": "".join(texts)}}
+        return event, text[at:].encode("utf-8") if at < len(text) else b""
 
 
 def events_from_message(message: dict) -> list[dict]:
@@ -3555,7 +3563,14 @@ class Renderer:
     def feed(self, event: dict) -> list[dict]:
         kind = event["type"]
         if kind == "content_block_delta":
-            return self._delta(event["delta"])
+            delta = event["delta"]
+            if delta["type"] == "text_delta":
+                return self._text(delta["text"])
+            if delta["type"] == "thinking_delta":
+                return self._thinking(delta["thinking"])
+            if delta["type"] == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"]:
+                return self._arguments(delta["partial_json"])
+            return []
         if kind == "content_block_start":
             self._block = event["content_block"]
             return self._block_start(self._block)
@@ -3566,16 +3581,6 @@ class Renderer:
             return []
         self._started = True
         return self._start()
-
-    def _delta(self, delta: dict) -> list[dict]:
-        kind = delta["type"]
-        if kind == "text_delta":
-            return self._text(delta["text"])
-        if kind == "thinking_delta":
-            return self._thinking(delta["thinking"])
-        if kind == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"]:
-            return self._arguments(delta["partial_json"])
-        return []
 
     # what a subclass makes of each
     _start: Callable[[], List[dict]]
@@ -5706,14 +5711,12 @@ class BodyFraming:
     def _from_chunks(self, data: bytes) -> bytes:
         """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
         data, at = self.rest + data if self.rest else data, 0
-        size_line = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
-        if size_line:
-            end = size_line.end() + int(size_line.group(1), 16)
-            if len(data) == end + 2 and data.endswith(b"\r\n") and end > size_line.end():
+        usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
+        if usual:
+            begin, size = usual.end(), int(usual.group(1), 16)
+            if size and len(data) == begin + size + 2 and data.endswith(b"\r\n"):
                 self.rest = b""
-                self._begin_chunk(end - size_line.end())
-                self._left, self._in_chunk = 0, False
-                return data[size_line.end():end]
+                return data[begin:-2]
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
             if self._left:
@@ -5759,6 +5762,7 @@ class BodyFraming:
 class RequestFraming(BodyFraming):
     """The same for the body of a request, which is bounded, and may be written in one way only."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
+    USUAL = re.compile(rb"(?!)")                    # none: each chunk is counted
     LONGEST_LINE = 1_025
 
     def __init__(self, length: int | None, limit: int) -> None:

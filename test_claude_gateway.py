@@ -12468,7 +12468,7 @@ class ConnectionTests(HttpTestCase):
         peer = claude_gateway.Peer(ours)
         with theirs:
             theirs.sendall(b"one")
-            self.assertEqual([peer.read(), peer.read(), peer.read()], [None, b"one", None])
+            self.assertEqual([peer.read(), peer.drained, peer.read()], [b"one", True, None])
             theirs.sendall(b"three")
             peer.unread += b"two"
             self.assertEqual([peer.read_within(5), peer.read_within(5)], [b"two", b"three"])
