@@ -3062,7 +3062,7 @@ class EventDecoder:
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
         if self._joining and not self._data and (not self._held or b"\n\n" in piece):
-            event, rest = self._joined(b"".join([*self._rest, piece]))
+            event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
             if event:
                 piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
                 yield event
@@ -3144,14 +3144,6 @@ def added_usage(total: dict, usage: dict) -> dict:
     return added
 
 
-def with_compactions(usage: dict) -> dict:
-    """The counts of an answer with those of compactions, which its totals leave out."""
-    for iteration in listed(usage.get("iterations")):
-        if text_in(iteration, "type") == "compaction":
-            usage = added_usage(usage, without(iteration, "type", "model"))
-    return usage
-
-
 class MessageAssembler:
     """Events in, one message out: `message`, whole once `done`.  Several streams in a row (pause_turn) add up."""
 
@@ -3181,8 +3173,11 @@ class MessageAssembler:
 
     @property
     def usage(self) -> dict:
-        """The counts of all streams so far."""
-        usage = with_compactions(self.message.get("usage") or {})
+        """The counts of all streams so far, with those of compactions, which the totals of an answer leave out."""
+        usage = self.message.get("usage") or {}
+        for iteration in listed(usage.get("iterations")):
+            if text_in(iteration, "type") == "compaction":
+                usage = added_usage(usage, without(iteration, "type", "model"))
         return added_usage(self._earlier_usage, usage) if self._earlier_usage else usage
 
     def whole(self) -> dict:
@@ -3572,8 +3567,9 @@ class Renderer:
                 return self._arguments(delta["partial_json"])
             return []
         if kind == "content_block_start":
-            self._block = event["content_block"]
-            return self._block_start(self._block)
+            self._block = block = event["content_block"]
+            add = {"text": self._text, "thinking": self._thinking}.get(block["type"])
+            return self._block_start(block) + (add(block.get(block["type"]) or "") if add else [])
         if kind == "content_block_stop":
             self._block = {}
             return self._block_stop(self._assembler.message["content"][-1])
@@ -3645,10 +3641,6 @@ class ChatStream(Renderer):
         self._sent_arguments = False
         if block["type"] == "fallback":
             self._envelope, self._around_text = dict(self._envelope, model=self._assembler.message["model"]), []
-        if block["type"] == "text":
-            return self._text(block.get("text") or "")
-        if block["type"] == "thinking":
-            return self._thinking(block.get("thinking") or "")
         if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
             self._tool_position += 1
             return self._call_delta({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
@@ -3806,22 +3798,17 @@ def add_reference_item(conversation: Conversation, item: dict, path: str, draft:
         path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
 
 
-def leave_out_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """additional_tools has been read before; a search has nothing for Claude."""
-
-
+LEFT_OUT_ITEMS = ("additional_tools", "web_search_call")        # the tools have been read before
 ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
     "message": add_message_item, "function_call": add_call_item, "custom_tool_call": add_call_item,
     "function_call_output": add_output_item, "custom_tool_call_output": add_output_item,
-    "reasoning": add_reasoning_item, "additional_tools": leave_out_item, "item_reference": add_reference_item,
-    "web_search_call": leave_out_item, **dict.fromkeys(COMPACTIONS, add_compaction_item),
-}
+    "reasoning": add_reasoning_item, "item_reference": add_reference_item,
+    **dict.fromkeys(COMPACTIONS, add_compaction_item)}
 
 
 def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Adds one input item; kinds that Claude has no use for are reported and left out."""
-    kind = item.get("type") or ("message" if "role" in item else None)
-    kind = text_of(kind, path + ".type")
+    kind = text_of(item.get("type") or ("message" if "role" in item else None), path + ".type")
     translate = ITEMS.get(kind)
     if translate:
         translate(conversation, item, path, draft)
@@ -3830,7 +3817,7 @@ def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) ->
     elif kind.endswith("_call") and "call_id" in item:
         function = {"name": kind[:-len("_call")], "arguments": without(item, "type", "id", "call_id", "status")}
         conversation.call(text_at(item, "call_id", path, ""), function, path)
-    else:
+    elif kind not in LEFT_OUT_ITEMS:
         draft.changes.add("dropped", path, "an item of type %s" % kind)
 
 
@@ -3843,15 +3830,13 @@ def items_from_input(given: Any) -> list[dict]:
     return [item for _, item in entries_of(given, "input")]
 
 
-def is_reference(item: dict) -> bool:
-    """Whether an item only names another one; the type may be missing."""
-    return item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]
-
-
 def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
-    """The items of `input`, references replaced by what they name, as far as that is known."""
-    return [(find(str(item.get("id"))) or dict(item, type="item_reference")) if is_reference(item) else item
-            for item in items_from_input(given)]
+    """The items of `input`; what only names another one, its type may be missing, is replaced by that if it is known."""
+    items = items_from_input(given)
+    for at, item in enumerate(items):
+        if item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]:
+            items[at] = find(str(item.get("id"))) or dict(item, type="item_reference")
+    return items
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
@@ -3949,8 +3934,11 @@ class ResponseStream(Renderer):
             finish_reason(message["stop_reason"], False, self._plan))
         refusal = refusal_text(message)
         events += self._close_item("incomplete" if reason and not refusal else "completed")
-        if refusal:
-            events += self._refusal(refusal)
+        if refusal:                                 # a message of its own
+            events += [*self._open_message({"type": "refusal", "refusal": ""}),
+                       self._in_item("response.refusal.delta", content_index=0, delta=refusal),
+                       self._in_item("response.refusal.done", content_index=0, refusal=refusal),
+                       *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
         return [*events, self._end(message["usage"], now, reason)]
 
     def _end(self, usage: dict, now: int, reason: str | None = None) -> dict:
@@ -3979,15 +3967,11 @@ class ResponseStream(Renderer):
 
     def _block_start(self, block: dict) -> list[dict]:
         kind = block["type"]
-        if kind == "text":
-            return self._text(block.get("text") or "")
-        if kind == "thinking":
-            return self._close_item() + self._thinking(block.get("thinking") or "")
-        if kind == "tool_use":
-            return self._close_item() + self._open_call(block["id"], block["name"])
         if kind == "fallback":
             self.response["model"] = self._assembler.message["model"]
-        return []
+        if kind == "tool_use":
+            return self._close_item() + self._open_call(block["id"], block["name"])
+        return self._close_item() if kind == "thinking" else []
 
     def _block_stop(self, block: dict) -> list[dict]:
         kind = block["type"]
@@ -3996,7 +3980,7 @@ class ResponseStream(Renderer):
         if kind in THINKING:
             return self._end_thinking(block)
         if kind == "tool_use":
-            return self._close_item("incomplete" if is_cut(block) else "completed")
+            return self._close_item()
         if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
             return self._close_item() + self._open_search(block)
         if kind == "web_search_tool_result" and self._is_open("web_search_call"):
@@ -4080,13 +4064,6 @@ class ResponseStream(Renderer):
         return [self._in_item("response.content_part.done", content_index=0, part=part),
                 self._done(dict(self._item or {}, status=status, content=[part]))]
 
-    def _refusal(self, refusal: str) -> list[dict]:
-        """A refusal as a message of its own."""
-        return [*self._open_message({"type": "refusal", "refusal": ""}),
-                self._in_item("response.refusal.delta", content_index=0, delta=refusal),
-                self._in_item("response.refusal.done", content_index=0, refusal=refusal),
-                *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
-
     # -- thinking
 
     def _thinking(self, thinking: str) -> list[dict]:
@@ -4139,7 +4116,7 @@ class ResponseStream(Renderer):
         streamed = self._written.getvalue()
         block = self._assembler.message["content"][-1]
         arguments = streamed or arguments_of(block)
-        if not block.get("input") and arguments.strip(" \n{}"):         # it did not parse: max_tokens cut it
+        if is_cut(block):
             status = "incomplete"
         if item["type"] == "custom_tool_call":
             item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
@@ -6408,7 +6385,7 @@ class EventLoop:
             ready, self._ready = self._ready, []
             for stream in ready:
                 self._with(stream, self._move)
-            happened = self._selector.select(0.0 if self._ready else max(0.0, self._check_at - self._now))
+            happened = self._selector.select(0.0 if self._ready else self._check_at - self._now)
             self._now = time.monotonic()
             for key, events in happened:
                 if key.data is None:
