@@ -3262,7 +3262,7 @@ class BareJson:
 
     A text without any object is handed on whole, at the end: the client should see what Claude answered instead.
     """
-    START = re.compile(r'\{\s*["}]')                # a brace amid the talk is no object
+    START = re.compile(r'\{\s*(["}]|\Z)')           # a brace amid the talk is no object; at the end it may be one
     TOKEN = re.compile(r'\\.?|[{}\[\]"]', re.S)     # an escape, maybe cut, or what opens and closes
 
     def __init__(self) -> None:
@@ -3278,9 +3278,8 @@ class BareJson:
         if not self._started:
             text = self._tail + text
             start = self.START.search(text)
-            if not start:
-                unsure = re.search(r"\{\s*\Z", text)
-                cut = unsure.start() if unsure else len(text)
+            if not start or not start.group(1):
+                cut = start.start() if start else len(text)
                 self._held.append(text[:cut])
                 self._tail = text[cut:]
                 return ""
@@ -3587,9 +3586,6 @@ class Renderer:
     _block_stop: Callable[[dict], List[dict]]
 
 
-NO_TEXT: dict = {"delta": {}}                       # in place of the choice that a chunk with usage lacks
-
-
 class ChatStream(Renderer):
     """Messages API events in, chat completion chunks out.  One instance per request."""
 
@@ -3600,21 +3596,19 @@ class ChatStream(Renderer):
                           **({"usage": None} if include_usage else {})}
         self._include_usage = include_usage
         self._tool_position = -1                    # of the tool call that is being sent; counts calls, not blocks
-        self._sent_arguments = False
         self._around_text: List[bytes] = []         # the event of a chunk with text, before and behind that
 
     def event_bytes(self, chunk: dict) -> bytes:
         """`data_event` of a chunk of this stream.  Of one with text only, the parts that all share are made once."""
-        choice = (chunk.get("choices") or [NO_TEXT])[0]
-        delta = choice["delta"]
-        if len(delta) != 1 or "content" not in delta or choice["finish_reason"]:
+        choices = chunk.get("choices")
+        if not choices or list(choices[0]["delta"]) != ["content"] or choices[0]["finish_reason"]:
             return data_event(chunk)
         if not self._around_text:                   # a quote inside a string would be escaped
-            empty = data_event(dict(chunk, choices=[dict(choice, delta={"content": ""})]))
-            before, key, after = empty.partition(b'"content":')
-            self._around_text = [before + key, after[len(b'""'):]]
+            empty = data_event(dict(chunk, choices=[dict(choices[0], delta={"content": ""})]))
+            before, after = empty.split(b'"content":""')
+            self._around_text = [before + b'"content":', after]
         before, after = self._around_text
-        return before + client_json(delta["content"]) + after
+        return before + client_json(choices[0]["delta"]["content"]) + after
 
     def finish(self) -> list[dict]:
         """The last chunks: citations, a refusal, the finish reason, usage if it was asked for."""
@@ -3638,7 +3632,6 @@ class ChatStream(Renderer):
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def _block_start(self, block: dict) -> list[dict]:
-        self._sent_arguments = False
         if block["type"] == "fallback":
             self._envelope, self._around_text = dict(self._envelope, model=self._assembler.message["model"]), []
         if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
@@ -3655,7 +3648,6 @@ class ChatStream(Renderer):
     def _arguments(self, fragment: str) -> list[dict]:
         if self._block["name"] in self._plan.custom_tools:
             return []                               # in one delta: clients parse it only so
-        self._sent_arguments = True
         return self._call_delta({"arguments": fragment})
 
     def _block_stop(self, block: dict) -> list[dict]:
@@ -3665,7 +3657,7 @@ class ChatStream(Renderer):
             self._tool_position += 1
             call = tool_call_from_tool_use(block, self._plan)
             return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})]
-        return [] if self._sent_arguments else self._call_delta({"arguments": arguments_of(block)})
+        return [] if block.get("partial_json") else self._call_delta({"arguments": arguments_of(block)})
 
     def _call_delta(self, function: dict, **head: str) -> list[dict]:
         """A piece of a tool call.  `head`: what only the first one has."""
@@ -3831,7 +3823,7 @@ def items_from_input(given: Any) -> list[dict]:
 
 
 def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
-    """The items of `input`; what only names another one, its type may be missing, is replaced by that if it is known."""
+    """The items of `input`; what only names another one (its type may be missing) replaced by that, if it is known."""
     items = items_from_input(given)
     for at, item in enumerate(items):
         if item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]:
@@ -3905,8 +3897,6 @@ def responses_usage(usage: dict) -> dict:
 # What a failure is called inside a response; clients stop or retry by these names and no others.
 RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insufficient_quota": "insufficient_quota",
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
-
-
 EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
 
@@ -3921,8 +3911,8 @@ class ResponseStream(Renderer):
         self.to_store: List[dict] = []              # the output items, with signed thinking that they do not show
         self._first, self._include = first, include
         self._sequence = -1
-        self._item: Optional[dict] = None           # the output item that is being sent
-        self._written = io.StringIO()                  # of the open item: text, thinking or arguments
+        self._item: dict = {}                       # the output item that is being sent
+        self._written = io.StringIO()               # of the open item: text, thinking or arguments
         self._annotations: List[dict] = []
 
     def finish(self, now: int = 0) -> list[dict]:
@@ -3966,12 +3956,18 @@ class ResponseStream(Renderer):
         return events
 
     def _block_start(self, block: dict) -> list[dict]:
-        kind = block["type"]
-        if kind == "fallback":
+        if block["type"] == "fallback":
             self.response["model"] = self._assembler.message["model"]
-        if kind == "tool_use":
-            return self._close_item() + self._open_call(block["id"], block["name"])
-        return self._close_item() if kind == "thinking" else []
+        closed = self._close_item() if block["type"] in ("thinking", "tool_use") else []
+        if block["type"] != "tool_use":
+            return closed
+        name, custom = block["name"], block["name"] in self._plan.custom_tools
+        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
+                      "type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
+        if name in self._plan.namespaces:
+            item["namespace"], item["name"] = self._plan.namespaces[name]
+        item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
+        return [*closed, self._open(item)]
 
     def _block_stop(self, block: dict) -> list[dict]:
         kind = block["type"]
@@ -3990,7 +3986,7 @@ class ResponseStream(Renderer):
     # -- items
 
     def _is_open(self, kind: str) -> bool:
-        return self._item is not None and self._item["type"] == kind
+        return self._item.get("type") == kind
 
     def _open(self, item: dict) -> dict:
         self._item, self._written, self._annotations = item, io.StringIO(), []
@@ -4000,27 +3996,29 @@ class ResponseStream(Renderer):
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
         self.to_store.append(to_store or item)
-        self._item = None
+        self._item = {}
         return self._event("response.output_item.done", output_index=output_index, item=item)
 
     def _close_item(self, status: str = "completed") -> list[dict]:
         """Ends the open item, whatever it is."""
-        if self._item is None:
-            return []
-        kind = self._item["type"]
+        kind = self._item.get("type")
         if kind == "message":
-            return self._end_message(status)
+            text = self._written.getvalue()
+            part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
+            return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
+                    *self._end_part(part, status)]
         if kind == "reasoning":
             return self._end_thinking({})
-        return self._end_search(()) if kind == "web_search_call" else self._end_call(status)
+        if kind == "web_search_call":
+            return self._end_search(())
+        return self._end_call(status) if kind else []
 
     def _new_id(self, prefix: str) -> str:
         return "%s_%s_%d" % (prefix, self.response["id"].split("_", 1)[-1], len(self.response["output"]))
 
     def _in_item(self, kind: str, **fields: Any) -> dict:
         """An event about the open item."""
-        item = self._item or {}
-        return self._event(kind, item_id=item["id"], output_index=len(self.response["output"]), **fields)
+        return self._event(kind, item_id=self._item["id"], output_index=len(self.response["output"]), **fields)
 
     def _event(self, kind: str, **fields: Any) -> dict:
         self._sequence += 1
@@ -4054,15 +4052,9 @@ class ResponseStream(Renderer):
             self._annotations.append(flat)
         return events
 
-    def _end_message(self, status: str) -> list[dict]:
-        text = self._written.getvalue()
-        part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
-        return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
-                *self._end_part(part, status)]
-
     def _end_part(self, part: dict, status: str) -> list[dict]:
         return [self._in_item("response.content_part.done", content_index=0, part=part),
-                self._done(dict(self._item or {}, status=status, content=[part]))]
+                self._done(dict(self._item, status=status, content=[part]))]
 
     # -- thinking
 
@@ -4090,20 +4082,11 @@ class ResponseStream(Renderer):
         if text:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
                        self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
-        item = dict(self._item or {}, summary=[part] if text else [])
+        item = dict(self._item, summary=[part] if text else [])
         signed = dict(item, encrypted_content=encrypted) if encrypted else item
         return events + [self._done(signed if shown else item, signed)]
 
     # -- calls
-
-    def _open_call(self, call_id: str, name: str) -> list[dict]:
-        custom = name in self._plan.custom_tools
-        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
-                      "type": "custom_tool_call" if custom else "function_call", "call_id": call_id, "name": name}
-        if name in self._plan.namespaces:
-            item["namespace"], item["name"] = self._plan.namespaces[name]
-        item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
-        return [self._open(item)]
 
     def _arguments(self, fragment: str) -> list[dict]:
         self._written.write(fragment)
@@ -4112,7 +4095,7 @@ class ResponseStream(Renderer):
         return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
 
     def _end_call(self, status: str) -> list[dict]:
-        item = dict(self._item or {})
+        item = dict(self._item)
         streamed = self._written.getvalue()
         block = self._assembler.message["content"][-1]
         arguments = streamed or arguments_of(block)
@@ -4135,7 +4118,7 @@ class ResponseStream(Renderer):
                 self._in_item("response.web_search_call.searching")]
 
     def _end_search(self, results: Sequence[Any]) -> list[dict]:
-        item = dict(self._item or {}, status="completed")
+        item = dict(self._item, status="completed")
         if SEARCH_SOURCES in self._include:
             urls = [text_in(found, "url") for found in results]
             item["action"] = dict(item["action"], sources=[{"type": "url", "url": url} for url in urls if url])
