@@ -5056,7 +5056,8 @@ class HotPathTests(unittest.TestCase):
         decoder = claude_gateway.EventDecoder(joining=True)
         data = sse([{"type": "content_block_delta", "index": 0,
                      "delta": {"type": "text_delta", "text": "x" * (claude_gateway.MAX_UPSTREAM_BODY // 4)}}])
-        self.assertEqual([len(list(decoder.feed(half))) for _ in range(6) for half in (data[:99], data[99:])], [0, 1] * 6)
+        for half, count in [(data[:99], 0), (data[99:], 1)] * 6:
+            self.assertEqual(len(list(decoder.feed(half))), count)
 
     def test_text_deltas_that_are_no_json_are_refused(self):
         good = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}'
