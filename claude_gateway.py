@@ -3075,7 +3075,7 @@ class EventDecoder:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
         # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
-        if b"\r" not in piece and (b"\n" if self._held > len(piece) else b"\n\n") not in piece:
+        if b"\r" not in piece and (b"\n" if self._data or self._held > len(piece) else b"\n\n") not in piece:
             return
         text = b"".join(self._rest)
         if self._at_start:

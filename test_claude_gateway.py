@@ -4450,6 +4450,18 @@ class EventDecoderTests(unittest.TestCase):
         for size in range(1, len(data) + 1):
             self.assertEqual(bytes_to_events(data, size), [{"type": "a", "text": wanted}])
 
+    def test_an_event_is_there_with_its_last_byte(self):
+        events = events_of(message(text("Hello"), text("there")), 2)
+        for joining in (False, True):
+            for end in (b"\n", b"\r\n", b"\r"):
+                data = sse(events).replace(b"\n", end)
+                for cut in range(len(data)):
+                    decoder = claude_gateway.EventDecoder(joining)
+                    found = [event for piece in (data[:cut], data[cut:]) for event in decoder.feed(piece)]
+                    with self.subTest(joining=joining, end=end, cut=cut):
+                        self.assertEqual(found[-1], events[-1])
+                        self.assertTrue(joining or found == events)
+
     def test_empty_pieces_change_nothing(self):
         decoder = claude_gateway.EventDecoder()
         pieces = (b"", b'data: {"type":"a"}\r', b"", b"\n", b"", b"\r", b"", b"\n")
