@@ -5025,8 +5025,7 @@ class Peer:
             data = self.sock.recv(READ_SIZE)
         except (BlockingIOError, ssl.SSLWantReadError):     # TLS may have read something of its own
             return None
-        # TLS gives one record at a time, and the next may be there
-        self.drained = len(data) < READ_SIZE and not isinstance(self.sock, ssl.SSLSocket)
+        self.drained = len(data) < READ_SIZE        # TLS gives one record at a time; the system still has the next
         return data
 
     def read_within(self, seconds: float, deadline: float = math.inf) -> bytes:
