@@ -5072,7 +5072,7 @@ class HotPathTests(unittest.TestCase):
         decoder = claude_gateway.EventDecoder(joining=True)
         data = sse([{"type": "content_block_delta", "index": 0,
                      "delta": {"type": "text_delta", "text": "x" * (claude_gateway.MAX_UPSTREAM_BODY // 4)}}])
-        for half, count in [(data[:99], 0), (data[99:], 1)] * 6:
+        for half, count in [(data[:-9], 0), (data[-9:], 1)] * 6:
             self.assertEqual(len(list(decoder.feed(half))), count)
 
     def test_text_deltas_that_are_no_json_are_refused(self):
@@ -9849,6 +9849,19 @@ class EventLoopTests(unittest.TestCase):
         self.assertFalse(self.ended.wait(0.1))
         self.assertEqual(received_until(self.user, b"."), much)
         self.assertTrue(self.ended.wait(10))
+
+    def test_while_the_client_does_not_read_the_upstream_is_not_waited_for(self):
+        much = b"x" * 5_000_000
+
+        def steps():
+            yield much, self.wait_for_upstream(0.05)
+            yield self.upstream.recv(10), None
+        self.loop.add(self.stream(steps=steps()))
+        self.assertFalse(self.ended.wait(0.1))
+        self.claude.sendall(b".")
+        self.assertEqual(received_until(self.user, b"."), much + b".")
+        self.assertTrue(self.ended.wait(10))
+        self.assertEqual(self.failures, [None])
 
     def test_a_client_that_never_reads_is_given_up(self):
         self.claude.settimeout(None)

@@ -528,6 +528,8 @@ MUTANTS = (
            "if 300 <= reply.status < 400:", "UpstreamAnswerTests"),
     Mutant("upstream: idle connections grow old", "        self.gateway.upstream.pool.close_old()\n", "        pass\n",
            "UpstreamRequestTests"),
+    Mutant("event loop: the upstream's time begins when the client has read",
+           "            stream.since = self._now                # nothing", "            # nothing", "EventLoopTests"),
     Mutant("event loop: a stream that is never due", "min([self._now + 60, *(stream.due_at() for stream in self."
            "_streams)])", "min((stream.due_at() for stream in self._streams), default=math.inf)", "EventLoopTests"),
     Mutant("log: control characters", " else visible(message)\n", " else message\n", "LogTests"),
