@@ -661,27 +661,6 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
 # The same where no number is long, without the hook for each count.
 SHORT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
 LONG_NUMBER = re.compile(rb"\d{300}")
-# Nearly every event is one of these: what comes before its text, the index in that, the text, and what follows.
-TEXT_DELTA = re.compile(rb'(event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
-                        rb'(0|[1-9]\d{0,8}), ?"delta": ?\{"type": ?"text_delta", ?"text": ?")'
-                        rb'([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)(" *\} *\} *\n\n)')
-
-
-def event_from_text_deltas(data: bytes) -> dict | None:
-    """Events that are text deltas of one block and nothing else, as one; None for all others."""
-    found = TEXT_DELTA.findall(data) if data.startswith(b"event: content_block_delta") else ()
-    if not found:
-        return None
-    before, indexes, texts, after = zip(*found)
-    text = b"".join(texts)
-    if len(set(before)) > 1 or len(before[0]) * len(found) + len(text) + sum(map(len, after)) < len(data):
-        return None                                 # another block, or something in between
-    try:
-        words = json.loads((b'"%s"' % text).decode("utf-8")) if b"\\" in text else text.decode("utf-8")
-    except ValueError:                              # one of them is at fault
-        return None
-    return {"type": "content_block_delta", "index": int(indexes[0]), "delta": {"type": "text_delta", "text": words}}
-
 
 def json_object_from(body: bytes, event: bool = False) -> dict:
     """A body of the upstream, or an event of its stream, as an object.  Raises UpstreamFault."""
@@ -2862,68 +2841,87 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 # get what follows from it.
 
 
+# How nearly every event begins, up to its text, with the index of its block; and how it ends behind that.
+TEXT_DELTA = re.compile(r'event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
+                        r'(0|[1-9][0-9]{0,8}), ?"delta": ?\{"type": ?"text_delta", ?"text": ?"')
+DELTA_END = re.compile(r"\} *\}\n\n")
+scan_string = json.decoder.scanstring               # type: ignore[attr-defined]
+
+
 class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas that come together, and nothing between them, are one event.
+    `joining`: text deltas of one block that a read begins with are one event.
     """
 
     def __init__(self, joining: bool = False) -> None:
         self._joining = joining
-        self._rest: List[bytes] = []                # the pieces of an unfinished line
+        self._rest: List[bytes] = []                # the pieces of an unfinished line or event
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
         self._at_start = True
         self._held = 0                              # bytes since the last whole event
-        self._fault: Optional[UpstreamFault] = None
+        self._text_begins, self._index = "\n", 0    # of the last text delta: what comes before its text, and its block
 
-    def feed(self, piece: bytes) -> list[dict]:
-        """The events that `piece` completes.  Data that is not JSON ends them, see `check`."""
+    def feed(self, piece: bytes) -> Iterator[dict]:
+        """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
+        if self._joining and not self._data and (not self._held or b"\n\n" in piece):
+            event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
+            if event:
+                piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
+                yield event
+                if not piece:
+                    return
         if self._held > MAX_UPSTREAM_BODY:
-            self._fault = UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
-        if self._fault:
-            raise self._fault
+            raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
         self._held += len(piece)
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
-        if b"\n" not in piece and b"\r" not in piece:
-            return []
+        # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
+        if b"\r" not in piece and (b"\n" if self._data or self._held > len(piece) else b"\n\n") not in piece:
+            return
         text = b"".join(self._rest)
         if self._at_start:
             text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
         self._skip_newline = text[-1:] == b"\r"
-        end = text.rfind(b"\n\n") + 2
-        event = event_from_text_deltas(text[:end]) if self._joining and not self._data else None
-        if event:
-            self._rest, self._held = [text[end:]], len(text) - end
-            return [event]
         lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
         self._rest = [lines.pop()]
-        events: list[dict] = []
         for line in lines:
             if line[:5] == b"data:":
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif not line and self._data:
-                try:
-                    data, self._data = b"\n".join(self._data), []
-                    events.append(json_object_from(data, event=True))
-                except UpstreamFault as fault:
-                    self._fault = fault
-                    break
-        if events:
-            self._held = len(self._rest[0])
-        return events
+                data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
+                yield json_object_from(data, event=True)
 
-    def check(self) -> None:
-        """Raises UpstreamFault once something was not JSON; what came before it has been handed out."""
-        if self._fault:
-            raise self._fault
-
-    def close(self) -> list[dict]:
+    def close(self) -> Iterator[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
-        return self.feed(b"\n\n")
+        with contextlib.suppress(UpstreamFault):
+            yield from self.feed(b"\n\n")
+
+    def _joined(self, data: bytes) -> tuple[dict | None, bytes]:
+        """The text deltas of one block that `data` begins with, as one event, and what follows them."""
+        texts, at = [], 0                           # type: List[str], int
+        try:
+            text = data.decode("utf-8")
+            begin = None if text.startswith(self._text_begins) else TEXT_DELTA.match(text)
+            if begin:
+                self._text_begins, self._index = begin.group(), int(begin.group(1))
+            while at < len(text) and text.startswith(self._text_begins, at):
+                words, end = scan_string(text, at + len(self._text_begins))
+                delta_end = DELTA_END.match(text, end)
+                if not delta_end:
+                    break
+                texts.append(words)
+                at = delta_end.end()
+        except ValueError:                          # it is cut or at fault
+            pass
+        if not texts:
+            return None, data
+        event = {"type": "content_block_delta", "index": self._index,
+                 "delta": {"type": "text_delta", "text": "".join(texts)}}
+        return event, text[at:].encode("utf-8") if at < len(text) else b""
 
 
 def events_from_message(message: dict) -> list[dict]:
@@ -2949,14 +2947,6 @@ def added_usage(total: dict, usage: dict) -> dict:
         elif value is not None:
             added[name] = value
     return added
-
-
-def with_compactions(usage: dict) -> dict:
-    """The counts of an answer with those of compactions, which its totals leave out."""
-    for iteration in listed(usage.get("iterations")):
-        if text_in(iteration, "type") == "compaction":
-            usage = added_usage(usage, without(iteration, "type", "model"))
-    return usage
 
 
 class MessageAssembler:
@@ -2988,8 +2978,11 @@ class MessageAssembler:
 
     @property
     def usage(self) -> dict:
-        """The counts of all streams so far."""
-        usage = with_compactions(self.message.get("usage") or {})
+        """The counts of all streams so far, with those of compactions, which the totals of an answer leave out."""
+        usage = self.message.get("usage") or {}
+        for iteration in listed(usage.get("iterations")):
+            if text_in(iteration, "type") == "compaction":
+                usage = added_usage(usage, without(iteration, "type", "model"))
         return added_usage(self._earlier_usage, usage) if self._earlier_usage else usage
 
     def whole(self) -> dict:
@@ -3074,7 +3067,7 @@ class BareJson:
 
     A text without any object is handed on whole, at the end: the client should see what Claude answered instead.
     """
-    START = re.compile(r'\{\s*["}]')                # a brace amid the talk is no object
+    START = re.compile(r'\{\s*(["}]|\Z)')           # a brace amid the talk is no object; at the end it may be one
     TOKEN = re.compile(r'\\.?|[{}\[\]"]', re.S)     # an escape, maybe cut, or what opens and closes
 
     def __init__(self) -> None:
@@ -3090,9 +3083,8 @@ class BareJson:
         if not self._started:
             text = self._tail + text
             start = self.START.search(text)
-            if not start:
-                unsure = re.search(r"\{\s*\Z", text)
-                cut = unsure.start() if unsure else len(text)
+            if not start or not start.group(1):
+                cut = start.start() if start else len(text)
                 self._held.append(text[:cut])
                 self._tail = text[cut:]
                 return ""
@@ -3121,6 +3113,9 @@ class BareJson:
 
 # an event of Claude's -> what the client gets for it; None where it gets nothing until the end
 Render = Optional[Callable[[dict], List[dict]]]
+
+
+BLOCK_STOP = {"type": "content_block_stop"}
 
 
 def arguments_delta(fragment: str) -> dict:
@@ -3158,9 +3153,8 @@ class PlannedEvents:
         rest = self._bare_json.close() if self._bare_json else ""
         if not rest:
             return []
-        stop = {"type": "content_block_stop"}
         start = {"type": "content_block_start", "content_block": {"type": "text", "text": rest}}
-        return self._rendered([*([stop] if self._kind else ()), start, stop], render)
+        return self._rendered([*([BLOCK_STOP] if self._kind else ()), start, BLOCK_STOP], render)
 
     def _rendered(self, events: list[dict], render: Render) -> list[dict]:
         rendered: list[dict] = []
@@ -3174,7 +3168,7 @@ class PlannedEvents:
         self._kind = block["type"]
         if self._kind == "text":
             return self._text(block.get("text") or "", lambda text: dict(event, content_block=dict(block, text=text)))
-        events = self._with_held({"type": "content_block_stop"}) if self._calling else []
+        events = self._with_held(BLOCK_STOP) if self._calling else []
         self._calling = False
         if self._kind == "tool_use":
             event = self._call(event, dict(block, name=self._plan.names.back(block["name"])))
@@ -3288,8 +3282,9 @@ def text_and_annotations(content: list[dict]) -> tuple[str, list[dict]]:
     text, annotations = "", []                      # type: str, List[dict]
     for block in content:
         if block["type"] == "text":
-            annotations += annotations_of(block, len(text), len(block["text"]))
-            text += block["text"]
+            added = block.get("text") or ""
+            annotations += annotations_of(block, len(text), len(added))
+            text += added
     return text, annotations
 
 
@@ -3342,106 +3337,91 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
 # ---- Streams -----------------------------------------------------------------------------------------
 # Events -> chunks of a chat completion.
 
-NO_TEXT: dict = {"delta": {}}                       # in place of the choice that a chunk with usage lacks
+
+def data_event(event: dict) -> bytes:
+    """A server-sent event, as chat completions have them."""
+    return b"data: %s\n\n" % client_json(event)
 
 
-class ChatStream:
-    """Messages API events in, chat completion chunks out.  One instance per request.
+def named_event(event: dict) -> bytes:
+    """A server-sent event with its type, as the Responses API and Claude's own have them."""
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
+
+
+class Renderer:
+    """Claude's events in, what the client gets for each out: no event of its API, one or several.
 
     `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is read there.
     """
 
+    def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
+        self._plan, self._assembler = plan, assembler
+        self._block: dict = {}                      # the open one, as it began
+        self._started = False
+
+    def feed(self, event: dict) -> list[dict]:
+        kind = event["type"]
+        if kind == "content_block_delta":
+            delta = event["delta"]
+            if delta["type"] == "text_delta":
+                return self._text(delta["text"])
+            if delta["type"] == "thinking_delta":
+                return self._thinking(delta["thinking"])
+            if delta["type"] == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"]:
+                return self._arguments(delta["partial_json"])
+            return []
+        if kind == "content_block_start":
+            self._block = block = event["content_block"]
+            add = {"text": self._text, "thinking": self._thinking}.get(block["type"])
+            return self._block_start(block) + (add(block.get(block["type"]) or "") if add else [])
+        if kind == "content_block_stop":
+            self._block = {}
+            return self._block_stop(self._assembler.message["content"][-1])
+        if kind != "message_start" or self._started:        # a second one continues the answer (pause_turn)
+            return []
+        self._started = True
+        return self._start()
+
+    # what a subclass makes of each
+    _start: Callable[[], List[dict]]
+    _block_start: Callable[[dict], List[dict]]
+    _text: Callable[[str], List[dict]]
+    _thinking: Callable[[str], List[dict]]
+    _arguments: Callable[[str], List[dict]]
+    _block_stop: Callable[[dict], List[dict]]
+
+
+class ChatStream(Renderer):
+    """Messages API events in, chat completion chunks out.  One instance per request."""
+
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include_usage: bool) -> None:
+        super().__init__(plan, assembler)
         self._envelope = {"id": envelope["id"], "object": "chat.completion.chunk",      # the same in every chunk
                           "created": envelope["created"], "model": "",
                           **({"usage": None} if include_usage else {})}
-        self._plan = plan
-        self._assembler = assembler
         self._include_usage = include_usage
         self._tool_position = -1                    # of the tool call that is being sent; counts calls, not blocks
-        self._block: dict = {}
-        self._sent_arguments = False
-        self._annotations: List[dict] = []
-        self._text_length = self._block_start_length = 0
-        self._started = False
-        self._around_text: List[bytes] = []         # the JSON of a chunk with text, before and behind that
+        self._around_text: List[bytes] = []         # the event of a chunk with text, before and behind that
 
-    def feed(self, event: dict) -> list[dict]:
-        """The chunks that one event makes: none, one or several."""
-        handler = self._HANDLERS.get(event["type"])
-        return handler(self, event) if handler else []
-
-    def _message_start(self, event: dict) -> list[dict]:
-        if self._started:                           # a continued answer (pause_turn)
-            return []
-        self._started = True
-        self._envelope["model"] = self._assembler.message["model"]
-        self._envelope = with_service_tier(self._envelope, self._assembler.message["usage"])
-        return [self._chunk({"role": "assistant", "content": ""})]
-
-    def _block_start(self, event: dict) -> list[dict]:
-        self._block = block = event["content_block"]
-        self._sent_arguments = False
-        self._block_start_length = self._text_length
-        if block["type"] == "fallback":
-            self._envelope, self._around_text = dict(self._envelope, model=self._assembler.message["model"]), []
-        if block["type"] == "text":
-            return self._text(block.get("text") or "")
-        if block["type"] == "thinking":
-            return self._reasoning(block.get("thinking") or "")
-        if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
-            self._tool_position += 1
-            return self._call_delta({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
-        return []
-
-    def _block_delta(self, event: dict) -> list[dict]:
-        delta = event["delta"]
-        kind = delta["type"]
-        if kind == "text_delta":
-            return self._text(delta["text"])
-        if kind == "thinking_delta":
-            return self._reasoning(delta["thinking"])
-        if kind == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"] \
-                and self._block["name"] not in self._plan.custom_tools:
-            self._sent_arguments = True
-            return self._call_delta({"arguments": delta["partial_json"]})
-        return []
-
-    def _block_stop(self, event: dict) -> list[dict]:
-        block, self._block = self._assembler.message["content"][-1], {}
-        if block["type"] == "text":
-            start = self._block_start_length
-            self._annotations += annotations_of(block, start, self._text_length - start)
-        if block["type"] != "tool_use":
-            return []
-        if block["name"] in self._plan.custom_tools:        # in one delta: clients parse it only so
-            self._tool_position += 1
-            call = tool_call_from_tool_use(block, self._plan)
-            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})]
-        return [] if self._sent_arguments else self._call_delta({"arguments": arguments_of(block)})
-
-    def json_of(self, chunk: dict) -> bytes:
-        """`client_json` of a chunk of this stream.
-
-        Of one with text only, the parts that all of them share are made once: 0.7 us instead of 2.3.
-        """
-        choice = chunk["choices"][0] if chunk["choices"] else NO_TEXT
-        delta = choice["delta"]
-        if len(delta) != 1 or "content" not in delta or choice["finish_reason"]:
-            return client_json(chunk)
+    def event_bytes(self, chunk: dict) -> bytes:
+        """`data_event` of a chunk of this stream.  Of one with text only, the parts that all share are made once."""
+        choices = chunk.get("choices")
+        if not choices or list(choices[0]["delta"]) != ["content"] or choices[0]["finish_reason"]:
+            return data_event(chunk)
         if not self._around_text:                   # a quote inside a string would be escaped
-            empty = client_json(dict(chunk, choices=[dict(choice, delta={"content": ""})]))
-            before, key, after = empty.partition(b'"content":')
-            self._around_text = [before + key, after[len(b'""'):]]
+            empty = data_event(dict(chunk, choices=[dict(choices[0], delta={"content": ""})]))
+            before, after = empty.split(b'"content":""')
+            self._around_text = [before + b'"content":', after]
         before, after = self._around_text
-        return before + client_json(delta["content"]) + after
+        return before + client_json(choices[0]["delta"]["content"]) + after
 
     def finish(self) -> list[dict]:
         """The last chunks: citations, a refusal, the finish reason, usage if it was asked for."""
         message = self._assembler.whole()
-        chunks = self._block_stop({}) if self._block else []        # max_tokens can cut a block before its stop event
-        if self._annotations:
-            chunks.append(self._chunk({"annotations": self._annotations}))
+        chunks = self.feed(BLOCK_STOP) if self._block else []       # max_tokens can cut a block before its stop event
+        _, annotations = text_and_annotations(message["content"])
+        if annotations:
+            chunks.append(self._chunk({"annotations": annotations}))
         refusal = refusal_text(message)
         if refusal:
             chunks.append(self._chunk({"refusal": refusal}))
@@ -3451,12 +3431,38 @@ class ChatStream:
             chunks.append(dict(self._envelope, choices=[], usage=usage_from_message(message["usage"])))
         return chunks
 
+    def _start(self) -> list[dict]:
+        self._envelope["model"] = self._assembler.message["model"]
+        self._envelope = with_service_tier(self._envelope, self._assembler.message["usage"])
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def _block_start(self, block: dict) -> list[dict]:
+        if block["type"] == "fallback":
+            self._envelope, self._around_text = dict(self._envelope, model=self._assembler.message["model"]), []
+        if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
+            self._tool_position += 1
+            return self._call_delta({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
+        return []
+
     def _text(self, text: str) -> list[dict]:
-        self._text_length += len(text)
         return [self._chunk({"content": text})] if text else []
 
-    def _reasoning(self, thinking: str) -> list[dict]:
+    def _thinking(self, thinking: str) -> list[dict]:
         return [self._chunk({"reasoning_content": thinking})] if thinking else []
+
+    def _arguments(self, fragment: str) -> list[dict]:
+        if self._block["name"] in self._plan.custom_tools:
+            return []                               # in one delta: clients parse it only so
+        return self._call_delta({"arguments": fragment})
+
+    def _block_stop(self, block: dict) -> list[dict]:
+        if block["type"] != "tool_use":
+            return []
+        if block["name"] in self._plan.custom_tools:
+            self._tool_position += 1
+            call = tool_call_from_tool_use(block, self._plan)
+            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})]
+        return [] if block.get("partial_json") else self._call_delta({"arguments": arguments_of(block)})
 
     def _call_delta(self, function: dict, **head: str) -> list[dict]:
         """A piece of a tool call.  `head`: what only the first one has."""
@@ -3468,10 +3474,6 @@ class ChatStream:
 
     def _chunk(self, delta: dict, reason: str | None = None) -> dict:
         return dict(self._envelope, choices=[{"index": 0, "delta": delta, "finish_reason": reason}])
-
-    _HANDLERS: Dict[str, Callable[[ChatStream, dict], List[dict]]] = {
-        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
-        "content_block_stop": _block_stop}
 
 
 # ---- Responses API -----------------------------------------------------------------------------------
@@ -3593,22 +3595,17 @@ def add_reference_item(conversation: Conversation, item: dict, path: str, draft:
         path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
 
 
-def leave_out_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """additional_tools has been read before; a search has nothing for Claude."""
-
-
+LEFT_OUT_ITEMS = ("additional_tools", "web_search_call")        # the tools have been read before
 ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
     "message": add_message_item, "function_call": add_call_item, "custom_tool_call": add_call_item,
     "function_call_output": add_output_item, "custom_tool_call_output": add_output_item,
-    "reasoning": add_reasoning_item, "additional_tools": leave_out_item, "item_reference": add_reference_item,
-    "web_search_call": leave_out_item, **dict.fromkeys(COMPACTIONS, add_compaction_item),
-}
+    "reasoning": add_reasoning_item, "item_reference": add_reference_item,
+    **dict.fromkeys(COMPACTIONS, add_compaction_item)}
 
 
 def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Adds one input item; kinds that Claude has no use for are reported and left out."""
-    kind = item.get("type") or ("message" if "role" in item else None)
-    kind = text_of(kind, path + ".type")
+    kind = text_of(item.get("type") or ("message" if "role" in item else None), path + ".type")
     translate = ITEMS.get(kind)
     if translate:
         translate(conversation, item, path, draft)
@@ -3617,7 +3614,7 @@ def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) ->
     elif kind.endswith("_call") and "call_id" in item:
         function = {"name": kind[:-len("_call")], "arguments": without(item, "type", "id", "call_id", "status")}
         conversation.call(text_at(item, "call_id", path, ""), function, path)
-    else:
+    elif kind not in LEFT_OUT_ITEMS:
         draft.changes.add("dropped", path, "an item of type %s" % kind)
 
 
@@ -3630,15 +3627,13 @@ def items_from_input(given: Any) -> list[dict]:
     return [item for _, item in entries_of(given, "input")]
 
 
-def is_reference(item: dict) -> bool:
-    """Whether an item only names another one; the type may be missing."""
-    return item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]
-
-
 def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
-    """The items of `input`, references replaced by what they name, as far as that is known."""
-    return [(find(str(item.get("id"))) or dict(item, type="item_reference")) if is_reference(item) else item
-            for item in items_from_input(given)]
+    """The items of `input`; what only names another one (its type may be missing) replaced by that, if it is known."""
+    items = items_from_input(given)
+    for at, item in enumerate(items):
+        if item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]:
+            items[at] = find(str(item.get("id"))) or dict(item, type="item_reference")
+    return items
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
@@ -3704,43 +3699,38 @@ def responses_usage(usage: dict) -> dict:
 # What a failure is called inside a response; clients stop or retry by these names and no others.
 RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insufficient_quota": "insufficient_quota",
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
-
-
 EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
 
-class ResponseStream:
+class ResponseStream(Renderer):
     """Messages API events in, response events out; `response` is the state so far, `first` come before the answer."""
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
                  first: Sequence[dict] = ()) -> None:
+        super().__init__(plan, assembler)
         self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
                              usage=None)
         self.to_store: List[dict] = []              # the output items, with signed thinking that they do not show
-        self._first = first
-        self._plan, self._assembler, self._include = plan, assembler, include
+        self._first, self._include = first, include
         self._sequence = -1
-        self._item: Optional[dict] = None           # the output item that is being sent
-        self._text = io.StringIO()                  # of the open item: text, thinking or arguments
+        self._item: dict = {}                       # the output item that is being sent
+        self._written = io.StringIO()               # of the open item: text, thinking or arguments
         self._annotations: List[dict] = []
-        self._block: dict = {}
-
-    def feed(self, event: dict) -> list[dict]:
-        """The response events that one event makes."""
-        handler = self._HANDLERS.get(event["type"])
-        return handler(self, event) if handler else []
 
     def finish(self, now: int = 0) -> list[dict]:
         """The last events: the open item's end, a refusal, and the response as it ended."""
         message = self._assembler.whole()
         is_call = self._block.get("type") == "tool_use"
-        events = self._block_stop({}) if self._block and not is_call else []    # max_tokens can cut a block short
+        events = self.feed(BLOCK_STOP) if self._block and not is_call else []   # max_tokens can cut a block short
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
             finish_reason(message["stop_reason"], False, self._plan))
         refusal = refusal_text(message)
         events += self._close_item("incomplete" if reason and not refusal else "completed")
-        if refusal:
-            events += self._refusal(refusal)
+        if refusal:                                 # a message of its own
+            events += [*self._open_message({"type": "refusal", "refusal": ""}),
+                       self._in_item("response.refusal.delta", content_index=0, delta=refusal),
+                       self._in_item("response.refusal.done", content_index=0, refusal=refusal),
+                       *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
         return [*events, self._end(message["usage"], now, reason)]
 
     def _end(self, usage: dict, now: int, reason: str | None = None) -> dict:
@@ -3759,9 +3749,7 @@ class ResponseStream:
         self.response.update(status="failed", error={"code": code, "message": message})
         return [self._event("response.failed", response=self.response)]
 
-    def _message_start(self, event: dict) -> list[dict]:
-        if self.response["model"]:                  # a continued answer (pause_turn)
-            return []
+    def _start(self) -> list[dict]:
         self.response["model"] = self._assembler.message["model"]
         events = [self._event("response.created", response=dict(self.response, output=[])),
                   self._event("response.in_progress", response=dict(self.response, output=[]))]
@@ -3769,39 +3757,28 @@ class ResponseStream:
             events += [self._open(item), self._done(item)]
         return events
 
-    def _block_start(self, event: dict) -> list[dict]:
-        self._block = block = event["content_block"]
-        kind = block["type"]
-        if kind == "text":
-            return self._text_delta(block.get("text") or "")
-        if kind == "thinking":
-            return self._close_item() + self._thinking_delta(block.get("thinking") or "")
-        if kind == "tool_use":
-            return self._close_item() + self._open_call(block["id"], block["name"])
-        if kind == "fallback":
+    def _block_start(self, block: dict) -> list[dict]:
+        if block["type"] == "fallback":
             self.response["model"] = self._assembler.message["model"]
-        return []
+        closed = self._close_item() if block["type"] in ("thinking", "tool_use") else []
+        if block["type"] != "tool_use":
+            return closed
+        name, custom = block["name"], block["name"] in self._plan.custom_tools
+        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
+                      "type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
+        if name in self._plan.namespaces:
+            item["namespace"], item["name"] = self._plan.namespaces[name]
+        item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
+        return [*closed, self._open(item)]
 
-    def _block_delta(self, event: dict) -> list[dict]:
-        delta = event["delta"]
-        kind = delta["type"]
-        if kind == "text_delta":
-            return self._text_delta(delta["text"])
-        if kind == "thinking_delta":
-            return self._thinking_delta(delta["thinking"])
-        if kind == "input_json_delta" and self._block["type"] == "tool_use":
-            return self._arguments_delta(delta["partial_json"])
-        return []
-
-    def _block_stop(self, event: dict) -> list[dict]:
-        block, self._block = self._assembler.message["content"][-1], {}
+    def _block_stop(self, block: dict) -> list[dict]:
         kind = block["type"]
         if kind == "text":
             return self._annotate(block)
         if kind in THINKING:
             return self._end_thinking(block)
         if kind == "tool_use":
-            return self._close_item("incomplete" if is_cut(block) else "completed")
+            return self._close_item()
         if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
             return self._close_item() + self._open_search(block)
         if kind == "web_search_tool_result" and self._is_open("web_search_call"):
@@ -3811,37 +3788,39 @@ class ResponseStream:
     # -- items
 
     def _is_open(self, kind: str) -> bool:
-        return self._item is not None and self._item["type"] == kind
+        return self._item.get("type") == kind
 
     def _open(self, item: dict) -> dict:
-        self._item, self._text, self._annotations = item, io.StringIO(), []
+        self._item, self._written, self._annotations = item, io.StringIO(), []
         return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
 
     def _done(self, item: dict, to_store: dict | None = None) -> dict:
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
         self.to_store.append(to_store or item)
-        self._item = None
+        self._item = {}
         return self._event("response.output_item.done", output_index=output_index, item=item)
 
     def _close_item(self, status: str = "completed") -> list[dict]:
         """Ends the open item, whatever it is."""
-        if self._item is None:
-            return []
-        kind = self._item["type"]
+        kind = self._item.get("type")
         if kind == "message":
-            return self._end_message(status)
+            text = self._written.getvalue()
+            part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
+            return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
+                    *self._end_part(part, status)]
         if kind == "reasoning":
             return self._end_thinking({})
-        return self._end_search(()) if kind == "web_search_call" else self._end_call(status)
+        if kind == "web_search_call":
+            return self._end_search(())
+        return self._end_call(status) if kind else []
 
     def _new_id(self, prefix: str) -> str:
         return "%s_%s_%d" % (prefix, self.response["id"].split("_", 1)[-1], len(self.response["output"]))
 
     def _in_item(self, kind: str, **fields: Any) -> dict:
         """An event about the open item."""
-        item = self._item or {}
-        return self._event(kind, item_id=item["id"], output_index=len(self.response["output"]), **fields)
+        return self._event(kind, item_id=self._item["id"], output_index=len(self.response["output"]), **fields)
 
     def _event(self, kind: str, **fields: Any) -> dict:
         self._sequence += 1
@@ -3849,11 +3828,11 @@ class ResponseStream:
 
     # -- text
 
-    def _text_delta(self, text: str) -> list[dict]:
+    def _text(self, text: str) -> list[dict]:
         if not text:
             return []
         events = [] if self._is_open("message") else self._close_item() + self._open_message(EMPTY_TEXT)
-        self._text.write(text)
+        self._written.write(text)
         return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
 
     def _open_message(self, part: dict) -> list[dict]:
@@ -3865,7 +3844,7 @@ class ResponseStream:
         """The citations of a text block, placed in the text of its whole item."""
         if not block.get("citations") or not self._is_open("message"):
             return []
-        length = self._text.tell()
+        length = self._written.tell()
         start = max(0, length - len(block["text"]))
         events = []
         for annotation in annotations_of(block, start, length - start):
@@ -3875,26 +3854,13 @@ class ResponseStream:
             self._annotations.append(flat)
         return events
 
-    def _end_message(self, status: str) -> list[dict]:
-        text = self._text.getvalue()
-        part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
-        return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
-                *self._end_part(part, status)]
-
     def _end_part(self, part: dict, status: str) -> list[dict]:
         return [self._in_item("response.content_part.done", content_index=0, part=part),
-                self._done(dict(self._item or {}, status=status, content=[part]))]
-
-    def _refusal(self, refusal: str) -> list[dict]:
-        """A refusal as a message of its own."""
-        return [*self._open_message({"type": "refusal", "refusal": ""}),
-                self._in_item("response.refusal.delta", content_index=0, delta=refusal),
-                self._in_item("response.refusal.done", content_index=0, refusal=refusal),
-                *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
+                self._done(dict(self._item, status=status, content=[part]))]
 
     # -- thinking
 
-    def _thinking_delta(self, thinking: str) -> list[dict]:
+    def _thinking(self, thinking: str) -> list[dict]:
         """A reasoning item is opened only when there is something to see."""
         if not thinking:
             return []
@@ -3902,7 +3868,7 @@ class ResponseStream:
             self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
             self._in_item("response.reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
-        self._text.write(thinking)
+        self._written.write(thinking)
         return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
 
     def _end_thinking(self, block: dict) -> list[dict]:
@@ -3913,40 +3879,29 @@ class ResponseStream:
             if not encrypted or not shown:
                 return []
             events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
-        text = self._text.getvalue()
+        text = self._written.getvalue()
         part = {"type": "summary_text", "text": text}
         if text:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
                        self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
-        item = dict(self._item or {}, summary=[part] if text else [])
+        item = dict(self._item, summary=[part] if text else [])
         signed = dict(item, encrypted_content=encrypted) if encrypted else item
         return events + [self._done(signed if shown else item, signed)]
 
     # -- calls
 
-    def _open_call(self, call_id: str, name: str) -> list[dict]:
-        custom = name in self._plan.custom_tools
-        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
-                      "type": "custom_tool_call" if custom else "function_call", "call_id": call_id, "name": name}
-        if name in self._plan.namespaces:
-            item["namespace"], item["name"] = self._plan.namespaces[name]
-        item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
-        return [self._open(item)]
-
-    def _arguments_delta(self, fragment: str) -> list[dict]:
-        if not fragment:
-            return []
-        self._text.write(fragment)
+    def _arguments(self, fragment: str) -> list[dict]:
+        self._written.write(fragment)
         if self._is_open("custom_tool_call"):
             return []                               # its string is known only at the end
         return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
 
     def _end_call(self, status: str) -> list[dict]:
-        item = dict(self._item or {})
-        streamed = self._text.getvalue()
+        item = dict(self._item)
+        streamed = self._written.getvalue()
         block = self._assembler.message["content"][-1]
         arguments = streamed or arguments_of(block)
-        if not block.get("input") and arguments.strip(" \n{}"):         # it did not parse: max_tokens cut it
+        if is_cut(block):
             status = "incomplete"
         if item["type"] == "custom_tool_call":
             item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
@@ -3965,24 +3920,21 @@ class ResponseStream:
                 self._in_item("response.web_search_call.searching")]
 
     def _end_search(self, results: Sequence[Any]) -> list[dict]:
-        item = dict(self._item or {}, status="completed")
+        item = dict(self._item, status="completed")
         if SEARCH_SOURCES in self._include:
             urls = [text_in(found, "url") for found in results]
             item["action"] = dict(item["action"], sources=[{"type": "url", "url": url} for url in urls if url])
         return [self._in_item("response.web_search_call.completed"), self._done(item)]
-
-    _HANDLERS: Dict[str, Callable[[ResponseStream, dict], List[dict]]] = {
-        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
-        "content_block_stop": _block_stop}
 
 
 class CompactionStream(ResponseStream):
     """The response to a compaction_trigger: exactly one item, the compaction."""
 
     def feed(self, event: dict) -> list[dict]:
-        if event["type"] != "message_start" or self.response["model"]:
-            return []
-        events = self._message_start(event)
+        return super().feed(event) if event["type"] == "message_start" else []
+
+    def _start(self) -> list[dict]:
+        events = super()._start()
         item = {"id": self._new_id("cmp"), "type": "compaction", "encrypted_content": ""}
         return [*events, self._open(item), self._in_item("response.compaction.compacting")]
 
@@ -5069,7 +5021,7 @@ class Peer:
         sock.settimeout(0)                          # once; for every read it would be one more call of the system
         self.sock = sock
         self.unread = bytearray()                   # has come, and nobody has asked for it yet
-        self._drained = True                        # the last read brought all there was
+        self.drained = True                         # the last read brought all there was: better wait before the next
 
     def read(self) -> bytes | None:
         """What has come; b"" at the end of the connection; None where it has to be waited for first."""
@@ -5077,26 +5029,23 @@ class Peer:
             data = bytes(self.unread)
             self.unread.clear()
             return data
-        if self._drained:                           # the system need not be asked
-            self._drained = False
-            return None
         try:
             data = self.sock.recv(READ_SIZE)
         except (BlockingIOError, ssl.SSLWantReadError):     # TLS may have read something of its own
             return None
-        # TLS gives one record at a time, and the next may be there
-        self._drained = len(data) < READ_SIZE and not isinstance(self.sock, ssl.SSLSocket)
+        self.drained = len(data) < READ_SIZE        # TLS gives one record at a time; the system still has the next
         return data
 
     def read_within(self, seconds: float, deadline: float = math.inf) -> bytes:
         """The same, waited for.  Raises socket.timeout after so many seconds of silence, or at the deadline."""
         while True:
             left = min(seconds, deadline - time.monotonic())
-            data = self.read() if left > 0 else None
+            data = self.read() if left > 0 and (self.unread or not self.drained) else None
             if data is not None:
                 return data
             if left <= 0 or not wait_ready([self.sock], left):
                 raise socket.timeout("timed out")
+            self.drained = False
 
     def send(self, data: bytes, wait: Callable[[bool], None]) -> None:
         """Sends all of it; `wait` returns when the socket can be written to (True) or, for TLS, read (False)."""
@@ -5114,13 +5063,18 @@ class Peer:
 
 
 class Wait(NamedTuple):
-    """What a stream yields that has nothing to go on with until this socket can be read."""
+    """Until this socket can be read."""
     sock: socket.socket
-    deadline: float                                 # of time.monotonic(); then the upstream is given up
-    seconds: float                                  # from its last byte until then
+    seconds: float                                  # without a byte: then the upstream is given up,
+    latest: float = math.inf                        # as it is at this time.monotonic()
+
+    def deadline(self, since: float) -> float:
+        return min(since + self.seconds, self.latest)
 
 
-NEEDS_THREAD: Any = object()                        # what a stream yields before work that takes time
+# What a stream yields, its steps: each is what there is to send, and what to wait for before the next one: None, a Wait
+# or, with nothing to send, NEEDS_THREAD before work that takes time.
+NEEDS_THREAD: Any = object()
 
 
 def silence(wait: Wait, what: str = "sent") -> UpstreamTimeout:
@@ -5148,26 +5102,26 @@ class Client:
     def wait(self, wait: Wait, writing: bool = False) -> None:
         """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
         readers, writers = ([], [wait.sock]) if writing else ([wait.sock], [])
+        deadline = wait.deadline(time.monotonic())
         while True:
             client = [self.peer.sock] if self.peer and self.watched else []
-            until = min(wait.deadline, self.comment_due)
+            until = min(deadline, self.comment_due)
             ready = wait_ready([*readers, *client], until - time.monotonic(), writers)
             if client and client[0] in ready:
                 self.check()
             if wait.sock in ready:
                 return
-            if time.monotonic() >= wait.deadline:
+            if time.monotonic() >= deadline:
                 raise silence(wait, "read" if writing else "sent")
             if time.monotonic() >= self.comment_due:
                 self.send(self.idle_comment)
 
     def waited(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """The steps of a stream without its waits, which take place in this thread."""
-        for step in steps:
-            if isinstance(step, Wait):
-                self.wait(step)
-            elif step is not NEEDS_THREAD:
-                yield step
+        """What the steps of a stream have to send; their waits take place in this thread."""
+        for data, wait in steps:
+            yield data
+            if isinstance(wait, Wait):
+                self.wait(wait)
 
     def pause(self, seconds: float) -> None:
         """Sleeps, unless the client leaves meanwhile; 0 seconds just check that.  Raises ClientGone."""
@@ -5367,6 +5321,12 @@ class BodyFraming:
     def _from_chunks(self, data: bytes) -> bytes:
         """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
         data, at = self.rest + data if self.rest else data, 0
+        usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
+        if usual:
+            begin, size = usual.end(), int(usual.group(1), 16)
+            if size and len(data) == begin + size + 2 and data.endswith(b"\r\n"):
+                self.rest = b""
+                return data[begin:-2]
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
             if self._left:
@@ -5378,8 +5338,7 @@ class BodyFraming:
             whole = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
             start, size = (whole.end(), int(whole.group(1), 16)) if whole else (0, 0)
             if whole and data[start + size:start + size + 2] == b"\r\n":      # or the end, without trailers
-                self._begin_chunk(size)
-                self._left, self._in_chunk, self.done, at = 0, False, not size, start + size + 2
+                self.done, at = not size, start + size + 2
                 pieces.append(data[start:start + size])
                 continue
             end = data.find(b"\n", at) + 1
@@ -5419,6 +5378,7 @@ class BodyFraming:
 class RequestFraming(BodyFraming):
     """The same for the body of a request, which is bounded, and may be written in one way only."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
+    USUAL = re.compile(rb"(?!)")                    # none: each chunk is counted
     LONGEST_LINE = 1_025
 
     def __init__(self, length: int | None, limit: int) -> None:
@@ -5467,7 +5427,7 @@ class UpstreamCall:
     deadline: float = math.inf                      # of time.monotonic(), for all of it
 
     def wait_for(self, sock: socket.socket) -> Wait:
-        return Wait(sock, min(time.monotonic() + self.patience, self.deadline), self.patience)
+        return Wait(sock, self.patience, self.deadline)
 
 
 LOST = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)      # a connection that the other side has ended
@@ -5537,11 +5497,10 @@ class UpstreamConnection(Peer):
             begun = begun or bool(received)
             if not b"HTTP/".startswith(received[:5]):
                 status_line(received.decode("latin-1"))
-            data, wait = None, call.wait_for(self.sock)
+            data = None
             try:
-                data = self.read()
                 while data is None:
-                    call.client.wait(wait)
+                    call.client.wait(call.wait_for(self.sock))
                     data = self.read()
             except OSError:
                 if not begun:
@@ -5621,24 +5580,22 @@ class UpstreamReply:
         self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
 
     def pieces(self) -> Iterator[Any]:
-        """The body as it arrives, a Wait where there is nothing yet.  Raises UpstreamFault when it breaks off."""
-        framing, connection, wait = self.framing, self._connection, None
+        """The body as it arrives, in the steps of a stream.  Raises UpstreamFault when it breaks off."""
+        framing, connection, wait = self.framing, self._connection, self._call.wait_for(self._connection.sock)
         try:
             while not framing.done:
                 data = connection.read()
                 if data is None:
-                    wait = wait or self._call.wait_for(connection.sock)
-                    yield wait
+                    yield b"", wait
                     continue
-                wait = None
                 if not data:
                     framing.end()
                 piece = framing.feed(data)
                 if not self._inflate:
-                    yield piece
+                    yield piece, wait if connection.drained and not framing.done else None
                 # bit by bit, as gzip can hold a thousand times its size; a client that has left ends it
                 while self._inflate and piece and not self._inflate.eof:
-                    yield self._inflate.decompress(piece, READ_SIZE)
+                    yield self._inflate.decompress(piece, READ_SIZE), None
                     piece = self._inflate.unconsumed_tail
                     self._call.client.pause(0)
         except (OSError, http.client.HTTPException, zlib.error) as fault:
@@ -5663,9 +5620,9 @@ class UpstreamReply:
         if answered and not self.framing.done:
             deadline = time.monotonic() + 0.2
             with contextlib.suppress(GatewayError):
-                for step in self.pieces():
+                for _, wait in self.pieces():
                     left = deadline - time.monotonic()
-                    if left <= 0 or isinstance(step, Wait) and not wait_ready([step.sock], left):
+                    if left <= 0 or wait and not wait_ready([wait.sock], left):
                         break
         if self._give_back and self.framing.done and not self.framing.surplus:
             self._give_back()
@@ -5967,26 +5924,19 @@ class RunningStream:
     `ended` is called once: whether the stream is over, or else needs a thread, and what went wrong or None.
     """
 
-    def __init__(self, client: Client, steps: Iterator[Any], wait: Wait | None,
+    def __init__(self, client: Client, steps: Iterator[Any],
                  ended: Callable[[bool, Optional[BaseException]], None]) -> None:
         self.client, self.sock, self.steps, self.ended = client, client.peer.sock, steps, ended
-        self.wait = wait                            # None between two turns, and while the client has to read first
+        self.wait: Optional[Wait] = None            # None between two turns
+        self.since = 0.0                            # when that began
         self.unsent = b""                           # what the client has not accepted yet; nothing is read meanwhile
         self.registered: Dict[socket.socket, int] = {}      # with the selector: socket -> events
-
-    def wanted(self) -> dict[socket.socket, int]:
-        """The sockets that it waits for now, and what for."""
-        events = (selectors.EVENT_READ if self.client.watched else 0) | (selectors.EVENT_WRITE if self.unsent else 0)
-        sockets = {self.sock: events} if events else {}
-        if self.wait and not self.unsent:
-            sockets[self.wait.sock] = selectors.EVENT_READ
-        return sockets
 
     def due_at(self) -> float:
         """When there is something to do even if nothing happens."""
         if self.unsent:
             return self.client.write_deadline
-        return min(self.wait.deadline if self.wait else math.inf, self.client.comment_due)
+        return min(self.wait.deadline(self.since) if self.wait else math.inf, self.client.comment_due)
 
 
 class EventLoop:
@@ -5999,7 +5949,7 @@ class EventLoop:
         self._ready: List[RunningStream] = []       # had more to say than one turn allows
         self._thread: Optional[threading.Thread] = None
         self._closing = False
-        self._check_at = 0.0
+        self._now = self._check_at = 0.0            # of time.monotonic(): when this turn began, and the next check
 
     @property
     def full(self) -> bool:
@@ -6051,54 +6001,54 @@ class EventLoop:
             ready, self._ready = self._ready, []
             for stream in ready:
                 self._with(stream, self._move)
-            seconds = 0.0 if self._ready else max(0.0, self._check_at - time.monotonic())
-            for key, events in self._selector.select(seconds):
+            happened = self._selector.select(0.0 if self._ready else self._check_at - self._now)
+            self._now = time.monotonic()
+            for key, events in happened:
                 if key.data is None:
                     self._bell.recv(4_096)
                 elif key.fileobj is key.data.sock:
-                    self._with(key.data, functools.partial(self._look_after_client, events=events))
+                    self._with(key.data, self._look_after_client, events)
                 else:
                     self._with(key.data, self._move)
             while self._new:
                 stream = self._new.popleft()
                 self._streams.add(stream)
-                self._check_at = min(self._check_at, stream.due_at())
-                self._with(stream, self._move)      # something may have come meanwhile
-            if time.monotonic() >= self._check_at:
+                self._with(stream, self._move)
+            if self._now >= self._check_at:
                 self._check()
         for stream in [*self._streams, *self._new]:
             self._end(stream, False, busy("The gateway stops."))
 
-    def _with(self, stream: RunningStream, work: Callable[[RunningStream], None]) -> None:
+    def _with(self, stream: RunningStream, work: Callable[..., None], *details: int) -> None:
         """Works on a stream; whatever goes wrong is reported to its client and to no other."""
         if stream not in self._streams:             # ended by what happened a moment ago
             return
         try:
-            work(stream)
+            work(stream, *details)
         except BaseException as failure:
             self._end(stream, False, failure)
 
     def _move(self, stream: RunningStream) -> None:
         """Hands on what there is, as far as its turn and the client allow."""
-        stream.wait = None
         for _ in range(LOOP_STEPS):
             step = next(stream.steps, None)
-            if step is None or step is NEEDS_THREAD:
+            if step is None or step[1] is NEEDS_THREAD:
                 self._end(stream, step is None, None)
                 return
-            if isinstance(step, Wait):
-                stream.wait = step
-            elif step:
-                self._send(stream, step)
+            data, stream.wait = step
+            if data:
+                self._send(stream, data)
             if stream.wait or stream.unsent:
-                self._register(stream, stream.wanted())
+                stream.since = self._now
+                if stream.unsent or stream.wait.sock not in stream.registered:
+                    self._register(stream)
                 return
-        self._register(stream, {})                  # by its next turn the upstream's socket may be another's
+        self._register(stream)                      # by its next turn the upstream's socket may be another's
         self._ready.append(stream)
 
     def _send(self, stream: RunningStream, data: bytes) -> None:
         """Sends what the client accepts now."""
-        stream.client.last_sent = time.monotonic()
+        stream.client.last_sent = self._now
         try:
             stream.unsent = data[stream.sock.send(data):]
         except BlockingIOError:
@@ -6112,48 +6062,52 @@ class EventLoop:
             stream.client.check()
         if events & selectors.EVENT_WRITE:
             self._send(stream, stream.unsent)
+            stream.since = self._now                # nothing was read meanwhile
         if stream.unsent or stream.wait:
-            self._register(stream, stream.wanted())
+            self._register(stream)
         else:
             self._move(stream)
 
-    def _register(self, stream: RunningStream, wanted: dict[socket.socket, int]) -> None:
-        """Registers the sockets that a stream waits for, and no others."""
-        if wanted == stream.registered:
-            return
+    def _register(self, stream: RunningStream) -> None:
+        """Registers the sockets that a stream waits for now, and no others; none between two turns."""
+        wanted: Dict[socket.socket, int] = {}
+        if stream.unsent or stream.wait and stream.client.watched:
+            wanted[stream.sock] = (selectors.EVENT_READ if stream.client.watched else 0) | (
+                selectors.EVENT_WRITE if stream.unsent else 0)
+        if stream.wait and not stream.unsent:
+            wanted[stream.wait.sock] = selectors.EVENT_READ
         for sock in set(stream.registered) - set(wanted):
             del stream.registered[sock]
             self._selector.unregister(sock)
         for sock, events in wanted.items():
-            change = self._selector.modify if sock in stream.registered else self._selector.register
-            change(sock, events, stream)
-            stream.registered[sock] = events        # one by one: what has failed here may not stay behind
+            if stream.registered.get(sock) != events:
+                change = self._selector.modify if sock in stream.registered else self._selector.register
+                change(sock, events, stream)
+                stream.registered[sock] = events    # one by one: what has failed here may not stay behind
         self._check_at = min(self._check_at, stream.due_at())
 
     def _check(self) -> None:
         """Looks after streams for which nothing has happened for too long."""
         for stream in list(self._streams):
-            self._with(stream, self._check_stream)
+            if self._now >= stream.due_at():
+                self._with(stream, self._look_after_silence)
         # one that has more to say is due by itself, which may be never: no selector waits for ever
-        self._check_at = min([time.monotonic() + 60, *(stream.due_at() for stream in self._streams)])
+        self._check_at = min([self._now + 60, *(stream.due_at() for stream in self._streams)])
 
-    def _check_stream(self, stream: RunningStream) -> None:
-        now = time.monotonic()
-        if now < stream.due_at():
-            return
+    def _look_after_silence(self, stream: RunningStream) -> None:
         if stream.unsent:
             raise socket.timeout("the client does not read")
-        if stream.wait and now >= stream.wait.deadline:
+        if stream.wait and self._now >= stream.wait.deadline(stream.since):
             raise silence(stream.wait)
         self._send(stream, stream.client.idle_comment)
-        if stream.registered or stream.unsent:      # otherwise its next turn comes by itself
-            self._register(stream, stream.wanted())
+        self._register(stream)
 
     def _end(self, stream: RunningStream, over: bool, failure: BaseException | None) -> None:
         """Gives a stream back to a thread."""
         self._streams.discard(stream)
+        stream.wait, stream.unsent = None, b""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            self._register(stream, {})
+            self._register(stream)
         stream.ended(over, failure)
 
 
@@ -6208,7 +6162,7 @@ class ImageFetcher:
         download = Download(functools.partial(self._fetched, url))
         try:
             download.start()
-            client.wait(Wait(download.ended, time.monotonic() + self._timeout, self._timeout))
+            client.wait(Wait(download.ended, self._timeout))
         except UpstreamTimeout:
             raise self._refusal(url, "took longer than %g seconds" % self._timeout) from None
         finally:
@@ -6345,10 +6299,8 @@ class Reply:
     """What an endpoint answers: a body, or the steps of a stream."""
     body: Any = None
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)
-    # lists of events that arrived together, or Claude's own bytes; a Wait or NEEDS_THREAD in between
-    steps: Optional[Iterator[Any]] = None
-    json_of: Callable[[dict], bytes] = client_json
-    named_events: bool = False                      # each event with an `event:` line, as the Responses API has it
+    steps: Optional[Iterator[Any]] = None           # with lists of events that arrived together, or Claude's own bytes
+    event_bytes: Callable[[dict], bytes] = data_event
     closing: bytes = b""                            # ends a stream that did not fail
     failure: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
     idle_comments: bool = True                      # may go in between: Claude's own bytes stay as they are
@@ -6456,9 +6408,8 @@ class Exchange:
         return dict(headers, **{CHANGES_HEADER: changes.header()}) if changes.reported else headers
 
     def batches(self, translate: Render) -> Iterator[Any]:
-        """What `translate` makes of each event, in batches that arrived together; `assembler` sees them first.  Among
-        them a Wait where there is nothing yet, and NEEDS_THREAD before work that takes time.  An answer that Claude
-        interrupts (pause_turn) is continued, as no OpenAI client could."""
+        """Steps with what `translate` makes of the events that arrived together; `assembler` sees them first.  An
+        answer that Claude interrupts (pause_turn) is continued, as no OpenAI client could."""
         for pause in range(MOST_PAUSES + 1):
             yield from self._batches_of_stream(translate)
             message = self.assembler.message
@@ -6466,7 +6417,7 @@ class Exchange:
                 block.get("content") for block in message["content"])
             if not no_summary and message["stop_reason"] != "pause_turn" or pause == MOST_PAUSES:
                 break
-            yield NEEDS_THREAD
+            yield [], NEEDS_THREAD
             self._continue()
         self._count_tokens()
         model_id = message["model"]
@@ -6600,10 +6551,7 @@ class Exchange:
             count_tokens(self._gateway, self._incoming.record, model, message["usage"])
 
     def _batches_of_stream(self, translate: Render) -> Iterator[Any]:
-        for events in self._event_batches():
-            if not isinstance(events, list):        # something to wait for
-                yield events
-                continue
+        for events, wait in self._event_batches():
             translated: List[dict] = []
             try:
                 for event in events:
@@ -6612,9 +6560,9 @@ class Exchange:
                     if self.assembler.done:
                         break
             except GatewayError:
-                yield translated                    # what came before the failure is the client's
+                yield translated, None              # what came before the failure is the client's
                 raise
-            yield translated
+            yield translated, None if self.assembler.done else wait
             if self.assembler.done:
                 break
         else:
@@ -6624,18 +6572,14 @@ class Exchange:
         """Events as they arrive, also when the upstream answers in JSON."""
         assert self._reply
         if not self._reply.is_stream:
-            yield NEEDS_THREAD
-            yield events_from_body(self._reply.read())
+            yield [], NEEDS_THREAD
+            yield events_from_body(self._reply.read()), None
             return
         # who asks for obfuscation wants to see every delta
         decoder = EventDecoder(value_in(self._incoming.body, "stream_options", "include_obfuscation") is not True)
-        for piece in self._reply.pieces():
-            if isinstance(piece, Wait):
-                yield piece
-            else:
-                yield decoder.feed(piece)
-                decoder.check()
-        yield decoder.close()
+        for piece, wait in self._reply.pieces():
+            yield decoder.feed(piece), wait
+        yield decoder.close(), None
 
     def _continue(self) -> None:
         """Sends an interrupted answer back unchanged, for Claude to go on with; or asks again for a summary."""
@@ -6725,9 +6669,7 @@ def events_from_body(body: bytes) -> list[dict]:
     """The events of an answer that came without saying that it is a stream: JSON, or a stream after all."""
     if re.match(rb"(\xef\xbb\xbf)?\s*(event|data|id|retry)?:", body):
         decoder = EventDecoder()
-        events = decoder.feed(body)
-        decoder.check()
-        return events + decoder.close()
+        return [*decoder.feed(body), *decoder.close()]
     message = json_object_from(body)
     if message.get("type") == "error" and isinstance(message.get("error"), dict):
         raise ClaudeError(200, message["error"])    # in a 200, but an error like any other
@@ -6765,7 +6707,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
         return Reply(completion, exchange.headers())
     exchange.open()
     stream = ChatStream(envelope, exchange.translation.plan, exchange.events.assembler, include_usage)
-    return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
+    return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), event_bytes=stream.event_bytes,
                  closing=b"data: [DONE]\n\n")
 
 
@@ -6790,7 +6732,7 @@ def is_responses_body(body: dict) -> bool:
 def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
     """The steps of a stream, its last events included."""
     yield from exchange.batches(exchange.events.then(stream.feed))
-    yield exchange.events.finish(stream.feed) + stream.finish()
+    yield exchange.events.finish(stream.feed) + stream.finish(), None
 
 
 def whole_message(exchange: Exchange) -> dict:
@@ -6856,7 +6798,7 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
         envelope, exchange.translation.plan, exchange.events.assembler, listed(body.get("include")), first)
     steps = response_steps(gateway, history, exchange, stream)
     if incoming.record.stream:
-        return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
+        return Reply(headers=exchange.headers(), steps=steps, event_bytes=named_event, failure=stream.fail)
     for _ in incoming.call.client.waited(steps):
         pass
     return Reply(stream.response, exchange.headers())
@@ -6868,10 +6810,10 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, strea
     yield from exchange.batches(exchange.events.then(stream.feed))
     last_events = exchange.events.finish(stream.feed) + stream.finish(int(time.time()))
     if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
-        yield NEEDS_THREAD                          # a long history takes a while to write down
+        yield [], NEEDS_THREAD                      # a long history takes a while to write down
         entries = since_compaction([("", item) for item in [*history.earlier, *history.given]])
         gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries], stream.to_store)
-    yield last_events
+    yield last_events, None
 
 
 def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
@@ -7029,7 +6971,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
         chat, messages=[system, {"role": "user", "content": text}]))) for text in texts)
     first = next(replies)
     if first.steps is not None:
-        return replace(first, json_of=client_json, steps=text_steps(itertools.chain([first], replies), echoes))
+        return replace(first, event_bytes=data_event, steps=text_steps(itertools.chain([first], replies), echoes))
     whole = text_completion(first.body, echoes[0], 0)
     for at, reply in enumerate(replies, 1):
         whole["choices"] += text_completion(reply.body, echoes[at], at)["choices"]
@@ -7057,10 +6999,7 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
     same: dict = {}                                 # id and time of the first chunk
     usage: dict = {}
     for at, reply in enumerate(replies):
-        for step in reply.steps or ():
-            if not isinstance(step, list):
-                yield step
-                continue
+        for step, wait in reply.steps or ():
             chunks = []
             for chunk in step:
                 same = same or {"id": chunk["id"], "created": chunk["created"]}
@@ -7069,8 +7008,8 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
                     usage = chunk["usage"] = added_usage(usage, chunk["usage"])
                 if is_text or not chunk["choices"] and at == len(echoes) - 1:
                     chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
-            yield chunks
-        yield NEEDS_THREAD                          # for the call of the next prompt
+            yield chunks, wait
+        yield [], NEEDS_THREAD                      # for the call of the next prompt
 
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
@@ -7136,7 +7075,7 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
     incoming.held.callback(gateway.usage.running(incoming.record.owner, lambda: (
         cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
-    return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
+    return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, event_bytes=named_event,
                  failure=lambda failure: [failure.for_anthropic()[2]])
 
 
@@ -7151,14 +7090,14 @@ class PassingUsage:
     def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The same steps, whose bytes are read in passing."""
         for step in steps:
-            if isinstance(step, bytes) and self._decoder:
+            if self._decoder:
                 with contextlib.suppress(UpstreamFault):
-                    self._note(self._decoder.feed(step))
-            elif isinstance(step, bytes):
-                self._body += step[:MAX_UPSTREAM_BODY - len(self._body)]
+                    self._note(self._decoder.feed(step[0]))
+            else:
+                self._body += step[0][:MAX_UPSTREAM_BODY - len(self._body)]
             yield step
 
-    def _note(self, events: list[dict]) -> None:
+    def _note(self, events: Iterable[dict]) -> None:
         for event in events:
             for usage in (value_in(event, "message", "usage"), event.get("usage")):
                 if isinstance(usage, dict):
@@ -7878,27 +7817,19 @@ class StreamedReply:
         self.idle_comment = self._wire(IDLE_COMMENT) if reply.idle_comments else b""
 
     def steps(self) -> Iterator[Any]:
-        """Bytes to send, its end included; a Wait or NEEDS_THREAD in between."""
-        for step in self._reply.steps or ():
-            if isinstance(step, list):              # events that arrive together leave together
-                yield self._wire(self._events(step, self._reply.json_of))
-            else:
-                yield self._wire(step) if isinstance(step, bytes) else step
-        yield self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b"")
+        """The same steps with bytes to send, the end of the body included."""
+        for data, wait in self._reply.steps or ():
+            if isinstance(data, list):              # events that arrive together leave together
+                data = b"".join(map(self._reply.event_bytes, data))
+            yield self._wire(data), wait
+        yield self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b""), None
 
     def failure(self, failure: GatewayError) -> bytes:
         """An event that SDKs raise, and the end; a body of another kind is cut, so that nobody takes it for whole."""
         if not self.headers["content-type"].startswith("text/event-stream"):
             return b""
-        return self._wire(self._events(self._reply.failure(failure), client_json)) + (
-            LAST_CHUNK if self._chunked else b"")
-
-    def _events(self, batch: list[dict], json_of: Callable[[dict], bytes]) -> bytes:
-        """Server-sent events."""
-        if self._reply.named_events:
-            return b"".join([b"event: %s\ndata: %s\n\n" % (event["type"].encode(), json_of(event))
-                             for event in batch])
-        return b"".join([b"data: %s\n\n" % json_of(event) for event in batch])
+        data = b"".join(map(self._reply.event_bytes, self._reply.failure(failure)))
+        return self._wire(data) + (LAST_CHUNK if self._chunked else b"")
 
     def _wire(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self._chunked and data else data
@@ -8151,13 +8082,13 @@ class RequestCycle:
 
     def _go_on(self) -> Wait | None:
         """Sends a stream; where many run, one that has to be waited for is better left to the event loop."""
-        for step in self.steps:
-            if isinstance(step, Wait):
+        for data, wait in self.steps:
+            if data:
+                self.client.send(data)
+            if isinstance(wait, Wait):
                 if self._gateway.running.count > self._limits.event_loop_from and not self._gateway.event_loop.full:
-                    return step
-                self.client.wait(step)
-            elif step and step is not NEEDS_THREAD:
-                self.client.send(step)
+                    return wait
+                self.client.wait(wait)
         return None
 
     def _send_failure(self, failure: GatewayError) -> None:
@@ -8251,7 +8182,7 @@ class Connection:
         except Exception as defect:                 # it costs one connection, and nobody is above this thread
             log_lost_connection(defect)
         if cycle and wait:                          # from here on this thread may not touch it any more
-            self._gateway.event_loop.add(RunningStream(cycle.client, cycle.steps, wait,
+            self._gateway.event_loop.add(RunningStream(cycle.client, cycle.steps,
                                                        functools.partial(self._resume, cycle)))
         else:
             self._release()

@@ -4400,7 +4400,18 @@ class AgentSessionTests(RequestTestCase):
 def bytes_to_events(data: bytes, size: int) -> list:
     decoder = claude_gateway.EventDecoder()
     events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at:at + size])]
-    return events + decoder.close()
+    return [*events, *decoder.close()]
+
+
+def events_until_fault(decoder, data: bytes) -> tuple:
+    """The events in these bytes, and whether the upstream was at fault after them."""
+    events = []
+    try:
+        for event in decoder.feed(data):
+            events.append(event)
+    except claude_gateway.UpstreamFault:
+        return events, True
+    return events, False
 
 
 class EventDecoderTests(unittest.TestCase):
@@ -4443,6 +4454,18 @@ class EventDecoderTests(unittest.TestCase):
         for size in range(1, len(data) + 1):
             self.assertEqual(bytes_to_events(data, size), [{"type": "a", "text": wanted}])
 
+    def test_an_event_is_there_with_its_last_byte(self):
+        events = events_of(message(text("Hello"), text("there")), 2)
+        for joining in (False, True):
+            for end in (b"\n", b"\r\n", b"\r"):
+                data = sse(events).replace(b"\n", end)
+                for cut in range(len(data)):
+                    decoder = claude_gateway.EventDecoder(joining)
+                    found = [event for piece in (data[:cut], data[cut:]) for event in decoder.feed(piece)]
+                    with self.subTest(joining=joining, end=end, cut=cut):
+                        self.assertEqual(found[-1], events[-1])
+                        self.assertTrue(joining or found == events)
+
     def test_empty_pieces_change_nothing(self):
         decoder = claude_gateway.EventDecoder()
         pieces = (b"", b'data: {"type":"a"}\r', b"", b"\n", b"", b"\r", b"", b"\n")
@@ -4454,9 +4477,7 @@ class EventDecoderTests(unittest.TestCase):
             with self.subTest(data=data):
                 decoder = claude_gateway.EventDecoder()
                 good = b'data: {"type":"a"}\n\n'
-                self.assertEqual(decoder.feed(good + data + good), [{"type": "a"}])
-                for tell in (decoder.check, decoder.close, lambda decoder=decoder: decoder.feed(good)):
-                    self.assertRaises(claude_gateway.UpstreamFault, tell)
+                self.assertEqual(events_until_fault(decoder, good + data + good), ([{"type": "a"}], True))
 
     def test_an_event_without_end_is_a_fault_of_the_upstream(self):
         much = b"x" * 999_990
@@ -4464,17 +4485,17 @@ class EventDecoderTests(unittest.TestCase):
                             ("comments", b": " + much + b"\n\n"), ("fields", b"id: 1\n\n" + much)):
             with self.subTest(name):
                 decoder = claude_gateway.EventDecoder()
-                decoder.feed(b'data: {"type":"a"}\n\n' * 3)
+                self.assertEqual(len(list(decoder.feed(b'data: {"type":"a"}\n\n' * 3))), 3)
                 with self.assertRaisesRegex(claude_gateway.UpstreamFault, "more than 32000000 bytes"):
                     for _ in range(40):
-                        self.assertEqual(decoder.feed(piece), [])
+                        self.assertEqual(list(decoder.feed(piece)), [])
 
     def test_events_may_be_large_and_many_together(self):
         decoder = claude_gateway.EventDecoder()
         large = b'data: {"type":"a","x":"%s"}\n\n' % (b"x" * 20_000_000)
         for _ in range(2):
             for at in range(0, len(large), 4_000_000):
-                events = decoder.feed(large[at:at + 4_000_000])
+                events = list(decoder.feed(large[at:at + 4_000_000]))
             self.assertEqual([event["type"] for event in events], ["a"])
 
     def test_an_event_nested_without_end_is_a_fault_of_the_upstream(self):
@@ -5025,7 +5046,7 @@ class HotPathTests(unittest.TestCase):
                     self.assertEqual({(event["type"], event["index"]) for event in events}, {(deltas[0]["type"], 3)})
                     self.assertEqual("".join(event["delta"]["text"] for event in events), wanted)
                     self.assertEqual(len(events) == 1, size == len(data))
-                    self.assertEqual(decoder.feed(sse([stop])) + decoder.close(), [stop])
+                    self.assertEqual([*decoder.feed(sse([stop])), *decoder.close()], [stop])
 
     def test_only_text_deltas_of_one_block_with_nothing_between_them_are_joined(self):
         def delta(words: str, block_index: int = 0) -> bytes:
@@ -5041,19 +5062,18 @@ class HotPathTests(unittest.TestCase):
                                   ("no JSON", delta("a") + delta("b").replace(b'"b"', b'"\\x"'), 1)):
             with self.subTest(name):
                 plain, joining = claude_gateway.EventDecoder(), claude_gateway.EventDecoder(joining=True)
-                one_by_one, events = plain.feed(data), joining.feed(data)
+                one_by_one, (events, faulty) = events_until_fault(plain, data), events_until_fault(joining, data)
                 self.assertEqual(len(events), count)
-                if count > 1:
-                    self.assertEqual(events, one_by_one)
-                if name in ("a number that is none", "no JSON"):
-                    self.assertEqual(events, one_by_one)
-                    self.assertRaises(claude_gateway.UpstreamFault, joining.check)
+                self.assertEqual(faulty, name in ("a number that is none", "no JSON"))
+                if count > 1 or faulty:
+                    self.assertEqual((events, faulty), one_by_one)
 
     def test_a_long_answer_of_joined_text_deltas_is_no_long_event(self):
         decoder = claude_gateway.EventDecoder(joining=True)
         data = sse([{"type": "content_block_delta", "index": 0,
                      "delta": {"type": "text_delta", "text": "x" * (claude_gateway.MAX_UPSTREAM_BODY // 4)}}])
-        self.assertEqual([len(decoder.feed(data)) for _ in range(6)], [1] * 6)
+        for half, count in [(data[:-9], 0), (data[-9:], 1)] * 6:
+            self.assertEqual(len(list(decoder.feed(half))), count)
 
     def test_text_deltas_that_are_no_json_are_refused(self):
         good = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}'
@@ -5077,7 +5097,7 @@ class HotPathTests(unittest.TestCase):
                 {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}])]
             for chunk in chunks:
                 with self.subTest(model=model, chunk=str(chunk)[:300]):
-                    self.assertEqual(stream.json_of(chunk), claude_gateway.client_json(chunk))
+                    self.assertEqual(stream.event_bytes(chunk), claude_gateway.data_event(chunk))
 
 
 def work_of(work) -> int:
@@ -9726,14 +9746,14 @@ class EventLoopTests(unittest.TestCase):
         self.addCleanup(self.loop.close)
         self.ended, self.failures = threading.Event(), []
 
-    def another(self, *steps, wait=None):
+    def another(self, steps):
         """A stream of these steps to a client of its own; what went wrong with it, once `failed` is set."""
         ours, user = socket.socketpair()
         self.addCleanup(ours.close)
         self.addCleanup(user.close)
         failures, failed = [], threading.Event()
         stream = claude_gateway.RunningStream(
-            claude_gateway.Client(claude_gateway.Peer(ours)), *steps, wait,
+            claude_gateway.Client(claude_gateway.Peer(ours)), steps,
             lambda over, failure: failures.append(failure) or failed.set())
         return stream, failures, failed
 
@@ -9749,9 +9769,9 @@ class EventLoopTests(unittest.TestCase):
                 try:
                     heard = self.upstream.recv(1_000_000)
                 except BlockingIOError:
-                    yield self.wait_for_upstream(patience)
+                    yield b"", self.wait_for_upstream(patience)
                     continue
-                yield heard
+                yield heard, None
                 if heard.endswith(b"."):
                     return
 
@@ -9761,11 +9781,11 @@ class EventLoopTests(unittest.TestCase):
         self.peer = claude_gateway.Peer(self.client)
         client = claude_gateway.Client(self.peer, limits)
         client.idle_comment = keep_alive
-        return claude_gateway.RunningStream(client, steps or words(), self.wait_for_upstream(patience), end)
+        return claude_gateway.RunningStream(client, steps or words(), end)
 
     def test_the_loop_goes_on_after_a_stream_that_never_waits(self):
         """It is never due, and the selector of Python takes no infinite time."""
-        busy, failures, failed = self.another(iter([b"x"] * 100))
+        busy, failures, failed = self.another(repeat((b"x", None), 100))
         self.loop._streams.add(busy)
         self.loop._check()
         self.loop._streams.clear()
@@ -9773,7 +9793,7 @@ class EventLoopTests(unittest.TestCase):
         self.loop.add(busy)
         self.assertTrue(failed.wait(5))
         self.assertEqual(failures, [None])
-        again, failures, failed = self.another(iter([b"x"]))
+        again, failures, failed = self.another(iter([(b"x", None)]))
         self.loop.add(again)
         self.assertTrue(failed.wait(5), "the loop has died")
 
@@ -9829,6 +9849,19 @@ class EventLoopTests(unittest.TestCase):
         self.assertEqual(received_until(self.user, b"."), much)
         self.assertTrue(self.ended.wait(10))
 
+    def test_while_the_client_does_not_read_the_upstream_is_not_waited_for(self):
+        much = b"x" * 5_000_000
+
+        def steps():
+            yield much, self.wait_for_upstream(0.05)
+            yield self.upstream.recv(10), None
+        self.loop.add(self.stream(steps=steps()))
+        self.assertFalse(self.ended.wait(0.1))
+        self.claude.sendall(b".")
+        self.assertEqual(received_until(self.user, b"."), much + b".")
+        self.assertTrue(self.ended.wait(10))
+        self.assertEqual(self.failures, [None])
+
     def test_a_client_that_never_reads_is_given_up(self):
         self.claude.settimeout(None)
         self.loop.add(self.stream(limits=Limits(write_timeout=0.05)))
@@ -9846,7 +9879,7 @@ class EventLoopTests(unittest.TestCase):
     def test_a_failure_in_one_stream_is_told_to_that_stream_only(self):
         def failing():
             raise RuntimeError("broken")
-            yield b""
+            yield b"", None
         self.loop.add(self.stream())
         stream, failures, failed = self.another(failing())
         self.loop.add(stream)
@@ -9860,7 +9893,7 @@ class EventLoopTests(unittest.TestCase):
 
         def always():
             while not endless.is_set():
-                yield b""
+                yield b"", None
         self.addCleanup(endless.set)
         self.loop.add(self.another(always())[0])
         self.loop.add(self.stream())
@@ -9872,11 +9905,11 @@ class EventLoopTests(unittest.TestCase):
         registered, stop = [], threading.Event()
 
         def steps():
-            yield self.wait_for_upstream()
+            yield b"", self.wait_for_upstream()
             while not stop.is_set():
                 registered.append(len(stream.registered))
-                yield b""
-            yield b"."
+                yield b"", None
+            yield b".", None
         stream = self.stream(limits=Limits(keepalive_interval=0.01), steps=steps())
         self.loop.add(stream)
         self.claude.sendall(b"!")
@@ -9889,7 +9922,7 @@ class EventLoopTests(unittest.TestCase):
     def test_a_stream_whose_sockets_cannot_be_watched_leaves_nothing_behind(self):
         self.loop.add(self.stream())                    # its upstream is registered ...
         # ... so that this stream cannot have it, too
-        stream, failures, failed = self.another(repeat(self.wait_for_upstream()))
+        stream, failures, failed = self.another(repeat((b"", self.wait_for_upstream())))
         self.loop.add(stream)
         self.assertTrue(failed.wait(10))
         self.assertIsInstance(failures[0], KeyError)
@@ -12516,7 +12549,7 @@ class ConnectionTests(HttpTestCase):
         peer = claude_gateway.Peer(ours)
         with theirs:
             theirs.sendall(b"one")
-            self.assertEqual([peer.read(), peer.read(), peer.read()], [None, b"one", None])
+            self.assertEqual([peer.read(), peer.drained, peer.read()], [b"one", True, None])
             theirs.sendall(b"three")
             peer.unread += b"two"
             self.assertEqual([peer.read_within(5), peer.read_within(5)], [b"two", b"three"])
@@ -15329,7 +15362,7 @@ class RecordedAnswerTests(GatewayTestCase):
                     stream = claude_gateway.ChatStream({"id": "chatcmpl-1", "created": 1}, plan, assembler, True)
                     events = [event for at in range(0, len(body), size) for event in decoder.feed(body[at:at + size])]
                     chunks = []
-                    for event in events + decoder.close():
+                    for event in [*events, *decoder.close()]:
                         assembler.feed(event)
                         chunks += stream.feed(event)
                     wholes.append(chunks + stream.finish())
