@@ -73,6 +73,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -4216,15 +4217,16 @@ class Counters:
         with self._lock:
             self._requests[route, summary["status"]] += 1
             self.seconds += summary["total_ms"] / 1000
-            if summary["error_code"]:
-                self._errors[summary["error_code"]] += 1
+            code = summary["error_code"]
+            if code:
+                self._errors[code] += 1
+                if code in self._error_texts or len(self._error_texts) < 200:
+                    self._error_texts[code] = summary["error"]
             if route not in MONITORING:
                 self._last.appendleft(summary)
                 for field, totals in self._totals.items():
                     name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
                     totals[name or "-"].update(counts)
-                if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
-                    self._error_texts[summary["error_code"]] = summary["error"]
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
@@ -4251,7 +4253,7 @@ class Counters:
                     "tokens": dict(self._tokens),
                     "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
                     "recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": without(self._error_texts, "")}
+                    "error_texts": dict(self._error_texts)}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -7382,7 +7384,7 @@ def status_data(gateway: Gateway) -> dict:
         "started_at": round(counters.started), "aliases": dict(gateway.config.alias),
         "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
         "credential": credential.facts() if credential else None,
-        "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
+        "trouble": trouble and dict(trouble, message=masked(as_typed(trouble["message"]), gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
         "requests": {"total": totals["requests"], "running": max(0, gateway.running.count - 1)},    # without this one
         "errors": totals["errors"], "tokens": totals["tokens"],
@@ -7521,8 +7523,8 @@ PAGE = """<!doctype html>
       <details id="setup"><summary class="note">Settings for a tool</summary>
         <select id="tool" aria-label="Tool"></select> <button data-copy="settings">copy</button>
         <pre id="settings"></pre></details></section>
+    <section class="wide" data-card="errors"><h2>Errors</h2><dl id="errors"></dl></section>
     <section><h2>Requests</h2><b id="requests"></b><p id="running"></p></section>
-    <section data-card="errors"><h2>Errors</h2><dl id="errors"></dl></section>
     <section data-card="used"><h2>Cost</h2><b id="cost"></b><p id="saved"></p></section>
     <section data-card="used"><h2>Cache</h2><b id="share"></b><p>of all input was read from Claude's cache</p></section>
     <section data-card="used"><h2>Tokens</h2><dl id="tokens"></dl></section>
@@ -8573,11 +8575,14 @@ def wants_colour(stream: Any) -> bool:
     return bool(getattr(stream, "isatty", bool)()) and os.environ.get("TERM") != "dumb" and os.name != "nt"
 
 
-def columns_of_terminal() -> int:
-    """The width of the terminal that standard error is, 0 where it is none."""
+def columns_of_terminal(stream: Any = None) -> int:
+    """The width of the terminal that a stream, or else standard error, is; 0 where it is none."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size((stream or sys.stderr).fileno()).columns
     return 0
+
+
+WHOLE_LINE = 185                                    # columns of a request's line with Claude's request id
 
 
 class LogFormatter(logging.Formatter):
@@ -8593,7 +8598,7 @@ class LogFormatter(logging.Formatter):
         payload = getattr(record, "payload", None)
         short: Any = getattr(record, "short", None)         # makes the line for a narrow terminal
         columns = self._columns() if short and self._columns and not self.as_json else 0
-        if 0 < columns < len(record.getMessage()) + 9:          # 9: the time
+        if 0 < columns < WHOLE_LINE:
             record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
         message = as_typed(super().format(record) if record.exc_info else record.getMessage()) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
@@ -8691,6 +8696,12 @@ def print_json(value: Any) -> None:
     print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
 
 
+def within(text: str, columns: int, indent: int = 13) -> str:
+    """Lines broken between words to fit a terminal, 0 for none, which go on with an indent."""
+    return "\n".join(textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False,
+                                   break_on_hyphens=False) if columns else line for line in text.split("\n"))
+
+
 def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
     """A table; the texts of each column stand at this side of it, "<" or ">"."""
     rows = [[*map(visible, row)] for row in rows]
@@ -8747,7 +8758,7 @@ OPTIONS = (
     Option("minimal", "log method, path, status and time only", "m"),
     Option("quiet", "log nothing", "q"),
     Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "kind of credential to use (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
+    Option("auth", "auto, api-key or oauth: the kind of credential to use (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
     Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
     Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True),
     Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
@@ -9017,7 +9028,7 @@ def port_finding(config: Config) -> Finding:
         socket.create_server((host, config.port), family=family).close()
     except OSError as fault:
         host = "" if config.host == "localhost" else " --host " + config.host
-        return Finding("Port", "%d: %s" % (config.port, fault.strerror or fault),
+        return Finding("Port", "%d: %s" % (config.port, str(fault.strerror or fault).split(" (while ")[0]),
                        "claude-gateway start --port %d%s" % (config.port % 65_535 + 1, host), PORT_IN_USE)
     return Finding("Port", "%d is free" % config.port)
 
@@ -9259,8 +9270,8 @@ About signing in with a Claude account (Pro, Max, Team)
   credentials or session tokens; signing in to the unmodified Claude Code is
   left to users. Using such a token in another program, like this one, violates
   them: requests may be refused or billed as extra usage, and your account may
-  be closed without notice. An API key (`claude-gateway login --api-key`, from
-  https://platform.claude.com) is always fine.
+  be closed without notice. An API key from https://platform.claude.com is
+  always fine: `claude-gateway login --api-key` stores it.
 
   What this program uses of Claude Code: its public OAuth client id, its
   redirect page, and one system block that such tokens are known to require.
@@ -9694,12 +9705,24 @@ def status_text(running: dict, key_source: str) -> str:
                                     *running["cost"]["without_price"]])),
         ("Cache", "%d %% of all input, which %s %s" % (cache["share_percent"], "cost" if cache["saved_usd"] < 0 else
                                                        "saved", dollars(abs(cache["saved_usd"])))),
-        *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())])
+        ("Errors", ", ".join("%d %s" % (count, code) for code, count in running["errors"].items()))])
     for limit in running["limits"]:
         bar, left = "#" * round(20 * min(1.0, limit["used"])), (limit["resets_at"] or 0) - time.time()
         lines.append("%-24s [%s] %d %%%s" % (limit["title"], bar.ljust(20, "."), round(100 * limit["used"]),
                                              ", reset in " + duration_text(left) if left > 0 else ""))
     return "\n".join(lines)
+
+
+def requests_text(recent: list[dict], columns: int) -> str:
+    """A table of requests, each with its error and changes below it; shorter on a narrow terminal."""
+    rows, sides = [[*REQUEST_COLUMNS], *(each["row"] for each in recent)], "<<<<>>>>>"
+    if 0 < columns < 120:
+        rows = [[*row[:2], *(re.sub(r"^(.* -> )?(claude-|/v1/)?|-\d{8}$| stream$", "", cell)[:18] for cell in row[2:4]),
+                 *row[4:6], row[7]] for row in rows]
+    head, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
+    notes = (for_terminal("; ".join(filter(None, [each["error"], each["changes"]]))) for each in recent)
+    return "\n".join([head, *(within(line + ("\n          " + note) * bool(note), columns, 10)
+                              for line, note in zip(lines, notes))])
 
 
 def status_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -9712,11 +9735,11 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
         if parsed.json:
             print_json(dict({"running": True, "credential": None}, **running))
             return OK
-        print(for_terminal(status_text(running, source)))
+        columns = columns_of_terminal(sys.stdout)
+        print(within(for_terminal(status_text(running, source)), columns))
         if parsed.requests and "totals" in running:
-            last = [[*each["row"], each["error"], each["changes"]] for each in running["recent"]]
             print("", *(in_columns("<>>>>>>", table) + "\n" for table in running["totals"]),
-                  in_columns("<<<<>>>>><<", [[*REQUEST_COLUMNS, "", ""], *last]), sep="\n")
+                  requests_text(running["recent"], columns), sep="\n")
         return OK
     try:
         credential = credential_from_config(config, Upstream(config, "").post_json)
@@ -9929,7 +9952,7 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "alias", "demo", "program"]),
     "login": (login_command, "sign in with a Claude account, or store an API key",
               ["--api-key", "--no-browser", "token-file"]),
-    "logout": (logout_command, "delete the stored login", ["token-file"]),
+    "logout": (logout_command, "delete the stored login and API key", ["token-file"]),
     "status": (status_command, "show what the running gateway does", ["--json", "--requests", *AT_HAND]),
     "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
     "models": (models_command, "list the models and aliases",
@@ -9982,7 +10005,7 @@ http://localhost:%d/v1.
   # with your API key:
   ANTHROPIC_API_KEY=... claude-gateway start""" % DEFAULT_PORT
 # What the help of a command ends with
-EPILOGS = {"login": TERMS, "start": """\
+EPILOGS = {"login": TERMS, "usage": "The running gateway writes it once a minute.", "start": """\
 Every option can also be set in the environment: CLAUDE_GATEWAY_PORT for --port,
 and so on. A flag wins over its variable."""}
 
@@ -10005,7 +10028,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
             known = {name.lstrip("-"): name for name in [*self.commands, *self._option_string_actions]}
-            nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1)
+            nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1, cutoff=0.7)
             message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else
                                           " The commands are %s." % ", ".join(self.commands) if self.commands else "")
         super().error(as_typed(message.replace("SHELL, typed", "SHELL")))     # the hidden one is not required
@@ -10029,13 +10052,13 @@ class Parser(argparse.ArgumentParser):
 
 def argument_parser() -> Parser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="claude-gateway", description=as_typed(DESCRIPTION), formatter_class=raw)
+    parser = Parser(prog=as_typed("claude-gateway x")[:-2], description=as_typed(DESCRIPTION), formatter_class=raw)
     # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(parser=parser)              # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (_, help_text, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text, epilog=EPILOGS.get(name),
+        command = commands.add_parser(name, help=help_text, description=help_text, epilog=as_typed(EPILOGS.get(name, "")),
                                       formatter_class=raw)
         for option in OPTIONS:
             if option.name in arguments:

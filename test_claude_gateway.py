@@ -11847,6 +11847,9 @@ class StatusTests(GatewayTestCase):
                          ["/v1/nothing-%d" % number for number in range(54, 4, -1)])
         self.assertEqual(len(data["by_tool"]), 55)
         self.assertEqual(data["by_model"], {})
+        self.ask("POST", "/", {})
+        self.settle()
+        self.assertEqual(list(self.status()["error_texts"]), [*self.status()["errors"]])    # its text is kept, too
 
     def test_totals_of_any_number_of_tools_and_errors_stay_bounded(self):
         counters = claude_gateway.Counters()
@@ -13190,6 +13193,7 @@ class LogTests(GatewayTestCase):
                 claude_gateway.log_request_record(each, Config())
         for columns, lines in ((80, ["200 chat/completions aider opus-5-5 118918>388 99% 1.7s",
                                      "404 GET models - 0.0s  Not here: --allow-host x"]),
+                               (150, ["200 chat/completions ", "404 GET models "]),     # all of them look the same
                                (200, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"]),
                                (0, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"])):
             formatter = claude_gateway.LogFormatter(list, False, columns=lambda: columns)
@@ -13652,6 +13656,7 @@ class DoctorTests(GatewayTestCase):
                 finding = next(each for each in json.loads(said) if each["level"] == "failed")
                 self.assertEqual((code, finding["name"]), (wanted, name), said)
                 self.assertIn(step, finding["step"])
+                self.assertNotIn(" (while ", finding["detail"])
 
     def test_doctor_goes_on_without_the_network(self):
         with contextlib.closing(socket.socket()) as unused, tempfile.TemporaryDirectory() as folder:
@@ -14158,9 +14163,18 @@ class StartTests(CommandTestCase):
                            CLAUDE_GATEWAY_TOKEN_FILE=self.expired_login())
         typed = "%s %s login" % (os.path.basename(sys.executable), PROGRAM)
         self.assertIn("run `%s`" % typed, self.chat().error["message"])
+        status = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        self.assertIn("run `%s`" % typed, status["trouble"]["message"])
         self.assertEqual(child.end(signal.SIGTERM), 0)
         self.assertIn("run `%s`" % typed, child.err)
         self.assertNotIn("claude-gateway login", child.err)
+
+    def test_help_names_the_program_as_it_was_typed(self):
+        code, said, _ = run_process("login", "--help")
+        typed = "%s %s login" % (os.path.basename(sys.executable), PROGRAM)
+        self.assertEqual((code, said[:len(typed) + 7]), (0, "usage: " + typed))
+        self.assertIn("`%s --api-key`" % typed, said)
+        self.assertNotIn("claude-gateway login", said)
 
     def expired_login(self) -> str:
         claude_gateway.TokenFile(self.token_path).write(stored_token(expires_at=1, refresh_token=""))
@@ -14708,10 +14722,12 @@ class DailyCommandTests(GatewayTestCase):
         self.assertEqual(by_tool.split("\n")[:2], ["tool   requests  errors  tokens in  cached  tokens out     cost",
                                                    "aider         1       0      1,000      0%          20  $0.0044"])
         self.assertRegex(by_model, r"\nclaude-opus-5-5 +1 +0 +1,000 ")
-        heads, failed, answered = last.rstrip("\n").split("\n")
-        self.assertRegex(failed, r"\A[\d:]{8}  curl   no-such-model    404 +\d+ / \d+ ms  The model ")
+        heads, failed, error, answered, changes = last.rstrip("\n").split("\n")
+        self.assertRegex(failed, r"\A[\d:]{8}  curl   no-such-model    404 +\d+ / \d+ ms\Z")
+        self.assertRegex(error, r"\A {10}The model ")
         self.assertRegex(answered, r"\A[\d:]{8}  aider  claude-opus-5-5  200 +1,000 +0% +20  \$0\.0044 +"
-                                   r"\d+ / \d+ ms +dropped seed")
+                                   r"\d+ / \d+ ms\Z")
+        self.assertRegex(changes, r"\A {10}dropped seed")
         self.assertEqual({heads.index("status"), failed.index("404"), answered.index("200")}, {failed.index("404")})
         self.assertNotIn("1 requests", said)
         self.chat(model="no\x1b[2J\u202e-model")
@@ -14722,6 +14738,21 @@ class DailyCommandTests(GatewayTestCase):
             self.assertNotRegex(said, "[\x1b\u202e]")
         said = run_command("status", "--json", "-p", str(self.service.port))[1]
         self.assertEqual(json.loads(said)["recent"][0]["status"], 404)
+
+    def test_the_last_requests_fit_a_narrow_terminal(self):
+        self.chat(headers={"user-agent": "an-extraordinary-tool/1"}, model="claude-sonnet-4-5-20250929", stream=True,
+                  seed=1, logit_bias={"1": 1}, user="u", n=1, presence_penalty=1, frequency_penalty=1)
+        self.ask("POST", "/v1/embeddings", {})
+        self.service.gateway.running.wait_until_idle(10)
+        running = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        said = claude_gateway.requests_text(running["recent"], 80)
+        self.assertEqual([line for line in said.split("\n") if len(line) > 80], [])
+        self.assertRegex(said, r"\Atime +tool +model +status  tokens in  cached +cost\n")
+        self.assertRegex(said, r"\n[\d:]{8}  -  +embeddings +404\n {10}Claude has no embeddings")
+        self.assertRegex(said, r"\n[\d:]{8}  an-extraordina  sonnet-4-5  200 +[\d,]+ +\d+%  \$[\d.]+\n {10}dropped ")
+        status = claude_gateway.within(claude_gateway.status_text(running, ""), 80)
+        self.assertEqual([line for line in status.split("\n") if len(line) > 80], [])
+        self.assertRegex(status, r"\nModels: .*\n {13}claude-")
 
     def test_another_program_on_the_port_is_said_to_be_one(self):
         with contextlib.closing(socket.socket()) as silent, LoopbackServer(
@@ -14927,7 +14958,7 @@ class CommandLineTests(CommandTestCase):
                 (["stat"], "start", ""), (["start", "--prot", "1"], "--port", "start "), (["docter"], "doctor", ""),
                 (["setup", "open-webi"], "open-webui", "setup "), (["start", "--bogus"], "", "start "),
                 (["status", "--jsn"], "--json", "status "), (["status", "--demoo"], "", "status "),
-                (["what"], "", ""), (["completion", "basch"], "", "completion "), (["help"], "--help", ""),
+                (["what"], "", ""), (["completion", "basch"], "", "completion "), (["help"], "--help", ""), (["start", "hello"], "", "start "),
                 (["version"], "--version", "")):
             with self.subTest(arguments=arguments):
                 done = outcome_of(arguments, {}, "")
