@@ -7333,7 +7333,8 @@ def filled(config: Config, path_form: Callable[[str], str] = str, between: str =
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
-            "ENV_KEY": 'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
+            "ENV_KEY": '# in the environment: OPENAI_API_KEY=YOUR-GATEWAY-KEY\n'
+                       'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
             "START": between.join(arguments), "PYTHON": path_form(python),
             "PYTHONW": path_form(re.sub(r"python(\.exe)?$", r"pythonw\1", python)),
             "FILE": path_form(own_file() or "/path/to/claude_gateway.py"), "HOME": path_form(os.path.expanduser("~"))}
@@ -9602,7 +9603,7 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     if program == "opencode":                       # reads what is else its file from a variable
         return dict(variables, OPENCODE_CONFIG_CONTENT=text), []
     if program == "codex":                          # and this one each line of it as an option
-        return variables, [word for line in text.strip().split("\n") for word in ("-c", line.replace(" = ", "="))]
+        return variables, [word for line in re.findall(r"(?m)^\w.*", text) for word in ("-c", line.replace(" = ", "="))]
     for line in text.replace("\\\n", "").split("\n"):
         words = shlex.split(line)
         if words[:1] == ["export"]:

@@ -11664,7 +11664,9 @@ class SetupTests(unittest.TestCase):
         for name in claude_gateway.TOOL_SETTINGS:
             self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
         self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
-        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('.env_key = "OPENAI_API_KEY"'))
+        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith(
+            '\n# in the environment: OPENAI_API_KEY=YOUR-GATEWAY-KEY\n'
+            'model_providers.gateway.env_key = "OPENAI_API_KEY"'))
         for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
                       "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
             self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
@@ -14494,8 +14496,8 @@ class RunTests(CommandTestCase):
                 self.assertEqual(arguments, options)
                 self.assertLessEqual(set(added.items()), set(variables.items()))
         variables, arguments = claude_gateway.ready_made("codex", Config(api_key=("the-key",)))
-        self.assertEqual((variables["OPENAI_API_KEY"], arguments[-1]),
-                         ("the-key", 'model_providers.gateway.env_key="OPENAI_API_KEY"'))
+        self.assertEqual((variables["OPENAI_API_KEY"], arguments[-1], len(arguments)),
+                         ("the-key", 'model_providers.gateway.env_key="OPENAI_API_KEY"', 12))
         settings = json.loads(claude_gateway.ready_made("opencode", config)[0]["OPENCODE_CONFIG_CONTENT"])
         self.assertEqual(settings["provider"]["gateway"]["options"], {"baseURL": base, "apiKey": "none"})
 
