@@ -1471,7 +1471,7 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
             if declared.startswith("image/"):       # SVG
                 draft.changes.add("changed", path, "%s to text" % declared)
             return text_document(text, title)
-    known = declared in ("application/pdf", *IMAGE_TYPES)
+    known = declared in ("application/pdf", *IMAGE_TYPES) or declared.startswith("text/")
     raise InvalidRequest("%s: Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
         path, "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"),
         path, "unsupported_file")
@@ -8697,7 +8697,7 @@ def print_json(value: Any) -> None:
     print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
 
 
-def within(text: str, columns: int, indent: int = 13) -> str:
+def lines_within(text: str, columns: int, indent: int = 13) -> str:
     """Lines broken between words to fit a terminal, 0 for none, which go on with an indent."""
     return "\n".join(textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False,
                                    break_on_hyphens=False) if columns else line for line in text.split("\n"))
@@ -8996,7 +8996,8 @@ def local_answer(config: Config, body: dict | None = None, key: str = "", timeou
                  path: str = "/") -> Iterator[http.client.HTTPResponse]:
     """What this machine's port answers to GET, or to a chat completion request; a key is sent only if given."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": "ask", **({"authorization": "Bearer " + key} if key else {})}
+    headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway",
+               **({"authorization": "Bearer " + key} if key else {})}
     with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
         connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
@@ -9718,11 +9719,11 @@ def requests_text(recent: list[dict], columns: int) -> str:
     """A table of requests, each with its error and changes below it; shorter on a narrow terminal."""
     rows, sides = [[*REQUEST_COLUMNS], *(each["row"] for each in recent)], "<<<<>>>>>"
     if 0 < columns < 120:
-        rows = [[*row[:2], *(re.sub(r"^(.* -> )?(claude-|/v1/)?|-\d{8}$| stream$", "", cell)[:18] for cell in row[2:4]),
-                 *row[4:6], row[7]] for row in rows]
+        needless = re.compile(r"^(.* -> )?(claude-|/v1/)?|-\d{8}$| stream$")
+        rows = [[*row[:2], *(needless.sub("", cell)[:18] for cell in row[2:4]), *row[4:6], row[7]] for row in rows]
     head, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
     notes = (for_terminal("; ".join(filter(None, [each["error"], each["changes"]]))) for each in recent)
-    return "\n".join([head, *(within(line + ("\n          " + note) * bool(note), columns, 10)
+    return "\n".join([head, *(lines_within(line + ("\n          " + note) * bool(note), columns, 10)
                               for line, note in zip(lines, notes))])
 
 
@@ -9737,7 +9738,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
             print_json(dict({"running": True, "credential": None}, **running))
             return OK
         columns = columns_of_terminal(sys.stdout)
-        print(within(for_terminal(status_text(running, source)), columns))
+        print(lines_within(for_terminal(status_text(running, source)), columns))
         if parsed.requests and "totals" in running:
             print("", *(in_columns("<>>>>>>", table) + "\n" for table in running["totals"]),
                   requests_text(running["recent"], columns), sep="\n")
@@ -10059,8 +10060,8 @@ def argument_parser() -> Parser:
     parser.set_defaults(parser=parser)              # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (_, help_text, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text, epilog=as_typed(EPILOGS.get(name, "")),
-                                      formatter_class=raw)
+        command = commands.add_parser(name, help=help_text, description=help_text, formatter_class=raw,
+                                      epilog=as_typed(EPILOGS.get(name, "")))
         for option in OPTIONS:
             if option.name in arguments:
                 kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {

@@ -2584,7 +2584,7 @@ class ContentPartTests(RequestTestCase):
 
     def test_an_image_that_is_none_is_told_what_it_claimed_to_be(self):
         for declared, words in (("image/png", "this is declared image/png, but its bytes are none of these."),
-                                ("image/bmp", "this is image/bmp."),
+                                ("image/bmp", "this is image/bmp."), ("text/plain", "this is declared text/plain, "),
                                 ("application/pdf", "is declared application/pdf, ")):
             with self.subTest(declared), self.assertRaises(claude_gateway.InvalidRequest) as raised:
                 claude_gateway.blocks_from_base64("AAAA", declared, "", "image", None)
@@ -14377,7 +14377,9 @@ class AskTests(CommandTestCase):
         done = self.command("ask", "--model", "quick", typed="Hello?\n", **variables)
         self.assertEqual((done.code, done.out, done.err), (0, "Again\n", ""))
         self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
-        self.assertIn('"tool": "ask"', self.command("status", "--json", **variables).out)
+        self.assertRegex(self.command("models", **variables).out, "(?m)^quick ")
+        recent = json.loads(self.command("status", "--json", **variables).out)["recent"]
+        self.assertEqual([each["tool"] for each in recent], ["claude-gateway", "ask"])
         self.claude.play(message(text("{}")))
         whole = self.command("ask", "--json", "Hello", **variables)
         self.assertEqual(json.loads(whole.out)["choices"][0]["message"]["content"], "{}")
@@ -14752,7 +14754,7 @@ class DailyCommandTests(GatewayTestCase):
         self.assertRegex(said, r"\Atime +tool +model +status  tokens in  cached +cost\n")
         self.assertRegex(said, r"\n[\d:]{8}  -  +embeddings +404\n {10}Claude has no embeddings")
         self.assertRegex(said, r"\n[\d:]{8}  an-extraordina  sonnet-4-5  200 +[\d,]+ +\d+%  \$[\d.]+\n {10}dropped ")
-        status = claude_gateway.within(claude_gateway.status_text(running, ""), 80)
+        status = claude_gateway.lines_within(claude_gateway.status_text(running, ""), 80)
         self.assertEqual([line for line in status.split("\n") if len(line) > 80], [])
         self.assertRegex(status, r"\nModels: .*\n {13}claude-")
 
@@ -14960,7 +14962,8 @@ class CommandLineTests(CommandTestCase):
                 (["stat"], "start", ""), (["start", "--prot", "1"], "--port", "start "), (["docter"], "doctor", ""),
                 (["setup", "open-webi"], "open-webui", "setup "), (["start", "--bogus"], "", "start "),
                 (["status", "--jsn"], "--json", "status "), (["status", "--demoo"], "", "status "),
-                (["what"], "", ""), (["completion", "basch"], "", "completion "), (["help"], "--help", ""), (["start", "hello"], "", "start "),
+                (["what"], "", ""), (["completion", "basch"], "", "completion "), (["help"], "--help", ""),
+                (["start", "hello"], "", "start "),
                 (["version"], "--version", "")):
             with self.subTest(arguments=arguments):
                 done = outcome_of(arguments, {}, "")
