@@ -8759,7 +8759,7 @@ OPTIONS = (
     Option("minimal", "log method, path, status and time only", "m"),
     Option("quiet", "log nothing", "q"),
     Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "credential: auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
+    Option("auth", "auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
     Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
     Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True),
     Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
