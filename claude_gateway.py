@@ -9773,8 +9773,9 @@ def usage_command(parsed: argparse.Namespace, config: Config) -> int:
                     for name, figures in groups.items()])
         return OK
     total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
-    rows = [[name, *usage_row(figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"],
-                              figures["output"], figures["usd"]), "+ unknown" * bool(figures["without_price"])]
+    rows = [[name or "-", *usage_row(
+        figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"], figures["output"],
+        figures["usd"]), "+ unknown" * bool(figures["without_price"])]
             for name, figures in [*groups.items(), *total.items()]]
     print(in_columns("<>>>>>><", [[parsed.by, *USAGE_COLUMNS, ""], *rows]))
     return OK

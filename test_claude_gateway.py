@@ -14648,10 +14648,12 @@ class UsageCommandTests(CommandTestCase):
         with open(path, encoding="utf-8") as file:
             rows = json.load(file)["rows"]
         pathlib.Path(path).write_text(json.dumps({"rows": rows + [old]}), "utf-8")
-        day, tool, key, all_days, wrong, nobody = self.commands(
+        day, tool, key, all_days, wrong, nobody, no_key = self.commands(
             (["usage"], {}), (["usage", "--by", "tool"], {}), (["usage", "--json", "--by", "model"], {}),
             (["usage", "--days", "30"], {}), (["usage", "--days", "0"], {}),
-            (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}))
+            (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}),
+            (["usage", "--by", "key"], {}))
+        self.assertRegex(no_key.out, "(?m)^- +2 ")
         self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") +
                          r" +2 +0 +[\d,]+ +0% +[\d,]+ +\$1.50  \+ unknown$")
         self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +\$1.50$")
