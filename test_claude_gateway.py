@@ -1583,6 +1583,20 @@ class HttpTestCase(GatewayTestCase):
         return connection, release
 
 
+@functools.lru_cache(None)
+def imported() -> str:
+    """What a child runs first.  The compiled program is kept: compiling takes longer than most of what children do."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, True)
+    path = os.path.join(folder, "program")
+    code = compile(pathlib.Path(PROGRAM).read_bytes(), PROGRAM, "exec", dont_inherit=True, optimize=0)
+    pathlib.Path(path).write_bytes(marshal.dumps(code))
+    return ("import sys; sys.path[0] = %r; import marshal, types\n"
+            "claude_gateway = sys.modules['claude_gateway'] = types.ModuleType('claude_gateway')\n"
+            "claude_gateway.__file__ = %r\n"
+            "with open(%r, 'rb') as file: exec(marshal.load(file), vars(claude_gateway))\n" % (HERE, PROGRAM, path))
+
+
 # ==== The rooms of the gateway ======================================================================
 
 # ---- Configuration -----------------------------------------------------------------------------------
@@ -1872,8 +1886,7 @@ class JsonDoorTests(HttpTestCase):
 
     def test_no_depth_is_too_much_for_a_small_stack(self):
         """A thread has 128 KB of it on Alpine Linux; the parsers of all versions recurse further than that."""
-        done = subprocess.run([sys.executable, "-c", "import sys, threading; sys.path.insert(0, %r)\n"
-                               "import claude_gateway\n"
+        done = subprocess.run([sys.executable, "-c", imported() + "import threading\n"
                                "def parse():\n"
                                "    for text in '[', '{\"a\":', '[{\"a\":':\n"
                                "        try:\n"
@@ -1886,7 +1899,7 @@ class JsonDoorTests(HttpTestCase):
                                "            except claude_gateway.UpstreamFault as fault:\n"
                                "                print(fault.code)\n"
                                "threading.stack_size(128 << 10)\n"
-                               "threading.Thread(target=parse).start()" % os.path.dirname(PROGRAM)],
+                               "threading.Thread(target=parse).start()"],
                               stdout=subprocess.PIPE, timeout=60, check=False)
         self.assertEqual(done.stdout.decode().splitlines(), ["nested more than 200 deep", *["upstream_error"] * 2] * 3)
 
@@ -4329,7 +4342,9 @@ def agent_requests(turns: int):
 
 class AgentSessionTests(RequestTestCase):
     def test_at_least_98_percent_of_what_could_be_read_from_the_cache_is(self):
-        for model in BUILT_IN_MODELS.values():
+        kinds = {str(claude_gateway.replace(model, id="", released="", price=None, lifecycle="", retires="")): model
+                 for model in BUILT_IN_MODELS.values()}     # a model of each kind, whatever its name and price
+        for model in kinds.values():
             with self.subTest(model=model.id):
                 cache, read, readable, before = PromptCache(0), 0, 0, 0
                 for chat in agent_requests(30):
@@ -6861,8 +6876,8 @@ class RenewalTests(LoginStoreTestCase):
         self.file.write(stored_token(200))
         self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[0.3]))
         code = REFRESHING_CHILD.replace("for _", "login.access_token(); login.access_token()\nfor _")
-        child = subprocess.run([sys.executable, "-c", code, HERE, self.token_path, self.token_url, "0"], input=b"\n",
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        child = subprocess.run([sys.executable, "-c", imported() + code, self.token_path, self.token_url, "0"],
+                               input=b"\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
         self.assertEqual((child.returncode, child.stderr), (0, b""))
         self.assertEqual(self.stored()["refresh_token"], NEW_REFRESH)
 
@@ -7066,13 +7081,11 @@ class HealthTests(LoginStoreTestCase):
 
 
 REFRESHING_CHILD = """
-import sys
-sys.path.insert(0, sys.argv[1])
 from claude_gateway import Config, StoredLogin, TokenFile, Upstream
-login = StoredLogin(TokenFile(sys.argv[2]), sys.argv[3], Upstream(Config(), "child").post_json)
+login = StoredLogin(TokenFile(sys.argv[1]), sys.argv[2], Upstream(Config(), "child").post_json)
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(int(sys.argv[4])):
+for _ in range(int(sys.argv[3])):
     token = login.access_token()
     login.accepted({"authorization": "Bearer " + token})
     login.access_token(rejected=token)
@@ -7094,8 +7107,8 @@ class ProcessRaceTests(LoginStoreTestCase):
                 valid[0] = "r-%d" % number
                 return token_answer(access_token="a-%d" % number, refresh_token=valid[0], expires_in=1)
         self.claude.token_replies += [rotate] * 1_000
-        children = [subprocess.Popen([sys.executable, "-c", REFRESHING_CHILD, HERE, self.token_path, self.token_url,
-                                      "100"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        children = [subprocess.Popen([sys.executable, "-c", imported() + REFRESHING_CHILD, self.token_path,
+                                      self.token_url, "100"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                     for _ in range(2)]
         self.addCleanup(lambda: [child.kill() for child in children])
         for child in children:
@@ -7389,13 +7402,12 @@ class TokenFileTests(LoginStoreTestCase):
 
     @POSIX_ONLY
     def test_a_kill_at_any_moment_leaves_a_whole_file(self):
-        code = ("import sys; sys.path.insert(0, sys.argv[1]); from claude_gateway import TokenFile\n"
-                "file = TokenFile(sys.argv[2]); number = 0\n"
+        code = ("file = claude_gateway.TokenFile(sys.argv[1]); number = 0\n"
                 "while True:\n"
                 "    number += 1; file.write({'access_token': 'a' * 20_000, 'number': number})\n"
                 "    if number == 5: print('going', flush=True)\n")
         for _ in range(3):
-            child = subprocess.Popen([sys.executable, "-c", code, HERE, self.token_path], stdout=subprocess.PIPE)
+            child = subprocess.Popen([sys.executable, "-c", imported() + code, self.token_path], stdout=subprocess.PIPE)
             try:
                 self.assertEqual(child.stdout.readline().strip(), b"going")
             finally:
@@ -7491,10 +7503,9 @@ class UsageTests(UsageTestCase):
             self.assertEqual(counted["requests"], 2)
 
     def test_processes_that_write_at_once_lose_nothing(self):
-        code = ("import sys; sys.path.insert(0, sys.argv[1]); from claude_gateway import Usage\n"
-                "usage = Usage(sys.argv[2])\n"
+        code = ("usage = claude_gateway.Usage(sys.argv[1])\n"
                 "for turn in range(50): usage.add('tool', 'model', '', {'requests': 1}); usage.write()\n")
-        children = [subprocess.Popen([sys.executable, "-c", code, HERE, self.path]) for _ in range(3)]
+        children = [subprocess.Popen([sys.executable, "-c", imported() + code, self.path]) for _ in range(3)]
         self.assertEqual([child.wait(60) for child in children], [0] * 3)
         row, = claude_gateway.Usage(self.path).rows().values()
         self.assertEqual(row["requests"], 150)
@@ -12672,18 +12683,9 @@ def run_command(*arguments, given=b"", **variables):
 BY_PATH = (sys.executable, PROGRAM)                     # how a user starts it: Python compiles it every time
 
 
-@functools.lru_cache(None)
 def compiled() -> tuple:
-    """How to start it as if by its path, without compiling it, which takes longer than most of what is started."""
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, True)
-    path = os.path.join(folder, "program")
-    code = compile(pathlib.Path(PROGRAM).read_bytes(), PROGRAM, "exec", dont_inherit=True, optimize=0)
-    pathlib.Path(path).write_bytes(marshal.dumps(code))
-    start = ("import marshal, sys; sys.argv.pop(0); sys.path[0], __file__ = %r, sys.argv[0]\n"
-             "with open(%r, 'rb') as file: code = marshal.load(file)\n"
-             "exec(code)" % (HERE, path))
-    return (sys.executable, "-c", start, PROGRAM)
+    """How to start the program, as if by its path."""
+    return (sys.executable, "-c", imported() + "sys.argv.pop(0)\nsys.exit(claude_gateway.main())", PROGRAM)
 
 
 def run_process(*arguments, **variables):
