@@ -1589,7 +1589,7 @@ def imported() -> str:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, True)
     path = os.path.join(folder, "program")
-    code = compile(pathlib.Path(PROGRAM).read_bytes(), PROGRAM, "exec", dont_inherit=True, optimize=0)
+    code = compile(pathlib.Path(PROGRAM).read_bytes(), PROGRAM, "exec", dont_inherit=True)
     pathlib.Path(path).write_bytes(marshal.dumps(code))
     return ("import sys; sys.path[0] = %r; import marshal, types\n"
             "claude_gateway = sys.modules['claude_gateway'] = types.ModuleType('claude_gateway')\n"
