@@ -253,14 +253,13 @@ def count_in(value: Any, *path: str) -> int:
     return count_of(value_in(value, *path))
 
 
-UNPRINTABLE = re.compile(r"[^\x20-\x7e]")
 # control characters, line ends of Unicode, marks that turn the direction of text, halves of surrogate pairs
 UNSAFE_IN_LOG = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
-    return UNPRINTABLE.sub("?", value)[:limit]
+    return re.sub(r"[^\x20-\x7e]", "?", value)[:limit]
 
 
 def visible(text: str) -> str:
@@ -293,9 +292,7 @@ def own_file() -> str:
 
 def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
     """A text with every command of ours as it can be typed here: the script's path where it is not installed.
-
-    A lower-case word behind `claude-gateway` is a command: no prose puts one there.
-    """
+    A lower-case word behind `claude-gateway` is a command: no prose puts one there."""
     if powershell:
         text = re.sub(r"\bexport((?: \w+=\S+)+)", lambda line: re.sub(
             r" (\w+)=(\S+)", r'; $env:\1 = "\2"', line.group(1))[2:], text)
@@ -321,15 +318,6 @@ def unix_time(moment: str) -> int | None:
         return calendar.timegm(tuple(map(int, match.groups("0")))) if match else None
     except ValueError:
         return None
-
-
-def duration_until(moment: str) -> str:
-    """An RFC 3339 time as OpenAI writes resets: the time until then, such as "1m30s"."""
-    then = unix_time(moment)
-    if then is None:
-        return moment
-    seconds = max(0, round(then - time.time()))
-    return "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
 
 
 def is_address(name: str) -> bool:
@@ -388,7 +376,7 @@ class GatewayError(Exception):
         super().__init__(message)
         self.param = param
         self.code = code or self.code
-        self.headers = headers or {}
+        self.headers = dict(headers or {}, **{"x-should-retry": "false"} if self.code in FINAL_CODES else {})
 
     def reworded(self, message: str, **changes: str) -> GatewayError:
         """The same error with another message, and what else is other about it."""
@@ -402,8 +390,7 @@ class GatewayError(Exception):
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
         """Status, headers and body for clients that speak Anthropic's API."""
-        kind = next((name for name, (status, _, _) in CLAUDE_ERRORS.items() if status == self.status),
-                    type_of_status(self.status))
+        kind = {429: "billing_error", 503: "overloaded_error"}.get(self.status) or type_of_status(self.status)
         error = {"type": kind, "message": str(self)}
         return self.status, self.headers, {"type": "error", "error": error, "request_id": None}
 
@@ -431,9 +418,6 @@ class CredentialNeeded(GatewayError):
     """The gateway's own credential is missing or dead: only its owner can fix that, no retry can."""
     status, kind, code = 401, "authentication_error", "upstream_authentication"
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, headers={"x-should-retry": "false"})
-
 
 class UpstreamFault(GatewayError):
     """Claude's API could not be reached, or broke off, or said something that is not its protocol."""
@@ -449,30 +433,27 @@ class ClientGone(Exception):
     """The client closed its connection; nobody is left to tell."""
 
 
-# What an error of the Messages API is for an OpenAI client: error type -> (status, type, code).
+# An error of the Messages API -> its statuses there, which are all that is known where the body is not the API's own
+# (a proxy's HTML page, say); and for an OpenAI client: (status, type, code).
 CLAUDE_ERRORS = {
-    "invalid_request_error": (400, "invalid_request_error", None),
-    "authentication_error": (401, "authentication_error", "upstream_authentication"),
-    "billing_error": (429, "insufficient_quota", "insufficient_quota"),
-    "permission_error": (403, "permission_error", None),
-    "not_found_error": (404, "invalid_request_error", None),
-    "conflict_error": (409, "server_error", None),
-    "request_too_large": (413, "invalid_request_error", "request_too_large"),
-    "rate_limit_error": (429, "rate_limit_error", "rate_limit_exceeded"),
-    "api_error": (500, "server_error", None),
-    "timeout_error": (504, "server_error", "timeout"),
-    "overloaded_error": (503, "server_error", "overloaded"),
+    "invalid_request_error": ((400,), (400, "invalid_request_error", None)),
+    "authentication_error": ((401,), (401, "authentication_error", "upstream_authentication")),
+    "billing_error": ((402,), (429, "insufficient_quota", "insufficient_quota")),
+    "permission_error": ((403,), (403, "permission_error", None)),
+    "not_found_error": ((404,), (404, "invalid_request_error", None)),
+    "conflict_error": ((409,), (409, "server_error", None)),
+    "request_too_large": ((413,), (413, "invalid_request_error", "request_too_large")),
+    "rate_limit_error": ((429,), (429, "rate_limit_error", "rate_limit_exceeded")),
+    "api_error": ((500,), (500, "server_error", None)),
+    "timeout_error": ((408, 504), (504, "server_error", "timeout")),
+    "overloaded_error": ((529,), (503, "server_error", "overloaded")),
 }
-# ... and what its status alone says, where the body is not the API's own (a proxy's HTML page, say).
-CLAUDE_STATUSES = {400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
-                   403: "permission_error", 404: "not_found_error", 408: "timeout_error", 409: "conflict_error",
-                   413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
-                   529: "overloaded_error"}
 
 
 def type_of_status(status: int) -> str:
     """The type of an error of which only the status is known."""
-    return CLAUDE_STATUSES.get(status, "invalid_request_error" if status // 100 == 4 else "api_error")
+    return next((name for name, (statuses, _) in CLAUDE_ERRORS.items() if status in statuses),
+                "invalid_request_error" if status // 100 == 4 else "api_error")
 
 
 class Verdict(NamedTuple):
@@ -512,7 +493,6 @@ VERDICTS = (
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can help these
 # What a refusal is about, by its message, where a correction or an explanation needs to know.
 ABOUT_TOOL = re.compile(r"tools\.(\d+)\.")
-ABOUT_MODEL = re.compile(r"model")
 ABOUT_COMPACTION = re.compile(r"compaction_(?!unavailable)|(?=.*compaction).*(block|signature|summar)", re.S)
 ABOUT_LIMIT = re.compile(r"max_tokens: \d+ > (\d+)")
 ABOUT_THINKING = re.compile(r"(?=.*thinking).*(signature|invalid `?data`? in|bound to a different conversation|"
@@ -548,25 +528,21 @@ class ClaudeError(GatewayError):
         self.upstream_status = upstream_status
         self.claude_type = str(error.get("type") or type_of_status(upstream_status))
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
-        self.status, self.kind, code = CLAUDE_ERRORS.get(self.claude_type, (
-            upstream_status if upstream_status >= 400 else 502, "server_error", None))
+        _, (self.status, self.kind, code) = CLAUDE_ERRORS.get(self.claude_type, ((), (
+            upstream_status if upstream_status >= 400 else 502, "server_error", None)))
         if self.claude_type == "api_error" and 500 <= upstream_status <= 511:
             self.status = upstream_status
         self.error_code = text_in(error, "details", "error_code") or ""
         words = "%s %s" % (message.lower(), self.error_code)
         verdict = next((verdict for verdict in VERDICTS if re.search(verdict.words, words)), Verdict(""))
-        self.status = verdict.status or self.status
-        self.kind = verdict.kind or self.kind
-        code = verdict.code or code
-        hint = verdict.hint
+        self.status, self.kind = verdict.status or self.status, verdict.kind or self.kind
+        code, hint = verdict.code or code, verdict.hint
         if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
             self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
             hint = hint or PLAN_HINT
         stop = "" if message.endswith((".", "!", "?")) else "."
         super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
                          headers=headers_from_claude(headers or {}))
-        if self.code in FINAL_CODES:
-            self.headers["x-should-retry"] = "false"
         self._anthropic_headers = headers_for_anthropic(headers or {})
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
@@ -585,9 +561,17 @@ OPENAI_HEADERS = {
 
 
 def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that an OpenAI client can read, under OpenAI's names."""
-    return {ours: printable(duration_until(headers[theirs]) if theirs.endswith("reset") else headers[theirs])
-            for theirs, ours in OPENAI_HEADERS.items() if headers.get(theirs)}
+    """The headers of Claude's answer that an OpenAI client can read, as OpenAI writes them: resets as "1m30s"."""
+    known = {}
+    for theirs, ours in OPENAI_HEADERS.items():
+        value = headers.get(theirs, "")
+        then = unix_time(value) if theirs.endswith("reset") else None
+        if then is not None:
+            seconds = max(0, round(then - time.time()))
+            value = "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
+        if value:
+            known[ours] = printable(value)
+    return known
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
@@ -647,11 +631,7 @@ def nests_deeper(data: bytes, limit: int) -> bool:
 def without_lone_surrogates(value: Any) -> Any:
     """A JSON value with every half of a surrogate pair replaced by U+FFFD, as UTF-8 has no form for it."""
     if isinstance(value, str):
-        try:
-            value.encode("utf-8")                   # five times as fast as the pattern
-            return value
-        except UnicodeEncodeError:
-            return re.sub("[\ud800-\udfff]", "\ufffd", value)
+        return value if value.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", value)
     if isinstance(value, list):
         return [without_lone_surrogates(entry) for entry in value]
     if isinstance(value, dict):
@@ -662,34 +642,19 @@ def without_lone_surrogates(value: Any) -> Any:
 def json_from_body(body: bytes) -> tuple[dict, bool]:
     """A request body as an object, and whether lone surrogates in it were replaced.  Raises InvalidRequest."""
     try:
-        text = body.decode("utf-8-sig")
+        value = json_within_bounds(body.decode("utf-8-sig"))
     except UnicodeDecodeError as fault:
         raise InvalidRequest("The body is not UTF-8 (byte %d)." % fault.start, code="invalid_json") from fault
-    try:
-        value = json_within_bounds(text)
     except ValueError as fault:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    if re.search(rb"\\u[dD][89a-fA-F]", body):
-        whole = without_lone_surrogates(value)
-        return whole, whole != value
-    return value, False
+    whole = without_lone_surrogates(value) if re.search(rb"\\u[dD][89a-fA-F]", body) else value
+    return whole, whole != value
 
 
-def json_object_from(body: bytes) -> dict:
-    """A body of the upstream as an object.  Raises UpstreamFault."""
-    try:
-        value = json_within_bounds(body.decode("utf-8"), LENIENT_JSON)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UpstreamFault("The upstream answered with something that is not a JSON object.")
-    return value
-
-
-# An event without longer numbers needs no hook for each of its counts.
-EVENT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
+# The same where no number is long, without the hook for each count.
+SHORT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
 LONG_NUMBER = re.compile(rb"\d{300}")
 # Nearly every event is one of these: what comes before its text, the index in that, the text, and what follows.
 TEXT_DELTA = re.compile(rb'(event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
@@ -713,24 +678,24 @@ def event_from_text_deltas(data: bytes) -> dict | None:
     return {"type": "content_block_delta", "index": int(indexes[0]), "delta": {"type": "text_delta", "text": words}}
 
 
-def event_from_data(data: bytes) -> dict:
-    """The data of one event of a Messages API stream.  Raises UpstreamFault."""
+def json_object_from(body: bytes, event: bool = False) -> dict:
+    """A body of the upstream, or an event of its stream, as an object.  Raises UpstreamFault."""
     try:
-        decoder = LENIENT_JSON if LONG_NUMBER.search(data) else EVENT_JSON
-        event = json_within_bounds(data.decode("utf-8"), decoder)
+        value = json_within_bounds(body.decode("utf-8"), LENIENT_JSON if LONG_NUMBER.search(body) else SHORT_JSON)
     except ValueError:
-        event = None
-    if not isinstance(event, dict) or not isinstance(event.get("type"), str):
-        raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API.")
-    return event
+        value = None
+    if not isinstance(value, dict) or event and not isinstance(value.get("type"), str):
+        raise UpstreamFault("The upstream sent an event that is not JSON of the Messages API." if event else
+                            "The upstream answered with something that is not a JSON object.")
+    return value
 
 
-CLIENT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def client_json(value: Any) -> bytes:
     """JSON for clients: UTF-8, but with escapes for the characters that some line readers split at."""
-    text = CLIENT_JSON.encode(value)
+    text = COMPACT_JSON.encode(value)
     if text.isascii():
         return text.encode("ascii")
     text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029").replace("\x85", "\\u0085")
@@ -740,13 +705,10 @@ def client_json(value: Any) -> bytes:
         return client_json(without_lone_surrogates(value))
 
 
-UPSTREAM_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
 def upstream_json(value: Any) -> bytes:
     """JSON for Claude: UTF-8 as it is, and the same bytes for the same value."""
     try:
-        return UPSTREAM_JSON.encode(value).encode("utf-8")
+        return COMPACT_JSON.encode(value).encode("utf-8")
     except ValueError as fault:
         raise InvalidRequest("The request contains something that JSON cannot represent: %s" % fault) from fault
 
@@ -824,16 +786,13 @@ def _models() -> Iterator[Model]:
                 late_system=False)
     yield Model("claude-fable-5", "2026-06-09", price=(10, 1, 50), forced_tools=True)
     yield Model("claude-mythos-5", "2026-06-09", price=(10, 1, 50), forced_tools=True)
-
     quiet = Model("", price=(5, 0.5, 25), forced_tools=True, thinks_by_default=False, thinking=can_disable)
     yield replace(quiet, id="claude-opus-4-8", released="2026-05-28")
     yield replace(quiet, id="claude-opus-4-7", released="2026-04-16", late_system=False)
-
     both = replace(quiet, sampling=True, late_system=False, thinking=("adaptive", "enabled", "disabled"),
                    efforts=("low", "medium", "high", "max"))
     yield replace(both, id="claude-sonnet-4-6", released="2026-02-17", price=(3, 0.3, 15))
     yield replace(both, id="claude-opus-4-6", released="2026-02-05")
-
     budgets = replace(both, context=200_000, max_output=64_000, prefill=True, thinking=("enabled", "disabled"),
                       efforts=(), compaction=False)
     yield replace(budgets, id="claude-opus-4-5-20251101", released="2025-11-24", efforts=("low", "medium", "high"),
@@ -845,11 +804,9 @@ def _models() -> Iterator[Model]:
 
 def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
     """US dollars by list prices: what an answer cost, and what caching saved of it.  None: the price is not known.
-
-    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much.
-    """
-    fresh, read, written = map(count_of, map(usage.get, (
-        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")))
+    Tokens written to the cache cost a quarter more than others, and those that stay for an hour twice as much."""
+    fresh, read, written, output = map(count_of, map(usage.get, (
+        "input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")))
     price = model.price
     if fresh + read + written > LONG_PROMPT:
         price = model.long_price or price
@@ -857,20 +814,20 @@ def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
         price = model.fast_price
     if price is None:
         return None
-    hour = min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
+    hour = written and min(written, count_in(usage, "cache_creation", "ephemeral_1h_input_tokens"))
     prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * price[0] + read * price[1]
     saved = (fresh + read + written) * price[0] - prompt
-    tokens = (prompt + count_in(usage, "output_tokens") * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
+    tokens = (prompt + output * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
     searches = count_in(usage, "server_tool_use", "web_search_requests") * SEARCH_PRICE
     return tokens / 1e6 + searches, saved / 1e6
 
 
 BUILT_IN_MODELS = {model.id: model for model in _models()}
 OLDEST_LIVING = (4, 5)                              # every older version is retired
-# OpenAI's names by their tier; the first pattern that is found decides.
-NOT_CHAT = re.compile(r"audio|image|embed|realtime|transcri|tts|whisper|dall-e|moderation|sora")
-OPENAI_FAMILY = re.compile(r"(gpt|chatgpt|codex|o\d+)([-.:]|\d|$)")
-OPENAI_TIERS = ((re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d|-pro\b"), "opus"),
+# What stands in for a name of OpenAI's, none for the models of others and for what does not chat; the first one found.
+OPENAI_TIERS = ((re.compile(r"^(?!(gpt|chatgpt|codex|o\d+)([-.:]|\d|$))"), ""),
+                (re.compile(r"audio|image|embed|realtime|transcri|tts|whisper|dall-e|moderation|sora"), ""),
+                (re.compile(r"mini|nano|gpt-3\.5"), "haiku"), (re.compile(r"^o\d|-pro\b"), "opus"),
                 (re.compile(r""), "sonnet"))
 
 
@@ -916,15 +873,14 @@ def model_from_info(info: dict) -> Model | None:
 
 
 class Catalog:
-    """The models on offer and the names they go by.  `live`: the list came from Claude, so it is complete."""
+    """The models on offer, of Claude's list or else of the built-in table, and the names they go by."""
 
-    def __init__(self, models: Iterable[Model] = (), aliases: Iterable[tuple[str, str]] = (), live: bool = False):
-        self.models = {model.id: model for model in (models or BUILT_IN_MODELS.values())
-                       if model.lifecycle != "retired"}
+    def __init__(self, entries: Iterable[dict] = (), aliases: Iterable[tuple[str, str]] = ()) -> None:
+        live = [model for model in map(model_from_info, entries) if model]
+        self.models = {model.id: model for model in live or BUILT_IN_MODELS.values() if model.lifecycle != "retired"}
         self.aliases = {name.lower(): target.lower() for name, target in aliases}
-        self.live = live
-        self._model_by_name = functools.lru_cache(maxsize=1_000)(
-            lambda name: self._claude_model(name) or self.newest(tier_of(name)))
+        self.live = bool(live)                      # the list is complete
+        self._model_by_name = functools.lru_cache(maxsize=1_000)(self._model_of)
 
     def resolve(self, name: str | None) -> Model:
         """The model that a client means by `name`; a refusal names the nearest ones."""
@@ -946,14 +902,14 @@ class Catalog:
         plain = name.strip().lower()
         return re.search(r"[-:]thinking$", self.aliases.get(plain, plain)[-200:]) is not None
 
-    def newest(self, line: str | None) -> Model | None:
+    def newest(self, line: str) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
         models = [model for model in self.models.values() if line and model.line == line]
         return max(models, key=lambda model: (model.lifecycle == "active", model.version), default=None)
 
     def nearest(self, name: str) -> list[str]:
         """Three names worth trying instead of `name`: the newest of its line, what is spelt alike, or the tiers."""
-        newest = self.newest(next((tier for tier in TIERS if tier in name), None))
+        newest = self.newest(next((tier for tier in TIERS if tier in name), ""))
         short = [tier for tier in ("sonnet", "opus", "haiku") if self.newest(tier)]
         names = [newest.id] if newest else []
         names += difflib.get_close_matches(name, [*short, *self.aliases], n=1, cutoff=0.7)
@@ -964,39 +920,29 @@ class Catalog:
         """Every listed name once, with its model: ids, short names, then the user's aliases, which win."""
         named = dict(self.models)
         named.update((tier, newest) for tier in TIERS for newest in [self.newest(tier)] if newest)
-        for alias in self.aliases:
-            if alias != "*":
-                with contextlib.suppress(GatewayError):
-                    named[alias] = self.resolve(alias)
+        for alias in without(self.aliases, "*"):
+            with contextlib.suppress(GatewayError):
+                named[alias] = self.resolve(alias)
         yield from named.items()
 
-    def _claude_model(self, name: str) -> Model | None:
-        """The model of a Claude id in any of its spellings: provider prefixes, dots, suffixes, dates."""
+    def _model_of(self, name: str) -> Model | None:
+        """The model of a Claude id in any spelling (prefixes, dots, suffixes, dates), or for a name of OpenAI's."""
         if name in self.models:
             return self.models[name]
         plain = re.sub(r"^.*[/~]", "", name)                       # openrouter/anthropic/claude-...
         plain = re.sub(r"^([a-z]+\.)?anthropic\.|^databricks-", "", plain)   # us.anthropic.claude-...
         plain = re.sub(r"-v\d+$", "", re.sub(r"(\[.*\]|[:@].*)$", "", plain)).replace(".", "-").replace("_", "-")
         plain = re.sub(r"-(latest|thinking|beta|fast)$", "", plain)
-        if plain in TIERS:
-            return self.newest(plain)
-        if not plain.startswith("claude-"):
-            return None
         plain = re.sub(r"^claude-(\d+(?:-\d+)?)-(opus|sonnet|haiku|fable|mythos)", r"claude-\2-\1", plain)
-        tier = undated(plain)[len("claude-"):]
+        tier = undated(plain)[len("claude-"):] if plain.startswith("claude-") else plain
         if tier in TIERS:
             return self.newest(tier)
+        if tier == plain:
+            name = name.rsplit("/", 1)[-1]
+            return self.newest(next(tier for pattern, tier in OPENAI_TIERS if pattern.search(name)))
         unknown = Model(plain)                      # newer than this file: Claude will judge
         judged_here = self.live or not unknown.line or unknown.version < OLDEST_LIVING
         return same_model(plain, self.models.values()) or (None if judged_here else unknown)
-
-
-def tier_of(name: str) -> str | None:
-    """The line that stands in for a name of OpenAI's family."""
-    plain = name.rsplit("/", 1)[-1]
-    if NOT_CHAT.search(plain) or not OPENAI_FAMILY.match(plain):
-        return None
-    return next(tier for pattern, tier in OPENAI_TIERS if pattern.search(plain))
 
 
 def model_entry(name: str, model: Model) -> dict:
@@ -1174,10 +1120,8 @@ CHAT, RESPONSES = "chat", "responses"
 
 class Parameter(NamedTuple):
     """One parameter of OpenAI's APIs: its shape, and what becomes of it.
-
     READ: translated further down.  IGNORED: without effect on the answer, named in the debug log only.
-    DROPPED and REFUSED: Claude has no counterpart, unless the value is the `default`, which changes nothing.
-    """
+    DROPPED and REFUSED: Claude has no counterpart, unless the value is the `default`, which changes nothing."""
     check: Callable[[Any, str], Any] = anything
     fate: str = READ
     default: Any = None
@@ -1188,38 +1132,31 @@ class Parameter(NamedTuple):
 verbosity_of = one_of("low", "medium", "high")
 # Every parameter of both APIs.  `null` is the same as leaving one out.
 PARAMETERS = {
-    "model": Parameter(text_of),
-    "messages": Parameter(list_of, api=CHAT),
-    "input": Parameter(api=RESPONSES), "instructions": Parameter(api=RESPONSES),
-    "previous_response_id": Parameter(text_of, api=RESPONSES),
+    "model": Parameter(text_of), "messages": Parameter(list_of, api=CHAT), "input": Parameter(api=RESPONSES),
+    "instructions": Parameter(api=RESPONSES), "previous_response_id": Parameter(text_of, api=RESPONSES),
     "include": Parameter(list_of, api=RESPONSES), "context_management": Parameter(api=RESPONSES),
     "stream": Parameter(boolean_of), "stream_options": Parameter(object_of),
     "max_completion_tokens": Parameter(rounded_of), "max_tokens": Parameter(rounded_of),
-    "max_output_tokens": Parameter(rounded_of),
+    "max_output_tokens": Parameter(rounded_of), "stop": Parameter(stop_of),
     "tools": Parameter(list_of), "functions": Parameter(list_of), "web_search_options": Parameter(object_of),
     "tool_choice": Parameter(), "function_call": Parameter(), "parallel_tool_calls": Parameter(boolean_of),
     "max_tool_calls": Parameter(integer_of, api=RESPONSES),
     "response_format": Parameter(object_of), "text": Parameter(object_of), "verbosity": Parameter(verbosity_of),
     "reasoning_effort": Parameter(effort_of), "reasoning": Parameter(),
     "temperature": Parameter(number_of), "top_p": Parameter(number_of), "top_k": Parameter(integer_of),
-    "stop": Parameter(stop_of),
     "n": Parameter(integer_of, REFUSED, 1, "Claude gives one answer per request; send the request several times", CHAT),
-    "seed": Parameter(integer_of, DROPPED),
-    "logit_bias": Parameter(object_of, DROPPED, {}),
+    "seed": Parameter(integer_of, DROPPED), "prediction": Parameter(object_of, DROPPED),
+    "audio": Parameter(object_of, DROPPED), "modalities": Parameter(list_of, DROPPED, ["text"]),
+    "logit_bias": Parameter(object_of, DROPPED, {}), "top_logprobs": Parameter(integer_of, DROPPED, 0),
     "logprobs": Parameter(boolean_of, DROPPED, False, "Claude does not return log probabilities", CHAT),
-    "top_logprobs": Parameter(integer_of, DROPPED, 0),
     "frequency_penalty": Parameter(number_of, DROPPED, 0), "presence_penalty": Parameter(number_of, DROPPED, 0),
-    "prediction": Parameter(object_of, DROPPED),
-    "modalities": Parameter(list_of, DROPPED, ["text"]),
-    "audio": Parameter(object_of, DROPPED),
-    "truncation": Parameter(text_of, DROPPED, "disabled", api=RESPONSES),
+    "truncation": Parameter(text_of, DROPPED, "disabled", api=RESPONSES), "moderation": Parameter(anything, DROPPED),
     "background": Parameter(boolean_of, REFUSED, False, "there are no background responses here", RESPONSES),
     "conversation": Parameter(anything, REFUSED, "", "conversations are not stored here; send the items in input",
                               RESPONSES),
     "prompt": Parameter(anything, REFUSED, {}, "prompt templates are stored at OpenAI; send their text in input",
                         RESPONSES),
     "store": Parameter(boolean_of, IGNORED), "metadata": Parameter(object_of, IGNORED),
-    "moderation": Parameter(anything, DROPPED),
     "service_tier": Parameter(text_of), "user": Parameter(text_of), "safety_identifier": Parameter(text_of),
     "prompt_cache_key": Parameter(text_of, IGNORED), "prompt_cache_retention": Parameter(text_of, IGNORED),
     "prompt_cache_options": Parameter(object_of),
@@ -1267,6 +1204,17 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
 # What all parts of a request's translation share.  Pure, as the rooms down to Responses API are: dicts in, dicts out.
 
 
+def numbered(wanted: str, counts: dict[str, int]) -> str:
+    """A name that is not used yet: the wanted one, or that with a number.  `counts`: how often each was wanted."""
+    name, count = wanted, counts.get(wanted, 1)
+    while name in counts:
+        count += 1
+        name = "%s_%d" % (wanted, count)
+    counts[wanted] = count
+    counts.setdefault(name, 1)
+    return name
+
+
 class ToolNames:
     """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
     fits.  `more`: what it accepts beyond [A-Za-z0-9_-]."""
@@ -1276,20 +1224,16 @@ class ToolNames:
         self._unfit = re.compile(r"[^A-Za-z0-9_%s-]" % more)
         self._there = {name: name for name in declared if self._fit.match(name) and name not in taken}
         self._back = dict(self._there, **{name: name for name in taken})
-        self._counts: Dict[str, int] = {}           # how often a name was wanted
+        self._counts = dict.fromkeys(self._back, 1)
         for name in declared:
             self.there(name)
 
     def there(self, name: str) -> str:
         """The name that Claude gets for a client's tool; the same one throughout a request."""
         if name not in self._there:
-            fitted = fitting = name if self._fit.match(name) else (self._unfit.sub("_", name)[:58] or "tool")
-            count = self._counts.get(fitting, 1)
-            while fitted in self._back:
-                count += 1
-                fitted = "%s_%d" % (fitting, count)
-            self._counts[fitting] = count
-            self._there[name], self._back[fitted] = fitted, name
+            fitted = name if self._fit.match(name) else (self._unfit.sub("_", name)[:58] or "tool")
+            self._there[name] = fitted = numbered(fitted, self._counts)
+            self._back[fitted] = name
         return self._there[name]
 
     def back(self, name: str) -> str:
@@ -1312,26 +1256,6 @@ class ToolNames:
 def led_by_name(name: str, description: Any) -> str:
     """A description that begins with the name which it stood beside, where Claude gets another one."""
     return "%s: %s" % (name, description) if description and isinstance(description, str) else name
-
-
-class CallIds:
-    """Tool call ids as Claude accepts them: its alphabet, each one once in a whole conversation."""
-
-    def __init__(self) -> None:
-        self._used: Dict[str, int] = {}             # id -> how often it came
-
-    def use(self, raw: str) -> str:
-        """The id of one more call; the same history gives the same ids, so a longer one keeps its prefix."""
-        plain = re.sub(r"[^a-zA-Z0-9_-]", "_", raw)
-        if plain != raw or not plain:
-            plain = "%s_%s" % (plain[:48], hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:8])
-        unique, count = plain, self._used.get(plain, 1)
-        while unique in self._used:
-            count += 1
-            unique = "%s_%d" % (plain, count)
-        self._used[plain] = count
-        self._used.setdefault(unique, 1)
-        return unique
 
 
 def full_tool_name(namespace: str, name: str) -> str:
@@ -1360,8 +1284,7 @@ class Recall(NamedTuple):
     answer: Callable[[Sequence[str]], Optional[List[dict]]] = lambda call_ids: None
     # the tools that the request had whose answer made one of these calls, as Claude got them
     tools: Callable[[Sequence[str]], List[dict]] = lambda call_ids: []
-    # whether Claude refused a thinking block, by its mark
-    refused: Callable[[str], bool] = lambda mark: False
+    refused: Callable[[str], bool] = lambda mark: False     # whether Claude refused a thinking block, by its mark
 
 
 class Draft:
@@ -1373,12 +1296,12 @@ class Draft:
         self.changes = changes
         self.declared = declared                    # the client's tools
         self.search = search                        # Claude's web search, if it is wanted
+        self.tools = list(search)                   # of the Messages request
         self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
         self.plan = ReplyPlan(self.names, [tool.full_name for tool in declared if tool.custom],
                               {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
         self.recall = recall or Recall()
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
-        self.call_ids = CallIds()
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
         self.compact = False                        # a summary of the conversation is wanted, not an answer
 
@@ -1408,22 +1331,18 @@ class Translation(NamedTuple):
 
 MOST_BREAKPOINTS = 4
 THINKING = ("thinking", "redacted_thinking")        # types of blocks that carry no mark
-EPHEMERAL = {"type": "ephemeral"}
+MARK, MARK_OF_AN_HOUR = {"type": "ephemeral"}, {"type": "ephemeral", "ttl": "1h"}
+ABOUT_AN_HOUR = ("30m", "1h", "12h", "24h")         # OpenAI's lifetimes that are nearest to Claude's 1h
 
 
 def mark_from(part: dict) -> dict:
     """The cache mark on a part, message, tool or call: Anthropic's `cache_control` or OpenAI's breakpoint."""
     mark, breakpoint_ = part.get("cache_control"), part.get("prompt_cache_breakpoint")
     if isinstance(mark, dict) and mark.get("type") == "ephemeral":
-        return dict(EPHEMERAL, ttl="1h") if mark.get("ttl") == "1h" else EPHEMERAL
+        return MARK_OF_AN_HOUR if mark.get("ttl") == "1h" else MARK
     if isinstance(breakpoint_, dict):
-        return dict(EPHEMERAL, ttl="1h") if ttl_from_openai(breakpoint_) else EPHEMERAL
+        return MARK_OF_AN_HOUR if breakpoint_.get("ttl") in ABOUT_AN_HOUR else MARK
     return {}
-
-
-def ttl_from_openai(options: Any) -> str | None:
-    """OpenAI's "30m" and "12h" are nearest to Claude's "1h"."""
-    return "1h" if isinstance(options, dict) and options.get("ttl") in ("30m", "1h", "12h", "24h") else None
 
 
 def marked(blocks: list[dict], part: dict) -> list[dict]:
@@ -1434,63 +1353,52 @@ def marked(blocks: list[dict], part: dict) -> list[dict]:
     return blocks
 
 
-def place_breakpoints(request: dict, ours: bool, ttl: str | None, draft: Draft) -> None:
-    """At most four cache marks: the client's own, and ours in the free slots.
-
-    Ours end the last turn, the turn that the request before this one ended with (so that its cache is found
-    even when a long agent turn lies between: Claude looks back only 20 blocks), the system text and the tools.
-    """
-    marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
-    surplus = len(marked_blocks) - MOST_BREAKPOINTS
-    if surplus > 0:                                 # the first in line are tools and system; drop the oldest turns
-        in_front = {id(block) for name in ("tools", "system") for block in request.get(name, ())}
-        of_messages = [block for block in marked_blocks if id(block) not in in_front]
-        for block in (of_messages + marked_blocks)[:surplus]:
+def place_breakpoints(request: dict, fields: dict, ours: bool, draft: Draft) -> None:
+    """At most four cache marks: the client's own, and ours in the free slots.  Ours end the last turn, the turn that
+    the request before this one ended with (so that its cache is found even when a long agent turn lies between: Claude
+    looks back only 20 blocks), the system text and the tools."""
+    in_front, in_turns = marked_blocks(request)
+    surplus = len(in_front) + len(in_turns) - MOST_BREAKPOINTS
+    if surplus > 0:
+        for block in (in_turns + in_front)[:surplus]:
             del block["cache_control"]
         draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
-    if ours:
-        mark = dict(EPHEMERAL, ttl=ttl) if ttl else EPHEMERAL
+    options = fields.get("prompt_cache_options") or {}
+    if ours and options.get("mode") != "explicit":
+        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark_from(fields) or MARK
         wanted = our_breakpoints(request, bool(draft.instructions))
         for block in [block for block in wanted if "cache_control" not in block][:max(0, -surplus)]:
             block["cache_control"] = dict(mark)
-    if marked_blocks:                               # ours alone share one lifetime
-        order_lifetimes(request)
+    if in_front or in_turns:                        # ours alone share one lifetime
+        mark = MARK
+        for block in reversed(sum(marked_blocks(request), [])):     # one of 1h may not follow one of 5m
+            mark = MARK_OF_AN_HOUR if "ttl" in block["cache_control"] else mark
+            block["cache_control"] = dict(mark)
 
 
-def our_breakpoints(request: dict, instructed: bool) -> Iterator[dict]:
+def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     """The blocks worth a mark, the most useful first."""
     messages = request["messages"]
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
     asked = max([at for at in range(1, last + 1) if messages[at]["role"] == "assistant"], default=0)
-    for at in dict.fromkeys((last, asked - 1)):
-        if at >= 0:
-            block = messages[at]["content"][-1]
-            if block["type"] not in THINKING:
-                yield block
-    for name in ("system", "tools"):
-        if request.get(name):
-            yield request[name][-1]
+    ends = [messages[at]["content"][-1] for at in dict.fromkeys((last, asked - 1)) if at >= 0]
+    ends = [block for block in ends if block["type"] not in THINKING]
+    return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
 
 
-def cacheable_blocks(request: dict) -> Iterator[dict]:
-    """Every block that may carry a mark, in the order of the prompt."""
-    yield from request.get("tools", ())
-    yield from request.get("system", ())
+def marked_blocks(request: dict) -> tuple[list[dict], list[dict]]:
+    """The blocks with a mark, in the order of the prompt: of tools and system text, and of the turns."""
+    turns: list[dict] = []
     for message in request["messages"]:
         for block in message["content"]:
-            if block["type"] == "tool_result" and isinstance(block.get("content"), list):
-                yield from block["content"]
-            yield block
-
-
-def order_lifetimes(request: dict) -> None:
-    """A mark of 1h may not follow one of 5m: the ones before the last 1h get 1h too."""
-    marked_blocks = [block for block in cacheable_blocks(request) if "cache_control" in block]
-    long_lived = [at for at, block in enumerate(marked_blocks) if block["cache_control"].get("ttl") == "1h"]
-    for block in marked_blocks[:long_lived[-1]] if long_lived else ():
-        block["cache_control"] = dict(EPHEMERAL, ttl="1h")
+            if block["type"] == "tool_result":
+                turns += listed(block.get("content"))
+            turns.append(block)
+    in_front = request.get("tools", []) + request.get("system", [])
+    return ([block for block in in_front if "cache_control" in block],
+            [block for block in turns if "cache_control" in block])
 
 
 # ---- Content -----------------------------------------------------------------------------------------
@@ -1515,14 +1423,13 @@ def media_type_of(start: bytes) -> str:
     return next((media_type for magic, media_type in MAGIC_BYTES if re.match(magic, start)), "")
 
 
-def titled(block: dict, title: str) -> dict:
-    return dict(block, title=title[:500]) if title.strip() else block
+def document(source: dict, title: str) -> list[dict]:
+    block = {"type": "document", "source": source}
+    return [dict(block, title=title[:500]) if title.strip() else block]
 
 
 def text_document(text: str, title: str) -> list[dict]:
-    if not text.strip():
-        return []
-    return [titled({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": text}}, title)]
+    return document({"type": "text", "media_type": "text/plain", "data": text}, title) if text.strip() else []
 
 
 def private_literal(host: str) -> bool:
@@ -1546,11 +1453,9 @@ def checked_url(url: str, path: str) -> str:
     if not HTTP_URL.match(url):
         raise InvalidRequest("%s: %r: expected an http or https address or a data URL." % (path, url[:200]), path,
                              "invalid_image_url")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError:
-        host = ""
+    host = ""
+    with contextlib.suppress(ValueError):
+        host = urllib.parse.urlsplit(url).hostname or ""
     in_brackets = "[" in url.partition("//")[2].partition("/")[0]
     if not host or in_brackets and ":" not in host or is_loopback_host(host) or private_literal(host):
         raise InvalidRequest("%s: %r: addresses of this machine or a private network are not fetched." %
@@ -1567,13 +1472,13 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
     found = media_type_of(base64.b64decode(data[:2_000]))
     declared = {"image/jpg": "image/jpeg"}.get(declared, declared)      # a common spelling, not a mistake
+    source = {"type": "base64", "media_type": found, "data": data}
     if found == "application/pdf":
-        source = {"type": "base64", "media_type": found, "data": data}
-        return [titled({"type": "document", "source": source}, title)]
+        return document(source, title)
     if found:
         if declared not in ("", found):
-            draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared or "the image", found))
-        return [{"type": "image", "source": {"type": "base64", "media_type": found, "data": data}}]
+            draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared, found))
+        return [{"type": "image", "source": source}]
     with contextlib.suppress(UnicodeDecodeError):
         text = base64.b64decode(data).decode("utf-8-sig")
         if "\0" not in text:
@@ -1590,21 +1495,16 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
     """A data URL or bare base64 as what it holds, a web address as a source that Claude fetches."""
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
-        media_type = head.split(";")[0].strip().lower()
         if not comma:
             raise InvalidRequest("%s: a data URL needs a comma before its data." % path, path, "invalid_value")
+        data = urllib.parse.unquote(data) if "%" in data else data
         if head.lower().endswith(";base64"):
-            return blocks_from_base64(urllib.parse.unquote(data) if "%" in data else data, media_type, title, path,
-                                      draft)
-        return text_document(urllib.parse.unquote(data), title)
+            return blocks_from_base64(data, head.split(";")[0].strip().lower(), title, path, draft)
+        return text_document(data, title)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url) or not re.match(r"[A-Za-z0-9+/_=\s-]{40,}\Z", url):
-        block = {"type": kind, "source": {"type": "url", "url": checked_url(url, path)}}
-        return [titled(block, title) if kind == "document" else block]
+        source = {"type": "url", "url": checked_url(url, path)}
+        return document(source, title) if kind == "document" else [{"type": kind, "source": source}]
     return blocks_from_base64(url, "", title, path, draft)
-
-
-def text_part(name: str) -> Callable[[dict, str, Draft], list[dict]]:
-    return lambda part, path, draft: text_blocks(text_at(part, name, path))
 
 
 def no_stored_files(path: str) -> InvalidRequest:
@@ -1625,7 +1525,8 @@ def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
         return blocks_from_base64(text_at(source, "data", path), declared, title, path + ".data", draft)
     if kind == "file":
         raise no_stored_files(path)
-    return blocks_from_url(text_at(source, "url", path), title, path + ".url", draft, part["type"])
+    kind = "image" if "image" in part["type"] else "document"
+    return blocks_from_url(text_at(source, "url", path), title, path + ".url", draft, kind)
 
 
 def image_part(part: dict, path: str, draft: Draft) -> list[dict]:
@@ -1659,11 +1560,9 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
     raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
 
 
-def refused_part(what: str) -> Callable[[dict, str, Draft], list[dict]]:
-    def refuse(part: dict, path: str, draft: Draft) -> list[dict]:
-        raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (path, what),
-                             path, "unsupported_value")
-    return refuse
+def refused_part(part: dict, path: str, draft: Draft) -> list[dict]:
+    raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (
+        path, "video" if part["type"] == "video_url" else "sound"), path, "unsupported_value")
 
 
 def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
@@ -1677,10 +1576,11 @@ def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
 
 
 PARTS: Dict[str, Callable[[dict, str, Draft], List[dict]]] = {
-    **dict.fromkeys(("text", "input_text", "output_text"), text_part("text")), "refusal": text_part("refusal"),
-    "image_url": image_part, "input_image": image_part, "image": image_part,
-    "file": file_part, "input_file": file_part, "document": file_part, "document_url": file_part,
-    "input_audio": refused_part("sound"), "audio": refused_part("sound"), "video_url": refused_part("video"),
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), lambda part, path, draft: text_blocks(
+        text_at(part, "refusal" if part.get("type") == "refusal" else "text", path))),
+    **dict.fromkeys(("image_url", "input_image", "image"), image_part),
+    **dict.fromkeys(("file", "input_file", "document", "document_url"), file_part),
+    **dict.fromkeys(("input_audio", "audio", "video_url"), refused_part),
     **dict.fromkeys(THINKING, lambda part, path, draft: thinking_block(part)),
     **dict.fromkeys(("reasoning", "reasoning_text"), lambda part, path, draft: []),     # it is not Claude's
 }
@@ -1690,23 +1590,21 @@ MALFORMED = ("invalid_type", "missing_required_parameter")      # codes of a par
 
 
 def content_parts(content: Any, path: str) -> list[tuple[str, dict]]:
-    """The parts of a message's content, which may be a string or a list of them, each with its path."""
-    if content is None or isinstance(content, str):
-        return [(path, {"type": "text", "text": content})] if content else []
+    """The parts of a message's content that is no string, each with its path."""
     return [(where, {"type": "text", "text": part} if isinstance(part, str) else object_of(part, where))
-            for where, part in entries_of(content, path, anything)]
+            for where, part in entries_of([] if content is None else content, path, anything)]
 
 
-def blocks_from_content(content: Any, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
+def blocks_from_content(content: Any, path: str, draft: Draft) -> list[dict]:
     """The content of a message as content blocks without empty texts."""
-    return [block for where, part in content_parts(content, path)
-            for block in blocks_from_part(part, where, draft, assistant)]
+    if isinstance(content, str):
+        return text_blocks(content)
+    return [block for where, part in content_parts(content, path) for block in blocks_from_part(part, where, draft)]
 
 
 def blocks_from_part(part: dict, path: str, draft: Draft, assistant: bool = False) -> list[dict]:
     """One content part.  Media that Claude refuses are an error only where the client can still take them back."""
-    kind = part.get("type", "text" if "text" in part else None)
-    translate = PARTS.get(kind) if isinstance(kind, str) else None
+    translate = PARTS.get(str(part.get("type", "text" if "text" in part else "")))
     if translate in (image_part, file_part) and part.get("source") is not None:
         translate = source_part
     if translate is None:
@@ -1757,7 +1655,7 @@ def content_of_result(content: Any, path: str, draft: Draft) -> Any:
 # ---- Tool schemas ------------------------------------------------------------------------------------
 # JSON Schema as Claude accepts it, and the subset of it that Claude compiles.
 
-SCHEMA_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+schema_type_of = one_of("object", "array", "string", "number", "integer", "boolean", "null")
 
 
 def path_in_schema(path: str, name: str) -> str:
@@ -1789,12 +1687,6 @@ def required_of(value: Any, path: str) -> list[str]:
     return list(dict.fromkeys(text_of(name, path) for name in names))
 
 
-def types_of(value: Any, path: str) -> Any:
-    for kind in value if isinstance(value, list) else [value]:
-        one_of(*SCHEMA_TYPES)(kind, path)
-    return value
-
-
 LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 MAY_BE_EMPTY = (*LISTS_OF_SCHEMAS, "type", "enum", "items")     # an empty value: as if left out
 # keyword -> the shape of its value
@@ -1807,15 +1699,15 @@ SCHEMA_CHECKS: Dict[str, Callable[[Any, str], Any]] = {
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
                      "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), number_of),
     **dict.fromkeys(("$ref", "description", "title", "pattern", "format"), text_of),
-    "required": required_of, "enum": list_of, "type": types_of}
+    "required": required_of, "enum": list_of,
+    "type": lambda value, path: [schema_type_of(kind, path) for kind in value] if isinstance(value, list)
+    else schema_type_of(value, path)}
 
 
 def resolved(reference: str, root: dict) -> dict:
     """The part of a schema that a local `$ref` names ({} where there is none); RFC 6901 pointers."""
-    value: Any = root
-    for step in reference.lstrip("#").split("/")[1:]:
-        step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
-        value = value.get(step) if isinstance(value, dict) else None
+    steps = [urllib.parse.unquote(step) for step in reference.lstrip("#").split("/")[1:]]
+    value = value_in(root, *[step.replace("~1", "/").replace("~0", "~") for step in steps])
     return value if isinstance(value, dict) else {}
 
 
@@ -1823,16 +1715,15 @@ def merged_root(schema: dict, composition: str) -> dict:
     """A root union as one object: every branch's properties; required is what all branches (allOf: any) require."""
     branches = [resolved(branch["$ref"], schema) if "$ref" in branch else branch
                 for branch in schema[composition] if isinstance(branch, dict)]
-    objects = [branch for branch in branches if "object" in listed(branch.get("type")) or
-               branch.get("type", "object") == "object"]
-    rooted = dict(without(schema, composition), type="object")
+    objects = [branch for branch in branches if "object" in (branch.get("type", "object"), *listed(branch.get("type")))]
     properties, required = dict(schema.get("properties", {})), list(schema.get("required", ()))
     for branch in objects:
         for name, value in branch.get("properties", {}).items():
             properties.setdefault(name, value)
     demands = [set(branch.get("required", ())) for branch in objects] or [set()]
     shared = set.union(*demands) if composition == "allOf" else set.intersection(*demands)
-    rooted.update(properties=properties, required=required + sorted(shared - set(required)))
+    rooted = dict(without(schema, composition), type="object", properties=properties,
+                  required=required + sorted(shared - set(required)))
     if composition != "allOf":
         shapes = [{"properties": list(branch.get("properties", {})), "required": branch.get("required", [])}
                   for branch in objects]
@@ -1852,8 +1743,7 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
         if isinstance(schema.get(composition), list):
             draft.changes.add("repaired", path, "%s at the root of the schema of %s" % (composition, name))
             schema = merged_root(schema, composition)
-    kind = schema.get("type", "object")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+    if "object" not in (schema.get("type", "object"), *listed(schema.get("type"))):
         raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
                              "invalid_value")
     schema = dict(schema, type="object",
@@ -1878,15 +1768,16 @@ class Subset:
     """Brings one schema into the subset that Claude compiles; counts what it limits.  Raises Unsupported."""
     DEFINITION = re.compile(r"#/(\$defs|definitions)/([\w.-]+)\Z")
 
-    def __init__(self, root: dict) -> None:
+    def __init__(self, root: dict, others: Sequence[Subset] = ()) -> None:
         self.root = root
+        self._others = others                       # that Claude compiles together with this one
         self.optional = self.unions = 0
-        self.moved: List[str] = []                  # keywords that went into a description
+        self.moved: Dict[str, None] = {}            # keywords that went into a description
         self._definitions: Dict[str, dict] = {}     # those in use, by their reference
         self._written_out = 0
 
-    def whole(self) -> dict:
-        """The converted schema, with the definitions that it uses."""
+    def whole(self, as_it_is: bool = False) -> dict:
+        """The converted schema, with the definitions that it uses.  `as_it_is`: nothing may go into a description."""
         try:
             converted = self.schema(without(self.root, "$defs", "definitions"))
         except RecursionError:
@@ -1896,18 +1787,22 @@ class Subset:
         for reference, definition in self._definitions.items():
             group, name = reference[2:].split("/", 1)
             converted.setdefault(group, {})[name] = definition
+        if as_it_is and self.moved:
+            raise Unsupported(", ".join(self.moved))
+        together = [*self._others, self]
+        if len(together) > MOST_STRICT_TOOLS or sum(each.optional for each in together) > MOST_OPTIONAL or \
+                sum(each.unions for each in together) > MOST_UNIONS:
+            raise Unsupported("more than Claude compiles in one request")
         return converted
 
     def schema(self, schema: Any, inside: tuple[str, ...] = ()) -> dict:
         """The schema of one value.  `inside`: the references that led here, to find recursion."""
         if not isinstance(schema, dict):
             raise Unsupported("a schema that is no object")
-        reference = schema.get("$ref")
-        if reference is not None:
-            return self.reference(schema, reference, inside)
-        if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) == 1:
-            schema = dict(schema["allOf"][0], **{key: value for key, value in schema.items() if key != "allOf"})
-            return self.schema(schema, inside)
+        if schema.get("$ref") is not None:
+            return self.reference(schema, schema["$ref"], inside)
+        if len(listed(schema.get("allOf"))) == 1:
+            return self.schema(dict(schema["allOf"][0], **without(schema, "allOf")), inside)
         kept = {key: value for key, value in schema.items() if key in KEPT_KEYWORDS}
         notes = [self.keyword(key, value, kept) for key, value in schema.items() if key not in KEPT_KEYWORDS]
         if "enum" in kept and not all(isinstance(value, (str, int, float, bool, type(None))) for value in kept["enum"]):
@@ -1924,8 +1819,7 @@ class Subset:
         return kept
 
     def branches(self, schema: dict, kept: dict, inside: tuple[str, ...]) -> None:
-        if isinstance(schema.get("type"), list) and len(schema["type"]) > 1:
-            self.unions += 1
+        self.unions += len(listed(schema.get("type"))) > 1
         for composition in ("anyOf", "oneOf", "allOf"):
             if composition in schema:
                 branches = [self.schema(branch, inside) for branch in schema[composition]]
@@ -1969,28 +1863,8 @@ class Subset:
                 key == "pattern" and isinstance(value, str) and not re.search(r"\(\?|\\[1-9bB]", value):
             kept[key] = value
             return ""
-        self.moved.append(key)
+        self.moved[key] = None
         return "%s: %s" % (key, json.dumps(value, ensure_ascii=False))
-
-
-class StrictBudget:
-    """Brings the strict schemas of one request into the subset, as many as Claude compiles together."""
-
-    def __init__(self) -> None:
-        self._tools = self._optional = self._unions = 0
-
-    def compiled(self, schema: dict, as_it_is: bool = False) -> tuple[dict, list[str]]:
-        """A schema in the subset, and the keywords that went into descriptions.  Raises Unsupported."""
-        subset = Subset(schema)
-        converted, moved = subset.whole(), list(dict.fromkeys(subset.moved))
-        if as_it_is and moved:
-            raise Unsupported(", ".join(moved))
-        tools, optional = self._tools + 1, self._optional + subset.optional
-        unions = self._unions + subset.unions
-        if tools > MOST_STRICT_TOOLS or optional > MOST_OPTIONAL or unions > MOST_UNIONS:
-            raise Unsupported("more than Claude compiles in one request")
-        self._tools, self._optional, self._unions = tools, optional, unions
-        return converted, moved
 
 
 # ---- Tools -------------------------------------------------------------------------------------------
@@ -1998,31 +1872,16 @@ class StrictBudget:
 
 WEB_SEARCH = "web_search"
 WEB_SEARCH_USES = {"low": 3, "medium": 5, "high": 10}     # searches per answer for OpenAI's search_context_size
-
-
-def tool_entries(fields: dict) -> list[tuple[str, dict]]:
-    """Every tool of a request with its path, from `tools` and the legacy `functions`."""
-    return [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
-
-
-def uses_functions(fields: dict) -> bool:
-    """Whether the client declares its tools in the legacy `functions` only."""
-    return bool(fields.get("functions")) and not fields.get("tools")
-
-
+WEB_SEARCH_TYPES = re.compile("(openrouter:)?web_search")       # of the tools that ask for it
 # Types of hosted tools for which Claude has one of its own.
 CLAUDE_HOSTED = re.compile("web_fetch|code_|mcp|tool_search|computer|bash|(local_)?shell|text_editor|memory|advisor")
 
 
 def why_no_tool(kind: Any) -> str:
     """Why a hosted tool is left out."""
-    if isinstance(kind, str) and CLAUDE_HOSTED.match(kind):
+    if CLAUDE_HOSTED.match(str(kind)):
         return "tools of type %s are not translated here" % json.dumps(kind)
     return "Claude has no tool of type %s" % json.dumps(kind)
-
-
-def is_web_search(kind: Any) -> bool:
-    return isinstance(kind, str) and re.match(r"(openrouter:)?web_search", kind) is not None
 
 
 def declared_function(tool: dict, path: str, namespace: str) -> Declared:
@@ -2061,7 +1920,7 @@ def tools_from_entry(path: str, tool: dict, changes: Changes, namespace: str) ->
         return [declared_custom(tool, path, namespace)]
     if kind in ("function", "custom"):
         return [declared_function(tool, path, namespace)]
-    if not is_web_search(kind):
+    if not WEB_SEARCH_TYPES.match(str(kind)):
         changes.add("dropped", path, why_no_tool(kind))
     return []
 
@@ -2077,13 +1936,14 @@ def declared_tools(entries: Iterable[tuple[str, dict]], changes: Changes, namesp
     return list(first.values())
 
 
-def add_strictness(tool: dict, budget: StrictBudget, declared: Declared, draft: Draft) -> None:
+def add_strictness(tool: dict, others: list[Subset], declared: Declared, draft: Draft) -> None:
     """`strict` stays where the schema is in the subset as it is, so that nothing of it is lost."""
     try:
         if not draft.model.strict_tools:
             raise Unsupported("Claude could not compile the schemas of this request")
-        tool["input_schema"], _ = budget.compiled(tool["input_schema"], as_it_is=True)
-        tool["strict"] = True
+        subset = Subset(tool["input_schema"], others)
+        tool.update(input_schema=subset.whole(as_it_is=True), strict=True)
+        others.append(subset)
     except Unsupported as reason:
         draft.changes.add("dropped", declared.path + ".strict", str(reason))
 
@@ -2104,34 +1964,32 @@ def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
 
 def tools_from_declared(draft: Draft) -> list[dict]:
     """The client's tools as `tools` of the Messages request, in its order."""
-    tools, strict_budget = [], StrictBudget()
+    tools: list[dict] = []
+    strict: list[Subset] = []
     for entry in draft.declared:
         name = draft.names.there(entry.full_name)
         if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
         schema = with_fitting_names(schema, entry, draft)
-        description = entry.description
-        if not entry.name.isascii():                # of which little or nothing is left
-            description = led_by_name(entry.name, description)
+        # of a name that is not ASCII little or nothing is left
+        description = entry.description if entry.name.isascii() else led_by_name(entry.name, entry.description)
         tool = dict({"name": name, "description": description} if description else {"name": name}, input_schema=schema)
         if entry.strict:
-            add_strictness(tool, strict_budget, entry, draft)
+            add_strictness(tool, strict, entry, draft)
         tools += marked([tool], entry.part)
     return tools
 
 
 def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
-    options = fields.get("web_search_options")
-    path = "web_search_options"
+    path, options, most = "web_search_options", fields.get("web_search_options"), fields.get("max_tool_calls")
     for where, tool in entries:
-        if options is None and is_web_search(tool.get("type")):
-            options, path = tool, where
-    most = fields.get("max_tool_calls")
-    if options is None and most is not None:
-        changes.add("dropped", "max_tool_calls", "only web searches can be limited")
+        if options is None and WEB_SEARCH_TYPES.match(str(tool.get("type"))):
+            path, options = where, tool
     if options is None:
+        if most is not None:
+            changes.add("dropped", "max_tool_calls", "only web searches can be limited")
         return []
     obstacle = ("%s has no web search" % model.id if not model.web_search else
                 "Claude has no cached index" if options.get("external_web_access") is False else
@@ -2139,8 +1997,7 @@ def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Mo
     if obstacle:
         changes.add("dropped", path, obstacle)
         return []
-    size = options.get("search_context_size") or "medium"
-    one_of(*WEB_SEARCH_USES)(size, path + ".search_context_size")
+    size = one_of(*WEB_SEARCH_USES)(options.get("search_context_size") or "medium", path + ".search_context_size")
     uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
     tool.update(search_domains(options, path, changes))
@@ -2163,14 +2020,27 @@ def search_domains(options: dict, path: str, changes: Changes) -> dict:
             changes.add("dropped", "%s.%s" % (path, name), "Claude accepts either allowed or blocked domains")
         elif domains:
             lists[name] = [re.sub(r"^https?://", "", domain).rstrip("/") for _, domain in domains]
+            if lists[name] != [domain for _, domain in domains]:
+                changes.add("changed", "%s.%s" % (path, name), "without scheme and slash at the end")
     return lists
 
 
-def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
-    """The tools that a history uses, where the request defines none: Claude insists.
+def draft_from(fields: dict, model: Model, changes: Changes, recall: Recall | None,
+               more: Iterable[tuple[str, dict]] = ()) -> Draft:
+    """The draft of a request, with the tools of `tools` and the legacy `functions`, and more tools."""
+    entries = [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
+    entries += more
+    declared = declared_tools(entries, changes) if entries else []
+    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
+    if declared:
+        draft.tools = tools_from_declared(draft) + draft.tools
+    draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
+    return draft
 
-    They are as this conversation had them last, for thinking is signed and cached with them, or else bare.
-    """
+
+def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
+    """The tools that a history uses, where the request defines none: Claude insists.  They are as this conversation had
+    them last, for thinking is signed and cached with them, or else bare."""
     calls = [block for message in messages for block in message["content"] if block["type"] == "tool_use"]
     if not calls:
         return []
@@ -2190,23 +2060,21 @@ NO_RESULT = "(no result available)"
 chat_role_of = one_of("system", "developer", "user", "assistant", "tool", "function")
 
 
+@dataclasses.dataclass
 class Call:
-    """One tool call of the history, waiting for its result."""
-
-    def __init__(self, raw_id: str, call_id: str, name: str, turn: Turn) -> None:
-        self.raw_id, self.call_id, self.name, self.turn = raw_id, call_id, name, turn
-        self.result: Optional[dict] = None
+    """One tool call of the history, with its result: one that says there is none until it is answered."""
+    raw_id: str
+    turn: Turn
+    result: dict
+    answered: bool = False
 
 
 @dataclasses.dataclass
 class Turn:
     """One turn in the making: neighbours of the same role become one."""
     role: str
-    # of a user turn: LateSystem, and all but the tool results
-    blocks: List[Any] = dataclasses.field(default_factory=list)
+    blocks: List[Any] = dataclasses.field(default_factory=list)     # of the user: LateSystem too, but no tool results
     calls: List[Call] = dataclasses.field(default_factory=list)
-    # calls that may lack a result, by name, and all of them by ""
-    waiting: Dict[str, Deque[Call]] = dataclasses.field(default_factory=dict)
 
 
 def closed(fragment: str) -> str:
@@ -2270,20 +2138,23 @@ def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
 
 
 def has_compaction(blocks: list[dict]) -> bool:
-    return any(block["type"] == "compaction" for block in blocks)
+    return "compaction" in [block["type"] for block in blocks]
 
 
-def merged(messages: list[dict]) -> list[dict]:
-    """Neighbours of one role as one message (an empty turn between them has gone)."""
-    kept: list[dict] = []
-    calls_open = False
-    for message in messages:
-        if kept and kept[-1]["role"] == message["role"] and not calls_open:
-            kept[-1]["content"] += message["content"]
-        else:
-            kept.append(message)
-        calls_open = "tool_use" in [block["type"] for block in message["content"]]
-    return kept
+def add_turn(messages: list[dict], role: str, blocks: list[dict]) -> None:
+    """Adds a message, or its blocks to the last one where that has the same role; an empty one is left out."""
+    if blocks and messages and messages[-1]["role"] == role:
+        messages[-1]["content"] += blocks
+    elif blocks:
+        messages.append({"role": role, "content": blocks})
+
+
+def fitting_call_id(raw: str) -> str:
+    """A tool call's id in Claude's alphabet; the same history gives the same ids, so a longer one keeps its prefix."""
+    plain = re.sub(r"[^a-zA-Z0-9_-]", "_", raw)
+    if plain == raw:
+        return plain
+    return "%s_%s" % (plain[:48], hashlib.sha256(raw.encode("utf-8", "replace")).hexdigest()[:8])
 
 
 class LateSystem(NamedTuple):
@@ -2298,7 +2169,9 @@ class Conversation:
     def __init__(self, draft: Draft) -> None:
         self._draft = draft
         self._turns: List[Turn] = []
-        self._answerable: Dict[str, Deque[Call]] = {}       # by the client's id: the calls of the latest turn with it
+        # by the client's id, by name, and all by no name: the calls of the latest turn with one such
+        self._calls: Dict[Tuple[str, str], Deque[Call]] = {}
+        self._call_ids: Dict[str, int] = {}         # how often each was wanted
         self.system: List[dict] = []
         self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
 
@@ -2315,29 +2188,26 @@ class Conversation:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
         name = self._draft.names.there(text_at(function, "name", path))
-        turn = self._turn("assistant")
-        call = Call(raw_id, self._draft.call_ids.use(raw_id or "call_" + path), name, turn)
+        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self._call_ids)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
-        tool_use = {"type": "tool_use", "id": call.call_id, "name": name, "input": arguments}
+        tool_use = {"type": "tool_use", "id": call_id, "name": name, "input": arguments}
         turn.blocks.append(tool_use)
+        missing = {"type": "tool_result", "tool_use_id": call_id, "content": NO_RESULT, "is_error": True}
+        call = Call(raw_id, turn, missing)
         turn.calls.append(call)
-        for key in (name, ""):
-            turn.waiting.setdefault(key, collections.deque()).append(call)
-        same_id = self._answerable.get(raw_id)
-        if same_id is None or same_id[0].turn is not turn:
-            same_id = self._answerable[raw_id] = collections.deque()
-        same_id.append(call)
+        for key in (("id", raw_id), ("name", name), ("name", "")):
+            if not self._calls.get(key) or self._calls[key][0].turn is not turn:
+                self._calls[key] = collections.deque()
+            self._calls[key].append(call)
         return tool_use
 
     def result(self, raw_id: str, name: Any, content: Any, path: str, given: dict) -> None:
-        """A tool's result: to the call it answers, or as text where there is none.
-
-        `given`: the message, item or part, for its cache mark and what else it says of the result.
-        """
+        """A tool's result: to the call it answers, or as text where there is none.  `given`: the message, item or part,
+        for its cache mark and what else it says of the result."""
         latest = next((turn for turn in reversed(self._turns) if turn.role == "assistant"), None)
-        call = self._answered(raw_id) if raw_id else self._unanswered(latest, name)
+        call = self._answered(raw_id, name, latest)
         if call and call.turn is not latest:
             self._draft.changes.add("repaired", path, "a late result moved up to its call")
         user = self._turn("user")
@@ -2347,9 +2217,9 @@ class Conversation:
             user.blocks += text_blocks("[result of tool call %s]" % (raw_id or "without id"))
             user.blocks += text_blocks(content) if isinstance(content, str) else content
             return
-        if call.result is not None:
+        if call.answered:
             self._draft.changes.add("repaired", path, "a second result of one call replaces the first")
-        call.result = {"type": "tool_result", "tool_use_id": call.call_id}
+        call.answered, call.result = True, without(call.result, "content", "is_error", "cache_control")
         if content.strip() if isinstance(content, str) else content:
             call.result["content"] = content
         if given.get("is_error") is True and all(block["type"] == "text" for block in listed(content)):
@@ -2359,38 +2229,28 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
-        first = [{"role": "assistant", "content": self.summary}] if has_compaction(self.summary) else []
-        if turns and turns[0].role == "assistant" and not self.summary:
+        messages: list[dict] = []
+        compacted = has_compaction(self.summary)
+        if compacted:
+            add_turn(messages, "assistant", self.summary)
+        elif turns and turns[0].role == "assistant" and not self.summary:
             self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
         if not turns or turns[0].role == "assistant":
             turns.insert(0, Turn("user"))
         if turns[-1].calls:
             turns.append(Turn("user"))              # for the results, which are all missing
-        messages: list[dict] = []
         for at, turn in enumerate(turns):
             if turn.role == "assistant":
-                messages.append({"role": "assistant", "content": self._replayed(turn)})
+                add_turn(messages, "assistant", self._replayed(turn))
                 continue
-            results = self._results(turns[at - 1].calls) if at else []
             before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
-            late = self._late_system(turn.blocks, bool(results), before_assistant)
-            rest = turn.blocks[:len(turn.blocks) - len(late)]
-            if LateSystem in map(type, rest):
-                self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
-                rest = [dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
-                        if isinstance(block, LateSystem) else block for block in rest]
-            blocks = results + rest
-            if at == 0 and not first:
-                blocks = self.summary + blocks
-            if not blocks and at == 0:
-                blocks = text_blocks(CONTINUE if first else START)
-            if blocks:
-                messages.append({"role": "user", "content": blocks})
-            if late:
-                messages.append({"role": "system", "content": late})
-        for message in messages:
-            message["content"] = without_refused(message["content"], self._draft.recall)
-        return first + merged([message for message in messages if message["content"]])
+            blocks, late = self._of_user(turn.blocks, turns[at - 1].calls if at else [], before_assistant)
+            if at == 0:
+                blocks = blocks if compacted else self.summary + blocks
+                blocks = blocks or text_blocks(CONTINUE if compacted else START)
+            add_turn(messages, "user", blocks)
+            add_turn(messages, "system", late)
+        return messages
 
     def _turn(self, role: str) -> Turn:
         """The turn that something of this role belongs to: the last one, or a new one."""
@@ -2398,50 +2258,51 @@ class Conversation:
             self._turns.append(Turn(role))
         return self._turns[-1]
 
-    def _answered(self, raw_id: str) -> Call | None:
-        """The call of this id; several in one turn are answered one after the other, the last one again and again."""
-        calls = self._answerable.get(raw_id)
-        return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
-
-    def _unanswered(self, turn: Turn | None, name: Any) -> Call | None:
-        """The call that a result without an id answers: the first open one of its name, else the first open one."""
+    def _answered(self, raw_id: str, name: Any, latest: Turn | None) -> Call | None:
+        """The call of this id (several in one turn are answered one after the other, the last one again and again);
+        without an id the first open one of this name in the latest turn, else the first open one there."""
+        if raw_id:
+            calls = self._calls.get(("id", raw_id))
+            return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
         for key in (self._draft.names.there(name) if isinstance(name, str) else "", ""):
-            calls = turn.waiting.get(key) if turn else None
-            while calls and calls[0].result is not None:
+            calls = self._calls.get(("name", key))
+            while calls and calls[0].answered:
                 calls.popleft()
-            if calls:
+            if calls and calls[0].turn is latest:
                 return calls[0]
         return None
 
     def _replayed(self, turn: Turn) -> list[dict]:
-        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it."""
-        earlier = self._draft.recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
-        if not earlier or any(block["type"] in THINKING for block in turn.blocks) or \
-                not same_answer(earlier, turn.blocks):
-            return turn.blocks
-        searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
-        return turn.blocks if searched and not self._draft.search else marked(earlier, turn.blocks[-1])
+        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it;
+        without the thinking that Claude refused earlier."""
+        recall, blocks = self._draft.recall, turn.blocks
+        earlier = recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
+        if earlier and not any(block["type"] in THINKING for block in blocks) and same_answer(earlier, blocks):
+            searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
+            blocks = blocks if searched and not self._draft.search else marked(earlier, blocks[-1])
+        return [block for block, mark in zip(blocks, thinking_marks(blocks)) if not mark or not recall.refused(mark)]
 
-    def _results(self, calls: list[Call]) -> list[dict]:
-        """One result for each call of a turn, in the order of the calls."""
-        for call in calls:
-            if call.result is None:
-                self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
-                call.result = {"type": "tool_result", "tool_use_id": call.call_id, "content": NO_RESULT,
-                               "is_error": True}
-        return [call.result for call in calls if call.result]
-
-    def _late_system(self, blocks: list[Any], results: bool, before_assistant: bool) -> list[dict]:
-        """The system blocks at the end of a user turn that may stay system messages, by the API's rules: behind a user
-        turn that is not empty, and last or before an assistant turn."""
-        late = [each.block for each in itertools.takewhile(lambda each: isinstance(each, LateSystem), reversed(blocks))]
-        may_stay = self._draft.model.late_system and before_assistant and (results or len(blocks) > len(late))
-        return late[::-1] if may_stay else []
+    def _of_user(self, blocks: list[Any], calls: list[Call], before_assistant: bool) -> tuple[list[dict], list[dict]]:
+        """The blocks of a user turn, results first, and the system blocks at its end that may stay a system message, by
+        the API's rules: behind a user turn that is not empty, and last or before an assistant turn."""
+        if False in [call.answered for call in calls]:
+            self._draft.changes.add("repaired", "messages", "a call without a result got one that says so")
+        end = len(blocks)
+        while end and isinstance(blocks[end - 1], LateSystem):
+            end -= 1
+        if not (self._draft.model.late_system and before_assistant and (calls or end)):
+            end = len(blocks)
+        found = [call.result for call in calls] + blocks[:end]
+        if LateSystem in map(type, found):
+            self._draft.changes.add("changed", "system", "a later message, to marked text of the user")
+            found = [dict(block.block, text="<system>\n%s\n</system>" % block.block["text"])
+                     if isinstance(block, LateSystem) else block for block in found]
+        return found, [late.block for late in blocks[end:]]
 
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = " ".join(block["id"] for block in content if block["type"] == "tool_use")
+    call_ids = " ".join([block["id"] for block in content if block["type"] == "tool_use"])
 
     def mark(block: dict) -> str:
         signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
@@ -2449,22 +2310,12 @@ def thinking_marks(content: list[dict]) -> list[str]:
     return [mark(block) if block["type"] in THINKING else "" for block in content]
 
 
-def without_refused(content: list[dict], recall: Recall) -> list[dict]:
-    """A turn without the thinking blocks that Claude refused earlier."""
-    return [block for block, mark in zip(content, thinking_marks(content)) if not mark or not recall.refused(mark)]
-
-
 def signed_thinking(chat_message: dict) -> list[dict]:
-    """The thinking blocks that a client kept beside the content, with their signatures."""
+    """The thinking blocks that a client kept beside the content, with their signatures: `thinking_blocks`, or what of
+    `reasoning_details` may be Claude's, the pieces of one block (same `index`) joined."""
     blocks = [block for each in listed(chat_message.get("thinking_blocks")) for block in thinking_block(each)]
-    return blocks or [block for detail in joined_details(listed(chat_message.get("reasoning_details")))
-                      for block in thinking_block(detail, "text")]
-
-
-def joined_details(details: Sequence[Any]) -> list[dict]:
-    """Entries of `reasoning_details` that may be Claude's, the pieces of one block (same `index`) joined."""
     joined: dict[Any, dict] = {}
-    for at, detail in enumerate(details):
+    for at, detail in enumerate(listed(chat_message.get("reasoning_details"))):
         if not isinstance(detail, dict) or not re.match(r"anthropic|unknown|\Z", str(detail.get("format") or "")):
             continue
         index = detail.get("index")
@@ -2472,27 +2323,17 @@ def joined_details(details: Sequence[Any]) -> list[dict]:
         for name in ("text", "signature", "data"):
             if detail.get(name) and isinstance(detail[name], str):
                 block[name] = block.get(name, "") + detail[name]
-    return list(joined.values())
-
-
-def function_of_call(chat_call: dict, path: str) -> tuple[Any, str]:
-    """Name and arguments of an entry of `tool_calls`, and their path: a custom call has a bare string for them."""
-    if chat_call.get("custom") is None:
-        return chat_call.get("function"), path + ".function"
-    custom = object_of(chat_call["custom"], path + ".custom")
-    arguments = {"input": text_of(custom.get("input", ""), path + ".custom.input")}
-    return {"name": custom.get("name"), "arguments": arguments}, path + ".custom"
+    return blocks or [block for detail in joined.values() for block in thinking_block(detail, "text")]
 
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.
-
-    Calls and results in Claude's own shape are what they are.
-    """
-    added = list(kept)
+    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.  Calls and results
+    in Claude's own shape are what they are."""
+    content = message.get("content")
+    added = [*kept, *text_blocks(content)] if isinstance(content, str) else list(kept)
     conversation.add(role, added)
-    for where, part in content_parts(message.get("content"), path + ".content"):
+    for where, part in [] if isinstance(content, str) else content_parts(content, path + ".content"):
         kind = part.get("type")
         if kind == "tool_result" and role == "user":
             conversation.result(text_at(part, "tool_use_id", where, ""), None, part.get("content"), where, part)
@@ -2508,7 +2349,8 @@ def add_content(conversation: Conversation, role: str, message: dict, path: str,
 
 
 def add_message(conversation: Conversation, role: str, chat_message: dict, path: str, draft: Draft) -> None:
-    """A message of the user or the system, which may only be text."""
+    """A message of the user, or of the system or developer, which may only be text."""
+    role = "user" if role == "user" else "system"
     blocks = add_content(conversation, role, chat_message, path, draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
         raise InvalidRequest("%s.content: a system message may contain text only." % path, path + ".content")
@@ -2527,7 +2369,11 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
         blocks += refusal
     for where, chat_call in optional(entries_of, chat_message.get("tool_calls"), path + ".tool_calls", ()):
         raw_id = text_at(chat_call, "id", where, "")
-        function, where = function_of_call(chat_call, where)
+        kind = "function" if chat_call.get("custom") is None else "custom"
+        function, where = chat_call.get(kind), "%s.%s" % (where, kind)
+        if kind == "custom":                        # the input is a bare string
+            given = text_of(object_of(function, where).get("input", ""), where + ".input")
+            function = {"name": chat_call["custom"].get("name"), "arguments": {"input": given}}
         if not raw_id:                              # legacy calls have none by right
             draft.changes.add("repaired", where, "a call without an id")
         blocks += marked([conversation.call(raw_id, function, where)], chat_call)
@@ -2538,8 +2384,8 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
     """Where the newest turn of the user begins: behind all that comes from the assistant or a tool."""
-    return max((at + 1 for at, (_, entry) in enumerate(entries)
-                if entry.get("role") not in ("user", "system", "developer")), default=0)
+    return max([at for at, (_, entry) in enumerate(entries, 1)
+                if entry.get("role") not in ("user", "system", "developer")], default=0)
 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
@@ -2555,7 +2401,7 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
             raw_id = text_at(chat_message, "tool_call_id", path, "")
             conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path, chat_message)
         else:
-            add_message(conversation, "user" if role == "user" else "system", chat_message, path, draft)
+            add_message(conversation, role, chat_message, path, draft)
 
 
 def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
@@ -2576,19 +2422,13 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-def max_tokens_from(fields: dict, draft: Draft) -> int:
-    """The output limit: what the client says, up to what the model can; the latter where it says nothing."""
-    most, wanted = draft.model.max_output, explicit_max_tokens(fields)
-    if wanted is not None and wanted > most:
-        name = next(name for name in LIMITS if name in fields)
-        draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (wanted, most))
-    return min(wanted or most, most)
-
-
-def explicit_max_tokens(fields: dict) -> int | None:
-    """The client's own output limit, if it gave one that means something (0 and -1 mean none)."""
-    limits = [fields[name] for name in LIMITS if name in fields]
-    return limits[0] if limits and limits[0] > 0 else None
+def limit_from_chat(fields: dict, draft: Draft) -> int:
+    """The client's own output limit, 0 where it gave none that means something (-1 means none)."""
+    names = [name for name in LIMITS if name in fields]
+    limit, most = fields[names[0]] if names else 0, draft.model.max_output
+    if limit > most:
+        draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
+    return max(limit, 0)
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2609,24 +2449,21 @@ def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]
             yield name, min(1, max(0, value))
 
 
-# OpenAI's service tiers -> what stands for them in a Messages request; "auto" is Claude's default
-SERVICE_TIER_PARAMETERS: Dict[str, Dict[str, str]] = {
-    "auto": {}, "default": {"service_tier": "standard_only"}, "standard_only": {"service_tier": "standard_only"},
-    "priority": {}, "fast": {"speed": "fast"}}
+# OpenAI's service tiers -> Claude's; "" is its default
+CLAUDE_TIERS = {"auto": "", "default": "standard_only", "standard_only": "standard_only", "priority": "", "fast": ""}
 
 
 def tier_from_chat(fields: dict, draft: Draft) -> dict:
     """`service_tier`, and `speed` of clients that know Claude."""
     tier = fields.get("service_tier", "auto")
-    parameters = dict(SERVICE_TIER_PARAMETERS.get(tier, {}))
-    if tier not in SERVICE_TIER_PARAMETERS:
+    if tier not in CLAUDE_TIERS:
         draft.changes.add("dropped", "service_tier", "Claude has no such tier")
     elif tier == "priority":
         draft.changes.add("changed", "service_tier", "to auto, which uses a priority tier where there is one")
-    if fields.get("speed") == "fast":
+    parameters = {"service_tier": CLAUDE_TIERS[tier]} if CLAUDE_TIERS.get(tier) else {}
+    if "fast" in (tier, fields.get("speed")) and draft.model.fast:
         parameters["speed"] = "fast"
-    if "speed" in parameters and not draft.model.fast:
-        del parameters["speed"]
+    elif "fast" in (tier, fields.get("speed")):
         draft.changes.add("dropped", "speed" if "speed" in fields else "service_tier",
                           "%s has no fast mode" % draft.model.id)
     return parameters
@@ -2659,6 +2496,7 @@ class Reasoning(NamedTuple):
     field: str = "reasoning_effort"
 
 
+thinking_type_of = one_of("adaptive", "enabled", "disabled", "between_tools")
 LEAST_BUDGET = 1_024                                # tokens: Claude accepts no smaller budget for thinking
 # Tokens of thinking for an effort, on models that want a budget.
 BUDGETS = {"low": 4_096, "medium": 10_000, "high": 20_000, "xhigh": 32_000, "max": 48_000}
@@ -2671,16 +2509,17 @@ def effort_from_budget(budget: int) -> str:
 
 def reasoning_from_chat(fields: dict) -> Reasoning:
     """What is asked in `thinking` (Claude's own parameter), `reasoning` (OpenRouter's) or `reasoning_effort`."""
-    thinking = optional(object_of, fields.get("thinking"), "thinking", {})
-    budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
-    display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
-    kind = optional(one_of("adaptive", "enabled", "disabled", "between_tools"), thinking.get("type"), "thinking.type")
-    if kind in ("disabled", "between_tools"):
-        return Reasoning("none", field="thinking")
-    if kind:
-        effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
-        return Reasoning(effort, budget, display, "thinking")
-    reasoning = optional(object_of, fields.get("reasoning"), "reasoning", {})
+    if "thinking" in fields:
+        thinking = object_of(fields["thinking"], "thinking")
+        budget = optional(integer_of, thinking.get("budget_tokens"), "thinking.budget_tokens")
+        display = optional(one_of("summarized", "omitted"), thinking.get("display"), "thinking.display")
+        kind = optional(thinking_type_of, thinking.get("type"), "thinking.type")
+        if kind in ("disabled", "between_tools"):
+            return Reasoning("none", field="thinking")
+        if kind:
+            effort = fields.get("reasoning_effort") or (effort_from_budget(budget) if budget else "")
+            return Reasoning(effort, budget, display, "thinking")
+    reasoning = object_of(fields.get("reasoning", {}), "reasoning")
     if not reasoning:
         return Reasoning(fields.get("reasoning_effort"))
     budget = optional(integer_of, reasoning.get("max_tokens"), "reasoning.max_tokens")
@@ -2692,13 +2531,6 @@ def reasoning_from_chat(fields: dict) -> Reasoning:
     return Reasoning(effort, budget, "omitted" if reasoning.get("exclude") is True else None, "reasoning")
 
 
-def in_unthought_loop(messages: list[dict]) -> bool:
-    """Whether tool results wait for an answer to a turn whose thinking is not there any more."""
-    calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
-    return bool(calls) and calls[0]["type"] not in THINKING and any(
-        block["type"] == "tool_result" for block in messages[-1]["content"])
-
-
 def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> str:
     """What excludes the thinking that a client asks for; "" for nothing."""
     forced = request.get("tool_choice", {}).get("type") in ("any", "tool")
@@ -2707,9 +2539,12 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
             "a temperature excludes thinking" if {"temperature", "top_p", "top_k"} & set(request) else ""
     if "enabled" not in model.thinking:
         return "%s does not think" % model.id
+    calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
+    unthought = calls and calls[0]["type"] not in THINKING and \
+        "tool_result" in [block["type"] for block in messages[-1]["content"]]
     obstacle = ("a forced tool" if forced else "a temperature" if {"temperature", "top_k"} & set(request)
                 else "a prefill" if model.prefill and messages[-1]["role"] == "assistant"
-                else "a tool loop without its thinking" if in_unthought_loop(messages) else "")
+                else "a tool loop without its thinking" if unthought else "")
     return obstacle and obstacle + " excludes thinking"
 
 
@@ -2721,14 +2556,14 @@ def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
         request.setdefault("output_config", {})["effort"] = model.efforts[0]
     if can_stop:
         request["thinking"] = {"type": "disabled"}
-    elif not unwanted:
-        request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
-    elif "between_tools" in model.thinking:
-        request["thinking"] = {"type": "between_tools"}
-    if can_stop and not unwanted:
-        draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
-    elif not can_stop and unwanted:
+        if not unwanted:
+            draft.changes.add("changed", "thinking", "off, as max_tokens leaves it no room")
+    elif unwanted:
+        if "between_tools" in model.thinking:
+            request["thinking"] = {"type": "between_tools"}
         draft.changes.add("changed", asked.field, "%s cannot stop thinking: lowest effort" % model.id)
+    else:
+        request["thinking"] = {"type": "adaptive", "display": asked.display or "summarized"}
 
 
 def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
@@ -2736,21 +2571,10 @@ def add_room_for_thinking(request: dict, limit: int, draft: Draft) -> None:
     draft.changes.add("changed", "max_tokens", "1,024 added for thinking, which counts as output")
 
 
-def set_effort(request: dict, asked: Reasoning, draft: Draft) -> None:
-    """`output_config.effort`, or the nearest one that the model knows."""
-    effort, efforts = asked.effort, draft.model.efforts
-    if not effort or effort == "none" or not efforts:
-        return
-    nearest = effort if effort in efforts else {"minimal": "low"}.get(effort, "high")
-    if nearest != effort:
-        draft.changes.add("changed", asked.field, "%s to %s" % (effort, nearest))
-    request.setdefault("output_config", {})["effort"] = nearest
-
-
-def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draft: Draft) -> None:
+def think_within_budget(request: dict, asked: Reasoning, limit: int, draft: Draft) -> None:
     """Thinking with a budget: at least 1,024 tokens, less than max_tokens, which is raised to make room."""
     budget = max(LEAST_BUDGET, asked.budget or BUDGETS.get(asked.effort or "medium", LEAST_BUDGET))
-    if limit is not None and limit < budget + LEAST_BUDGET:
+    if 0 < limit < budget + LEAST_BUDGET:
         request["max_tokens"] = min(draft.model.max_output, limit + budget)
         draft.changes.add("changed", "max_tokens", "%d added for thinking, which counts as output" % budget)
     budget = min(budget, request["max_tokens"] - 1)
@@ -2762,23 +2586,22 @@ def think_within_budget(request: dict, asked: Reasoning, limit: int | None, draf
         request["thinking"]["display"] = asked.display
 
 
-def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> None:
-    """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.
-
-    A forced tool, a temperature and a prefill win where they exclude thinking: the client asked for them explicitly.
-    """
-    model, asked, limit = draft.model, reasoning_from_chat(fields), explicit_max_tokens(fields)
-    tight = limit is not None and limit < LEAST_BUDGET
+def think(request: dict, asked: Reasoning, limit: int, messages: list[dict], draft: Draft) -> None:
+    """Adds `thinking` and the effort to a request, by what the client asks for and the model supports.  What excludes
+    thinking (a forced tool, a temperature, a prefill) wins: the client asked for it explicitly."""
+    model, tight = draft.model, 0 < limit < LEAST_BUDGET
     if asked.effort == "none" or asked.effort is None and tight:
         if model.thinks_by_default:
             think_little(request, asked, draft)
             if tight and "disabled" not in model.thinking:
-                add_room_for_thinking(request, limit or 0, draft)
+                add_room_for_thinking(request, limit, draft)
         return
-    obstacle = ""
-    if asked.effort is not None:
-        set_effort(request, asked, draft)
-        obstacle = obstacle_to_thinking(request, messages, model)
+    if asked.effort and model.efforts:
+        nearest = asked.effort if asked.effort in model.efforts else "low" if asked.effort == "minimal" else "high"
+        if nearest != asked.effort:
+            draft.changes.add("changed", asked.field, "%s to %s" % (asked.effort, nearest))
+        request.setdefault("output_config", {})["effort"] = nearest
+    obstacle = obstacle_to_thinking(request, messages, model) if asked.effort is not None else ""
     if obstacle and "effort" in request.get("output_config", {}):       # an effort can go without thinking
         draft.changes.add("changed", asked.field, "sent as effort, without thinking: " + obstacle)
     elif obstacle:
@@ -2790,7 +2613,7 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
         if asked.budget:
             draft.changes.add("changed", asked.field, "a budget of %d to effort %s" % (asked.budget, asked.effort))
         if thinks and tight:
-            add_room_for_thinking(request, limit or 0, draft)
+            add_room_for_thinking(request, limit, draft)
     elif thinks:
         think_within_budget(request, asked, limit, draft)
 
@@ -2801,14 +2624,7 @@ def think(request: dict, fields: dict, messages: list[dict], draft: Draft) -> No
 JSON_ONLY = "Answer with one JSON object only"      # how a request asks for JSON where no answer format enforces it
 
 
-class Choice(NamedTuple):
-    """A client's tool choice in one spelling: mode auto, required or none, a name, or the names that are allowed."""
-    mode: str = "auto"
-    name: str = ""
-    allowed: Optional[List[str]] = None
-    search: bool = False                            # Claude's web search is chosen
-
-
+MODES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}       # of a choice -> Claude's type of one
 FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that names one of the client's tools
 
 
@@ -2819,64 +2635,68 @@ def choice_name(choice: Any, path: str) -> str:
     return text_at(choice, "name", path)
 
 
-def asked_choice(fields: dict, changes: Changes) -> Choice:
-    """`tool_choice` or `function_call` in any spelling of any API."""
-    choice = fields.get("tool_choice", fields.get("function_call"))
+def asked_choice(fields: dict, changes: Changes) -> dict:
+    """`tool_choice` or `function_call` in any spelling of any API as Claude's, but with the client's names: of a tool,
+    or of those that are `allowed`; its type is `web_search` where that is chosen."""
     path = "tool_choice" if "tool_choice" in fields else "function_call"
+    choice = fields.get(path)
     if choice is None or choice == "":
-        return Choice()
-    modes = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+        return {"type": "auto"}
     if isinstance(choice, str):
-        return Choice(modes[one_of(*modes)(choice, path)])
-    choice = object_of(choice, path)
-    kind = choice.get("type")
+        return {"type": MODES[one_of(*MODES)(choice, path)]}
+    kind = object_of(choice, path).get("type")
     if choice.get("disable_parallel_tool_use") is True:             # Claude's spelling
         fields["parallel_tool_calls"] = False
-    if isinstance(kind, str) and kind in modes:
-        return Choice(modes[kind])
-    if is_web_search(kind):
-        return Choice("required", search=True)
+    if str(kind) in MODES:
+        return {"type": MODES[str(kind)]}
+    if WEB_SEARCH_TYPES.match(str(kind)):
+        return {"type": WEB_SEARCH}
     if kind == "allowed_tools":
         allowed = object_of(choice.get("allowed_tools", choice), path + ".allowed_tools")
-        mode = modes.get(str(allowed.get("mode", "auto")), "auto")
         tools = entries_of(allowed.get("tools"), path + ".allowed_tools.tools")
-        return Choice(mode, allowed=[choice_name(tool, where) for where, tool in tools
-                                     if tool.get("type") in FUNCTION_TYPES or "name" in tool])
+        return {"type": MODES.get(str(allowed.get("mode")), "auto"),
+                "allowed": [choice_name(tool, where) for where, tool in tools
+                            if tool.get("type") in FUNCTION_TYPES or "name" in tool]}
     if kind not in FUNCTION_TYPES and "name" not in choice:
         changes.add("dropped", path, why_no_tool(kind))
-        return Choice()
-    return Choice("required", choice_name(choice, path))
+        return {"type": "auto"}
+    name = choice_name(choice, path)
+    return {"type": "tool", "name": name} if name else {"type": "any"}
 
 
-def allowed_tools(tools: list[dict], asked: Choice, draft: Draft) -> list[dict]:
-    """The tools that the client's choice leaves; web search is no function, and stays."""
-    allowed = {draft.names.there(name) for name in asked.allowed or ()}
-    kept = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]
-    if tools and not kept:
-        raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
-                             "invalid_value")
-    return kept
+def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -> dict:
+    """Adds the tools that the client's choice leaves; returns the choice among them as Claude's."""
+    choice, tools = asked_choice(fields, draft.changes), draft.tools
+    if "allowed" in choice:
+        allowed = {draft.names.there(name) for name in choice.pop("allowed")}
+        tools = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]     # web search stays
+        if draft.tools and not tools:
+            raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
+                                 "invalid_value")
+    tools = tools or tools_from_history(messages, draft)
+    if tools:
+        request["tools"] = tools
+    if not draft.tools:                             # stand-ins for a history's are not to be called
+        return {"type": "none" if tools else "auto"}
+    return tool_choice(choice, fields, draft)
 
 
-def tool_choice(asked: Choice, fields: dict, draft: Draft) -> dict | None:
-    """`tool_choice` of a Messages request with tools; None where it would change nothing."""
-    if not draft.declared and not draft.search:
-        return {"type": "none"}                     # stand-ins for a history's tools: not to be called
-    choice: dict = {"type": {"required": "any"}.get(asked.mode, asked.mode)}
-    if asked.search and not draft.search:
+def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict:
+    """A choice among the tools with Claude's names."""
+    if choice["type"] == WEB_SEARCH and draft.search:
+        choice = {"type": "tool", "name": WEB_SEARCH}
+    elif choice["type"] == WEB_SEARCH:
         draft.changes.add("dropped", "tool_choice", "there is no web search in this request")
         choice = {"type": "auto"}
-    elif asked.search:
-        choice = {"type": "tool", "name": WEB_SEARCH}
-    if asked.name:
-        named = next((tool for tool in draft.declared if asked.name in (tool.name, tool.full_name)), None)
+    elif "name" in choice:
+        named = next((tool for tool in draft.declared if choice["name"] in (tool.name, tool.full_name)), None)
         if named is None:
-            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(asked.name),
+            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(choice["name"]),
                                  "tool_choice", "invalid_value")
-        choice = {"type": "tool", "name": draft.names.there(named.full_name)}
-    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or uses_functions(fields)):
+        choice["name"] = draft.names.there(named.full_name)
+    if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
-    return None if choice == {"type": "auto"} else choice
+    return choice
 
 
 def asked_format(fields: dict) -> tuple[str, dict, str]:
@@ -2896,12 +2716,13 @@ def asked_format(fields: dict) -> tuple[str, dict, str]:
     return "json_schema", checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
 
 
-def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict | None:
-    """A forced tool without forcing: its schema as the answer format, or else a plain instruction."""
+def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
+    """A forced tool without forcing: its schema as the answer format (the reply is handed back as the tool call), or
+    else a plain instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
         with contextlib.suppress(Unsupported):
-            schema, _ = StrictBudget().compiled(tool["input_schema"])
+            schema = Subset(tool["input_schema"]).whole()
             request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
             draft.plan.forced_tool = draft.names.back(tool["name"])
             draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
@@ -2910,8 +2731,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
             return {"type": "none"}
     draft.instructions.append("Answer with a call of %s." % ("the tool " + name if name else "one of the tools"))
     draft.changes.add("changed", "tool_choice", "%s cannot be forced: asked for in the prompt" % draft.model.id)
-    choice = dict(without(choice, "name"), type="auto")
-    return None if choice == {"type": "auto"} else choice
+    return dict(without(choice, "name"), type="auto")
 
 
 def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
@@ -2921,14 +2741,15 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
             raise Unsupported("there is no schema")
         if not draft.model.structured_outputs or draft.search:
             raise Unsupported("web search excludes it" if draft.search else "%s does not compile it" % draft.model.id)
-        converted, moved = StrictBudget().compiled(schema)
+        subset = Subset(schema)
+        converted = subset.whole()
     except Unsupported as reason:
         draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
-    for keyword in moved:
+    for keyword in subset.moved:
         draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
@@ -2936,15 +2757,11 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
 VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in detail."}
 
 
-def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft) -> dict | None:
-    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it.
-
-    A forced tool on a model that refuses to be forced becomes an answer format of that tool's schema (the reply
-    is handed back as the tool call); where that cannot be, an instruction.
-    """
+def answer_format(request: dict, fields: dict, choice: dict, draft: Draft) -> dict:
+    """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it."""
     tools = request.get("tools", [])
     kind, schema, path = asked_format(fields)
-    if choice and choice["type"] in ("any", "tool") and not draft.model.forced_tools:
+    if choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
         if kind != "text":
             draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
@@ -2954,10 +2771,8 @@ def answer_format(request: dict, fields: dict, choice: dict | None, draft: Draft
     elif kind == "json_object":
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
-    verbosity = fields.get("verbosity") or (fields.get("text") or {}).get("verbosity")
-    if verbosity is not None:
-        verbosity_of(verbosity, "verbosity" if "verbosity" in fields else "text.verbosity")
-    if verbosity in VERBOSITIES:
+    verbosity = fields.get("verbosity") or fields.get("text", {}).get("verbosity")
+    if verbosity is not None and verbosity_of(verbosity, "text.verbosity") in VERBOSITIES:
         draft.instructions.append(VERBOSITIES[verbosity])
     return choice
 
@@ -2969,43 +2784,33 @@ ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "
                     "verbosity", *LIMITS)
 
 
-def messages_request(fields: dict, draft: Draft, preamble: Sequence[dict], cache: bool,
-                     add_history: Callable[[Conversation], None]) -> Translation:
-    """The Messages request of either of OpenAI's APIs: its parameters, and what adds its history."""
-    if draft.compact or wants_prewarm(fields):
+def messages_request(fields: dict, draft: Draft, conversation: Conversation, preamble: Sequence[dict],
+                     cache: bool) -> Translation:
+    """The Messages request of either of OpenAI's APIs, by its parameters and the conversation that it continues."""
+    draft.plan.prewarm = prewarm = fields.get("prompt_cache_options", {}).get("prewarm") is True
+    if draft.compact or prewarm:
         fields = without(fields, *ABOUT_THE_ANSWER)
-    tools = [*tools_from_declared(draft), *draft.search]
-    conversation = Conversation(draft)
-    add_history(conversation)
-    system, messages = conversation.system, conversation.messages()
-    asked = asked_choice(fields, draft.changes)
-    tools = (tools if asked.allowed is None else allowed_tools(tools, asked, draft)) or \
-        tools_from_history(messages, draft)
-    request: dict = {"model": draft.model.id, "max_tokens": max_tokens_from(fields, draft), "stream": True}
+    messages, most, limit = conversation.messages(), draft.model.max_output, limit_from_chat(fields, draft)
+    request: dict = {"model": draft.model.id, "max_tokens": min(limit or most, most), "stream": True}
     request.update(parameters_from_chat(fields, draft))
-    if tools:
-        request["tools"] = tools
-    choice = answer_format(request, fields, tool_choice(asked, fields, draft) if tools else None, draft)
-    if choice:
+    choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
+    if choice != {"type": "auto"}:
         request["tool_choice"] = choice
-    think(request, fields, messages, draft)
+    think(request, reasoning_from_chat(fields), limit, messages, draft)
     if draft.compact:
         ask_for_summary(messages, request, draft)
     elif messages[-1]["role"] == "assistant":
         end_turn(messages, request, draft)
-    if preamble or system:
-        request["system"] = [*(dict(block) for block in preamble), *system]
+    if preamble or conversation.system:
+        request["system"] = [*map(dict, preamble), *conversation.system]
     request["messages"] = messages
-    ttl = mark_from(fields).get("ttl") or ttl_from_openai(fields.get("prompt_cache_options"))
-    explicit = (fields.get("prompt_cache_options") or {}).get("mode") == "explicit"
-    place_breakpoints(request, cache and not explicit, ttl, draft)
-    if wants_prewarm(fields):                       # Claude refuses these where there is no output
+    place_breakpoints(request, fields, cache, draft)
+    if prewarm:                                     # Claude refuses these where there is no output
         budget = request.get("thinking", {}).get("type") == "enabled"
         request = dict(without(request, "stream", "thinking" if budget else ""), max_tokens=0)
     if draft.instructions:
         last_user = next(message for message in reversed(messages) if message["role"] == "user")
         last_user["content"].append({"type": "text", "text": "\n\n".join(draft.instructions)})
-    draft.plan.legacy_functions, draft.plan.prewarm = uses_functions(fields), wants_prewarm(fields)
     return Translation(request, draft.changes, draft.plan)
 
 
@@ -3029,10 +2834,6 @@ def ask_for_summary(messages: list[dict], request: dict, draft: Draft) -> None:
         request["tool_choice"] = {"type": "none"}
 
 
-def wants_prewarm(fields: dict) -> bool:
-    return (fields.get("prompt_cache_options") or {}).get("prewarm") is True
-
-
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                recall: Recall | None = None) -> Translation:
     """A chat completion request as a Messages request.  `preamble`: system blocks that go before the client's."""
@@ -3042,14 +2843,12 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
         raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
     if not fields["messages"]:
         raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
-    entries = tool_entries(fields)
-    declared = declared_tools(entries, changes)
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
-
-    def add_history(conversation: Conversation) -> None:
-        conversation.add("system", blocks_from_content(fields.get("system"), "system", draft))
-        add_chat_messages(conversation, fields["messages"], draft)
-    return messages_request(fields, draft, preamble, cache, add_history)
+    draft = draft_from(fields, model, changes, recall)
+    conversation = Conversation(draft)
+    if "system" in fields:
+        conversation.add("system", blocks_from_content(fields["system"], "system", draft))
+    add_chat_messages(conversation, fields["messages"], draft)
+    return messages_request(fields, draft, conversation, preamble, cache)
 
 
 # ---- Events ------------------------------------------------------------------------------------------
@@ -3103,7 +2902,7 @@ class EventDecoder:
             elif not line and self._data:
                 try:
                     data, self._data = b"\n".join(self._data), []
-                    events.append(event_from_data(data))
+                    events.append(json_object_from(data, event=True))
                 except UpstreamFault as fault:
                     self._fault = fault
                     break
@@ -3738,7 +3537,7 @@ def add_message_item(conversation: Conversation, item: dict, path: str, draft: D
     if role == "assistant":
         add_content(conversation, "assistant", item, path, draft)
     else:
-        add_message(conversation, "user" if role == "user" else "system", item, path, draft)
+        add_message(conversation, role, item, path, draft)
 
 
 def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
@@ -3849,24 +3648,21 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    entries = tool_entries(fields)
-    for path, item in items:
-        if item.get("type") == "additional_tools":
-            entries += entries_of(item.get("tools"), path + ".tools")
-    declared = declared_tools(entries, changes)
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
+    draft = draft_from(fields, model, changes, recall, [
+        entry for path, item in items if item.get("type") == "additional_tools"
+        for entry in entries_of(item.get("tools"), path + ".tools")])
     draft.compact = compact
-
-    def add_history(conversation: Conversation) -> None:
-        instructions = fields.get("instructions")
-        if not isinstance(instructions, list):
-            conversation.add("system", blocks_from_content(instructions, "instructions", draft))
-        first = entries_of(instructions, "instructions") if isinstance(instructions, list) else []
-        newest = newest_turn(first + items)
-        for at, (path, item) in enumerate(first + items):
-            draft.lenient = at < newest
-            add_item(conversation, item, path, draft)
-    return messages_request(fields, draft, preamble, cache, add_history)
+    conversation = Conversation(draft)
+    instructions = fields.get("instructions")
+    if isinstance(instructions, list):
+        items = entries_of(instructions, "instructions") + items
+    else:
+        conversation.add("system", blocks_from_content(instructions, "instructions", draft))
+    newest = newest_turn(items)
+    for at, (path, item) in enumerate(items):
+        draft.lenient = at < newest
+        add_item(conversation, item, path, draft)
+    return messages_request(fields, draft, conversation, preamble, cache)
 
 
 # What a response repeats of its request, and what stands there where the request says nothing.
@@ -4235,10 +4031,9 @@ class Bounded:
             while len(self._table) > self._entries or self._used > self._size:
                 self._used -= len(self._table.popitem(last=False)[1])
 
-    def remove(self, key: Any) -> bool:
+    def remove(self, key: Any) -> None:
         with self._lock:
-            self._used -= len(self._table.get(key, b""))
-            return self._table.pop(key, None) is not None
+            self._used -= len(self._table.pop(key, b""))
 
     def get(self, key: Any) -> Any:
         with self._lock:
@@ -4250,10 +4045,8 @@ class Bounded:
 
 
 class Answers:
-    """Answers with tool calls, thinking and all, by (client, model, id of the first tool call).
-
-    Claude requires signed thinking back inside a tool loop, for which OpenAI clients have no place.
-    """
+    """Answers with tool calls, by (client, model, id of the first call): Claude requires their signed thinking back
+    inside a tool loop, for which OpenAI clients have no place."""
 
     def __init__(self) -> None:
         self._answers = Bounded(20_000, 64_000_000)
@@ -4294,11 +4087,11 @@ class StoredResponses:
     def __init__(self) -> None:
         self._responses = Bounded(1_000, 24_000_000)
         self._items = Bounded(50_000, 40_000_000)           # by the digest of their content
-        self._names = Bounded(50_000)                       # id -> digest
+        self._names = Bounded(50_000)                       # id -> digest, and the response that first had the item
 
     def put(self, owner: str, response: dict, items: Sequence[dict], output: Sequence[dict] = ()) -> None:
         """Keeps a response with the items that led to it and its own."""
-        digests = [self._put_item(owner, item) for item in items], [self._put_item(owner, item) for item in output]
+        digests = [[self._put_item(owner, response["id"], item) for item in each] for each in (items, output)]
         self._responses.put((owner, response["id"]), [response, *digests])
 
     def get(self, owner: str, response_id: str) -> tuple[dict, list[dict], list[dict]] | None:
@@ -4312,18 +4105,26 @@ class StoredResponses:
 
     def item(self, owner: str, item_id: str) -> dict | None:
         """The item of this id, as it was last stored."""
-        digest = self._names.get((owner, item_id))
-        return digest and self._items.get(digest)
+        named = self._names.get((owner, item_id))
+        return named and self._items.get(named[0])
 
-    def remove(self, owner: str, response_id: str) -> bool:
-        return self._responses.remove((owner, response_id))
+    def remove(self, owner: str, response_id: str) -> None:
+        """Forgets a response; the items that it was the first to have can no longer be named."""
+        stored = self.get(owner, response_id)
+        self._responses.remove((owner, response_id))
+        for item in [*stored[1], *stored[2]] if stored else ():
+            name = owner, text_in(item, "id")
+            if response_id in (self._names.get(name) or ()):
+                self._names.remove(name)
 
-    def _put_item(self, owner: str, item: dict) -> str:
+    def _put_item(self, owner: str, response_id: str, item: dict) -> str:
         text = json.dumps(item, ensure_ascii=False, sort_keys=True)
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         self._items.put(digest, item)
         if len(text_in(item, "id") or "") in range(1, 200):
-            self._names.put((owner, item["id"]), digest)
+            name = owner, item["id"]
+            if digest not in (self._names.get(name) or ()):
+                self._names.put(name, (digest, response_id))
         return digest
 
 
@@ -4335,14 +4136,13 @@ class Lessons:
         self._lock = threading.Lock()
 
     def apply(self, model: Model) -> Model:
-        with self._lock:
-            lesson = self._lessons.get(model.id)
+        lesson = self._lessons.get(model.id)
         return replace(model, **lesson) if lesson else model
 
     def learn(self, model: Model, lesson: dict) -> None:
         with self._lock:
             if len(self._lessons) < 200:            # model ids; more would be an attack, not a catalogue
-                self._lessons.setdefault(model.id, {}).update(lesson)
+                self._lessons[model.id] = dict(self._lessons.get(model.id, {}), **lesson)       # others may read it
         LOG.warning("learnt about %s: %s", model.id, ", ".join("%s is %s" % pair for pair in lesson.items()))
 
 
@@ -4350,32 +4150,26 @@ class ModelList:
     """The catalog, fetched from Claude in the background and kept for an hour; until then the built-in table."""
 
     def __init__(self, fetch: Callable[[], Optional[List[dict]]], aliases: Sequence[tuple[str, str]]) -> None:
-        self._fetch = fetch
-        self._aliases = aliases
+        self._fetch, self._aliases = fetch, aliases
         self._catalog = Catalog(aliases=aliases)
         self._next_fetch = 0.0
         self._lock = threading.Lock()
         self._first = threading.Event()
 
-    def refresh(self) -> None:
-        """Starts a fetch in the background when one is due."""
-        with self._lock:
-            if time.monotonic() < self._next_fetch:
-                return
-            self._next_fetch = time.monotonic() + 60            # if this one fails
-        threading.Thread(target=self._run, name="models", daemon=True).start()
-
-    def catalog(self) -> Catalog:
+    def catalog(self, patience: float = MODELS_PATIENCE) -> Catalog:
         """The models now; waits a moment for the very first list, so that names do not change under way."""
-        self.refresh()
-        self._first.wait(MODELS_PATIENCE)
+        with self._lock:
+            if time.monotonic() >= self._next_fetch:
+                self._next_fetch = time.monotonic() + 60        # if this one fails
+                threading.Thread(target=self._run, name="models", daemon=True).start()
+        self._first.wait(patience)
         return self._catalog
 
     def _run(self) -> None:
         try:
             entries = self._fetch()
             if entries:
-                self._catalog = catalog_from_entries(entries, self._aliases)
+                self._catalog = Catalog(entries, self._aliases)
                 self._next_fetch = time.monotonic() + MODELS_LIFETIME
         except GatewayError as fault:
             if fault.code in FINAL_CODES:
@@ -4386,12 +4180,6 @@ class ModelList:
             LOG.warning("the upstream's model list cannot be read (%s: %s)", type(failure).__name__, failure)
         finally:
             self._first.set()
-
-
-def catalog_from_entries(entries: Iterable[dict], aliases: Sequence[tuple[str, str]]) -> Catalog:
-    """Claude's list as a catalog; the built-in table where nothing in it can be read."""
-    models = [model for model in map(model_from_info, entries) if model]
-    return Catalog(models, aliases, live=bool(models))
 
 
 class FailedKeys:
@@ -4412,22 +4200,29 @@ class FailedKeys:
 
 
 class Budget:
-    """An amount that requests share: bytes of bodies, or requests at once."""
+    """An amount that is shared: bytes of bodies, connections, or requests at once.  `count` is what is taken of it."""
 
     def __init__(self, amount: int) -> None:
-        self._left = amount
-        self._lock = threading.Lock()
+        self._amount = amount
+        self._changed = threading.Condition()
+        self.count = 0
+        self.draining = False                       # the service stops: connections close after their answer
 
-    def take(self, amount: int) -> bool:
-        with self._lock:
-            if amount > self._left:
+    def take(self, amount: int = 1) -> bool:
+        with self._changed:
+            if self.draining or self.count + amount > self._amount:
                 return False
-            self._left -= amount
+            self.count += amount
             return True
 
-    def give(self, amount: int) -> None:
-        with self._lock:
-            self._left += amount
+    def give(self, amount: int = 1) -> None:
+        with self._changed:
+            self.count -= amount
+            self._changed.notify_all()
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.count == 0, seconds)
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
@@ -4441,7 +4236,6 @@ def prompt_tokens(tokens: dict) -> int:
 
 class Counters:
     """What has happened since the start, for the log, the status page and Prometheus: no prompt, answer or secret."""
-    SUMS = ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -4453,10 +4247,13 @@ class Counters:
         self._last: Deque[dict] = collections.deque(maxlen=50)
         self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
         self._models: Dict[str, collections.Counter] = {}
+        self._tokens = collections.Counter(dict.fromkeys(TOKEN_KINDS, 0))       # of all models
         self.seconds = 0.0                          # spent on all requests
 
     def add_request(self, route: str, summary: dict) -> None:
         """Counts a request, and keeps its summary unless it was one for monitoring."""
+        counts = {name: summary[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
+        counts.update(requests=1, failed=int(summary["status"] >= 400))
         with self._lock:
             self._requests[route, summary["status"]] += 1
             self.seconds += summary["total_ms"] / 1000
@@ -4464,16 +4261,11 @@ class Counters:
                 self._errors[summary["error_code"]] += 1
             if route not in MONITORING:
                 self._last.appendleft(summary)
-                self._add_totals(summary)
-
-    def _add_totals(self, summary: dict) -> None:
-        counts = {name: summary[name] or 0 for name in self.SUMS}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
-        for field, totals in self._totals.items():
-            name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-            totals.setdefault(name or "-", collections.Counter()).update(counts)
-        if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
-            self._error_texts[summary["error_code"]] = summary["error"]
+                for field, totals in self._totals.items():
+                    name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+                    totals.setdefault(name or "-", collections.Counter()).update(counts)
+                if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
+                    self._error_texts[summary["error_code"]] = summary["error"]
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
@@ -4481,37 +4273,26 @@ class Counters:
             name = model.id if model.id in self._models or len(self._models) < 200 else "other"
             figures = self._models.setdefault(name, collections.Counter())
             figures.update(counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1})
-            tokens = self._tokens()
-            return percent(tokens["cache_read"], prompt_tokens(tokens))
+            self._tokens.update(counts)
+            return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
-        limits = {name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")}
-        if limits:
-            with self._lock:
-                self.limit_headers = dict(self.limit_headers, **limits)
-
-    def by_model(self) -> dict[str, collections.Counter]:
-        """Tokens by kind, US dollars spent and saved by caching, answers without a price."""
         with self._lock:
-            return {model: collections.Counter(figures) for model, figures in self._models.items()}
+            self.limit_headers = dict(self.limit_headers, **{
+                name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")})
 
-    def shown(self) -> dict:
-        """The last requests, and totals by tool and by model."""
+    def totals(self) -> dict:
+        """Everything counted: `models` has tokens and US dollars, `by_model` the requests that asked for one."""
         with self._lock:
             by_tool, by_model = ({name: dict(counts) for name, counts in totals.items()}
                                  for totals in self._totals.values())
-            return {"recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": without(self._error_texts, "")}
-
-    def totals(self) -> dict:
-        with self._lock:
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
                     "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
-                    "tokens": self._tokens()}
-
-    def _tokens(self) -> dict[str, int]:
-        return {kind: sum(figures[kind] for figures in self._models.values()) for kind in TOKEN_KINDS}
+                    "tokens": dict(self._tokens),
+                    "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
+                    "recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
+                    "error_texts": without(self._error_texts, "")}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4526,10 +4307,11 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
     unified = (re.match(r"anthropic-ratelimit-unified-(.+)-utilization\Z", name) for name in sorted(headers))
     others = {match.group(1): match.group(1) for match in unified if match}
     for window, title in dict(WINDOWS, **without(others, *WINDOWS)).items():
-        of_plan = "anthropic-ratelimit-unified-%s-" % window
-        plain = "anthropic-ratelimit-%s-" % window
+        of_plan, plain = "anthropic-ratelimit-unified-%s-" % window, "anthropic-ratelimit-%s-" % window
         used = number_or_none(headers.get(of_plan + "utilization"))
-        resets_at = moment_of(headers.get(of_plan + "reset") or headers.get(plain + "reset") or "")
+        reset = headers.get(of_plan + "reset") or headers.get(plain + "reset") or ""     # Unix or RFC 3339 time
+        moment = number_or_none(reset)
+        resets_at = unix_time(reset) if moment is None else int(moment) if 0 < moment < 1e11 else None
         limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
         if used is None and limit and left is not None:
             used = 1 - left / limit
@@ -4541,56 +4323,25 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
 
 
 def number_or_none(text: str | None) -> float | None:
-    try:
+    with contextlib.suppress(ValueError):
         number = float(text or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def moment_of(text: str) -> int | None:
-    """The time of a reset in Unix seconds, from those or from an RFC 3339 time."""
-    number = number_or_none(text)
-    if number is not None:
-        return int(number) if 0 < number < 1e11 else None
-    return unix_time(text)
-
-
-class Running:
-    """The requests that run now; whether there may be one more."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._changed = threading.Condition()
-        self.count = 0
-        self.draining = False                       # the service stops: connections close after their answer
-
-    def enter(self) -> bool:
-        with self._changed:
-            if self.draining or self.count >= self._most:
-                return False
-            self.count += 1
-            return True
-
-    def leave(self) -> None:
-        with self._changed:
-            self.count -= 1
-            self._changed.notify_all()
-
-    def wait_until_idle(self, seconds: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self.count == 0, seconds)
+        return number if math.isfinite(number) else None
+    return None
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
 # What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
 # somebody else renews, and a stored login that renews itself.
 
+PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
+NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
+PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
+Credential = Any                                    # an ApiKey, in one of its kinds
+
 
 class ApiKey:
     """An Anthropic API key."""
     kind, described = "api_key", "API key from %s"
-    refreshable = False
     preamble: Sequence[dict] = ()
     base_url = ""                                   # where it is to be used; "": at the configured address
     trouble: Optional[dict] = None                  # a failed renewal: message, time
@@ -4603,7 +4354,6 @@ class ApiKey:
         return {"x-api-key": self._key}
 
     def facts(self) -> dict:
-        """What `status` tells."""
         return {"kind": self.kind, "description": self.description}
 
     def secrets(self) -> list[str]:
@@ -4634,9 +4384,6 @@ class FileDamaged(GatewayError):
     """A file is there, but not what we, or whoever owns it, wrote."""
 
 
-PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
-
-
 class StoredFile:
     """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
 
@@ -4645,21 +4392,28 @@ class StoredFile:
     """
     kind = "file"
 
-    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0) -> None:
-        self.path, self._limits, self._closed = path, limits, closed
+    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
+        self.path, self._limits, self._closed, self._holds = path, limits, closed, holds
 
     def read(self) -> Any:
         """The object, None where there is no file.  Raises FileDamaged."""
-        if not self.path:
-            return None
         content = cause = None
         try:
-            reason = self._fault_of_mode()
-            if not reason:
+            mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
+            loose = mode & (self._closed or PRIVATE) if os.name == "posix" else 0
+            if not stat.S_ISREG(mode):              # a FIFO would be waited for
+                reason = "it is no plain file"
+            elif loose and self._closed:
+                reason = "others may use it (mode %04o)" % stat.S_IMODE(mode)
+            else:
+                with contextlib.suppress(OSError):
+                    if loose:                       # ours
+                        os.chmod(self.path, 0o600)
+                        LOG.warning("others could read %s: its mode is 0600 now", self.path)
                 with while_held(lambda: open(self.path, "rb")) as file:
                     content = json.loads(file.read(50_000_000).decode("utf-8"))
                 reason = self.fault_in(content)
-        except FileNotFoundError:
+        except FileNotFoundError:                   # also without a path
             return None
         except OSError as fault:
             reason, cause = fault.strerror or str(fault), fault
@@ -4680,19 +4434,6 @@ class StoredFile:
         """What is wrong with the content, "" where nothing is."""
         return "" if isinstance(content, dict) else "it holds no JSON object"
 
-    def _fault_of_mode(self) -> str:
-        """Why the file must not be opened: a FIFO would be waited for."""
-        mode = (os.lstat if self._closed == PRIVATE else os.stat)(self.path).st_mode
-        if not stat.S_ISREG(mode):
-            return "it is no plain file"
-        if os.name != "posix":
-            return ""
-        if mode & PRIVATE and not self._closed:     # ours
-            with contextlib.suppress(OSError):
-                os.chmod(self.path, 0o600)
-                LOG.warning("others could read %s: its mode is 0600 now", self.path)
-        return "others may use it (mode %04o)" % stat.S_IMODE(mode) if mode & self._closed else ""
-
     def write(self, content: dict) -> None:
         """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
         if not self.path:
@@ -4703,7 +4444,13 @@ class StoredFile:
         if os.path.basename(directory) == "claude-gateway":     # ours alone, however it was made
             with contextlib.suppress(OSError):
                 os.chmod(directory, 0o700)
-        self._keep_damaged(target)
+        try:
+            self.read()
+        except FileDamaged as damage:               # what is no file at all stays, and stops the writing
+            if os.path.isfile(target) and not is_held(damage.__cause__):
+                aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
+                os.replace(target, aside)
+                LOG.warning("the damaged %s is kept as %s", self.kind, aside)
         temporary = target + ".tmp"                 # one name: what a kill leaves behind goes with the next write
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -4718,52 +4465,38 @@ class StoredFile:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        with contextlib.suppress(OSError):          # not every system can sync a directory
-            directory_descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(directory_descriptor)
-            finally:
-                os.close(directory_descriptor)
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError):      # not every system can sync a directory
+            descriptor = os.open(directory, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            os.fsync(descriptor)
 
-    def remove(self) -> bool:
-        """Whether there was a file to forget.  Raises OSError."""
+    def remove(self) -> None:
+        """Raises OSError, unless there is no file."""
         with contextlib.suppress(FileNotFoundError):
-            if self.path:
-                os.unlink(os.path.realpath(self.path))
-                return True
-        return False
+            os.unlink(os.path.realpath(self.path))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
+        descriptor, patience = None, self._limits.lock_patience
         with contextlib.ExitStack() as held:
-            with contextlib.suppress(OSError):
+            try:
                 if self.path:
                     target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
                     os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
                     descriptor = os.open(target + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
                     held.callback(os.close, descriptor)         # gives the lock back
-                    lock_file(descriptor, self._limits.lock_patience)
+                    while_held(functools.partial(lock_file, descriptor), patience)
+            except OSError as fault:
+                if descriptor is not None and is_held(fault):   # going on without it could cost the login
+                    raise UpstreamFault("Another process has held the lock of a file for %d seconds." %
+                                        patience) from None
             yield
-
-    def _keep_damaged(self, target: str) -> None:
-        """Moves a file aside that is there and not ours; what is no file at all stays, and stops the writing."""
-        try:
-            self.read()
-        except FileDamaged as damage:
-            if os.path.isfile(target) and getattr(damage.__cause__, "winerror", 0) not in HELD:
-                aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
-                os.replace(target, aside)
-                LOG.warning("the damaged %s is kept as %s", self.kind, aside)
 
 
 class TokenFile(StoredFile):
-    """A stored secret: the tokens of a login, or an API key."""
+    """A file that `holds` a secret: the tokens of a login, or an API key."""
     kind = "token file"
-
-    def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
-        super().__init__(path, limits, closed)
-        self._holds = holds
 
     def fault_in(self, content: Any) -> str:
         secret = text_in(content, self._holds)
@@ -4772,44 +4505,32 @@ class TokenFile(StoredFile):
         return "" if is_sendable(secret) else "no header can carry the characters of its " + self._holds
 
 
-HELD = (5, 32, 33)                                  # winerror: another program has the file open, an antivirus perhaps
+def is_held(fault: Any) -> bool:
+    """Whether another process has the lock of a file, or another program the file open, an antivirus perhaps."""
+    return (isinstance(fault, BlockingIOError) or getattr(fault, "winerror", 0) in (5, 32, 33)
+            or os.name == "nt" and getattr(fault, "errno", None) in (0, 13, 36))
 
 
-def while_held(work: Callable[[], Any]) -> Any:
-    """The result of some work on a file, tried again for two seconds while another program has it open."""
-    deadline = time.monotonic() + 2
+def while_held(work: Callable[[], Any], seconds: float = 2) -> Any:
+    """The result of some work on a file, tried again for some seconds while somebody else has it."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return work()
         except OSError as fault:
-            if getattr(fault, "winerror", 0) not in HELD or time.monotonic() > deadline:
+            if not is_held(fault) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
 
 
-def lock_file(descriptor: int, patience: float) -> None:
-    """Takes an exclusive lock, waiting up to `patience` seconds; goes on without where locks do not exist."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined,unused-ignore]
-            else:
-                import fcntl
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
-        except OSError as fault:
-            if os.name != "nt" or fault.errno not in (0, 13, 36):
-                return                              # no locks here
-        if time.monotonic() > deadline:             # going on without it could cost the login
-            raise UpstreamFault("Another process has held the lock of a file for %d seconds." % patience)
-        time.sleep(0.02)
-
-
-PostJson = Callable[[str, dict, Dict[str, str]], Tuple[int, dict]]
+def lock_file(descriptor: int) -> None:
+    """Takes an exclusive lock.  Raises OSError, also where there are no locks."""
+    if os.name == "nt":
+        import msvcrt
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class StoredLogin(ApiKey):
@@ -4821,7 +4542,6 @@ class StoredLogin(ApiKey):
     One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
     read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used.
     """
-    refreshable = True
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
@@ -4845,10 +4565,7 @@ class StoredLogin(ApiKey):
         return {"authorization": "Bearer " + token, "anthropic-beta": OAUTH_BETA}
 
     def access_token(self, rejected: str | None = None) -> str:
-        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now.
-
-        A rejected token comes back if it is so new that the account must be what Claude refuses.
-        """
+        """A token that is good now.  Raises CredentialNeeded, or UpstreamFault when it cannot be renewed now."""
         token = self._token                         # the attribute changes under the lock only: a logout may empty it
         lives = self._lives(token, rejected)
         current = lives and not self._outdated and self._stamp == self._file.stamp()
@@ -4857,10 +4574,15 @@ class StoredLogin(ApiKey):
                 token = self._renewed_if_dead(rejected)
             finally:
                 self._lock.release()
-        self._renew_early(token)
+        if self._due(token) and time.monotonic() >= self._retry_at and self._lock.acquire(blocking=False):
+            try:                                    # in a thread of its own, for which a program that ends waits
+                threading.Thread(target=self._renew_early, name="renewal").start()
+            except RuntimeError:                    # out of threads, or the program ends
+                self._lock.release()
         return str(token["access_token"])
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
+        """The token, also a rejected one if it is so new that the account must be what Claude refuses."""
         self._read_if_changed()
         if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
@@ -4881,22 +4603,21 @@ class StoredLogin(ApiKey):
                     self._catch_up()
 
     def facts(self) -> dict:
-        try:
-            token = self._token or self._file.read() or {}
-        except FileDamaged:
-            token = {}
-        expires_at = expiry_of(token)
+        token = self._token
+        with contextlib.suppress(FileDamaged):
+            token = token or self._file.read() or {}
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
                 "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
                 "organization": text_in(token, "organization", "name"),
-                "expires_at": expires_at if expires_at < NEVER else None, "refreshable": self._renewable(token)}
+                "expires_at": seconds_in(token, "expires_at", 0) or None, "refreshable": self._renewable(token)}
 
     def secrets(self) -> list[str]:
         return [text_in(self._token, name) or "" for name in ("access_token", "refresh_token")]
 
     @staticmethod
     def _lives(token: dict, rejected: str | None) -> bool:
-        return bool(token) and token["access_token"] != rejected and expiry_of(token) > time.time()
+        expires_at = seconds_in(token, "expires_at", NEVER)
+        return bool(token) and token["access_token"] != rejected and expires_at > time.time()
 
     def _renewable(self, token: dict) -> bool:
         refresh_token = text_in(token, "refresh_token")
@@ -4905,17 +4626,9 @@ class StoredLogin(ApiKey):
     def _due(self, token: dict) -> bool:
         """Whether a token is in its last five minutes, or in the second half of a life under ten."""
         early = min(REFRESH_EARLY, seconds_in(token, "expires_in", NEVER) / 2)
-        return expiry_of(token) - time.time() < early and self._renewable(token)
+        return seconds_in(token, "expires_at", NEVER) - time.time() < early and self._renewable(token)
 
-    def _renew_early(self, token: dict) -> None:
-        """Renews a token that is due in a thread of its own, for which a program that ends waits."""
-        if self._due(token) and time.monotonic() >= self._retry_at and self._lock.acquire(blocking=False):
-            try:
-                threading.Thread(target=self._run_early, name="renewal").start()
-            except RuntimeError:                    # out of threads, or the program ends
-                self._lock.release()
-
-    def _run_early(self) -> None:
+    def _renew_early(self) -> None:
         try:
             with self._file.lock():
                 self._catch_up()
@@ -4931,13 +4644,14 @@ class StoredLogin(ApiKey):
         self._stamp = None
         self._read_if_changed()
         if self._outdated:
-            self._save(logging.DEBUG)
+            self._save(self._outdated)
 
     def _read_if_changed(self) -> None:
         """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
         stamp = self._file.stamp()
-        if stamp == self._stamp and stamp is not None:
+        if self._token and stamp and stamp == self._stamp:
             return
+        self._stamp = stamp
         try:
             token = self._file.read()
         except FileDamaged as fault:
@@ -4945,9 +4659,7 @@ class StoredLogin(ApiKey):
                 raise CredentialNeeded("%s Please %s; the file will be kept aside." % (fault, self.remedy)) from fault
             if not self._outdated:
                 LOG.warning("%s Going on with the tokens in memory.", fault)
-            self._stamp = stamp
             return
-        self._stamp = stamp
         if token is None:                           # a logout, also of tokens that could not be stored
             self._token, self._outdated = {}, ""
         elif not self._outdated or (token["access_token"] != self._outdated
@@ -4973,9 +4685,18 @@ class StoredLogin(ApiKey):
         except UpstreamFault as fault:
             status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
-            self._take_over(token_from_answer(answer, self._token), refresh_token)
+            in_file, self._token = self._token["access_token"], token_from_answer(answer, self._token)
+            self._unproven, self._failures, self.trouble = self._token["access_token"], 0, None
+            if self._token["refresh_token"] != refresh_token:
+                self._spent.add(refresh_token)
+            self._save(in_file)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
-            self._take_refusal(refresh_token, answer, rejected)
+            self._spent.add(refresh_token)
+            self._stamp = None
+            self._read_if_changed()                 # who else has used it has stored new tokens
+            if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
+                self._put_off(CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
+                    refusal_words(answer, "invalid_grant"), self.remedy)), rejected)
         else:
             otherwise = "no reason given" if status != 200 else "no access token that can be used"
             self._put_off(UpstreamFault(
@@ -4983,28 +4704,8 @@ class StoredLogin(ApiKey):
                 "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
                                                self._token_url)), rejected)
 
-    def _take_over(self, token: dict, used: str | None) -> None:
-        """New tokens, in exchange for a refresh token that may be used up now."""
-        level = logging.DEBUG if self._outdated else logging.WARNING        # once
-        self._outdated = self._outdated or self._token["access_token"]
-        self._token, self._unproven = token, token["access_token"]
-        self._failures, self.trouble = 0, None
-        if token["refresh_token"] != used:
-            self._spent.add(used)
-        self._save(level)
-
-    def _take_refusal(self, refresh_token: str | None, answer: dict, rejected: str | None) -> None:
-        """The refresh token is dead: used by another process, whose tokens are in the file then, or for good."""
-        self._spent.add(refresh_token)
-        self._stamp = None
-        self._read_if_changed()
-        if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
-            failure = CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
-                refusal_words(answer, "invalid_grant"), self.remedy))
-            self._put_off(failure, rejected)        # the access token may still have its last minutes
-
     def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
-        """The renewal fails: go on with a token that is still good, else tell the client."""
+        """The renewal fails: go on with an access token in its last minutes, else tell the client."""
         self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
         self._failures += 1
         self.trouble = trouble_of(failure)
@@ -5012,18 +4713,16 @@ class StoredLogin(ApiKey):
             raise failure
         LOG.warning("%s", failure)
 
-    def _save(self, level: int) -> None:
-        """Stores the newest tokens; what fails is tried again with the next call."""
+    def _save(self, in_file: str) -> None:
+        """Stores the newest tokens instead of that access token; what fails is tried again with the next call."""
         try:
             self._file.write(self._token)
-        except OSError as fault:
-            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
-                    fault.strerror or fault)
-        else:
             self._outdated, self._stamp = "", self._file.stamp()
-
-
-NEVER = 1e11                                        # Unix seconds of a time that is none
+        except OSError as fault:
+            LOG.log(logging.DEBUG if self._outdated else logging.WARNING,       # once
+                    "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
+                    fault.strerror or fault)
+            self._outdated = self._outdated or in_file
 
 
 def trouble_of(failure: GatewayError) -> dict:
@@ -5038,58 +4737,38 @@ def is_sendable(token: Any) -> bool:
 
 def seconds_in(token: dict, name: str, otherwise: float) -> float:
     """A number that a token's life can have: no infinity, no NaN, nothing absurd."""
-    seconds = token.get(name)
-    sane = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < NEVER
-    return float(seconds or 0) if sane else otherwise
-
-
-def expiry_of(token: dict) -> float:
-    """Unix seconds; a token that does not say lives for ever (Claude will reject it when it is dead)."""
-    return seconds_in(token, "expires_at", NEVER)
+    seconds: Any = token.get(name)
+    return float(seconds) if type(seconds) in (int, float) and 0 < seconds < NEVER else otherwise
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
     """The sign-in endpoint's answer as the token file keeps it; what it leaves out stays as it was."""
-    token = dict(earlier)
-    for name in ("access_token", "refresh_token", "scope", "token_type", "organization", "account"):
-        if answer.get(name):
-            token[name] = answer[name]
+    names = ("access_token", "refresh_token", "scope", "token_type", "organization", "account")
+    token = {"refresh_token": "", **earlier, **{name: answer[name] for name in names if answer.get(name)}}
     token["expires_in"] = seconds_in(answer, "expires_in", 3600)
-    token["expires_at"] = int(time.time() + token["expires_in"])
-    token.setdefault("refresh_token", "")
-    return token
+    return dict(token, expires_at=int(time.time() + token["expires_in"]))
 
 
 def refusal_words(answer: dict, otherwise: str) -> str:
-    """Why the sign-in endpoint refused, in OAuth's shape or the API's."""
-    error = answer.get("error")
-    if isinstance(error, dict):
-        return str(error.get("message") or error.get("type") or otherwise)
-    return str(answer.get("error_description") or error or otherwise)
+    """Why the sign-in endpoint refused, in the API's shape or OAuth's."""
+    return (text_in(answer, "error", "message") or text_in(answer, "error", "type")
+            or text_in(answer, "error_description") or text_in(answer, "error") or otherwise)
 
 
 class Login:
     """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
 
     def __init__(self, authorize_url: str = OAUTH_AUTHORIZE_URL, scopes: str = OAUTH_SCOPES) -> None:
-        self._authorize_url, self._scopes = authorize_url, scopes
-        self._code_verifier = secrets.token_urlsafe(32)
-        self._state = secrets.token_urlsafe(32)
+        self._scopes = scopes
+        self._code_verifier, self._state = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         digest = hashlib.sha256(self._code_verifier.encode()).digest()
-        self._code_challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-
-    @property
-    def url(self) -> str:
-        query = {"code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code",
-                 "redirect_uri": OAUTH_REDIRECT_URI, "scope": self._scopes, "code_challenge": self._code_challenge,
-                 "code_challenge_method": "S256", "state": self._state}
-        return self._authorize_url + "?" + urllib.parse.urlencode(query)
+        self.url = authorize_url + "?" + urllib.parse.urlencode({
+            "code": "true", "client_id": OAUTH_CLIENT_ID, "response_type": "code", "redirect_uri": OAUTH_REDIRECT_URI,
+            "scope": scopes, "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+            "code_challenge_method": "S256", "state": self._state})
 
     def parse(self, pasted: str) -> tuple[str, bool]:
-        """The authorization code in `code#state`, a callback URL or a bare code; whether its state was checked.
-
-        Raises InvalidRequest for a state that is not ours: the code belongs to another sign-in.
-        """
+        """The code of `code#state`, a callback URL or a bare code; whether it had our state.  Raises InvalidRequest."""
         pasted = pasted.strip(" \t\r\n\"'`")
         if "://" in pasted:
             query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
@@ -5118,16 +4797,15 @@ class ProfileLogin(StoredLogin):
     preamble = ()
     remedy = "run `ant auth login`"
 
-    def __init__(self, name: str, settings: dict, file: TokenFile, token_url: str, post_json: PostJson) -> None:
-        super().__init__(file, token_url, post_json)
-        self.client_id = text_in(settings, "authentication", "client_id") or ""
-        self.base_url = (text_in(settings, "base_url") or "").rstrip("/")
+    def __init__(self, name: str, settings: dict, file: TokenFile, base_url: str, post_json: PostJson) -> None:
+        super().__init__(file, base_url + "/v1/oauth/token", post_json)
+        self.client_id, self.base_url = text_in(settings, "authentication", "client_id") or "", base_url
         self._workspace, self._name = text_in(settings, "workspace_id") or "", name
 
     @property
     def description(self) -> str:                   # type: ignore[override]
-        return "profile %s of `ant auth login`%s" % (
-            self._name, ", workspace " + self._workspace if self._workspace else "")
+        workspace = ", workspace " + self._workspace if self._workspace else ""
+        return "profile %s of `ant auth login`%s" % (self._name, workspace)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
         headers = super().headers(rejected)
@@ -5160,17 +4838,16 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     if kind != "user_oauth":
         raise CredentialNeeded("Profile %s: signing in by %s is not supported; set ANTHROPIC_API_KEY, or choose "
                                "another profile with ANTHROPIC_PROFILE." % (name, kind))
-    base_url = text_in(settings, "base_url") or config.base_url
+    base_url = (text_in(settings, "base_url") or config.base_url).rstrip("/")
     host = host_in(base_url)
     if not host or not base_url.lower().startswith("https:") and not is_loopback_host(host):
         raise CredentialNeeded("Profile %s: its base_url must be an https URL." % name)
-    tokens = text_in(settings, "authentication", "credentials_path") or os.path.join(
-        folder, "credentials", name + ".json")
-    tokens_file = TokenFile(os.path.expanduser(tokens), config.limits, closed=PRIVATE)
-    if tokens_file.read() is None:
+    usual = os.path.join(folder, "credentials", name + ".json")
+    path = os.path.expanduser(text_in(settings, "authentication", "credentials_path") or usual)
+    tokens = TokenFile(path, config.limits, closed=PRIVATE)
+    if tokens.read() is None:
         raise CredentialNeeded("Profile %s is not signed in: run `ant auth login`." % name)
-    settings = dict({"workspace_id": config.workspace_id}, **settings)
-    return ProfileLogin(name, settings, tokens_file, base_url.rstrip("/") + "/v1/oauth/token", post_json)
+    return ProfileLogin(name, {"workspace_id": config.workspace_id, **settings}, tokens, base_url, post_json)
 
 
 def key_file(config: Config) -> TokenFile:
@@ -5179,29 +4856,23 @@ def key_file(config: Config) -> TokenFile:
     return TokenFile(path and path + "-api-key.json", config.limits, holds="api_key")
 
 
-Credential = Any                                    # an ApiKey, in one of its kinds
-
-
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
     """The credential to use: the first of a fixed order that is there, within what `auth` allows."""
-    if config.auth != "oauth":
-        if config.anthropic_api_key:
-            return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
-        if config.anthropic_auth_token:
-            return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
-    if config.auth != "api-key" and config.claude_code_oauth_token:
+    keys, logins, file = config.auth != "oauth", config.auth != "api-key", TokenFile(config.token_file, config.limits)
+    if keys and config.anthropic_api_key:
+        return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
+    if keys and config.anthropic_auth_token:
+        return BearerToken(config.anthropic_auth_token, "ANTHROPIC_AUTH_TOKEN", subscription=False)
+    if logins and config.claude_code_oauth_token:
         return BearerToken(config.claude_code_oauth_token, "CLAUDE_CODE_OAUTH_TOKEN", subscription=True)
-    if config.auth != "api-key" and config.profile:
+    if logins and config.profile:
         return profile_from_config(config, post_json)
-    stored_key = key_file(config).read() if config.auth != "oauth" else None
+    stored_key = key_file(config).read() if keys else None
     if stored_key:
         return ApiKey(stored_key["api_key"], key_file(config).path)
-    if config.auth != "api-key":
-        file = TokenFile(config.token_file, config.limits)
-        if file.read() is not None:
-            return StoredLogin(file, config.token_url, post_json)
-        return profile_from_config(config, post_json)
-    return None
+    if logins and file.read() is not None:
+        return StoredLogin(file, config.token_url, post_json)
+    return profile_from_config(config, post_json) if logins else None
 
 
 # ---- Usage -------------------------------------------------------------------------------------------
@@ -5209,7 +4880,7 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
 
 USAGE_PLACE = ("day", "tool", "model", "key")       # what a row is about; `key` begins the digest of a client's
 USAGE_FIGURES = ("requests", "errors", *TOKEN_KINDS, "usd", "without_price")
-USAGE_DAYS = 400                                    # that are kept
+USAGE_DAYS = 400                                    # with requests, which are kept however wrong the clock is
 USAGE_ROWS = 20_000                                 # beyond them, tools that clients make up are not told apart
 USAGE_INTERVAL = 60                                 # seconds between two writes
 UsageRows = Dict[Any, Any]                          # place -> Counter of figures
@@ -5266,9 +4937,8 @@ class Usage:
         self._stamp: Any = None
         self._new: UsageRows = {}
         self._timer: Optional[threading.Timer] = None       # of the next write
-        self._writer: Optional[threading.Timer] = None      # the same, also while it writes
         self._next_write = 0.0
-        self._running: Dict[Any, Tuple[str, Callable[[], float]]] = {}
+        self._running: Dict[Callable[[], float], str] = {}  # what a request has cost so far -> its key
         self.fault = "" if path else "usage is not counted here"
 
     def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
@@ -5279,7 +4949,7 @@ class Usage:
             place = (day_of(time.time()), "other" if crowded else tool, model, key)
             self._new.setdefault(place, collections.Counter()).update(figures)
             if self._timer is None:
-                self._writer = self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
+                self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
                 self._timer.start()
 
@@ -5287,14 +4957,15 @@ class Usage:
         """Adds what is new to the file; what cannot be written is tried again after the next request."""
         with self._lock:
             self._timer, self._next_write = None, time.monotonic() + USAGE_INTERVAL
-        oldest, fault, new = day_of(time.time() - USAGE_DAYS * 86_400), "", {}
+        fault, new = "", {}
         try:
             with self._file.lock(), self._writing:  # in this order: who only reads waits for no other process
                 with self._lock:
                     new, self._new = self._new, {}
                 total = sum_of(self._read(), new)
+                days = sorted({place[0] for place in total})[-USAGE_DAYS:]
                 self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
-                                           in sorted(total.items()) if place[0] > oldest]})
+                                           in sorted(total.items()) if place[0] >= days[0]]})
                 self._stored, self._stamp = total, self._file.stamp()
                 new = {}
         except (OSError, GatewayError) as failure:
@@ -5306,14 +4977,10 @@ class Usage:
 
     def close(self) -> None:
         """Writes what is new, and waits for a write that is under way."""
-        while True:
-            with self._lock:
-                writer, self._writer = self._writer, None
-            if writer is None:
-                break
-            writer.cancel()
-            writer.join()
-        if self._new:
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+        if self._new or self._writing.locked():
             self.write()
 
     def rows(self) -> UsageRows:
@@ -5324,15 +4991,10 @@ class Usage:
                 self._stored, self._stamp = self._read(), stamp
             return sum_of(self._stored, self._new)
 
-    @contextlib.contextmanager
-    def running(self, key: str, cost_so_far: Callable[[], float]) -> Iterator[None]:
-        """A request that has cost something before it is counted."""
-        request = object()
-        self._running[request] = (key, cost_so_far)
-        try:
-            yield
-        finally:
-            del self._running[request]
+    def running(self, key: str, cost_so_far: Callable[[], float]) -> Callable[[], Any]:
+        """A request that costs something before it is counted; to be called at its end."""
+        self._running[cost_so_far] = key
+        return functools.partial(self._running.pop, cost_so_far)
 
     def check(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this key is used up, or cannot be counted."""
@@ -5346,7 +5008,7 @@ class Usage:
                 fault = str(damage)
             if fault:
                 raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
-            spent += sum(cost() for owner, cost in list(self._running.values()) if owner == key)
+            spent += sum(cost() for cost, owner in list(self._running.items()) if owner == key)
             if spent >= usd:
                 raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
 
@@ -5364,7 +5026,7 @@ class Usage:
 
 def exhausted(message: str, resets_at: int | None = None) -> Refused:
     reset = " It is reset at %s." % time.strftime("%Y-%m-%d %H:%M", time.localtime(resets_at)) if resets_at else ""
-    return Refused(429, "insufficient_quota", message + reset, headers={"x-should-retry": "false"})
+    return Refused(429, "insufficient_quota", message + reset)
 
 
 # ---- HTTP/1.1 ----------------------------------------------------------------------------------------
@@ -6174,7 +5836,7 @@ class Upstream:
         if self._config.workspace_id:
             custom["anthropic-workspace-id"] = self._config.workspace_id
         headers = dict(headers, **{HOP_HEADER: ",".join(filter(None, [call.hops, self._instance_id]))})
-        paid, renewable = credential.headers(), credential.refreshable
+        paid, renewable = credential.headers(), True
         while True:
             betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
             whole = dict(custom, **dict(paid, **headers))
@@ -6187,7 +5849,7 @@ class Upstream:
             if reply.status == 200:
                 return reply
             refusal = error_from_reply(reply)
-            renewed = credential.headers(paid["authorization"]) if renewable and reply.status == 401 else paid
+            renewed = credential.headers(paid.get("authorization")) if renewable and reply.status == 401 else paid
             if renewed == paid:                     # there is no better token: Claude's message goes to the client
                 raise refusal
             paid, renewable = renewed, False
@@ -6617,9 +6279,11 @@ class ImageFetcher:
         port = parts.port or (443 if secure else 80)
         if parts.username or parts.password or not host:
             raise self._refusal(url, "has user information or no host in it")
-        address = self._checked_address(host, port, url)
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+        if not found or not all(map(self.permit, found)):
+            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
         connection = http.client.HTTPConnection(host, port)
-        sock = socket.create_connection((address, port), CONNECT_TIMEOUT)
+        sock = socket.create_connection((found[0], port), CONNECT_TIMEOUT)
         try:
             sock.settimeout(self._timeout)
             download.uses(sock)
@@ -6641,13 +6305,6 @@ class ImageFetcher:
         finally:
             connection.close()
             sock.close()
-
-    def _checked_address(self, host: str, port: int, url: str) -> str:
-        """The address to connect to; all addresses of the name must be permitted, or none is used."""
-        found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if not found or not all(self.permit(str(address)) for address in found):
-            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
-        return str(found[0])
 
     @staticmethod
     def _refusal(url: str, what: str) -> InvalidRequest:
@@ -6748,7 +6405,7 @@ class Gateway:
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
         self.body_budget = Budget(config.limits.max_bodies)
-        self.running = Running(config.limits.max_requests)
+        self.running = Budget(config.limits.max_requests)
         self.event_loop = EventLoop()
 
     def secrets(self) -> list[str]:
@@ -6796,7 +6453,7 @@ class Exchange:
         self.assembler = MessageAssembler()
         self.translation: Translation
         self.events: PlannedEvents                  # of the accepted request
-        incoming.held.enter_context(gateway.usage.running(incoming.record.owner, self._cost_so_far))
+        incoming.held.callback(gateway.usage.running(incoming.record.owner, self._cost_so_far))
         incoming.held.callback(self.close)
 
     def open(self) -> None:
@@ -7125,7 +6782,7 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
     if match and int(match.group(1)) < len(request.get("tools", ())):
         name = translation.plan.names.back(request["tools"][int(match.group(1))]["name"])
         return refusal.reworded("Tool %s: %s" % (json.dumps(name), message), param="tools")
-    if refusal.claude_type == "not_found_error" and ABOUT_MODEL.search(message):
+    if refusal.claude_type == "not_found_error" and "model" in message:
         nearest = ", ".join(catalog.nearest(request["model"]))
         return refusal.reworded("%s (nearest: %s)" % (message, nearest), param="model", code="model_not_found")
     return refusal
@@ -7137,18 +6794,18 @@ def explained(refusal: ClaudeError, translation: Translation, catalog: Catalog) 
 
 def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/chat/completions: a chat completion, or its stream."""
-    include_usage = wants_usage(incoming.body)
+    options = optional(object_of, incoming.body.get("stream_options"), "stream_options", {})
+    include_usage = optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
     history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
     exchange = exchange_for(gateway, *history[:2])
-    exchange.open()
-    plan = exchange.translation.plan
     envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
-    if incoming.record.stream:
-        stream = ChatStream(envelope, plan, exchange.events.assembler, include_usage)
-        return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
-                     closing=b"data: [DONE]\n\n")
-    message = whole_message(exchange)
-    return Reply(chat_completion_from_message(message, envelope, plan), exchange.headers())
+    if not incoming.record.stream:
+        completion = chat_completion_from_message(whole_message(exchange), envelope, exchange.translation.plan)
+        return Reply(completion, exchange.headers())
+    exchange.open()
+    stream = ChatStream(envelope, exchange.translation.plan, exchange.events.assembler, include_usage)
+    return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
+                 closing=b"data: [DONE]\n\n")
 
 
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (), compact: bool = False) -> Exchange:
@@ -7169,11 +6826,6 @@ def is_responses_body(body: dict) -> bool:
     return "messages" not in body and ("input" in body or "instructions" in body)
 
 
-def wants_usage(body: dict) -> bool:
-    options = optional(object_of, body.get("stream_options"), "stream_options", {})
-    return optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
-
-
 def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
     """The steps of a stream, its last events included."""
     yield from exchange.batches(exchange.events.then(stream.feed))
@@ -7181,7 +6833,8 @@ def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
 
 
 def whole_message(exchange: Exchange) -> dict:
-    """The whole answer, read to its end."""
+    """The whole answer: the request is sent, and what comes read to its end."""
+    exchange.open()
     for _ in exchange.call.client.waited(exchange.batches(exchange.events.then(None))):
         pass
     exchange.events.finish(None)
@@ -7197,18 +6850,13 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
-def counter_of(gateway: Gateway, incoming: Incoming) -> Callable[[Any], Any]:
-    """Counts what a request names against the budget of all bodies: a few bytes can name megabytes, many times."""
-    taken = [0]
-    incoming.held.callback(lambda: gateway.body_budget.give(taken[0]))
-
-    def counted(stored: Any) -> Any:
-        weight = 6 * len(client_json(stored))       # in memory
-        if not gateway.body_budget.take(weight):
-            raise busy("The gateway holds too many large requests at the moment.")
-        taken[0] += weight
-        return stored
-    return counted
+def counted(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
+    """What a request names, against the budget of all bodies: a few bytes can name megabytes, many times."""
+    weight = 6 * len(client_json(stored))           # in memory
+    if not gateway.body_budget.take(weight):
+        raise busy("The gateway holds too many large requests at the moment.")
+    incoming.held.callback(gateway.body_budget.give, weight)
+    return stored
 
 
 def with_history(gateway: Gateway, incoming: Incoming) -> History:
@@ -7216,8 +6864,8 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     body, owner = incoming.body, incoming.owner
     if "messages" in body:
         return History(incoming)
-    counted = counter_of(gateway, incoming)
-    given = resolved_items(body.get("input"), lambda item_id: counted(gateway.responses.item(owner, item_id)))
+    given = resolved_items(body.get("input"), lambda item_id: counted(
+        gateway, incoming, gateway.responses.item(owner, item_id)))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
     given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
              for item in given[:len(given) - compact]]
@@ -7229,8 +6877,8 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     if stored is None:
         raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
                              json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    return History(incoming, counted([*stored[1], *stored[2]]), given, compact,
-                   count_in(stored[0], "usage", "total_tokens"))
+    earlier = counted(gateway, incoming, [*stored[1], *stored[2]])
+    return History(incoming, earlier, given, compact, count_in(stored[0], "usage", "total_tokens"))
 
 
 def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -7267,52 +6915,42 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, strea
 
 def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
     """The compaction item of a history longer than `context_management` allows; the last user messages stay."""
-    threshold = compaction_threshold(history.incoming.body)
+    body = history.incoming.body
+    threshold = compaction_threshold(body)
     items = [*history.earlier, *history.given]
     kept = list(itertools.takewhile(lambda item: item.get("role") == "user", reversed(items)))[::-1]
     items = items[:len(items) - len(kept)]
-    if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS \
-            or not is_longer(gateway, history, threshold):
-        return []                                   # there is nothing to summarize, or no need
-    incoming = replace(history.incoming, body=dict(history.incoming.body, input=items))
-    message, _ = summarized(gateway, incoming)
-    return [compaction_item(item_id, message, kept)]
+    if not threshold or all(map(is_setting, items)) or items[-1].get("type") in COMPACTIONS:
+        return []                                   # there is nothing to summarize
+    # by the last response's usage, and about four bytes a token; else as Claude counts
+    size = history.tokens and history.tokens + len(client_json(history.given)) // 4
+    if not size and len(client_json(body)) // 2 > threshold:
+        size = counted_tokens(gateway, history)
+    if size <= threshold:
+        return []
+    exchange = exchange_for(gateway, replace(history.incoming, body=dict(body, input=items)), compact=True)
+    return [compaction_item(item_id, whole_message(exchange), kept)]
 
 
 def compaction_threshold(body: dict) -> int:
     """`compact_threshold`, 0 where none is set."""
     management = body.get("context_management") or []
-    if isinstance(management, dict):
-        return 0
-    for path, entry in entries_of(management, "context_management"):
+    for path, entry in () if isinstance(management, dict) else entries_of(management, "context_management"):
         one_of("compaction")(entry.get("type"), path + ".type")
         return optional(integer_of, entry.get("compact_threshold"), path + ".compact_threshold", 0)
     return 0
 
 
-def is_longer(gateway: Gateway, history: History, threshold: int) -> bool:
-    """Whether a request has more tokens than that: by the last response's usage, else by Claude's count."""
-    if history.tokens:
-        return history.tokens + len(client_json(history.given)) // 4 > threshold       # about four bytes make one
-    return len(client_json(history.incoming.body)) // 2 > threshold and counted_tokens(gateway, history) > threshold
-
-
-def summarized(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = ()) -> tuple[dict, dict[str, str]]:
-    """Claude's summary of a history, as a message, and the headers that go with it."""
-    exchange = exchange_for(gateway, incoming, earlier, compact=True)
-    exchange.open()
-    return whole_message(exchange), exchange.headers()
-
-
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
     history = with_history(gateway, incoming)
-    message, headers = summarized(gateway, history.incoming, history.earlier)
+    exchange = exchange_for(gateway, *history[:2], compact=True)
+    message = whole_message(exchange)
     name = secrets.token_hex(16)
     output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
     output.append(compaction_item("cmp_" + name, message))
     return Reply({"id": "resp_" + name, "object": "response.compaction", "created_at": int(time.time()),
-                  "output": output, "usage": responses_usage(message["usage"])}, headers)
+                  "output": output, "usage": responses_usage(message["usage"])}, exchange.headers())
 
 
 def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[dict], list[dict]]:
@@ -7323,19 +6961,16 @@ def stored_response(gateway: Gateway, incoming: Incoming) -> tuple[dict, list[di
 
 
 def get_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /v1/responses/{id}"""
     return Reply(stored_response(gateway, incoming)[0])
 
 
 def delete_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """DELETE /v1/responses/{id}"""
     stored_response(gateway, incoming)
     gateway.responses.remove(incoming.owner, incoming.argument)
     return Reply({"id": incoming.argument, "object": "response", "deleted": True})
 
 
 def cancel_response(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/responses/{id}/cancel"""
     stored_response(gateway, incoming)
     raise InvalidRequest("Only a response created with background=true can be cancelled; there are none here.",
                          code="unsupported_value")
@@ -7393,8 +7028,7 @@ def list_models(gateway: Gateway, incoming: Incoming) -> Reply:
 
 def one_model(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /v1/models/{id}, in any spelling that a request may use."""
-    name = incoming.argument
-    return Reply(model_entry(name, catalog_for(gateway, incoming).resolve(name)))
+    return Reply(model_entry(incoming.argument, catalog_for(gateway, incoming).resolve(incoming.argument)))
 
 
 def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
@@ -7402,7 +7036,7 @@ def catalog_for(gateway: Gateway, incoming: Incoming) -> Catalog:
     key = incoming.headers.get("x-api-key", "")
     if re.match(r"sk-ant-[\x21-\x7e]+\Z", key):
         try:
-            return catalog_from_entries(gateway.upstream.models(key) or [], gateway.config.alias)
+            return Catalog(gateway.upstream.models(key) or (), gateway.config.alias)
         except GatewayError as fault:
             LOG.info("no model list for the caller's key (%s): using the gateway's", fault)
     return gateway.models.catalog()
@@ -7426,8 +7060,12 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/completions: one or several texts continued, or the stream of that."""
     prompts = prompts_of(incoming.body)
     echoes = prompts if incoming.body.get("echo") else [""] * len(prompts)
-    replies = (chat_completions(gateway, replace(incoming, body=chat_from_completion(incoming.body, prompt)))
-               for prompt in prompts)
+    suffix = optional(text_of, incoming.body.get("suffix"), "suffix", "")
+    chat = without(incoming.body, "prompt", "suffix", "echo", "best_of", "logprobs")
+    system = {"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM}
+    texts = [prompt + "<gap/>" + suffix if suffix else prompt for prompt in prompts]
+    replies = (chat_completions(gateway, replace(incoming, body=dict(
+        chat, messages=[system, {"role": "user", "content": text}]))) for text in texts)
     first = next(replies)
     if first.steps is not None:
         return replace(first, json_of=client_json, steps=text_steps(itertools.chain([first], replies), echoes))
@@ -7438,32 +7076,19 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     return replace(first, body=whole)
 
 
-MOST_PROMPTS = 128                                  # of one request: OpenAI accepts 2,048, but each is a call here
-
-
 def prompts_of(body: dict) -> list[str]:
     """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
     prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
-    if len(prompts) > MOST_PROMPTS:
-        raise InvalidRequest("prompt: at most %d prompts in one request, as each is a call to Claude." % MOST_PROMPTS,
-                             "prompt", "invalid_value")
+    if len(prompts) > 128:                          # OpenAI accepts 2,048
+        raise InvalidRequest("prompt: at most 128 of them, as each is a call to Claude.", "prompt", "invalid_value")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
                                  "unsupported_value")
     return [text_of(each, "prompt[%d]" % at) for at, each in enumerate(prompts)]
-
-
-def chat_from_completion(body: dict, prompt: str) -> dict:
-    """The chat completion request that asks for the continuation of one prompt."""
-    suffix = optional(text_of, body.get("suffix"), "suffix", "")
-    chat = without(body, "prompt", "suffix", "echo", "best_of", "logprobs")
-    chat["messages"] = [{"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM},
-                        {"role": "user", "content": prompt + "<gap/>" + suffix if suffix else prompt}]
-    return chat
 
 
 def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]:
@@ -7478,11 +7103,10 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
             chunks = []
             for chunk in step:
                 same = same or {"id": chunk["id"], "created": chunk["created"]}
-                choice = chunk["choices"][0] if chunk["choices"] else None
-                if choice is None:
+                is_text = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
+                if not chunk["choices"]:
                     usage = chunk["usage"] = added_usage(usage, chunk["usage"])
-                if choice and (choice["finish_reason"] or "content" in choice["delta"]) or \
-                        choice is None and at == len(echoes) - 1:
+                if is_text or not chunk["choices"] and at == len(echoes) - 1:
                     chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
             yield chunks
         yield NEEDS_THREAD                          # for the call of the next prompt
@@ -7490,10 +7114,9 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
     """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
-    texts = [choice.get("message") or choice["delta"] for choice in chat["choices"]]
     choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": index,
                 "logprobs": None, "finish_reason": choice["finish_reason"]}
-               for text, choice in zip(texts, chat["choices"])]
+               for choice in chat["choices"] for text in [choice.get("message") or choice["delta"]]]
     return dict(chat, id=re.sub("^chat", "", chat["id"]), object="text_completion", choices=choices)
 
 
@@ -7501,62 +7124,44 @@ def text_completion(chat: dict, echo: str, index: int) -> dict:
 # Anthropic's own API for clients that speak it: with the gateway's credential, otherwise as it is.
 
 
-def native_messages(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages"""
-    body = native_body(gateway, incoming)
-    if not gateway.config.no_cache and not any(True for _ in native_marks(body)):
-        body["cache_control"] = {"type": "ephemeral"}
-    return native_call(gateway, incoming, body, "/v1/messages")
-
-
-def native_count(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages/count_tokens"""
-    return native_call(gateway, incoming, native_body(gateway, incoming), "/v1/messages/count_tokens")
-
-
 def native_body(gateway: Gateway, incoming: Incoming) -> dict:
-    """The client's body with the id of its model, and the system block that a subscription token needs, once."""
-    body = dict(incoming.body)
-    asked = text_of(body.get("model"), "model")
-    incoming.record.asked, incoming.record.stream = asked, body.get("stream") is True
-    model = gateway.models.catalog().resolve(asked)
-    incoming.record.used = model.id
-    body["model"] = model.id
+    """The client's body with its model's id; where missing, a subscription token's system block and a cache mark."""
+    body, record = dict(incoming.body), incoming.record
+    record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
+    record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
     credential = gateway.upstream.credential
     preamble = [dict(block) for block in credential.preamble] if credential else []
     if preamble:
         system = body.get("system") or []
         blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list_of(system, "system")
-        already = bool(blocks) and isinstance(blocks[0], dict) and blocks[0].get("text") == preamble[0]["text"]
+        already = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
         body["system"] = blocks if already else preamble + blocks
+    if record.route == "/messages" and not gateway.config.no_cache and not has_marks(body):
+        body["cache_control"] = {"type": "ephemeral"}
     return body
 
 
-def native_marks(value: Any) -> Iterator[dict]:
-    """Every cache mark that a client set itself."""
-    if isinstance(value, dict):
-        if isinstance(value.get("cache_control"), dict):
-            yield value["cache_control"]
-        for name in ("tools", "system", "messages", "content"):
-            yield from native_marks(value.get(name))
-    elif isinstance(value, list):
-        for entry in value:
-            yield from native_marks(entry)
+def has_marks(value: Any) -> bool:
+    """Whether a client set cache marks itself."""
+    if isinstance(value, list):
+        return any(map(has_marks, value))
+    return isinstance(value, dict) and (isinstance(value.get("cache_control"), dict) or any(
+        has_marks(value.get(name)) for name in ("tools", "system", "messages", "content")))
 
 
-def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> Reply:
-    """The call, with the client's version and betas; what Claude answers goes back as it is."""
-    betas = [beta.strip() for beta in incoming.headers.get("anthropic-beta", "").split(",")]
+def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
+    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas, answered as Claude does."""
+    body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
+    betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
     data = within_upstream_limit(upstream_json(body))
     model = gateway.models.catalog().resolve(body["model"])
     if path == "/v1/messages":
         gateway.check_spending(incoming.record.owner, model, body.get("speed"))
     LOG.debug("to Claude: %s", body, extra={"payload": body})
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
-    reply = gateway.upstream.messages(
-        data, incoming.call, [beta for beta in betas if beta and not beta.startswith("oauth-")],
-        path + beta_query, {name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
-                            if incoming.headers.get(name)})
+    reply = gateway.upstream.messages(data, incoming.call, betas, path + beta_query, {
+        name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
+        if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
     headers = dict(headers_for_anthropic(reply.headers),
                    **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
@@ -7567,7 +7172,7 @@ def native_call(gateway: Gateway, incoming: Incoming, body: dict, path: str) -> 
         usage = passing.usage()
         if usage:
             count_tokens(gateway, incoming.record, model, usage)
-    incoming.held.enter_context(gateway.usage.running(incoming.record.owner, lambda: (
+    incoming.held.callback(gateway.usage.running(incoming.record.owner, lambda: (
         cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
@@ -7585,19 +7190,18 @@ class PassingUsage:
     def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The same steps, whose bytes are read in passing."""
         for step in steps:
-            if isinstance(step, bytes):
-                self._read(step)
+            if isinstance(step, bytes) and self._decoder:
+                with contextlib.suppress(UpstreamFault):
+                    self._note(self._decoder.feed(step))
+            elif isinstance(step, bytes):
+                self._body += step[:MAX_UPSTREAM_BODY - len(self._body)]
             yield step
 
-    def _read(self, piece: bytes) -> None:
-        if self._decoder is None:
-            self._body += piece[:MAX_UPSTREAM_BODY - len(self._body)]
-            return
-        with contextlib.suppress(UpstreamFault):
-            for event in self._decoder.feed(piece):
-                for usage in (value_in(event, "message", "usage"), event.get("usage")):
-                    if isinstance(usage, dict):
-                        self._usage.update({name: value for name, value in usage.items() if value is not None})
+    def _note(self, events: list[dict]) -> None:
+        for event in events:
+            for usage in (value_in(event, "message", "usage"), event.get("usage")):
+                if isinstance(usage, dict):
+                    self._usage.update({name: value for name, value in usage.items() if value is not None})
 
     def usage(self) -> dict:
         """What was counted so far, {} for an answer without any."""
@@ -7611,7 +7215,6 @@ class PassingUsage:
 # ---- Tool settings -----------------------------------------------------------------------------------
 # What to write into which tool: printed by `setup NAME`, shown by the page, passed on by `run`, never written by us.
 
-
 FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
 
 
@@ -7620,6 +7223,8 @@ class ToolSettings(NamedTuple):
     title: str
     where: str
     text: str = FORM
+    path_form: Callable[[str], str] = str           # how a path is written there
+    between: str = " "                              # two arguments of START
 
 
 def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
@@ -7628,18 +7233,20 @@ def library(title: str, name: str, address: str, others: str, model: str = 'mode
                         'llm = %s(%s, %s="BASE", api_key="KEY"%s)' % (name, model, address, others))
 
 
-# What usually runs in a container, where localhost is the container itself
 CONTAINER = """\
 In a container the base URL is http://host.docker.internal:PORT/v1. On Linux that name requires
 docker run --add-host=host.docker.internal:host-gateway, and a gateway that containers can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host localhost --host 172.17.0.1"""
 IN_CONTAINER = "%s\n\n%s" % (FORM, CONTAINER)
+OPENCODE = """\
+{ "model": "gateway/MODEL", "provider": { "gateway": { "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
+    "options": { "baseURL": "BASE", "apiKey": "KEY" },
+    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""
 
 TOOL_SETTINGS: Dict[str, ToolSettings] = {
     "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
-# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" })
-# model: MODEL"""),
+# or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" }); model: MODEL"""),
     "langchain": library("LangChain", "langchain_openai.ChatOpenAI", "base_url", ", stream_usage=True"),
     "llamaindex": library("LlamaIndex", "llama_index.llms.openai_like.OpenAILike", "api_base",
                           ",\n    is_chat_model=True, is_function_calling_model=True, context_window=1000000"),
@@ -7647,17 +7254,15 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
 // openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
-    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL, or OpenAIProvider({ baseURL })", """\
+    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
-# Python: Agent(name="agent", model="MODEL")
-# JavaScript: new Runner({ tracingDisabled: true, modelProvider: new OpenAIProvider({ baseURL: "BASE",
-#   apiKey: "KEY" }) })"""),
-    "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL"'),
+# Python: Agent(name="agent", model="MODEL") / JavaScript: new Agent({ name: "agent", model: "MODEL" })"""),
+    "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL_ID"'),
     "dspy": library("DSPy", "dspy.LM", "api_base", "", '"openai/MODEL_ID"'),
     "smolagents": library("smolagents", "smolagents.OpenAIServerModel", "api_base", "", 'model_id="MODEL"'),
     "autogen": library("AutoGen", "autogen_ext.models.openai.OpenAIChatCompletionClient", "base_url",
                        ',\n    model_info={"vision": True, "function_calling": True, "json_output": True,'
-                       '\n                "structured_output": True, "family": "unknown"}'),
+                       '\n                "structured_output": True, "family": "unknown"}', 'model="MODEL_ID"'),
     "agno": library("Agno", "agno.models.openai.like.OpenAILike", "base_url", "", 'id="MODEL"'),
     "mastra": ToolSettings("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
     "browser-use": library("browser-use", "browser_use.ChatOpenAI", "base_url", ""),
@@ -7667,9 +7272,8 @@ providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY }
 export OPENAI_API_KEY=KEY
 aider --openai-api-base BASE --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
-    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)", """\
-export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY
-claude"""),
+    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
+                                "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
     "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
 model = "claude-opus-5-5"
 model_provider = "gateway"
@@ -7677,11 +7281,7 @@ model_providers.gateway.name = "gateway"
 model_providers.gateway.base_url = "BASE"
 model_providers.gateway.wire_api = "responses"
 ENV_KEY"""),
-    "opencode": ToolSettings("opencode", "opencode.json", """\
-{ "model": "gateway/MODEL", "provider": { "gateway": {
-    "npm": "@ai-sdk/openai-compatible", "name": "Claude Gateway",
-    "options": { "baseURL": "BASE", "apiKey": "KEY" },
-    "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""),
+    "opencode": ToolSettings("opencode", "opencode.json", OPENCODE),
     "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
 export GOOSE_PROVIDER=openai GOOSE_MODEL=MODEL
 export OPENAI_HOST=ORIGIN OPENAI_BASE_PATH=v1/chat/completions OPENAI_API_KEY=KEY"""),
@@ -7695,7 +7295,7 @@ qwen --auth-type openai"""),
     "cline-cli": ToolSettings("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
     "openhands": ToolSettings("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
     "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
-export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors
+export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors MSWEA_CONFIGURED=true
 mini -m openai/MODEL"""),
     "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
 # this file is in the folder that this prints: dirname "$(llm logs path)"
@@ -7703,7 +7303,7 @@ mini -m openai/MODEL"""),
 # and the key, in a shell: llm keys set openai --value KEY"""),
     "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
     "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
-    "kilo-code": ToolSettings("Kilo Code", "API provider: OpenAI Compatible"),
+    "kilo-code": ToolSettings("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
     "continue": ToolSettings("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
 name: Claude Gateway
 version: 1.0.0
@@ -7749,7 +7349,6 @@ SERVICE_FILES = {
 # then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway && loginctl enable-linger
 [Unit]
 Description=Claude Gateway
-After=network-online.target
 [Service]
 ExecStart="PYTHON" "FILE" START
 # keys go into this file, mode 600: ANTHROPIC_API_KEY=... if no login is stored, CLAUDE_GATEWAY_API_KEY=... for clients
@@ -7760,17 +7359,16 @@ TimeoutStopSec=35
 NoNewPrivileges=yes
 PrivateTmp=yes
 [Install]
-WantedBy=default.target"""),
+WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$")),
     "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
      to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway -->
 <!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
-<plist version="1.0">
-<dict>
+<plist version="1.0"><dict>
   <key>Label</key><string>local.claude-gateway</string>
   <key>ProgramArguments</key>
-  <array><string>PYTHON</string><string>FILE</string>START</array>
+  <array><string>PYTHON</string><string>FILE</string><string>START</string></array>
   <!-- keys, if no login is stored or clients need one; then: chmod 600 this file
   <key>EnvironmentVariables</key>
   <dict><key>ANTHROPIC_API_KEY</key><string>...</string><key>CLAUDE_GATEWAY_API_KEY</key><string>...</string></dict> -->
@@ -7778,8 +7376,7 @@ WantedBy=default.target"""),
   <key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
   <key>ThrottleInterval</key><integer>60</integer>
   <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
-</dict>
-</plist>"""),
+</dict></plist>""", lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "</string><string>"),
     "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
 # keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
@@ -7789,7 +7386,8 @@ Register-ScheduledTask 'Claude Gateway' -Action $action -Trigger $trigger -Setti
 Start-ScheduledTask 'Claude Gateway'
 # where that is denied: a shortcut in the start-up folder does the same
 # $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
-# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()"""),
+# $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()""",
+                             lambda path: path.replace("'", "''")),
     "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .
 # docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
@@ -7801,7 +7399,7 @@ ENV CLAUDE_GATEWAY_HOST=0.0.0.0
 EXPOSE PORT
 HEALTHCHECK CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:PORT/health')"]
 ENTRYPOINT ["python3", "/claude_gateway.py"]
-CMD [START]"""),
+CMD ["START"]""", between='", "'),
 }
 
 SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
@@ -7826,32 +7424,23 @@ def setup_name(text: str) -> str:
         text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
 
 
-def filled(config: Config, path_form: Callable[[str], str] = str, argument_form: str = "%s",
-           between: str = " ") -> dict[str, str]:
+def filled(config: Config, path_form: Callable[[str], str] = str, between: str = " ") -> dict[str, str]:
     """The placeholders of the settings -> their values here."""
     origin, python = "http://localhost:%d" % config.port, own_file() and sys.executable or "python3"
     arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
-    paths = {"PYTHON": python, "PYTHONW": re.sub(r"python(\.exe)?$", r"pythonw\1", python),
-             "FILE": own_file() or "/path/to/claude_gateway.py", "HOME": os.path.expanduser("~")}
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": 'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
-            "START": between.join(argument_form % argument for argument in arguments),
-            **{word: path_form(path) for word, path in paths.items()}}
-
-
-# How a service file writes a path, an argument, and what it puts between two arguments
-SERVICE_FORMS: Dict[str, Tuple[Callable[[str], str], str, str]] = {
-    "systemd": (lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$"), "%s", " "),
-    "launchd": (lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "<string>%s</string>", ""),
-    "windows": (lambda path: path.replace("'", "''"), "%s", " "),
-    "docker": (str, '"%s"', ", ")}
+            "START": between.join(arguments), "PYTHON": path_form(python),
+            "PYTHONW": path_form(re.sub(r"python(\.exe)?$", r"pythonw\1", python)),
+            "FILE": path_form(own_file() or "/path/to/claude_gateway.py"), "HOME": path_form(os.path.expanduser("~"))}
 
 
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
-    return with_values(SETTINGS[name].text, filled(config, *SERVICE_FORMS.get(name, ()))).rstrip()
+    settings = SETTINGS[name]
+    return with_values(settings.text, filled(config, settings.path_form, settings.between)).rstrip()
 
 
 def with_values(text: str, values: dict[str, str]) -> str:
@@ -7864,7 +7453,8 @@ def with_values(text: str, values: dict[str, str]) -> str:
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
-    totals, models = counters.totals(), counters.by_model()
+    totals = counters.totals()
+    models = totals["models"]
     tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
@@ -7881,7 +7471,7 @@ def status_data(gateway: Gateway) -> dict:
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **counters.shown(),
+        **{name: totals[name] for name in ("recent", "by_tool", "by_model", "error_texts")},
     }
 
 
@@ -7920,7 +7510,8 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
     counters = gateway.counters
-    totals, models = counters.totals(), counters.by_model()
+    totals = counters.totals()
+    models = totals["models"]
     lines: list[str] = []
 
     def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
@@ -8219,8 +7810,8 @@ ROUTES: Dict[str, Dict[str, Endpoint]] = {
     "/responses/{id}": {"GET": get_response, "DELETE": delete_response},
     "/responses/{id}/input_items": {"GET": response_input_items},
     "/completions": {"POST": completions},
-    "/messages": {"POST": native_messages},
-    "/messages/count_tokens": {"POST": native_count},
+    "/messages": {"POST": native_call},
+    "/messages/count_tokens": {"POST": native_call},
     "/models": {"GET": list_models},
     "/models/{id}": {"GET": one_model},
     "/health": {"GET": health},
@@ -8482,13 +8073,13 @@ class RequestCycle:
     def _leave(self) -> None:
         if self._entered:
             self._entered = False
-            self._gateway.running.leave()
+            self._gateway.running.give()
 
     # -- answering
 
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
-        self._entered = self._gateway.running.enter()
+        self._entered = self._gateway.running.take()
         if not self._entered:
             raise busy("The gateway stops." if self._gateway.running.draining else
                        "The gateway is busy with as many requests as it accepts.")
@@ -8825,6 +8416,10 @@ def log_lost_connection(failure: BaseException | None) -> None:
 # ---- Service -----------------------------------------------------------------------------------------
 # A gateway on its port: listening sockets, a thread per connection, the way to stop.
 
+# Windows denies access to a port that another program has for itself
+IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
+TOO_MANY_CONNECTIONS = client_json(busy("The gateway has too many connections.").body())
+
 
 class Listener(socketserver.ThreadingTCPServer):
     """One listening socket; a thread per connection, within a bound."""
@@ -8858,35 +8453,27 @@ class Listener(socketserver.ThreadingTCPServer):
     def service_actions(self) -> None:              # called by the loop of the socket server every half second
         self.gateway.upstream.pool.close_old()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._connections.take(1):
-            try:
-                super().process_request(request, client_address)
-            except BaseException:                   # no thread could be started
-                self._connections.give(1)
-                raise
-            return
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for one more connection."""
+        if self._connections.take():
+            return True
         with contextlib.suppress(OSError):
             request.settimeout(1)
             request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
                             b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" %
                             (len(TOO_MANY_CONNECTIONS), TOO_MANY_CONNECTIONS))
-        self.shutdown_request(request)
+        return False
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """In a thread of its own: a connection, until it ends or its stream moves to the event loop."""
         def release() -> None:
             self.shutdown_request(request)
-            self._connections.give(1)
+            self._connections.give()
         Connection(self.gateway, request, client_address[0], release).run()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:      # no thread could be started
+        self._connections.give()
         log_lost_connection(sys.exc_info()[1])
-
-
-# Windows denies access to a port that another program has for itself
-IN_USE = (errno.EADDRINUSE, errno.EACCES) if os.name == "nt" else (errno.EADDRINUSE,)
-TOO_MANY_CONNECTIONS = client_json(busy("The gateway has too many connections.").body())
 
 
 class Service:
@@ -8901,15 +8488,13 @@ class Service:
     @property
     def url(self) -> str:
         """The base URL for an OpenAI client."""
-        host = self.gateway.config.host
-        host = host if host == "localhost" else str(self.listeners[0].server_address[0])
+        host = "localhost" if self.gateway.config.host == "localhost" else str(self.listeners[0].server_address[0])
         return "http://%s:%d/v1" % ("[%s]" % host if ":" in host else host, self.port)
 
     def start(self) -> None:
         self._started = True
         for listener in self.listeners:
-            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.5}, name="listener",
-                             daemon=True).start()
+            threading.Thread(target=listener.serve_forever, name="listener", daemon=True).start()
 
     def close(self, grace: float = SHUTDOWN_GRACE) -> bool:
         """Stops accepting, lets running requests finish for `grace` seconds; whether all of them did."""
@@ -8934,8 +8519,8 @@ def listeners_for(gateway: Gateway) -> list[Listener]:
     listeners: list[Listener] = []
     try:
         for host in gateway.config.hosts:
-            listeners += listeners_on(host, listeners[0].server_address[1] if listeners else gateway.config.port,
-                                      gateway)
+            port = listeners[0].server_address[1] if listeners else gateway.config.port
+            listeners += listeners_on(host, port, gateway)
     except OSError:
         for listener in listeners:
             listener.server_close()
@@ -8962,73 +8547,55 @@ def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
 
 
 # ---- Simulated upstream ------------------------------------------------------------------------------
-# A small server on loopback that speaks the Messages API, for `start --demo`: the gateway reaches it the same way
-# as Claude.  Its replies say that they are simulated.
+# A small server on loopback that speaks the Messages API, for `start --demo`; it says what is simulated.
+
+SIMULATED = "This is a simulated answer: the gateway runs in demo mode, and no model was asked. "
+HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request, for `selftest`
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
     """The reply to a Messages request: a JSON sample, a tool call, or a sentence about what was sent."""
-    last = request["messages"][-1]["content"]
+    last = [message["content"] for message in request["messages"] if message["role"] == "user"][-1]
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
     choice = request.get("tool_choice", {})
     schema = value_in(request, "output_config", "format", "schema")
-    asked = json_asked_for(request["messages"]) if schema is None else schema
-    blocks: list[dict] = []
-    if request.get("thinking", {}).get("display") == "summarized":
-        blocks.append({"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"})
+    asked = json_asked_for(last) if schema is None else schema
+    thinking = {"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"}
+    blocks: list[dict] = [thinking] * (request.get("thinking", {}).get("display") == "summarized")
     if schema is None and tools and choice.get("type") != "none" and (
             not results or choice.get("type") in ("any", "tool")):
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
-    elif asked is not None:
-        sample = sample_of(asked, asked) if asked else {"simulated": True, "answer": summary_of(last, results)}
-        blocks.append({"type": "text", "text": json.dumps(sample)})
     else:
-        blocks.append({"type": "text", "text": "This is a simulated answer: the gateway runs in demo mode, and no "
-                                               "model was asked. " + summary_of(last, results)})
-    stop_reason = "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn"
-    usage = dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")
+        summary = summary_of(last, results)
+        sample = sample_of(asked, asked) if asked else {"simulated": True, "answer": summary}
+        blocks.append({"type": "text", "text": SIMULATED + summary if asked is None else json.dumps(sample)})
     return {"id": "msg_" + secrets.token_hex(8), "type": "message", "role": "assistant", "model": request["model"],
-            "content": blocks, "stop_reason": stop_reason, "stop_sequence": None, "usage": usage}
+            "content": blocks, "stop_reason": "tool_use" if blocks[-1]["type"] == "tool_use" else "end_turn",
+            "stop_sequence": None, "usage": dict(usage, output_tokens=about_tokens(blocks), service_tier="standard")}
 
 
 def simulated_usage(request: dict, seen: Bounded) -> dict:
-    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache.
-
-    So is all but the last turn of a conversation, whose first turns a demo need not have seen.
-    """
+    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
     total, marked = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
-    newest = len(prompt) - len(request["messages"][-1]["content"])
     read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
-    for at, part in enumerate(prompt if marked else (), 1):
-        digest.update(json.dumps(without(part, "cache_control") if isinstance(part, dict) else part).encode())
+    for part in prompt if marked else ():
+        digest.update(json.dumps(without(part, "cache_control")).encode())
         so_far += about_tokens(part)
-        if seen.get(digest.hexdigest()) or len(request["messages"]) > 1 and at == newest:
-            read = so_far
+        read = so_far if seen.get(digest.hexdigest()) else read
         seen.put(digest.hexdigest(), True)
     written = total - read if marked else 0
     return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
             "cache_read_input_tokens": read}
 
 
-def simulated_limits(now: float) -> dict[str, str]:
-    """Made-up plan windows, so that the status page has some to show."""
-    headers = {}
-    for window, seconds, used in (("5h", 18_000, "0.37"), ("7d", 604_800, "0.61")):
-        prefix = "anthropic-ratelimit-unified-%s-" % window
-        headers.update({prefix + "utilization": used, prefix + "status": "allowed",
-                        prefix + "reset": "%d" % ((now // seconds + 1) * seconds)})
-    return headers
-
-
-def json_asked_for(messages: list[dict]) -> dict | None:
-    """The schema that the last user turn asks for in its text, {} for any object, None where it asks for no JSON."""
-    said: List[dict] = next((message["content"] for message in reversed(messages) if message["role"] == "user"), [])
-    texts = [block["text"] for block in said if block["type"] == "text"]
+def json_asked_for(content: list[dict]) -> dict | None:
+    """The schema that a turn asks for in its text, {} for any object, None where it asks for no JSON."""
+    texts = [block["text"] for block in content if block["type"] == "text"]
     if not texts or not texts[-1].startswith(JSON_ONLY):
         return None
     with contextlib.suppress(ValueError, RecursionError):
@@ -9037,7 +8604,6 @@ def json_asked_for(messages: list[dict]) -> dict | None:
 
 
 def about_tokens(value: Any) -> int:
-    """About four characters make a token."""
     return len(json.dumps(value)) // 4 + 1
 
 
@@ -9056,25 +8622,20 @@ def sample_of(schema: Any, root: dict, depth: int = 0) -> Any:
     """A small value that fits a JSON schema, more or less."""
     if not isinstance(schema, dict) or depth > 20:
         return "simulated"
-    depth += 1
-    if isinstance(schema.get("$ref"), str):
-        return sample_of(resolved(schema["$ref"], root), root, depth)
-    for key in ("const", "default"):
-        if key in schema:
-            return schema[key]
-    if schema.get("enum"):
-        return schema["enum"][0]
-    for key in ("anyOf", "allOf"):
-        if schema.get(key):
-            return sample_of(schema[key][0], root, depth)
+    given = [schema[key] for key in ("const", "default") if key in schema] or schema.get("enum")
+    if given:
+        return given[0]
+    inner = [schema[key][0] for key in ("anyOf", "allOf") if schema.get(key)]
+    if isinstance(schema.get("$ref"), str) or inner:
+        return sample_of(inner[0] if inner else resolved(schema["$ref"], root), root, depth + 1)
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) else kind
     if kind == "object":
         properties = schema.get("properties") or {}
-        return {name: sample_of(value, root, depth) for name, value in properties.items()
+        return {name: sample_of(value, root, depth + 1) for name, value in properties.items()
                 if name in (schema.get("required") or properties)}
     if kind == "array":
-        return [sample_of(schema.get("items"), root, depth)]
+        return [sample_of(schema.get("items"), root, depth + 1)]
     return {"integer": 1, "number": 1.5, "boolean": True, "null": None}.get(kind, "simulated")
 
 
@@ -9094,20 +8655,14 @@ def simulated_events(message: dict) -> Iterator[dict]:
             yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": delta, name: piece}}
 
 
-HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request
-
-
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
-    """Answers GET as /v1/models, POST as /v1/messages or its count_tokens."""
+    """GET is /v1/models, without any, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
     server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
 
     def do_GET(self) -> None:
-        entries = [{"type": "model", "id": model.id, "lifecycle": model.lifecycle,
-                    "created_at": (model.released or "1970-01-01") + "T00:00:00Z"}
-                   for model in BUILT_IN_MODELS.values()]
-        self._send("application/json", json.dumps({"data": entries, "has_more": False, "last_id": None}).encode())
+        self._send("application/json", client_json({"data": [], "has_more": False, "last_id": None}))
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
@@ -9119,38 +8674,34 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
             usage = simulated_usage(request, self.server.seen)
             answer = simulated_message(request, usage)
         except (LookupError, TypeError, AttributeError, ValueError) as fault:
-            error = {"type": "invalid_request_error", "message": "The simulation cannot read this request: %s: %s" % (
-                type(fault).__name__, fault)}
-            self._send("application/json", client_json({"type": "error", "error": error}), 400)
+            refusal = InvalidRequest("The simulation cannot read this request: %s: %s" % (type(fault).__name__, fault))
+            self._send("application/json", client_json(refusal.for_anthropic()[2]), 400)
             return
         if self.path.endswith("/count_tokens"):
             self._send("application/json", client_json({"input_tokens": sum(usage.values())}))
         elif not request.get("stream"):
             self._send("application/json", client_json(answer))
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
-            self._hold(answer)
+            self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
+            self.wfile.flush()
+            with contextlib.suppress(OSError):
+                self.connection.recv(1)             # until the gateway closes the connection
+            self.server.abandoned.set()
+            self.close_connection = True
         else:
             self._send("text/event-stream", b"".join(
                 b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
                 for event in simulated_events(answer)))
-
-    def _hold(self, answer: dict) -> None:
-        """A stream that only ends when the gateway closes the connection, for `selftest`."""
-        self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
-        self.wfile.flush()
-        self.connection.settimeout(30)
-        with contextlib.suppress(OSError):
-            if not self.connection.recv(1):
-                self.server.abandoned.set()
-        self.close_connection = True
 
     def _send(self, kind: str, body: bytes, status: int = 200, more: int = 0) -> None:
         self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body) + more))
         self.send_header("request-id", "req_simulated_" + secrets.token_hex(6))
-        for name, value in simulated_limits(time.time()).items():
-            self.send_header(name, value)
+        for window, seconds, used in (("5h", 18_000, "0.37"), ("7d", 604_800, "0.61")):     # of a made-up plan
+            reset = "%d" % ((time.time() // seconds + 1) * seconds)
+            for name, value in (("utilization", used), ("status", "allowed"), ("reset", reset)):
+                self.send_header("anthropic-ratelimit-unified-%s-%s" % (window, name), value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -9158,7 +8709,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         """The gateway logs for both."""
 
 
-class SimulatedUpstream(http.server.ThreadingHTTPServer):
+class SimulatedUpstream(socketserver.ThreadingTCPServer):
     """The server; `url` is what ANTHROPIC_BASE_URL would be."""
     daemon_threads = True
     request_queue_size = BACKLOG
@@ -9169,9 +8720,6 @@ class SimulatedUpstream(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), SimulatedHandler)
         self.url = "http://127.0.0.1:%d" % self.server_address[1]
         threading.Thread(target=self.serve_forever, name="simulated upstream", daemon=True).start()
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         failure = sys.exc_info()[1]
@@ -9896,7 +9444,6 @@ def selftest_findings() -> Iterator[Finding]:
 # ---- Signing in --------------------------------------------------------------------------------------
 # The sign-in with a Claude account at the terminal, for `login` and for a first `start`.
 
-
 TERMS = """\
 About signing in with a Claude account (Pro, Max, Team)
 
@@ -9913,14 +9460,12 @@ About signing in with a Claude account (Pro, Max, Team)
   redirect page, and one system block that such tokens are known to require.
   Its User-Agent is claude-gateway; nothing else is imitated."""
 
-
-def missing_credential(config: Config) -> str:
-    """Says that there is no credential, and how to get one that --auth allows."""
-    if config.auth == "auto":
-        return ("No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `claude-gateway start --demo` "
-                "needs neither.")
-    remedy = {"api-key": "Set ANTHROPIC_API_KEY", "oauth": "Run `claude-gateway login`"}[config.auth]
-    return "No credential that --auth %s allows. %s, or omit --auth." % (config.auth, remedy)
+# --auth -> what to do where there is no credential that it allows
+MISSING_CREDENTIAL = {
+    "auto": "No credential. Set ANTHROPIC_API_KEY, or run `claude-gateway login`; `claude-gateway start --demo` needs "
+            "neither.",
+    "api-key": "No credential that --auth api-key allows. Set ANTHROPIC_API_KEY, or omit --auth.",
+    "oauth": "No credential that --auth oauth allows. Run `claude-gateway login`, or omit --auth."}
 
 
 def check_writable(path: str) -> None:
@@ -9938,23 +9483,16 @@ def check_writable(path: str) -> None:
                            (path, reason))
 
 
-def has_browser() -> bool:
-    """Whether to open a browser: not over SSH, where it would open elsewhere or occupy the terminal."""
-    if os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY"):
-        return False
-    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return os.name == "nt" or sys.platform == "darwin" or bool(graphical)
-
-
 def sign_in(config: Config, open_browser: bool) -> None:
     """The whole sign-in: terms, URL, pasted code, stored tokens."""
     check_writable(config.token_file)
     say(TERMS)
     login = Login(config.authorize_url, config.oauth_scopes)
     say("\nOpen this URL, sign in, and paste the code that the page shows:\n\n  %s\n" % login.url)
-    if open_browser and has_browser():
+    graphical = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("win32", "darwin")
+    remote = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY")
+    if open_browser and graphical and not remote:   # there it would open elsewhere or occupy the terminal
         import webbrowser
-
         with contextlib.suppress(Exception):
             webbrowser.open(login.url)
     with contextlib.closing(Upstream(config, "")) as upstream:
@@ -9968,7 +9506,6 @@ def asked_for(prompt: str, hidden: bool = False) -> str:
     """A line of standard input, not shown on a terminal if it is a secret."""
     if hidden and sys.stdin and sys.stdin.isatty():
         import getpass
-
         return getpass.getpass(prompt).strip()
     sys.stderr.write(prompt)
     sys.stderr.flush()
@@ -10019,15 +9556,6 @@ def store_key(config: Config) -> None:
     say("Claude accepts this key. Stored in %s" % key_file(config).path)
 
 
-def say_what_is_next(config: Config) -> None:
-    """Which credential wins, where it is not the one just stored, and the next command."""
-    credential = credential_from_config(config, Upstream(config, "").post_json)
-    stem = os.path.splitext(config.token_file)[0]
-    if credential and stem not in credential.description:
-        say("Warning: %s comes first; unset it to use what is stored." % credential.description)
-    say("Next: claude-gateway start")
-
-
 # ---- Start -------------------------------------------------------------------------------------------
 # The command `start`: what is checked before, what is printed, and how it ends.
 
@@ -10057,12 +9585,10 @@ def gateway_with_credential(config: Config) -> Gateway:
             return gateway
     except FileDamaged as fault:
         damage = str(fault)
-    missing = " ".join(filter(None, [damage, missing_credential(config)]))
-    if config.auth == "api-key" or not sys.stdin or not sys.stdin.isatty():
-        raise CredentialNeeded(missing)
-    if asked_for("%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")).lower() not in (
-            "y", "yes"):
-        raise CredentialNeeded(missing)
+    question = "%s Sign in with a Claude account now? [y/N] " % (damage or "No credential.")
+    may_ask = config.auth != "api-key" and sys.stdin and sys.stdin.isatty()
+    if not may_ask or asked_for(question).lower() not in ("y", "yes"):
+        raise CredentialNeeded(" ".join(filter(None, [damage, MISSING_CREDENTIAL[config.auth]])))
     sign_in(config, open_browser=True)
     return Gateway(config)
 
@@ -10073,8 +9599,7 @@ def raise_descriptor_limit() -> None:
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         for wanted in (3 * Limits.max_connections, 10_240, 4_096):   # macOS reports no limit, and refuses 10,241
-            if hard != resource.RLIM_INFINITY:
-                wanted = min(hard, wanted)
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
             if soft == resource.RLIM_INFINITY or soft >= wanted:
                 return
             with contextlib.suppress(ValueError, OSError):
@@ -10091,17 +9616,6 @@ def report_port(config: Config, fault: OSError) -> int:
         return PORT_IN_USE
     say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault), logging.ERROR)
     return FAILURE
-
-
-EVERY_ADDRESS = ("0.0.0.0", "::")                   # for listening only: no address to connect to
-
-
-def pasted_url(service: Service) -> str:
-    """The base URL for tools; where we listen on all addresses, with an allowed name or a placeholder for one."""
-    config = service.gateway.config
-    if config.host not in EVERY_ADDRESS:
-        return service.url
-    return "http://%s:%d/v1" % (config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)
 
 
 def aliases_text(aliases: Iterable[Tuple[str, str]]) -> str:
@@ -10124,8 +9638,10 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
                          len(config.api_key) if config.api_key else "no API key needed; any value is accepted"))
     if config.alias:
         say("Aliases: %s" % aliases_text(config.alias))
-    say("Paste into your tool:  base URL %s   model sonnet" % pasted_url(service))
-    if config.host in EVERY_ADDRESS and not config.allow_host:
+    everywhere = config.host in ("0.0.0.0", "::")   # no address to connect to
+    say("Paste into your tool:  base URL %s   model sonnet" % (service.url if not everywhere else "http://%s:%d/v1" % (
+        config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)))
+    if everywhere and not config.allow_host:
         say("To call this machine by a name, for instance %s, add --allow-host NAME" %
             printable(socket.gethostname()))
 
@@ -10135,18 +9651,15 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._stop = threading.Event()
-        self._received: List[int] = []
+        self._codes: List[int] = []                 # to exit with, one for each signal
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._received.append(number)
+        self._codes.append(INTERRUPTED if number == signal.SIGINT else OK)
         self._stop.set()
-        if len(self._received) > 1:
-            os._exit(self._exit_code())
-
-    def _exit_code(self) -> int:
-        return INTERRUPTED if self._received[0] == signal.SIGINT else OK
+        if len(self._codes) > 1:
+            os._exit(self._codes[0])
 
     def serve(self, service: Service) -> int:
         """Waits for the signal and lets running requests finish; the exit code."""
@@ -10160,7 +9673,7 @@ class StopSignals:
         # on Windows no signal ends a wait
         any(service.gateway.running.wait_until_idle(1) for _ in range(SHUTDOWN_GRACE))
         service.close(0)
-        return self._exit_code()
+        return self._codes[0]
 
 
 def start_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10193,7 +9706,7 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
     if not config.quiet:
         print_start_lines(gateway, service)
     if gateway.upstream.credential:
-        gateway.models.refresh()
+        gateway.models.catalog(patience=0)
     return stop.serve(service)
 
 
@@ -10320,7 +9833,10 @@ def login_command(parsed: argparse.Namespace, config: Config) -> int:
         store_key(config)
     else:
         sign_in(config, open_browser=not parsed.no_browser)
-    say_what_is_next(config)
+    credential = credential_from_config(config, Upstream(config, "").post_json)
+    if credential and os.path.splitext(config.token_file)[0] not in credential.description:
+        say("Warning: %s comes first; unset it to use what is stored." % credential.description)
+    say("Next: claude-gateway start")
     return OK
 
 
@@ -10421,7 +9937,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
                "Another program uses port %d; no gateway answers there.") % config.port)
         rows = row_lines(credential_rows(facts, bool(facts.get("refreshable")))) if facts else []
         print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
-              as_typed(missing_credential(config)))
+              as_typed(MISSING_CREDENTIAL[config.auth]))
         if credential and credential.preamble:
             print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
         if credential:
@@ -10461,7 +9977,7 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
     except GatewayError as fault:
         say("The upstream returned no list, so this is the built-in one: %s" % fault)
         entries = None
-    catalog = catalog_from_entries(entries, config.alias) if entries else Catalog(aliases=config.alias)
+    catalog = Catalog(entries or (), config.alias)
     if parsed.json:
         print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
         return OK

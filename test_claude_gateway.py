@@ -1796,7 +1796,8 @@ class ClaudeErrorTests(GatewayTestCase):
         for seconds, form in ((0, r"0s"), (45, r"(3\d|4[0-6])s"), (90, r"1m([12]\d|3[01])s"), (7200, r"1(19|20)m\d+s")):
             moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
             for suffix in (moment, moment[:-1] + ".123456+00:00"):
-                self.assertRegex(claude_gateway.duration_until(suffix), "^%s$" % form)
+                told = claude_gateway.headers_from_claude({"anthropic-ratelimit-requests-reset": suffix})
+                self.assertRegex(told["x-ratelimit-reset-requests"], "^%s$" % form)
 
     def test_a_reset_that_is_no_time_does_no_harm(self):
         for moment in ("2026-99-99T99:99:99Z", "soon", "1790000000", "0000-00-00T00:00:00Z"):
@@ -1898,9 +1899,9 @@ class JsonDoorTests(HttpTestCase):
                                "            claude_gateway.json_within_bounds(text * 100000)\n"
                                "        except ValueError as refusal:\n"
                                "            print(refusal)\n"
-                               "        for parse in claude_gateway.event_from_data, claude_gateway.json_object_from:\n"
+                               "        for event in True, False:\n"
                                "            try:\n"
-                               "                parse(text.encode() * 100000)\n"
+                               "                claude_gateway.json_object_from(text.encode() * 100000, event)\n"
                                "            except claude_gateway.UpstreamFault as fault:\n"
                                "                print(fault.code)\n"
                                "threading.stack_size(128 << 10)\n"
@@ -1911,7 +1912,7 @@ class JsonDoorTests(HttpTestCase):
     def test_numbers_of_the_upstream_that_are_not_finite_are_unknown_and_end_nothing(self):
         for number in ("1e400", "-1e400", "NaN", "Infinity", "-Infinity", "9" * 400, "9" * 100_000):
             with self.subTest(number[:20]):
-                self.assertEqual(claude_gateway.event_from_data(b'{"type":"a","n":%s}' % number.encode()),
+                self.assertEqual(claude_gateway.json_object_from(b'{"type":"a","n":%s}' % number.encode()),
                                  {"type": "a", "n": None})
         self.assertEqual(claude_gateway.json_object_from(b'{"a":[1,-2,0.5,1e3,-0]}'), {"a": [1, -2, 0.5, 1000.0, 0]})
 
@@ -1961,8 +1962,8 @@ class JsonDoorTests(HttpTestCase):
 # ---- Models ------------------------------------------------------------------------------------------
 
 class ModelNameTests(RequestTestCase):
-    def resolved(self, name: str, *aliases, models=()) -> str:
-        return claude_gateway.Catalog(models, aliases).resolve(name).id
+    def resolved(self, name: str, *aliases, entries=()) -> str:
+        return claude_gateway.Catalog(entries, aliases).resolve(name).id
 
     def test_every_spelling_of_an_id_goes_to_the_id_it_means(self):
         for model_id in ALL_MODELS:
@@ -2008,12 +2009,11 @@ class ModelNameTests(RequestTestCase):
                     self.assertEqual(self.resolved(name), expected)
 
     def test_limited_access_lines_stand_in_for_nobody(self):
-        models = [claude_gateway.Model("claude-mythos-9"), claude_gateway.Model("claude-fable-9"),
-                  BUILT_IN_MODELS["claude-haiku-4-5-20251001"]]
-        self.assertEqual(self.resolved("gpt-4o-mini", models=models), "claude-haiku-4-5-20251001")
+        entries = [live_model(name) for name in ("claude-mythos-9", "claude-fable-9", "claude-haiku-4-5-20251001")]
+        self.assertEqual(self.resolved("gpt-4o-mini", entries=entries), "claude-haiku-4-5-20251001")
         for name in ("gpt-5", "o3", "opus"):
             with self.subTest(name=name), self.assertRaises(claude_gateway.Refused):
-                self.resolved(name, models=models)
+                self.resolved(name, entries=entries)
 
     def test_retired_and_unknown_names_are_404_with_names_that_work(self):
         for name, nearest in (
@@ -2175,7 +2175,7 @@ class LiveModelListTests(RequestTestCase):
                     {"display_name": {"a": 1}}, {"capabilities": {"thinking": {"types": {"adaptive": 5}}, "effort": 5}},
                     {"id": "claude-opus-\u00b2"}, {"id": "claude opus 9"}, {"id": ["x"]}, {"id": ""}):
             with self.subTest(odd=odd):
-                catalog = claude_gateway.catalog_from_entries([live_model("claude-opus-5-5", **odd), good], ())
+                catalog = claude_gateway.Catalog([live_model("claude-opus-5-5", **odd), good])
                 self.assertEqual(catalog.newest("opus").id, "claude-opus-7")
                 for name, model in catalog.names():
                     entry = claude_gateway.model_entry(name, model)
@@ -2652,6 +2652,7 @@ class ContentPartTests(RequestTestCase):
                          "type": "url", "url": "https://example.com/a.png"}},
                      {"type": "image_url", "image_url": "https://example.com/a.png"},
                      {"type": "input_image", "image_url": "https://example.com/a.png"},
+                     {"type": "input_image", "source": {"type": "url", "url": "https://example.com/a.png"}},
                      {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}):
             with self.subTest(part=part):
                 self.assertEqual(self.block(part), {"type": "image", "source": {
@@ -2945,6 +2946,9 @@ class ToolTests(RequestTestCase):
                 self.assertEqual(self.search(tool), expected)
         both = {"type": "web_search", "filters": {"allowed_domains": ["a.example"], "blocked_domains": ["b.example"]}}
         self.assertEqual(self.changes(tools=[both]), "dropped=tools[0].filters.blocked_domains")
+        for domain, report in (("https://sec.gov/", "changed=tools[0].filters.allowed_domains"), ("sec.gov", "")):
+            search = {"type": "web_search", "filters": {"allowed_domains": [domain]}}
+            self.assertEqual(self.changes(tools=[search]), report)
         self.assertEqual(self.refused(tools=[{"type": "web_search", "filters": {"allowed_domains": [5]}}])["param"],
                          "tools[0].filters.allowed_domains[0]")
 
@@ -4499,7 +4503,7 @@ class EventDecoderTests(unittest.TestCase):
 
     def test_an_event_nested_without_end_is_a_fault_of_the_upstream(self):
         with self.assertRaises(claude_gateway.UpstreamFault):
-            claude_gateway.event_from_data(b"[" * 200_000)
+            claude_gateway.json_object_from(b"[" * 200_000, event=True)
 
 
 class BareJsonTests(GatewayTestCase):
@@ -5025,9 +5029,9 @@ class HotPathTests(unittest.TestCase):
                     try:
                         wanted = json.loads(data.decode("utf-8"))
                     except ValueError:
-                        self.assertRaises(claude_gateway.UpstreamFault, claude_gateway.event_from_data, data)
+                        self.assertRaises(claude_gateway.UpstreamFault, claude_gateway.json_object_from, data)
                         continue
-                    self.assertEqual(claude_gateway.event_from_data(data), wanted)
+                    self.assertEqual(claude_gateway.json_object_from(data, event=True), wanted)
 
     def test_text_deltas_that_come_together_are_one_event_with_all_of_their_text(self):
         deltas = [{"type": "content_block_delta", "index": 3, "delta": {"type": "text_delta", "text": words}}
@@ -5080,7 +5084,7 @@ class HotPathTests(unittest.TestCase):
         for data in (good[:-1], good + b"}", good.replace(b"Hi", b"H\x01i"), good.replace(b"Hi", b'H"i'),
                      good.replace(b"Hi", b"H\\i"), good.replace(b"Hi", b"\xff"), good.replace(b":0,", b":,")):
             with self.subTest(data), self.assertRaises(claude_gateway.UpstreamFault):
-                claude_gateway.event_from_data(data)
+                claude_gateway.json_object_from(data, event=True)
 
     def test_chunks_of_text_are_written_as_any_json(self):
         assembler = claude_gateway.MessageAssembler()
@@ -5652,6 +5656,25 @@ class ItemReferenceTests(ResponsesTestCase):
         self.respond([{"type": "message", "id": "msg_mine", "role": "user", "content": "I am Bob."}])
         request = self.became([{"type": "item_reference", "id": "msg_mine"}, user("Who am I?")])
         self.assertEqual(request["messages"], [said("user", "I am Bob.", "Who am I?")])
+
+    def test_the_items_of_a_deleted_response_are_gone_and_those_of_others_stay(self):
+        mine = {"type": "message", "id": "msg_first", "role": "user", "content": "I am Bob."}
+        first = self.respond([mine, {"role": "user", "content": "Hello"}]).json
+        named = [{"type": "item_reference", "id": item["id"]} for item in (mine, *first["output"])]
+        second = self.respond([*named, user("Who am I?")]).json
+        for deleted, gone in ((second["id"], second["output"]), (first["id"], [mine, *first["output"]])):
+            self.assertEqual(self.respond(named).status, 200)
+            self.assertEqual(self.ask("DELETE", "/v1/responses/" + deleted).status, 200)
+            for item in gone:
+                answer = self.respond([{"type": "item_reference", "id": item["id"]}])
+                self.assertEqual((answer.status, answer.error["code"]), (400, "item_not_found"))
+
+    def test_what_continued_a_deleted_response_can_be_continued(self):
+        first = self.respond("I am Bob.").json
+        second = self.respond("Who am I?", previous_response_id=first["id"]).json
+        self.assertEqual(self.ask("DELETE", "/v1/responses/" + first["id"]).status, 200)
+        request = self.became("And?", previous_response_id=second["id"])
+        self.assertEqual(request["messages"][0], said("user", "I am Bob."))
 
 
 class InputItemListTests(ResponsesTestCase):
@@ -7289,7 +7312,7 @@ class TokenFileTests(LoginStoreTestCase):
         self.assertEqual(self.file.read(), content)
         self.held_by_another(builtins, "open", -1)
         self.assertRaises(claude_gateway.FileDamaged, self.file.read)
-        self.file._keep_damaged(self.token_path)
+        self.file.write(stored_token(access_token="newer"))
         self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
 
     def test_two_damaged_files_in_one_second_are_both_kept(self):
@@ -7559,12 +7582,19 @@ class UsageTests(UsageTestCase):
         closing.join(30)
         self.assertTrue(os.path.exists(self.path))
 
-    def test_old_days_are_dropped_and_a_damaged_file_is_kept_aside(self):
-        row = {"day": "2020-01-01", "tool": "t", "model": "m", "key": "", "requests": 1}
-        new = dict(row, day=time.strftime("%Y-%m-%d"))
-        pathlib.Path(self.path).write_text(json.dumps({"rows": [row, new]}), "utf-8")
+    def test_the_newest_400_days_are_kept_though_the_clock_is_years_ahead_of_them(self):
+        days = [time.strftime("%Y-%m-%d", time.gmtime(number * 86_400)) for number in range(400)]
+        rows = [{"day": day, "tool": "t", "model": "m", "key": "", "requests": 1} for day in days]
+        pathlib.Path(self.path).write_text(json.dumps({"rows": rows}), "utf-8")
         self.count()
-        self.assertEqual([row["day"] for row in self.rows()], [new["day"]])
+        self.assertEqual(self.rows(), rows)
+        self.chat()
+        for _ in range(2):
+            self.assertEqual([row["day"] for row in self.rows()], [*days[1:], time.strftime("%Y-%m-%d")])
+
+    def test_a_damaged_file_is_kept_aside(self):
+        new = {"day": time.strftime("%Y-%m-%d"), "tool": "t", "model": "m", "key": "", "requests": 1}
+        self.count()
         for content in ("{", "[]", '{"rows": 5}', '{"rows": [5]}', json.dumps({"rows": [dict(new, usd="x")]}),
                         json.dumps({"rows": [dict(new, usd=float("nan"))]}), json.dumps({"rows": [dict(new, usd=-1)]}),
                         json.dumps({"rows": [dict(new, usd="?")]}).replace('"?"', "1e999")):
@@ -8195,7 +8225,7 @@ class BodyTests(HttpTestCase):
                 waiting.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", framing,
                                               body=body))
                 budget = service.gateway.body_budget
-                self.assertTrue(eventually(lambda budget=budget: budget._left == 100_000))
+                self.assertTrue(eventually(lambda budget=budget: budget.count == 900_000))
                 self.assertEqual(self.chat("a" * 150_000).status, 503)
 
     def test_a_body_counts_as_what_it_becomes_once_parsed(self):
@@ -8208,10 +8238,10 @@ class BodyTests(HttpTestCase):
             with self.subTest(name):
                 service.gateway.body_budget = claude_gateway.Budget(room)
                 self.assertEqual(self.chat(usual).status, 200)
-                self.assertTrue(eventually(lambda room=room: service.gateway.body_budget._left == room))
+                self.assertTrue(eventually(lambda: service.gateway.body_budget.count == 0))
                 answer = self.chat(**costly)
                 self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
-                self.assertTrue(eventually(lambda room=room: service.gateway.body_budget._left == room))
+                self.assertTrue(eventually(lambda: service.gateway.body_budget.count == 0))
 
     def test_an_unpacked_body_counts_against_the_budget_with_its_real_size(self):
         service = self.start()
@@ -10660,7 +10690,7 @@ class FallbackTests(ResponsesTestCase):
                     self.assertIn("answered by claude-opus-4-8", "".join(logged.output))
                     if not stream:
                         self.assertEqual(chat.headers["x-claude-gateway-changes"], "changed=model")
-        self.assertEqual(set(self.service.gateway.counters.by_model()), {"claude-opus-4-8"})
+        self.assertEqual(set(self.service.gateway.counters.totals()["models"]), {"claude-opus-4-8"})
 
     def test_a_model_without_support_answers_as_without_and_that_is_learnt(self):
         for words in ("fallbacks: Extra inputs are not permitted", "This model does not support fallbacks."):
@@ -11651,12 +11681,12 @@ class SetupTests(unittest.TestCase):
             ("Service files", "systemd")])
 
     def test_tools_that_know_models_by_their_full_names_get_one(self):
-        for name in ("aider", "dspy", "openhands", "qwen-code"):
+        for name in ("aider", "autogen", "crewai", "dspy", "openhands", "qwen-code"):
             self.assertIn("claude-sonnet-5-5", claude_gateway.setup_text(name, Config()))
         self.assertIn('"url": "http://localhost:45554/v1/chat/completions"',
                       claude_gateway.setup_text("vscode", Config()))
         self.assertIn("--edit-format diff", claude_gateway.setup_text("aider", Config()))
-        for name in ("vscode", "pi", "opencode"):
+        for name in ("vscode", "pi", "opencode", "kilo-code"):
             json.loads(claude_gateway.setup_text(name, Config()))
         for name in ("openai-agents", "crewai", "dspy", "smolagents", "autogen", "agno", "browser-use"):
             compile(re.sub("(?m)^export .*", "", claude_gateway.setup_text(name, Config())), name, "exec")
@@ -11803,7 +11833,7 @@ class StatusTests(GatewayTestCase):
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
             counters.add_request("other", record.summary("line", []))
-        data = counters.shown()
+        data = counters.totals()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
 
@@ -12320,7 +12350,7 @@ class ClientKeyTests(HttpTestCase):
 
     def test_a_slowed_refusal_takes_no_place_from_a_correct_key(self):
         service = self.start(api_key=("first-key",))
-        service.gateway.running = claude_gateway.Running(1)
+        service.gateway.running = claude_gateway.Budget(1)
         for _ in range(9):
             service.gateway.failed_keys.penalty("127.0.0.1")
         wrong = self.connect()
@@ -12394,7 +12424,7 @@ class ConnectionTests(HttpTestCase):
 
     def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
         service = self.start()
-        service.gateway.running = claude_gateway.Running(1)
+        service.gateway.running = claude_gateway.Budget(1)
         connection, release = self.held_chat()
         for method, path, body in (("POST", "/v1/chat/completions", CHAT_BODY), ("GET", "/v1/models", None)):
             answer = self.ask(method, path, body)
@@ -12435,6 +12465,18 @@ class ConnectionTests(HttpTestCase):
         self.assert_envelope(answer)
         first.close()
         self.assertTrue(eventually(lambda: self.exchanged(NEXT_REQUEST)[0].status == 200))
+
+    def test_a_connection_for_which_no_thread_starts_gives_its_place_back(self):
+        def no_thread(request, address):
+            raise RuntimeError("can't start new thread")
+
+        listener = self.start().listeners[0]
+        listener._connections = claude_gateway.Budget(1)
+        with self.assertLogs(claude_gateway.LOG, "ERROR"):
+            listener.process_request = no_thread
+            self.assertEqual(received_until(self.connect(), b"\r\n\r\n"), b"")
+            del listener.process_request
+        self.assertEqual(self.exchanged(NEXT_REQUEST)[0].status, 200)
 
     def test_threads_and_descriptors_return_to_the_baseline(self):
         def descriptors() -> int:
@@ -12924,7 +12966,8 @@ class DemoTests(CommandTestCase):
     def test_it_has_limits_and_cached_tokens_to_show(self):
         turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user",
                                                                                           "content": "C"}]
-        usage = self.ask("POST", "/v1/chat/completions", {"model": "sonnet", "messages": turns}).json["usage"]
+        self.chat(messages=turns[:1])
+        usage = self.chat(messages=turns).json["usage"]
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         self.assertTrue(0 < cached < usage["prompt_tokens"], usage)
         data = self.ask("GET", "/", headers={"accept": "application/json"}).json

@@ -65,6 +65,11 @@ END = event("content_block_stop", index=0) + event(
     "message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 9}) + \
     event("message_stop")
 
+WHOLE = json.dumps({
+    "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-sonnet-5-5", "stop_reason": "end_turn",
+    "stop_sequence": None, "content": [{"type": "text", "text": WORDS}],
+    "usage": {"input_tokens": 10, "output_tokens": 9}}).encode()
+
 
 async def upstream(certificate: str | None) -> None:
     """Answers by the first word of the user's text: plain, burst N (SIZE), drip N SECONDS, hold, silent; and with a
@@ -107,6 +112,10 @@ async def upstream(certificate: str | None) -> None:
             await left()
         if kind == b"refuse":
             writer.write(b"HTTP/1.1 %s Refused\r\ncontent-length: 2\r\n\r\n{}" % count)
+            return
+        if not re.search(rb'"stream": ?true', body):    # the gateway itself always asks for a stream, others may not
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" %
+                         (len(WHOLE), WHOLE))
             return
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         writer.write(chunk(START))
