@@ -15185,9 +15185,9 @@ QUARTERS = slice(None) if os.environ.get("CLAUDE_GATEWAY_TEST_RECORDED") == "all
 
 
 @functools.lru_cache(None)
-def recorded_lines(name, part=QUARTERS):
+def recorded_lines(name, whole=False):
     with open(os.path.join(RECORDED, name), encoding="utf-8") as file:
-        return [json.loads(line) for line in list(file)[part]]
+        return [json.loads(line) for line in (list(file) if whole else list(file)[QUARTERS])]
 
 
 @functools.lru_cache(None)
@@ -15294,7 +15294,7 @@ class RecordedAnswerTests(GatewayTestCase):
                 self.assertTrue(all(whole == wholes[0] for whole in wholes[1:]))
 
     def test_every_recorded_refusal_reaches_the_client_as_an_error_of_its_kind(self):
-        cases = recorded_lines("anthropic.jsonl", slice(None)) + recorded_lines("reported_errors.jsonl", slice(None))
+        cases = recorded_lines("anthropic.jsonl", whole=True) + recorded_lines("reported_errors.jsonl", whole=True)
         for case in cases:
             answer = case["response"]
             if answer["status"] == 200:
@@ -15311,7 +15311,7 @@ class RecordedAnswerTests(GatewayTestCase):
                 self.assertTrue(result.error["type"])
 
     def test_every_reported_error_amid_a_stream_is_told_as_one(self):
-        for case in recorded_lines("reported_errors.jsonl", slice(None)):
+        for case in recorded_lines("reported_errors.jsonl", whole=True):
             if case["response"]["status"] != 200:
                 continue
             for stream in (False, True):
