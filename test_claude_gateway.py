@@ -7544,7 +7544,7 @@ class UsageTests(UsageTestCase):
         code = ("usage = claude_gateway.Usage(sys.argv[1])\n"
                 "for turn in range(50): usage.add('tool', 'model', '', {'requests': 1}); usage.write()\n")
         children = [subprocess.Popen([sys.executable, "-c", imported() + code, self.path]) for _ in range(3)]
-        self.assertEqual([child.wait(60) for child in children], [0] * 3)
+        self.assertEqual([child.wait(120) for child in children], [0] * 3)
         row, = claude_gateway.Usage(self.path).rows().values()
         self.assertEqual(row["requests"], 150)
 
@@ -9320,8 +9320,11 @@ class ClientTests(unittest.TestCase):
         with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
             self.wait(0.01, writing=True)
         self.assertIn("read nothing", str(caught.exception))
-        self.claude.recv(10_000_000)
-        self.wait(5, writing=True)
+        self.claude.settimeout(0.1)
+        with contextlib.suppress(socket.timeout):
+            while self.claude.recv(1_000_000):          # on Windows less than all of it comes at once
+                pass
+        self.wait(30, writing=True)
 
     def test_a_silent_upstream_is_given_up(self):
         for client in (self.client, claude_gateway.Client()):
