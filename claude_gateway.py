@@ -33,7 +33,7 @@ running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, Usage, HTTP/1.1, Upstream, Image fetching, Routes,
 HTTP server, Log, and Asking and running.
-Places that connect: UpstreamConnection, Upstream, ImageFetcher, local_answer, issuer_of.
+Places that connect: UpstreamConnection, ImageFetcher, local_answer, issuer_of.
 Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
@@ -75,7 +75,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
@@ -259,12 +258,12 @@ UNSAFE_IN_LOG = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u
 
 def printable(value: str, limit: int = 200) -> str:
     """Text that may stand in a header: printable ASCII, of bounded length."""
-    return re.sub(r"[^\x20-\x7e]", "?", value)[:limit]
+    return (value if value.isascii() and value.isprintable() else re.sub(r"[^\x20-\x7e]", "?", value))[:limit]
 
 
 def visible(text: str) -> str:
     """Text with escapes for whatever could forge a line of the log or control a terminal."""
-    return UNSAFE_IN_LOG.sub(lambda match: ascii(match.group())[1:-1], text)
+    return text if text.isprintable() else UNSAFE_IN_LOG.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 SAME_IN_JSON = re.compile(r"[ !#-\[\]-~]+\Z")
@@ -298,7 +297,7 @@ def as_typed(text: str, powershell: bool = os.name == "nt") -> str:
             r" (\w+)=(\S+)", r'; $env:\1 = "\2"', line.group(1))[2:], text)
         text = re.sub(r"\b([A-Z_]+)=(\S+)(?= claude-gateway )", r'$env:\1 = "\2";', text)
     script = sys.argv[0] if sys.argv else ""
-    if not script or os.path.basename(script) != os.path.basename(own_file()):
+    if not script or "claude-gateway " not in text or os.path.basename(script) != os.path.basename(own_file()):
         return text
     script = '"%s"' % script if " " in script else script
     typed = "%s %s " % (os.path.basename(sys.executable or "") or "python3", script)
@@ -320,6 +319,7 @@ def unix_time(moment: str) -> int | None:
         return None
 
 
+@functools.lru_cache(maxsize=64)
 def is_address(name: str) -> bool:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
@@ -613,6 +613,10 @@ def json_within_bounds(text: str, decoder: json.JSONDecoder = BOUNDED_JSON) -> A
         raise ValueError("more than %d brackets" % MAX_BRACKETS)
     if brackets > MAX_NESTING and nests_deeper(text.encode("utf-8", "surrogatepass"), MAX_NESTING):
         raise ValueError("nested more than %d deep" % MAX_NESTING)
+    if text[:1] == "{":                             # as nearly always; `decode` looks for white space around it
+        value, end = decoder.raw_decode(text)
+        if end == len(text):
+            return value
     return decoder.decode(text)
 
 
@@ -649,39 +653,20 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    whole = without_lone_surrogates(value) if re.search(rb"\\u[dD][89a-fA-F]", body) else value
+    surrogates = b"\\u" in body and re.search(rb"\\u[dD][89a-fA-F]", body)
+    whole = without_lone_surrogates(value) if surrogates else value
     return whole, whole != value
 
 
 # The same where no number is long, without the hook for each count.
 SHORT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
 LONG_NUMBER = re.compile(rb"\d{300}")
-# Nearly every event is one of these: what comes before its text, the index in that, the text, and what follows.
-TEXT_DELTA = re.compile(rb'(event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
-                        rb'(0|[1-9]\d{0,8}), ?"delta": ?\{"type": ?"text_delta", ?"text": ?")'
-                        rb'([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)(" *\} *\} *\n\n)')
-
-
-def event_from_text_deltas(data: bytes) -> dict | None:
-    """Events that are text deltas of one block and nothing else, as one; None for all others."""
-    found = TEXT_DELTA.findall(data)
-    if not found:
-        return None
-    before, indexes, texts, after = zip(*found)
-    text = b"".join(texts)
-    if len(set(before)) > 1 or len(before[0]) * len(found) + len(text) + sum(map(len, after)) < len(data):
-        return None                                 # another block, or something in between
-    try:
-        words = json.loads((b'"%s"' % text).decode("utf-8")) if b"\\" in text else text.decode("utf-8")
-    except ValueError:                              # one of them is at fault
-        return None
-    return {"type": "content_block_delta", "index": int(indexes[0]), "delta": {"type": "text_delta", "text": words}}
-
 
 def json_object_from(body: bytes, event: bool = False) -> dict:
     """A body of the upstream, or an event of its stream, as an object.  Raises UpstreamFault."""
     try:
-        value = json_within_bounds(body.decode("utf-8"), LENIENT_JSON if LONG_NUMBER.search(body) else SHORT_JSON)
+        decoder = LENIENT_JSON if len(body) > 300 and LONG_NUMBER.search(body) else SHORT_JSON
+        value = json_within_bounds(body.decode("utf-8"), decoder)
     except ValueError:
         value = None
     if not isinstance(value, dict) or event and not isinstance(value.get("type"), str):
@@ -690,7 +675,7 @@ def json_object_from(body: bytes, event: bool = False) -> dict:
     return value
 
 
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"), allow_nan=False)
 
 
 def client_json(value: Any) -> bytes:
@@ -900,7 +885,7 @@ class Catalog:
     def thinks(self, name: str) -> bool:
         """Whether a model's name asks for thinking: claude-opus-4-8-thinking, opus:thinking."""
         plain = name.strip().lower()
-        return re.search(r"[-:]thinking$", self.aliases.get(plain, plain)[-200:]) is not None
+        return self.aliases.get(plain, plain).endswith(("-thinking", ":thinking"))
 
     def newest(self, line: str) -> Model | None:
         """The newest active model of a line; a deprecated one only where nothing else is left."""
@@ -2856,68 +2841,87 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 # get what follows from it.
 
 
+# How nearly every event begins, up to its text, with the index of its block; and how it ends behind that.
+TEXT_DELTA = re.compile(r'event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
+                        r'(0|[1-9][0-9]{0,8}), ?"delta": ?\{"type": ?"text_delta", ?"text": ?"')
+DELTA_END = re.compile(r"\} *\}\n\n")
+scan_string = json.decoder.scanstring               # type: ignore[attr-defined]
+
+
 class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas that come together, and nothing between them, are one event.
+    `joining`: text deltas of one block that a read begins with are one event.
     """
 
     def __init__(self, joining: bool = False) -> None:
         self._joining = joining
-        self._rest: List[bytes] = []                # the pieces of an unfinished line
+        self._rest: List[bytes] = []                # the pieces of an unfinished line or event
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
         self._at_start = True
         self._held = 0                              # bytes since the last whole event
-        self._fault: Optional[UpstreamFault] = None
+        self._text_begins, self._index = "\n", 0    # of the last text delta: what comes before its text, and its block
 
-    def feed(self, piece: bytes) -> list[dict]:
-        """The events that `piece` completes.  Data that is not JSON ends them, see `check`."""
+    def feed(self, piece: bytes) -> Iterator[dict]:
+        """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
+        if self._joining and not self._data and (not self._held or b"\n\n" in piece):
+            event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
+            if event:
+                piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
+                yield event
+                if not piece:
+                    return
         if self._held > MAX_UPSTREAM_BODY:
-            self._fault = UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
-        if self._fault:
-            raise self._fault
+            raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
         self._held += len(piece)
         if self._skip_newline and piece:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
-        if b"\n" not in piece and b"\r" not in piece:
-            return []
+        # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
+        if b"\r" not in piece and (b"\n" if self._data or self._held > len(piece) else b"\n\n") not in piece:
+            return
         text = b"".join(self._rest)
         if self._at_start:
             text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
         self._skip_newline = text[-1:] == b"\r"
-        end = text.rfind(b"\n\n") + 2
-        event = event_from_text_deltas(text[:end]) if self._joining and not self._data else None
-        if event:
-            self._rest, self._held = [text[end:]], len(text) - end
-            return [event]
         lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
         self._rest = [lines.pop()]
-        events: list[dict] = []
         for line in lines:
             if line[:5] == b"data:":
                 self._data.append(line[6:] if line[5:6] == b" " else line[5:])
             elif not line and self._data:
-                try:
-                    data, self._data = b"\n".join(self._data), []
-                    events.append(json_object_from(data, event=True))
-                except UpstreamFault as fault:
-                    self._fault = fault
-                    break
-        if events:
-            self._held = len(self._rest[0])
-        return events
+                data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
+                yield json_object_from(data, event=True)
 
-    def check(self) -> None:
-        """Raises UpstreamFault once something was not JSON; what came before it has been handed out."""
-        if self._fault:
-            raise self._fault
-
-    def close(self) -> list[dict]:
+    def close(self) -> Iterator[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
-        return self.feed(b"\n\n")
+        with contextlib.suppress(UpstreamFault):
+            yield from self.feed(b"\n\n")
+
+    def _joined(self, data: bytes) -> tuple[dict | None, bytes]:
+        """The text deltas of one block that `data` begins with, as one event, and what follows them."""
+        texts, at = [], 0                           # type: List[str], int
+        try:
+            text = data.decode("utf-8")
+            begin = None if text.startswith(self._text_begins) else TEXT_DELTA.match(text)
+            if begin:
+                self._text_begins, self._index = begin.group(), int(begin.group(1))
+            while at < len(text) and text.startswith(self._text_begins, at):
+                words, end = scan_string(text, at + len(self._text_begins))
+                delta_end = DELTA_END.match(text, end)
+                if not delta_end:
+                    break
+                texts.append(words)
+                at = delta_end.end()
+        except ValueError:                          # it is cut or at fault
+            pass
+        if not texts:
+            return None, data
+        event = {"type": "content_block_delta", "index": self._index,
+                 "delta": {"type": "text_delta", "text": "".join(texts)}}
+        return event, text[at:].encode("utf-8") if at < len(text) else b""
 
 
 def events_from_message(message: dict) -> list[dict]:
@@ -2943,14 +2947,6 @@ def added_usage(total: dict, usage: dict) -> dict:
         elif value is not None:
             added[name] = value
     return added
-
-
-def with_compactions(usage: dict) -> dict:
-    """The counts of an answer with those of compactions, which its totals leave out."""
-    for iteration in listed(usage.get("iterations")):
-        if text_in(iteration, "type") == "compaction":
-            usage = added_usage(usage, without(iteration, "type", "model"))
-    return usage
 
 
 class MessageAssembler:
@@ -2982,8 +2978,11 @@ class MessageAssembler:
 
     @property
     def usage(self) -> dict:
-        """The counts of all streams so far."""
-        usage = with_compactions(self.message.get("usage") or {})
+        """The counts of all streams so far, with those of compactions, which the totals of an answer leave out."""
+        usage = self.message.get("usage") or {}
+        for iteration in listed(usage.get("iterations")):
+            if text_in(iteration, "type") == "compaction":
+                usage = added_usage(usage, without(iteration, "type", "model"))
         return added_usage(self._earlier_usage, usage) if self._earlier_usage else usage
 
     def whole(self) -> dict:
@@ -3068,7 +3067,7 @@ class BareJson:
 
     A text without any object is handed on whole, at the end: the client should see what Claude answered instead.
     """
-    START = re.compile(r'\{\s*["}]')                # a brace amid the talk is no object
+    START = re.compile(r'\{\s*(["}]|\Z)')           # a brace amid the talk is no object; at the end it may be one
     TOKEN = re.compile(r'\\.?|[{}\[\]"]', re.S)     # an escape, maybe cut, or what opens and closes
 
     def __init__(self) -> None:
@@ -3084,9 +3083,8 @@ class BareJson:
         if not self._started:
             text = self._tail + text
             start = self.START.search(text)
-            if not start:
-                unsure = re.search(r"\{\s*\Z", text)
-                cut = unsure.start() if unsure else len(text)
+            if not start or not start.group(1):
+                cut = start.start() if start else len(text)
                 self._held.append(text[:cut])
                 self._tail = text[cut:]
                 return ""
@@ -3115,6 +3113,9 @@ class BareJson:
 
 # an event of Claude's -> what the client gets for it; None where it gets nothing until the end
 Render = Optional[Callable[[dict], List[dict]]]
+
+
+BLOCK_STOP = {"type": "content_block_stop"}
 
 
 def arguments_delta(fragment: str) -> dict:
@@ -3152,9 +3153,8 @@ class PlannedEvents:
         rest = self._bare_json.close() if self._bare_json else ""
         if not rest:
             return []
-        stop = {"type": "content_block_stop"}
         start = {"type": "content_block_start", "content_block": {"type": "text", "text": rest}}
-        return self._rendered([*([stop] if self._kind else ()), start, stop], render)
+        return self._rendered([*([BLOCK_STOP] if self._kind else ()), start, BLOCK_STOP], render)
 
     def _rendered(self, events: list[dict], render: Render) -> list[dict]:
         rendered: list[dict] = []
@@ -3168,7 +3168,7 @@ class PlannedEvents:
         self._kind = block["type"]
         if self._kind == "text":
             return self._text(block.get("text") or "", lambda text: dict(event, content_block=dict(block, text=text)))
-        events = self._with_held({"type": "content_block_stop"}) if self._calling else []
+        events = self._with_held(BLOCK_STOP) if self._calling else []
         self._calling = False
         if self._kind == "tool_use":
             event = self._call(event, dict(block, name=self._plan.names.back(block["name"])))
@@ -3282,8 +3282,9 @@ def text_and_annotations(content: list[dict]) -> tuple[str, list[dict]]:
     text, annotations = "", []                      # type: str, List[dict]
     for block in content:
         if block["type"] == "text":
-            annotations += annotations_of(block, len(text), len(block["text"]))
-            text += block["text"]
+            added = block.get("text") or ""
+            annotations += annotations_of(block, len(text), len(added))
+            text += added
     return text, annotations
 
 
@@ -3336,106 +3337,91 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
 # ---- Streams -----------------------------------------------------------------------------------------
 # Events -> chunks of a chat completion.
 
-NO_TEXT: dict = {"delta": {}}                       # in place of the choice that a chunk with usage lacks
+
+def data_event(event: dict) -> bytes:
+    """A server-sent event, as chat completions have them."""
+    return b"data: %s\n\n" % client_json(event)
 
 
-class ChatStream:
-    """Messages API events in, chat completion chunks out.  One instance per request.
+def named_event(event: dict) -> bytes:
+    """A server-sent event with its type, as the Responses API and Claude's own have them."""
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
+
+
+class Renderer:
+    """Claude's events in, what the client gets for each out: no event of its API, one or several.
 
     `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is read there.
     """
 
+    def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
+        self._plan, self._assembler = plan, assembler
+        self._block: dict = {}                      # the open one, as it began
+        self._started = False
+
+    def feed(self, event: dict) -> list[dict]:
+        kind = event["type"]
+        if kind == "content_block_delta":
+            delta = event["delta"]
+            if delta["type"] == "text_delta":
+                return self._text(delta["text"])
+            if delta["type"] == "thinking_delta":
+                return self._thinking(delta["thinking"])
+            if delta["type"] == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"]:
+                return self._arguments(delta["partial_json"])
+            return []
+        if kind == "content_block_start":
+            self._block = block = event["content_block"]
+            add = {"text": self._text, "thinking": self._thinking}.get(block["type"])
+            return self._block_start(block) + (add(block.get(block["type"]) or "") if add else [])
+        if kind == "content_block_stop":
+            self._block = {}
+            return self._block_stop(self._assembler.message["content"][-1])
+        if kind != "message_start" or self._started:        # a second one continues the answer (pause_turn)
+            return []
+        self._started = True
+        return self._start()
+
+    # what a subclass makes of each
+    _start: Callable[[], List[dict]]
+    _block_start: Callable[[dict], List[dict]]
+    _text: Callable[[str], List[dict]]
+    _thinking: Callable[[str], List[dict]]
+    _arguments: Callable[[str], List[dict]]
+    _block_stop: Callable[[dict], List[dict]]
+
+
+class ChatStream(Renderer):
+    """Messages API events in, chat completion chunks out.  One instance per request."""
+
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include_usage: bool) -> None:
+        super().__init__(plan, assembler)
         self._envelope = {"id": envelope["id"], "object": "chat.completion.chunk",      # the same in every chunk
                           "created": envelope["created"], "model": "",
                           **({"usage": None} if include_usage else {})}
-        self._plan = plan
-        self._assembler = assembler
         self._include_usage = include_usage
         self._tool_position = -1                    # of the tool call that is being sent; counts calls, not blocks
-        self._block: dict = {}
-        self._sent_arguments = False
-        self._annotations: List[dict] = []
-        self._text_length = self._block_start_length = 0
-        self._started = False
-        self._around_text: List[bytes] = []         # the JSON of a chunk with text, before and behind that
+        self._around_text: List[bytes] = []         # the event of a chunk with text, before and behind that
 
-    def feed(self, event: dict) -> list[dict]:
-        """The chunks that one event makes: none, one or several."""
-        handler = self._HANDLERS.get(event["type"])
-        return handler(self, event) if handler else []
-
-    def _message_start(self, event: dict) -> list[dict]:
-        if self._started:                           # a continued answer (pause_turn)
-            return []
-        self._started = True
-        self._envelope["model"] = self._assembler.message["model"]
-        self._envelope = with_service_tier(self._envelope, self._assembler.message["usage"])
-        return [self._chunk({"role": "assistant", "content": ""})]
-
-    def _block_start(self, event: dict) -> list[dict]:
-        self._block = block = event["content_block"]
-        self._sent_arguments = False
-        self._block_start_length = self._text_length
-        if block["type"] == "fallback":
-            self._envelope, self._around_text = dict(self._envelope, model=self._assembler.message["model"]), []
-        if block["type"] == "text":
-            return self._text(block.get("text") or "")
-        if block["type"] == "thinking":
-            return self._reasoning(block.get("thinking") or "")
-        if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
-            self._tool_position += 1
-            return self._call_delta({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
-        return []
-
-    def _block_delta(self, event: dict) -> list[dict]:
-        delta = event["delta"]
-        kind = delta["type"]
-        if kind == "text_delta":
-            return self._text(delta["text"])
-        if kind == "thinking_delta":
-            return self._reasoning(delta["thinking"])
-        if kind == "input_json_delta" and self._block["type"] == "tool_use" and delta["partial_json"] \
-                and self._block["name"] not in self._plan.custom_tools:
-            self._sent_arguments = True
-            return self._call_delta({"arguments": delta["partial_json"]})
-        return []
-
-    def _block_stop(self, event: dict) -> list[dict]:
-        block, self._block = self._assembler.message["content"][-1], {}
-        if block["type"] == "text":
-            start = self._block_start_length
-            self._annotations += annotations_of(block, start, self._text_length - start)
-        if block["type"] != "tool_use":
-            return []
-        if block["name"] in self._plan.custom_tools:        # in one delta: clients parse it only so
-            self._tool_position += 1
-            call = tool_call_from_tool_use(block, self._plan)
-            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})]
-        return [] if self._sent_arguments else self._call_delta({"arguments": arguments_of(block)})
-
-    def json_of(self, chunk: dict) -> bytes:
-        """`client_json` of a chunk of this stream.
-
-        Of one with text only, the parts that all of them share are made once: 0.7 us instead of 2.3.
-        """
-        choice = chunk["choices"][0] if chunk["choices"] else NO_TEXT
-        delta = choice["delta"]
-        if len(delta) != 1 or "content" not in delta or choice["finish_reason"]:
-            return client_json(chunk)
+    def event_bytes(self, chunk: dict) -> bytes:
+        """`data_event` of a chunk of this stream.  Of one with text only, the parts that all share are made once."""
+        choices = chunk.get("choices")
+        if not choices or list(choices[0]["delta"]) != ["content"] or choices[0]["finish_reason"]:
+            return data_event(chunk)
         if not self._around_text:                   # a quote inside a string would be escaped
-            empty = client_json(dict(chunk, choices=[dict(choice, delta={"content": ""})]))
-            before, key, after = empty.partition(b'"content":')
-            self._around_text = [before + key, after[len(b'""'):]]
+            empty = data_event(dict(chunk, choices=[dict(choices[0], delta={"content": ""})]))
+            before, after = empty.split(b'"content":""')
+            self._around_text = [before + b'"content":', after]
         before, after = self._around_text
-        return before + client_json(delta["content"]) + after
+        return before + client_json(choices[0]["delta"]["content"]) + after
 
     def finish(self) -> list[dict]:
         """The last chunks: citations, a refusal, the finish reason, usage if it was asked for."""
         message = self._assembler.whole()
-        chunks = self._block_stop({}) if self._block else []        # max_tokens can cut a block before its stop event
-        if self._annotations:
-            chunks.append(self._chunk({"annotations": self._annotations}))
+        chunks = self.feed(BLOCK_STOP) if self._block else []       # max_tokens can cut a block before its stop event
+        _, annotations = text_and_annotations(message["content"])
+        if annotations:
+            chunks.append(self._chunk({"annotations": annotations}))
         refusal = refusal_text(message)
         if refusal:
             chunks.append(self._chunk({"refusal": refusal}))
@@ -3445,12 +3431,38 @@ class ChatStream:
             chunks.append(dict(self._envelope, choices=[], usage=usage_from_message(message["usage"])))
         return chunks
 
+    def _start(self) -> list[dict]:
+        self._envelope["model"] = self._assembler.message["model"]
+        self._envelope = with_service_tier(self._envelope, self._assembler.message["usage"])
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def _block_start(self, block: dict) -> list[dict]:
+        if block["type"] == "fallback":
+            self._envelope, self._around_text = dict(self._envelope, model=self._assembler.message["model"]), []
+        if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
+            self._tool_position += 1
+            return self._call_delta({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
+        return []
+
     def _text(self, text: str) -> list[dict]:
-        self._text_length += len(text)
         return [self._chunk({"content": text})] if text else []
 
-    def _reasoning(self, thinking: str) -> list[dict]:
+    def _thinking(self, thinking: str) -> list[dict]:
         return [self._chunk({"reasoning_content": thinking})] if thinking else []
+
+    def _arguments(self, fragment: str) -> list[dict]:
+        if self._block["name"] in self._plan.custom_tools:
+            return []                               # in one delta: clients parse it only so
+        return self._call_delta({"arguments": fragment})
+
+    def _block_stop(self, block: dict) -> list[dict]:
+        if block["type"] != "tool_use":
+            return []
+        if block["name"] in self._plan.custom_tools:
+            self._tool_position += 1
+            call = tool_call_from_tool_use(block, self._plan)
+            return [self._chunk({"tool_calls": [dict({"index": self._tool_position}, **call)]})]
+        return [] if block.get("partial_json") else self._call_delta({"arguments": arguments_of(block)})
 
     def _call_delta(self, function: dict, **head: str) -> list[dict]:
         """A piece of a tool call.  `head`: what only the first one has."""
@@ -3462,10 +3474,6 @@ class ChatStream:
 
     def _chunk(self, delta: dict, reason: str | None = None) -> dict:
         return dict(self._envelope, choices=[{"index": 0, "delta": delta, "finish_reason": reason}])
-
-    _HANDLERS: Dict[str, Callable[[ChatStream, dict], List[dict]]] = {
-        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
-        "content_block_stop": _block_stop}
 
 
 # ---- Responses API -----------------------------------------------------------------------------------
@@ -3587,22 +3595,17 @@ def add_reference_item(conversation: Conversation, item: dict, path: str, draft:
         path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
 
 
-def leave_out_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """additional_tools has been read before; a search has nothing for Claude."""
-
-
+LEFT_OUT_ITEMS = ("additional_tools", "web_search_call")        # the tools have been read before
 ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
     "message": add_message_item, "function_call": add_call_item, "custom_tool_call": add_call_item,
     "function_call_output": add_output_item, "custom_tool_call_output": add_output_item,
-    "reasoning": add_reasoning_item, "additional_tools": leave_out_item, "item_reference": add_reference_item,
-    "web_search_call": leave_out_item, **dict.fromkeys(COMPACTIONS, add_compaction_item),
-}
+    "reasoning": add_reasoning_item, "item_reference": add_reference_item,
+    **dict.fromkeys(COMPACTIONS, add_compaction_item)}
 
 
 def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Adds one input item; kinds that Claude has no use for are reported and left out."""
-    kind = item.get("type") or ("message" if "role" in item else None)
-    kind = text_of(kind, path + ".type")
+    kind = text_of(item.get("type") or ("message" if "role" in item else None), path + ".type")
     translate = ITEMS.get(kind)
     if translate:
         translate(conversation, item, path, draft)
@@ -3611,7 +3614,7 @@ def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) ->
     elif kind.endswith("_call") and "call_id" in item:
         function = {"name": kind[:-len("_call")], "arguments": without(item, "type", "id", "call_id", "status")}
         conversation.call(text_at(item, "call_id", path, ""), function, path)
-    else:
+    elif kind not in LEFT_OUT_ITEMS:
         draft.changes.add("dropped", path, "an item of type %s" % kind)
 
 
@@ -3624,15 +3627,13 @@ def items_from_input(given: Any) -> list[dict]:
     return [item for _, item in entries_of(given, "input")]
 
 
-def is_reference(item: dict) -> bool:
-    """Whether an item only names another one; the type may be missing."""
-    return item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]
-
-
 def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
-    """The items of `input`, references replaced by what they name, as far as that is known."""
-    return [(find(str(item.get("id"))) or dict(item, type="item_reference")) if is_reference(item) else item
-            for item in items_from_input(given)]
+    """The items of `input`; what only names another one (its type may be missing) replaced by that, if it is known."""
+    items = items_from_input(given)
+    for at, item in enumerate(items):
+        if item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]:
+            items[at] = find(str(item.get("id"))) or dict(item, type="item_reference")
+    return items
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
@@ -3698,43 +3699,38 @@ def responses_usage(usage: dict) -> dict:
 # What a failure is called inside a response; clients stop or retry by these names and no others.
 RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insufficient_quota": "insufficient_quota",
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
-
-
 EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
 
-class ResponseStream:
+class ResponseStream(Renderer):
     """Messages API events in, response events out; `response` is the state so far, `first` come before the answer."""
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
                  first: Sequence[dict] = ()) -> None:
+        super().__init__(plan, assembler)
         self.response = dict(envelope, status="in_progress", model="", error=None, incomplete_details=None, output=[],
                              usage=None)
         self.to_store: List[dict] = []              # the output items, with signed thinking that they do not show
-        self._first = first
-        self._plan, self._assembler, self._include = plan, assembler, include
+        self._first, self._include = first, include
         self._sequence = -1
-        self._item: Optional[dict] = None           # the output item that is being sent
-        self._text = io.StringIO()                  # of the open item: text, thinking or arguments
+        self._item: dict = {}                       # the output item that is being sent
+        self._written = io.StringIO()               # of the open item: text, thinking or arguments
         self._annotations: List[dict] = []
-        self._block: dict = {}
-
-    def feed(self, event: dict) -> list[dict]:
-        """The response events that one event makes."""
-        handler = self._HANDLERS.get(event["type"])
-        return handler(self, event) if handler else []
 
     def finish(self, now: int = 0) -> list[dict]:
         """The last events: the open item's end, a refusal, and the response as it ended."""
         message = self._assembler.whole()
         is_call = self._block.get("type") == "tool_use"
-        events = self._block_stop({}) if self._block and not is_call else []    # max_tokens can cut a block short
+        events = self.feed(BLOCK_STOP) if self._block and not is_call else []   # max_tokens can cut a block short
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
             finish_reason(message["stop_reason"], False, self._plan))
         refusal = refusal_text(message)
         events += self._close_item("incomplete" if reason and not refusal else "completed")
-        if refusal:
-            events += self._refusal(refusal)
+        if refusal:                                 # a message of its own
+            events += [*self._open_message({"type": "refusal", "refusal": ""}),
+                       self._in_item("response.refusal.delta", content_index=0, delta=refusal),
+                       self._in_item("response.refusal.done", content_index=0, refusal=refusal),
+                       *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
         return [*events, self._end(message["usage"], now, reason)]
 
     def _end(self, usage: dict, now: int, reason: str | None = None) -> dict:
@@ -3753,9 +3749,7 @@ class ResponseStream:
         self.response.update(status="failed", error={"code": code, "message": message})
         return [self._event("response.failed", response=self.response)]
 
-    def _message_start(self, event: dict) -> list[dict]:
-        if self.response["model"]:                  # a continued answer (pause_turn)
-            return []
+    def _start(self) -> list[dict]:
         self.response["model"] = self._assembler.message["model"]
         events = [self._event("response.created", response=dict(self.response, output=[])),
                   self._event("response.in_progress", response=dict(self.response, output=[]))]
@@ -3763,39 +3757,28 @@ class ResponseStream:
             events += [self._open(item), self._done(item)]
         return events
 
-    def _block_start(self, event: dict) -> list[dict]:
-        self._block = block = event["content_block"]
-        kind = block["type"]
-        if kind == "text":
-            return self._text_delta(block.get("text") or "")
-        if kind == "thinking":
-            return self._close_item() + self._thinking_delta(block.get("thinking") or "")
-        if kind == "tool_use":
-            return self._close_item() + self._open_call(block["id"], block["name"])
-        if kind == "fallback":
+    def _block_start(self, block: dict) -> list[dict]:
+        if block["type"] == "fallback":
             self.response["model"] = self._assembler.message["model"]
-        return []
+        closed = self._close_item() if block["type"] in ("thinking", "tool_use") else []
+        if block["type"] != "tool_use":
+            return closed
+        name, custom = block["name"], block["name"] in self._plan.custom_tools
+        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
+                      "type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
+        if name in self._plan.namespaces:
+            item["namespace"], item["name"] = self._plan.namespaces[name]
+        item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
+        return [*closed, self._open(item)]
 
-    def _block_delta(self, event: dict) -> list[dict]:
-        delta = event["delta"]
-        kind = delta["type"]
-        if kind == "text_delta":
-            return self._text_delta(delta["text"])
-        if kind == "thinking_delta":
-            return self._thinking_delta(delta["thinking"])
-        if kind == "input_json_delta" and self._block["type"] == "tool_use":
-            return self._arguments_delta(delta["partial_json"])
-        return []
-
-    def _block_stop(self, event: dict) -> list[dict]:
-        block, self._block = self._assembler.message["content"][-1], {}
+    def _block_stop(self, block: dict) -> list[dict]:
         kind = block["type"]
         if kind == "text":
             return self._annotate(block)
         if kind in THINKING:
             return self._end_thinking(block)
         if kind == "tool_use":
-            return self._close_item("incomplete" if is_cut(block) else "completed")
+            return self._close_item()
         if kind == "server_tool_use" and block.get("name") == WEB_SEARCH:
             return self._close_item() + self._open_search(block)
         if kind == "web_search_tool_result" and self._is_open("web_search_call"):
@@ -3805,37 +3788,39 @@ class ResponseStream:
     # -- items
 
     def _is_open(self, kind: str) -> bool:
-        return self._item is not None and self._item["type"] == kind
+        return self._item.get("type") == kind
 
     def _open(self, item: dict) -> dict:
-        self._item, self._text, self._annotations = item, io.StringIO(), []
+        self._item, self._written, self._annotations = item, io.StringIO(), []
         return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
 
     def _done(self, item: dict, to_store: dict | None = None) -> dict:
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
         self.to_store.append(to_store or item)
-        self._item = None
+        self._item = {}
         return self._event("response.output_item.done", output_index=output_index, item=item)
 
     def _close_item(self, status: str = "completed") -> list[dict]:
         """Ends the open item, whatever it is."""
-        if self._item is None:
-            return []
-        kind = self._item["type"]
+        kind = self._item.get("type")
         if kind == "message":
-            return self._end_message(status)
+            text = self._written.getvalue()
+            part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
+            return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
+                    *self._end_part(part, status)]
         if kind == "reasoning":
             return self._end_thinking({})
-        return self._end_search(()) if kind == "web_search_call" else self._end_call(status)
+        if kind == "web_search_call":
+            return self._end_search(())
+        return self._end_call(status) if kind else []
 
     def _new_id(self, prefix: str) -> str:
         return "%s_%s_%d" % (prefix, self.response["id"].split("_", 1)[-1], len(self.response["output"]))
 
     def _in_item(self, kind: str, **fields: Any) -> dict:
         """An event about the open item."""
-        item = self._item or {}
-        return self._event(kind, item_id=item["id"], output_index=len(self.response["output"]), **fields)
+        return self._event(kind, item_id=self._item["id"], output_index=len(self.response["output"]), **fields)
 
     def _event(self, kind: str, **fields: Any) -> dict:
         self._sequence += 1
@@ -3843,11 +3828,11 @@ class ResponseStream:
 
     # -- text
 
-    def _text_delta(self, text: str) -> list[dict]:
+    def _text(self, text: str) -> list[dict]:
         if not text:
             return []
         events = [] if self._is_open("message") else self._close_item() + self._open_message(EMPTY_TEXT)
-        self._text.write(text)
+        self._written.write(text)
         return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
 
     def _open_message(self, part: dict) -> list[dict]:
@@ -3859,7 +3844,7 @@ class ResponseStream:
         """The citations of a text block, placed in the text of its whole item."""
         if not block.get("citations") or not self._is_open("message"):
             return []
-        length = self._text.tell()
+        length = self._written.tell()
         start = max(0, length - len(block["text"]))
         events = []
         for annotation in annotations_of(block, start, length - start):
@@ -3869,26 +3854,13 @@ class ResponseStream:
             self._annotations.append(flat)
         return events
 
-    def _end_message(self, status: str) -> list[dict]:
-        text = self._text.getvalue()
-        part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
-        return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
-                *self._end_part(part, status)]
-
     def _end_part(self, part: dict, status: str) -> list[dict]:
         return [self._in_item("response.content_part.done", content_index=0, part=part),
-                self._done(dict(self._item or {}, status=status, content=[part]))]
-
-    def _refusal(self, refusal: str) -> list[dict]:
-        """A refusal as a message of its own."""
-        return [*self._open_message({"type": "refusal", "refusal": ""}),
-                self._in_item("response.refusal.delta", content_index=0, delta=refusal),
-                self._in_item("response.refusal.done", content_index=0, refusal=refusal),
-                *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
+                self._done(dict(self._item, status=status, content=[part]))]
 
     # -- thinking
 
-    def _thinking_delta(self, thinking: str) -> list[dict]:
+    def _thinking(self, thinking: str) -> list[dict]:
         """A reasoning item is opened only when there is something to see."""
         if not thinking:
             return []
@@ -3896,7 +3868,7 @@ class ResponseStream:
             self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
             self._in_item("response.reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
-        self._text.write(thinking)
+        self._written.write(thinking)
         return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
 
     def _end_thinking(self, block: dict) -> list[dict]:
@@ -3907,40 +3879,29 @@ class ResponseStream:
             if not encrypted or not shown:
                 return []
             events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
-        text = self._text.getvalue()
+        text = self._written.getvalue()
         part = {"type": "summary_text", "text": text}
         if text:
             events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
                        self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
-        item = dict(self._item or {}, summary=[part] if text else [])
+        item = dict(self._item, summary=[part] if text else [])
         signed = dict(item, encrypted_content=encrypted) if encrypted else item
         return events + [self._done(signed if shown else item, signed)]
 
     # -- calls
 
-    def _open_call(self, call_id: str, name: str) -> list[dict]:
-        custom = name in self._plan.custom_tools
-        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
-                      "type": "custom_tool_call" if custom else "function_call", "call_id": call_id, "name": name}
-        if name in self._plan.namespaces:
-            item["namespace"], item["name"] = self._plan.namespaces[name]
-        item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
-        return [self._open(item)]
-
-    def _arguments_delta(self, fragment: str) -> list[dict]:
-        if not fragment:
-            return []
-        self._text.write(fragment)
+    def _arguments(self, fragment: str) -> list[dict]:
+        self._written.write(fragment)
         if self._is_open("custom_tool_call"):
             return []                               # its string is known only at the end
         return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
 
     def _end_call(self, status: str) -> list[dict]:
-        item = dict(self._item or {})
-        streamed = self._text.getvalue()
+        item = dict(self._item)
+        streamed = self._written.getvalue()
         block = self._assembler.message["content"][-1]
         arguments = streamed or arguments_of(block)
-        if not block.get("input") and arguments.strip(" \n{}"):         # it did not parse: max_tokens cut it
+        if is_cut(block):
             status = "incomplete"
         if item["type"] == "custom_tool_call":
             item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
@@ -3959,24 +3920,21 @@ class ResponseStream:
                 self._in_item("response.web_search_call.searching")]
 
     def _end_search(self, results: Sequence[Any]) -> list[dict]:
-        item = dict(self._item or {}, status="completed")
+        item = dict(self._item, status="completed")
         if SEARCH_SOURCES in self._include:
             urls = [text_in(found, "url") for found in results]
             item["action"] = dict(item["action"], sources=[{"type": "url", "url": url} for url in urls if url])
         return [self._in_item("response.web_search_call.completed"), self._done(item)]
-
-    _HANDLERS: Dict[str, Callable[[ResponseStream, dict], List[dict]]] = {
-        "message_start": _message_start, "content_block_start": _block_start, "content_block_delta": _block_delta,
-        "content_block_stop": _block_stop}
 
 
 class CompactionStream(ResponseStream):
     """The response to a compaction_trigger: exactly one item, the compaction."""
 
     def feed(self, event: dict) -> list[dict]:
-        if event["type"] != "message_start" or self.response["model"]:
-            return []
-        events = self._message_start(event)
+        return super().feed(event) if event["type"] == "message_start" else []
+
+    def _start(self) -> list[dict]:
+        events = super()._start()
         item = {"id": self._new_id("cmp"), "type": "compaction", "encrypted_content": ""}
         return [*events, self._open(item), self._in_item("response.compaction.compacting")]
 
@@ -4245,8 +4203,9 @@ class Counters:
         self._errors: collections.Counter = collections.Counter()
         self._error_texts: Dict[str, str] = {}      # code -> the latest message
         self._last: Deque[dict] = collections.deque(maxlen=50)
-        self._totals: Dict[str, Dict[str, collections.Counter]] = {"tool": {}, "used": {}}
-        self._models: Dict[str, collections.Counter] = {}
+        self._totals: Dict[str, Dict[str, collections.Counter]] = {
+            field: collections.defaultdict(collections.Counter) for field in ("tool", "used")}
+        self._models: Dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
         self._tokens = collections.Counter(dict.fromkeys(TOKEN_KINDS, 0))       # of all models
         self.seconds = 0.0                          # spent on all requests
 
@@ -4263,7 +4222,7 @@ class Counters:
                 self._last.appendleft(summary)
                 for field, totals in self._totals.items():
                     name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-                    totals.setdefault(name or "-", collections.Counter()).update(counts)
+                    totals[name or "-"].update(counts)
                 if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
                     self._error_texts[summary["error_code"]] = summary["error"]
 
@@ -4271,8 +4230,8 @@ class Counters:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
             name = model.id if model.id in self._models or len(self._models) < 200 else "other"
-            figures = self._models.setdefault(name, collections.Counter())
-            figures.update(counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1})
+            self._models[name].update(dict(
+                counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1}))
             self._tokens.update(counts)
             return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
 
@@ -4904,10 +4863,10 @@ def day_of(moment: float) -> str:
 
 
 def sum_of(*tables: UsageRows) -> UsageRows:
-    total: UsageRows = {}
+    total: UsageRows = collections.defaultdict(collections.Counter)
     for table in tables:
         for place, figures in table.items():
-            total.setdefault(place, collections.Counter()).update(figures)
+            total[place].update(figures)
     return total
 
 
@@ -4935,7 +4894,7 @@ class Usage:
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._stored: UsageRows = {}                # the file, as it was at this stamp
         self._stamp: Any = None
-        self._new: UsageRows = {}
+        self._new = sum_of()
         self._timer: Optional[threading.Timer] = None       # of the next write
         self._next_write = 0.0
         self._running: Dict[Callable[[], float], str] = {}  # what a request has cost so far -> its key
@@ -4947,7 +4906,7 @@ class Usage:
         with self._lock:
             crowded = len(self._new) >= 1_000 or len(self._stored) >= USAGE_ROWS
             place = (day_of(time.time()), "other" if crowded else tool, model, key)
-            self._new.setdefault(place, collections.Counter()).update(figures)
+            self._new[place].update(figures)
             if self._timer is None:
                 self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
@@ -4961,7 +4920,7 @@ class Usage:
         try:
             with self._file.lock(), self._writing:  # in this order: who only reads waits for no other process
                 with self._lock:
-                    new, self._new = self._new, {}
+                    new, self._new = self._new, sum_of()
                 total = sum_of(self._read(), new)
                 days = sorted({place[0] for place in total})[-USAGE_DAYS:]
                 self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
@@ -5040,18 +4999,19 @@ def wait_ready(readers: Sequence[socket.socket], seconds: float,
                writers: Sequence[socket.socket] = ()) -> list[socket.socket]:
     """Those of a few sockets that can be read or written to, or have ended; [] when the time is up."""
     seconds = max(0.0, seconds)
-    waiting: list[socket.socket] = [sock for sock in readers if isinstance(sock, ssl.SSLSocket) and sock.pending()]
-    if waiting:
-        return waiting
+    for sock in readers:
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return [sock]
     if not hasattr(select, "poll"):                 # Windows
         readable, writable, _ = select.select(readers, writers, [], seconds)
         return readable + writable
     poll = select.poll()
-    for sockets, event in ((readers, select.POLLIN), (writers, select.POLLOUT)):
-        for sock in sockets:
-            poll.register(sock, event)
-    ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-    return [sock for sock in [*readers, *writers] if sock.fileno() in ready]
+    for sock in readers:
+        poll.register(sock, select.POLLIN)
+    for sock in writers:
+        poll.register(sock, select.POLLOUT)
+    ready = dict(poll.poll(seconds * 1000))
+    return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
 
 
 class Peer:
@@ -5061,7 +5021,7 @@ class Peer:
         sock.settimeout(0)                          # once; for every read it would be one more call of the system
         self.sock = sock
         self.unread = bytearray()                   # has come, and nobody has asked for it yet
-        self._drained = True                        # the last read brought all there was
+        self.drained = True                         # the last read brought all there was: better wait before the next
 
     def read(self) -> bytes | None:
         """What has come; b"" at the end of the connection; None where it has to be waited for first."""
@@ -5069,26 +5029,23 @@ class Peer:
             data = bytes(self.unread)
             self.unread.clear()
             return data
-        if self._drained:                           # the system need not be asked
-            self._drained = False
-            return None
         try:
             data = self.sock.recv(READ_SIZE)
         except (BlockingIOError, ssl.SSLWantReadError):     # TLS may have read something of its own
             return None
-        # TLS gives one record at a time, and the next may be there
-        self._drained = len(data) < READ_SIZE and not isinstance(self.sock, ssl.SSLSocket)
+        self.drained = len(data) < READ_SIZE        # TLS gives one record at a time; the system still has the next
         return data
 
     def read_within(self, seconds: float, deadline: float = math.inf) -> bytes:
         """The same, waited for.  Raises socket.timeout after so many seconds of silence, or at the deadline."""
         while True:
             left = min(seconds, deadline - time.monotonic())
-            data = self.read() if left > 0 else None
+            data = self.read() if left > 0 and (self.unread or not self.drained) else None
             if data is not None:
                 return data
             if left <= 0 or not wait_ready([self.sock], left):
                 raise socket.timeout("timed out")
+            self.drained = False
 
     def send(self, data: bytes, wait: Callable[[bool], None]) -> None:
         """Sends all of it; `wait` returns when the socket can be written to (True) or, for TLS, read (False)."""
@@ -5106,13 +5063,18 @@ class Peer:
 
 
 class Wait(NamedTuple):
-    """What a stream yields that has nothing to go on with until this socket can be read."""
+    """Until this socket can be read."""
     sock: socket.socket
-    deadline: float                                 # of time.monotonic(); then the upstream is given up
-    seconds: float                                  # from its last byte until then
+    seconds: float                                  # without a byte: then the upstream is given up,
+    latest: float = math.inf                        # as it is at this time.monotonic()
+
+    def deadline(self, since: float) -> float:
+        return min(since + self.seconds, self.latest)
 
 
-NEEDS_THREAD: Any = object()                        # what a stream yields before work that takes time
+# What a stream yields, its steps: each is what there is to send, and what to wait for before the next one: None, a Wait
+# or, with nothing to send, NEEDS_THREAD before work that takes time.
+NEEDS_THREAD: Any = object()
 
 
 def silence(wait: Wait, what: str = "sent") -> UpstreamTimeout:
@@ -5123,7 +5085,8 @@ class Client:
     """The client of one request while the upstream is waited for; without a connection (as a library) none leaves."""
 
     def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
-        self.peer, self._limits = peer, limits
+        self.peer: Any = peer
+        self._limits = limits
         self.watched = peer is not None
         self.idle_comment = b""                     # for one that has heard nothing; none before a stream
         self.last_sent = time.monotonic()
@@ -5139,26 +5102,26 @@ class Client:
     def wait(self, wait: Wait, writing: bool = False) -> None:
         """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
         readers, writers = ([], [wait.sock]) if writing else ([wait.sock], [])
+        deadline = wait.deadline(time.monotonic())
         while True:
             client = [self.peer.sock] if self.peer and self.watched else []
-            until = min(wait.deadline, self.comment_due)
+            until = min(deadline, self.comment_due)
             ready = wait_ready([*readers, *client], until - time.monotonic(), writers)
             if client and client[0] in ready:
                 self.check()
             if wait.sock in ready:
                 return
-            if time.monotonic() >= wait.deadline:
+            if time.monotonic() >= deadline:
                 raise silence(wait, "read" if writing else "sent")
             if time.monotonic() >= self.comment_due:
                 self.send(self.idle_comment)
 
     def waited(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """The steps of a stream without its waits, which take place in this thread."""
-        for step in steps:
-            if isinstance(step, Wait):
-                self.wait(step)
-            elif step is not NEEDS_THREAD:
-                yield step
+        """What the steps of a stream have to send; their waits take place in this thread."""
+        for data, wait in steps:
+            yield data
+            if isinstance(wait, Wait):
+                self.wait(wait)
 
     def pause(self, seconds: float) -> None:
         """Sleeps, unless the client leaves meanwhile; 0 seconds just check that.  Raises ClientGone."""
@@ -5173,11 +5136,8 @@ class Client:
                 return
 
     def check(self) -> None:
-        """A client whose read side has ended is gone; one that sends early (pipelining) is not.
-
-        Early bytes are put aside; where they would be too many they stay, and the client is not watched any more.
-        """
-        assert self.peer
+        """A client whose read side has ended is gone; one that sends early (pipelining) is not.  Early bytes are put
+        aside; where they would be too many they stay, and the client is not watched any more."""
         keep = len(self.peer.unread) < READ_SIZE
         try:
             data = self.peer.sock.recv(4_096, 0 if keep else socket.MSG_PEEK)
@@ -5194,24 +5154,19 @@ class Client:
 
     def send(self, data: bytes) -> None:
         """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
-        assert self.peer
+        def wait_until_it_reads(writing: bool) -> None:
+            if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
+                raise ClientGone
         try:
-            self.peer.send(data, self._wait_until_it_reads)
+            self.peer.send(data, wait_until_it_reads)
         except OSError:
             raise ClientGone from None
         self.last_sent = time.monotonic()
 
-    def _wait_until_it_reads(self, writing: bool) -> None:
-        assert self.peer
-        if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
-            raise ClientGone
-
 
 class HeadReader:
-    """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.
-
-    `check_first` gets the first line as soon as there is one; `too_large` makes the error of a head beyond the bounds.
-    """
+    """Finds the head of a message in the bytes that have come so far; for both sides the same bounds.  `check_first`
+    gets the first line as soon as there is one; `too_large` makes the error of a head beyond the bounds."""
     END = re.compile(rb"\n\r?\n")
 
     def __init__(self, received: bytearray, check_first: Callable[[str], Any],
@@ -5238,7 +5193,7 @@ class HeadReader:
 
 
 REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
-HEADER_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)\Z")
+HEADER_LINES = re.compile(r"(\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*\Z")
 BLANK_LINES = re.compile(rb"(?:\r?\n)*")
 # Headers that must not come twice: they decide about framing, identity or access.
 SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
@@ -5264,13 +5219,12 @@ class UpstreamHead(NamedTuple):
 
     def framing(self) -> BodyFraming:
         """Where its body ends (RFC 9112, 6.3).  Raises UpstreamFault for an invalid Content-Length."""
-        length = self.headers.get("content-length")
         if self.status < 200 or self.status in (204, 304):
             return BodyFraming(False, 0)
-        if self.headers.get("transfer-encoding", "").lower() == "chunked":
-            return BodyFraming(True, None)
-        if length is None:
-            return BodyFraming(False, None)
+        length = self.headers.get("content-length")
+        chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        if chunked or length is None:
+            return BodyFraming(chunked, None)
         if not re.match(r"[0-9]{1,40}\Z", length):
             raise UpstreamFault("The upstream sent an invalid Content-Length: %s." % printable(length, 40))
         return BodyFraming(False, int(length))
@@ -5294,11 +5248,11 @@ def head_from_lines(lines: list[str]) -> Head:
     """Request line and header lines, without their line ends, as a Head.  Raises InvalidRequest."""
     method, target, version = request_line(lines[0])
     headers: dict[str, str] = {}
+    if not HEADER_LINES.match("\n".join(["", *lines[1:]])):
+        raise InvalidRequest("A header line is malformed.", code="bad_header")
     for line in lines[1:]:
-        found = HEADER_LINE.match(line)
-        if not found:
-            raise InvalidRequest("A header line is malformed.", code="bad_header")
-        name, value = found.group(1).lower(), found.group(2).strip(" \t")
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
         if name in headers and name in SINGLE_HEADERS:
             raise InvalidRequest("The header %s came twice." % name, code="bad_header")
         headers[name] = headers[name] + ", " + value if name in headers else value
@@ -5315,16 +5269,6 @@ def status_line(line: str) -> tuple[str, int, str]:
     return match.group(1), int(match.group(2)), match.group(3) or ""
 
 
-def upstream_head(lines: list[str]) -> UpstreamHead:
-    """The head of an answer.  Raises BadStatusLine; a line that is no header is passed over."""
-    headers: dict[str, str] = {}
-    for line in lines[1:]:
-        name, colon, value = line.partition(":")
-        if colon:                                   # a folded line makes a name that nobody asks for
-            headers.setdefault(name.lower(), value.strip())
-    return UpstreamHead(*status_line(lines[0]), headers)
-
-
 def body_length(head: Head) -> int | None:
     """The length that frames a request body, None for a chunked one.  Whatever is ambiguous is refused."""
     coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
@@ -5336,7 +5280,7 @@ def body_length(head: Head) -> int | None:
         return None
     if length is None:
         return 0
-    if not re.match(r"[0-9]{1,19}\Z", length):
+    if not (length.isascii() and length.isdigit() and len(length) < 20):
         raise InvalidRequest("Content-Length is not a number.", code="bad_framing")
     return int(length)
 
@@ -5344,7 +5288,7 @@ def body_length(head: Head) -> int | None:
 class BodyFraming:
     """Where the body of an answer ends (RFC 9112, 6.3): bytes of the connection in, bytes of the body out."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\Z")
-    USUAL = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")   # before the one chunk that most reads bring
+    USUAL = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")   # before a chunk that most reads bring whole
     LONGEST_LINE = 65_536
 
     def __init__(self, chunked: bool, length: int | None) -> None:
@@ -5353,8 +5297,7 @@ class BodyFraming:
         self._in_chunk = self._in_trailers = False
         self.done = length == 0 and not chunked
         self.rest = b""                             # a line that has only begun; behind the end, what is not the body's
-        # more came than the body, or might have where nothing is read: the connection may be out of step
-        self.surplus = self.done
+        self.surplus = self.done                    # more came than the body, or might have where nothing is read
 
     def feed(self, data: bytes) -> bytes:
         """The part of `data` that is body.  Raises UpstreamFault for a chunk that does not hold together."""
@@ -5378,14 +5321,12 @@ class BodyFraming:
     def _from_chunks(self, data: bytes) -> bytes:
         """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
         data, at = self.rest + data if self.rest else data, 0
-        size_line = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
-        if size_line:
-            end = size_line.end() + int(size_line.group(1), 16)
-            if len(data) == end + 2 and data.endswith(b"\r\n") and end > size_line.end():
+        usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
+        if usual:
+            begin, size = usual.end(), int(usual.group(1), 16)
+            if size and len(data) == begin + size + 2 and data.endswith(b"\r\n"):
                 self.rest = b""
-                self._begin_chunk(end - size_line.end())
-                self._left, self._in_chunk = 0, False
-                return data[size_line.end():end]
+                return data[begin:-2]
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
             if self._left:
@@ -5393,6 +5334,12 @@ class BodyFraming:
                 pieces.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
+                continue
+            whole = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
+            start, size = (whole.end(), int(whole.group(1), 16)) if whole else (0, 0)
+            if whole and data[start + size:start + size + 2] == b"\r\n":      # or the end, without trailers
+                self.done, at = not size, start + size + 2
+                pieces.append(data[start:start + size])
                 continue
             end = data.find(b"\n", at) + 1
             if not end or end - at > self.LONGEST_LINE:
@@ -5431,6 +5378,7 @@ class BodyFraming:
 class RequestFraming(BodyFraming):
     """The same for the body of a request, which is bounded, and may be written in one way only."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
+    USUAL = re.compile(rb"(?!)")                    # none: each chunk is counted
     LONGEST_LINE = 1_025
 
     def __init__(self, length: int | None, limit: int) -> None:
@@ -5479,7 +5427,7 @@ class UpstreamCall:
     deadline: float = math.inf                      # of time.monotonic(), for all of it
 
     def wait_for(self, sock: socket.socket) -> Wait:
-        return Wait(sock, min(time.monotonic() + self.patience, self.deadline), self.patience)
+        return Wait(sock, self.patience, self.deadline)
 
 
 LOST = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)      # a connection that the other side has ended
@@ -5489,39 +5437,34 @@ class UpstreamConnection(Peer):
     """A kept-alive connection to the upstream, where need be through a proxy."""
     last_used = 0.0
 
-    def __init__(self, request: Any, tls: Callable[[], ssl.SSLContext]) -> None:
-        """Connects; `request` is urllib's, whose host is the proxy where it names the host of a tunnel."""
-        tunnel, context = request._tunnel_host, tls() if request.type == "https" else None
-        sock = socket.create_connection(address_of(request.host, 443 if context else 80), CONNECT_TIMEOUT)
+    def __init__(self, way: Any, tls: Callable[[], ssl.SSLContext], call: UpstreamCall) -> None:
+        """Connects; `way` (way_to) names the proxy as its host where there is a tunnel to another one."""
+        tunnel, context = way._tunnel_host, tls() if way.type == "https" else None
+        sock = socket.create_connection(address_of(way.host, 443 if context else 80), CONNECT_TIMEOUT)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             super().__init__(sock)
             if tunnel:
-                self._open_tunnel("%s:%d" % address_of(tunnel, 443), request)
+                target, call = "%s:%d" % address_of(tunnel, 443), replace(call, patience=CONNECT_TIMEOUT)
+                self.ask("CONNECT", target, dict({"host": target}, **way.headers), b"", call)   # with the proxy's key
+                head = self.answer(call)
+                if head.status != 200:
+                    raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
             if context:
                 sock.settimeout(CONNECT_TIMEOUT)
-                name = address_of(tunnel or request.host, 443)[0]
+                name = address_of(tunnel or way.host, 443)[0]
                 # read from here on: what a proxy said before TLS could otherwise be taken for an answer
                 super().__init__(context.wrap_socket(sock, server_hostname=name))
         except BaseException:
             sock.close()
             raise
 
-    def _open_tunnel(self, target: str, request: Any) -> None:
-        """Asks the proxy for a way through.  Raises OSError where it refuses."""
-        call = replace(request.call, patience=CONNECT_TIMEOUT)
-        authorization = {name: value for name, value in request.headers.items() if name == "Proxy-authorization"}
-        self.ask("CONNECT", target, dict({"Host": target}, **authorization), b"", call)
-        head = self.answer(call)
-        if head.status != 200:
-            raise OSError("Tunnel connection failed: %d %s" % (head.status, head.reason.strip()))
-
     def ask(self, method: str, target: str, headers: dict[str, str], body: bytes, call: UpstreamCall) -> None:
         """Sends a request, for as long as the client waits for the answer and the upstream goes on reading."""
         if UNSENDABLE.search("".join(headers.values())):
             raise UpstreamFault("HTTP cannot carry the value of this header to the upstream: %s." % ", ".join(
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
-        if re.search(r"[^\x21-\x7e]", target):
+        if not (target.isascii() and target.isprintable()) or " " in target:
             raise UpstreamFault("The upstream's address is an invalid URL: %s" % printable(target))
         lines = ["%s %s HTTP/1.1" % (method, target), *["%s: %s" % each for each in headers.items()], "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
@@ -5530,11 +5473,16 @@ class UpstreamConnection(Peer):
             self.send(data, lambda writing: call.client.wait(call.wait_for(self.sock), writing))
 
     def answer(self, call: UpstreamCall) -> UpstreamHead:
-        """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2)."""
-        received = bytearray()
-        head = upstream_head(self._head_lines(received, call, begun=False))
-        while head.status < 200 and head.status != 101:
-            head = upstream_head(self._head_lines(received, call, begun=True))
+        """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2).  Raises BadStatusLine."""
+        received, head = bytearray(), None
+        while head is None or head.status < 200 and head.status != 101:
+            first, *lines = self._head_lines(received, call, begun=head is not None)
+            headers: dict[str, str] = {}
+            for line in lines:
+                name, colon, value = line.partition(":")
+                if colon:                           # a folded line makes a name that nobody asks for
+                    headers.setdefault(name.lower(), value.strip())
+            head = UpstreamHead(*status_line(first), headers)
         self.unread = received
         return head
 
@@ -5543,17 +5491,16 @@ class UpstreamConnection(Peer):
         head = HeadReader(received, status_line,
                           lambda words: UpstreamFault("The head of the upstream's answer " + words))
         while True:
-            lines = head.lines()
+            lines = head.lines() if received else []
             if lines:
                 return lines
             begun = begun or bool(received)
             if not b"HTTP/".startswith(received[:5]):
                 status_line(received.decode("latin-1"))
-            data, wait = None, call.wait_for(self.sock)
+            data = None
             try:
-                data = self.read()
                 while data is None:
-                    call.client.wait(wait)
+                    call.client.wait(call.wait_for(self.sock))
                     data = self.read()
             except OSError:
                 if not begun:
@@ -5580,9 +5527,9 @@ class ConnectionPool:
     def take(self, key: Any) -> UpstreamConnection | None:
         while True:
             with self._lock:
-                connection = self._idle[key].pop() if self._idle[key] else None
-            if connection is None:
-                return None
+                if not self._idle[key]:
+                    return None
+                connection = self._idle[key].pop()
             # an idle connection with something to read has been closed, or speaks out of turn
             if time.monotonic() - connection.last_used < POOL_AGE and not wait_ready([connection.sock], 0):
                 return connection
@@ -5609,46 +5556,12 @@ class ConnectionPool:
         self.close_old(0)
 
 
-class PooledHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's HTTP and HTTPS in one: connections are kept, as a TLS handshake costs 0.1 s, and redirects are not
-    followed, as they would carry the credential along."""
-
-    def __init__(self, tls: Callable[[], ssl.SSLContext]) -> None:
-        super().__init__()
-        self.pool = ConnectionPool()
-        self._tls = functools.lru_cache(maxsize=None)(tls)      # made on first use: it costs 20 ms
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def http_open(self, request: Any) -> UpstreamReply:
-        """The answer to a request of urllib; `request.call` is ours."""
-        key, call = (request.type, request.host, request._tunnel_host), request.call
-        headers = dict(request.headers, **request.unredirected_hdrs)
-        headers.pop("Proxy-authorization", None)    # the tunnel's
-        connection = self.pool.take(key)
-        replaced = False
-        while True:
-            reused = connection is not None
-            try:
-                connection = connection or UpstreamConnection(request, self._tls)
-                sent = False
-                with contextlib.suppress(*LOST):
-                    connection.ask(request.get_method(), request.selector, headers, request.data or b"", call)
-                    sent = True
-                head = connection.answer(call)      # there may be one before all of the request was read
-                return UpstreamReply(connection, head, call, functools.partial(self.pool.give, key, connection)
-                                     if sent and not ends_connection(head.version, head.headers) else None)
-            except BaseException as fault:
-                if connection:
-                    connection.close()
-                if not isinstance(fault, LOST) or not (reused or replaced):
-                    raise
-                if replaced:                        # that was our one retry: may_pass stays False
-                    raise UpstreamFault("The upstream ended two connections in a row.") from None
-                connection, replaced = None, True   # it died of age: the request was not accepted
-                call.may_retry = False
-
-    https_open = http_open
+def way_to(config: Config, url: str) -> Any:
+    """A request of urllib to an address; through a proxy its host is the proxy's, and it names that of the tunnel."""
+    way: Any = urllib.request.Request(url)
+    if way.type == "https" and config.https_proxy and not bypasses_proxy(config, way.host):
+        urllib.request.ProxyHandler({}).proxy_open(way, config.https_proxy, "https")
+    return way
 
 
 class UpstreamReply:
@@ -5667,32 +5580,28 @@ class UpstreamReply:
         self._inflate = zlib.decompressobj(31) if encoding == "gzip" else None
 
     def pieces(self) -> Iterator[Any]:
-        """The body as it arrives, a Wait where there is nothing yet.  Raises UpstreamFault when it breaks off."""
-        framing, connection, wait = self.framing, self._connection, None
+        """The body as it arrives, in the steps of a stream.  Raises UpstreamFault when it breaks off."""
+        framing, connection, wait = self.framing, self._connection, self._call.wait_for(self._connection.sock)
         try:
             while not framing.done:
                 data = connection.read()
                 if data is None:
-                    wait = wait or self._call.wait_for(connection.sock)
-                    yield wait
+                    yield b"", wait
                     continue
-                wait = None
                 if not data:
                     framing.end()
-                yield from self._unpacked(framing.feed(data))
+                piece = framing.feed(data)
+                if not self._inflate:
+                    yield piece, wait if connection.drained and not framing.done else None
+                # bit by bit, as gzip can hold a thousand times its size; a client that has left ends it
+                while self._inflate and piece and not self._inflate.eof:
+                    yield self._inflate.decompress(piece, READ_SIZE), None
+                    piece = self._inflate.unconsumed_tail
+                    self._call.client.pause(0)
         except (OSError, http.client.HTTPException, zlib.error) as fault:
             raise fault_from(fault, "broke off in the middle of its answer") from fault
         if self._inflate and not self._inflate.eof:
             raise UpstreamFault(BROKE_OFF)
-
-    def _unpacked(self, piece: bytes) -> Iterator[bytes]:
-        """Bit by bit, as gzip can hold a thousand times its size; a client that has left ends it."""
-        if not self._inflate:
-            yield piece
-        while self._inflate and piece and not self._inflate.eof:
-            yield self._inflate.decompress(piece, READ_SIZE)
-            piece = self._inflate.unconsumed_tail
-            self._call.client.pause(0)
 
     def read(self, limit: int = 64_000_000) -> bytes:
         """The whole body, waited for in this thread."""
@@ -5709,18 +5618,16 @@ class UpstreamReply:
             return
         self._closed = True
         if answered and not self.framing.done:
-            self._read_on(time.monotonic() + 0.2)
+            deadline = time.monotonic() + 0.2
+            with contextlib.suppress(GatewayError):
+                for _, wait in self.pieces():
+                    left = deadline - time.monotonic()
+                    if left <= 0 or wait and not wait_ready([wait.sock], left):
+                        break
         if self._give_back and self.framing.done and not self.framing.surplus:
             self._give_back()
         else:
             self._connection.close()
-
-    def _read_on(self, deadline: float) -> None:
-        with contextlib.suppress(GatewayError):
-            for step in self.pieces():
-                left = deadline - time.monotonic()
-                if left <= 0 or isinstance(step, Wait) and not wait_ready([step.sock], left):
-                    return
 
 
 class Upstream:
@@ -5730,13 +5637,12 @@ class Upstream:
         self._config = config
         self._refusal: Optional[dict] = None        # what Claude last said against the credential
         self._instance_id = instance_id
-        self._handler = PooledHandler(functools.partial(tls_context, config.ca_file, config.relax_x509))
-        self.pool = self._handler.pool
-        self._direct, self._proxied = urllib.request.OpenerDirector(), urllib.request.OpenerDirector()
-        self._proxied.add_handler(urllib.request.ProxyHandler({"https": config.https_proxy}
-                                                              if config.https_proxy else {}))
-        for opener in (self._direct, self._proxied):
-            opener.add_handler(self._handler)
+        workspace = {"anthropic-workspace-id": config.workspace_id} if config.workspace_id else {}
+        self._custom = {**dict(config.custom_headers), **workspace, "anthropic-version": ANTHROPIC_VERSION}
+        self.pool = ConnectionPool()
+        self._way_to = functools.lru_cache(maxsize=16)(functools.partial(way_to, config))
+        # made on first use: it costs 20 ms
+        self._tls = functools.lru_cache(maxsize=1)(functools.partial(tls_context, config.ca_file, config.relax_x509))
         self.credential: Optional[Credential] = None
         self.on_headers: Callable[[Dict[str, str]], None] = lambda headers: None
 
@@ -5752,7 +5658,7 @@ class Upstream:
     def messages(self, body: bytes, call: UpstreamCall, beta: Sequence[str] = (), path: str = "/v1/messages",
                  native: dict[str, str] | None = None) -> UpstreamReply:
         """POST /v1/messages, once more after a failure that may pass.  Raises GatewayError unless the status is 200."""
-        headers = dict({"anthropic-version": ANTHROPIC_VERSION, "content-type": "application/json"}, **(native or {}))
+        headers = {"content-type": "application/json", **(native or {})}
         while True:
             try:
                 return self._ask("POST", path, body, headers, call, beta)
@@ -5768,8 +5674,7 @@ class Upstream:
     def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
         call = UpstreamCall(patience=timeout)
-        with contextlib.closing(self._ask("GET", path, None, {"anthropic-version": ANTHROPIC_VERSION}, call,
-                                          key=key)) as reply:
+        with contextlib.closing(self._ask("GET", path, None, {}, call, key=key)) as reply:
             return json_object_from(reply.read())
 
     def models(self, key: str | None = None) -> list[dict] | None:
@@ -5791,7 +5696,7 @@ class Upstream:
 
     def probe(self) -> dict[str, str]:
         """Asks the upstream for anything at all, without a credential; the headers of what it answers."""
-        reply = self._open("GET", self.base_url + "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
+        reply = self._open("GET", self.base_url, "/", None, {}, UpstreamCall(patience=MODELS_TIMEOUT))
         reply.close()
         return reply.headers
 
@@ -5800,7 +5705,7 @@ class Upstream:
         data, patience = json.dumps(body).encode(), self._config.limits.token_timeout
         call = UpstreamCall(patience=patience, deadline=time.monotonic() + patience)
         try:
-            reply = self._open("POST", url, data, dict(headers, **{"content-type": "application/json"}), call)
+            reply = self._open("POST", url, "", data, dict(headers, **{"content-type": "application/json"}), call)
             with contextlib.closing(reply):
                 body_read = reply.read(1_000_000)
         except UpstreamTimeout as fault:
@@ -5832,16 +5737,14 @@ class Upstream:
     def _asked(self, credential: Credential, method: str, path: str, body: bytes | None, headers: dict[str, str],
                call: UpstreamCall, beta: Sequence[str]) -> UpstreamReply:
         """Claude's 401 to a login is answered by one renewal of its token."""
-        custom = dict(self._config.custom_headers)
-        if self._config.workspace_id:
-            custom["anthropic-workspace-id"] = self._config.workspace_id
-        headers = dict(headers, **{HOP_HEADER: ",".join(filter(None, [call.hops, self._instance_id]))})
+        custom, hops = self._custom, ",".join(filter(None, [call.hops, self._instance_id]))
         paid, renewable = credential.headers(), True
         while True:
             betas = dict.fromkeys(filter(None, [custom.get("anthropic-beta"), paid.get("anthropic-beta"), *beta]))
-            whole = dict(custom, **dict(paid, **headers))
-            reply = self._open(method, self.base_url + path, body,
-                               dict(whole, **{"anthropic-beta": ",".join(betas)} if betas else {}), call)
+            whole = {**custom, **paid, **headers, HOP_HEADER: hops}
+            if betas:
+                whole["anthropic-beta"] = ",".join(betas)
+            reply = self._open(method, self.base_url, path, body, whole, call)
             if body is not None:
                 self.on_headers(reply.headers)
             if reply.status in (200, 400, 429):
@@ -5854,22 +5757,49 @@ class Upstream:
                 raise refusal
             paid, renewable = renewed, False
 
-    def _open(self, method: str, url: str, body: bytes | None, headers: dict[str, str],
+    def _open(self, method: str, base: str, path: str, body: bytes | None, headers: dict[str, str],
               call: UpstreamCall) -> UpstreamReply:
-        request: Any = urllib.request.Request(url, data=body, method=method, headers=dict(
-            headers, **{"user-agent": USER_AGENT, "accept-encoding": "identity"}))
-        request.call = call
-        opener = self._direct if bypasses_proxy(self._config, request.host) else self._proxied
+        """The answer to a request.  Redirects are not followed, as they would carry the credential along."""
+        way = self._way_to(base)
+        headers = {**headers, "host": way._tunnel_host or way.host, "user-agent": USER_AGENT,
+                   "accept-encoding": "identity"}
+        if body is not None:
+            headers["content-length"] = str(len(body))
         try:
-            reply: UpstreamReply = opener.open(request)
+            reply = self._answer(way, call, (method, way.selector + path or "/", headers, body or b""))
         except (OSError, http.client.HTTPException) as fault:
-            raise fault_before_answer(fault, request) from fault
+            raise fault_before_answer(fault, way) from fault
         if reply.status != 200 and not 400 <= reply.status < 600:
             reply.close()
             raise UpstreamFault("The upstream answered with a redirect (%d), which is not followed: it would take the "
                                 "credential elsewhere." % reply.status if 300 <= reply.status < 400 else
                                 "The upstream answered with status %d, which its API does not use." % reply.status)
         return reply
+
+    def _answer(self, way: Any, call: UpstreamCall, request: tuple[str, str, dict[str, str], bytes]) -> UpstreamReply:
+        """The same, on a connection that was kept, as a TLS handshake costs 0.1 s, or on a new one."""
+        key = way.type, way.host, way._tunnel_host
+        connection, replaced = self.pool.take(key), False
+        while True:
+            reused = connection is not None
+            try:
+                connection = connection or UpstreamConnection(way, self._tls, call)
+                sent = False
+                with contextlib.suppress(*LOST):
+                    connection.ask(*request, call)
+                    sent = True
+                head = connection.answer(call)      # there may be one before all of the request was read
+                return UpstreamReply(connection, head, call, functools.partial(self.pool.give, key, connection)
+                                     if sent and not ends_connection(head.version, head.headers) else None)
+            except BaseException as fault:
+                if connection:
+                    connection.close()
+                if not isinstance(fault, LOST) or not (reused or replaced):
+                    raise
+                if replaced:                        # that was our one retry: may_pass stays False
+                    raise UpstreamFault("The upstream ended two connections in a row.") from None
+                connection, replaced = None, True   # it died of age: the request was not accepted
+                call.may_retry = False
 
 
 def shown_proxy(config: Config) -> str:
@@ -5878,7 +5808,6 @@ def shown_proxy(config: Config) -> str:
     return "%s://%s%s" % (proxy.scheme, "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
 
 
-@functools.lru_cache(maxsize=64)
 def bypasses_proxy(config: Config, host: str) -> bool:
     """Whether a host, with or without its port, is asked directly: loopback always, others by NO_PROXY."""
     return is_loopback_host(re.sub(r":\d+$", "", host)) or bool(
@@ -5951,36 +5880,32 @@ TLS_CAUSES = (
 )
 
 
-def fault_before_answer(fault: Exception, request: Any) -> GatewayError:
+def fault_before_answer(fault: Exception, way: Any) -> GatewayError:
     """A call that failed before there was an answer: who could not be reached, the upstream or the proxy."""
-    who, what = "The upstream", "could not be reached"
-    if request._tunnel_host:                        # then `host` is the proxy's, without its credentials
-        if isinstance(fault, (ConnectionRefusedError, socket.gaierror)):
-            who = "The proxy " + request.host
-        else:
-            what += " through the proxy " + request.host
-    elif not isinstance(fault, socket.gaierror):
-        what += " at " + request.host
-    if isinstance(fault, socket.gaierror):
+    who, what, unknown = "The upstream", "could not be reached", isinstance(fault, socket.gaierror)
+    if way._tunnel_host and (unknown or isinstance(fault, ConnectionRefusedError)):
+        who = "The proxy " + way.host
+    elif way._tunnel_host:
+        what += " through the proxy " + way.host
+    elif not unknown:
+        what += " at " + way.host
+    if unknown:
         what += ", as its host name %s is not known here (`claude-gateway doctor` checks the way there)" % re.sub(
-            r":\d+\Z", "", request.host)
+            r":\d+\Z", "", way.host)
     return fault_from(fault, what, who)
 
 
 def fault_from(fault: Exception, what: str, who: str = "The upstream") -> GatewayError:
     """Any exception of sockets, TLS or http.client as an UpstreamFault whose message names the cause."""
-    reason: Any = getattr(fault, "reason", None) if isinstance(fault, urllib.error.URLError) else fault
-    if isinstance(reason, GatewayError):
-        return reason
-    if isinstance(reason, (socket.timeout, TimeoutError)):
+    if isinstance(fault, (socket.timeout, TimeoutError)):
         return UpstreamTimeout("%s %s: no answer in time." % (who, what))
-    message = str(reason) or type(reason).__name__
-    if isinstance(reason, ssl.SSLError):
+    message = str(fault) or type(fault).__name__
+    if isinstance(fault, ssl.SSLError):
         cause = next((advice for pattern, advice in TLS_CAUSES if "CERTIFICATE_VERIFY_FAILED" in message
                       and re.search(pattern, message, re.I)), "")
         return UpstreamFault("%s %s: TLS failed (%s)%s." % (who, what, message, ": " + cause if cause else ""))
     failure = UpstreamFault("%s %s: %s." % (who, what, message))
-    failure.may_pass = isinstance(reason, OSError)  # who has answered nonsense would do it again
+    failure.may_pass = isinstance(fault, OSError)   # who has answered nonsense would do it again
     return failure
 
 
@@ -5999,27 +5924,19 @@ class RunningStream:
     `ended` is called once: whether the stream is over, or else needs a thread, and what went wrong or None.
     """
 
-    def __init__(self, client: Client, steps: Iterator[Any], wait: Wait | None,
+    def __init__(self, client: Client, steps: Iterator[Any],
                  ended: Callable[[bool, Optional[BaseException]], None]) -> None:
-        assert client.peer
         self.client, self.sock, self.steps, self.ended = client, client.peer.sock, steps, ended
-        self.wait = wait                            # None between two turns, and while the client has to read first
+        self.wait: Optional[Wait] = None            # None between two turns
+        self.since = 0.0                            # when that began
         self.unsent = b""                           # what the client has not accepted yet; nothing is read meanwhile
         self.registered: Dict[socket.socket, int] = {}      # with the selector: socket -> events
-
-    def wanted(self) -> dict[socket.socket, int]:
-        """The sockets that it waits for now, and what for."""
-        events = (selectors.EVENT_READ if self.client.watched else 0) | (selectors.EVENT_WRITE if self.unsent else 0)
-        sockets = {self.sock: events} if events else {}
-        if self.wait and not self.unsent:
-            sockets[self.wait.sock] = selectors.EVENT_READ
-        return sockets
 
     def due_at(self) -> float:
         """When there is something to do even if nothing happens."""
         if self.unsent:
             return self.client.write_deadline
-        return min(self.wait.deadline if self.wait else math.inf, self.client.comment_due)
+        return min(self.wait.deadline(self.since) if self.wait else math.inf, self.client.comment_due)
 
 
 class EventLoop:
@@ -6032,7 +5949,7 @@ class EventLoop:
         self._ready: List[RunningStream] = []       # had more to say than one turn allows
         self._thread: Optional[threading.Thread] = None
         self._closing = False
-        self._check_at = 0.0
+        self._now = self._check_at = 0.0            # of time.monotonic(): when this turn began, and the next check
 
     @property
     def full(self) -> bool:
@@ -6084,54 +6001,54 @@ class EventLoop:
             ready, self._ready = self._ready, []
             for stream in ready:
                 self._with(stream, self._move)
-            seconds = 0.0 if self._ready else max(0.0, self._check_at - time.monotonic())
-            for key, events in self._selector.select(seconds):
+            happened = self._selector.select(0.0 if self._ready else self._check_at - self._now)
+            self._now = time.monotonic()
+            for key, events in happened:
                 if key.data is None:
                     self._bell.recv(4_096)
                 elif key.fileobj is key.data.sock:
-                    self._with(key.data, functools.partial(self._look_after_client, events=events))
+                    self._with(key.data, self._look_after_client, events)
                 else:
                     self._with(key.data, self._move)
             while self._new:
                 stream = self._new.popleft()
                 self._streams.add(stream)
-                self._check_at = min(self._check_at, stream.due_at())
-                self._with(stream, self._move)      # something may have come meanwhile
-            if time.monotonic() >= self._check_at:
+                self._with(stream, self._move)
+            if self._now >= self._check_at:
                 self._check()
         for stream in [*self._streams, *self._new]:
             self._end(stream, False, busy("The gateway stops."))
 
-    def _with(self, stream: RunningStream, work: Callable[[RunningStream], None]) -> None:
+    def _with(self, stream: RunningStream, work: Callable[..., None], *details: int) -> None:
         """Works on a stream; whatever goes wrong is reported to its client and to no other."""
         if stream not in self._streams:             # ended by what happened a moment ago
             return
         try:
-            work(stream)
+            work(stream, *details)
         except BaseException as failure:
             self._end(stream, False, failure)
 
     def _move(self, stream: RunningStream) -> None:
         """Hands on what there is, as far as its turn and the client allow."""
-        stream.wait = None
         for _ in range(LOOP_STEPS):
             step = next(stream.steps, None)
-            if step is None or step is NEEDS_THREAD:
+            if step is None or step[1] is NEEDS_THREAD:
                 self._end(stream, step is None, None)
                 return
-            if isinstance(step, Wait):
-                stream.wait = step
-            elif step:
-                self._send(stream, step)
+            data, stream.wait = step
+            if data:
+                self._send(stream, data)
             if stream.wait or stream.unsent:
-                self._register(stream, stream.wanted())
+                stream.since = self._now
+                if stream.unsent or stream.wait.sock not in stream.registered:
+                    self._register(stream)
                 return
-        self._register(stream, {})                  # by its next turn the upstream's socket may be another's
+        self._register(stream)                      # by its next turn the upstream's socket may be another's
         self._ready.append(stream)
 
     def _send(self, stream: RunningStream, data: bytes) -> None:
         """Sends what the client accepts now."""
-        stream.client.last_sent = time.monotonic()
+        stream.client.last_sent = self._now
         try:
             stream.unsent = data[stream.sock.send(data):]
         except BlockingIOError:
@@ -6145,48 +6062,52 @@ class EventLoop:
             stream.client.check()
         if events & selectors.EVENT_WRITE:
             self._send(stream, stream.unsent)
+            stream.since = self._now                # nothing was read meanwhile
         if stream.unsent or stream.wait:
-            self._register(stream, stream.wanted())
+            self._register(stream)
         else:
             self._move(stream)
 
-    def _register(self, stream: RunningStream, wanted: dict[socket.socket, int]) -> None:
-        """Registers the sockets that a stream waits for, and no others."""
-        if wanted == stream.registered:
-            return
+    def _register(self, stream: RunningStream) -> None:
+        """Registers the sockets that a stream waits for now, and no others; none between two turns."""
+        wanted: Dict[socket.socket, int] = {}
+        if stream.unsent or stream.wait and stream.client.watched:
+            wanted[stream.sock] = (selectors.EVENT_READ if stream.client.watched else 0) | (
+                selectors.EVENT_WRITE if stream.unsent else 0)
+        if stream.wait and not stream.unsent:
+            wanted[stream.wait.sock] = selectors.EVENT_READ
         for sock in set(stream.registered) - set(wanted):
             del stream.registered[sock]
             self._selector.unregister(sock)
         for sock, events in wanted.items():
-            change = self._selector.modify if sock in stream.registered else self._selector.register
-            change(sock, events, stream)
-            stream.registered[sock] = events        # one by one: what has failed here may not stay behind
+            if stream.registered.get(sock) != events:
+                change = self._selector.modify if sock in stream.registered else self._selector.register
+                change(sock, events, stream)
+                stream.registered[sock] = events    # one by one: what has failed here may not stay behind
         self._check_at = min(self._check_at, stream.due_at())
 
     def _check(self) -> None:
         """Looks after streams for which nothing has happened for too long."""
         for stream in list(self._streams):
-            self._with(stream, self._check_stream)
+            if self._now >= stream.due_at():
+                self._with(stream, self._look_after_silence)
         # one that has more to say is due by itself, which may be never: no selector waits for ever
-        self._check_at = min([time.monotonic() + 60, *(stream.due_at() for stream in self._streams)])
+        self._check_at = min([self._now + 60, *(stream.due_at() for stream in self._streams)])
 
-    def _check_stream(self, stream: RunningStream) -> None:
-        now = time.monotonic()
-        if now < stream.due_at():
-            return
+    def _look_after_silence(self, stream: RunningStream) -> None:
         if stream.unsent:
             raise socket.timeout("the client does not read")
-        if stream.wait and now >= stream.wait.deadline:
+        if stream.wait and self._now >= stream.wait.deadline(stream.since):
             raise silence(stream.wait)
         self._send(stream, stream.client.idle_comment)
-        if stream.registered or stream.unsent:      # otherwise its next turn comes by itself
-            self._register(stream, stream.wanted())
+        self._register(stream)
 
     def _end(self, stream: RunningStream, over: bool, failure: BaseException | None) -> None:
         """Gives a stream back to a thread."""
         self._streams.discard(stream)
+        stream.wait, stream.unsent = None, b""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            self._register(stream, {})
+            self._register(stream)
         stream.ended(over, failure)
 
 
@@ -6241,7 +6162,7 @@ class ImageFetcher:
         download = Download(functools.partial(self._fetched, url))
         try:
             download.start()
-            client.wait(Wait(download.ended, time.monotonic() + self._timeout, self._timeout))
+            client.wait(Wait(download.ended, self._timeout))
         except UpstreamTimeout:
             raise self._refusal(url, "took longer than %g seconds" % self._timeout) from None
         finally:
@@ -6342,13 +6263,18 @@ class Record:
     route: str = "other"
     owner: str = ""                                 # the beginning of the digest of the client's key
     cost_usd: Optional[float] = None                # by list prices, where the model has one
+    TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
+    FIGURES = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
+               "cost_usd")                          # these and TEXTS are what the status page shows
 
-    def summary(self, line: str, secrets_known: Iterable[str]) -> dict:
-        """What the status page shows of it, and `status` as this line."""
-        fields = dict(without(vars(self), "method", "client", "owner", "started", "cached_percent_of_all",
-                              "route"), line=line)
-        texts = {name: masked(value, secrets_known)[:500] for name, value in fields.items() if isinstance(value, str)}
-        return dict(fields, time=round(time.time(), 3), **texts)
+    def summary(self, secrets_known: Iterable[str]) -> dict:
+        """What the status page and `status` show of it."""
+        fields = vars(self)
+        texts = {name: fields[name] for name in self.TEXTS}
+        whole = "\n".join(texts.values())
+        if len(whole) > 500 or masked(whole, secrets_known) != whole:
+            texts = {name: masked(value, secrets_known)[:500] for name, value in texts.items()}
+        return dict({name: fields[name] for name in self.FIGURES}, time=round(time.time(), 3), **texts)
 
     def elapsed_ms(self) -> int:
         return int((time.monotonic() - self.started) * 1000)
@@ -6373,10 +6299,8 @@ class Reply:
     """What an endpoint answers: a body, or the steps of a stream."""
     body: Any = None
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)
-    # lists of events that arrived together, or Claude's own bytes; a Wait or NEEDS_THREAD in between
-    steps: Optional[Iterator[Any]] = None
-    json_of: Callable[[dict], bytes] = client_json
-    named_events: bool = False                      # each event with an `event:` line, as the Responses API has it
+    steps: Optional[Iterator[Any]] = None           # with lists of events that arrived together, or Claude's own bytes
+    event_bytes: Callable[[dict], bytes] = data_event
     closing: bytes = b""                            # ends a stream that did not fail
     failure: Callable[[GatewayError], List[dict]] = lambda failure: [failure.body()]
     idle_comments: bool = True                      # may go in between: Claude's own bytes stay as they are
@@ -6385,12 +6309,10 @@ class Reply:
 
 class Gateway:
     """One gateway: its configuration, the way to Claude, and all that it remembers.
-
-    `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port.
-    """
+    `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port."""
 
     def __init__(self, config: Config, credential: Credential | None = None) -> None:
-        self.config = config
+        self.config, self._configured_secrets = config, config.secrets()
         self.instance_id = secrets.token_hex(8)
         self.upstream = Upstream(config, self.instance_id)
         self.upstream.credential = credential or credential_from_config(config, self.upstream.post_json)
@@ -6411,7 +6333,7 @@ class Gateway:
     def secrets(self) -> list[str]:
         """Every secret known now, for redaction."""
         credential = self.upstream.credential
-        return [*self.config.secrets(), *(credential.secrets() if credential else ())]
+        return [*self._configured_secrets, *(credential.secrets() if credential else ())]
 
     def check_spending(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this client key, or the plan, is used up."""
@@ -6432,10 +6354,8 @@ Translate = Callable[[Model, Sequence[dict], bool, Recall], Translation]
 
 
 class Exchange:
-    """One request to Claude and the answer, with the corrections that a refusal calls for.
-
-    A refused request is corrected and sent again when the refusal says how (`_corrected`), for each reason once.
-    """
+    """One request to Claude and the answer.  A refused request is corrected and sent again when the refusal says how
+    (`_corrected`), for each reason once."""
 
     def __init__(self, gateway: Gateway, incoming: Incoming, model: Model, translate: Translate) -> None:
         self._gateway, self._incoming, self.call = gateway, incoming, incoming.call
@@ -6488,20 +6408,24 @@ class Exchange:
         return dict(headers, **{CHANGES_HEADER: changes.header()}) if changes.reported else headers
 
     def batches(self, translate: Render) -> Iterator[Any]:
-        """What `translate` makes of each event, in batches that arrived together; `assembler` sees them first.
-
-        Among them a Wait where there is nothing yet, and NEEDS_THREAD before work that takes time.  An answer that
-        Claude interrupts (pause_turn) is continued, as no OpenAI client could.
-        """
+        """Steps with what `translate` makes of the events that arrived together; `assembler` sees them first.  An
+        answer that Claude interrupts (pause_turn) is continued, as no OpenAI client could."""
         for pause in range(MOST_PAUSES + 1):
             yield from self._batches_of_stream(translate)
-            if not is_unfinished(self.assembler.message) or pause == MOST_PAUSES:
+            message = self.assembler.message
+            no_summary = message["stop_reason"] == "compaction" and not any(
+                block.get("content") for block in message["content"])
+            if not no_summary and message["stop_reason"] != "pause_turn" or pause == MOST_PAUSES:
                 break
-            yield NEEDS_THREAD
+            yield [], NEEDS_THREAD
             self._continue()
         self._count_tokens()
-        self._note_who_answered()
-        self._gateway.answers.remember(self._incoming.owner, self._known.id, self.assembler.message,
+        model_id = message["model"]
+        if "fallbacks" in self.translation.request and model_id != self._known.id:
+            self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
+                self._known.id, model_id))
+            self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
+        self._gateway.answers.remember(self._incoming.owner, self._known.id, message,
                                        self.translation.request.get("tools", ()))
         if self._reply and self._reply.framing.done:    # its connection is free before the client can want another
             self.close()
@@ -6526,11 +6450,13 @@ class Exchange:
     def _translated(self, lesson: dict) -> Translation:
         """The request for the model as known with a lesson, images by address still by their address."""
         credential = self._gateway.upstream.credential
-        model = replace(self._known, **dict(lesson, **self._for_once))
+        lesson = dict(lesson, **self._for_once)
+        model = replace(self._known, **lesson) if lesson else self._known
         translation = self._translate_body(model, credential.preamble if credential else (),
                                            not self._gateway.config.no_cache,
                                            self._gateway.answers.recall(self._incoming.owner, self._known.id))
-        fallbacks = fallbacks_for(model, self._gateway.config.fallback, self._gateway.models.catalog())
+        names = self._gateway.config.fallback
+        fallbacks = fallbacks_for(model, names, self._gateway.models.catalog()) if names else None
         if fallbacks and translation.request["max_tokens"] and "compaction" not in translation.request:
             translation.request["fallbacks"] = fallbacks
         if self._incoming.surrogates_replaced:
@@ -6624,19 +6550,8 @@ class Exchange:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
             count_tokens(self._gateway, self._incoming.record, model, message["usage"])
 
-    def _note_who_answered(self) -> None:
-        """Reports an answer that came from another model than the one that was asked, as --fallback allows."""
-        model_id = self.assembler.message["model"]
-        if "fallbacks" in self.translation.request and model_id != self._known.id:
-            self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
-                self._known.id, model_id))
-            self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
-
     def _batches_of_stream(self, translate: Render) -> Iterator[Any]:
-        for events in self._event_batches():
-            if not isinstance(events, list):        # something to wait for
-                yield events
-                continue
+        for events, wait in self._event_batches():
             translated: List[dict] = []
             try:
                 for event in events:
@@ -6645,9 +6560,9 @@ class Exchange:
                     if self.assembler.done:
                         break
             except GatewayError:
-                yield translated                    # what came before the failure is the client's
+                yield translated, None              # what came before the failure is the client's
                 raise
-            yield translated
+            yield translated, None if self.assembler.done else wait
             if self.assembler.done:
                 break
         else:
@@ -6657,18 +6572,14 @@ class Exchange:
         """Events as they arrive, also when the upstream answers in JSON."""
         assert self._reply
         if not self._reply.is_stream:
-            yield NEEDS_THREAD
-            yield events_from_body(self._reply.read())
+            yield [], NEEDS_THREAD
+            yield events_from_body(self._reply.read()), None
             return
         # who asks for obfuscation wants to see every delta
         decoder = EventDecoder(value_in(self._incoming.body, "stream_options", "include_obfuscation") is not True)
-        for piece in self._reply.pieces():
-            if isinstance(piece, Wait):
-                yield piece
-            else:
-                yield decoder.feed(piece)
-                decoder.check()
-        yield decoder.close()
+        for piece, wait in self._reply.pieces():
+            yield decoder.feed(piece), wait
+        yield decoder.close(), None
 
     def _continue(self) -> None:
         """Sends an interrupted answer back unchanged, for Claude to go on with; or asks again for a summary."""
@@ -6688,12 +6599,6 @@ class Exchange:
         self._send(dict(request, messages=messages))
 
 
-def is_unfinished(message: dict) -> bool:
-    """Whether Claude interrupted an answer, or could not summarize."""
-    return message["stop_reason"] == "pause_turn" or message["stop_reason"] == "compaction" and not any(
-        block.get("content") for block in message["content"])
-
-
 def compacts(request: dict) -> bool:
     """Whether a request asks for a compaction or contains the block of one."""
     return "compaction" in request or has_compaction(request["messages"][0]["content"])
@@ -6708,8 +6613,8 @@ def betas_for(request: dict) -> list[str]:
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
     """`fallbacks` of a request, as --fallback says; None where the model does not have them."""
-    if not model.fallbacks or not names or names[0] == "default":
-        return "default" if names and model.fallbacks else None
+    if not model.fallbacks or names[0] == "default":
+        return "default" if model.fallbacks else None
     ids = dict.fromkeys(catalog.resolve(name).id for name in names)
     return [{"model": model_id} for model_id in ids if model_id != model.id] or None
 
@@ -6739,13 +6644,13 @@ def within_upstream_limit(body: bytes) -> bytes:
 def media_in(messages: list[dict]) -> Iterator[tuple[str, dict, bool]]:
     """Every image and document: its path as Claude names it, its block, and whether it stands in a tool result or an
     earlier turn, where the client cannot take it back."""
-    newest = max(at for at, message in enumerate(messages) if message["role"] == "user")
+    newest = max([at for at, message in enumerate(messages) if message["role"] == "user"])
     for at, message in enumerate(messages):
         for place, block in enumerate(message["content"]):
             path, inner = "messages.%d.content.%d" % (at, place), block.get("content")
             blocks = [(path, block, at < newest)]
             blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(listed(inner))]
-            yield from (entry for entry in blocks if entry[1]["type"] in ("image", "document"))
+            yield from [entry for entry in blocks if entry[1]["type"] in ("image", "document")]
 
 
 def has_address(block: dict) -> bool:
@@ -6764,9 +6669,7 @@ def events_from_body(body: bytes) -> list[dict]:
     """The events of an answer that came without saying that it is a stream: JSON, or a stream after all."""
     if re.match(rb"(\xef\xbb\xbf)?\s*(event|data|id|retry)?:", body):
         decoder = EventDecoder()
-        events = decoder.feed(body)
-        decoder.check()
-        return events + decoder.close()
+        return [*decoder.feed(body), *decoder.close()]
     message = json_object_from(body)
     if message.get("type") == "error" and isinstance(message.get("error"), dict):
         raise ClaudeError(200, message["error"])    # in a 200, but an error like any other
@@ -6804,7 +6707,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
         return Reply(completion, exchange.headers())
     exchange.open()
     stream = ChatStream(envelope, exchange.translation.plan, exchange.events.assembler, include_usage)
-    return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), json_of=stream.json_of,
+    return Reply(headers=exchange.headers(), steps=stream_steps(exchange, stream), event_bytes=stream.event_bytes,
                  closing=b"data: [DONE]\n\n")
 
 
@@ -6829,7 +6732,7 @@ def is_responses_body(body: dict) -> bool:
 def stream_steps(exchange: Exchange, stream: ChatStream) -> Iterator[Any]:
     """The steps of a stream, its last events included."""
     yield from exchange.batches(exchange.events.then(stream.feed))
-    yield exchange.events.finish(stream.feed) + stream.finish()
+    yield exchange.events.finish(stream.feed) + stream.finish(), None
 
 
 def whole_message(exchange: Exchange) -> dict:
@@ -6895,7 +6798,7 @@ def create_response(gateway: Gateway, incoming: Incoming) -> Reply:
         envelope, exchange.translation.plan, exchange.events.assembler, listed(body.get("include")), first)
     steps = response_steps(gateway, history, exchange, stream)
     if incoming.record.stream:
-        return Reply(headers=exchange.headers(), steps=steps, named_events=True, failure=stream.fail)
+        return Reply(headers=exchange.headers(), steps=steps, event_bytes=named_event, failure=stream.fail)
     for _ in incoming.call.client.waited(steps):
         pass
     return Reply(stream.response, exchange.headers())
@@ -6907,10 +6810,10 @@ def response_steps(gateway: Gateway, history: History, exchange: Exchange, strea
     yield from exchange.batches(exchange.events.then(stream.feed))
     last_events = exchange.events.finish(stream.feed) + stream.finish(int(time.time()))
     if optional(boolean_of, body.get("store"), "store", True) and is_responses_body(body):
-        yield NEEDS_THREAD                          # a long history takes a while to write down
+        yield [], NEEDS_THREAD                      # a long history takes a while to write down
         entries = since_compaction([("", item) for item in [*history.earlier, *history.given]])
         gateway.responses.put(history.incoming.owner, stream.response, [item for _, item in entries], stream.to_store)
-    yield last_events
+    yield last_events, None
 
 
 def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[dict]:
@@ -7068,7 +6971,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
         chat, messages=[system, {"role": "user", "content": text}]))) for text in texts)
     first = next(replies)
     if first.steps is not None:
-        return replace(first, json_of=client_json, steps=text_steps(itertools.chain([first], replies), echoes))
+        return replace(first, event_bytes=data_event, steps=text_steps(itertools.chain([first], replies), echoes))
     whole = text_completion(first.body, echoes[0], 0)
     for at, reply in enumerate(replies, 1):
         whole["choices"] += text_completion(reply.body, echoes[at], at)["choices"]
@@ -7096,10 +6999,7 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
     same: dict = {}                                 # id and time of the first chunk
     usage: dict = {}
     for at, reply in enumerate(replies):
-        for step in reply.steps or ():
-            if not isinstance(step, list):
-                yield step
-                continue
+        for step, wait in reply.steps or ():
             chunks = []
             for chunk in step:
                 same = same or {"id": chunk["id"], "created": chunk["created"]}
@@ -7108,8 +7008,8 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
                     usage = chunk["usage"] = added_usage(usage, chunk["usage"])
                 if is_text or not chunk["choices"] and at == len(echoes) - 1:
                     chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
-            yield chunks
-        yield NEEDS_THREAD                          # for the call of the next prompt
+            yield chunks, wait
+        yield [], NEEDS_THREAD                      # for the call of the next prompt
 
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
@@ -7175,7 +7075,7 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
     incoming.held.callback(gateway.usage.running(incoming.record.owner, lambda: (
         cost_of(model, passing.usage()) or (0.0,))[0]))
     incoming.held.callback(finish)
-    return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, named_events=True,
+    return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, event_bytes=named_event,
                  failure=lambda failure: [failure.for_anthropic()[2]])
 
 
@@ -7190,14 +7090,14 @@ class PassingUsage:
     def steps(self, steps: Iterator[Any]) -> Iterator[Any]:
         """The same steps, whose bytes are read in passing."""
         for step in steps:
-            if isinstance(step, bytes) and self._decoder:
+            if self._decoder:
                 with contextlib.suppress(UpstreamFault):
-                    self._note(self._decoder.feed(step))
-            elif isinstance(step, bytes):
-                self._body += step[:MAX_UPSTREAM_BODY - len(self._body)]
+                    self._note(self._decoder.feed(step[0]))
+            else:
+                self._body += step[0][:MAX_UPSTREAM_BODY - len(self._body)]
             yield step
 
-    def _note(self, events: list[dict]) -> None:
+    def _note(self, events: Iterable[dict]) -> None:
         for event in events:
             for usage in (value_in(event, "message", "usage"), event.get("usage")):
                 if isinstance(usage, dict):
@@ -7450,6 +7350,26 @@ def with_values(text: str, values: dict[str, str]) -> str:
 # ---- Status page -------------------------------------------------------------------------------------
 # What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
 
+USAGE_COLUMNS = ("requests", "errors", "tokens in", "cached", "tokens out", "cost")
+REQUEST_COLUMNS = ("time", "tool", "model", "status", *USAGE_COLUMNS[2:], "first byte, all")
+
+
+def usage_row(requests: int, failed: int, input_tokens: int, cached_tokens: int, output_tokens: int,
+              cost_usd: float | None) -> list[str]:
+    """Texts for USAGE_COLUMNS."""
+    return [*map("{:,}".format, (requests, failed, input_tokens)), "%d%%" % percent(cached_tokens, input_tokens),
+            "{:,}".format(output_tokens), "" if cost_usd is None else dollars(cost_usd)]
+
+
+def request_row(each: dict) -> list[str]:
+    """Texts for REQUEST_COLUMNS."""
+    models = " -> ".join(dict.fromkeys(filter(None, (each["asked"], each["used"])))) or each["path"]
+    usage = [""] * 4 if each["input_tokens"] is None else usage_row(
+        0, 0, each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])[2:]
+    return [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["tool"], models, "%d%s" % (
+        each["status"], " stream" * each["stream"]), *usage, "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])]
+
+
 def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
@@ -7464,15 +7384,17 @@ def status_data(gateway: Gateway) -> dict:
         "credential": credential.facts() if credential else None,
         "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
-        "requests": {"total": totals["requests"], "running": running_besides(gateway)},
+        "requests": {"total": totals["requests"], "running": max(0, gateway.running.count - 1)},    # without this one
         "errors": totals["errors"], "tokens": totals["tokens"],
         "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
                   "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
-        **{name: totals[name] for name in ("recent", "by_tool", "by_model", "error_texts")},
-    }
+        **{name: totals[name] for name in ("by_tool", "by_model", "error_texts")}, "columns": REQUEST_COLUMNS,
+        "recent": [dict(each, row=request_row(each)) for each in totals["recent"]],
+        "totals": [[[title, *USAGE_COLUMNS], *([name, *usage_row(**sums)] for name, sums in totals[field].items())]
+                   for title, field in (("tool", "by_tool"), ("model", "by_model"))]}
 
 
 def last_days(usage: Usage) -> list[dict]:
@@ -7480,14 +7402,9 @@ def last_days(usage: Usage) -> list[dict]:
     with contextlib.suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
         moments = (time.time() - 86_400 * back for back in range(29, -1, -1))
-        return [{"day": day, "usd": round(days.get(day, {}).get("usd", 0), 4), "requests": days.get(day, {}).get(
-            "requests", 0)} for day in map(day_of, moments)] if days else []
+        return [dict({name: days.get(day, {}).get(name, 0) for name in ("usd", "requests")}, day=day)
+                for day in map(day_of, moments) if days]
     return []
-
-
-def running_besides(gateway: Gateway) -> int:
-    """The requests that run now, besides the one that asks."""
-    return max(0, gateway.running.count - 1)
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -7501,58 +7418,55 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
     if gateway.config.api_key and not incoming.owner:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
-    if incoming.query == "setup":                   # for the page, whose address replaces localhost
-        port = int((re.search(r":(\d+)\Z", incoming.headers.get("host", "")) or ("", 80))[1])
-        return Reply({name: as_typed(setup_text(name, replace(gateway.config, port=port))) for name in TOOL_SETTINGS})
+    if incoming.query == "setup":                   # for the page, at the address that the browser used
+        host = incoming.headers.get("host") or "localhost"
+        config = replace(gateway.config, port=int((re.search(r":(\d+)\Z", host) or ("", 80))[1]))
+        return Reply({name: as_typed(setup_text(name, config)).replace("localhost:%d" % config.port, host)
+                      for name in TOOL_SETTINGS})
     return Reply(status_data(gateway))
 
 
 def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     """GET /metrics, in Prometheus' text format 0.0.4."""
-    counters = gateway.counters
-    totals = counters.totals()
+    data, counters, totals = status_data(gateway), gateway.counters, gateway.counters.totals()
     models = totals["models"]
+    priced = {model: figures for model, figures in models.items() if "usd" in figures}
     lines: list[str] = []
 
-    def family(name: str, kind: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+    def family(name: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+        kind = "counter" if name.endswith("_total") else "gauge"
         lines.append("# HELP claude_gateway_%s %s\n# TYPE claude_gateway_%s %s" % (name, help_text, name, kind))
         for labels, value in samples:
             labelled = ",".join('%s="%s"' % (label, re.sub(r'(["\\])', r"\\\1", str(text)))
                                 for label, text in labels.items())
             lines.append("claude_gateway_%s%s %s" % (name, "{%s}" % labelled if labelled else "", value))
 
-    family("info", "gauge", "The running version.", [({"version": VERSION}, 1)])
-    family("start_time_seconds", "gauge", "Unix time of the start.", [({}, round(counters.started, 3))])
-    family("credential_ok", "gauge", "0 from a refusal of the credential or a failed renewal to the next success.",
-           [({}, int(gateway.upstream.trouble is None))])
-    family("requests_total", "counter", "Requests answered, by route and status.",
+    family("info", "The running version.", [({"version": VERSION}, 1)])
+    family("start_time_seconds", "Unix time of the start.", [({}, round(counters.started, 3))])
+    family("credential_ok", "0 from a refusal of the credential or a failed renewal to the next success.",
+           [({}, int(data["trouble"] is None))])
+    family("requests_total", "Requests answered, by route and status.",
            [({"route": route, "status": code}, count) for (route, code), count in totals["routes"]])
-    family("requests_running", "gauge", "Requests that run now.", [({}, running_besides(gateway))])
-    family("request_duration_seconds_total", "counter", "Time spent on all requests.",
-           [({}, round(counters.seconds, 3))])
-    family("errors_total", "counter", "Requests that failed, by code.",
-           [({"code": code}, count) for code, count in totals["errors"].items()])
-    family("tokens_total", "counter", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
-           [({"model": model, "kind": kind}, figures[kind]) for model, figures in models.items()
-            for kind in TOKEN_KINDS])
-    models = {model: figures for model, figures in models.items() if "usd" in figures}
-    family("cost_usd_total", "counter", "US dollars by list prices, by model.",
-           [({"model": model}, round(figures["usd"], 6)) for model, figures in models.items()])
-    family("cache_saved_usd", "gauge", "US dollars that caching saved; negative while it is only written.",
-           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in models.items()])
-    limits = limits_from_headers(counters.limit_headers, time.time())
-    family("limit_used_ratio", "gauge", "Used share of plan windows and rate limits, as Claude last reported.",
-           [({"window": limit["window"]}, limit["used"]) for limit in limits])
-    family("limit_reset_timestamp_seconds", "gauge", "When they are reset, in Unix time.",
-           [({"window": limit["window"]}, limit["resets_at"]) for limit in limits if limit["resets_at"] is not None])
+    family("requests_running", "Requests that run now.", [({}, data["requests"]["running"])])
+    family("request_duration_seconds_total", "Time spent on all requests.", [({}, round(counters.seconds, 3))])
+    family("errors_total", "Requests that failed, by code.",
+           [({"code": code}, count) for code, count in data["errors"].items()])
+    family("tokens_total", "Tokens, by model and kind; the prompt is input, cache_read and cache_write.",
+           [({"model": model, "kind": kind}, models[model][kind]) for model in models for kind in TOKEN_KINDS])
+    family("cost_usd_total", "US dollars by list prices, by model.",
+           [({"model": model}, round(figures["usd"], 6)) for model, figures in priced.items()])
+    family("cache_saved_usd", "US dollars that caching saved; negative while it is only written.",
+           [({"model": model}, round(figures["saved_usd"], 6)) for model, figures in priced.items()])
+    family("limit_used_ratio", "Used share of plan windows and rate limits, as Claude last reported.",
+           [({"window": limit["window"]}, limit["used"]) for limit in data["limits"]])
+    family("limit_reset_timestamp_seconds", "When they are reset, in Unix time.",
+           [({"window": limit["window"]}, limit["resets_at"]) for limit in data["limits"] if limit["resets_at"]])
     return Reply(raw=("\n".join(lines) + "\n").encode("utf-8"), headers={
         "content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 PAGE = """<!doctype html>
 <html lang="en">
-<head>
-<meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Claude Gateway</title>
 <style nonce="NONCE">
@@ -7560,53 +7474,39 @@ PAGE = """<!doctype html>
           --ink: light-dark(#22201c, #eeebe4); --soft: light-dark(#6b665c, #a39d91);
           --line: light-dark(#e4e0d6, #3a3732); --accent: light-dark(#b5532d, #e08a63);
           --good: light-dark(#2f7d4f, #6cc090); --bad: light-dark(#b3261e, #f2857c); }
-  * { box-sizing: border-box; }
+  * { box-sizing: border-box; } [hidden] { display: none !important; }
   body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-  main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-  h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase;
-       color: var(--soft); margin: 0 0 .6rem; font-weight: 600; }
-  header { display: flex; gap: .75rem; align-items: baseline; flex-wrap: wrap; margin-bottom: 1.2rem; }
-  header span { color: var(--soft); }
-  #state::before { content: "\\25cf"; margin-right: .35em; } .up { color: var(--good) !important; }
-  .down { color: var(--bad) !important; }
-  .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); }
-  section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem;
-            min-width: 0; }
-  .wide { grid-column: 1 / -1; } .wide dd { text-align: left; }
+  main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; font-variant-numeric: tabular-nums; }
+  h1 { font-size: 1.3rem; margin: 0; }
+  h2 { font-size: .8rem; letter-spacing: .06em; text-transform: uppercase; margin: 0 0 .6rem; font-weight: 600; }
+  h2, dt, th, p, .note, #version { color: var(--soft); } .up { color: var(--good); }
+  .down, #errors dt, #trouble { color: var(--bad); } #state::before { content: "\\25cf"; margin-right: .35em; }
+  header, form, .row { display: flex; gap: .5rem .75rem; align-items: baseline; flex-wrap: wrap; }
+  .row { justify-content: space-between; }
+  .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); margin-top: 1.2rem; }
+  section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem; min-width: 0; }
+  .wide { grid-column: 1 / -1; overflow-x: auto; } #demo, #trouble, #ask { margin-top: 1rem; }
+  #trouble { border-color: var(--bad); } #demo { border-color: var(--accent); } #demo b { color: var(--accent); }
   dl { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .25rem 1rem; margin: 0; }
-  dt { color: var(--soft); white-space: nowrap; }
-  dd { margin: 0; text-align: right; overflow-wrap: break-word; font-variant-numeric: tabular-nums; }
-  #credential, #errors { display: block; } #credential dd, #errors dd { text-align: left; }
-  #errors dt { color: var(--bad); }
-  #credential dt, #names, td, th { font-size: .88rem; }
-  table { border-collapse: collapse; width: 100%; } .scroll { overflow-x: auto; }
-  td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; white-space: nowrap; font-weight: 400;
-           font-variant-numeric: tabular-nums; } th { color: var(--soft); }
+  dt, th, td { white-space: nowrap; } dd { margin: 0; overflow-wrap: break-word; } #tokens dd { text-align: right; }
+  #credential, #errors { display: block; } #credential dt, #names, p, .note, td, th { font-size: .88rem; }
+  td, th { text-align: left; padding: .15rem .8rem .15rem 0; vertical-align: top; font-weight: 400; }
+  table { border-spacing: 0; width: 100%; }
   tr.detail span { display: inline-block; max-width: calc(100vw - 4.5rem); white-space: normal; margin-right: .5rem; }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: .6rem 0 0; }
-  dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
-  #trouble { border-color: var(--bad); color: var(--bad); margin-bottom: 1rem; }
-  #demo { border-color: var(--accent); margin-bottom: 1rem; } #demo b { color: var(--accent); }
-  code { font: 13px/1.5 ui-monospace, monospace; }
-  .big { font-size: 2rem; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
-  .note { color: var(--soft); font-size: .9rem; }
-  .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin: .2rem 0 .7rem; }
-  .bar i { display: block; height: 100%; background: var(--accent); border-radius: 4px; }
+  code, pre { font: 13px/1.5 ui-monospace, monospace; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0 0; }
+  .grid b { display: block; font-size: 2rem; font-weight: 600; line-height: 1.2; } p { margin: 0; }
+  progress { width: 100%; height: .9rem; accent-color: var(--accent); }
   #bars { display: flex; align-items: flex-end; gap: 2px; height: 4rem; margin-top: .6rem; }
   #bars i { flex: 1; min-height: 1px; background: var(--line); }
   #bars i:nth-last-child(-n + 7) { background: var(--accent); }
-  .row { display: flex; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
-  form { display: flex; gap: .5rem; flex-wrap: wrap; }
   input, button, select { font: inherit; padding: .4rem .7rem; border-radius: 6px; border: 1px solid var(--line);
                   background: var(--back); color: var(--ink); }
-  [hidden] { display: none !important; }
+  dd button { padding: 0 .5rem; margin-left: .5rem; font-size: .8rem; } summary, select { cursor: pointer; }
 </style>
-</head>
-<body>
 <main>
   <header><h1>Claude Gateway</h1><span id="version"></span><span id="state" role="status">connecting</span></header>
-  <section id="demo" hidden><b>DEMO</b> Nothing is sent to Claude: answers, tokens, costs and limits are
-    simulated.</section>
+  <section id="demo" hidden><b>DEMO</b> Nothing goes to Claude: answers, tokens, costs, limits are simulated.</section>
   <section id="trouble" role="alert" hidden></section>
   <section id="ask" hidden><h2>API key required</h2>
     <form id="key"><input type="password" id="secret" aria-label="API key of this gateway" autocomplete="off"
@@ -7621,19 +7521,17 @@ PAGE = """<!doctype html>
       <details id="setup"><summary class="note">Settings for a tool</summary>
         <select id="tool" aria-label="Tool"></select> <button data-copy="settings">copy</button>
         <pre id="settings"></pre></details></section>
-    <section><h2>Requests</h2><div class="big" id="requests"></div><div class="note" id="running"></div></section>
+    <section><h2>Requests</h2><b id="requests"></b><p id="running"></p></section>
     <section data-card="errors"><h2>Errors</h2><dl id="errors"></dl></section>
-    <section data-card="used"><h2>Cost</h2><div class="big" id="cost"></div>
-      <div class="note" id="saved"></div></section>
-    <section data-card="used"><h2>Cache</h2><div class="big" id="share"></div>
-      <div class="note">of all prompt tokens were read from Claude's cache</div></section>
+    <section data-card="used"><h2>Cost</h2><b id="cost"></b><p id="saved"></p></section>
+    <section data-card="used"><h2>Cache</h2><b id="share"></b><p>of all input was read from Claude's cache</p></section>
     <section data-card="used"><h2>Tokens</h2><dl id="tokens"></dl></section>
-    <section id="month"><h2>7 and 30 days</h2><div class="big" id="week"></div><div class="note" id="month-cost"></div>
+    <section data-card="days"><h2>7 and 30 days</h2><b id="week"></b><p id="month"></p>
       <div id="bars" aria-hidden="true"></div></section>
     <section data-card="limits"><h2>Limits</h2><div id="limits"></div></section>
     <section><h2>Credential</h2><dl id="credential"></dl></section>
-    <section class="wide scroll" data-card="used"><h2>By tool and model</h2><table id="totals"></table></section>
-    <section class="wide scroll" data-card="recent"><h2>Last requests</h2>
+    <section class="wide" data-card="used"><h2>By tool and model</h2><table id="totals"></table></section>
+    <section class="wide" data-card="recent"><h2>Last requests</h2>
       <label class="note"><input type="checkbox" id="failed"> only errors</label><table id="recent"></table></section>
   </div>
 </main>
@@ -7641,7 +7539,10 @@ PAGE = """<!doctype html>
   "use strict";
   const at = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en");
-  let key = "";
+  const dollars = (usd) => "$" + (usd < 0.01 ? Number(usd.toFixed(4)) || "0.00" : usd.toFixed(2));
+  const moment = (seconds) =>
+    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  let key = "", listed;
 
   function make(kind, content = "", className = "") {
     const made = document.createElement(kind);
@@ -7654,57 +7555,19 @@ PAGE = """<!doctype html>
   const pairs = (id, entries) => fill(id, entries.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
   const row = (cells, kind = "td") => make("tr", cells.map((cell) => make(kind, cell)));
 
-  function dollars(value) {                         // in cents, or finer; never a zero with a sign
-    const size = Math.abs(value), text = size >= 0.01 ? size.toFixed(2) : String(Number(size.toFixed(4)) || "0.00");
-    return (value < 0 && Number(text) ? "-$" : "$") + text;
-  }
-
-  const time = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
-  const moment = (seconds) =>
-    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
-
-  function limitBars(limits) {
-    fill("limits", limits.flatMap((limit) => {
-      const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "", used = make("i");
-      used.style.width = Math.min(100, limit.used * 100) + "%";
-      const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note");
-      return [make("div", [make("span", limit.title), share], "row"), make("div", used, "bar")];
-    }));
-  }
-
-  function totals(data) {
-    const lines = (sums) => Object.entries(sums).map(([name, each]) => row([name, number(each.requests),
-      number(each.failed), number(each.input_tokens), number(each.output_tokens), dollars(each.cost_usd)]));
-    fill("totals", [row(["", "Requests", "Failed", "Tokens in", "Tokens out", "Cost"], "th"),
-      ...lines(data.by_tool), ...lines(data.by_model)]);
-  }
-
-  function recent(data) {
-    const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
-    const news = JSON.stringify(shown);
-    if (news === recent.news) return;               // a selection in the table stays
-    recent.news = news;
-    fill("recent", [row(["Time", "Tool", "Model", "Status", "Tokens in", "out", "Cost", "First byte, all"], "th"),
-      ...shown.flatMap((each) => {
-        const models = each.asked && each.used && each.asked !== each.used ? each.asked + " \u2192 " + each.used :
-          each.used || each.asked || each.path;
-        const counts = each.input_tokens === null ? ["", ""] : [number(each.input_tokens) + " (" +
-          Math.round(100 * each.cached_tokens / (each.input_tokens || 1)) + " % cached)", number(each.output_tokens)];
-        const line = row([time(each.time), each.tool, models, each.status + (each.stream ? " stream" : ""), ...counts,
-          each.cost_usd === null ? "" : dollars(each.cost_usd), each.first_byte_ms + " / " + each.total_ms + " ms"]);
-        const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
-        detail.colSpan = 8;
-        return each.error || each.changes ? [line, make("tr", detail, "detail")] : [line];
-      })]);
+  function limitBar(limit) {
+    const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "";
+    const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note"), bar = make("progress");
+    bar.value = limit.used;
+    return [make("div", [make("span", limit.title), share], "row"), bar];
   }
 
   function dayBars(days) {
     const most = Math.max(...days.map((day) => day.usd), 0.01);
     const sum = (some, name) => some.reduce((total, day) => total + day[name], 0);
-    at("month").hidden = !days.length;
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
-    at("month-cost").textContent = "in 7 days, " + dollars(sum(days, "usd")) + " in 30 days, for " +
-      number(sum(days, "requests")) + " requests";
+    at("month").textContent = "in 7 days; " + dollars(sum(days, "usd")) + " in 30 days, requests: " +
+      number(sum(days, "requests"));
     fill("bars", days.map((day) => {
       const bar = make("i");
       bar.style.height = 100 * day.usd / most + "%";
@@ -7713,39 +7576,52 @@ PAGE = """<!doctype html>
     }));
   }
 
+  function tables(data) {
+    fill("totals", data.totals.flatMap((table) => table.map((cells, at) => row(cells, at ? "td" : "th"))));
+    const shown = data.recent.filter((each) => !at("failed").checked || each.status >= 400 || each.error);
+    const news = JSON.stringify(shown);
+    if (news === listed) return;                    // a selection in the table stays
+    listed = news;
+    fill("recent", [row(data.columns, "th"), ...shown.flatMap((each) => {
+      const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
+      detail.colSpan = data.columns.length;
+      return [row(each.row), ...(each.error || each.changes ? [make("tr", detail, "detail")] : [])];
+    })]);
+  }
+
   function show(data) {
     at("version").textContent = data.version ?? "";
-    at("ask").hidden = !data.key_needed; at("data").hidden = !!data.key_needed;
+    at("ask").hidden = !data.key_needed;
+    at("data").hidden = !!data.key_needed;
     if (data.key_needed) return;
-    const tokens = data.tokens, facts = data.credential ?? {}, demo = data.upstream === "simulated";
-    at("demo").hidden = !demo;
+    const tokens = data.tokens, facts = data.credential ?? {}, saved = data.cache.saved_usd;
+    const texts = {
+      trouble: data.trouble ? "The credential does not work, since " + moment(data.trouble.at) + ": " +
+        data.trouble.message : "",
+      base: location.origin + "/v1", keyhint: key ? "your key" : "none",
+      names: Object.entries({ ...data.models, ...data.aliases }).map((pair) => pair.join(" = ")).join(", "),
+      requests: number(data.requests.total), share: data.cache.share_percent + " %", cost: dollars(data.cost.usd),
+      running: data.requests.running + " running; all since " + moment(data.started_at),
+      saved: "by list prices; caching " + (saved < 0 ? "cost " : "saved ") + dollars(Math.abs(saved)) +
+        data.cost.without_price.map((model) => "; without " + model).join("") };
+    for (const [id, text] of Object.entries(texts)) at(id).textContent = text;
     at("trouble").hidden = !data.trouble;
-    if (data.trouble) at("trouble").textContent = "The credential does not work, since " +
-      moment(data.trouble.at) + ": " + data.trouble.message;
-    at("base").textContent = location.origin + "/v1";
-    at("keyhint").textContent = key ? "your key" : "none";
-    at("names").textContent = Object.entries({ ...data.models, ...data.aliases })
-      .map(([name, id]) => name + " = " + id).join(", ");
-    at("requests").textContent = number(data.requests.total);
-    at("running").textContent = data.requests.running + " running; all since " + moment(data.started_at);
+    at("demo").hidden = data.upstream !== "simulated";
     pairs("errors", Object.entries(data.errors).map(([code, count]) =>
       [number(count) + " \u00d7 " + code, data.error_texts[code] ?? ""]));
-    at("share").textContent = data.cache.share_percent + " %";
-    at("cost").textContent = dollars(data.cost.usd);
-    at("saved").textContent = "by list prices; caching saved " + dollars(data.cache.saved_usd) +
-      data.cost.without_price.map((model) => "; without " + model).join("");
     const kinds = [["New in the prompt", tokens.input], ["Read from the cache", tokens.cache_read],
       ["Stored in the cache", tokens.cache_write], ["Answers", tokens.output]];
     const sum = kinds.reduce((all, [, count]) => all + count, 0);
     pairs("tokens", [...kinds, ["Total", sum]].map(([name, count]) => [name, number(count)]));
-    limitBars(data.limits); dayBars(data.days); totals(data); recent(data);
     const over = facts.expires_at * 1000 < Date.now();
     pairs("credential", [["Kind", facts.description ?? "none"], ["Account", facts.account], ["Upstream", data.upstream],
       [over ? "Token expired" : facts.refreshable ? "Token renews" : "Token expires",
-        facts.expires_at && moment(facts.expires_at)]]
-      .filter(([, value]) => value));
+        facts.expires_at && moment(facts.expires_at)]].filter(([, value]) => value));
+    fill("limits", data.limits.flatMap(limitBar));
+    dayBars(data.days);
+    tables(data);
     const cards = { errors: Object.keys(data.errors).length, used: sum, limits: data.limits.length,
-      recent: data.recent.length };
+      days: data.days.length, recent: data.recent.length };
     for (const card of document.querySelectorAll("[data-card]")) card.hidden = !cards[card.dataset.card];
   }
 
@@ -7754,6 +7630,7 @@ PAGE = """<!doctype html>
 
   async function update() {
     const sent = key;
+    let state = "running";
     try {
       const answer = await ask("/", sent);
       if (!answer.ok && answer.status !== 401) throw new Error(answer.status);
@@ -7761,10 +7638,11 @@ PAGE = """<!doctype html>
       if (sent !== key) return;
       if (sent && data.key_needed) { key = ""; at("wrong").hidden = false; }
       show(data);
-      at("state").textContent = "running"; at("state").className = "up";
     } catch (problem) {
-      at("state").textContent = "not reachable"; at("state").className = "down";
+      state = "not reachable";
     }
+    at("state").textContent = state;
+    at("state").className = state === "running" ? "up" : "down";
   }
 
   at("key").addEventListener("submit", (event) => {
@@ -7775,23 +7653,23 @@ PAGE = """<!doctype html>
   });
   at("setup").addEventListener("toggle", async () => {
     const texts = await (await ask("/?setup", key)).json(), chosen = at("tool");
-    const show = () => {
-      at("settings").textContent = texts[chosen.value].replaceAll("localhost:" + (location.port || 80), location.host);
-    };
+    const show = () => { at("settings").textContent = texts[chosen.value]; };
     fill("tool", Object.keys(texts).map((name) => make("option", name)));
     chosen.addEventListener("change", show);
     show();
   }, { once: true });
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.hidden = !navigator.clipboard;           // browsers have it on localhost and https only
-    button.addEventListener("click", () => navigator.clipboard.writeText(at(button.dataset.copy).textContent));
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(at(button.dataset.copy).textContent);
+      button.textContent = "copied";
+      setTimeout(() => { button.textContent = "copy"; }, 2000);
+    });
   }
   at("failed").addEventListener("change", update);
   update();
   setInterval(update, 2000);
 </script>
-</body>
-</html>
 """
 
 
@@ -7828,8 +7706,7 @@ LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|([a-z0-9-]+\.)+localhost|127\
 
 @functools.lru_cache(maxsize=64)
 def route_of(target: str) -> tuple[str, str]:
-    """The path that decides, and the argument behind it: with or without /v1, also doubled; // and a last / do not
-    matter."""
+    """The path that decides, and the argument behind it; /v1, also doubled, // and a last / do not matter."""
     path = re.sub(r"/{2,}", "/", re.sub(r"[?#].*", "", target))
     path = re.sub(r"^(/v1)+(?=/|$)", "", path).rstrip("/") or "/"
     path = re.sub(r"^(/chat/completions)+$", "/chat/completions", path)     # from the start only: it stays linear
@@ -7843,13 +7720,12 @@ def route_of(target: str) -> tuple[str, str]:
 def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
     """The endpoint of a path; `typed` is how the client wrote it."""
     methods = ROUTES.get(path)
-    without_counterpart = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
-    if without_counterpart:
-        raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
-            without_counterpart.group(1), printable(path)))
     if methods is None:
-        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
-            method, printable(typed), ", ".join(route for route in ROUTES if "{" not in route)))
+        without_counterpart = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
+        raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
+            without_counterpart.group(1), printable(path)) if without_counterpart else
+            "There is nothing at %s %s; served are %s." % (
+                method, printable(typed), ", ".join(route for route in ROUTES if "{" not in route)))
     endpoint = methods.get("GET" if method == "HEAD" else method)
     if endpoint is None:
         names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
@@ -7859,51 +7735,19 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
     return endpoint
 
 
-def named_host(head: Head) -> tuple[str | None, Head]:
-    """The host that a request names, and the request with a path as its target."""
-    absolute = re.match(r"https?://([^/?#]*)", head.target, re.I)
-    if absolute:                                    # its authority wins over Host (RFC 9112, 3.2.2)
-        host, path = absolute.group(1), head.target[absolute.end():]
-        return host, head._replace(target=path if path.startswith("/") else "/" + path)
-    if not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
-        raise InvalidRequest("The request target is not a path.", code="bad_request_line")
-    return head.headers.get("host"), head           # HTTP/1.0 may leave it out
-
-
-@functools.lru_cache(maxsize=64)
 def allowed_host(host: str, config: Config) -> tuple[str, bool]:
-    """The name in a Host header, and whether it may be this gateway's: a web page's own name never reaches us
-    (DNS rebinding)."""
+    """The name in a Host header, and whether it may be this gateway's; a web page's own may not (DNS rebinding)."""
     match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
-    allowed = {"host.docker.internal", *(entry.lower() for entry in [*config.hosts, *config.allow_host])}
-    return name, is_loopback_host(name) or is_address(name) or name in allowed
+    names = ["host.docker.internal", *config.hosts, *config.allow_host]
+    return name, is_address(name) or is_loopback_host(name) or name in map(str.lower, names)
 
 
 def origin_allowed(origin: str, config: Config) -> bool:
     """Against web pages that spend the owner's quota."""
     return LOOPBACK_ORIGIN.match(origin) is not None or origin in config.cors_origin or "*" in config.cors_origin
-
-
-def keys_sent(head: Head) -> list[bytes]:
-    """Digests of the keys in a request: neither length nor content shows in the time it takes to compare them."""
-    authorization = head.headers.get("authorization", "")
-    sent = [re.sub(r"^bearer\s+", "", authorization, flags=re.I), head.headers.get("x-api-key", ""),
-            head.headers.get("api-key", "")]
-    return [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
-
-
-def owner_of(digests: Sequence[bytes], keys: Sequence[str]) -> str:
-    """A digest of the configured key that was sent, "" where none was."""
-    owner = ""
-    for key in keys:
-        known = hashlib.sha256(key.encode("utf-8")).digest()
-        for digest in digests:
-            if hmac.compare_digest(known, digest):
-                owner = known.hex()
-    return owner
 
 
 # ---- HTTP server -------------------------------------------------------------------------------------
@@ -7916,6 +7760,7 @@ NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
 LAST_CHUNK = b"0\r\n\r\n"
 LOG_NAME = "request "
+http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)      # the same for a second
 
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
@@ -7949,13 +7794,6 @@ def parsed_weight(body: bytes) -> int:
     return 5 * len(body) if wide else min(25 * (body.count(b",") + body.count(b":")), 5 * len(body))
 
 
-def cors_headers(head: Head, config: Config) -> dict[str, str]:
-    origin = head.headers["origin"]
-    if not origin_allowed(origin, config):
-        return {}
-    return {"access-control-allow-origin": origin, "vary": "Origin", "access-control-expose-headers": EXPOSED_HEADERS}
-
-
 def preflight_headers(head: Head) -> dict[str, str]:
     headers = {"access-control-allow-methods": "GET, POST, DELETE, HEAD, OPTIONS", "access-control-max-age": "600",
                "allow": "GET, POST, DELETE, HEAD, OPTIONS"}
@@ -7979,27 +7817,19 @@ class StreamedReply:
         self.idle_comment = self._wire(IDLE_COMMENT) if reply.idle_comments else b""
 
     def steps(self) -> Iterator[Any]:
-        """Bytes to send, its end included; a Wait or NEEDS_THREAD in between."""
-        for step in self._reply.steps or ():
-            if isinstance(step, list):              # events that arrive together leave together
-                yield self._wire(self._events(step, self._reply.json_of))
-            else:
-                yield self._wire(step) if isinstance(step, bytes) else step
-        yield self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b"")
+        """The same steps with bytes to send, the end of the body included."""
+        for data, wait in self._reply.steps or ():
+            if isinstance(data, list):              # events that arrive together leave together
+                data = b"".join(map(self._reply.event_bytes, data))
+            yield self._wire(data), wait
+        yield self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b""), None
 
     def failure(self, failure: GatewayError) -> bytes:
         """An event that SDKs raise, and the end; a body of another kind is cut, so that nobody takes it for whole."""
         if not self.headers["content-type"].startswith("text/event-stream"):
             return b""
-        return self._wire(self._events(self._reply.failure(failure), client_json)) + (
-            LAST_CHUNK if self._chunked else b"")
-
-    def _events(self, batch: list[dict], json_of: Callable[[dict], bytes]) -> bytes:
-        """Server-sent events."""
-        if self._reply.named_events:
-            return b"".join([b"event: %s\ndata: %s\n\n" % (event["type"].encode(), json_of(event))
-                             for event in batch])
-        return b"".join([b"data: %s\n\n" % json_of(event) for event in batch])
+        data = b"".join(map(self._reply.event_bytes, self._reply.failure(failure)))
+        return self._wire(data) + (LAST_CHUNK if self._chunked else b"")
 
     def _wire(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self._chunked and data else data
@@ -8020,7 +7850,7 @@ class RequestCycle:
         self.steps: Iterator[Any] = iter(())        # of a stream, once its head has gone out
         self._stream: Optional[StreamedReply] = None
         self._native = False
-        self._record = Record(head.method, re.sub(r"[?#].*", "", head.target), address,
+        self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address,
                               tool_of(head.headers), started)
         self._log_name = LOG_NAME + secrets.token_hex(2)        # of the thread, so that its log entries show it
         # what has to be given back, whatever happens
@@ -8030,9 +7860,7 @@ class RequestCycle:
 
     def run(self, failure: BaseException | None = None) -> Wait | None:
         """Answers the request, or goes on with its stream in a thread again; the catch-all of the program is here.
-
-        Returns what a stream waits for that is better left to the event loop; None when the request is over.
-        """
+        Returns what a stream waits for that is better left to the event loop; None when the request is over."""
         wait = None
         threading.current_thread().name = self._log_name
         try:
@@ -8065,8 +7893,7 @@ class RequestCycle:
                     if record.used:
                         self._gateway.usage.add(record.tool, record.used, record.owner, {
                             "requests": 1, "errors": int(record.status >= 400)})
-                    summary = record.summary(short_line(record), self._gateway.secrets())
-                    self._gateway.counters.add_request(record.route, summary)
+                    self._gateway.counters.add_request(record.route, record.summary(self._gateway.secrets()))
             finally:
                 self._leave()                       # who waits for an idle gateway finds everything counted
 
@@ -8074,8 +7901,6 @@ class RequestCycle:
         if self._entered:
             self._entered = False
             self._gateway.running.give()
-
-    # -- answering
 
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
@@ -8118,7 +7943,13 @@ class RequestCycle:
 
     def _checked_head(self) -> Head:
         """The head with a path as its target.  Raises GatewayError for a foreign host or origin."""
-        host, head = named_host(self._head)
+        head, host = self._head, self._head.headers.get("host")         # HTTP/1.0 may leave it out
+        absolute = None if head.target.startswith("/") else re.match(r"https?://([^/?#]*)", head.target, re.I)
+        if absolute:                                # its authority wins over Host (RFC 9112, 3.2.2)
+            host, path = absolute.group(1), head.target[absolute.end():]
+            head = head._replace(target=path if path.startswith("/") else "/" + path)
+        elif not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
+            raise InvalidRequest("The request target is not a path.", code="bad_request_line")
         name, allowed = allowed_host(host, self._config) if host is not None else ("", True)
         if not allowed:
             self.keep_alive = False
@@ -8138,8 +7969,13 @@ class RequestCycle:
 
     def _owner(self, path: str) -> str:
         """The owner of what this request leaves behind: a digest of the key.  A wrong key is refused after a pause."""
-        digests = keys_sent(self._head)
-        owner = owner_of(digests, self._config.api_key)
+        sent = [re.sub(r"^bearer\s+", "", self._head.headers.get("authorization", ""), flags=re.I),
+                self._head.headers.get("x-api-key", ""), self._head.headers.get("api-key", "")]
+        # as digests neither length nor content shows in the time it takes to compare them
+        digests = [hashlib.sha256(key.strip().encode("latin-1", "replace")).digest() for key in sent if key]
+        known = [hashlib.sha256(key.encode("utf-8")).digest() for key in self._config.api_key]
+        owners = [key.hex() for key in known for digest in digests if hmac.compare_digest(key, digest)]
+        owner = owners[-1] if owners else ""
         guessed = bool(digests) and path == "/"     # whose numbers would show at once whether a guess is right
         if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
             self._record.owner = "" if self._config.passing_key else owner[:12]
@@ -8149,8 +7985,6 @@ class RequestCycle:
         raise Refused(401, "invalid_api_key", "Invalid API key." if digests else
                       "A key of this gateway is needed (Authorization: Bearer KEY).",
                       headers={"www-authenticate": "Bearer"})
-
-    # -- the body
 
     def _read_body(self, length: int | None) -> bytes:
         """The body: framed, bounded, counted against the budget, unpacked."""
@@ -8202,11 +8036,13 @@ class RequestCycle:
         if self._body_unread:                       # or part of it: what follows is out of step
             self.keep_alive = False
 
-    # -- sending
-
     def _send_reply(self, reply: Reply) -> Wait | None:
         if reply.steps is not None:
-            return self._begin_stream(StreamedReply(reply, chunked=self._head.version == "1.1"))
+            chunked = self._head.version == "1.1"
+            stream, self.keep_alive = StreamedReply(reply, chunked), self.keep_alive and chunked
+            self.client.send(self._head_bytes(200, stream.headers))
+            self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
+            return self._go_on()
         if reply.raw is None:
             LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
         body = client_json(reply.body) + b"\n" if reply.raw is None else reply.raw     # curl leaves the line to us
@@ -8219,40 +8055,40 @@ class RequestCycle:
             self._drain_body()
         headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
         self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
-        if self._body_unread:
-            self._linger()
+        if self._body_unread:                       # reads on for a moment, so that the client sees this and no reset
+            deadline = time.monotonic() + 2
+            with contextlib.suppress(OSError):
+                self._peer.sock.shutdown(socket.SHUT_WR)
+                while self._peer.read_within(2, deadline):
+                    pass
 
     def _head_bytes(self, status: int, headers: dict[str, str]) -> bytes:
         self._record.status = status
         self._record.first_byte_ms = self._record.elapsed_ms()
         if self._gateway.running.draining:
             self.keep_alive = False
-        lines = dict({"server": USER_AGENT, "date": email.utils.formatdate(usegmt=True)}, **headers)
+        lines = dict({"server": USER_AGENT, "date": http_date(int(time.time()), usegmt=True)}, **headers)
         lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
         self._record.request_id = lines[REQUEST_ID_HEADER]
-        if "origin" in self._head.headers:
-            lines.update(cors_headers(self._head, self._config))
+        origin = self._head.headers.get("origin")
+        if origin is not None and origin_allowed(origin, self._config):
+            lines.update({"access-control-allow-origin": origin, "vary": "Origin",
+                          "access-control-expose-headers": EXPOSED_HEADERS})
         lines["connection"] = "keep-alive" if self.keep_alive else "close"
         head = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Unknown"))]
-        head += ["%s: %s" % (name, CONTROLS.sub(" ", value)) for name, value in lines.items()]
+        head += ["%s: %s" % (name, value if value.isprintable() else CONTROLS.sub(" ", value))
+                 for name, value in lines.items()]
         return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
-
-    def _begin_stream(self, stream: StreamedReply) -> Wait | None:
-        """A body in pieces, with a comment when nothing goes out for a while."""
-        self.keep_alive = self.keep_alive and self._head.version == "1.1"
-        self.client.send(self._head_bytes(200, stream.headers))
-        self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
-        return self._go_on()
 
     def _go_on(self) -> Wait | None:
         """Sends a stream; where many run, one that has to be waited for is better left to the event loop."""
-        for step in self.steps:
-            if isinstance(step, Wait):
+        for data, wait in self.steps:
+            if data:
+                self.client.send(data)
+            if isinstance(wait, Wait):
                 if self._gateway.running.count > self._limits.event_loop_from and not self._gateway.event_loop.full:
-                    return step
-                self.client.wait(step)
-            elif step and step is not NEEDS_THREAD:
-                self.client.send(step)
+                    return wait
+                self.client.wait(wait)
         return None
 
     def _send_failure(self, failure: GatewayError) -> None:
@@ -8272,14 +8108,6 @@ class RequestCycle:
         except ClientGone:
             self.keep_alive = False
 
-    def _linger(self) -> None:
-        """Reads on for a moment after refusing a body, so that the client sees the answer and no reset."""
-        deadline = time.monotonic() + 2
-        with contextlib.suppress(OSError):
-            self._peer.sock.shutdown(socket.SHUT_WR)
-            while self._peer.read_within(2, deadline):
-                pass
-
 
 def unexpected(failure: Exception) -> GatewayError:
     """A defect of ours: the client learns its kind, the log where it happened."""
@@ -8290,22 +8118,23 @@ def unexpected(failure: Exception) -> GatewayError:
 
 def tool_of(headers: dict[str, str]) -> str:
     """The tool that the headers of a request name, short enough for a column of the log."""
-    versions = (re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers)
-    named = headers.get("x-title") or "".join(match.group(1) for match in versions if match)
-    agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", headers.get("user-agent", ""))      # the SDK, its name minified
-    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) or agent)
+    versions = [re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers if name.startswith("x-")]
+    named = headers.get("x-title") or "".join([match.group(1) for match in versions if match])
+    agent = headers.get("user-agent", "")
+    if "/JS " in agent:                             # the SDK, its name minified
+        agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", agent)
+    match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) if named else agent)
     name = match.group(1) if match else "-"
     return {"Mozilla": "browser"}.get(name, name)[:14]
 
 
 def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
-    fields = without(vars(record), "started", "owner")
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
     line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
     if config.minimal:
-        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": fields})
+        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": vars(record)})
         return
     models = "%s -> %s" % (printable(record.asked or "(none)"), record.used or "-")
     line += "  %-14s %-36s %-6s" % (record.tool, models if record.asked or record.used else "-",
@@ -8316,7 +8145,7 @@ def log_request_record(record: Record, config: Config) -> None:
             record.output_tokens)
     line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
     error = "  " + printable(record.error, 500) if record.error else ""
-    LOG.log(level, "%s", line + error, extra={"fields": fields, "short": short_line(record) + error})
+    LOG.log(level, "%s", line + error, extra={"fields": vars(record), "short": lambda: short_line(record) + error})
     if record.changes and config.log_format != "json":
         LOG.info("  changes: %s", printable(record.changes, 100_000))
 
@@ -8340,10 +8169,8 @@ class Connection:
         self._peer, self._address, self._release = Peer(sock), address, release
 
     def run(self, cycle: RequestCycle | None = None, failure: BaseException | None = None) -> None:
-        """Requests in order, until the connection ends or a stream moves to the event loop.
-
-        A cycle whose stream the event loop has given back goes on first.
-        """
+        """Requests in order, until the connection ends or a stream moves to the event loop; a cycle whose stream the
+        event loop has given back goes on first."""
         wait = None
         try:
             cycle = cycle or self._next_cycle()
@@ -8355,7 +8182,7 @@ class Connection:
         except Exception as defect:                 # it costs one connection, and nobody is above this thread
             log_lost_connection(defect)
         if cycle and wait:                          # from here on this thread may not touch it any more
-            self._gateway.event_loop.add(RunningStream(cycle.client, cycle.steps, wait,
+            self._gateway.event_loop.add(RunningStream(cycle.client, cycle.steps,
                                                        functools.partial(self._resume, cycle)))
         else:
             self._release()
@@ -8757,17 +8584,18 @@ class LogFormatter(logging.Formatter):
     """One line per entry, as text or JSON; secrets are masked, long base64 in payloads is cut."""
 
     def __init__(self, secrets: Callable[[], list[str]], as_json: bool, colour: bool = False,
-                 with_names: bool = False, columns: Callable[[], int] = lambda: 0) -> None:
+                 with_names: bool = False, columns: Callable[[], int] | None = None) -> None:
         super().__init__()
         self._secrets, self.as_json, self._colour, self._with_names = secrets, as_json, colour, with_names
-        self._columns = columns                     # of the terminal, 0 where there is none
+        self._columns = columns                     # of the terminal, None where there is none
 
     def format(self, record: logging.LogRecord) -> str:
         payload = getattr(record, "payload", None)
-        short = getattr(record, "short", "")
-        if short and not self.as_json and 0 < self._columns() < len(record.getMessage()) + 9:        # 9: the time
-            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short,)))
-        message = as_typed(super().format(record)) if payload is None else \
+        short: Any = getattr(record, "short", None)         # makes the line for a narrow terminal
+        columns = self._columns() if short and self._columns and not self.as_json else 0
+        if 0 < columns < len(record.getMessage()) + 9:          # 9: the time
+            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
+        message = as_typed(super().format(record) if record.exc_info else record.getMessage()) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
         message = masked(message, self._secrets())
         if payload is not None:                     # last: the beginning of a secret is not recognised
@@ -8777,30 +8605,24 @@ class LogFormatter(logging.Formatter):
                 message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
             moment = time.strftime("%H:%M:%S", time.localtime(record.created))
             message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
-            return "\x1b[2m%s\x1b[0m %s" % (moment, self._coloured(record, message)) if self._colour else \
-                "%s %s" % (moment, message)
+            if not self._colour:
+                return "%s %s" % (moment, message)
+            status = getattr(record, "fields", {}).get("status", 0)
+            colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
+                "33" if record.levelno == logging.WARNING or status >= 400 else ""       # failures red, refusals yellow
+            return "\x1b[2m%s\x1b[0m %s" % (moment, "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items()}
+                  for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
-
-    @staticmethod
-    def _coloured(record: logging.LogRecord, message: str) -> str:
-        """Red for failures, yellow for refusals."""
-        status = getattr(record, "fields", {}).get("status", 0)
-        colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
-            "33" if record.levelno == logging.WARNING or status >= 400 else ""
-        return "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message
 
 
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
-                                      config.verbose, columns_of_terminal))
-    for old in LOG.handlers[:]:
-        LOG.removeHandler(old)
-    LOG.addHandler(handler)
+                                      config.verbose, columns_of_terminal if columns_of_terminal() else None))
+    LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
 
@@ -8838,32 +8660,42 @@ def say(text: str, level: int = logging.INFO) -> None:
         if isinstance(handler.formatter, LogFormatter) and handler.formatter.as_json:
             handler.handle(LOG.makeRecord(LOG.name, level, "", 0, "%s", (text,), None))
             return
-    print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, flush=True)
+    print(for_terminal(text), file=sys.stderr, flush=True)
+
+
+def for_terminal(text: str) -> str:
+    """Text that cannot control a terminal, with its lines and tabs."""
+    return re.sub(r"[^\n\t]+", lambda plain: visible(plain.group()), text)
 
 
 def given_to(path: str | None, example: str) -> bytes:
     """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError, with the example."""
-    path = None if path == "-" else path
-    if not path and sys.stdin and sys.stdin.isatty():
+    source = None if path in (None, "-") else path
+    if not source and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
     try:
-        if path:
-            with open(path, "rb") as file:
-                data = file.read()
-        else:
-            data = sys.stdin.buffer.read() if sys.stdin else b""
+        with open(source, "rb") if source else contextlib.nullcontext(
+                sys.stdin.buffer if sys.stdin else io.BytesIO()) as file:
+            data = file.read()
     except OSError as fault:
-        raise UsageError("%s: %s" % (path or "standard input", fault.strerror or fault)) from fault
+        raise UsageError("%s: %s" % (source or "standard input", fault.strerror or fault)) from fault
     if not data.strip():
         raise UsageError("%s is %s; for example: claude-gateway %s" % (
-            path or "Standard input", "empty" if path or sys.stdin else "closed", example))
+            source or "Standard input", "empty" if source or sys.stdin else "closed", example))
     return data
 
 
 def print_json(value: Any) -> None:
-    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases."""
-    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("_", "-")
-    print(json.dumps(value, indent=1, ensure_ascii=encoding not in ("utf-8", "utf8")))
+    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases, which controls no terminal."""
+    text = json.dumps(value, indent=1, ensure_ascii="utf" not in str(sys.stdout.encoding).lower())
+    print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
+
+
+def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table; the texts of each column stand at this side of it, "<" or ">"."""
+    rows = [[*map(visible, row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows)
 
 
 def moment_text(seconds: float) -> str:
@@ -8880,10 +8712,9 @@ def duration_text(seconds: float) -> str:
 def expiry_text(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and whether it is renewed."""
     left = expires_at - time.time()
-    when = moment_text(expires_at)
-    if left > 0:
-        return "%s (in %s)%s" % (when, duration_text(left), ", renewed automatically" if refreshable else "")
-    return "%s (expired%s)" % (when, "; it is renewed at the next request" if refreshable else "")
+    when = "in %s)%s" % (duration_text(left), ", renewed automatically" * refreshable) if left > 0 else \
+        "expired%s)" % ("; it is renewed at the next request" * refreshable)
+    return "%s (%s" % (moment_text(expires_at), when)
 
 
 # ---- Options -----------------------------------------------------------------------------------------
@@ -8932,19 +8763,14 @@ OPTIONS = (
 )
 
 
-def port_from(setting: str, value: Any) -> int:
-    if not re.match(r"\d{1,5}\Z", str(value)) or int(value) > 65_535:
-        raise UsageError("expected a number from 0 to 65535, got %r." % value, setting)
-    return int(value)
-
-
-def each_of(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, Sequence[str]], tuple]:
-    """How a list is read: each text matches the pattern, and becomes what `value_of` makes of the match."""
-    def read(setting: str, texts: Sequence[str]) -> tuple:
-        matches = [re.match(pattern, text.strip()) for text in texts]
-        if None in matches:
-            raise UsageError("expected %s, got %r." % (expected, texts[matches.index(None)]), setting)
-        return tuple(map(value_of, matches))
+def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
+    """How a text is read: as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
+    def read(setting: str, text: str) -> Any:
+        match = re.match(pattern, text.strip())
+        value = match and value_of(match)
+        if value is None:
+            raise UsageError("expected %s, got %r." % (expected, text), setting)
+        return value
     return read
 
 
@@ -8960,14 +8786,16 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
 
 # Options whose values need checking -> how they are read
 CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": port_from, "fallback": fallbacks_from,
-    "alias": each_of(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
-    "api-key": each_of(r"(?s).+", "a key that is not empty", lambda match: match.group()),
+    "port": value_reader(r"\d{1,5}\Z", "a number from 0 to 65535",
+                         lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
+    "fallback": fallbacks_from,
+    "alias": value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
+    "api-key": value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group()),
     # as browsers send them, which is without a slash at the end
-    "cors-origin": each_of(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
-                           "an origin like https://app.example.com", lambda match: match.group(1).lower()),
-    "budget": each_of(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
-                      lambda match: (float(match.group(1)), match.group(2)))}
+    "cors-origin": value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                                "an origin like https://app.example.com", lambda match: match.group(1).lower()),
+    "budget": value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                           lambda match: (float(match.group(1)), match.group(2)))}
 
 
 def checked_credential(variable: str, text: str) -> str:
@@ -9025,36 +8853,31 @@ def checked_proxy(variable: str, url: str) -> str:
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
     match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
-    if url and not match or match and int((match.group(4) or ":0")[1:]) > 65_535:
+    if url and (not match or int((match.group(4) or ":0")[1:]) > 65_535):
         raise UsageError("expected a URL like http://proxy.example.com:8080.", variable)
     return url
+
+
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": None, "false": None, "no": None, "off": None}
 
 
 def value_from_variable(option: Option, text: str) -> Any:
     """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
     if option.repeatable:
         return [entry.strip() for entry in text.split(",")]
-    if option.metavar:
-        if option.choices and text not in option.choices:
-            raise UsageError("expected one of %s, got %r." % (", ".join(option.choices), text), option.variable)
-        return text
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return None
-    raise UsageError("expected 1, true, yes or on, or 0, false, no or off, got %r." % text, option.variable)
+    values: Dict[str, Any] = {choice: choice for choice in option.choices} if option.metavar else SWITCH
+    if values and text.lower() not in values:
+        raise UsageError("expected one of %s, got %r." % (", ".join(values), text), option.variable)
+    return values.get(text.lower(), text)
 
 
 def in_configuration(environment: dict[str, str], *names: str) -> str:
     """A path in the user's configuration directory, never in the working directory; "" without a home directory."""
-    if os.name == "nt":
-        base = environment.get("APPDATA", "")
-    else:
-        home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
-        base = environment.get("XDG_CONFIG_HOME", "")
-        if not os.path.isabs(base):                 # relative ones are ignored (XDG base directory specification)
-            base = os.path.join(home, ".config")
-    return os.path.join(base, *names) if os.path.isabs(base) else ""
+    home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
+    bases = [environment.get("APPDATA", "")] if os.name == "nt" else [
+        environment.get("XDG_CONFIG_HOME", ""), os.path.join(home, ".config")]
+    # relative ones are ignored (XDG base directory specification)
+    return next((os.path.join(base, *names) for base in bases if os.path.isabs(base)), "")
 
 
 # Variables that are no options -> the field of the Config, and how they are read
@@ -9072,13 +8895,11 @@ VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
 }
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
-# Commands that connect to nothing -> the options whose variables they read
-OFFLINE = {"setup": ("port", "api-key"), "translate": ("alias", "no-cache"), "logout": ("token-file",),
-           "usage": ("token-file",), "completion": (), "selftest": ()}
+OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
 def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  An offline command reads only its own options."""
+    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
@@ -9086,14 +8907,15 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     fields: dict[str, Any] = {}
     for option in OPTIONS:
         value, setting = getattr(parsed, option.field, None), "--" + option.name
-        if value is None and option.variable in given and not (offline and option.name not in OFFLINE[parsed.command]):
+        if value is None and option.variable in given and (hasattr(parsed, option.field) or not offline):
             setting = option.variable
             value = value_from_variable(option, given[setting])
         if value is not None:
-            value = tuple(value) if option.repeatable else value
-            fields[option.field] = CHECKS[option.name](setting, value) if option.name in CHECKS else value
-    fields["host"], *fields["more_hosts"] = dict.fromkeys(fields.get("host", ["localhost"]))
-    fields["more_hosts"] = tuple(fields["more_hosts"])
+            read = CHECKS.get(option.name, lambda setting, text: text)
+            fields[option.field] = tuple(read(setting, text) for text in value) if option.repeatable else \
+                read(setting, value)
+    fields["host"], *more_hosts = dict.fromkeys(fields.get("host", ["localhost"]))
+    fields["more_hosts"] = tuple(more_hosts)
     levels = [name for name in LOG_LEVELS if fields.get(name)]
     if len(levels) > 1:
         raise UsageError("--%s and --%s exclude each other." % tuple(levels[:2]))
@@ -9135,9 +8957,10 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
         found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
         system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
         if system and system not in os.environ.values():
-            found.append("The system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
+            found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
         if found:
-            yield ignored % found[0], "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+            yield (ignored if len(found) == 1 else ignored.replace("is", "are")) % ", ".join(found), \
+                "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
@@ -9145,67 +8968,66 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
 
 
 class Finding(NamedTuple):
-    """The result of a check: level ok, warning or failed; `step` is what to do next; `code` a failure's exit code."""
+    """The result of a check; `step`: what to do next, where it is not ok; `code`: a failure's exit code."""
     name: str
-    level: str
     detail: str
     step: str = ""
-    code: int = 0
+    code: int = OK
+
+    @property
+    def level(self) -> str:
+        return "failed" if self.code else "warning" if self.step else "ok"
 
 
 @contextlib.contextmanager
-def local_answer(config: Config, body: dict | None = None, key: str = "",
-                 timeout: float = 2) -> Iterator[http.client.HTTPResponse]:
-    """What this machine's port answers to GET /, or to a chat completion request."""
+def local_answer(config: Config, body: dict | None = None, key: str = "", timeout: float = 5,
+                 path: str = "/") -> Iterator[http.client.HTTPResponse]:
+    """What this machine's port answers to GET, or to a chat completion request; a key is sent only if given."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": "ask",
-               **({"authorization": "Bearer " + key} if key else {})}
+    headers = {"accept": "application/json", "user-agent": "ask", **({"authorization": "Bearer " + key} if key else {})}
     with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
-        connection.request("POST" if body else "GET", "/v1/chat/completions" if body else "/",
+        connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
         yield connection.getresponse()
 
 
-def running_status(config: Config, key: str = "") -> dict | None:
+def running_status(config: Config, key: str = "", path: str = "/") -> dict | None:
     """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
 
-    A key is sent only if given.
+    With another path, the JSON object that it answers there.
     """
     try:
-        with local_answer(config, key=key) as response:
+        with local_answer(config, key=key, path=path) as response:
             status = json.loads(response.read(1_000_000).decode("utf-8"))
     except (ConnectionRefusedError, socket.gaierror):
         return None
     except (OSError, ValueError, http.client.HTTPException):
         return {}
-    return status if isinstance(status, dict) and status.get("status") == "ok" and "version" in status else {}
+    is_ours = path != "/" or value_in(status, "status") == "ok" and value_in(status, "version")
+    return status if isinstance(status, dict) and is_ours else {}
 
 
 def port_finding(config: Config) -> Finding:
     """Whether the port is free; a gateway that is running there is fine, too."""
     if running_status(config):
-        return Finding("Port", "ok", "%d: a gateway is running there" % config.port)
+        return Finding("Port", "%d: a gateway is running there" % config.port)
     host = "127.0.0.1" if config.host == "localhost" else config.host
     try:
         family = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)[0][0]
-        with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-            if os.name == "posix":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, config.port))
+        socket.create_server((host, config.port), family=family).close()
     except OSError as fault:
         host = "" if config.host == "localhost" else " --host " + config.host
-        return Finding("Port", "failed", "%d: %s" % (config.port, fault.strerror or fault),
+        return Finding("Port", "%d: %s" % (config.port, fault.strerror or fault),
                        "claude-gateway start --port %d%s" % (config.port % 65_535 + 1, host), PORT_IN_USE)
-    return Finding("Port", "ok", "%d is free" % config.port)
+    return Finding("Port", "%d is free" % config.port)
 
 
 def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
-    if not config.https_proxy:
-        return Finding("Proxy", "ok", "none")
     exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
-    return Finding("Proxy", "ok", shown_proxy(config) + (
-        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else ""))
+    return Finding("Proxy", shown_proxy(config) + (
+        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else "")
+                   if config.https_proxy else "none")
 
 
 def authorities_finding(config: Config) -> Finding:
@@ -9214,14 +9036,14 @@ def authorities_finding(config: Config) -> Finding:
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except (UpstreamFault, OSError) as fault:       # OSError: PyPy, where the system has no authorities
-        return Finding("Certificates", "failed", str(fault), "Correct the path in %s." % config.ca_variable
+        return Finding("Certificates", str(fault), "Correct the path in %s." % config.ca_variable
                        if config.ca_variable else step, FAILURE)
     strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
     count = context.cert_store_stats()["x509_ca"]
     directory = ssl.get_default_verify_paths().capath       # those in there are read when they are needed
     if not count and not (directory and os.listdir(directory)):
-        return Finding("Certificates", "warning", "no certificate authorities", step)
-    return Finding("Certificates", "ok", "%d authorit%s%s%s" % (
+        return Finding("Certificates", "no certificate authorities", step)
+    return Finding("Certificates", "%d authorit%s%s%s" % (
         count, "y" if count == 1 else "ies",
         ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
         ", strict X.509 rules" if strict else ""))
@@ -9229,23 +9051,21 @@ def authorities_finding(config: Config) -> Finding:
 
 def machine_findings(config: Config) -> Iterator[Finding]:
     """Python, the file, the port, the network settings: checks that work without a network."""
-    yield Finding("Python", "ok", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
+    yield Finding("Python", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
     origin = "not from a file of its own"
     if own_file():
         with open(own_file(), "rb") as file:
             origin = "sha256 " + hashlib.sha256(file.read()).hexdigest()
-    yield Finding("File", "ok", "claude-gateway %s, %s" % (VERSION, origin))
+    yield Finding("File", "claude-gateway %s, %s" % (VERSION, origin))
     yield port_finding(config)
     yield proxy_finding(config)
     yield authorities_finding(config)
 
 
 def step_for_fault(message: str) -> str:
-    if "--relax-x509" in message:
-        return "claude-gateway start --relax-x509"
-    if "authority is unknown" in message:
-        return "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor"
-    return "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
+    return "claude-gateway start --relax-x509" if "--relax-x509" in message else \
+        "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor" if "authority is unknown" in message else \
+        "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
 
 
 def issuer_of(host: str, port: int) -> str:
@@ -9267,10 +9087,9 @@ def clock_finding(date: str) -> Finding:
     try:
         skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
-        return Finding("Clock", "warning", "the upstream sent no Date header", "Check this machine's clock yourself.")
-    if abs(skew) > 60:
-        return Finding("Clock", "warning", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.")
-    return Finding("Clock", "ok", "within a minute of the upstream's")
+        return Finding("Clock", "the upstream sent no Date header", "Check this machine's clock yourself.")
+    return Finding("Clock", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.") if abs(skew) > 60 else \
+        Finding("Clock", "within a minute of the upstream's")
 
 
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
@@ -9282,49 +9101,44 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
         try:
             found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         except OSError as fault:
-            yield Finding("DNS", "failed", "%s: %s" % (host, fault.strerror or fault),
+            yield Finding("DNS", "%s: %s" % (host, fault.strerror or fault),
                           "Check the network; if a proxy is required, set HTTPS_PROXY.", UNREACHABLE)
             return
-        yield Finding("DNS", "ok", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
+        yield Finding("DNS", "%s is %s" % (host, ", ".join(sorted(map(str, found))[:3])))
     started = time.monotonic()
     try:
         headers = upstream.probe()
     except GatewayError as fault:
         issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
-        yield Finding("Upstream", "failed", "%s port %d%s: %s%s" % (
+        yield Finding("Upstream", "%s port %d%s: %s%s" % (
             host, port, " by the proxy" if proxied else "", fault,
             " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
         return
     detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
-    if headers.get("server", "").startswith("claude-gateway"):
-        yield Finding("Upstream", "warning", detail + ", and is a claude-gateway itself",
-                      "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.")
-    else:
-        yield Finding("Upstream", "ok", detail)
+    yield Finding("Upstream", detail + ", and is a claude-gateway itself",
+                  "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.") \
+        if headers.get("server", "").startswith("claude-gateway") else Finding("Upstream", detail)
     yield clock_finding(headers.get("date", ""))
 
 
 def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     """Which credential there is, and what is known of it without a request to Claude."""
     try:
-        upstream.credential = credential_from_config(config, upstream.post_json)
+        credential = upstream.credential = credential_from_config(config, upstream.post_json)
     except GatewayError as fault:
-        yield Finding("Credential", "failed", str(fault), "claude-gateway login", NO_CREDENTIAL)
+        yield Finding("Credential", str(fault), "claude-gateway login", NO_CREDENTIAL)
         return
-    credential = upstream.credential
     if credential is None:
-        yield Finding("Credential", "failed", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
+        yield Finding("Credential", "none", "claude-gateway login --api-key", NO_CREDENTIAL)
         return
     facts = credential.facts()
     detail, expires_at, renewed = facts["description"], facts.get("expires_at"), bool(facts.get("refreshable"))
     if expires_at:
         detail += ", token expires: " + expiry_text(expires_at, renewed)
-    if expires_at and expires_at < time.time() and not renewed:
-        yield Finding("Credential", "failed", detail, "claude-gateway login", NO_CREDENTIAL)
-        return
-    yield Finding("Credential", "ok", detail)
-    if credential.preamble:
-        yield Finding("Terms", "warning", OWN_APPS_ONLY, "An API key is always fine.")
+    over = expires_at and expires_at < time.time() and not renewed
+    yield Finding("Credential", detail, *(("claude-gateway login", NO_CREDENTIAL) if over else ()))
+    if credential.preamble and not over:
+        yield Finding("Terms", OWN_APPS_ONLY, "An API key is always fine.")
 
 
 OWN_APPS_ONLY = "Anthropic's terms allow this kind of token in its own apps only"
@@ -9337,15 +9151,15 @@ REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.
 def acceptance_finding(upstream: Upstream) -> Finding:
     """Whether Claude accepts the credential."""
     try:
-        return Finding("Accepted", "ok", "Claude lists %d models for it" % len(upstream.models() or []))
+        return Finding("Accepted", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
         if WORKSPACE_HINT in str(fault):
-            return Finding("Accepted", "failed", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
-        if fault.status in (401, 403):
-            kind = upstream.credential.facts()["kind"] if upstream.credential else ""
-            return Finding("Accepted", "failed", str(fault), REFUSED_STEPS.get(kind, ""), NO_CREDENTIAL)
-        step = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault))
-        return Finding("Accepted", "warning", str(fault), step)
+            return Finding("Accepted", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
+        if fault.status in (401, 403) and upstream.credential:
+            step = REFUSED_STEPS.get(upstream.credential.facts()["kind"], "")
+            return Finding("Accepted", str(fault), step, NO_CREDENTIAL)
+        return Finding("Accepted", str(fault), "Try again later." if isinstance(fault, ClaudeError) else
+                       step_for_fault(str(fault)))
 
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
@@ -9353,50 +9167,43 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
+    completions = []
     with contextlib.closing(Gateway(config, credential)) as gateway:
-        completions = []
-        for _ in range(2):
-            incoming = Incoming(body)
-            try:
+        try:
+            for incoming in (Incoming(body), Incoming(body)):
                 with incoming.held:
                     completions.append(chat_completions(gateway, incoming).body)
-            except GatewayError as fault:
-                yield Finding("Live call", "failed", str(fault), "See Claude's message.", UNREACHABLE)
-                return
-    model, usage = completions[0]["model"], completions[1]["usage"]
-    answer = completions[0]["choices"][0]["message"]["content"] or ""
-    yield Finding("Live call", "ok", "%s answered %s" % (model, json.dumps(answer[:40])))
+        except GatewayError as fault:
+            yield Finding("Live call", str(fault), "See Claude's message.", UNREACHABLE)
+            return
+    answer, usage = completions[0]["choices"][0]["message"]["content"] or "", completions[1]["usage"]
+    yield Finding("Live call", "%s answered %s" % (completions[0]["model"], json.dumps(answer[:40])))
     read = usage["prompt_tokens_details"]["cached_tokens"]
-    yield Finding("Cache", "ok" if read else "warning", "%d of %d tokens read" % (read, usage["prompt_tokens"]),
-                  "" if read else "Run this again; if nothing is read then, the upstream does not cache.")
+    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), "" if read else
+                  "Run this again; if nothing is read then, the upstream does not cache.")
 
 
 # The checks that are skipped where one before them fails, as `doctor` then reports
-LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude accepts the credential"}
+LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": "whether Claude accepts the credential",
+                "Live call": "the live calls"}
 
 
 def findings(config: Config, live: bool) -> Iterator[Finding]:
     """All checks of `doctor`, each building on those before it, and at the end which ones were skipped."""
-    yield from machine_findings(config)
-    upstream = Upstream(config, "")
-    found: Dict[str, str] = {}
-    try:
-        for finding in itertools.chain(network_findings(config, upstream), credential_findings(config, upstream)):
-            found[finding.name] = finding.level
+    levels: Dict[str, str] = {}
+    with contextlib.closing(Upstream(config, "")) as upstream:
+        def later() -> Iterator[Finding]:
+            if levels.get("Upstream", "failed") != "failed" != levels["Credential"]:
+                yield acceptance_finding(upstream)
+            if live and upstream.credential and levels.get("Accepted") == "ok":
+                yield from live_findings(config, upstream.credential)
+        for finding in itertools.chain(machine_findings(config), network_findings(config, upstream),
+                                       credential_findings(config, upstream), later()):
+            levels[finding.name] = finding.level
             yield finding
-        if "failed" not in found.values():
-            accepted = acceptance_finding(upstream)
-            found["Accepted"] = accepted.level
-            yield accepted
-        skipped = [check for name, check in LATER_CHECKS.items() if name not in found]
-        if live and upstream.credential and found.get("Accepted") == "ok":
-            yield from live_findings(config, upstream.credential)
-        elif live:
-            skipped.append("the live calls")
-        if skipped:
-            yield Finding("Skipped", "warning", ", ".join(skipped), "Fix what failed above, then run this again.")
-    finally:
-        upstream.close()
+    skipped = [check for name, check in LATER_CHECKS.items() if name not in levels and (live or name != "Live call")]
+    if skipped:
+        yield Finding("Skipped", ", ".join(skipped), "Fix what failed above, then run this again.")
 
 
 # ---- Selftest ----------------------------------------------------------------------------------------
@@ -9422,19 +9229,18 @@ def selftest_findings() -> Iterator[Finding]:
         ("image", dict(hello, messages=[{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/png"]),
         ("error", dict(hello, model="no-such-model"), 404, ["model_not_found"]))
+    report = ("Please report this.", FAILURE)
     try:
         for name, body, expected, words in cases:
             with local_answer(config, body, timeout=10) as response:
                 status, answer = response.status, response.read().decode("utf-8")
             is_right = status == expected and all(word in answer for word in words)
-            yield Finding(name, "ok", "") if is_right else Finding(
-                name, "failed", "status %d: %s" % (status, answer[:300]), "Please report this.", FAILURE)
-        hold = dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)
-        with local_answer(config, hold, timeout=5) as response:
+            yield Finding(name, "") if is_right else Finding(name, "status %d: %s" % (status, answer[:300]), *report)
+        with local_answer(config, dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)) as response:
             response.read(1)
             response.close()
-        yield Finding("cancel", "ok", "") if simulated.abandoned.wait(5) else Finding(
-            "cancel", "failed", "a client left, and its call upstream went on", "Please report this.", FAILURE)
+        yield Finding("cancel", "") if simulated.abandoned.wait(5) else Finding(
+            "cancel", "a client left, and its call upstream went on", *report)
     finally:
         service.close(0)
         simulated.shutdown()
@@ -9715,7 +9521,7 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
 
 
 @contextlib.contextmanager
-def gateway_at_hand(config: Config) -> Iterator[Config]:
+def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
     """The settings that reach the running gateway, or else one that lives as long as this block, with its own key."""
     if not config.demo and running_status(config):
         yield config
@@ -9724,7 +9530,10 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
                      api_key=config.api_key or (secrets.token_urlsafe(16),))
     config = demo_config(config, SimulatedUpstream().url) if config.demo else config
     set_up_log(config)
-    service = Service(gateway_with_credential(config))
+    try:
+        service = Service(gateway_with_credential(config))
+    except CredentialNeeded as missing:
+        raise CredentialNeeded(str(missing).replace("start --demo", command + " --demo")) from missing
     service.start()
     try:
         yield replace(config, port=service.port)
@@ -9732,25 +9541,22 @@ def gateway_at_hand(config: Config) -> Iterator[Config]:
         service.close(2)                            # seconds: its last request is counted first
 
 
-def content_to_ask(parsed: argparse.Namespace) -> Any:
-    """The words of the command line, or of standard input, and the images.  Raises UsageError."""
-    text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
-    images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
-    return [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
-        media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
-
-
 def ask_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints the answer as it arrives, or the whole completion as JSON."""
-    body = {"model": parsed.model, "stream": not parsed.json,
-            "messages": [{"role": "user", "content": content_to_ask(parsed)}]}
-    with gateway_at_hand(config) as at_hand:
+    text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
+    images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
+    content = [*({"type": "image_url", "image_url": {"url": "data:%s;base64,%s" % (
+        media_type_of(data), base64.b64encode(data).decode())}} for data in images), {"type": "text", "text": text}]
+    body = {"model": parsed.model, "stream": not parsed.json, "messages": [{"role": "user", "content": content}]}
+    with gateway_at_hand("ask", config) as at_hand:
         for chunk in chunks_of_answer(at_hand, body):
             if parsed.json:
                 print_json(chunk)
-            for choice in () if parsed.json else chunk.get("choices", ()):
-                print(choice["delta"].get("content") or "", end="", flush=True)
-    print(end="" if parsed.json else "\n")
+                return OK
+            for choice in chunk.get("choices", ()):
+                text = choice["delta"].get("content") or ""
+                print(for_terminal(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print()
     return OK
 
 
@@ -9804,7 +9610,7 @@ def run_tool(parsed: argparse.Namespace, config: Config) -> int:
     if not path:
         raise UsageError("run needs a program to start; %s." % ("there is no %s" % name if name else "for example: "
                                                                 "claude-gateway run aider"))
-    with gateway_at_hand(config) as at_hand:
+    with gateway_at_hand("run", config) as at_hand:
         variables, options = ready_made(re.sub(r"\.\w+$", "", os.path.basename(name)), at_hand)
         tool: Optional[subprocess.Popen] = None
         early: List[int] = []                       # signals that came before there was a tool
@@ -9855,14 +9661,15 @@ def logout_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def credential_rows(facts: dict, renewable: bool) -> list[tuple[str, Any]]:
-    expires_at = facts.get("expires_at")
-    return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
-            ("Token", expires_at and expiry_text(expires_at, renewable))]
-
-
 def row_lines(rows: Iterable[tuple[str, Any]]) -> list[str]:
     return ["%-12s %s" % (name + ":", value) for name, value in rows if value]
+
+
+def login_rows(facts: dict, renewable: bool = True) -> list[tuple[str, Any]]:
+    """Whose login it is, and until when."""
+    expires_at, renewable = facts.get("expires_at"), renewable and bool(facts.get("refreshable"))
+    return [*((name.capitalize(), facts.get(name)) for name in ("account", "organization", "scope")),
+            ("Token", expires_at and expiry_text(expires_at, renewable))]
 
 
 def status_text(running: dict, key_source: str) -> str:
@@ -9874,42 +9681,27 @@ def status_text(running: dict, key_source: str) -> str:
     if running.get("key_needed"):
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
-    facts, tokens = running["credential"] or {}, running["tokens"]
+    facts, tokens, cache = running["credential"] or {}, running["tokens"], running["cache"]
     lines += row_lines([
         ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
             running["upstream"], facts.get("description") or "no credential")),
-        *credential_rows(facts, bool(facts.get("refreshable")) and not trouble),
+        *login_rows(facts, renewable=not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
         ("Aliases", aliases_text(running.get("aliases", {}).items())),
         ("Requests", "%d, %d running" % (running["requests"]["total"], running["requests"]["running"])),
         ("Tokens", "{:,} in, {:,} of them from the cache, {:,} out".format(
             prompt_tokens(tokens), tokens["cache_read"], tokens["output"])),
-        ("Cost", "%s by list prices%s" % (dollars(running["cost"]["usd"]), "".join(
-            ", without %s" % model for model in running["cost"]["without_price"]))),
-        ("Cache", "%d %% of all input, which saved %s" % (
-            running["cache"]["share_percent"], dollars(running["cache"]["saved_usd"]))),
+        ("Cost", ", without ".join([dollars(running["cost"]["usd"]) + " by list prices",
+                                    *running["cost"]["without_price"]])),
+        ("Cache", "%d %% of all input, which %s %s" % (cache["share_percent"], "cost" if cache["saved_usd"] < 0 else
+                                                       "saved", dollars(abs(cache["saved_usd"])))),
         *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())])
     for limit in running["limits"]:
-        filled = round(20 * min(1.0, limit["used"]))
-        left = (limit["resets_at"] or 0) - time.time()
-        resets = ", reset in " + duration_text(left) if left > 0 else ""
-        lines.append("%-24s [%s%s] %d %%%s" % (limit["title"], "#" * filled, "." * (20 - filled),
-                                                round(100 * limit["used"]), resets))
+        bar, left = "#" * round(20 * min(1.0, limit["used"])), (limit["resets_at"] or 0) - time.time()
+        lines.append("%-24s [%s] %d %%%s" % (limit["title"], bar.ljust(20, "."), round(100 * limit["used"]),
+                                             ", reset in " + duration_text(left) if left > 0 else ""))
     return "\n".join(lines)
-
-
-def request_lines(running: dict) -> Iterator[str]:
-    """The last requests of a running gateway, and its totals by tool and by model."""
-    for title in ("by_tool", "by_model"):
-        for name, sums in running.get(title, {}).items():
-            yield "%-9s %-20s %d requests, %d failed; %s tokens in, %s out; %s" % (
-                title.replace("_", " "), name, sums["requests"], sums["failed"], format(sums["input_tokens"], ","),
-                format(sums["output_tokens"], ","), dollars(sums["cost_usd"]))
-    for each in running.get("recent", ()):
-        cost = dollars(each["cost_usd"]) if each["cost_usd"] is not None else ""
-        yield "  ".join(filter(None, [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["line"], cost,
-                                      each["changes"], each["error"]]))
 
 
 def status_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -9919,10 +9711,14 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
         running = running_status(config, config.api_key[0]) or running
     if running:
         source = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
-        print(json.dumps(dict({"running": True, "credential": None}, **running), indent=1) if parsed.json else
-              status_text(running, source))
-        if parsed.requests and not parsed.json:
-            print("\n".join(["", *request_lines(running)]))
+        if parsed.json:
+            print_json(dict({"running": True, "credential": None}, **running))
+            return OK
+        print(for_terminal(status_text(running, source)))
+        if parsed.requests and "totals" in running:
+            last = [[*each["row"], each["error"], each["changes"]] for each in running["recent"]]
+            print("", *(in_columns("<>>>>>>", table) + "\n" for table in running["totals"]),
+                  in_columns("<<<<>>>>><<", [[*REQUEST_COLUMNS, "", ""], *last]), sep="\n")
         return OK
     try:
         credential = credential_from_config(config, Upstream(config, "").post_json)
@@ -9931,19 +9727,19 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
                            "it." % fault) from fault
     facts = credential.facts() if credential else None
     if parsed.json:
-        print(json.dumps({"running": False, "port": config.port, "credential": facts}, indent=1))
-    else:
-        print(("No gateway answers on port %d." if running is None else
-               "Another program uses port %d; no gateway answers there.") % config.port)
-        rows = row_lines(credential_rows(facts, bool(facts.get("refreshable")))) if facts else []
-        print("\n".join(["`start` would use: " + facts["description"], *rows]) if facts else
-              as_typed(MISSING_CREDENTIAL[config.auth]))
-        if credential and credential.preamble:
-            print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
-        if credential:
-            port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
-            print(as_typed("Start one: claude-gateway start" + port))
-    return OK if credential else NO_CREDENTIAL
+        print_json({"running": False, "port": config.port, "credential": facts})
+        return OK if credential else NO_CREDENTIAL
+    print(("No gateway answers on port %d." if running is None else
+           "Another program uses port %d; no gateway answers there.") % config.port)
+    if not credential or not facts:
+        print(as_typed(MISSING_CREDENTIAL[config.auth]))
+        return NO_CREDENTIAL
+    print("\n".join(["`start` would use: " + facts["description"], *row_lines(login_rows(facts))]))
+    if credential.preamble:
+        print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
+    port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""
+    print(as_typed("Start one: claude-gateway start" + port))
+    return OK
 
 
 def usage_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -9954,13 +9750,10 @@ def usage_command(parsed: argparse.Namespace, config: Config) -> int:
                     for name, figures in groups.items()])
         return OK
     total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
-    columns = ("requests", "errors", "tokens in", "cached", "tokens out", "USD")
-    print("%-24s %9s %7s %13s %6s %11s %9s" % (parsed.by, *columns))
-    for name, figures in [*groups.items(), *total.items()]:
-        prompt = prompt_tokens(figures)
-        print("{:24} {:9,} {:7,} {:13,} {:5}% {:11,} {:9.2f}{}".format(
-            name, figures["requests"], figures["errors"], prompt, percent(figures["cache_read"], prompt),
-            figures["output"], figures["usd"], " + unknown" if figures["without_price"] else ""))
+    rows = [[name, *usage_row(figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"],
+                              figures["output"], figures["usd"]), "+ unknown" * bool(figures["without_price"])]
+            for name, figures in [*groups.items(), *total.items()]]
+    print(in_columns("<>>>>>><", [[parsed.by, *USAGE_COLUMNS, ""], *rows]))
     return OK
 
 
@@ -9971,34 +9764,35 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
 
 
 def models_command(parsed: argparse.Namespace, config: Config) -> int:
-    try:
-        gateway = Gateway(config)
-        entries = gateway.upstream.models()
-    except GatewayError as fault:
-        say("The upstream returned no list, so this is the built-in one: %s" % fault)
-        entries = None
-    catalog = Catalog(entries or (), config.alias)
+    """The models of the running gateway, or else Claude's, or the built-in ones."""
+    entries = None
+    if not parsed.alias and running_status(config):
+        entries = (running_status(config, path="/v1/models") or {}).get("data")
+    if not entries:
+        try:
+            listed = Gateway(config).upstream.models()
+        except GatewayError as fault:
+            say("The upstream returned no list, so this is the built-in one: %s" % fault)
+            listed = None
+        entries = [model_entry(*named) for named in Catalog(listed or (), config.alias).names()]
     if parsed.json:
-        print(json.dumps([model_entry(name, model) for name, model in catalog.names()], indent=1))
+        print_json(entries)
         return OK
-    names = list(catalog.names())
-    short = {name: model.id for name, model in names if name != model.id}
-    for name in sorted(short, key=lambda name: [*SHORT_NAMES, name].index(name)):
-        print(("%-28s -> %-20s %s" % (name, short[name], SHORT_NAMES.get(name, ""))).rstrip())
-    for name, model in names:
-        if name == model.id:
-            print("%-28s %s tokens in, %s out%s" % (name, format(model.context, ","), format(model.max_output, ","),
-                                                    ", retires " + model.retires if model.retires else ""))
+    short = {entry["id"]: entry["alias_of"] for entry in entries if "alias_of" in entry}
+    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in sorted(
+        short, key=lambda name: [*SHORT_NAMES, name].index(name))]))
+    print(in_columns("<>>", [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
+                              "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
+                             for entry in entries if entry["id"] not in short]))
     return OK
 
 
 def print_finding(finding: Finding) -> None:
-    colours = {"ok": "32", "warning": "33", "failed": "31"}
     level = "%-8s" % finding.level
     if wants_colour(sys.stdout):
-        level = "\x1b[%sm%s\x1b[0m" % (colours[finding.level], level)
+        level = "\x1b[%dm%s\x1b[0m" % ({"ok": 32, "warning": 33, "failed": 31}[finding.level], level)
     print(("%s %-13s %s" % (level, finding.name, finding.detail)).rstrip())
-    if finding.step and finding.level != "ok":
+    if finding.step:
         print("%s-> %s" % (" " * 23, finding.step))
     sys.stdout.flush()
 
@@ -10009,16 +9803,15 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
     while True:
         try:
             config = config_from(parsed, environment)
-            break
+            return config, found + [Finding("Settings", *doubt) for doubt in doubtful_settings(environment, config)]
         except UsageError as fault:
-            found.append(Finding("Settings", "failed", str(fault), "Correct %s; the checks below use the default." % (
+            found.append(Finding("Settings", str(fault), "Correct %s; the checks below use the default." % (
                 fault.setting or "it"), USAGE))
             if not fault.setting:                   # two that exclude each other
                 environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
-    return config, found + [Finding("Settings", "warning", *doubt) for doubt in doubtful_settings(environment, config)]
 
 
 def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10028,17 +9821,18 @@ def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     home = os.path.expanduser("~")
     found = []
     for finding in itertools.chain(wrong, findings(config, parsed.live)):
-        finding = finding._replace(detail=masked(finding.detail, config.secrets()), step=as_typed(finding.step))
+        detail = visible(masked(finding.detail, config.secrets()))
+        finding = finding._replace(detail=detail, step=as_typed(finding.step))
         found.append(finding)
         if not parsed.json:
             print_finding(finding)
     if parsed.json:
-        print(json.dumps([finding._asdict() for finding in found], indent=1))
+        print_json([dict(finding._asdict(), level=finding.level) for finding in found])
     else:
         block = "\n".join("%s: %s %s" % (finding.name, finding.level, finding.detail) for finding in found)
         block = block.replace(home, "~") if len(home) > 1 else block       # it contains the user's name
         print("\nTo paste into a bug report:\n\n```\n%s\n```" % block)
-    return next((finding.code for finding in found if finding.level == "failed"), OK)
+    return next((finding.code for finding in found if finding.code), OK)
 
 
 def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -10046,18 +9840,15 @@ def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
     found = list(selftest_findings())
     for finding in found:
         print_finding(finding)
-    failed = sum(finding.level == "failed" for finding in found)
+    failed = sum(map(bool, (finding.code for finding in found)))
     print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
     return FAILURE if failed else OK
 
 
 def setup_command(parsed: argparse.Namespace, config: Config) -> int:
-    if not parsed.name:
-        print(as_typed(setup_list()))
-        return OK
-    say("%s, %s:" % SETTINGS[parsed.name][:2])      # on standard error, as it is not to be pasted
-    sys.stderr.flush()
-    print(as_typed(setup_text(parsed.name, config)))
+    if parsed.name:
+        say("%s, %s:" % SETTINGS[parsed.name][:2])  # on standard error, as it is not to be pasted
+    print(as_typed(setup_text(parsed.name, config) if parsed.name else setup_list()))
     return OK
 
 
@@ -10131,22 +9922,22 @@ def completion_command(parsed: argparse.Namespace, config: Config) -> int:
 # The commands with their arguments, the parser, and the program itself.
 
 Command = Callable[[argparse.Namespace, Config], int]
-AT_HAND = ("port", "host", "api-key", "auth", "token-file", "alias", "demo")      # how `ask` and `run` find a gateway
+AT_HAND = ("port", "host", "api-key", "auth", "token-file")         # what finds a gateway, or else a credential
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
     "ask": (ask_command, "ask Claude, by the running gateway or one of its own",
-            ["words", "--model", "--image", "--json", *AT_HAND]),
-    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "program"]),
+            ["words", "--model", "--image", "--json", *AT_HAND, "alias", "demo"]),
+    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "alias", "demo", "program"]),
     "login": (login_command, "sign in with a Claude account, or store an API key",
               ["--api-key", "--no-browser", "token-file"]),
     "logout": (logout_command, "delete the stored login", ["token-file"]),
-    "status": (status_command, "show what the running gateway does",
-               ["--json", "--requests", "port", "host", "api-key", "auth", "token-file"]),
+    "status": (status_command, "show what the running gateway does", ["--json", "--requests", *AT_HAND]),
     "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
-    "models": (models_command, "list the models and aliases", ["--json", "alias", "auth", "token-file"]),
+    "models": (models_command, "list the models and aliases",
+               ["--json", "port", "host", "alias", "auth", "token-file"]),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
-               ["--json", "--live", "port", "host", "api-key", "auth", "token-file", "relax-x509"]),
+               ["--json", "--live", *AT_HAND, "relax-x509"]),
     "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
     "translate": (translate_command, "print what a request would become, without sending it",
                   ["file", "alias", "no-cache"]),
@@ -10178,10 +9969,12 @@ EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "name": {"metavar": "NAME", "nargs": "?", "type": setup_name, "choices": [*SETTINGS],
              "help": "default: list all names, which are %s" % ", ".join(SETTINGS)},
     "file": {"metavar": "FILE", "nargs": "?", "help": "a request, or a saved message; default: standard input"},
-    "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS],
-              "help": "bash, zsh, fish or powershell"},
+    "shell": {"metavar": "SHELL", "type": str.lower, "choices": [*COMPLETIONS], "help": ", ".join(COMPLETIONS)},
     "typed": {"nargs": argparse.REMAINDER, "help": argparse.SUPPRESS},
 }
+# What options of `start` mean to other commands
+ELSEWHERE = {"port": "port of the gateway (default: %d)" % DEFAULT_PORT, "api-key": "API key of the gateway",
+             "host": "address of the gateway (default: localhost)"}
 DESCRIPTION = """\
 Lets any OpenAI-compatible tool use Claude: serves OpenAI's API on
 http://localhost:%d/v1.
@@ -10236,32 +10029,26 @@ class Parser(argparse.ArgumentParser):
         return [each for each in found if each.startswith(word.strip())]     # PowerShell cannot pass an empty word
 
 
-def add_option(parser: argparse.ArgumentParser, option: Option) -> None:
-    flags = (["-" + option.short] if option.short else []) + ["--" + option.name]
-    if option.repeatable:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help + "; repeatable", action="append")
-    elif option.metavar:
-        parser.add_argument(*flags, metavar=option.metavar, help=option.help, choices=option.choices or None)
-    else:
-        parser.add_argument(*flags, action="store_true", default=None, help=option.help)
-
-
 def argument_parser() -> Parser:
-    parser = Parser(
-        prog="claude-gateway", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=as_typed(DESCRIPTION))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="claude-gateway", description=as_typed(DESCRIPTION), formatter_class=raw)
     # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(parser=parser)              # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    options = {option.name: option for option in OPTIONS}
     for name, (_, help_text, arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text, epilog=EPILOGS.get(name),
-                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+                                      formatter_class=raw)
+        for option in OPTIONS:
+            if option.name in arguments:
+                kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {
+                    "action": "append" if option.repeatable else "store", "metavar": option.metavar,
+                    "choices": option.choices or None}
+                text = option.help + "; repeatable" * option.repeatable
+                command.add_argument(*["-" + option.short, "--" + option.name][not option.short:], **kind,
+                                     help=text if name == "start" else ELSEWHERE.get(option.name, text))
         for argument in arguments:
-            if argument in options:
-                add_option(command, options[argument])
-            else:
+            if argument in EXTRA_ARGUMENTS:
                 command.add_argument(argument, **EXTRA_ARGUMENTS[argument])
     parser.commands = commands.choices
     return parser

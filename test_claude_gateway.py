@@ -4424,7 +4424,18 @@ class AgentSessionTests(RequestTestCase):
 def bytes_to_events(data: bytes, size: int) -> list:
     decoder = claude_gateway.EventDecoder()
     events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at:at + size])]
-    return events + decoder.close()
+    return [*events, *decoder.close()]
+
+
+def events_until_fault(decoder, data: bytes) -> tuple:
+    """The events in these bytes, and whether the upstream was at fault after them."""
+    events = []
+    try:
+        for event in decoder.feed(data):
+            events.append(event)
+    except claude_gateway.UpstreamFault:
+        return events, True
+    return events, False
 
 
 class EventDecoderTests(unittest.TestCase):
@@ -4467,6 +4478,18 @@ class EventDecoderTests(unittest.TestCase):
         for size in range(1, len(data) + 1):
             self.assertEqual(bytes_to_events(data, size), [{"type": "a", "text": wanted}])
 
+    def test_an_event_is_there_with_its_last_byte(self):
+        events = events_of(message(text("Hello"), text("there")), 2)
+        for joining in (False, True):
+            for end in (b"\n", b"\r\n", b"\r"):
+                data = sse(events).replace(b"\n", end)
+                for cut in range(len(data)):
+                    decoder = claude_gateway.EventDecoder(joining)
+                    found = [event for piece in (data[:cut], data[cut:]) for event in decoder.feed(piece)]
+                    with self.subTest(joining=joining, end=end, cut=cut):
+                        self.assertEqual(found[-1], events[-1])
+                        self.assertTrue(joining or found == events)
+
     def test_empty_pieces_change_nothing(self):
         decoder = claude_gateway.EventDecoder()
         pieces = (b"", b'data: {"type":"a"}\r', b"", b"\n", b"", b"\r", b"", b"\n")
@@ -4478,9 +4501,7 @@ class EventDecoderTests(unittest.TestCase):
             with self.subTest(data=data):
                 decoder = claude_gateway.EventDecoder()
                 good = b'data: {"type":"a"}\n\n'
-                self.assertEqual(decoder.feed(good + data + good), [{"type": "a"}])
-                for tell in (decoder.check, decoder.close, lambda decoder=decoder: decoder.feed(good)):
-                    self.assertRaises(claude_gateway.UpstreamFault, tell)
+                self.assertEqual(events_until_fault(decoder, good + data + good), ([{"type": "a"}], True))
 
     def test_an_event_without_end_is_a_fault_of_the_upstream(self):
         much = b"x" * 999_990
@@ -4488,17 +4509,17 @@ class EventDecoderTests(unittest.TestCase):
                             ("comments", b": " + much + b"\n\n"), ("fields", b"id: 1\n\n" + much)):
             with self.subTest(name):
                 decoder = claude_gateway.EventDecoder()
-                decoder.feed(b'data: {"type":"a"}\n\n' * 3)
+                self.assertEqual(len(list(decoder.feed(b'data: {"type":"a"}\n\n' * 3))), 3)
                 with self.assertRaisesRegex(claude_gateway.UpstreamFault, "more than 32000000 bytes"):
                     for _ in range(40):
-                        self.assertEqual(decoder.feed(piece), [])
+                        self.assertEqual(list(decoder.feed(piece)), [])
 
     def test_events_may_be_large_and_many_together(self):
         decoder = claude_gateway.EventDecoder()
         large = b'data: {"type":"a","x":"%s"}\n\n' % (b"x" * 20_000_000)
         for _ in range(2):
             for at in range(0, len(large), 4_000_000):
-                events = decoder.feed(large[at:at + 4_000_000])
+                events = list(decoder.feed(large[at:at + 4_000_000]))
             self.assertEqual([event["type"] for event in events], ["a"])
 
     def test_an_event_nested_without_end_is_a_fault_of_the_upstream(self):
@@ -5049,7 +5070,7 @@ class HotPathTests(unittest.TestCase):
                     self.assertEqual({(event["type"], event["index"]) for event in events}, {(deltas[0]["type"], 3)})
                     self.assertEqual("".join(event["delta"]["text"] for event in events), wanted)
                     self.assertEqual(len(events) == 1, size == len(data))
-                    self.assertEqual(decoder.feed(sse([stop])) + decoder.close(), [stop])
+                    self.assertEqual([*decoder.feed(sse([stop])), *decoder.close()], [stop])
 
     def test_only_text_deltas_of_one_block_with_nothing_between_them_are_joined(self):
         def delta(words: str, block_index: int = 0) -> bytes:
@@ -5065,19 +5086,18 @@ class HotPathTests(unittest.TestCase):
                                   ("no JSON", delta("a") + delta("b").replace(b'"b"', b'"\\x"'), 1)):
             with self.subTest(name):
                 plain, joining = claude_gateway.EventDecoder(), claude_gateway.EventDecoder(joining=True)
-                one_by_one, events = plain.feed(data), joining.feed(data)
+                one_by_one, (events, faulty) = events_until_fault(plain, data), events_until_fault(joining, data)
                 self.assertEqual(len(events), count)
-                if count > 1:
-                    self.assertEqual(events, one_by_one)
-                if name in ("a number that is none", "no JSON"):
-                    self.assertEqual(events, one_by_one)
-                    self.assertRaises(claude_gateway.UpstreamFault, joining.check)
+                self.assertEqual(faulty, name in ("a number that is none", "no JSON"))
+                if count > 1 or faulty:
+                    self.assertEqual((events, faulty), one_by_one)
 
     def test_a_long_answer_of_joined_text_deltas_is_no_long_event(self):
         decoder = claude_gateway.EventDecoder(joining=True)
         data = sse([{"type": "content_block_delta", "index": 0,
                      "delta": {"type": "text_delta", "text": "x" * (claude_gateway.MAX_UPSTREAM_BODY // 4)}}])
-        self.assertEqual([len(decoder.feed(data)) for _ in range(6)], [1] * 6)
+        for half, count in [(data[:-9], 0), (data[-9:], 1)] * 6:
+            self.assertEqual(len(list(decoder.feed(half))), count)
 
     def test_text_deltas_that_are_no_json_are_refused(self):
         good = b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"Hi"}}'
@@ -5101,7 +5121,7 @@ class HotPathTests(unittest.TestCase):
                 {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}])]
             for chunk in chunks:
                 with self.subTest(model=model, chunk=str(chunk)[:300]):
-                    self.assertEqual(stream.json_of(chunk), claude_gateway.client_json(chunk))
+                    self.assertEqual(stream.event_bytes(chunk), claude_gateway.data_event(chunk))
 
 
 def work_of(work) -> int:
@@ -7650,8 +7670,7 @@ class UsageTests(UsageTestCase):
         if shutil.which("node"):
             data["days"][0]["usd"] = 1.5
             shown = StatusTests.page(self, [(200, json.dumps(data), "")])[1]
-            self.assertEqual((shown["week"], shown["month-cost"]),
-                             ("$3.00", "in 7 days, $4.50 in 30 days, for 1 requests"))
+            self.assertEqual((shown["week"], shown["month"]), ("$3.00", "in 7 days; $4.50 in 30 days, requests: 1"))
 
     def test_periods_begin_and_end_where_a_calendar_says(self):
         def at(*date):
@@ -9751,14 +9770,14 @@ class EventLoopTests(unittest.TestCase):
         self.addCleanup(self.loop.close)
         self.ended, self.failures = threading.Event(), []
 
-    def another(self, *steps, wait=None):
+    def another(self, steps):
         """A stream of these steps to a client of its own; what went wrong with it, once `failed` is set."""
         ours, user = socket.socketpair()
         self.addCleanup(ours.close)
         self.addCleanup(user.close)
         failures, failed = [], threading.Event()
         stream = claude_gateway.RunningStream(
-            claude_gateway.Client(claude_gateway.Peer(ours)), *steps, wait,
+            claude_gateway.Client(claude_gateway.Peer(ours)), steps,
             lambda over, failure: failures.append(failure) or failed.set())
         return stream, failures, failed
 
@@ -9774,9 +9793,9 @@ class EventLoopTests(unittest.TestCase):
                 try:
                     heard = self.upstream.recv(1_000_000)
                 except BlockingIOError:
-                    yield self.wait_for_upstream(patience)
+                    yield b"", self.wait_for_upstream(patience)
                     continue
-                yield heard
+                yield heard, None
                 if heard.endswith(b"."):
                     return
 
@@ -9786,11 +9805,11 @@ class EventLoopTests(unittest.TestCase):
         self.peer = claude_gateway.Peer(self.client)
         client = claude_gateway.Client(self.peer, limits)
         client.idle_comment = keep_alive
-        return claude_gateway.RunningStream(client, steps or words(), self.wait_for_upstream(patience), end)
+        return claude_gateway.RunningStream(client, steps or words(), end)
 
     def test_the_loop_goes_on_after_a_stream_that_never_waits(self):
         """It is never due, and the selector of Python takes no infinite time."""
-        busy, failures, failed = self.another(iter([b"x"] * 100))
+        busy, failures, failed = self.another(repeat((b"x", None), 100))
         self.loop._streams.add(busy)
         self.loop._check()
         self.loop._streams.clear()
@@ -9798,7 +9817,7 @@ class EventLoopTests(unittest.TestCase):
         self.loop.add(busy)
         self.assertTrue(failed.wait(30))
         self.assertEqual(failures, [None])
-        again, failures, failed = self.another(iter([b"x"]))
+        again, failures, failed = self.another(iter([(b"x", None)]))
         self.loop.add(again)
         self.assertTrue(failed.wait(30), "the loop has died")
 
@@ -9854,6 +9873,19 @@ class EventLoopTests(unittest.TestCase):
         self.assertEqual(received_until(self.user, b"."), much)
         self.assertTrue(self.ended.wait(30))
 
+    def test_while_the_client_does_not_read_the_upstream_is_not_waited_for(self):
+        much = b"x" * 5_000_000
+
+        def steps():
+            yield much, self.wait_for_upstream(0.05)
+            yield self.upstream.recv(10), None
+        self.loop.add(self.stream(steps=steps()))
+        self.assertFalse(self.ended.wait(0.1))
+        self.claude.sendall(b".")
+        self.assertEqual(received_until(self.user, b"."), much + b".")
+        self.assertTrue(self.ended.wait(10))
+        self.assertEqual(self.failures, [None])
+
     def test_a_client_that_never_reads_is_given_up(self):
         self.claude.settimeout(None)
         self.loop.add(self.stream(limits=Limits(write_timeout=0.05)))
@@ -9871,7 +9903,7 @@ class EventLoopTests(unittest.TestCase):
     def test_a_failure_in_one_stream_is_told_to_that_stream_only(self):
         def failing():
             raise RuntimeError("broken")
-            yield b""
+            yield b"", None
         self.loop.add(self.stream())
         stream, failures, failed = self.another(failing())
         self.loop.add(stream)
@@ -9885,7 +9917,7 @@ class EventLoopTests(unittest.TestCase):
 
         def always():
             while not endless.is_set():
-                yield b""
+                yield b"", None
         self.addCleanup(endless.set)
         self.loop.add(self.another(always())[0])
         self.loop.add(self.stream())
@@ -9897,11 +9929,11 @@ class EventLoopTests(unittest.TestCase):
         registered, stop = [], threading.Event()
 
         def steps():
-            yield self.wait_for_upstream()
+            yield b"", self.wait_for_upstream()
             while not stop.is_set():
                 registered.append(len(stream.registered))
-                yield b""
-            yield b"."
+                yield b"", None
+            yield b".", None
         stream = self.stream(limits=Limits(keepalive_interval=0.01), steps=steps())
         self.loop.add(stream)
         self.claude.sendall(b"!")
@@ -9914,7 +9946,7 @@ class EventLoopTests(unittest.TestCase):
     def test_a_stream_whose_sockets_cannot_be_watched_leaves_nothing_behind(self):
         self.loop.add(self.stream())                    # its upstream is registered ...
         # ... so that this stream cannot have it, too
-        stream, failures, failed = self.another(repeat(self.wait_for_upstream()))
+        stream, failures, failed = self.another(repeat((b"", self.wait_for_upstream())))
         self.loop.add(stream)
         self.assertTrue(failed.wait(30))
         self.assertIsInstance(failures[0], KeyError)
@@ -11719,9 +11751,14 @@ function element() {
            get all() { return (this.textContent ?? "") + this.children.map((one) => one.all ?? one).join("|"); },
            addEventListener(name, on) { this.listeners[name] = on; } };
 }
+const buttons = [Object.assign(element(), { dataset: { copy: "base" } })];
 const cards = ["errors", "used", "limits", "recent"].map((card) => Object.assign(element(), { dataset: { card } }));
 globalThis.document = { getElementById: (id) => elements[id] ??= element(), createElement: element,
-                        querySelectorAll: (what) => what === "[data-card]" ? cards : [] };
+                        querySelectorAll: (what) => what === "[data-card]" ? cards : buttons };
+let copied, later;
+Object.defineProperty(globalThis, "navigator", {
+  value: { clipboard: { writeText: async (text) => { copied = text; } } } });
+globalThis.setTimeout = (call) => { later = call; };
 globalThis.location = { origin: "http://localhost:1234", host: "localhost:1234", port: "1234" };
 let tick, sent, shown;
 globalThis.setInterval = (update) => { tick = update; };
@@ -11745,6 +11782,11 @@ async function run() {
     shown.cards = cards.filter((card) => !card.hidden).map((card) => card.dataset.card);
     told.push([!ask.hidden, !wrong.hidden, !data.hidden, state.textContent, sent]);
   }
+  const [button] = buttons;
+  await button.listeners.click();
+  shown.copying = [copied, button.textContent];
+  later();
+  shown.copying.push(button.textContent);
   console.log(JSON.stringify([told, shown]));
 }
 run();
@@ -11799,7 +11841,7 @@ class StatusTests(GatewayTestCase):
         self.chat("a private question", headers={"user-agent": "curl/8"}, model="haiku")
         data = self.status()
         failed, streamed, first = data["recent"]
-        self.assertEqual(set(first), {"time", "line", "tool", "path", "status", "asked", "used", "stream",
+        self.assertEqual(set(first), {"time", "row", "tool", "path", "status", "asked", "used", "stream",
                                       "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
                                       "request_id", "changes", "error", "error_code", "cost_usd"})
         for name, value in (("tool", "aider"), ("asked", "sonnet"), ("used", "claude-sonnet-5-5"), ("status", 200),
@@ -11835,7 +11877,7 @@ class StatusTests(GatewayTestCase):
         counters = claude_gateway.Counters()
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
-            counters.add_request("other", record.summary("line", []))
+            counters.add_request("other", record.summary([]))
         data = counters.totals()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
@@ -11851,6 +11893,8 @@ class StatusTests(GatewayTestCase):
         texts = self.ask("GET", "/?setup", headers={"host": "localhost:8123"}).json
         self.assertEqual(set(texts), set(claude_gateway.TOOL_SETTINGS))
         self.assertIn("http://localhost:8123/v1", texts["aider"])
+        texts = self.ask("GET", "/?setup", headers={"host": "127.0.0.1:8123"}).json
+        self.assertIn("http://127.0.0.1:8123/v1", texts["aider"])
         self.start(api_key=("the-client-key",))
         self.assertEqual(set(self.ask("GET", "/?setup").json), {"status", "version", "key_needed"})
 
@@ -11978,15 +12022,16 @@ class StatusTests(GatewayTestCase):
         data["limits"] = [{"title": "5 hours", "used": 0.5, "resets_at": time.time() + 28_770}]
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]),
-                         ("$1.23", "by list prices; caching saved -$0.50; without x"))
+                         ("$1.23", "by list prices; caching cost $0.50; without x"))
         self.assertRegex(shown["running"], r"\A0 running; all since \d+ \w+ 20\d\d, \d\d:\d\d\Z")
         self.assertEqual(shown["cards"], ["limits"])            # there is nothing to show in the others
         self.assertRegex(shown["limits"], r"50 %, reset \d+ \w+ 20\d\d, \d\d:\d\d")
         self.assertRegex(shown["credential"], r"Token renews\|1 Jan 2030, 00:00")
         self.assertTrue(shown["names"].startswith("sonnet = claude-sonnet-5-5, "), shown["names"])
-        data["cache"]["saved_usd"], data["cost"]["usd"] = -0.00001, 0.0042
+        data["cache"]["saved_usd"], data["cost"]["usd"] = -0.0, 0.0042
         shown = self.page([(200, json.dumps(data), "")])[1]
         self.assertEqual((shown["cost"], shown["saved"]), ("$0.0042", "by list prices; caching saved $0.00; without x"))
+        self.assertEqual(shown["copying"], ["http://localhost:1234/v1", "copied", "copy"])
         self.assertNotIn("demo", shown["hidden"])
         data["upstream"] = "https://api.anthropic.com"
         self.assertIn("demo", self.page([(200, json.dumps(data), "")])[1]["hidden"])
@@ -12004,10 +12049,11 @@ class StatusTests(GatewayTestCase):
         self.assertRegex(shown["errors"], r"\A1 \u00d7 model_not_found\|The model \"no-such-model\" does not exist")
         self.assertIn("New in the prompt|1,000|Read from the cache|500|Stored in the cache|0|Answers|20|Total|1,520",
                       shown["tokens"])
-        self.assertIn("aider|1|0|1,500|20|$0.0045", shown["totals"])
-        newest, older = shown["recent"].index("no-such-model"), shown["recent"].index("opus \u2192 claude-opus-5-5")
+        self.assertIn("tool|requests|errors|tokens in|cached|tokens out|cost|aider|1|0|1,500|33%|20|$0.0045|",
+                      shown["totals"])
+        newest, older = shown["recent"].index("no-such-model"), shown["recent"].index("opus -> claude-opus-5-5")
         self.assertLess(newest, older)
-        for words in ("1,500 (33 % cached)|20|$0.0045", "dropped seed (no counterpart)", "does not exist here"):
+        for words in ("1,500|33%|20|$0.0045", "dropped seed (no counterpart)", "does not exist here"):
             self.assertIn(words, shown["recent"])
 
     @unittest.skipUnless(shutil.which("node"), "no node here")
@@ -12528,7 +12574,7 @@ class ConnectionTests(HttpTestCase):
         peer = claude_gateway.Peer(ours)
         with theirs:
             theirs.sendall(b"one")
-            self.assertEqual([peer.read(), peer.read(), peer.read()], [None, b"one", None])
+            self.assertEqual([peer.read(), peer.drained, peer.read()], [b"one", True, None])
             theirs.sendall(b"three")
             peer.unread += b"two"
             self.assertEqual([peer.read_within(5), peer.read_within(5)], [b"two", b"three"])
@@ -13191,9 +13237,9 @@ class LogTests(GatewayTestCase):
             first_byte_ms=521, total_ms=1682, input_tokens=118918, cached_tokens=118010, cached_percent_of_all=48,
             output_tokens=388, request_id="req_011CV")
         with self.assertLogs(claude_gateway.LOG, "INFO") as logged:
-            claude_gateway.log_request_record(record, Config())
-            claude_gateway.log_request_record(claude_gateway.Record("GET", "/v1/models", tool="-", status=404,
-                                                                    error="Not here: --allow-host x"), Config())
+            for each in (record, claude_gateway.Record("GET", "/v1/models", tool="-", status=404,
+                                                       error="Not here: --allow-host x")):
+                claude_gateway.log_request_record(each, Config())
         for columns, lines in ((80, ["200 chat/completions aider opus-5-5 118918>388 99% 1.7s",
                                      "404 GET models - 0.0s  Not here: --allow-host x"]),
                                (200, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"]),
@@ -13551,18 +13597,20 @@ class OptionTests(unittest.TestCase):
 
     def test_settings_that_have_no_effect_are_named(self):
         def ignored(**variables):
-            return [problem[:-len(" is set, and is ignored.")] for problem, _ in
+            return [re.sub(" (is set, and is|are set, and are) ignored.$", "", problem) for problem, _ in
                     claude_gateway.doubtful_settings(variables, config_of(**variables))]
         self.assertEqual(ignored(CLAUDE_GATEWAY_PORTS="1", CLAUDE_GATEWAY_PORT="1", ALL_PROXY="socks5://h",
                                  CLAUDE_GATEWAY_TOKEN_URL="https://x", HTTP_PROXY="http://h:1"),
-                         ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY"])
+                         ["CLAUDE_GATEWAY_PORTS", "ALL_PROXY, HTTP_PROXY"])
         self.assertEqual(ignored(http_proxy="http://h:1"), ["HTTP_PROXY"])
         self.assertEqual(ignored(HTTP_PROXY="http://h:1", HTTPS_PROXY="http://h:1"), [])
         (_, advice), = claude_gateway.doubtful_settings({"CLAUDE_GATEWAY_PROT": "1"}, Config())
         self.assertEqual(advice, "Did you mean CLAUDE_GATEWAY_PORT?")
         self.addCleanup(setattr, claude_gateway.urllib.request, "getproxies", claude_gateway.urllib.request.getproxies)
         claude_gateway.urllib.request.getproxies = lambda: {"https": "http://u:word@of-the-system:1"}  # macOS
-        self.assertEqual(ignored(), ["The system's proxy http://***@of-the-system:1"])
+        self.assertEqual(ignored(), ["the system's proxy http://***@of-the-system:1"])
+        self.assertEqual(ignored(all_proxy="socks5://h", http_proxy="http://h:1"),
+                         ["ALL_PROXY, HTTP_PROXY, the system's proxy http://***@of-the-system:1"])
 
     def test_the_log_has_one_loudness(self):
         for flags, variables in ((("-V", "-q"), {}), (("-m", "-V"), {}), (("-q", "-m"), {}),
@@ -14390,7 +14438,25 @@ class AskTests(CommandTestCase):
         self.assertEqual((empty.code, empty.err),
                          (2, "claude-gateway: Standard input is empty; for example: claude-gateway ask Hello\n"))
         self.assertEqual((nobody.code, nobody.out), (3, ""))
-        self.assertIn("No credential. Set ANTHROPIC_API_KEY", nobody.err)
+        self.assertRegex(nobody.err, "No credential. Set ANTHROPIC_API_KEY.* `claude-gateway ask --demo` needs ne")
+
+    @POSIX_ONLY
+    def test_an_answer_cannot_control_the_terminal(self):
+        import pty
+
+        answer = "\x1b]0;title\x07Over\rHello,\n\tyou\u202e!"
+        self.claude.play(*[message(text(answer))] * 3)
+        variables = {"ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_BASE_URL": self.claude.url, "PYTHONIOENCODING": "utf-8"}
+        self.assertEqual(self.command("ask", "Hello", **variables).out, answer + "\n")      # into a file or a pipe
+        whole = self.command("ask", "--json", "Hello", **variables).out
+        self.assertNotRegex(whole, "[\x07\u202e]")
+        self.assertEqual(json.loads(whole)["choices"][0]["message"]["content"], answer)
+        reading, terminal = pty.openpty()
+        self.addCleanup(os.close, reading)
+        subprocess.run([sys.executable, PROGRAM, "ask", "Hello"], stdin=subprocess.DEVNULL, stdout=terminal,
+                       env=self.environment(variables), cwd=self.working_directory, timeout=20, check=True)
+        os.close(terminal)
+        self.assertEqual(os.read(reading, 1_000), br"\x1b]0;title\x07Over\rHello," b"\r\n\tyou" br"\u202e!" b"\r\n")
 
 
 @POSIX_ONLY
@@ -14475,6 +14541,7 @@ class RunTests(CommandTestCase):
                          (2, "claude-gateway: run needs a program to start; there is no no-such-tool.\n"))
         self.assertEqual(nothing.code, 2)
         self.assertIn("for example: claude-gateway run aider", nothing.err)
+        self.assertIn("`claude-gateway run --demo` needs neither", self.command("run", "sh").err)
 
 
 # ---- Commands ---------------------------------------------------------------------------------------
@@ -14599,9 +14666,10 @@ class UsageCommandTests(CommandTestCase):
             (["usage"], {}), (["usage", "--by", "tool"], {}), (["usage", "--json", "--by", "model"], {}),
             (["usage", "--days", "30"], {}), (["usage", "--days", "0"], {}),
             (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}))
-        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") + r" +2 +0 +[\d,]+ +0% +[\d,]+ +1.50 \+ unknown$")
-        self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +1.50$")
-        self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* 6.50 \+ unknown$")
+        self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") +
+                         r" +2 +0 +[\d,]+ +0% +[\d,]+ +\$1.50  \+ unknown$")
+        self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +\$1.50$")
+        self.assertRegex(all_days.out, r"(?m)^total +1,002 +0 .* \$6.50  \+ unknown$")
         self.assertEqual({row["model"]: row["usd"] for row in json.loads(key.out)},
                          {"claude-mythos-5-2": 0, "claude-sonnet-5-5": 1.5})
         self.assertEqual((wrong.code, nobody.code), (2, 0))
@@ -14638,6 +14706,26 @@ class DailyCommandTests(GatewayTestCase):
         self.assertEqual((code, told["requests"]["total"], told["running"], told["credential"]["kind"]),
                          (0, 1, True, "api_key"))
 
+    def test_models_are_those_of_the_gateway_that_runs(self):
+        self.start(alias=(("fast", "haiku"),), api_key=("the-client-key",))
+        self.claude.models = []
+        port = str(self.service.port)
+        code, said, complaint = run_command("models", "-p", port)
+        self.assertEqual((code, "built-in" in complaint), (0, False))
+        self.assertRegex(said, r"(?m)^fast +-> claude-haiku-5-5$")
+        self.assertEqual({entry["id"]: entry.get("alias_of") for entry in json.loads(
+            run_command("models", "--json", "-p", port)[1])}["fast"], "claude-haiku-5-5")
+        said = run_command("models", "-p", port, "--alias", "mine=opus")[1]        # what would be, not what is
+        self.assertRegex(said, r"(?m)^mine +-> claude-opus-5-5$")
+        self.assertNotIn("fast", said)
+
+    def test_caching_saves_or_costs(self):
+        running = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        for saved, words in ((0.5, "saved $0.50"), (-0.0001, "cost $0.0001"), (-0.0, "saved $0.00")):
+            running["cache"] = {"share_percent": 7, "saved_usd": saved}
+            self.assertIn("\nCache:       7 %% of all input, which %s\n" % words,
+                          claude_gateway.status_text(running, "") + "\n")
+
     def test_status_lists_the_last_requests_and_totals(self):
         self.start(alias=(("fast", "haiku"),))
         self.claude.play(message(text("A"), usage={"input_tokens": 1000, "output_tokens": 20}))
@@ -14648,11 +14736,22 @@ class DailyCommandTests(GatewayTestCase):
         code, said, _ = run_command("status", "--requests", "--port", str(self.service.port))
         self.assertEqual(code, 0)
         self.assertIn("\nAliases:     fast = haiku\n", said)
-        self.assertRegex(said, r"\nby tool   aider +1 requests, 0 failed; 1,000 tokens in, 20 out; \$0\.0044\n")
-        self.assertRegex(said, r"\nby model  claude-opus-5-5 +1 requests, 0 failed; ")
-        self.assertRegex(said, r"\n[\d:]{8}  404 chat/completions curl [\d.]+s  The model .*\n"
-                               r"[\d:]{8}  200 chat/completions aider opus-5-5 1000>20 0% [\d.]+s  \$0\.0044  "
-                               r"dropped seed")
+        _, by_tool, by_model, last = said.split("\n\n")
+        self.assertEqual(by_tool.split("\n")[:2], ["tool   requests  errors  tokens in  cached  tokens out     cost",
+                                                   "aider         1       0      1,000      0%          20  $0.0044"])
+        self.assertRegex(by_model, r"\nclaude-opus-5-5 +1 +0 +1,000 ")
+        heads, failed, answered = last.rstrip("\n").split("\n")
+        self.assertRegex(failed, r"\A[\d:]{8}  curl   no-such-model    404 +\d+ / \d+ ms  The model ")
+        self.assertRegex(answered, r"\A[\d:]{8}  aider  claude-opus-5-5  200 +1,000 +0% +20  \$0\.0044 +"
+                                   r"\d+ / \d+ ms +dropped seed")
+        self.assertEqual({heads.index("status"), failed.index("404"), answered.index("200")}, {failed.index("404")})
+        self.assertNotIn("1 requests", said)
+        self.chat(model="no\x1b[2J\u202e-model")
+        self.service.gateway.running.wait_until_idle(10)
+        for flag in ("--requests", "--json"):
+            said = run_command("status", flag, "-p", str(self.service.port))[1]
+            self.assertRegex(said, r"no\\(x|u00)1b\[2J\\u202e-model")
+            self.assertNotRegex(said, "[\x1b\u202e]")
         said = run_command("status", "--json", "-p", str(self.service.port))[1]
         self.assertEqual(json.loads(said)["recent"][0]["status"], 404)
 
@@ -14847,6 +14946,12 @@ class CommandLineTests(CommandTestCase):
         for child in self.commands(*[([name, "--help"], {}) for name in ("login", "logout", "status", "models")]):
             self.assertEqual(child.code, 0)
             self.assertIn("--token-file", child.out)
+        self.assertIn("0: any free one", start.out)
+        for child in self.commands(*[([name, "--help"], {}) for name in ("ask", "run", "status", "doctor", "models")]):
+            words = " ".join(child.out.split())
+            for described in ("PORT port of the gateway (default: 45554)", "--host ADDRESS address of the gateway"):
+                self.assertIn(described, words)
+            self.assertNotIn("any free one", words)
 
     def test_unknown_words_are_answered_with_the_nearest_if_one_is_near(self):
         for arguments, nearest, usage in (
@@ -15290,7 +15395,7 @@ class RecordedAnswerTests(GatewayTestCase):
                     stream = claude_gateway.ChatStream({"id": "chatcmpl-1", "created": 1}, plan, assembler, True)
                     events = [event for at in range(0, len(body), size) for event in decoder.feed(body[at:at + size])]
                     chunks = []
-                    for event in events + decoder.close():
+                    for event in [*events, *decoder.close()]:
                         assembler.feed(event)
                         chunks += stream.feed(event)
                     wholes.append(chunks + stream.finish())

@@ -21,7 +21,7 @@ for name in ("sonnet", "sonnet", "no-such-model"):
 timeout 60 chromium --headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
   --disable-component-update --disable-sync --user-data-dir="$work/profile" --virtual-time-budget=4000 \
   --dump-dom "$base/" > "$work/page" 2> "$work/log"
-for text in '<code id="base">'"$base"'/v1</code>' 'id="requests">3</div>' 'model_not_found' 'claude-sonnet-5-5' '>running</span>'; do
+for text in '<code id="base">'"$base"'/v1</code>' 'id="requests">3</b>' 'model_not_found' 'claude-sonnet-5-5' '>running</span>'; do
   grep -qF -- "$text" "$work/page" || { echo "the page does not show: $text"; head -c 3000 "$work/page"; exit 1; }
 done
 if grep -i 'content security policy' "$work/log"; then exit 1; fi
