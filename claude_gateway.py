@@ -9489,7 +9489,9 @@ class StopSignals:
         if running and not service.gateway.config.quiet:
             say("Stopping: waiting up to %d seconds for %d running request%s; a second Ctrl-C stops at once." % (
                 SHUTDOWN_GRACE, running, "" if running == 1 else "s"))
-        service.close()
+        # on Windows no signal ends a wait
+        any(service.gateway.running.wait_until_idle(1) for _ in range(SHUTDOWN_GRACE))
+        service.close(0)
         return self._codes[0]
 
 
@@ -10108,7 +10110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, GatewayError) as fault:
         say("claude-gateway: %s" % fault, logging.ERROR)
         return next(code for kind, code in EXIT_CODES if isinstance(fault, kind))
-    except BrokenPipeError:                         # the reader of our output has ended, `head` for instance
+    except OSError as fault:                        # the reader of our output has ended, `head` for instance
+        if fault.errno != (errno.EINVAL if os.name == "nt" else errno.EPIPE):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
 
