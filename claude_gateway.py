@@ -32,7 +32,7 @@ server, Service, Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest
 running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, Usage, HTTP/1.1, Upstream, Image fetching, Routes,
-HTTP server, Log, and Asking and running.
+HTTP server, Log, Diagnosis, Signing in, Asking and running.
 Places that connect: UpstreamConnection, ImageFetcher, local_answer, issuer_of.
 Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
@@ -658,9 +658,10 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
     return whole, whole != value
 
 
-# The same where no number is long, without the hook for each count.
+# LENIENT_JSON for a body in which no number is long: without its hook for whole numbers, of which events have many.
 SHORT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
 LONG_NUMBER = re.compile(rb"\d{300}")
+
 
 def json_object_from(body: bytes, event: bool = False) -> dict:
     """A body of the upstream, or an event of its stream, as an object.  Raises UpstreamFault."""
@@ -2860,7 +2861,7 @@ class EventDecoder:
         self._rest: List[bytes] = []                # the pieces of an unfinished line or event
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
-        self._at_start = True
+        self._at_start = True                       # until a byte order mark has been looked for
         self._held = 0                              # bytes since the last whole event
         self._text_begins, self._index = "\n", 0    # of the last text delta: what comes before its text, and its block
 
@@ -4346,8 +4347,8 @@ class FileDamaged(GatewayError):
 class StoredFile:
     """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
 
-    One that others may read is closed to them; another program's must be `closed` by these bits, and if PRIVATE be no
-    symlink, or it is refused.
+    Ours is closed to others where they may read it.  Another program's is refused where its mode has one of the bits
+    in `closed`, or where it is a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret.
     """
     kind = "file"
 
@@ -5510,6 +5511,7 @@ class UpstreamConnection(Peer):
                     "it ended the connection instead of an answer")
             received += data
 
+
 def address_of(netloc: str, default_port: int) -> tuple[str, int]:
     """Host and port of the part of a URL that names them."""
     parts = urllib.parse.urlsplit("//" + netloc)
@@ -5736,7 +5738,7 @@ class Upstream:
 
     def _asked(self, credential: Credential, method: str, path: str, body: bytes | None, headers: dict[str, str],
                call: UpstreamCall, beta: Sequence[str]) -> UpstreamReply:
-        """Claude's 401 to a login is answered by one renewal of its token."""
+        """A call with this credential.  Claude's 401 to a login is answered by one renewal of its token."""
         custom, hops = self._custom, ",".join(filter(None, [call.hops, self._instance_id]))
         paid, renewable = credential.headers(), True
         while True:
@@ -5777,7 +5779,7 @@ class Upstream:
         return reply
 
     def _answer(self, way: Any, call: UpstreamCall, request: tuple[str, str, dict[str, str], bytes]) -> UpstreamReply:
-        """The same, on a connection that was kept, as a TLS handshake costs 0.1 s, or on a new one."""
+        """The answer on a connection that was kept, as a TLS handshake costs 0.1 s, or on a new one."""
         key = way.type, way.host, way._tunnel_host
         connection, replaced = self.pool.take(key), False
         while True:
@@ -5911,8 +5913,8 @@ def fault_from(fault: Exception, what: str, who: str = "The upstream") -> Gatewa
 
 # ---- Event loop --------------------------------------------------------------------------------------
 # One thread that moves every stream which waits for Claude.  With a thread for each, the interpreter lock changes
-# hands at every event: with 1,000 streams that took 200 us of CPU an event, and they came 0.8 s late; here it is 44 us
-# and 0.1 s.  All other work (reading requests, translating, calling Claude, ending a stream) stays in threads.
+# hands at every event: with 1,000 streams that costs several times the work on the event, and they come late
+# (.ci/bench.py measures it).  Reading requests, translating them, calling Claude and ending a stream stay in threads.
 
 LOOP_SIZE = 200 if os.name == "nt" else 20_000      # streams; Windows selects among 512 sockets at most
 LOOP_STEPS = 32                                     # of one stream in a row: the others wait, too
@@ -8258,7 +8260,7 @@ class Listener(socketserver.ThreadingTCPServer):
         self.address_family = family                # type: ignore[assignment,unused-ignore]
         self.gateway = gateway
         self._connections = Budget(gateway.config.limits.max_connections)
-        super().__init__(address, Connection)       # type: ignore[arg-type]
+        super().__init__(address, Connection)       # type: ignore[arg-type]  # only process_request_thread makes one
 
     def server_bind(self) -> None:
         if os.name == "nt":
@@ -8277,7 +8279,8 @@ class Listener(socketserver.ThreadingTCPServer):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, address
 
-    def service_actions(self) -> None:              # called by the loop of the socket server every half second
+    def service_actions(self) -> None:
+        """Called by the loop of the socket server every half second."""
         self.gateway.upstream.pool.close_old()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
@@ -8298,7 +8301,8 @@ class Listener(socketserver.ThreadingTCPServer):
             self._connections.give()
         Connection(self.gateway, request, client_address[0], release).run()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:      # no thread could be started
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """No thread could be started for a connection."""
         self._connections.give()
         log_lost_connection(sys.exc_info()[1])
 
@@ -8834,7 +8838,7 @@ def headers_from(variable: str, lines: str) -> tuple[tuple[str, str], ...]:
 
 
 RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content-length", "transfer-encoding", "te",
-               "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
+                    "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
 
 
 def checked_base_url(variable: str, url: str) -> str:
@@ -8858,6 +8862,7 @@ def checked_proxy(variable: str, url: str) -> str:
     return url
 
 
+# A switch that is off is one that is not set
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": None, "false": None, "no": None, "off": None}
 
 

@@ -9,7 +9,7 @@ the same banners; then library, real SDK, recorded traffic, README and the file 
 
 To add a test, go to its room and derive from `GatewayTestCase`, or from `RequestTestCase` for what a request becomes:
 
-    def test_a_stop_sequence_that_was_met_is_told(self):
+    def test_a_stop_sequence_that_was_met_ends_the_answer(self):
         self.claude.play(message(text("One"), stop_reason="stop_sequence"))     # the next answer of Claude
         answer = self.chat("Count", stop=["Two"])                               # over a real socket
         self.assertEqual(answer.json["choices"][0]["finish_reason"], "stop")    # what the client gets
@@ -15752,6 +15752,13 @@ class FileTests(unittest.TestCase):
     def test_every_place_that_starts_a_program_is_in_the_docstring(self):
         self.assertEqual(self.promised("Places that start another program:"), self.places(
             lambda node: isinstance(node, ast.Attribute) and self.STARTING.fullmatch(dotted(node))))
+
+    def test_every_room_that_connects_writes_or_starts_a_program_is_among_those_to_read(self):
+        to_read = self.promised("What to read before trusting it with a credential:")
+        for what in ("Places that connect:", "Places that write:", "Places that start another program:"):
+            for name in self.promised(what):
+                with self.subTest(name):
+                    self.assertIn(self.ROOMS[self.room_of(name)], to_read)
 
     def test_tests_stand_in_the_order_of_the_rooms(self):
         tested = [room for room in rooms_in(self.TESTS).values() if room in self.ROOMS]
