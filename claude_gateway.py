@@ -4511,7 +4511,7 @@ class StoredLogin(ApiKey):
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
         self._outdated = ""                         # the access token in the file while newer ones cannot be stored
-        self._spent: set = set()                    # refresh tokens that we used, or that were refused
+        self._used_refresh_tokens: set = set()      # by us, or by somebody else, as their refusal shows
         self._failures, self._retry_at = 0, 0.0
         self._unproven = ""                         # the access token of the last renewal, until Claude accepts it
 
@@ -4581,7 +4581,7 @@ class StoredLogin(ApiKey):
 
     def _renewable(self, token: dict) -> bool:
         refresh_token = text_in(token, "refresh_token")
-        return bool(self.client_id and refresh_token) and refresh_token not in self._spent
+        return bool(self.client_id and refresh_token) and refresh_token not in self._used_refresh_tokens
 
     def _due(self, token: dict) -> bool:
         """Whether a token is in its last five minutes, or in the second half of a life under ten."""
@@ -4623,7 +4623,7 @@ class StoredLogin(ApiKey):
         if token is None:                           # a logout, also of tokens that could not be stored
             self._token, self._outdated = {}, ""
         elif not self._outdated or (token["access_token"] != self._outdated
-                                    and text_in(token, "refresh_token") not in self._spent):
+                                    and text_in(token, "refresh_token") not in self._used_refresh_tokens):
             self._token, self._outdated = token, ""
 
     def _renew(self, rejected: str | None) -> None:
@@ -4634,7 +4634,8 @@ class StoredLogin(ApiKey):
         if not self._renewable(self._token):
             if rejected:                            # Claude's own message says more
                 return
-            raise CredentialNeeded(self.trouble["message"] if self.trouble and refresh_token in self._spent else
+            used = refresh_token in self._used_refresh_tokens
+            raise CredentialNeeded(self.trouble["message"] if self.trouble and used else
                                    "The stored login has expired: %s." % self.remedy)
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
@@ -4648,10 +4649,10 @@ class StoredLogin(ApiKey):
             in_file, self._token = self._token["access_token"], token_from_answer(answer, self._token)
             self._unproven, self._failures, self.trouble = self._token["access_token"], 0, None
             if self._token["refresh_token"] != refresh_token:
-                self._spent.add(refresh_token)
+                self._used_refresh_tokens.add(refresh_token)
             self._save(in_file)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
-            self._spent.add(refresh_token)
+            self._used_refresh_tokens.add(refresh_token)
             self._stamp = None
             self._read_if_changed()                 # who else has used it has stored new tokens
             if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
@@ -6550,7 +6551,7 @@ class Exchange:
             model = self._known
             if "fallbacks" in self.translation.request:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
-            count_tokens(self._gateway, self._incoming.record, model, message["usage"])
+            record_usage(self._gateway, self._incoming.record, model, message["usage"])
 
     def _batches_of_stream(self, translate: Render) -> Iterator[Any]:
         for events, wait in self._event_batches():
@@ -6615,13 +6616,15 @@ def betas_for(request: dict) -> list[str]:
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
     """`fallbacks` of a request, as --fallback says; None where the model does not have them."""
-    if not model.fallbacks or names[0] == "default":
-        return "default" if model.fallbacks else None
+    if not model.fallbacks:
+        return None
+    if names[0] == "default":
+        return "default"
     ids = dict.fromkeys(catalog.resolve(name).id for name in names)
     return [{"model": model_id} for model_id in ids if model_id != model.id] or None
 
 
-def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
+def record_usage(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     counts = {kind: count_of(usage.get(name)) for kind, name in TOKEN_KINDS.items()}
     cost = cost_of(model, usage)
@@ -6702,7 +6705,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     options = optional(object_of, incoming.body.get("stream_options"), "stream_options", {})
     include_usage = optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
     history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
-    exchange = exchange_for(gateway, *history[:2])
+    exchange = exchange_for(gateway, history.incoming, history.earlier)
     envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
     if not incoming.record.stream:
         completion = chat_completion_from_message(whole_message(exchange), envelope, exchange.translation.plan)
@@ -6755,8 +6758,8 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
-def counted(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
-    """What a request names, against the budget of all bodies: a few bytes can name megabytes, many times."""
+def within_budget(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
+    """What a request names, counted in the budget of all bodies: a few bytes can name megabytes, many times."""
     weight = 6 * len(client_json(stored))           # in memory
     if not gateway.body_budget.take(weight):
         raise busy("The gateway holds too many large requests at the moment.")
@@ -6769,11 +6772,14 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     body, owner = incoming.body, incoming.owner
     if "messages" in body:
         return History(incoming)
-    given = resolved_items(body.get("input"), lambda item_id: counted(
+    given = resolved_items(body.get("input"), lambda item_id: within_budget(
         gateway, incoming, gateway.responses.item(owner, item_id)))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
-    given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
-             for item in given[:len(given) - compact]]
+    if compact:
+        given.pop()
+    for at, item in enumerate(given):
+        kind = "msg" if "role" in item else "item"
+        given[at] = dict(item, id=item.get("id") or "%s_%s" % (kind, secrets.token_hex(16)))
     incoming = replace(incoming, body=dict(body, input=given if body.get("input") is not None else None))
     response_id = body.get("previous_response_id")
     if response_id is None:
@@ -6782,7 +6788,7 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     if stored is None:
         raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
                              json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    earlier = counted(gateway, incoming, [*stored[1], *stored[2]])
+    earlier = within_budget(gateway, incoming, [*stored[1], *stored[2]])
     return History(incoming, earlier, given, compact, count_in(stored[0], "usage", "total_tokens"))
 
 
@@ -6830,7 +6836,7 @@ def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[di
     # by the last response's usage, and about four bytes a token; else as Claude counts
     size = history.tokens and history.tokens + len(client_json(history.given)) // 4
     if not size and len(client_json(body)) // 2 > threshold:
-        size = counted_tokens(gateway, history)
+        size = tokens_of_request(gateway, history)
     if size <= threshold:
         return []
     exchange = exchange_for(gateway, replace(history.incoming, body=dict(body, input=items)), compact=True)
@@ -6849,7 +6855,7 @@ def compaction_threshold(body: dict) -> int:
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
     history = with_history(gateway, incoming)
-    exchange = exchange_for(gateway, *history[:2], compact=True)
+    exchange = exchange_for(gateway, history.incoming, history.earlier, compact=True)
     message = whole_message(exchange)
     name = secrets.token_hex(16)
     output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
@@ -6909,10 +6915,10 @@ def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/input_tokens, by Claude's own count."""
     history = with_history(gateway, incoming)
-    return Reply({"object": "response.input_tokens", "input_tokens": counted_tokens(gateway, history)})
+    return Reply({"object": "response.input_tokens", "input_tokens": tokens_of_request(gateway, history)})
 
 
-def counted_tokens(gateway: Gateway, history: History) -> int:
+def tokens_of_request(gateway: Gateway, history: History) -> int:
     """The tokens of a request as Claude counts them."""
     incoming = history.incoming
     request = without(exchange_for(gateway, incoming, history.earlier).translate().request, "max_tokens", "stream",
@@ -7016,9 +7022,11 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
     """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
-    choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": index,
-                "logprobs": None, "finish_reason": choice["finish_reason"]}
-               for choice in chat["choices"] for text in [choice.get("message") or choice["delta"]]]
+    choices = []
+    for choice in chat["choices"]:
+        part = choice.get("message") or choice["delta"]
+        text = (echo if "role" in part else "") + (part.get("content") or "")
+        choices.append({"text": text, "index": index, "logprobs": None, "finish_reason": choice["finish_reason"]})
     return dict(chat, id=re.sub("^chat", "", chat["id"]), object="text_completion", choices=choices)
 
 
@@ -7069,13 +7077,16 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
                    **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
     passing = PassingUsage(reply.is_stream)
 
+    def cost_so_far() -> float:
+        cost = cost_of(model, passing.usage())
+        return cost[0] if cost else 0.0
+
     def finish() -> None:
         reply.close()
         usage = passing.usage()
         if usage:
-            count_tokens(gateway, incoming.record, model, usage)
-    incoming.held.callback(gateway.usage.running(incoming.record.owner, lambda: (
-        cost_of(model, passing.usage()) or (0.0,))[0]))
+            record_usage(gateway, incoming.record, model, usage)
+    incoming.held.callback(gateway.usage.running(incoming.record.owner, cost_so_far))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, event_bytes=named_event,
                  failure=lambda failure: [failure.for_anthropic()[2]])
@@ -7356,20 +7367,29 @@ USAGE_COLUMNS = ("requests", "errors", "tokens in", "cached", "tokens out", "cos
 REQUEST_COLUMNS = ("time", "tool", "model", "status", *USAGE_COLUMNS[2:], "first byte, all")
 
 
+def token_cells(input_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float | None) -> list[str]:
+    """Texts for the last four of USAGE_COLUMNS."""
+    return ["{:,}".format(input_tokens), "%d%%" % percent(cached_tokens, input_tokens), "{:,}".format(output_tokens),
+            "" if cost_usd is None else dollars(cost_usd)]
+
+
 def usage_row(requests: int, failed: int, input_tokens: int, cached_tokens: int, output_tokens: int,
               cost_usd: float | None) -> list[str]:
     """Texts for USAGE_COLUMNS."""
-    return [*map("{:,}".format, (requests, failed, input_tokens)), "%d%%" % percent(cached_tokens, input_tokens),
-            "{:,}".format(output_tokens), "" if cost_usd is None else dollars(cost_usd)]
+    return ["{:,}".format(requests), "{:,}".format(failed),
+            *token_cells(input_tokens, cached_tokens, output_tokens, cost_usd)]
 
 
 def request_row(each: dict) -> list[str]:
     """Texts for REQUEST_COLUMNS."""
+    moment = time.strftime("%H:%M:%S", time.localtime(each["time"]))
     models = " -> ".join(dict.fromkeys(filter(None, (each["asked"], each["used"])))) or each["path"]
-    usage = [""] * 4 if each["input_tokens"] is None else usage_row(
-        0, 0, each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])[2:]
-    return [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["tool"], models, "%d%s" % (
-        each["status"], " stream" * each["stream"]), *usage, "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])]
+    status = "%d%s" % (each["status"], " stream" if each["stream"] else "")
+    tokens = [""] * 4
+    if each["input_tokens"] is not None:
+        tokens = token_cells(each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])
+    times = "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])
+    return [moment, each["tool"], models, status, *tokens, times]
 
 
 def status_data(gateway: Gateway) -> dict:
@@ -7403,9 +7423,9 @@ def last_days(usage: Usage) -> list[dict]:
     """Costs and requests of the last thirty days, [] where they are not counted."""
     with contextlib.suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
-        moments = (time.time() - 86_400 * back for back in range(29, -1, -1))
-        return [dict({name: days.get(day, {}).get(name, 0) for name in ("usd", "requests")}, day=day)
-                for day in map(day_of, moments) if days]
+        shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
+        return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
+                for day in shown]
     return []
 
 
@@ -7422,7 +7442,8 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
     if incoming.query == "setup":                   # for the page, at the address that the browser used
         host = incoming.headers.get("host") or "localhost"
-        config = replace(gateway.config, port=int((re.search(r":(\d+)\Z", host) or ("", 80))[1]))
+        port = re.search(r":(\d+)\Z", host)
+        config = replace(gateway.config, port=int(port.group(1)) if port else 80)
         return Reply({name: as_typed(setup_text(name, config)).replace("localhost:%d" % config.port, host)
                       for name in TOOL_SETTINGS})
     return Reply(status_data(gateway))
@@ -7723,16 +7744,18 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
     """The endpoint of a path; `typed` is how the client wrote it."""
     methods = ROUTES.get(path)
     if methods is None:
-        without_counterpart = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
-        raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
-            without_counterpart.group(1), printable(path)) if without_counterpart else
-            "There is nothing at %s %s; served are %s." % (
-                method, printable(typed), ", ".join(route for route in ROUTES if "{" not in route)))
+        foreign = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
+        if foreign:
+            raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
+                foreign.group(1), printable(path)))
+        served = ", ".join(route for route in ROUTES if "{" not in route)
+        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
+            method, printable(typed), served))
     endpoint = methods.get("GET" if method == "HEAD" else method)
     if endpoint is None:
         names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (
-            printable(typed), method, "; a chat completion is POST /v1/chat/completions" if path == "/" else ""),
+        hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
+        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
                       headers={"allow": ", ".join(names)})
     return endpoint
 
@@ -8412,14 +8435,14 @@ def simulated_usage(request: dict, seen: Bounded) -> dict:
     """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
-    total, marked = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
+    total, has_mark = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
     read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
-    for part in prompt if marked else ():
+    for part in prompt if has_mark else ():
         digest.update(json.dumps(without(part, "cache_control")).encode())
         so_far += about_tokens(part)
         read = so_far if seen.get(digest.hexdigest()) else read
         seen.put(digest.hexdigest(), True)
-    written = total - read if marked else 0
+    written = total - read if has_mark else 0
     return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
             "cache_read_input_tokens": read}
 
@@ -8470,20 +8493,23 @@ def sample_of(schema: Any, root: dict, depth: int = 0) -> Any:
     return {"integer": 1, "number": 1.5, "boolean": True, "null": None}.get(kind, "simulated")
 
 
+# Type of a block -> what of it is streamed, in deltas of which type, as which field of them
+SIMULATED_DELTAS = {"text": ("text", "text_delta", "text"), "thinking": ("thinking", "thinking_delta", "thinking"),
+                    "tool_use": ("input", "input_json_delta", "partial_json")}
+
+
 def simulated_events(message: dict) -> Iterator[dict]:
     """The events that stream a message, its text word by word."""
     for event in events_from_message(message):
         block = event.get("content_block", {})
-        field, delta = {"text": ("text", "text_delta"), "thinking": ("thinking", "thinking_delta"),
-                        "tool_use": ("input", "input_json_delta")}.get(block.get("type", ""), ("", ""))
-        if not field:
+        if block.get("type") not in SIMULATED_DELTAS:
             yield event
             continue
-        whole = json.dumps(block["input"]) if field == "input" else block[field]
-        yield dict(event, content_block=dict(block, **{field: {} if field == "input" else ""}))
-        name = {"input": "partial_json"}.get(field, field)
+        field, kind, name = SIMULATED_DELTAS[block["type"]]
+        whole, nothing = (json.dumps(block["input"]), {}) if field == "input" else (block[field], "")
+        yield dict(event, content_block=dict(block, **{field: nothing}))
         for piece in re.findall(r"\s*\S+|\s+", whole):
-            yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": delta, name: piece}}
+            yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": kind, name: piece}}
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):

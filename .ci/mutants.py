@@ -201,8 +201,8 @@ MUTANTS = (
     Mutant("references: signed thinking is stored", "self.to_store.append(to_store or item)",
            "self.to_store.append(item)", "ItemReferenceTests"),
     Mutant("responses: a cut call", "        if is_cut(block):\n", "        if False:\n", "ResponseSchemaTests"),
-    Mutant("fallback: not on models without", "        return \"default\" if model.fallbacks else None",
-           "        return \"default\"", "FallbackTests"),
+    Mutant("fallback: not on models without", "    if not model.fallbacks:\n        return None\n    if names", "    if names",
+           "FallbackTests"),
 
     # ---- image fetching
     Mutant("image: every address of a name", "not all(map(self.permit, found))",
@@ -361,7 +361,7 @@ MUTANTS = (
            "        self._stamp = None\n        self._read_if_changed()\n        if self._outdated",
            "        if self._outdated", "ProcessRaceTests"),
     Mutant("refresh: a spent token is not sent again",
-           "return bool(self.client_id and refresh_token) and refresh_token not in self._spent",
+           "return bool(self.client_id and refresh_token) and refresh_token not in self._used_refresh_tokens",
            "return bool(self.client_id and refresh_token)", "RefreshTests"),
     Mutant("refresh: the loser of a race reads again",
            "            self._read_if_changed()                 # who else", "            # who else", "RefreshTests"),
@@ -393,7 +393,7 @@ MUTANTS = (
            "            with self._writing:", "UsageTests"),
     Mutant("refresh: unsaved tokens stay", 'token["access_token"] != self._outdated', "True", "TokenFileTests"),
     Mutant("refresh: unsaved tokens stay, rotated ones too",
-           'and text_in(token, "refresh_token") not in self._spent)', ")", "TokenFileTests"),
+           'and text_in(token, "refresh_token") not in self._used_refresh_tokens)', ")", "TokenFileTests"),
     Mutant("refresh: unsaved tokens are saved later",
            "        if self._outdated:\n            self._save(self._outdated)\n", "", "TokenFileTests"),
     Mutant("refresh: a logout amid a call", 'return str(token["access_token"])',
