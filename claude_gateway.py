@@ -1082,14 +1082,14 @@ class Changes:
         """`verb` is dropped, clamped, changed or repaired; `name` the field or thing."""
         self.reported.setdefault((verb, name), why)
 
-    def header(self, limit: int = 1000) -> str:
+    def header(self) -> str:
         """`dropped=seed,logit_bias; changed=tool_choice`: printable ASCII, at most about 1 KB."""
         grouped: Dict[str, List[str]] = {}
         size, more = 0, ""
         for at, (verb, name) in enumerate(self.reported):
             token = re.sub(r"[^A-Za-z0-9_.\[\]-]", "_", name)[:80]
             size += len(token) + len(verb) + 3
-            if size > limit:
+            if size > 1_000:
                 more = "; +%d more" % (len(self.reported) - at)
                 break
             grouped.setdefault(verb, []).append(token)
@@ -2123,6 +2123,22 @@ def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
     return gist(earlier) == gist(blocks)
 
 
+def call_ids_of(content: list[dict]) -> list[str]:
+    return [block["id"] for block in content if block["type"] == "tool_use"]
+
+
+def blocks_for_claude(content: list[dict], *unwanted: str) -> list[dict]:
+    """The blocks of an answer as Claude accepts them back: without empty texts and what MessageAssembler adds."""
+    return [without(block, "partial_json", *unwanted) for block in content
+            if block["type"] != "text" or (block.get("text") or "").strip()]
+
+
+def lost_blocks(content: list[dict]) -> list[dict]:
+    """All blocks of an answer of which OpenAI's messages would lose some, in order to replay it; else []."""
+    lost = any(block["type"] not in ("text", "tool_use") for block in content)
+    return blocks_for_claude(content, "caller") if lost else []
+
+
 def has_compaction(blocks: list[dict]) -> bool:
     return "compaction" in [block["type"] for block in blocks]
 
@@ -2288,7 +2304,7 @@ class Conversation:
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = " ".join([block["id"] for block in content if block["type"] == "tool_use"])
+    call_ids = " ".join(call_ids_of(content))
 
     def mark(block: dict) -> str:
         signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
@@ -2608,8 +2624,6 @@ def think(request: dict, asked: Reasoning, limit: int, messages: list[dict], dra
 # The choice among the tools, and the format of the answer, which may stand in for a forced tool.
 
 JSON_ONLY = "Answer with one JSON object only"      # how a request asks for JSON where no answer format enforces it
-
-
 MODES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}       # of a choice -> Claude's type of one
 FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that names one of the client's tools
 
@@ -2840,7 +2854,6 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 # ---- Events ------------------------------------------------------------------------------------------
 # Event-stream bytes -> events -> one message, and events as the request's plan wants them.  No I/O: feed what came,
 # get what follows from it.
-
 
 # How nearly every event begins, up to its text, with the index of its block; and how it ends behind that.
 TEXT_DELTA = re.compile(r'event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
@@ -3114,8 +3127,6 @@ class BareJson:
 
 # an event of Claude's -> what the client gets for it; None where it gets nothing until the end
 Render = Optional[Callable[[dict], List[dict]]]
-
-
 BLOCK_STOP = {"type": "content_block_stop"}
 
 
@@ -3640,10 +3651,8 @@ def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[di
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                     recall: Recall | None = None, earlier: Sequence[dict] = (),
                                     compact: bool = False) -> Translation:
-    """A Responses request as a Messages request.
-
-    `earlier`: the items of the response that it continues.  `compact`: ask for a summary instead of an answer.
-    """
+    """A Responses request as a Messages request.  `earlier`: the items of the response that it continues.  `compact`:
+    ask for a summary instead of an answer."""
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)
     if "input" not in fields and "instructions" not in fields and not earlier:
@@ -4013,17 +4022,14 @@ class Answers:
         self._tools_of = Bounded(20_000)            # that digest, by a call that was made with them
         self._refused = Bounded(20_000)             # marks of thinking blocks that Claude refused
 
-    def remember(self, owner: str, model_id: str, message: dict, tools: Sequence[dict]) -> None:
-        """Keeps an answer that has tool calls and something that a client would lose of it, and its tools."""
-        call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
-        if call_ids:
-            tools = [without(tool, "cache_control") for tool in tools]
-            digest = hashlib.sha256(json.dumps(tools).encode()).hexdigest()
-            self._tools.put(digest, tools)
-            self._tools_of.put((owner, call_ids[-1]), digest)
-        if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
-            blocks = [without(block, "partial_json", "caller") for block in message["content"]
-                      if block["type"] != "text" or block.get("text", "").strip()]
+    def remember(self, owner: str, model_id: str, call_ids: Sequence[str], tools: Sequence[dict],
+                 blocks: Sequence[dict]) -> None:
+        """Keeps the tools of an answer with these calls, and its blocks, if there is a reason to give some."""
+        tools = [without(tool, "cache_control") for tool in tools]
+        digest = hashlib.sha256(json.dumps(tools).encode()).hexdigest()
+        self._tools.put(digest, tools)
+        self._tools_of.put((owner, call_ids[-1]), digest)
+        if blocks:
             self._answers.put((owner, model_id, call_ids[0]), blocks)
 
     def recall(self, owner: str, model_id: str) -> Recall:
@@ -4345,11 +4351,9 @@ class FileDamaged(GatewayError):
 
 
 class StoredFile:
-    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
-
-    Ours is closed to others where they may read it.  Another program's is refused where its mode has one of the bits
-    in `closed`, or where it is a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret.
-    """
+    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.  Ours is closed to others
+    where they may read it; another program's is refused where its mode has one of the bits in `closed`, or where it is
+    a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret."""
     kind = "file"
 
     def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
@@ -5562,7 +5566,7 @@ class ConnectionPool:
 def way_to(config: Config, url: str) -> Any:
     """A request of urllib to an address; through a proxy its host is the proxy's, and it names that of the tunnel."""
     way: Any = urllib.request.Request(url)
-    if way.type == "https" and config.https_proxy and not bypasses_proxy(config, way.host):
+    if way.type == "https" and is_proxied(config, way.host):
         urllib.request.ProxyHandler({}).proxy_open(way, config.https_proxy, "https")
     return way
 
@@ -5811,11 +5815,12 @@ def shown_proxy(config: Config) -> str:
     return "%s://%s%s" % (proxy.scheme, "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
 
 
-def bypasses_proxy(config: Config, host: str) -> bool:
-    """Whether a host, with or without its port, is asked directly: loopback always, others by NO_PROXY."""
-    return is_loopback_host(re.sub(r":\d+$", "", host)) or bool(
-        config.no_proxy and urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-            host, {"no": config.no_proxy}))
+def is_proxied(config: Config, host: str) -> bool:
+    """Whether a host, with or without its port, is asked by the proxy; loopback never is, nor what NO_PROXY names."""
+    if not config.https_proxy or is_loopback_host(re.sub(r":\d+$", "", host)):
+        return False
+    bypassed: Any = urllib.request.proxy_bypass_environment     # type: ignore[attr-defined]
+    return not (config.no_proxy and bypassed(host, {"no": config.no_proxy}))
 
 
 def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
@@ -5922,10 +5927,8 @@ LOOP_STEPS = 32                                     # of one stream in a row: th
 
 
 class RunningStream:
-    """A stream on its way: what its steps yield goes to its client, whenever what it waits for is there.
-
-    `ended` is called once: whether the stream is over, or else needs a thread, and what went wrong or None.
-    """
+    """A stream on its way: what its steps yield goes to its client, whenever what it waits for is there.  `ended` is
+    called once: whether the stream is over, or else needs a thread, and what went wrong or None."""
 
     def __init__(self, client: Client, steps: Iterator[Any],
                  ended: Callable[[bool, Optional[BaseException]], None]) -> None:
@@ -6428,8 +6431,10 @@ class Exchange:
             self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
                 self._known.id, model_id))
             self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
-        self._gateway.answers.remember(self._incoming.owner, self._known.id, message,
-                                       self.translation.request.get("tools", ()))
+        call_ids = call_ids_of(message["content"])
+        if call_ids:
+            self._gateway.answers.remember(self._incoming.owner, self._known.id, call_ids,
+                                           self.translation.request.get("tools", ()), lost_blocks(message["content"]))
         if self._reply and self._reply.framing.done:    # its connection is free before the client can want another
             self.close()
 
@@ -6586,9 +6591,8 @@ class Exchange:
 
     def _continue(self) -> None:
         """Sends an interrupted answer back unchanged, for Claude to go on with; or asks again for a summary."""
-        content = [without(block, "partial_json") for block in self.assembler.message["content"]
-                   if block["type"] != "text" or block["text"].strip()]
         request = self.translation.request
+        content = blocks_for_claude(self.assembler.message["content"])
         messages = request["messages"] + [{"role": "assistant", "content": content}]
         if self.assembler.message["stop_reason"] == "compaction":
             self._for_once["compaction"] = False
@@ -8302,8 +8306,7 @@ class Listener(socketserver.ThreadingTCPServer):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock, address
 
-    def service_actions(self) -> None:
-        """Called by the loop of the socket server every half second."""
+    def service_actions(self) -> None:              # called by the loop of the socket server every half second
         self.gateway.upstream.pool.close_old()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
@@ -8324,8 +8327,7 @@ class Listener(socketserver.ThreadingTCPServer):
             self._connections.give()
         Connection(self.gateway, request, client_address[0], release).run()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """No thread could be started for a connection."""
+    def handle_error(self, request: Any, client_address: Any) -> None:      # no thread could be started
         self._connections.give()
         log_lost_connection(sys.exc_info()[1])
 
@@ -8405,6 +8407,9 @@ def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
 
 SIMULATED = "This is a simulated answer: the gateway runs in demo mode, and no model was asked. "
 HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request, for `selftest`
+# Type of a block -> what of it is streamed, in deltas of which type, as which field of them
+SIMULATED_DELTAS = {"text": ("text", "text_delta", "text"), "thinking": ("thinking", "thinking_delta", "thinking"),
+                    "tool_use": ("input", "input_json_delta", "partial_json")}
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
@@ -8493,11 +8498,6 @@ def sample_of(schema: Any, root: dict, depth: int = 0) -> Any:
     return {"integer": 1, "number": 1.5, "boolean": True, "null": None}.get(kind, "simulated")
 
 
-# Type of a block -> what of it is streamed, in deltas of which type, as which field of them
-SIMULATED_DELTAS = {"text": ("text", "text_delta", "text"), "thinking": ("thinking", "thinking_delta", "thinking"),
-                    "tool_use": ("input", "input_json_delta", "partial_json")}
-
-
 def simulated_events(message: dict) -> Iterator[dict]:
     """The events that stream a message, its text word by word."""
     for event in events_from_message(message):
@@ -8539,16 +8539,14 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         elif not request.get("stream"):
             self._send("application/json", client_json(answer))
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
-            self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
+            self._send("text/event-stream", named_event(next(simulated_events(answer))), more=1_000)
             self.wfile.flush()
             with contextlib.suppress(OSError):
                 self.connection.recv(1)             # until the gateway closes the connection
             self.server.abandoned.set()
             self.close_connection = True
         else:
-            self._send("text/event-stream", b"".join(
-                b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
-                for event in simulated_events(answer)))
+            self._send("text/event-stream", b"".join(map(named_event, simulated_events(answer))))
 
     def _send(self, kind: str, body: bytes, status: int = 200, more: int = 0) -> None:
         self.send_response(status)
@@ -8625,26 +8623,34 @@ class LogFormatter(logging.Formatter):
         columns = self._columns() if short and self._columns and not self.as_json else 0
         if 0 < columns < len(record.getMessage()) + 9:          # 9: the time
             record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
-        message = as_typed(super().format(record) if record.exc_info else record.getMessage()) if payload is None else \
-            str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
-        message = masked(message, self._secrets())
-        if payload is not None:                     # last: the beginning of a secret is not recognised
-            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
-        if not self.as_json:                        # JSON has escapes of its own; only a traceback has several lines
-            if self._with_names and record.threadName and record.threadName.startswith(LOG_NAME):
-                message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
-            moment = time.strftime("%H:%M:%S", time.localtime(record.created))
-            message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
-            if not self._colour:
-                return "%s %s" % (moment, message)
-            status = getattr(record, "fields", {}).get("status", 0)
-            colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
-                "33" if record.levelno == logging.WARNING or status >= 400 else ""       # failures red, refusals yellow
-            return "\x1b[2m%s\x1b[0m %s" % (moment, "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message)
+        if payload is None:
+            message = masked(as_typed(super().format(record) if record.exc_info else record.getMessage()),
+                             self._secrets())
+        else:                                       # cut last: the beginning of a secret is not recognised
+            message = str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
+            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...",
+                             masked(message, self._secrets()))
+        if not self.as_json:
+            return self._text_line(record, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
                   for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
+
+    def _text_line(self, record: logging.LogRecord, message: str) -> str:
+        """Time and message, which only with a traceback has several lines; failures are red, refusals yellow."""
+        if self._with_names and record.threadName and record.threadName.startswith(LOG_NAME):
+            message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
+        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
+        if not self._colour:
+            return "%s %s" % (moment, message)
+        status = getattr(record, "fields", {}).get("status", 0)
+        if record.levelno >= logging.ERROR or status >= 500:
+            message = "\x1b[31m%s\x1b[0m" % message
+        elif record.levelno == logging.WARNING or status >= 400:
+            message = "\x1b[33m%s\x1b[0m" % message
+        return "\x1b[2m%s\x1b[0m %s" % (moment, message)
 
 
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
@@ -8925,6 +8931,7 @@ VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
     "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", lambda variable, scopes: scopes),
 }
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
+LEVEL_VARIABLES = ["CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS]
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
@@ -8933,7 +8940,7 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
-        given = without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
+        given = without(given, *LEVEL_VARIABLES)
     offline = parsed.command in OFFLINE
     fields: dict[str, Any] = {}
     for option in OPTIONS:
@@ -9024,9 +9031,7 @@ def local_answer(config: Config, body: dict | None = None, key: str = "", timeou
 
 def running_status(config: Config, key: str = "", path: str = "/") -> dict | None:
     """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
-
-    With another path, the JSON object that it answers there.
-    """
+    With another path, the JSON object that it answers there."""
     try:
         with local_answer(config, key=key, path=path) as response:
             status = json.loads(response.read(1_000_000).decode("utf-8"))
@@ -9055,13 +9060,15 @@ def port_finding(config: Config) -> Finding:
 
 def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
-    exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
-    return Finding("Proxy", shown_proxy(config) + (
-        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else "")
-                   if config.https_proxy else "none")
+    if not config.https_proxy:
+        return Finding("Proxy", "none")
+    is_used = is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc)
+    hint = "" if is_used else ", but not for the upstream: it is in NO_PROXY, or on this machine"
+    return Finding("Proxy", shown_proxy(config) + hint)
 
 
 def authorities_finding(config: Config) -> Finding:
+    """Whose certificates are trusted."""
     step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2] \
         if sys.platform == "darwin" else "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
     try:
@@ -9094,9 +9101,12 @@ def machine_findings(config: Config) -> Iterator[Finding]:
 
 
 def step_for_fault(message: str) -> str:
-    return "claude-gateway start --relax-x509" if "--relax-x509" in message else \
-        "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor" if "authority is unknown" in message else \
-        "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
+    """What to do next where the upstream could not be reached."""
+    if "--relax-x509" in message:
+        return "claude-gateway start --relax-x509"
+    if "authority is unknown" in message:
+        return "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor"
+    return "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
 
 
 def issuer_of(host: str, port: int) -> str:
@@ -9119,15 +9129,16 @@ def clock_finding(date: str) -> Finding:
         skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
         return Finding("Clock", "the upstream sent no Date header", "Check this machine's clock yourself.")
-    return Finding("Clock", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.") if abs(skew) > 60 else \
-        Finding("Clock", "within a minute of the upstream's")
+    if abs(skew) > 60:
+        return Finding("Clock", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.")
+    return Finding("Clock", "within a minute of the upstream's")
 
 
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     """The way to Claude: name, connection, certificate, clock, in this order, up to the first that fails."""
     parts = urllib.parse.urlsplit(config.base_url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    proxied = bool(config.https_proxy) and not bypasses_proxy(config, parts.netloc)
+    host, port = address_of(parts.netloc, 443 if parts.scheme == "https" else 80)
+    proxied = is_proxied(config, parts.netloc)
     if not proxied:
         try:
             found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
@@ -9146,9 +9157,11 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
             " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
         return
     detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
-    yield Finding("Upstream", detail + ", and is a claude-gateway itself",
-                  "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.") \
-        if headers.get("server", "").startswith("claude-gateway") else Finding("Upstream", detail)
+    if headers.get("server", "").startswith("claude-gateway"):
+        yield Finding("Upstream", detail + ", and is a claude-gateway itself",
+                      "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.")
+    else:
+        yield Finding("Upstream", detail)
     yield clock_finding(headers.get("date", ""))
 
 
@@ -9173,7 +9186,6 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
 
 
 OWN_APPS_ONLY = "Anthropic's terms allow this kind of token in its own apps only"
-
 REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.com",
                  "bearer_token": "Renew the token in the variable, or unset it.", "oauth": "claude-gateway login",
                  "profile": "ant auth login"}
@@ -9198,17 +9210,17 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
-    completions = []
+    answers: List[Any] = []
     with contextlib.closing(Gateway(config, credential)) as gateway:
         try:
             for incoming in (Incoming(body), Incoming(body)):
                 with incoming.held:
-                    completions.append(chat_completions(gateway, incoming).body)
+                    answers.append(chat_completions(gateway, incoming).body)
         except GatewayError as fault:
             yield Finding("Live call", str(fault), "See Claude's message.", UNREACHABLE)
             return
-    answer, usage = completions[0]["choices"][0]["message"]["content"] or "", completions[1]["usage"]
-    yield Finding("Live call", "%s answered %s" % (completions[0]["model"], json.dumps(answer[:40])))
+    text, usage = answers[0]["choices"][0]["message"]["content"] or "", answers[1]["usage"]
+    yield Finding("Live call", "%s answered %s" % (answers[0]["model"], json.dumps(text[:40])))
     read = usage["prompt_tokens_details"]["cached_tokens"]
     yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), "" if read else
                   "Run this again; if nothing is read then, the upstream does not cache.")
@@ -9224,7 +9236,7 @@ def findings(config: Config, live: bool) -> Iterator[Finding]:
     levels: Dict[str, str] = {}
     with contextlib.closing(Upstream(config, "")) as upstream:
         def later() -> Iterator[Finding]:
-            if levels.get("Upstream", "failed") != "failed" != levels["Credential"]:
+            if "failed" not in (levels.get("Upstream", "failed"), levels["Credential"]):
                 yield acceptance_finding(upstream)
             if live and upstream.credential and levels.get("Accepted") == "ok":
                 yield from live_findings(config, upstream.credential)
@@ -9408,8 +9420,7 @@ def check_exposure(config: Config) -> None:
 
 def is_own_address(config: Config) -> bool:
     parts = urllib.parse.urlsplit(config.base_url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    host = (parts.hostname or "").lower()
+    host, port = address_of(parts.netloc, 443 if parts.scheme == "https" else 80)
     return port == config.port and (is_loopback_host(host) or host in map(str.lower, config.hosts))
 
 
@@ -9467,17 +9478,19 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
     else:
         say("Upstream: %s with %s" % (gateway.upstream.base_url,
                                       credential.description if credential else "no credential"))
-        if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
+        if is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc):
             say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
             say("Note: %s; an API key is always fine. (See `claude-gateway login --help`.)" % OWN_APPS_ONLY)
-    say("Clients: %s" % ("an API key is required" if len(config.api_key) == 1 else "one of %d API keys is required" %
-                         len(config.api_key) if config.api_key else "no API key needed; any value is accepted"))
+    keys = "one of %d API keys is" % len(config.api_key) if len(config.api_key) > 1 else "an API key is"
+    say("Clients: %s" % (keys + " required" if config.api_key else "no API key needed; any value is accepted"))
     if config.alias:
         say("Aliases: %s" % aliases_text(config.alias))
-    everywhere = config.host in ("0.0.0.0", "::")   # no address to connect to
-    say("Paste into your tool:  base URL %s   model sonnet" % (service.url if not everywhere else "http://%s:%d/v1" % (
-        config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)))
+    url, everywhere = service.url, config.host in ("0.0.0.0", "::")     # which are no addresses to connect to
+    if everywhere:
+        name = config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE"
+        url = "http://%s:%d/v1" % (name, service.port)
+    say("Paste into your tool:  base URL %s   model sonnet" % url)
     if everywhere and not config.allow_host:
         say("To call this machine by a name, for instance %s, add --allow-host NAME" %
             printable(socket.gethostname()))
@@ -9799,11 +9812,11 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
         entries = (running_status(config, path="/v1/models") or {}).get("data")
     if not entries:
         try:
-            listed = Gateway(config).upstream.models()
+            live = Gateway(config).upstream.models()
         except GatewayError as fault:
             say("The upstream returned no list, so this is the built-in one: %s" % fault)
-            listed = None
-        entries = [model_entry(*named) for named in Catalog(listed or (), config.alias).names()]
+            live = None
+        entries = [model_entry(*named) for named in Catalog(live or (), config.alias).names()]
     if parsed.json:
         print_json(entries)
         return OK
@@ -9837,7 +9850,7 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             found.append(Finding("Settings", str(fault), "Correct %s; the checks below use the default." % (
                 fault.setting or "it"), USAGE))
             if not fault.setting:                   # two that exclude each other
-                environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
+                environment = without(environment, *LEVEL_VARIABLES)
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
@@ -9845,11 +9858,11 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
 
 def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
-    config, wrong = usable_config(parsed, dict(os.environ))
+    config, doubts = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
     home = os.path.expanduser("~")
     found = []
-    for finding in itertools.chain(wrong, findings(config, parsed.live)):
+    for finding in itertools.chain(doubts, findings(config, parsed.live)):
         detail = visible(masked(finding.detail, config.secrets()))
         finding = finding._replace(detail=detail, step=as_typed(finding.step))
         found.append(finding)

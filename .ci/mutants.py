@@ -201,7 +201,7 @@ MUTANTS = (
     Mutant("references: signed thinking is stored", "self.to_store.append(to_store or item)",
            "self.to_store.append(item)", "ItemReferenceTests"),
     Mutant("responses: a cut call", "        if is_cut(block):\n", "        if False:\n", "ResponseSchemaTests"),
-    Mutant("fallback: not on models without", "    if not model.fallbacks:\n        return None\n    if names", "    if names",
+    Mutant("fallback: not on models without", "    if not model.fallbacks:\n        return None\n", "",
            "FallbackTests"),
 
     # ---- image fetching
@@ -261,8 +261,8 @@ MUTANTS = (
            "context = ssl._create_unverified_context()", "TlsTests"),
     Mutant("upstream: names in certificates", "    if relax_x509:\n",
            "    context.check_hostname = False\n    if relax_x509:\n", "TlsTests"),
-    Mutant("upstream: loopback is never proxied", r'return is_loopback_host(re.sub(r":\d+$", "", host)) or bool(',
-           "return bool(", "ProxyTests"),
+    Mutant("upstream: loopback is never proxied", r' or is_loopback_host(re.sub(r":\d+$", "", host)):',
+           ":", "ProxyTests"),
     Mutant("upstream: a dead idle connection is not used",
            "if time.monotonic() - connection.last_used < POOL_AGE and not wait_ready([connection.sock], 0):",
            "if time.monotonic() - connection.last_used < POOL_AGE:", "UpstreamRequestTests"),
