@@ -4351,9 +4351,9 @@ class FileDamaged(GatewayError):
 
 
 class StoredFile:
-    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.  Ours is closed to others
-    where they may read it; another program's is refused where its mode has one of the bits in `closed`, or where it is
-    a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret."""
+    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.  Ours is closed to
+    others where they may read it; another program's is refused where its mode has one of the bits in `closed`, or
+    where it is a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret."""
     kind = "file"
 
     def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
