@@ -528,8 +528,8 @@ class ClaudeError(GatewayError):
         self.upstream_status = upstream_status
         self.claude_type = str(error.get("type") or type_of_status(upstream_status))
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
-        _, (self.status, self.kind, code) = CLAUDE_ERRORS.get(self.claude_type, ((), (
-            upstream_status if upstream_status >= 400 else 502, "server_error", None)))
+        unknown = (), (upstream_status if upstream_status >= 400 else 502, "server_error", None)
+        _, (self.status, self.kind, code) = CLAUDE_ERRORS.get(self.claude_type, unknown)
         if self.claude_type == "api_error" and 500 <= upstream_status <= 511:
             self.status = upstream_status
         self.error_code = text_in(error, "details", "error_code") or ""
@@ -1941,9 +1941,10 @@ def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
         return schema
     draft.plan.properties[tool.full_name] = names
     draft.changes.add("changed", tool.path + ".parameters", "names of properties, and back")
-    described = {name: dict(value, description=led_by_name(name, value.get("description")))
-                 if isinstance(value, dict) and names.there(name) != name else value
-                 for name, value in schema["properties"].items()}
+    described = dict(schema["properties"])
+    for name, value in schema["properties"].items():
+        if isinstance(value, dict) and names.there(name) != name:
+            described[name] = dict(value, description=led_by_name(name, value.get("description")))
     required = {"required": [names.there(name) for name in schema["required"]]} if "required" in schema else {}
     return dict(schema, properties=names.renamed(described), **required)
 
@@ -2421,12 +2422,12 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 # ---- Parameters --------------------------------------------------------------------------------------
 # The plain parameters, and thinking.
 
-LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 def limit_from_chat(fields: dict, draft: Draft) -> int:
     """The client's own output limit, 0 where it gave none that means something (-1 means none)."""
-    names = [name for name in LIMITS if name in fields]
+    names = [name for name in OUTPUT_LIMITS if name in fields]
     limit, most = fields[names[0]] if names else 0, draft.model.max_output
     if limit > most:
         draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
@@ -2537,17 +2538,18 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
     """What excludes the thinking that a client asks for; "" for nothing."""
     forced = request.get("tool_choice", {}).get("type") in ("any", "tool")
     if "adaptive" in model.thinking:
-        return "a forced tool excludes thinking" if forced and not model.thinks_by_default else \
-            "a temperature excludes thinking" if {"temperature", "top_p", "top_k"} & set(request) else ""
+        if forced and not model.thinks_by_default:
+            return "a forced tool excludes thinking"
+        return "a temperature excludes thinking" if {"temperature", "top_p", "top_k"} & set(request) else ""
     if "enabled" not in model.thinking:
         return "%s does not think" % model.id
     calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
     unthought = calls and calls[0]["type"] not in THINKING and \
         "tool_result" in [block["type"] for block in messages[-1]["content"]]
-    obstacle = ("a forced tool" if forced else "a temperature" if {"temperature", "top_k"} & set(request)
-                else "a prefill" if model.prefill and messages[-1]["role"] == "assistant"
-                else "a tool loop without its thinking" if unthought else "")
-    return obstacle and obstacle + " excludes thinking"
+    obstacles = {"a forced tool": forced, "a temperature": {"temperature", "top_k"} & set(request),
+                 "a prefill": model.prefill and messages[-1]["role"] == "assistant",
+                 "a tool loop without its thinking": unthought}
+    return next((obstacle + " excludes thinking" for obstacle, is_there in obstacles.items() if is_there), "")
 
 
 def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
@@ -2781,7 +2783,7 @@ def answer_format(request: dict, fields: dict, choice: dict, draft: Draft) -> di
 # The whole: a chat completion request as a Messages request.
 
 ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "parallel_tool_calls", "stop",
-                    "verbosity", *LIMITS)
+                    "verbosity", *OUTPUT_LIMITS)
 
 
 def messages_request(fields: dict, draft: Draft, conversation: Conversation, preamble: Sequence[dict],
@@ -3078,9 +3080,7 @@ class MessageAssembler:
 
 class BareJson:
     """Cuts the one JSON object out of a text that comes in pieces: fences and talk around it go.
-
-    A text without any object is handed on whole, at the end: the client should see what Claude answered instead.
-    """
+    A text without any object is handed on whole, at the end: the client should see what Claude answered instead."""
     START = re.compile(r'\{\s*(["}]|\Z)')           # a brace amid the talk is no object; at the end it may be one
     TOKEN = re.compile(r'\\.?|[{}\[\]"]', re.S)     # an escape, maybe cut, or what opens and closes
 
@@ -3362,9 +3362,7 @@ def named_event(event: dict) -> bytes:
 
 class Renderer:
     """Claude's events in, what the client gets for each out: no event of its API, one or several.
-
-    `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is read there.
-    """
+    `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is read there."""
 
     def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
         self._plan, self._assembler = plan, assembler
@@ -3533,7 +3531,9 @@ def carried_by(item: dict) -> dict:
     """What a compaction item carries; {} for a foreign or damaged one without text."""
     carried = value_from_encrypted(item.get("encrypted_content"))
     plain = {"type": "text", "text": text_in(item, "content") or text_in(item, "summary")}
-    return carried if summary_in(carried.get("block")) else {"block": plain} if summary_in(plain) else {}
+    if summary_in(carried.get("block")):
+        return carried
+    return {"block": plain} if summary_in(plain) else {}
 
 
 def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
@@ -4928,7 +4928,7 @@ class Usage:
                 with self._lock:
                     new, self._new = self._new, sum_of()
                 total = sum_of(self._read(), new)
-                days = sorted({place[0] for place in total})[-USAGE_DAYS:]
+                days = sorted({day for day, *_ in total})[-USAGE_DAYS:]
                 self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
                                            in sorted(total.items()) if place[0] >= days[0]]})
                 self._stored, self._stamp = total, self._file.stamp()
@@ -4967,8 +4967,8 @@ class Usage:
             first_day, resets_at = period_of(period, time.time())
             fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
             try:
-                spent = sum(figures["usd"] for place, figures in self.rows().items()
-                            if place[0] >= first_day and place[3] == key)
+                spent = sum(figures["usd"] for (day, _, _, owner), figures in self.rows().items()
+                            if day >= first_day and owner == key)
             except FileDamaged as damage:
                 fault = str(damage)
             if fault:
@@ -6413,11 +6413,11 @@ class Exchange:
         headers, changes = headers_from_claude(self._headers), self.translation.changes
         return dict(headers, **{CHANGES_HEADER: changes.header()}) if changes.reported else headers
 
-    def batches(self, translate: Render) -> Iterator[Any]:
-        """Steps with what `translate` makes of the events that arrived together; `assembler` sees them first.  An
+    def batches(self, render: Render) -> Iterator[Any]:
+        """Steps with what `render` makes of the events that arrived together; `assembler` sees them first.  An
         answer that Claude interrupts (pause_turn) is continued, as no OpenAI client could."""
         for pause in range(MOST_PAUSES + 1):
-            yield from self._batches_of_stream(translate)
+            yield from self._batches_of_stream(render)
             message = self.assembler.message
             no_summary = message["stop_reason"] == "compaction" and not any(
                 block.get("content") for block in message["content"])
@@ -6558,19 +6558,19 @@ class Exchange:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
             record_usage(self._gateway, self._incoming.record, model, message["usage"])
 
-    def _batches_of_stream(self, translate: Render) -> Iterator[Any]:
+    def _batches_of_stream(self, render: Render) -> Iterator[Any]:
         for events, wait in self._event_batches():
-            translated: List[dict] = []
+            rendered: List[dict] = []
             try:
                 for event in events:
                     self.assembler.feed(event)
-                    translated += translate(event) if translate else ()
+                    rendered += render(event) if render else ()
                     if self.assembler.done:
                         break
             except GatewayError:
-                yield translated, None              # what came before the failure is the client's
+                yield rendered, None                # what came before the failure is the client's
                 raise
-            yield translated, None if self.assembler.done else wait
+            yield rendered, None if self.assembler.done else wait
             if self.assembler.done:
                 break
         else:
@@ -10087,7 +10087,8 @@ def argument_parser() -> Parser:
                     "action": "append" if option.repeatable else "store", "metavar": option.metavar,
                     "choices": option.choices or None}
                 text = option.help + "; repeatable" * option.repeatable
-                command.add_argument(*["-" + option.short, "--" + option.name][not option.short:], **kind,
+                spellings = ["-" + option.short, "--" + option.name] if option.short else ["--" + option.name]
+                command.add_argument(*spellings, **kind,
                                      help=text if name == "start" else ELSEWHERE.get(option.name, text))
         for argument in arguments:
             if argument in EXTRA_ARGUMENTS:

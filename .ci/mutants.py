@@ -386,7 +386,7 @@ MUTANTS = (
     Mutant("budget: used up", "            if spent >= usd:", "            if False:", "BudgetTests"),
     Mutant("budget: running requests", "            spent += sum(cost() for", "            0 and sum(cost() for",
            "BudgetTests"),
-    Mutant("budget: one for each key", " and place[3] == key)", ")", "BudgetTests"),
+    Mutant("budget: one for each key", " and owner == key)", ")", "BudgetTests"),
     Mutant("budget: what cannot be counted refuses", "            if fault:\n                raise exhausted",
            "            if False:\n                raise exhausted", "BudgetTests"),
     Mutant("usage: one lock", "            with self._file.lock(), self._writing:",
