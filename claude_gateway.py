@@ -470,7 +470,7 @@ SPEND_HINT = "Hint: only a higher spend limit in the Console helps before it is 
 WORKSPACE_HINT = "Hint: set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
 PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
 # What the message of a refusal (lower case) means for the client; the first match wins.  What they say about the
-# request is read by LESSONS and the patterns beside it.  Nothing else goes by the message of Claude.
+# request is read by LESSONS and the patterns beside it.  Else only `explained` looks for a word of Claude's.
 VERDICTS = (
     Verdict("anthropic-workspace-id", 400, code="upstream_refused", hint=WORKSPACE_HINT),
     Verdict("prompt is too long|exceed context limit", 400, code="context_length_exceeded"),
@@ -4164,7 +4164,7 @@ class FailedKeys:
         return min(2.0, 0.05 * 2 ** min(count - 2, 6)) if count > 1 else 0.0
 
 
-class Budget:
+class Capacity:
     """An amount that is shared: bytes of bodies, connections, or requests at once.  `count` is what is taken of it."""
 
     def __init__(self, amount: int) -> None:
@@ -4297,7 +4297,7 @@ def number_or_none(text: str | None) -> float | None:
 
 # ---- Credentials -------------------------------------------------------------------------------------
 # What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
-# somebody else renews, and a stored login that renews itself.
+# somebody else renews, and a stored login that renews itself, ours or a profile of Anthropic's own tools.
 
 PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
 NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
@@ -4306,7 +4306,7 @@ Credential = Any                                    # an ApiKey, in one of its k
 
 
 class ApiKey:
-    """An Anthropic API key."""
+    """An Anthropic API key, and what all kinds of credentials have."""
     kind, described = "api_key", "API key from %s"
     preamble: Sequence[dict] = ()
     base_url = ""                                   # where it is to be used; "": at the configured address
@@ -6332,8 +6332,8 @@ class Gateway:
         self.tls_reported = threading.Event()
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
-        self.body_budget = Budget(config.limits.max_bodies)
-        self.running = Budget(config.limits.max_requests)
+        self.body_budget = Capacity(config.limits.max_bodies)
+        self.running = Capacity(config.limits.max_requests)
         self.event_loop = EventLoop()
 
     def secrets(self) -> list[str]:
@@ -8286,7 +8286,7 @@ class Listener(socketserver.ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], family: int, gateway: Gateway) -> None:
         self.address_family = family                # type: ignore[assignment,unused-ignore]
         self.gateway = gateway
-        self._connections = Budget(gateway.config.limits.max_connections)
+        self._connections = Capacity(gateway.config.limits.max_connections)
         super().__init__(address, Connection)       # type: ignore[arg-type]  # only process_request_thread makes one
 
     def server_bind(self) -> None:

@@ -8178,7 +8178,7 @@ class BodyTests(HttpTestCase):
 
     def test_bodies_in_flight_share_a_budget(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(1_000)
+        service.gateway.body_budget = claude_gateway.Capacity(1_000)
         answer = self.chat("a" * 2_000)
         self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
         self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
@@ -8187,7 +8187,7 @@ class BodyTests(HttpTestCase):
 
     def test_an_early_refusal_is_told_although_there_is_no_room_for_its_body(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(10)
+        service.gateway.body_budget = claude_gateway.Capacity(10)
         answer, = self.exchanged(request_bytes("POST /nowhere HTTP/1.1", "Host: localhost", "Content-Length: 50",
                                                body=b"a" * 50))
         self.assertEqual((answer.status, answer.headers["connection"]), (404, "close"))
@@ -8205,7 +8205,7 @@ class BodyTests(HttpTestCase):
         for framing in ("Content-Length: 900000", "Transfer-Encoding: chunked"):
             with self.subTest(framing):
                 service = self.start()
-                service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+                service.gateway.body_budget = claude_gateway.Capacity(1_000_000)
                 for _ in range(5):
                     waiting = self.connect()
                     waiting.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", framing,
@@ -8218,7 +8218,7 @@ class BodyTests(HttpTestCase):
                               ("Transfer-Encoding: chunked", b"e7ef0\r\n" + b"x" * 900_000)):
             with self.subTest(framing):
                 service = self.start()
-                service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+                service.gateway.body_budget = claude_gateway.Capacity(1_000_000)
                 waiting = self.connect()
                 waiting.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", framing,
                                               body=body))
@@ -8234,7 +8234,7 @@ class BodyTests(HttpTestCase):
                 ("one wide character", 20_000_000, "a" * 5_000_000, {"user": "a" * 5_000_000 + "\U0001f600"}),
                 ("an escaped one", 20_000_000, "a" * 5_000_000, {"user": "a" * 5_000_000 + "\\ud83d\\ude00"})):
             with self.subTest(name):
-                service.gateway.body_budget = claude_gateway.Budget(room)
+                service.gateway.body_budget = claude_gateway.Capacity(room)
                 self.assertEqual(self.chat(usual).status, 200)
                 self.assertTrue(eventually(lambda: service.gateway.body_budget.count == 0))
                 answer = self.chat(**costly)
@@ -8243,14 +8243,14 @@ class BodyTests(HttpTestCase):
 
     def test_an_unpacked_body_counts_against_the_budget_with_its_real_size(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+        service.gateway.body_budget = claude_gateway.Capacity(1_000_000)
         body = CHAT_BODY.replace(b"Hello", b"a" * 2_000_000)
         answer = self.ask("POST", "/v1/chat/completions", gzip.compress(body), {"content-encoding": "gzip"})
         self.assertEqual(answer.status, 503)
 
     def test_a_packed_body_is_unpacked_only_where_the_budget_has_room_for_what_it_may_become(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(Limits.max_body + 1_000)
+        service.gateway.body_budget = claude_gateway.Capacity(Limits.max_body + 1_000)
         packed, headers = gzip.compress(CHAT_BODY), {"content-encoding": "gzip"}
         for _ in range(2):                              # the room is given back
             self.assertEqual(self.ask("POST", "/v1/chat/completions", packed, headers).status, 200)
@@ -8266,7 +8266,7 @@ class BodyTests(HttpTestCase):
                  Limits.max_body + 1_000)):
             with self.subTest(name):
                 service = self.start()
-                service.gateway.body_budget = claude_gateway.Budget(room)
+                service.gateway.body_budget = claude_gateway.Capacity(room)
                 arrived, release = threading.Event(), threading.Event()
                 self.addCleanup(release.set)
                 reply = FakeReply(pieces=[sse(events_of(message(text("late"))))], hold=[release])
@@ -12374,7 +12374,7 @@ class ClientKeyTests(HttpTestCase):
 
     def test_a_slowed_refusal_takes_no_place_from_a_correct_key(self):
         service = self.start(api_key=("first-key",))
-        service.gateway.running = claude_gateway.Budget(1)
+        service.gateway.running = claude_gateway.Capacity(1)
         for _ in range(9):
             service.gateway.failed_keys.penalty("127.0.0.1")
         wrong = self.connect()
@@ -12448,7 +12448,7 @@ class ConnectionTests(HttpTestCase):
 
     def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
         service = self.start()
-        service.gateway.running = claude_gateway.Budget(1)
+        service.gateway.running = claude_gateway.Capacity(1)
         connection, release = self.held_chat()
         for method, path, body in (("POST", "/v1/chat/completions", CHAT_BODY), ("GET", "/v1/models", None)):
             answer = self.ask(method, path, body)
@@ -12479,7 +12479,7 @@ class ConnectionTests(HttpTestCase):
 
     def test_connections_beyond_the_cap_are_told_so(self):
         service = self.start()
-        service.listeners[0]._connections = claude_gateway.Budget(1)
+        service.listeners[0]._connections = claude_gateway.Capacity(1)
         first = self.connect()
         first.sendall(request_bytes("GET /health HTTP/1.1", "Host: localhost"))
         self.assertIn(b"HTTP/1.1 200 ", received_until(first, b"\r\n\r\n"))
@@ -12495,7 +12495,7 @@ class ConnectionTests(HttpTestCase):
             raise RuntimeError("can't start new thread")
 
         listener = self.start().listeners[0]
-        listener._connections = claude_gateway.Budget(1)
+        listener._connections = claude_gateway.Capacity(1)
         with self.assertLogs(claude_gateway.LOG, "ERROR"):
             listener.process_request = no_thread
             self.assertEqual(received_until(self.connect(), b"\r\n\r\n"), b"")
