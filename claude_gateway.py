@@ -2866,10 +2866,8 @@ scan_string = json.decoder.scanstring               # type: ignore[attr-defined]
 
 class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
-
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas of one block that a read begins with are one event.
-    """
+    `joining`: text deltas of one block that a read begins with are one event."""
 
     def __init__(self, joining: bool = False) -> None:
         self._joining = joining
@@ -3137,9 +3135,7 @@ def arguments_delta(fragment: str) -> dict:
 class PlannedEvents:
     """Claude's events as the request's plan wants them: tools by the client's names, the forced tool called, text
     cut down to its JSON.  Stands between a MessageAssembler and a renderer; a plan that asks for nothing costs nothing.
-
-    `assembler` is the one that has seen the planned events: a renderer reads there what is known only at the end.
-    """
+    `assembler` is the one that has seen the planned events: a renderer reads there what is known only at the end."""
 
     def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
         self._plan = plan
@@ -4504,8 +4500,7 @@ class StoredLogin(ApiKey):
              --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
     One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
-    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used.
-    """
+    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used."""
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
@@ -8611,10 +8606,10 @@ def columns_of_terminal() -> int:
 class LogFormatter(logging.Formatter):
     """One line per entry, as text or JSON; secrets are masked, long base64 in payloads is cut."""
 
-    def __init__(self, secrets: Callable[[], list[str]], as_json: bool, colour: bool = False,
+    def __init__(self, secrets_known: Callable[[], list[str]], as_json: bool, colour: bool = False,
                  with_names: bool = False, columns: Callable[[], int] | None = None) -> None:
         super().__init__()
-        self._secrets, self.as_json, self._colour, self._with_names = secrets, as_json, colour, with_names
+        self._secrets, self.as_json, self._colour, self._with_names = secrets_known, as_json, colour, with_names
         self._columns = columns                     # of the terminal, None where there is none
 
     def format(self, record: logging.LogRecord) -> str:
@@ -8653,11 +8648,12 @@ class LogFormatter(logging.Formatter):
         return "\x1b[2m%s\x1b[0m %s" % (moment, message)
 
 
-def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
+def set_up_log(config: Config, secrets_known: Callable[[], list[str]] | None = None) -> None:
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
-                                      config.verbose, columns_of_terminal if columns_of_terminal() else None))
+    handler.setFormatter(LogFormatter(secrets_known or config.secrets, config.log_format == "json",
+                                      wants_colour(sys.stderr), config.verbose,
+                                      columns_of_terminal if columns_of_terminal() else None))
     LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
@@ -8936,12 +8932,10 @@ CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_E
 OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
-def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
-    given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
+def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bool) -> dict[str, Any]:
+    """The options that are set, by their fields: flags over variables, of which `offline` reads the command's own."""
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *LEVEL_VARIABLES)
-    offline = parsed.command in OFFLINE
     fields: dict[str, Any] = {}
     for option in OPTIONS:
         value, setting = getattr(parsed, option.field, None), "--" + option.name
@@ -8952,6 +8946,14 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
             read = CHECKS.get(option.name, lambda setting, text: text)
             fields[option.field] = tuple(read(setting, text) for text in value) if option.repeatable else \
                 read(setting, value)
+    return fields
+
+
+def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
+    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
+    given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
+    offline = parsed.command in OFFLINE
+    fields = option_values(parsed, given, offline)
     fields["host"], *more_hosts = dict.fromkeys(fields.get("host", ["localhost"]))
     fields["more_hosts"] = tuple(more_hosts)
     levels = [name for name in LOG_LEVELS if fields.get(name)]
