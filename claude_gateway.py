@@ -2866,8 +2866,10 @@ scan_string = json.decoder.scanstring               # type: ignore[attr-defined]
 
 class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
+
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas of one block that a read begins with are one event."""
+    `joining`: text deltas of one block that a read begins with are one event.
+    """
 
     def __init__(self, joining: bool = False) -> None:
         self._joining = joining
@@ -8648,12 +8650,11 @@ class LogFormatter(logging.Formatter):
         return "\x1b[2m%s\x1b[0m %s" % (moment, message)
 
 
-def set_up_log(config: Config, secrets_known: Callable[[], list[str]] | None = None) -> None:
+def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(secrets_known or config.secrets, config.log_format == "json",
-                                      wants_colour(sys.stderr), config.verbose,
-                                      columns_of_terminal if columns_of_terminal() else None))
+    handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
+                                      config.verbose, columns_of_terminal if columns_of_terminal() else None))
     LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
