@@ -653,8 +653,9 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    surrogates = b"\\u" in body and re.search(rb"\\u[dD][89a-fA-F]", body)
-    whole = without_lone_surrogates(value) if surrogates else value
+    if b"\\u" not in body or not re.search(rb"\\u[dD][89a-fA-F]", body):
+        return value, False
+    whole = without_lone_surrogates(value)
     return whole, whole != value
 
 
@@ -2976,22 +2977,18 @@ class MessageAssembler:
 
     def resume(self) -> None:
         """Another stream follows, which continues this message."""
-        self._content, self._earlier_usage = self.message["content"], self.usage
+        self._content, self._earlier_usage = self.message["content"], self.whole()["usage"]
         self.message = dict(self.message, usage={})     # its tokens are counted, also if no other stream comes
         self.done = False
 
-    @property
-    def usage(self) -> dict:
-        """The counts of all streams so far, with those of compactions, which the totals of an answer leave out."""
+    def whole(self) -> dict:
+        """The message with the counts of all its streams, and those of compactions, which the totals of an answer
+        leave out."""
         usage = self.message.get("usage") or {}
         for iteration in listed(usage.get("iterations")):
             if text_in(iteration, "type") == "compaction":
                 usage = added_usage(usage, without(iteration, "type", "model"))
-        return added_usage(self._earlier_usage, usage) if self._earlier_usage else usage
-
-    def whole(self) -> dict:
-        """The message with the usage of all its streams."""
-        return dict(self.message, usage=self.usage)
+        return dict(self.message, usage=added_usage(self._earlier_usage, usage) if self._earlier_usage else usage)
 
     def _message_start(self, event: dict) -> None:
         message = event["message"]
@@ -6723,11 +6720,11 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (), compact: bool = False) -> Exchange:
     """The exchange for a body in either of OpenAI's shapes: some tools post one to the path of the other."""
     body, record = incoming.body, incoming.record
-    asked = optional(text_of, body.get("model"), "model")
+    asked, catalog = optional(text_of, body.get("model"), "model"), gateway.models.catalog()
     record.asked, record.stream = asked or "", optional(boolean_of, body.get("stream"), "stream", False)
-    model = gateway.models.catalog().resolve(asked)
+    model = catalog.resolve(asked)
     record.used = model.id
-    if asked and gateway.models.catalog().thinks(asked) and not {"thinking", "reasoning"} & set(body):
+    if asked and catalog.thinks(asked) and not {"thinking", "reasoning"} & set(body):
         body = dict(body, thinking={"type": "enabled"})
     translate = functools.partial(messages_request_from_responses, body, earlier=earlier, compact=compact) \
         if is_responses_body(body) else functools.partial(messages_request_from_chat, body)
