@@ -609,7 +609,7 @@ BOUNDED_JSON, LENIENT_JSON = (json.JSONDecoder(parse_constant=hook, parse_float=
 def json_within_bounds(text: str, decoder: json.JSONDecoder = BOUNDED_JSON) -> Any:
     """JSON text as a value.  Raises ValueError for what is not JSON, and for what would cost too much: also for depth
     that the parsers of some Pythons would end the process at, where a thread's stack is small (as on Alpine Linux)."""
-    brackets = text.count("[") + text.count("{")
+    brackets = text.count("[") + text.count("{") if len(text) > MAX_NESTING else 0
     if brackets > MAX_BRACKETS:
         raise ValueError("more than %d brackets" % MAX_BRACKETS)
     if brackets > MAX_NESTING and nests_deeper(text.encode("utf-8", "surrogatepass"), MAX_NESTING):
@@ -654,8 +654,9 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    surrogates = b"\\u" in body and re.search(rb"\\u[dD][89a-fA-F]", body)
-    whole = without_lone_surrogates(value) if surrogates else value
+    if b"\\u" not in body or not re.search(rb"\\u[dD][89a-fA-F]", body):
+        return value, False
+    whole = without_lone_surrogates(value)
     return whole, whole != value
 
 
@@ -805,8 +806,8 @@ def cost_of(model: Model, usage: dict) -> tuple[float, float] | None:
     prompt = (fresh + written * 1.25 + hour * (2 - 1.25)) * price[0] + read * price[1]
     saved = (fresh + read + written) * price[0] - prompt
     tokens = (prompt + output * price[2]) / (2 if usage.get("service_tier") == "batch" else 1)
-    searches = count_in(usage, "server_tool_use", "web_search_requests") * SEARCH_PRICE
-    return tokens / 1e6 + searches, saved / 1e6
+    searches = count_in(usage, "server_tool_use", "web_search_requests") if "server_tool_use" in usage else 0
+    return tokens / 1e6 + searches * SEARCH_PRICE, saved / 1e6
 
 
 BUILT_IN_MODELS = {model.id: model for model in _models()}
@@ -1202,13 +1203,17 @@ def numbered(wanted: str, counts: dict[str, int]) -> str:
     return name
 
 
+# what a name may have beyond letters, digits, "_" and "-" -> a name that fits, and a character that does not
+FITTING = {more: (re.compile(r"[A-Za-z0-9_%s-]{1,64}\Z" % more), re.compile(r"[^A-Za-z0-9_%s-]" % more))
+           for more in ("", ".")}
+
+
 class ToolNames:
     """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
-    fits.  `more`: what it accepts beyond [A-Za-z0-9_-]."""
+    fits.  `more`: a key of FITTING."""
 
     def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = (), more: str = "") -> None:
-        self._fit = re.compile(r"[A-Za-z0-9_%s-]{1,64}\Z" % more)
-        self._unfit = re.compile(r"[^A-Za-z0-9_%s-]" % more)
+        self._fit, self._unfit = FITTING[more]
         self._there = {name: name for name in declared if self._fit.match(name) and name not in taken}
         self._back = dict(self._there, **{name: name for name in taken})
         self._counts = dict.fromkeys(self._back, 1)
@@ -2869,7 +2874,7 @@ class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas of one block that a read begins with are one event.
+    `joining`: text deltas of one block that a read begins with are one event; the first read of a stream has none.
     """
 
     def __init__(self, joining: bool = False) -> None:
@@ -2883,7 +2888,7 @@ class EventDecoder:
 
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
-        if self._joining and not self._data and (not self._held or b"\n\n" in piece):
+        if self._joining and not (self._at_start or self._data) and (not self._held or b"\n\n" in piece):
             event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
             if event:
                 piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
@@ -2925,7 +2930,7 @@ class EventDecoder:
             begin = None if text.startswith(self._text_begins) else TEXT_DELTA.match(text)
             if begin:
                 self._text_begins, self._index = begin.group(), int(begin.group(1))
-            while at < len(text) and text.startswith(self._text_begins, at):
+            while text.startswith(self._text_begins, at):
                 words, end = scan_string(text, at + len(self._text_begins))
                 delta_end = DELTA_END.match(text, end)
                 if not delta_end:
@@ -2989,22 +2994,18 @@ class MessageAssembler:
 
     def resume(self) -> None:
         """Another stream follows, which continues this message."""
-        self._content, self._earlier_usage = self.message["content"], self.usage
+        self._content, self._earlier_usage = self.message["content"], self.whole()["usage"]
         self.message = dict(self.message, usage={})     # its tokens are counted, also if no other stream comes
         self.done = False
 
-    @property
-    def usage(self) -> dict:
-        """The counts of all streams so far, with those of compactions, which the totals of an answer leave out."""
+    def whole(self) -> dict:
+        """The message with the counts of all its streams, and those of compactions, which the totals of an answer
+        leave out."""
         usage = self.message.get("usage") or {}
         for iteration in listed(usage.get("iterations")):
             if text_in(iteration, "type") == "compaction":
                 usage = added_usage(usage, without(iteration, "type", "model"))
-        return added_usage(self._earlier_usage, usage) if self._earlier_usage else usage
-
-    def whole(self) -> dict:
-        """The message with the usage of all its streams."""
-        return dict(self.message, usage=self.usage)
+        return dict(self.message, usage=added_usage(self._earlier_usage, usage) if self._earlier_usage else usage)
 
     def _message_start(self, event: dict) -> None:
         message = event["message"]
@@ -3294,7 +3295,7 @@ def text_and_annotations(content: list[dict]) -> tuple[str, list[dict]]:
     for block in content:
         if block["type"] == "text":
             added = block.get("text") or ""
-            annotations += annotations_of(block, len(text), len(added))
+            annotations += annotations_of(block, len(text), len(added)) if block.get("citations") else ()
             text += added
     return text, annotations
 
@@ -4209,10 +4210,11 @@ class Counters:
         self._errors: collections.Counter = collections.Counter()
         self._error_texts: Dict[str, str] = {}      # code -> the latest message
         self._last: Deque[dict] = collections.deque(maxlen=50)
-        self._totals: Dict[str, Dict[str, collections.Counter]] = {
-            field: collections.defaultdict(collections.Counter) for field in ("tool", "used")}
-        self._models: Dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-        self._tokens = collections.Counter(dict.fromkeys(TOKEN_KINDS, 0))       # of all models
+        # name -> figure -> amount (Counter.update would take twice as long)
+        self._totals: Dict[str, Dict[str, dict]] = {
+            field: collections.defaultdict(lambda: collections.defaultdict(int)) for field in ("tool", "used")}
+        self._models: Dict[str, dict] = collections.defaultdict(lambda: collections.defaultdict(int))
+        self._tokens = dict.fromkeys(TOKEN_KINDS, 0)        # of all models
         self.seconds = 0.0                          # spent on all requests
 
     def add_request(self, route: str, summary: dict) -> None:
@@ -4231,15 +4233,19 @@ class Counters:
                 self._last.appendleft(summary)
                 for field, totals in self._totals.items():
                     name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
-                    totals[name or "-"].update(counts)
+                    total = totals[name or "-"]
+                    for figure, amount in counts.items():
+                        total[figure] += amount
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
             name = model.id if model.id in self._models or len(self._models) < 200 else "other"
-            self._models[name].update(dict(
-                counts, **{"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1}))
-            self._tokens.update(counts)
+            total, money = self._models[name], {"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1}
+            for figure, amount in dict(counts, **money).items():
+                total[figure] += amount
+            for kind, count in counts.items():
+                self._tokens[kind] += count
             return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
 
     def take_limits(self, headers: dict[str, str]) -> None:
@@ -6722,11 +6728,11 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (), compact: bool = False) -> Exchange:
     """The exchange for a body in either of OpenAI's shapes: some tools post one to the path of the other."""
     body, record = incoming.body, incoming.record
-    asked = optional(text_of, body.get("model"), "model")
+    asked, catalog = optional(text_of, body.get("model"), "model"), gateway.models.catalog()
     record.asked, record.stream = asked or "", optional(boolean_of, body.get("stream"), "stream", False)
-    model = gateway.models.catalog().resolve(asked)
+    model = catalog.resolve(asked)
     record.used = model.id
-    if asked and gateway.models.catalog().thinks(asked) and not {"thinking", "reasoning"} & set(body):
+    if asked and catalog.thinks(asked) and not {"thinking", "reasoning"} & set(body):
         body = dict(body, thinking={"type": "enabled"})
     translate = functools.partial(messages_request_from_responses, body, earlier=earlier, compact=compact) \
         if is_responses_body(body) else functools.partial(messages_request_from_chat, body)

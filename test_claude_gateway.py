@@ -5066,6 +5066,7 @@ class HotPathTests(unittest.TestCase):
             for size in (1, 30, 100, 1_000, len(data) - 1, len(data)):
                 with self.subTest(as_ascii=as_ascii, padding=padding, size=size):
                     decoder = claude_gateway.EventDecoder(joining=True)
+                    self.assertEqual(list(decoder.feed(sse([{"type": "ping"}]))), [{"type": "ping"}])
                     events = [event for at in range(0, len(data), size) for event in decoder.feed(data[at:at + size])]
                     self.assertEqual({(event["type"], event["index"]) for event in events}, {(deltas[0]["type"], 3)})
                     self.assertEqual("".join(event["delta"]["text"] for event in events), wanted)
@@ -5086,6 +5087,7 @@ class HotPathTests(unittest.TestCase):
                                   ("no JSON", delta("a") + delta("b").replace(b'"b"', b'"\\x"'), 1)):
             with self.subTest(name):
                 plain, joining = claude_gateway.EventDecoder(), claude_gateway.EventDecoder(joining=True)
+                self.assertEqual(list(joining.feed(b": the first read\n\n")), [])
                 one_by_one, (events, faulty) = events_until_fault(plain, data), events_until_fault(joining, data)
                 self.assertEqual(len(events), count)
                 self.assertEqual(faulty, name in ("a number that is none", "no JSON"))

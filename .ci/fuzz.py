@@ -192,7 +192,7 @@ def answers(events, planned):
                 told += feed(event)
                 if assembler.done:
                     told += planned_events.finish(stream.feed) + stream.finish()
-                    gateway.responses_usage(assembler.usage)
+                    gateway.responses_usage(assembler.whole()["usage"])
                     break
         except gateway.GatewayError:
             pass
