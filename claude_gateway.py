@@ -342,7 +342,9 @@ def host_in(url: str) -> str:
         usable = parts.scheme in ("http", "https") and (parts.port or 1)
     except ValueError:
         return ""
-    return parts.hostname or "" if usable and not (parts.username or parts.query or parts.fragment) else ""
+    # who connects would undo a %, and might find another host
+    plain = not (re.search(r"[@%\\]", parts.netloc) or parts.query or parts.fragment)
+    return parts.hostname or "" if usable and plain else ""
 
 
 GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
@@ -2862,7 +2864,8 @@ class EventDecoder:
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
         self._at_start = True
         self._held = 0                              # bytes since the last whole event
-        self._text_begins, self._index = "\n", 0    # of the last text delta: what comes before its text, and its block
+        # of the last text delta: what comes before its text (at first what UTF-8 has no bytes for), and its block
+        self._text_begins, self._index = "\ud800", 0
 
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
@@ -5186,6 +5189,7 @@ class HeadReader:
         if end:
             lines = received[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
             del received[:size]
+            self.skipped, self._searched, self._line_ends = self.skipped + size, 0, 0
             return lines[:-2]
         if self._line_ends and not before:
             self._check_first(received[:received.index(b"\n") + 1].decode("latin-1").replace("\r\n", "\n")[:-1])
@@ -5294,7 +5298,7 @@ class BodyFraming:
     def __init__(self, chunked: bool, length: int | None) -> None:
         self._chunked = chunked
         self._left = 0 if chunked else length       # bytes of the chunk or body; None: until the connection ends
-        self._in_chunk = self._in_trailers = False
+        self._in_chunk, self._in_trailers, self._trailers = False, False, 0
         self.done = length == 0 and not chunked
         self.rest = b""                             # a line that has only begun; behind the end, what is not the body's
         self.surplus = self.done                    # more came than the body, or might have where nothing is read
@@ -5356,7 +5360,9 @@ class BodyFraming:
         """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
         line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
         if self._in_trailers:
-            self.done = not line
+            self.done, self._trailers = not line, self._trailers + 1
+            if self._trailers == MAX_HEADERS and line:
+                raise self._fault("too many trailers")
         elif self._in_chunk:
             if line:
                 raise self._fault("a chunk that is longer than its size")
@@ -5383,7 +5389,7 @@ class RequestFraming(BodyFraming):
 
     def __init__(self, length: int | None, limit: int) -> None:
         super().__init__(length is None, length)
-        self._limit, self._room, self._trailers = limit, limit, 0
+        self._limit, self._room = limit, limit
         if length is not None and length > limit:
             raise self._too_large()
 
@@ -5394,10 +5400,7 @@ class RequestFraming(BodyFraming):
     def _line(self, line: bytes) -> None:
         if not line.endswith(b"\r\n"):
             raise self._fault("a chunk line that does not end in CRLF")
-        self._trailers += self._in_trailers
         super()._line(line)
-        if self._trailers == MAX_HEADERS and not self.done:
-            raise self._fault("too many trailers")
 
     def _begin_chunk(self, size: int) -> None:
         super()._begin_chunk(size)
@@ -5440,12 +5443,13 @@ class UpstreamConnection(Peer):
     def __init__(self, way: Any, tls: Callable[[], ssl.SSLContext], call: UpstreamCall) -> None:
         """Connects; `way` (way_to) names the proxy as its host where there is a tunnel to another one."""
         tunnel, context = way._tunnel_host, tls() if way.type == "https" else None
-        sock = socket.create_connection(address_of(way.host, 443 if context else 80), CONNECT_TIMEOUT)
+        sock = socket.create_connection(address_of(way.host, 443 if context and not tunnel else 80), CONNECT_TIMEOUT)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             super().__init__(sock)
             if tunnel:
-                target, call = "%s:%d" % address_of(tunnel, 443), replace(call, patience=CONNECT_TIMEOUT)
+                target = tunnel if re.search(r":\d+\Z", tunnel) else tunnel + ":443"
+                call = replace(call, patience=CONNECT_TIMEOUT)
                 self.ask("CONNECT", target, dict({"host": target}, **way.headers), b"", call)   # with the proxy's key
                 head = self.answer(call)
                 if head.status != 200:
@@ -5475,8 +5479,10 @@ class UpstreamConnection(Peer):
     def answer(self, call: UpstreamCall) -> UpstreamHead:
         """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2).  Raises BadStatusLine."""
         received, head = bytearray(), None
+        reader = HeadReader(received, status_line,
+                            lambda words: UpstreamFault("The head of the upstream's answer " + words))
         while head is None or head.status < 200 and head.status != 101:
-            first, *lines = self._head_lines(received, call, begun=head is not None)
+            first, *lines = self._head_lines(reader, received, call, begun=head is not None)
             headers: dict[str, str] = {}
             for line in lines:
                 name, colon, value = line.partition(":")
@@ -5486,12 +5492,10 @@ class UpstreamConnection(Peer):
         self.unread = received
         return head
 
-    def _head_lines(self, received: bytearray, call: UpstreamCall, begun: bool) -> list[str]:
+    def _head_lines(self, reader: HeadReader, received: bytearray, call: UpstreamCall, begun: bool) -> list[str]:
         """Takes the lines of a head.  Without `begun` the connection may turn out to have died before the request."""
-        head = HeadReader(received, status_line,
-                          lambda words: UpstreamFault("The head of the upstream's answer " + words))
         while True:
-            lines = head.lines() if received else []
+            lines = reader.lines() if received else []
             if lines:
                 return lines
             begun = begun or bool(received)
@@ -5591,8 +5595,8 @@ class UpstreamReply:
                 if not data:
                     framing.end()
                 piece = framing.feed(data)
-                if not self._inflate:
-                    yield piece, wait if connection.drained and not framing.done else None
+                yield (b"", None) if self._inflate else (
+                    piece, wait if connection.drained and not framing.done else None)
                 # bit by bit, as gzip can hold a thousand times its size; a client that has left ends it
                 while self._inflate and piece and not self._inflate.eof:
                     yield self._inflate.decompress(piece, READ_SIZE), None
@@ -5619,7 +5623,7 @@ class UpstreamReply:
         self._closed = True
         if answered and not self.framing.done:
             deadline = time.monotonic() + 0.2
-            with contextlib.suppress(GatewayError):
+            with contextlib.suppress(GatewayError, ClientGone):
                 for _, wait in self.pieces():
                     left = deadline - time.monotonic()
                     if left <= 0 or wait and not wait_ready([wait.sock], left):
@@ -6096,7 +6100,7 @@ class EventLoop:
 
     def _look_after_silence(self, stream: RunningStream) -> None:
         if stream.unsent:
-            raise socket.timeout("the client does not read")
+            raise ClientGone                        # it does not read
         if stream.wait and self._now >= stream.wait.deadline(stream.since):
             raise silence(stream.wait)
         self._send(stream, stream.client.idle_comment)
@@ -6105,6 +6109,8 @@ class EventLoop:
     def _end(self, stream: RunningStream, over: bool, failure: BaseException | None) -> None:
         """Gives a stream back to a thread."""
         self._streams.discard(stream)
+        if stream.unsent:                           # no error may follow half of something
+            over, failure = False, ClientGone()
         stream.wait, stream.unsent = None, b""
         with contextlib.suppress(OSError, ValueError, KeyError):
             self._register(stream)

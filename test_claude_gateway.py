@@ -4466,6 +4466,11 @@ class EventDecoderTests(unittest.TestCase):
                         self.assertEqual(found[-1], events[-1])
                         self.assertTrue(joining or found == events)
 
+    def test_only_a_text_delta_is_taken_for_one(self):
+        for data in (b'\n: hello"}}\n\n', b'\nid: 1"} }\n\n', b'\n"}}\n\n'):
+            with self.subTest(data):
+                self.assertEqual(list(claude_gateway.EventDecoder(joining=True).feed(data)), [])
+
     def test_empty_pieces_change_nothing(self):
         decoder = claude_gateway.EventDecoder()
         pieces = (b"", b'data: {"type":"a"}\r', b"", b"\n", b"", b"\r", b"", b"\n")
@@ -6502,6 +6507,11 @@ class WorkspaceTests(GatewayTestCase):
                           ("https://h.test/anthropic/", "https://h.test/anthropic"),
                           ("https://h.test/anthropic/v1", "https://h.test/anthropic")):
             self.assertEqual(config(ANTHROPIC_BASE_URL=url).base_url, base)
+        for url in ("http://evil.test%2f.localhost", "http://evil.test%23.localhost/", "https://:secret@h.test",
+                    "http://127.0.0.1\\.evil.test", "http://evil.test\\.localhost"):
+            with self.subTest(url), self.assertRaises(claude_gateway.UsageError) as refused:
+                config(ANTHROPIC_BASE_URL=url)
+            self.assertNotIn("secret", str(refused.exception))
 
     def test_a_base_address_may_have_a_path(self):
         self.start(base_url=self.claude.url + "/anthropic")
@@ -8766,6 +8776,9 @@ class UpstreamAnswerTests(UpstreamTestCase):
             "cut at a length": upstream_bytes(MESSAGE_JSON)[:-9],
             "cut in a chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-20], chunked, length=False),
             "cut before the last chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-5], chunked, length=False),
+            "trailers without end": upstream_bytes(in_chunks(MESSAGE_JSON)[:-2] + b"x: 1\r\n" * 200 + b"\r\n", chunked,
+                                                   length=False),
+            "interim answers without end": b"HTTP/1.1 103 Hi\r\n\r\n" * 4_000 + upstream_bytes(MESSAGE_JSON),
             "bad chunk size": upstream_bytes(b"zz\r\n" + MESSAGE_JSON, chunked, length=False),
             "cut gzip": upstream_bytes(packed[:-12], "content-encoding: gzip"),
             "no gzip": upstream_bytes(MESSAGE_JSON, "content-encoding: gzip"),
@@ -8856,11 +8869,36 @@ class UpstreamAnswerTests(UpstreamTestCase):
         self.addCleanup(reply.close)
         with upstream:
             pieces = call.client.waited(reply.pieces())
-            self.assertEqual([len(next(pieces)) for _ in range(2)], [claude_gateway.READ_SIZE] * 2)
+            self.assertEqual([len(next(pieces)) for _ in range(3)], [0] + [claude_gateway.READ_SIZE] * 2)
             user.shutdown(socket.SHUT_WR)
             with self.assertRaises(claude_gateway.ClientGone):
                 for _ in range(2):
                     next(pieces)
+
+    def gzip_reply(self, packed: bytes):
+        """An answer of unknown length that begins with these bytes, its client, its connection and who sends it."""
+        (ours, upstream), (peer, user) = socket.socketpair(), socket.socketpair()
+        for end in (ours, upstream, peer, user):
+            self.addCleanup(end.close)
+        call = claude_gateway.UpstreamCall(claude_gateway.Client(claude_gateway.Peer(peer)))
+        head = claude_gateway.UpstreamHead("1.1", 200, "OK", {"content-encoding": "gzip"})
+        upstream.sendall(packed)
+        return claude_gateway.UpstreamReply(claude_gateway.Peer(ours), head, call, None), user, ours, upstream
+
+    def test_a_client_that_leaves_with_its_answer_leaves_no_connection_behind(self):
+        reply, user, ours, _ = self.gzip_reply(gzip.compress(b"x"))
+        user.close()
+        reply.close(answered=True)
+        self.assertEqual(ours.fileno(), -1)
+
+    def test_others_get_their_turn_whatever_follows_gzip(self):
+        reply, _, _, upstream = self.gzip_reply(gzip.compress(b"x"))
+        self.addCleanup(reply.close)
+        pieces = reply.pieces()
+        self.assertEqual([next(pieces)[0] for _ in range(2)], [b"", b"x"])
+        for _ in range(3):
+            upstream.sendall(b"y")
+            self.assertEqual(next(pieces), (b"", None))
 
     def test_what_follows_gzip_is_dropped(self):
         packed = gzip.compress(MESSAGE_JSON)
@@ -9690,6 +9728,14 @@ class ProxyTests(TlsTestCase):
                 self.assertEqual(self.chat(headers=NO_RETRY).status, 200)
                 self.assertEqual(len(raw.posts), 1)
 
+    def test_an_ipv6_address_keeps_its_brackets_on_the_way_through_a_proxy(self):
+        for base, target in (("https://[2001:db8::1]", b"[2001:db8::1]:443"),
+                             ("https://[2001:db8::1]:8443", b"[2001:db8::1]:8443")):
+            with self.subTest(base):
+                _, proxy = self.start_behind_proxy(refusal=b"HTTP/1.1 403 No\r\n\r\n", base_url=base)
+                self.assertEqual(self.chat(headers=NO_RETRY).status, 502)
+                self.assertTrue(proxy.heads[0].startswith(b"CONNECT %s HTTP/1.1\r\nhost: %s\r\n" % (target, target)))
+
     def test_a_proxy_that_is_not_there_is_502(self):
         with contextlib.closing(socket.socket()) as unused:
             unused.bind(("127.0.0.1", 0))
@@ -9872,7 +9918,7 @@ class EventLoopTests(unittest.TestCase):
         talking = threading.Thread(target=talk, daemon=True)
         talking.start()
         self.assertTrue(self.ended.wait(10))
-        self.assertIsInstance(self.failures[0], socket.timeout)
+        self.assertIsInstance(self.failures[0], claude_gateway.ClientGone)
         self.upstream.close()                           # lets the talker go
         talking.join(10)
 
@@ -9942,6 +9988,13 @@ class EventLoopTests(unittest.TestCase):
         self.loop.add(self.stream())
         self.claude.sendall(b"Hello.")
         self.assertEqual(received_until(self.user, b"."), b"Hello.")
+
+    def test_its_end_puts_no_error_amid_what_a_slow_client_has_not_read_yet(self):
+        stream = self.stream(steps=iter([(b"x" * 10_000_000, None), (b"y", None)]))
+        self.loop.add(stream)
+        self.assertTrue(eventually(lambda: stream.unsent))
+        self.loop.close()
+        self.assertIsInstance(self.failures[0], claude_gateway.ClientGone)
 
     def test_its_end_ends_every_stream(self):
         self.loop.add(self.stream())
