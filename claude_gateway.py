@@ -9738,7 +9738,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
     if not credential or not facts:
         print(as_typed(MISSING_CREDENTIAL[config.auth]))
         return NO_CREDENTIAL
-    print("\n".join(["`start` would use: " + facts["description"], *row_lines(login_rows(facts))]))
+    print(for_terminal("\n".join(["`start` would use: " + facts["description"], *row_lines(login_rows(facts))])))
     if credential.preamble:
         print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
     port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""

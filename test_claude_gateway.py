@@ -14606,10 +14606,10 @@ class OtherCommandTests(CommandTestCase):
                          "`claude-gateway login`; `claude-gateway start --demo` needs neither.\n")
         self.assertIn(nobody + "`start` would use: API key from ANTHROPIC_API_KEY\n", key.out)
         self.assertIn("CLAUDE_CODE_OAUTH_TOKEN", bearer.out)
-        self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example Ltd"})
+        self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example\x1b[2J Ltd"})
         login = self.command("status")
         self.assertEqual(login.code, 0)
-        for words in ("me@example.org", "Example Ltd", self.token_path, "in 59 min)"):
+        for words in ("me@example.org", "Example\\x1b[2J Ltd", self.token_path, "in 59 min)"):
             self.assertIn(words, login.out)
         self.assertEqual(self.claude.requests, [])
 
