@@ -4275,7 +4275,7 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
         moment = number_or_none(reset)
         resets_at = unix_time(reset) if moment is None else int(moment) if 0 < moment < 1e11 else None
         limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
-        if used is None and limit and left is not None:
+        if used is None and limit and limit >= 1 and left is not None:
             used = 1 - left / limit
         if used is not None:
             limits.append({"window": window, "title": title, "used": round(max(0.0, used), 4), "resets_at": resets_at,
@@ -5869,7 +5869,7 @@ def retry_after(headers: dict[str, str]) -> float | None:
     value = headers.get("retry-after", "")
     if re.match(r"\d+(\.\d+)?\Z", value):
         return float(value)
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 

@@ -9272,6 +9272,7 @@ class OwnRetryTests(GatewayTestCase):
         later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
         past = "Wed, 21 Oct 2015 07:28:00 GMT"
         for value, calls_made in (("5.5", 1), ("6", 1), ("100000", 1), (later, 1), ("soon", 1), ("-1", 1), (None, 1),
+                                  (past.replace("2015", "9" * 30), 1), (past.replace("GMT", "+" + "9" * 30), 1),
                                   (past, 2), ("0", 2), ("0.01", 2)):
             with self.subTest(value=value):
                 reply = FakeReply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": value})
@@ -12011,7 +12012,8 @@ class StatusTests(GatewayTestCase):
         self.claude.play(FakeReply(body=message(text("A")), headers={
             "anthropic-ratelimit-unified-5h-utilization": "nan", "anthropic-ratelimit-unified-7d-utilization": "1.04",
             "anthropic-ratelimit-unified-7d-reset": "soon", "anthropic-ratelimit-tokens-limit": "0",
-            "anthropic-ratelimit-tokens-remaining": "0"}))
+            "anthropic-ratelimit-tokens-remaining": "0", "anthropic-ratelimit-requests-limit": "1e-300",
+            "anthropic-ratelimit-requests-remaining": "-1e300"}))
         self.chat()
         self.assertEqual([(limit["window"], limit["used"]) for limit in self.status()["limits"]], [("7d", 1.04)])
 
