@@ -3004,6 +3004,8 @@ class MessageAssembler:
         for field in texts + [field for field in ("text", "thinking") if block.get(field) is not None]:
             if not isinstance(block[field], str):
                 raise TypeError("a field of a block is no string")
+        if block["type"] == "text":
+            block["text"] = block.get("text") or ""
         if not isinstance(block.get("citations") or [], list):
             raise TypeError("the citations of a block are no list")
         self.message["content"].append(block)
@@ -3491,7 +3493,7 @@ SUMMARY = "Summary of the conversation so far, from which to go on:\n\n"
 
 def encrypted_from(value: dict) -> str:
     """A signed block, or a compaction, as `encrypted_content`: opaque to clients, and all we need to give it back."""
-    return OUR_ENCODING + base64.urlsafe_b64encode(json.dumps(value, ensure_ascii=False).encode("utf-8")).decode()
+    return OUR_ENCODING + base64.urlsafe_b64encode(client_json(value)).decode()
 
 
 def value_from_encrypted(encrypted: Any) -> dict:

@@ -9151,6 +9151,16 @@ class UpstreamBodyTests(GatewayTestCase):
                 answer, _ = self.failure(FakeReply(pieces=pieces), stream=True)
                 self.assertIn(b"Hello there", answer.raw)
 
+    def test_half_a_character_in_thinking_and_a_text_that_is_none_are_no_defect(self):
+        whole = message(thinking("h\ud83dm", "c2ln\ud83d"), text(None), text("Hello"), tool_use("toolu_1", "f", {"a": 1}))
+        body = {"model": "sonnet", "input": "Hi", "include": ["reasoning.encrypted_content"]}
+        for name, ask in (("chat", self.chat), ("responses", lambda: self.ask("POST", "/v1/responses", body))):
+            with self.subTest(name):
+                self.claude.play(FakeReply(body=whole))
+                answer = ask()
+                self.assertEqual(answer.status, 200, answer.raw)
+                self.assertIn(b"Hello", answer.raw)
+
     def test_what_comes_after_the_end_does_not_matter(self):
         for tail in (b"data: [DONE]\n\n", b"data: {oops\n\n", sse([error_body("api_error", "x")])):
             for pieces in ([sse(self.EVENTS) + tail], [sse(self.EVENTS), tail]):
