@@ -73,6 +73,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -1472,7 +1473,7 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
             if declared.startswith("image/"):       # SVG
                 draft.changes.add("changed", path, "%s to text" % declared)
             return text_document(text, title)
-    known = declared in ("application/pdf", *IMAGE_TYPES)
+    known = declared in ("application/pdf", *IMAGE_TYPES) or declared.startswith("text/")
     raise InvalidRequest("%s: Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
         path, "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"),
         path, "unsupported_file")
@@ -4221,15 +4222,16 @@ class Counters:
         with self._lock:
             self._requests[route, summary["status"]] += 1
             self.seconds += summary["total_ms"] / 1000
-            if summary["error_code"]:
-                self._errors[summary["error_code"]] += 1
+            code = summary["error_code"]
+            if code:
+                self._errors[code] += 1
+                if code in self._error_texts or len(self._error_texts) < 200:
+                    self._error_texts[code] = summary["error"]
             if route not in MONITORING:
                 self._last.appendleft(summary)
                 for field, totals in self._totals.items():
                     name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
                     totals[name or "-"].update(counts)
-                if summary["error_code"] in self._error_texts or len(self._error_texts) < 200:
-                    self._error_texts[summary["error_code"]] = summary["error"]
 
     def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
@@ -4256,7 +4258,7 @@ class Counters:
                     "tokens": dict(self._tokens),
                     "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
                     "recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": without(self._error_texts, "")}
+                    "error_texts": dict(self._error_texts)}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -7339,7 +7341,8 @@ def filled(config: Config, path_form: Callable[[str], str] = str, between: str =
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
-            "ENV_KEY": 'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
+            "ENV_KEY": '# in the environment: OPENAI_API_KEY=YOUR-GATEWAY-KEY\n'
+                       'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
             "START": between.join(arguments), "PYTHON": path_form(python),
             "PYTHONW": path_form(re.sub(r"python(\.exe)?$", r"pythonw\1", python)),
             "FILE": path_form(own_file() or "/path/to/claude_gateway.py"), "HOME": path_form(os.path.expanduser("~"))}
@@ -7390,7 +7393,7 @@ def status_data(gateway: Gateway) -> dict:
         "started_at": round(counters.started), "aliases": dict(gateway.config.alias),
         "upstream": "simulated" if gateway.config.demo else gateway.upstream.base_url,
         "credential": credential.facts() if credential else None,
-        "trouble": trouble and dict(trouble, message=masked(trouble["message"], gateway.secrets())),
+        "trouble": trouble and dict(trouble, message=masked(as_typed(trouble["message"]), gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
         "requests": {"total": totals["requests"], "running": max(0, gateway.running.count - 1)},    # without this one
         "errors": totals["errors"], "tokens": totals["tokens"],
@@ -7529,8 +7532,8 @@ PAGE = """<!doctype html>
       <details id="setup"><summary class="note">Settings for a tool</summary>
         <select id="tool" aria-label="Tool"></select> <button data-copy="settings">copy</button>
         <pre id="settings"></pre></details></section>
+    <section class="wide" data-card="errors"><h2>Errors</h2><dl id="errors"></dl></section>
     <section><h2>Requests</h2><b id="requests"></b><p id="running"></p></section>
-    <section data-card="errors"><h2>Errors</h2><dl id="errors"></dl></section>
     <section data-card="used"><h2>Cost</h2><b id="cost"></b><p id="saved"></p></section>
     <section data-card="used"><h2>Cache</h2><b id="share"></b><p>of all input was read from Claude's cache</p></section>
     <section data-card="used"><h2>Tokens</h2><dl id="tokens"></dl></section>
@@ -8581,11 +8584,14 @@ def wants_colour(stream: Any) -> bool:
     return bool(getattr(stream, "isatty", bool)()) and os.environ.get("TERM") != "dumb" and os.name != "nt"
 
 
-def columns_of_terminal() -> int:
-    """The width of the terminal that standard error is, 0 where it is none."""
+def columns_of_terminal(stream: Any = None) -> int:
+    """The width of the terminal that a stream, or else standard error, is; 0 where it is none."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size((stream or sys.stderr).fileno()).columns
     return 0
+
+
+WHOLE_LINE = 185                                    # columns of a request's line with Claude's request id
 
 
 class LogFormatter(logging.Formatter):
@@ -8601,7 +8607,7 @@ class LogFormatter(logging.Formatter):
         payload = getattr(record, "payload", None)
         short: Any = getattr(record, "short", None)         # makes the line for a narrow terminal
         columns = self._columns() if short and self._columns and not self.as_json else 0
-        if 0 < columns < len(record.getMessage()) + 9:          # 9: the time
+        if 0 < columns < WHOLE_LINE:
             record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
         message = as_typed(super().format(record) if record.exc_info else record.getMessage()) if payload is None else \
             str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
@@ -8699,6 +8705,12 @@ def print_json(value: Any) -> None:
     print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
 
 
+def lines_within(text: str, columns: int, indent: int = 13) -> str:
+    """Lines broken between words to fit a terminal, 0 for none, which go on with an indent."""
+    return "\n".join(textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False,
+                                   break_on_hyphens=False) if columns else line for line in text.split("\n"))
+
+
 def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
     """A table; the texts of each column stand at this side of it, "<" or ">"."""
     rows = [[*map(visible, row)] for row in rows]
@@ -8755,7 +8767,7 @@ OPTIONS = (
     Option("minimal", "log method, path, status and time only", "m"),
     Option("quiet", "log nothing", "q"),
     Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "kind of credential to use (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
+    Option("auth", "auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
     Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
     Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True),
     Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
@@ -8992,7 +9004,8 @@ def local_answer(config: Config, body: dict | None = None, key: str = "", timeou
                  path: str = "/") -> Iterator[http.client.HTTPResponse]:
     """What this machine's port answers to GET, or to a chat completion request; a key is sent only if given."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": "ask", **({"authorization": "Bearer " + key} if key else {})}
+    headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway",
+               **({"authorization": "Bearer " + key} if key else {})}
     with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
         connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
@@ -9025,7 +9038,7 @@ def port_finding(config: Config) -> Finding:
         socket.create_server((host, config.port), family=family).close()
     except OSError as fault:
         host = "" if config.host == "localhost" else " --host " + config.host
-        return Finding("Port", "%d: %s" % (config.port, fault.strerror or fault),
+        return Finding("Port", "%d: %s" % (config.port, str(fault.strerror or fault).split(" (while ")[0]),
                        "claude-gateway start --port %d%s" % (config.port % 65_535 + 1, host), PORT_IN_USE)
     return Finding("Port", "%d is free" % config.port)
 
@@ -9267,8 +9280,8 @@ About signing in with a Claude account (Pro, Max, Team)
   credentials or session tokens; signing in to the unmodified Claude Code is
   left to users. Using such a token in another program, like this one, violates
   them: requests may be refused or billed as extra usage, and your account may
-  be closed without notice. An API key (`claude-gateway login --api-key`, from
-  https://platform.claude.com) is always fine.
+  be closed without notice. An API key from https://platform.claude.com is
+  always fine: `claude-gateway login --api-key` stores it.
 
   What this program uses of Claude Code: its public OAuth client id, its
   redirect page, and one system block that such tokens are known to require.
@@ -9484,7 +9497,9 @@ class StopSignals:
         if running and not service.gateway.config.quiet:
             say("Stopping: waiting up to %d seconds for %d running request%s; a second Ctrl-C stops at once." % (
                 SHUTDOWN_GRACE, running, "" if running == 1 else "s"))
-        service.close()
+        # on Windows no signal ends a wait
+        any(service.gateway.running.wait_until_idle(1) for _ in range(SHUTDOWN_GRACE))
+        service.close(0)
         return self._codes[0]
 
 
@@ -9599,7 +9614,7 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     if program == "opencode":                       # reads what is else its file from a variable
         return dict(variables, OPENCODE_CONFIG_CONTENT=text), []
     if program == "codex":                          # and this one each line of it as an option
-        return variables, [word for line in text.strip().split("\n") for word in ("-c", line.replace(" = ", "="))]
+        return variables, [word for line in re.findall(r"(?m)^\w.*", text) for word in ("-c", line.replace(" = ", "="))]
     for line in text.replace("\\\n", "").split("\n"):
         words = shlex.split(line)
         if words[:1] == ["export"]:
@@ -9702,12 +9717,24 @@ def status_text(running: dict, key_source: str) -> str:
                                     *running["cost"]["without_price"]])),
         ("Cache", "%d %% of all input, which %s %s" % (cache["share_percent"], "cost" if cache["saved_usd"] < 0 else
                                                        "saved", dollars(abs(cache["saved_usd"])))),
-        *(("Errors", "%d of %s" % (count, code)) for code, count in running["errors"].items())])
+        ("Errors", ", ".join("%d %s" % (count, code) for code, count in running["errors"].items()))])
     for limit in running["limits"]:
         bar, left = "#" * round(20 * min(1.0, limit["used"])), (limit["resets_at"] or 0) - time.time()
         lines.append("%-24s [%s] %d %%%s" % (limit["title"], bar.ljust(20, "."), round(100 * limit["used"]),
                                              ", reset in " + duration_text(left) if left > 0 else ""))
     return "\n".join(lines)
+
+
+def requests_text(recent: list[dict], columns: int) -> str:
+    """A table of requests, each with its error and changes below it; shorter on a narrow terminal."""
+    rows, sides = [[*REQUEST_COLUMNS], *(each["row"] for each in recent)], "<<<<>>>>>"
+    if 0 < columns < 120:
+        needless = re.compile(r"^(.* -> )?(claude-|/v1/)?|-\d{8}$| stream$")
+        rows = [[*row[:2], *(needless.sub("", cell)[:18] for cell in row[2:4]), *row[4:6], row[7]] for row in rows]
+    head, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
+    notes = (for_terminal("; ".join(filter(None, [each["error"], each["changes"]]))) for each in recent)
+    return "\n".join([head, *(lines_within(line + ("\n          " + note) * bool(note), columns, 10)
+                              for line, note in zip(lines, notes))])
 
 
 def status_command(parsed: argparse.Namespace, config: Config) -> int:
@@ -9720,11 +9747,11 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
         if parsed.json:
             print_json(dict({"running": True, "credential": None}, **running))
             return OK
-        print(for_terminal(status_text(running, source)))
+        columns = columns_of_terminal(sys.stdout)
+        print(lines_within(for_terminal(status_text(running, source)), columns))
         if parsed.requests and "totals" in running:
-            last = [[*each["row"], each["error"], each["changes"]] for each in running["recent"]]
             print("", *(in_columns("<>>>>>>", table) + "\n" for table in running["totals"]),
-                  in_columns("<<<<>>>>><<", [[*REQUEST_COLUMNS, "", ""], *last]), sep="\n")
+                  requests_text(running["recent"], columns), sep="\n")
         return OK
     try:
         credential = credential_from_config(config, Upstream(config, "").post_json)
@@ -9756,8 +9783,9 @@ def usage_command(parsed: argparse.Namespace, config: Config) -> int:
                     for name, figures in groups.items()])
         return OK
     total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
-    rows = [[name, *usage_row(figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"],
-                              figures["output"], figures["usd"]), "+ unknown" * bool(figures["without_price"])]
+    rows = [[name or "-", *usage_row(
+        figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"], figures["output"],
+        figures["usd"]), "+ unknown" * bool(figures["without_price"])]
             for name, figures in [*groups.items(), *total.items()]]
     print(in_columns("<>>>>>><", [[parsed.by, *USAGE_COLUMNS, ""], *rows]))
     return OK
@@ -9937,7 +9965,7 @@ COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
     "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "alias", "demo", "program"]),
     "login": (login_command, "sign in with a Claude account, or store an API key",
               ["--api-key", "--no-browser", "token-file"]),
-    "logout": (logout_command, "delete the stored login", ["token-file"]),
+    "logout": (logout_command, "delete the stored login and API key", ["token-file"]),
     "status": (status_command, "show what the running gateway does", ["--json", "--requests", *AT_HAND]),
     "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
     "models": (models_command, "list the models and aliases",
@@ -9990,7 +10018,7 @@ http://localhost:%d/v1.
   # with your API key:
   ANTHROPIC_API_KEY=... claude-gateway start""" % DEFAULT_PORT
 # What the help of a command ends with
-EPILOGS = {"login": TERMS, "start": """\
+EPILOGS = {"login": TERMS, "usage": "The running gateway writes it once a minute.", "start": """\
 Every option can also be set in the environment: CLAUDE_GATEWAY_PORT for --port,
 and so on. A flag wins over its variable."""}
 
@@ -10013,7 +10041,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
             known = {name.lstrip("-"): name for name in [*self.commands, *self._option_string_actions]}
-            nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1)
+            nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1, cutoff=0.7)
             message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else
                                           " The commands are %s." % ", ".join(self.commands) if self.commands else "")
         super().error(as_typed(message.replace("SHELL, typed", "SHELL")))     # the hidden one is not required
@@ -10037,14 +10065,14 @@ class Parser(argparse.ArgumentParser):
 
 def argument_parser() -> Parser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="claude-gateway", description=as_typed(DESCRIPTION), formatter_class=raw)
+    parser = Parser(prog=as_typed("claude-gateway x")[:-2], description=as_typed(DESCRIPTION), formatter_class=raw)
     # the short form also makes the column of names wide enough for our longest command, which argparse miscounts
     parser.add_argument("-v", "--version", action="version", version="claude-gateway " + VERSION)
     parser.set_defaults(parser=parser)              # which `completion` asks
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (_, help_text, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text, epilog=EPILOGS.get(name),
-                                      formatter_class=raw)
+        command = commands.add_parser(name, help=help_text, description=help_text, formatter_class=raw,
+                                      epilog=as_typed(EPILOGS.get(name, "")))
         for option in OPTIONS:
             if option.name in arguments:
                 kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {
@@ -10090,7 +10118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, GatewayError) as fault:
         say("claude-gateway: %s" % fault, logging.ERROR)
         return next(code for kind, code in EXIT_CODES if isinstance(fault, kind))
-    except BrokenPipeError:                         # the reader of our output has ended, `head` for instance
+    except OSError as fault:                        # the reader of our output has ended, `head` for instance
+        if fault.errno != (errno.EINVAL if os.name == "nt" else errno.EPIPE):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
 

@@ -18,11 +18,13 @@ To add a test, go to its room and derive from `GatewayTestCase`, or from `Reques
 from __future__ import annotations
 
 import ast
+import atexit
 import base64
 import builtins
 import collections
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
 import hmac
@@ -30,11 +32,13 @@ import http.client
 import io
 import json
 import logging
+import marshal
 import math
 import os
 import pathlib
 import plistlib
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1439,8 +1443,7 @@ def refusal_of_claude(status: int, kind: str, words: str, headers=None, **detail
     return FakeReply(status, body=body, headers=dict({"retry-after": "60"}, **(headers or {})))
 
 
-SIGNALS = unittest.skipUnless(os.name == "posix", "signals that a process can handle: Windows just ends it")
-POSIX_ONLY = unittest.skipUnless(os.name == "posix", "file modes, symlinks and signals of POSIX")
+POSIX_ONLY = unittest.skipUnless(os.name == "posix", "file modes, symlinks, shells and terminals of POSIX")
 CHAT_BODY = b'{"model":"claude-sonnet-5-5","messages":[{"role":"user","content":"Hello"}]}'
 NEXT_REQUEST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 NO_RETRY = {"x-stainless-retry-count": "1"}             # the client retries by itself, so the gateway does not
@@ -1512,7 +1515,7 @@ def received_until(connection: socket.socket, mark: bytes) -> bytes:
     return received
 
 
-def eventually(condition, seconds: float = 5) -> bool:
+def eventually(condition, seconds: float = 30) -> bool:
     """Whether the condition comes true in time; for what announces itself by no event."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -1526,7 +1529,7 @@ class HttpTestCase(GatewayTestCase):
     def exchanged(self, data: bytes, without_body=(), ends: bool = False) -> list:
         """The answers to these bytes; the gateway has to close the connection (`ends`: we stop sending first)."""
         connection = self.connect()
-        connection.settimeout(5)
+        connection.settimeout(30)
         received, self.was_reset = b"", False
         try:
             connection.sendall(data)
@@ -1575,8 +1578,28 @@ class HttpTestCase(GatewayTestCase):
         self.claude.play(lambda recorded: arrived.set() or reply)
         connection = self.connect()
         connection.sendall(chat_bytes(body=json.dumps(dict(json.loads(CHAT_BODY.decode()), **fields)).encode()))
-        self.assertTrue(arrived.wait(5))
+        self.assertTrue(arrived.wait(30))
         return connection, release
+
+
+@functools.lru_cache(None)
+def shared_folder() -> str:
+    """For files between this process and its children, until this one ends."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, True)
+    return folder
+
+
+@functools.lru_cache(None)
+def imported() -> str:
+    """What a child runs first.  The compiled program is kept: compiling takes longer than most of what children do."""
+    path = os.path.join(shared_folder(), "program")
+    code = compile(pathlib.Path(PROGRAM).read_bytes(), PROGRAM, "exec", dont_inherit=True)
+    pathlib.Path(path).write_bytes(marshal.dumps(code))
+    return ("import sys; sys.path[0] = %r; import marshal, types\n"
+            "claude_gateway = sys.modules['claude_gateway'] = types.ModuleType('claude_gateway')\n"
+            "claude_gateway.__file__ = %r\n"
+            "with open(%r, 'rb') as file: exec(marshal.load(file), vars(claude_gateway))\n" % (HERE, PROGRAM, path))
 
 
 # ==== The rooms of the gateway ======================================================================
@@ -1770,7 +1793,7 @@ class ClaudeErrorTests(GatewayTestCase):
             self.assertEqual((told["x-request-id"], told["x-ratelimit-remaining-requests"]), ("req_2", "3"))
 
     def test_resets_are_told_as_a_time_from_now(self):
-        for seconds, form in ((0, r"0s"), (45, r"4[3-6]s"), (90, r"1m(2[89]|3[01])s"), (7200, r"1(19|20)m\d+s")):
+        for seconds, form in ((0, r"0s"), (45, r"(3\d|4[0-6])s"), (90, r"1m([12]\d|3[01])s"), (7200, r"1(19|20)m\d+s")):
             moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
             for suffix in (moment, moment[:-1] + ".123456+00:00"):
                 told = claude_gateway.headers_from_claude({"anthropic-ratelimit-requests-reset": suffix})
@@ -1869,8 +1892,7 @@ class JsonDoorTests(HttpTestCase):
 
     def test_no_depth_is_too_much_for_a_small_stack(self):
         """A thread has 128 KB of it on Alpine Linux; the parsers of all versions recurse further than that."""
-        done = subprocess.run([sys.executable, "-c", "import sys, threading; sys.path.insert(0, %r)\n"
-                               "import claude_gateway\n"
+        done = subprocess.run([sys.executable, "-c", imported() + "import threading\n"
                                "def parse():\n"
                                "    for text in '[', '{\"a\":', '[{\"a\":':\n"
                                "        try:\n"
@@ -1883,7 +1905,7 @@ class JsonDoorTests(HttpTestCase):
                                "            except claude_gateway.UpstreamFault as fault:\n"
                                "                print(fault.code)\n"
                                "threading.stack_size(128 << 10)\n"
-                               "threading.Thread(target=parse).start()" % os.path.dirname(PROGRAM)],
+                               "threading.Thread(target=parse).start()"],
                               stdout=subprocess.PIPE, timeout=60, check=False)
         self.assertEqual(done.stdout.decode().splitlines(), ["nested more than 200 deep", *["upstream_error"] * 2] * 3)
 
@@ -2584,7 +2606,7 @@ class ContentPartTests(RequestTestCase):
 
     def test_an_image_that_is_none_is_told_what_it_claimed_to_be(self):
         for declared, words in (("image/png", "this is declared image/png, but its bytes are none of these."),
-                                ("image/bmp", "this is image/bmp."),
+                                ("image/bmp", "this is image/bmp."), ("text/plain", "this is declared text/plain, "),
                                 ("application/pdf", "is declared application/pdf, ")):
             with self.subTest(declared), self.assertRaises(claude_gateway.InvalidRequest) as raised:
                 claude_gateway.blocks_from_base64("AAAA", declared, "", "image", None)
@@ -4329,7 +4351,9 @@ def agent_requests(turns: int):
 
 class AgentSessionTests(RequestTestCase):
     def test_at_least_98_percent_of_what_could_be_read_from_the_cache_is(self):
-        for model in BUILT_IN_MODELS.values():
+        kinds = {str(claude_gateway.replace(model, id="", released="", price=None, lifecycle="", retires="")): model
+                 for model in BUILT_IN_MODELS.values()}     # a model of each kind, whatever its name and price
+        for model in kinds.values():
             with self.subTest(model=model.id):
                 cache, read, readable, before = PromptCache(0), 0, 0, 0
                 for chat in agent_requests(30):
@@ -5607,10 +5631,10 @@ class ItemReferenceTests(ResponsesTestCase):
         self.answered(given=[{"role": "user", "content": "x" * 50_000, "id": "msg_large"}])
         twice = [{"type": "item_reference", "id": "msg_large"}] * 2
         for given, status in ((twice, 200), (twice * 50, 503), (twice, 200)):
-            self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+            self.assertTrue(self.service.gateway.running.wait_until_idle(30))
             self.assertEqual(self.respond(given).status, status)
         self.assertEqual(len(self.claude.messages), 3)
-        self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+        self.assertTrue(self.service.gateway.running.wait_until_idle(30))
         self.assertTrue(self.service.gateway.body_budget.take(3_000_000), "all is given back")
 
     def test_in_a_tool_loop_signed_thinking_and_calls_come_back(self):
@@ -6867,7 +6891,7 @@ class RefreshTests(LoginStoreTestCase):
         statuses, barrier = [], threading.Barrier(count)
 
         def one():
-            barrier.wait(10)
+            barrier.wait(30)
             statuses.append(self.chat().status)
         threads = [threading.Thread(target=one) for _ in range(count)]
         for thread in threads:
@@ -6910,8 +6934,8 @@ class RenewalTests(LoginStoreTestCase):
         self.file.write(stored_token(200))
         self.claude.token_replies.append(FakeReply(body=token_answer(), hold=[0.3]))
         code = REFRESHING_CHILD.replace("for _", "login.access_token(); login.access_token()\nfor _")
-        child = subprocess.run([sys.executable, "-c", code, HERE, self.token_path, self.token_url, "0"], input=b"\n",
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        child = subprocess.run([sys.executable, "-c", imported() + code, self.token_path, self.token_url, "0"],
+                               input=b"\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
         self.assertEqual((child.returncode, child.stderr), (0, b""))
         self.assertEqual(self.stored()["refresh_token"], NEW_REFRESH)
 
@@ -7024,7 +7048,7 @@ class RenewalTests(LoginStoreTestCase):
 
     def test_an_endpoint_that_goes_on_failing_is_asked_less_and_less(self):
         clock = SimpleNamespace(ahead=0.0, time=time.time, sleep=time.sleep)
-        clock.monotonic = lambda: time.monotonic() + clock.ahead
+        clock.monotonic = lambda began=time.monotonic(): began + clock.ahead
         self.addCleanup(setattr, claude_gateway, "time", claude_gateway.time)
         self.file.write(stored_token(-10))
         self.claude.token_replies += [FakeReply(500, body=b"oops")] * 20
@@ -7115,13 +7139,11 @@ class HealthTests(LoginStoreTestCase):
 
 
 REFRESHING_CHILD = """
-import sys
-sys.path.insert(0, sys.argv[1])
 from claude_gateway import Config, StoredLogin, TokenFile, Upstream
-login = StoredLogin(TokenFile(sys.argv[2]), sys.argv[3], Upstream(Config(), "child").post_json)
+login = StoredLogin(TokenFile(sys.argv[1]), sys.argv[2], Upstream(Config(), "child").post_json)
 print("ready", flush=True)
 sys.stdin.readline()
-for _ in range(int(sys.argv[4])):
+for _ in range(int(sys.argv[3])):
     token = login.access_token()
     login.accepted({"authorization": "Bearer " + token})
     login.access_token(rejected=token)
@@ -7143,8 +7165,9 @@ class ProcessRaceTests(LoginStoreTestCase):
                 valid[0] = "r-%d" % number
                 return token_answer(access_token="a-%d" % number, refresh_token=valid[0], expires_in=1)
         self.claude.token_replies += [rotate] * 1_000
-        children = [subprocess.Popen([sys.executable, "-c", REFRESHING_CHILD, HERE, self.token_path, self.token_url,
-                                      "100"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        children = [subprocess.Popen([sys.executable, "-c", imported() + REFRESHING_CHILD, self.token_path,
+                                      self.token_url, "100"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE)
                     for _ in range(2)]
         self.addCleanup(lambda: [child.kill() for child in children])
         for child in children:
@@ -7312,10 +7335,11 @@ class TokenFileTests(LoginStoreTestCase):
                 self.assertEqual(os.listdir(self.directory), ["oauth-tokens.json"])
 
     def test_a_file_that_another_program_has_open_is_not_damaged(self):
-        self.file.write(stored_token())
+        content = stored_token()
+        self.file.write(content)
         self.time_that_passes_by_waiting()
         self.held_by_another(builtins, "open", 5)
-        self.assertEqual(self.file.read(), stored_token())
+        self.assertEqual(self.file.read(), content)
         self.held_by_another(builtins, "open", -1)
         self.assertRaises(claude_gateway.FileDamaged, self.file.read)
         self.file.write(stored_token(access_token="newer"))
@@ -7437,13 +7461,12 @@ class TokenFileTests(LoginStoreTestCase):
 
     @POSIX_ONLY
     def test_a_kill_at_any_moment_leaves_a_whole_file(self):
-        code = ("import sys; sys.path.insert(0, sys.argv[1]); from claude_gateway import TokenFile\n"
-                "file = TokenFile(sys.argv[2]); number = 0\n"
+        code = ("file = claude_gateway.TokenFile(sys.argv[1]); number = 0\n"
                 "while True:\n"
                 "    number += 1; file.write({'access_token': 'a' * 20_000, 'number': number})\n"
                 "    if number == 5: print('going', flush=True)\n")
         for _ in range(3):
-            child = subprocess.Popen([sys.executable, "-c", code, HERE, self.token_path], stdout=subprocess.PIPE)
+            child = subprocess.Popen([sys.executable, "-c", imported() + code, self.token_path], stdout=subprocess.PIPE)
             try:
                 self.assertEqual(child.stdout.readline().strip(), b"going")
             finally:
@@ -7460,12 +7483,21 @@ class TokenFileTests(LoginStoreTestCase):
 MILLION = {"input_tokens": 1_000_000, "output_tokens": 100_000}     # 3 dollars of Sonnet 5.5
 
 
+def wait_for_a_day_that_lasts() -> None:
+    """For tests in which it has to be the same day at the end as at the beginning."""
+    now = time.localtime()
+    left = 86_400 - (now.tm_hour * 3_600 + now.tm_min * 60 + now.tm_sec)
+    if left < 30:
+        time.sleep(left + 1)
+
+
 class UsageTestCase(GatewayTestCase):
     def setUp(self):
         super().setUp()
         directory = tempfile.TemporaryDirectory()
         self.addCleanup(directory.cleanup)
         self.path = os.path.join(directory.name, "usage.json")
+        wait_for_a_day_that_lasts()
 
     def count(self, **settings) -> Service:
         """A gateway that counts usage by day."""
@@ -7474,7 +7506,7 @@ class UsageTestCase(GatewayTestCase):
     def rows(self, service=None) -> list:
         """What the file holds after a write of what is counted."""
         gateway = (service or self.service).gateway
-        gateway.running.wait_until_idle(10)
+        gateway.running.wait_until_idle(30)
         gateway.usage.write()
         with open(self.path, encoding="utf-8") as file:
             return json.load(file)["rows"]
@@ -7539,22 +7571,18 @@ class UsageTests(UsageTestCase):
             self.assertEqual(counted["requests"], 2)
 
     def test_processes_that_write_at_once_lose_nothing(self):
-        code = ("import sys; sys.path.insert(0, sys.argv[1]); from claude_gateway import Usage\n"
-                "usage = Usage(sys.argv[2])\n"
+        code = ("usage = claude_gateway.Usage(sys.argv[1])\n"
                 "for turn in range(50): usage.add('tool', 'model', '', {'requests': 1}); usage.write()\n")
-        children = [subprocess.Popen([sys.executable, "-c", code, HERE, self.path]) for _ in range(3)]
-        self.assertEqual([child.wait(60) for child in children], [0] * 3)
+        children = [subprocess.Popen([sys.executable, "-c", imported() + code, self.path]) for _ in range(3)]
+        self.assertEqual([child.wait(120) for child in children], [0] * 3)
         row, = claude_gateway.Usage(self.path).rows().values()
         self.assertEqual(row["requests"], 150)
 
     def test_it_is_written_within_a_minute_and_at_the_end(self):
         service = self.count()
         self.chat()
-        service.gateway.running.wait_until_idle(10)
-        for _ in range(500):
-            if os.path.exists(self.path):
-                break
-            time.sleep(0.01)
+        service.gateway.running.wait_until_idle(30)
+        self.assertTrue(eventually(lambda: os.path.exists(self.path)))
         self.chat()
         service.close(1)
         with open(self.path, encoding="utf-8") as file:
@@ -7575,13 +7603,13 @@ class UsageTests(UsageTestCase):
 
         usage = SlowUsage(self.path)
         usage.add("tool", "model", "", {"requests": 1})
-        self.assertTrue(began.wait(10))
+        self.assertTrue(began.wait(30))
         closing = threading.Thread(target=usage.close)
         closing.start()
         closing.join(0.1)
         self.assertTrue(closing.is_alive())
         go_on.set()
-        closing.join(10)
+        closing.join(30)
         self.assertTrue(os.path.exists(self.path))
 
     def test_the_newest_400_days_are_kept_though_the_clock_is_years_ahead_of_them(self):
@@ -7635,7 +7663,7 @@ class UsageTests(UsageTestCase):
         with self.assertLogs("claude_gateway", "WARNING") as logged:
             for _ in range(2):
                 self.assertEqual(self.chat().status, 200)
-                service.gateway.running.wait_until_idle(10)
+                service.gateway.running.wait_until_idle(30)
                 service.gateway.usage.write()
         self.assertEqual(len([line for line in logged.output if "could not be written" in line]), 1)
         self.assertEqual(self.chat().status, 200)
@@ -7713,17 +7741,9 @@ class BudgetTests(UsageTestCase):
         threads = [threading.Thread(target=lambda: statuses.append(self.chat().status)) for _ in range(20)]
         for thread in threads:
             thread.start()
-        for _ in range(1_000):
-            if len(self.claude.messages) == 20:
-                break
-            time.sleep(0.01)
+        self.assertTrue(eventually(lambda: len(self.claude.messages) == 20))
         begin.set()
-        late = None
-        for _ in range(200):                        # until the first events have come
-            late = self.chat()
-            if late.status == 429:
-                break
-        self.assertEqual(late.status, 429)
+        self.assertTrue(eventually(lambda: self.chat().status == 429), "the first events have come")
         release.set()
         for thread in threads:
             thread.join(20)
@@ -7737,7 +7757,7 @@ class BudgetTests(UsageTestCase):
             self.assertEqual(answer.status, 429)
             self.assertIn("the price of %s is not known" % model, answer.error["message"])
         self.assertEqual(self.chat().status, 200)
-        self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+        self.assertTrue(self.service.gateway.running.wait_until_idle(30))
         self.service.gateway.usage.close()              # nothing is written over what follows
         pathlib.Path(self.path).write_text("{ torn", "utf-8")
         answer = self.chat()
@@ -8155,7 +8175,8 @@ class BodyTests(HttpTestCase):
         self.assertEqual(self.claude.messages, [])
 
     def test_that_limit_holds_on_the_native_door_and_for_counts_too(self):
-        words = "a" * 33_000_000
+        self.addCleanup(setattr, claude_gateway, "MAX_UPSTREAM_BODY", claude_gateway.MAX_UPSTREAM_BODY)
+        claude_gateway.MAX_UPSTREAM_BODY, words = 300_000, "a" * 300_000       # 32 MB take their time
         for path, fields in (("/v1/messages", {"max_tokens": 9, "messages": [{"role": "user", "content": words}]}),
                              ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": words}]}),
                              ("/v1/responses/input_tokens", {"input": words})):
@@ -8264,7 +8285,7 @@ class BodyTests(HttpTestCase):
         packed, headers = gzip.compress(CHAT_BODY), {"content-encoding": "gzip"}
         for _ in range(2):                              # the room is given back
             self.assertEqual(self.ask("POST", "/v1/chat/completions", packed, headers).status, 200)
-            service.gateway.running.wait_until_idle(5)
+            service.gateway.running.wait_until_idle(30)
         service.gateway.body_budget.take(2_000)
         self.assertEqual(self.ask("POST", "/v1/chat/completions", packed, headers).status, 503)
 
@@ -8283,7 +8304,7 @@ class BodyTests(HttpTestCase):
                 self.claude.play(lambda recorded, arrived=arrived, reply=reply: arrived.set() or reply)
                 first = self.connect()
                 first.sendall(asked)
-                self.assertTrue(arrived.wait(5))
+                self.assertTrue(arrived.wait(30))
                 answer, = self.exchanged(asked)
                 self.assertEqual(answer.status, 200, answer.raw)
                 release.set()
@@ -8303,11 +8324,12 @@ class SlowClientTests(HttpTestCase):
         """A connection to a gateway whose limit of this name is short."""
         self.start(limits=Limits(**{name: seconds}))
         connection = self.connect()
-        connection.settimeout(3)
+        connection.settimeout(30)
         return connection
 
     def assert_ended(self, connection: socket.socket, status: bytes) -> None:
         """The answer of this status, and then the end."""
+        connection.settimeout(30)
         received = b"".join(iter(lambda: connection.recv(65_536), b""))
         self.assertEqual(received[9:12], status)
 
@@ -8341,7 +8363,6 @@ class SlowClientTests(HttpTestCase):
                 break
         else:
             self.fail("nearly all of it was waited for")
-        connection.settimeout(5)
         self.assert_ended(connection, b"408")
 
     def test_a_client_that_does_not_read_its_answer_is_given_up(self):
@@ -8349,8 +8370,8 @@ class SlowClientTests(HttpTestCase):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         self.claude.play(FakeReply(body=message(text("x" * 20_000_000))))
         connection.sendall(chat_bytes())
-        self.assertTrue(eventually(lambda: self.claude.messages, 5))
-        self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+        self.assertTrue(eventually(lambda: self.claude.messages))
+        self.assertTrue(self.service.gateway.running.wait_until_idle(30))
 
 
 class BodyFramingTests(unittest.TestCase):
@@ -8447,7 +8468,7 @@ class RawUpstream(LoopbackServer):
         self.url = "%s://127.0.0.1:%d" % ("https" if context else "http", self.port)
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.settimeout(10)
+        connection.settimeout(30)
         with contextlib.ExitStack() as stack:
             if self._banner:
                 connection.sendall(self._banner)
@@ -8494,7 +8515,7 @@ class RawUpstream(LoopbackServer):
             if gone:
                 self.closed.set()
                 raise ConnectionError
-        connection.settimeout(10)
+        connection.settimeout(30)
 
 
 class UpstreamTestCase(HttpTestCase):
@@ -8633,7 +8654,7 @@ class UpstreamRequestTests(UpstreamTestCase):
         connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}'))
         received_until(connection, b"Hello")
         connection.close()
-        self.assertTrue(raw.closed.wait(10))
+        self.assertTrue(raw.closed.wait(30))
         self.assertEqual(self.chat().status, 200)
         self.assertEqual(raw.connections, 2)
 
@@ -8689,7 +8710,7 @@ class UpstreamRequestTests(UpstreamTestCase):
                                 [upstream_bytes(MESSAGE_JSON)])
         self.assertEqual(self.chat(headers=NO_RETRY).status, 200)
         farewell.set()
-        self.assertTrue(said.wait(5))
+        self.assertTrue(said.wait(30))
         self.assertEqual(self.chat(headers=NO_RETRY).status, 200)
         self.assertEqual((raw.connections, len(raw.posts)), (2, 2))
 
@@ -8911,7 +8932,7 @@ class UpstreamAnswerTests(UpstreamTestCase):
         self.addCleanup(never.set)
         raw = self.start_before([[upstream_bytes(MESSAGE_JSON, "content-encoding: br"), never]])
         self.assertEqual(self.chat(headers=NO_RETRY).status, 502)
-        self.assertTrue(raw.closed.wait(5))
+        self.assertTrue(raw.closed.wait(30))
 
     def test_a_head_without_end_is_not_read_for_ever(self):
         never = threading.Event()
@@ -9152,7 +9173,8 @@ class UpstreamBodyTests(GatewayTestCase):
                 self.assertIn(b"Hello there", answer.raw)
 
     def test_half_a_character_in_thinking_and_a_text_that_is_none_are_no_defect(self):
-        whole = message(thinking("h\ud83dm", "c2ln\ud83d"), text(None), text("Hello"), tool_use("toolu_1", "f", {"a": 1}))
+        whole = message(thinking("h\ud83dm", "c2ln\ud83d"), text(None), text("Hello"),
+                        tool_use("toolu_1", "f", {"a": 1}))
         body = {"model": "sonnet", "input": "Hi", "include": ["reasoning.encrypted_content"]}
         for name, ask in (("chat", self.chat), ("responses", lambda: self.ask("POST", "/v1/responses", body))):
             with self.subTest(name):
@@ -9196,7 +9218,7 @@ class UpstreamBodyTests(GatewayTestCase):
                                self.ask("POST", "/v1/responses", {"model": "opus", "input": "Hi", "stream": stream}),
                                self.ask("POST", "/v1/messages", dict(native, stream=stream))]
                     self.assertEqual([answer.status for answer in answers], [200] * 3, answers[0].raw)
-                    self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+                    self.assertTrue(self.service.gateway.running.wait_until_idle(30))
                     if not stream:
                         self.assertEqual(answers[0].json["usage"]["total_tokens"], 0)
 
@@ -9348,7 +9370,7 @@ class ClientTests(unittest.TestCase):
         answering = threading.Thread(target=answer, daemon=True)
         answering.start()
         self.wait(5)
-        answering.join(5)
+        answering.join(30)
         self.assertGreater(self.client.last_sent, time.monotonic() - 5)
         self.assertEqual(Limits.keepalive_interval, 10)
 
@@ -9367,8 +9389,11 @@ class ClientTests(unittest.TestCase):
         with self.assertRaises(claude_gateway.UpstreamTimeout) as caught:
             self.wait(0.01, writing=True)
         self.assertIn("read nothing", str(caught.exception))
-        self.claude.recv(10_000_000)
-        self.wait(5, writing=True)
+        self.claude.settimeout(0.1)
+        with contextlib.suppress(socket.timeout):
+            while self.claude.recv(1_000_000):          # on Windows less than all of it comes at once
+                pass
+        self.wait(30, writing=True)
 
     def test_a_silent_upstream_is_given_up(self):
         for client in (self.client, claude_gateway.Client()):
@@ -9439,7 +9464,7 @@ def make_certificate(path: str, key: str) -> None:
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
                "-keyout", key, "-out", path, "-days", "2", "-subj", "/CN=upstream.test", "-addext",
                "subjectAltName=DNS:upstream.test,IP:127.0.0.1", "-addext", "keyUsage=digitalSignature,keyCertSign"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
 
 
 class TlsTestCase(UpstreamTestCase):
@@ -9555,7 +9580,7 @@ class TlsTests(TlsTestCase):
                     self.context.wrap_socket(plain, server_side=True) as there:
                 there.recv(65_536)
                 arrived.set()
-                there.settimeout(10)
+                there.settimeout(30)
                 if not there.recv(1):
                     ended.set()
         for work in (answer, lambda: arrived.wait(5) and user.close()):
@@ -9565,7 +9590,7 @@ class TlsTests(TlsTestCase):
         with self.assertRaises(claude_gateway.ClientGone):
             fetcher.fetch("https://upstream.test:%d/a.png" % listener.getsockname()[1],
                           claude_gateway.Client(claude_gateway.Peer(peer)))
-        self.assertTrue(ended.wait(5), "the connection to the image goes on")
+        self.assertTrue(ended.wait(30), "the connection to the image goes on")
 
     def test_plain_http_where_tls_was_expected_is_502(self):
         with RawUpstream(banner=b"HTTP/1.1 400 Bad Request\r\n\r\n") as raw:
@@ -9629,7 +9654,7 @@ class TlsTests(TlsTestCase):
         connection.sendall(chat_bytes())
         self.assertTrue(eventually(lambda: raw.posts))
         connection.close()
-        self.assertTrue(raw.closed.wait(10))
+        self.assertTrue(raw.closed.wait(30))
 
 
 class TinyProxy(LoopbackServer):
@@ -9717,7 +9742,7 @@ class ProxyTests(TlsTestCase):
                 client.sendall(chat_bytes())
                 listener.accept()[0].close()            # that was for the model list
                 with contextlib.closing(listener.accept()[0]) as proxy:
-                    proxy.settimeout(5)
+                    proxy.settimeout(30)
                     received_until(proxy, b"\r\n\r\n")
                     proxy.sendall(begin)
                     client.close()
@@ -9798,7 +9823,7 @@ class EventLoopTests(unittest.TestCase):
         self.upstream, self.claude = socket.socketpair()
         self.client, self.user = socket.socketpair()
         for end in (self.upstream, self.claude, self.client, self.user):
-            end.settimeout(10)
+            end.settimeout(30)
             self.addCleanup(end.close)
         self.addCleanup(self.loop.close)
         self.ended, self.failures = threading.Event(), []
@@ -9848,24 +9873,24 @@ class EventLoopTests(unittest.TestCase):
         self.loop._streams.clear()
         self.assertLess(self.loop._check_at, time.monotonic() + 61)
         self.loop.add(busy)
-        self.assertTrue(failed.wait(5))
+        self.assertTrue(failed.wait(30))
         self.assertEqual(failures, [None])
         again, failures, failed = self.another(iter([(b"x", None)]))
         self.loop.add(again)
-        self.assertTrue(failed.wait(5), "the loop has died")
+        self.assertTrue(failed.wait(30), "the loop has died")
 
     def test_what_claude_says_reaches_the_client_until_the_end(self):
         self.loop.add(self.stream())
         for words in (b"Hello", b", world", b"."):
             self.claude.sendall(words)
             self.assertEqual(received_until(self.user, words), words)
-        self.assertTrue(self.ended.wait(10))
+        self.assertTrue(self.ended.wait(30))
         self.assertEqual(self.failures, [None])
 
     def test_a_client_that_ends_its_side_ends_the_stream(self):
         self.loop.add(self.stream())
         self.user.shutdown(socket.SHUT_WR)
-        self.assertTrue(self.ended.wait(10))
+        self.assertTrue(self.ended.wait(30))
         self.assertIsInstance(self.failures[0], claude_gateway.ClientGone)
 
     def test_a_client_that_sends_its_next_request_early_is_not_gone(self):
@@ -9873,12 +9898,12 @@ class EventLoopTests(unittest.TestCase):
         self.loop.add(self.stream())
         self.claude.sendall(b"Hello.")
         self.assertEqual(received_until(self.user, b"."), b"Hello.")
-        self.assertTrue(self.ended.wait(10))
+        self.assertTrue(self.ended.wait(30))
         self.assertEqual((self.failures, self.peer.read_within(5)), ([None], NEXT_REQUEST))
 
     def test_a_silent_upstream_is_given_up(self):
         self.loop.add(self.stream(patience=0.05))
-        self.assertTrue(self.ended.wait(10))
+        self.assertTrue(self.ended.wait(30))
         self.assertIsInstance(self.failures[0], claude_gateway.UpstreamTimeout)
 
     def test_a_silent_stream_gets_signs_of_life_where_it_may_have_them(self):
@@ -9891,9 +9916,9 @@ class EventLoopTests(unittest.TestCase):
         self.user.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             self.user.recv(1_000)
-        self.user.settimeout(10)
+        self.user.settimeout(30)
         self.loop.add(self.stream(patience=0.1, keep_alive=b""))
-        self.assertTrue(self.ended.wait(10))
+        self.assertTrue(self.ended.wait(30))
         self.user.setblocking(False)
         self.assertRaises(BlockingIOError, self.user.recv, 100)
 
@@ -9904,7 +9929,7 @@ class EventLoopTests(unittest.TestCase):
         talking.start()
         self.assertFalse(self.ended.wait(0.1))
         self.assertEqual(received_until(self.user, b"."), much)
-        self.assertTrue(self.ended.wait(10))
+        self.assertTrue(self.ended.wait(30))
 
     def test_while_the_client_does_not_read_the_upstream_is_not_waited_for(self):
         much = b"x" * 5_000_000
@@ -9928,10 +9953,10 @@ class EventLoopTests(unittest.TestCase):
                 self.claude.sendall(b"x" * 10_000_000)
         talking = threading.Thread(target=talk, daemon=True)
         talking.start()
-        self.assertTrue(self.ended.wait(10))
+        self.assertTrue(self.ended.wait(30))
         self.assertIsInstance(self.failures[0], claude_gateway.ClientGone)
         self.upstream.close()                           # lets the talker go
-        talking.join(10)
+        talking.join(30)
 
     def test_a_failure_in_one_stream_is_told_to_that_stream_only(self):
         def failing():
@@ -9940,7 +9965,7 @@ class EventLoopTests(unittest.TestCase):
         self.loop.add(self.stream())
         stream, failures, failed = self.another(failing())
         self.loop.add(stream)
-        self.assertTrue(failed.wait(10))
+        self.assertTrue(failed.wait(30))
         self.assertEqual([type(failure) for failure in failures], [RuntimeError])
         self.claude.sendall(b"Hello.")
         self.assertEqual(received_until(self.user, b"."), b"Hello.")
@@ -9972,7 +9997,7 @@ class EventLoopTests(unittest.TestCase):
         self.claude.sendall(b"!")
         received_until(self.user, b": on\n\n: on\n\n: on\n\n")
         stop.set()
-        self.assertTrue(self.ended.wait(10))
+        self.assertTrue(self.ended.wait(30))
         # in its later turns it waits for no socket: that of the upstream may be another stream's by then
         self.assertEqual((self.failures, set(registered[claude_gateway.LOOP_STEPS:])), ([None], {0}))
 
@@ -9981,7 +10006,7 @@ class EventLoopTests(unittest.TestCase):
         # ... so that this stream cannot have it, too
         stream, failures, failed = self.another(repeat((b"", self.wait_for_upstream())))
         self.loop.add(stream)
-        self.assertTrue(failed.wait(10))
+        self.assertTrue(failed.wait(30))
         self.assertIsInstance(failures[0], KeyError)
         self.assertEqual(len(self.loop._selector.get_map()), 3)         # the bell, and the first stream's two
 
@@ -10125,7 +10150,7 @@ class RunningStreamTests(InEventLoop, UpstreamTestCase):
         self.assertTrue(eventually(lambda: service.gateway.running.draining))
         self.release.set()
         self.assertIn(b"[DONE]", received_until(connection, b"0\r\n\r\n"))
-        closing.join(10)
+        closing.join(30)
         self.assertEqual(service.gateway.running.count, 0)
 
     def test_where_no_thread_is_to_be_had_a_stream_ends_all_the_same(self):
@@ -10150,7 +10175,7 @@ class RunningStreamTests(InEventLoop, UpstreamTestCase):
                 self.release.set()
                 received += received_until(connection, b"never")
                 threading.Thread.start = start
-                self.assertTrue(self.service.gateway.running.wait_until_idle(5))
+                self.assertTrue(self.service.gateway.running.wait_until_idle(30))
                 answer, = answers_in(received)
                 self.assertIn(last, answer.events[-1])
                 self.assertTrue(received.endswith(b"0\r\n\r\n"))
@@ -10165,7 +10190,7 @@ class RunningStreamTests(InEventLoop, UpstreamTestCase):
         service.close(0)
         answer, = answers_in(received + received_until(connection, b"never"))
         self.assertEqual(json.loads(answer.events[-1])["error"]["code"], "gateway_busy")
-        self.assertTrue(self.claude.wait_closed(5))
+        self.assertTrue(self.claude.wait_closed(30))
 
 
 class EventLoopStreamShapeTests(InEventLoop, StreamShapeTests):
@@ -10315,7 +10340,7 @@ class PictureFetchTests(GatewayTestCase):
     def trickle(self, start: bytes, piece: bytes) -> str:
         """The address, without its scheme, of a server that says `start` and then `piece` over and over.
 
-        Who listens for more than a second makes `patient` true.
+        Who listens for more than six seconds makes `patient` true.
         """
         listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
         self.addCleanup(listener.close)
@@ -10326,7 +10351,7 @@ class PictureFetchTests(GatewayTestCase):
         def answer():
             with contextlib.suppress(OSError), listener.accept()[0] as connection:
                 connection.sendall(start)
-                for _ in range(60):
+                for _ in range(300):
                     over.wait(0.02)
                     connection.sendall(piece)
                 self.patient = True
@@ -10335,7 +10360,7 @@ class PictureFetchTests(GatewayTestCase):
         return "://pictures.example.org:%d/a.png" % listener.getsockname()[1]
 
     def test_a_server_that_trickles_is_given_up_whatever_it_trickles(self):
-        self.fetcher = claude_gateway.ImageFetcher(Config(limits=Limits(fetch_timeout=0.2)))
+        self.fetcher = claude_gateway.ImageFetcher(Config(limits=Limits(fetch_timeout=0.1)))
         picture = base64.b64decode(PIXEL)
         for name, scheme, start, piece in (
             ("a header", "http", b"HTTP/1.1 200 OK\r\nX: ", b"y"),
@@ -10347,9 +10372,9 @@ class PictureFetchTests(GatewayTestCase):
         ):
             with self.subTest(name=name):
                 url = scheme + self.trickle(start, piece)
-                with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.2 seconds"):
+                with self.assertRaisesRegex(claude_gateway.InvalidRequest, "took longer than 0.1 seconds"):
                     self.fetcher.fetch(url, claude_gateway.Client())
-                self.trickling.join(5)
+                self.trickling.join(30)
                 self.assertFalse(self.patient, "it waited for the end")
 
     def leave_while_fetching(self, url: str, arrived: threading.Event) -> None:
@@ -10358,9 +10383,9 @@ class PictureFetchTests(GatewayTestCase):
         body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": [part]}]}).encode()
         client = self.connect()
         client.sendall(chat_bytes(body=body))
-        self.assertTrue(arrived.wait(5))
+        self.assertTrue(arrived.wait(30))
         client.close()
-        self.assertTrue(self.service.gateway.running.wait_until_idle(5), "the request goes on")
+        self.assertTrue(self.service.gateway.running.wait_until_idle(30), "the request goes on")
         self.assertEqual(self.claude.messages, [])
 
     def test_a_client_that_leaves_ends_the_fetch_at_once(self):
@@ -10374,12 +10399,12 @@ class PictureFetchTests(GatewayTestCase):
                 connection.recv(65_536)
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
                 arrived.set()
-                connection.settimeout(10)
+                connection.settimeout(30)
                 if not connection.recv(1):
                     ended.set()
         threading.Thread(target=answer, daemon=True).start()
         self.leave_while_fetching("http://pictures.example.org:%d/a.png" % listener.getsockname()[1], arrived)
-        self.assertTrue(ended.wait(5), "the connection to the image goes on")
+        self.assertTrue(ended.wait(30), "the connection to the image goes on")
 
     def slow_look_up(self) -> tuple:
         """A name that is found only once the second event is set; the first says that it was asked for."""
@@ -10404,7 +10429,7 @@ class PictureFetchTests(GatewayTestCase):
     def test_a_client_may_leave_while_a_name_is_looked_up(self):
         listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(listener.close)
-        listener.settimeout(5)
+        listener.settimeout(30)
         self.fetcher.permit = lambda address: True
         asked, found = self.slow_look_up()
         self.leave_while_fetching("http://slow.example.org:%d/a.png" % listener.getsockname()[1], asked)
@@ -10444,7 +10469,7 @@ class PictureFetchTests(GatewayTestCase):
         with self.assertLogs("claude_gateway", "INFO") as logged:
             client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" %
                            (len(body), body))
-            self.assertTrue(eventually(lambda: "client gone" in str(logged.output), 10))
+            self.assertTrue(eventually(lambda: "client gone" in str(logged.output)))
         self.assertEqual((len(fetched), self.claude.messages), (1, []))
 
     def test_three_redirects_are_followed_and_no_fourth(self):
@@ -10758,6 +10783,7 @@ class FallbackTests(ResponsesTestCase):
                     with self.assertLogs("claude_gateway", "INFO") as logged:
                         chat = self.chat(model="opus", stream=stream)
                         response = self.respond(stream=stream)
+                        self.service.gateway.running.wait_until_idle(30)    # it is told just after the answer
                     last = response.chunks[-1]["response"] if stream else response.json
                     chat_model = chat.chunks[-1]["model"] if stream else chat.json["model"]
                     self.assertEqual((chat_model, last["model"]), ("claude-opus-4-8",) * 2)
@@ -11134,11 +11160,11 @@ class LeavingClientTests(HttpTestCase):
         self.claude.play(*replies[:-1], lambda recorded: arrived.set() or replies[-1])
         connection = self.connect()
         connection.sendall(chat_bytes(body=json.dumps(dict(json.loads(CHAT_BODY), **fields)).encode()))
-        self.assertTrue(arrived.wait(10))
+        self.assertTrue(arrived.wait(30))
         self.assertIn(wanted, received_until(connection, wanted))
         self.assertFalse(self.claude.closed.is_set())
         leave(connection)
-        self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+        self.assertTrue(self.claude.wait_closed(30), "the call upstream goes on")
         self.assertEqual(len(self.claude.messages), len(replies))
 
     def test_at_any_moment(self):
@@ -11162,7 +11188,7 @@ class LeavingClientTests(HttpTestCase):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         listener.bind(("127.0.0.1", 0))
         listener.listen(5)
-        listener.settimeout(10)
+        listener.settimeout(30)
         self.start(base_url="http://127.0.0.1:%d" % listener.getsockname()[1])
         self.service.gateway.models._first.set()        # the model list is of no interest here
         body = json.dumps({"model": "opus", "messages": [{"role": "user", "content": "x" * 20_000_000}]}).encode()
@@ -11171,17 +11197,17 @@ class LeavingClientTests(HttpTestCase):
         while True:
             upstream = listener.accept()[0]
             self.addCleanup(upstream.close)
-            upstream.settimeout(10)
+            upstream.settimeout(30)
             if upstream.recv(4).startswith(b"POST"):
                 break
         connection.close()
-        self.assertTrue(self.service.gateway.running.wait_until_idle(10), "the request goes on")
+        self.assertTrue(self.service.gateway.running.wait_until_idle(30), "the request goes on")
 
     def test_what_was_read_until_then_is_counted(self):
         self.start()
         events = events_of(message(text("Hello there"), usage={"input_tokens": 40, "output_tokens": 9}), size=100)
         self.leave_after(FakeReply(pieces=[sse(events[:4]), self.held]), wanted=b"Hello there", stream=True)
-        self.service.gateway.running.wait_until_idle(5)
+        self.service.gateway.running.wait_until_idle(30)
         self.assertEqual(self.service.gateway.counters.totals()["tokens"]["input"], 40)
 
     def test_before_the_head_of_its_answer_could_be_written(self):
@@ -11191,12 +11217,12 @@ class LeavingClientTests(HttpTestCase):
             hold=[self.held], pieces=[sse(events[:1]), threading.Event(), b""]))
         connection = self.connect()
         connection.sendall(chat_bytes(body=CHAT_BODY[:-1] + b',"stream":true}') + b"POST" * 100_000)
-        self.assertTrue(arrived.wait(10))
+        self.assertTrue(arrived.wait(30))
         # with so much sent early it cannot be watched any more, so that only the writing tells
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
         self.held.set()
-        self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+        self.assertTrue(self.claude.wait_closed(30), "the call upstream goes on")
 
     def test_after_bytes_that_nobody_asked_for(self):
         for path in ("/v1/chat/completions", "/v1/messages"):
@@ -11210,11 +11236,11 @@ class LeavingClientTests(HttpTestCase):
                     connection = self.connect()
                     connection.sendall(request_bytes("POST %s HTTP/1.1" % path, "Host: localhost",
                                                      "Content-Length: %d" % len(body), body=body))
-                    self.assertTrue(arrived.wait(10))
+                    self.assertTrue(arrived.wait(30))
                     connection.sendall(b"\r\n")
                     connection.sendall(b"GET")
                     connection.close()
-                    self.assertTrue(self.claude.wait_closed(10), "the call upstream goes on")
+                    self.assertTrue(self.claude.wait_closed(30), "the call upstream goes on")
 
     def test_while_claude_goes_on_after_a_pause(self):
         self.leave_after(message(text("I look. "), WEB_FIND, WEB_FOUND, stop_reason="pause_turn"),
@@ -11417,7 +11443,7 @@ class ModelListTests(GatewayTestCase):
             models.catalog()
             for thread in threading.enumerate():
                 if thread.name == "models":
-                    thread.join(10)
+                    thread.join(30)
         self.assertEqual((torn, len(logged.output)), ([], 1))
         self.assertIn("TypeError: no such thing", logged.output[0])
 
@@ -11606,7 +11632,7 @@ class NativeTests(GatewayTestCase):
             self.claude.play(message(text("Hi"), usage=usage))
             self.native(stream=stream, model="haiku")
             self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
-            self.service.gateway.running.wait_until_idle(5)
+            self.service.gateway.running.wait_until_idle(30)
         self.assertEqual(self.service.gateway.counters.totals()["tokens"],
                          {"input": 10, "cache_read": 40, "cache_write": 0, "output": 6})
 
@@ -11728,7 +11754,9 @@ class SetupTests(unittest.TestCase):
         for name in claude_gateway.TOOL_SETTINGS:
             self.assertNotIn("the-client-key", claude_gateway.setup_text(name, keyed))
         self.assertNotIn("env_key", claude_gateway.setup_text("codex", plain))
-        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith('.env_key = "OPENAI_API_KEY"'))
+        self.assertTrue(claude_gateway.setup_text("codex", keyed).endswith(
+            '\n# in the environment: OPENAI_API_KEY=YOUR-GATEWAY-KEY\n'
+            'model_providers.gateway.env_key = "OPENAI_API_KEY"'))
         for words in ("URL: http://ADDRESS-OF-THIS-MACHINE:45999/v1\nAPI key: YOUR-GATEWAY-KEY\n",
                       "CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway start --port 45999 --host 0.0.0.0\n"):
             self.assertIn(words, claude_gateway.setup_text("home-assistant", plain))
@@ -11844,7 +11872,7 @@ class StatusTests(GatewayTestCase):
 
     def settle(self) -> None:
         """Waits until nothing runs: a request is counted just after its answer is out."""
-        self.service.gateway.running.wait_until_idle(10)
+        self.service.gateway.running.wait_until_idle(30)
 
     def test_requests_tokens_cache_and_errors_are_counted(self):
         usage = {"input_tokens": 100, "cache_read_input_tokens": 800, "cache_creation_input_tokens": 100,
@@ -11911,6 +11939,9 @@ class StatusTests(GatewayTestCase):
                          ["/v1/nothing-%d" % number for number in range(54, 4, -1)])
         self.assertEqual(len(data["by_tool"]), 55)
         self.assertEqual(data["by_model"], {})
+        self.ask("POST", "/", {})
+        self.settle()
+        self.assertEqual(list(self.status()["error_texts"]), [*self.status()["errors"]])    # its text is kept, too
 
     def test_totals_of_any_number_of_tools_and_errors_stay_bounded(self):
         counters = claude_gateway.Counters()
@@ -12049,7 +12080,7 @@ class StatusTests(GatewayTestCase):
         """What the page's script did at each step, and what it showed in the end."""
         script = re.search(r"<script[^>]*>(.*)</script>", claude_gateway.PAGE, re.S).group(1)
         ended = subprocess.run(["node", "-e", PAGE_HARNESS % (json.dumps(steps), script)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, TZ="UTC"))
+                               stderr=subprocess.PIPE, timeout=60, env=dict(os.environ, TZ="UTC"))
         self.assertEqual(ended.stderr.decode(), "")
         return json.loads(ended.stdout.decode())
 
@@ -12159,7 +12190,7 @@ class StatusTests(GatewayTestCase):
                          usage={"input_tokens": 100, "output_tokens": 10})
         self.claude.play(paused, FakeReply(400, body=error_body("invalid_request_error", "No")))
         self.chat(stream=True, web_search_options={})
-        self.service.gateway.running.wait_until_idle(5)
+        self.service.gateway.running.wait_until_idle(30)
         tokens = self.service.gateway.counters.totals()["tokens"]
         self.assertEqual((tokens["input"], tokens["output"]), (100, 10))
 
@@ -12485,7 +12516,7 @@ class ConnectionTests(HttpTestCase):
         self.assertTrue(eventually(lambda: service.gateway.running.draining))
         release.set()
         answer, = answers_in(b"".join(iter(lambda: connection.recv(65_536), b"")))
-        closing.join(10)
+        closing.join(30)
         self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
 
     def test_a_port_that_is_taken_on_one_of_both_addresses_is_not_used_on_the_other(self):
@@ -12689,7 +12720,7 @@ class StreamFramingTests(HttpTestCase):
             yield sse(events[1:])
         self.claude.play(FakeReply(pieces=pings()))
         connection = self.connect()
-        connection.settimeout(5)
+        connection.settimeout(30)
         connection.sendall(chat_bytes("Connection: close", body=CHAT_BODY[:-1] + b',"stream":true}'))
         self.assertIn(b": keep-alive", received_until(connection, b": keep-alive\n\n"))
         told.set()
@@ -12800,7 +12831,7 @@ def outcome_of(arguments, environment, typed) -> SimpleNamespace:
     os.environ.clear()
     os.environ.update(environment)
     sys.stdin = io.TextIOWrapper(io.BytesIO(typed.encode()), "utf-8")
-    watchdog = threading.Timer(20, os.kill, (os.getpid(), signal.SIGTERM))  # a `start` that should not have started
+    watchdog = threading.Timer(60, os.kill, (os.getpid(), signal.SIGTERM))  # a `start` that should not have started
     watchdog.start()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -12827,11 +12858,33 @@ def run_command(*arguments, given=b"", **variables):
     return done.code, done.out, done.err
 
 
+# how a user starts it: Python compiles it every time; on Windows it could not be sent a signal
+BY_PATH = (sys.executable, PROGRAM) if os.name == "posix" else None
+# No process can send another one a signal there: the child looks for a file with the number and sends it to itself.
+SIGNALS_BY_FILE = """
+import os, signal, threading, time
+def watch(path):
+    while True:
+        time.sleep(0.05)
+        if os.path.exists(path):
+            with open(path) as file: number = int(file.read())
+            os.remove(path)
+            signal.raise_signal(number)
+threading.Thread(target=watch, args=(%r + str(os.getpid()),), daemon=True).start()
+"""
+
+
+def compiled() -> tuple:
+    """How to start the program, as if by its path."""
+    signals = SIGNALS_BY_FILE % os.path.join(shared_folder(), "") if os.name == "nt" else ""
+    return (sys.executable, "-c", imported() + signals + "sys.argv.pop(0)\nsys.exit(claude_gateway.main())", PROGRAM)
+
+
 def run_process(*arguments, **variables):
     """The same in a process of its own."""
     with tempfile.TemporaryDirectory() as home:
-        ended = subprocess.run([sys.executable, PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=bare_environment(home, variables), cwd=home, timeout=60)
+        ended = subprocess.run([*compiled(), *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=bare_environment(home, variables), cwd=home, timeout=120)
     return ended.returncode, ended.stdout.decode(), ended.stderr.decode()
 
 
@@ -12849,8 +12902,8 @@ def free_port() -> str:
 class Child:
     """A command under way: what it has said so far, and ways to wait."""
 
-    def __init__(self, arguments, environment, directory, stdin=subprocess.PIPE) -> None:
-        self.process = subprocess.Popen([sys.executable, PROGRAM] + list(arguments), env=environment, cwd=directory,
+    def __init__(self, program, arguments, environment, directory, stdin=subprocess.PIPE) -> None:
+        self.process = subprocess.Popen([*program, *arguments], env=environment, cwd=directory,
                                         stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._said = {"out": b"", "err": b""}
         self._news = threading.Condition()
@@ -12882,7 +12935,7 @@ class Child:
         with self._news:
             self._news.wait_for(lambda: found() or self.process.poll() is not None, 20)
         for reader in self._readers if not found() and self.process.poll() is not None else ():
-            reader.join(5)
+            reader.join(30)
         if not found():
             raise AssertionError("no %r in %r; on stderr: %s" % (pattern, getattr(self, name), self.err))
         return found()
@@ -12895,10 +12948,18 @@ class Child:
         self.process.stdin.write(words.encode())
         self.process.stdin.flush()
 
+    def signal(self, number: int) -> None:
+        if os.name == "posix":
+            self.process.send_signal(number)
+            return
+        path = os.path.join(shared_folder(), str(self.process.pid))
+        pathlib.Path(path + ".new").write_text(str(int(number)), "utf-8")
+        os.replace(path + ".new", path)
+
     def end(self, number=None) -> int:
         """The exit code, after this signal if there is one."""
         if number is not None:
-            self.process.send_signal(number)
+            self.signal(number)
         if self.process.stdin:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
@@ -12945,8 +13006,8 @@ class CommandTestCase(GatewayTestCase):
                  "CLAUDE_GATEWAY_PORT": str(self.closed_port)}
         return {name: value for name, value in dict(kept, **dict(usual, **variables)).items() if value is not None}
 
-    def child(self, *arguments, stdin=subprocess.PIPE, **variables) -> Child:
-        child = Child(arguments, self.environment(variables), self.working_directory, stdin)
+    def child(self, *arguments, stdin=subprocess.PIPE, program=None, **variables) -> Child:
+        child = Child(program or compiled(), arguments, self.environment(variables), self.working_directory, stdin)
         self.addCleanup(child.close)
         return child
 
@@ -12997,11 +13058,8 @@ class CommandTestCase(GatewayTestCase):
                 answers.append(self.chat())
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
-        for _ in range(1_000):
-            if len(self.claude.messages) > arrived:
-                return thread, answers
-            thread.join(0.01)
-        raise AssertionError("the request never arrived upstream")
+        self.assertTrue(eventually(lambda: len(self.claude.messages) > arrived), "the request never arrived upstream")
+        return thread, answers
 
 
 class DemoTests(CommandTestCase):
@@ -13012,7 +13070,7 @@ class DemoTests(CommandTestCase):
         super().setUpClass()
         home = tempfile.TemporaryDirectory()
         cls.addClassCleanup(home.cleanup)
-        cls.demo = Child(["start", "--demo", "-p", "0"], bare_environment(home.name, {
+        cls.demo = Child(compiled(), ["start", "--demo", "-p", "0"], bare_environment(home.name, {
             "ANTHROPIC_API_KEY": SECRET, "ANTHROPIC_AUTH_TOKEN": SECRET, "ANTHROPIC_BASE_URL": cls.claude.url,
             "HTTPS_PROXY": cls.claude.url}), home.name)
         cls.addClassCleanup(cls.demo.close)
@@ -13199,7 +13257,7 @@ class LogTests(GatewayTestCase):
         with self.assertLogs(claude_gateway.LOG, "INFO") as caught:
             self.ask("POST", "/v1/responses", {"model": "opus", "input": history, "context_management": [
                 {"type": "compaction", "compact_threshold": 1_000}]})
-            self.service.gateway.running.wait_until_idle(5)
+            self.service.gateway.running.wait_until_idle(30)
         fields = next(record.fields for record in caught.records
                       if getattr(record, "fields", {}).get("path") == "/v1/responses")
         self.assertEqual([fields[name] for name in ("input_tokens", "cached_tokens", "output_tokens")], [50, 40, 6])
@@ -13227,7 +13285,7 @@ class LogTests(GatewayTestCase):
             self.claude.play(FakeReply(body=message(text(self.FORGED)), headers={"request-id": "req\x1b[2J\x9b31m"}))
             self.ask("POST", "/v1/messages", {"model": "claude-opus-5-5", "max_tokens": 9, "messages": [
                 {"role": "user", "content": "Hi"}]})
-            self.service.gateway.running.wait_until_idle(5)
+            self.service.gateway.running.wait_until_idle(30)
             claude_gateway.LOG.warning("somebody says %s", self.FORGED)
             try:
                 raise ValueError(self.FORGED)
@@ -13255,6 +13313,7 @@ class LogTests(GatewayTestCase):
                 claude_gateway.log_request_record(each, Config())
         for columns, lines in ((80, ["200 chat/completions aider opus-5-5 118918>388 99% 1.7s",
                                      "404 GET models - 0.0s  Not here: --allow-host x"]),
+                               (150, ["200 chat/completions ", "404 GET models "]),     # all of them look the same
                                (200, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"]),
                                (0, ["POST /v1/chat/completions 200  aider          opus -> ", "GET  /v1/models"])):
             formatter = claude_gateway.LogFormatter(list, False, columns=lambda: columns)
@@ -13288,7 +13347,7 @@ class LogTests(GatewayTestCase):
             self.chat("Guten Tag", stream=True)
             self.ask("GET", "/health")
             self.ask("GET", "/", headers={"accept": "text/html"})
-            self.service.gateway.running.wait_until_idle(5)
+            self.service.gateway.running.wait_until_idle(30)
         told = {entry.msg.split(":")[0]: entry.payload for entry in caught.records if hasattr(entry, "payload")}
         self.assertIn("Guten Tag", json.dumps(told["from the client"]))
         self.assertIn("Guten Tag", json.dumps(told["to Claude"]))
@@ -13310,12 +13369,11 @@ class LogLevelTests(CommandTestCase):
         self.assertRegex(child.err, r"\[%s\] from the client, invalid: b'.*oops'" % ids["oops"].pop())
         self.assertRegex(child.err, r"\[%s\] POST /v1/chat/completions 200 " % ids["One"].pop())
 
-    @SIGNALS
     def test_quiet_says_nothing_but_the_address(self):
         child, release = self.serve("-q"), self.slow_answer()
         self.chat(nonsense=1, headers={"x-api-key": "k"}, messages="none")
         thread, _ = self.in_flight()
-        child.process.send_signal(signal.SIGTERM)
+        child.signal(signal.SIGTERM)
         for _ in range(1_000):                                  # it is stopping when it accepts nothing more
             try:
                 socket.create_connection(("127.0.0.1", self.service.port), 5).close()
@@ -13326,7 +13384,6 @@ class LogLevelTests(CommandTestCase):
         self.assertEqual((child.end(), child.err), (0, ""))
         self.assertIn("http://127.0.0.1:", child.out)
 
-    @SIGNALS
     def test_looking_at_the_gateway_is_logged_in_full_only(self):
         for level in ((), ("-m",), ("-V",)):
             with self.subTest(level=level):
@@ -13340,7 +13397,6 @@ class LogLevelTests(CommandTestCase):
                 self.assertRegex(child.err, r"GET +/nowhere +404")
                 self.assertRegex(child.err, r"POST +/ +405")        # what was refused is told
 
-    @SIGNALS
     def test_each_level_logs_what_it_promises(self):
         levels = ((), ("-m",), ("-V",), ("--log-format", "json", "--alias", "foo=sonet"))
         children = [self.child("start", "-p", "0", "--host", "127.0.0.1", *level, ANTHROPIC_API_KEY=SECRET,
@@ -13349,7 +13405,7 @@ class LogLevelTests(CommandTestCase):
             self.service = SimpleNamespace(port=child.port)
             self.claude.play(message(text("Words of the answer"), model="claude-sonnet-5-5"))
             self.chat("Words of the request", seed=5)
-            child.process.send_signal(signal.SIGTERM)
+            child.signal(signal.SIGTERM)
         for level, child in zip(levels, children):
             with self.subTest(level):
                 child.end()
@@ -13385,7 +13441,6 @@ def forms_of(secret: str) -> set:
     return forms
 
 
-@POSIX_ONLY
 class SecrecyTests(CommandTestCase):
     def assert_hidden(self, text, secrets, where):
         for secret in secrets:
@@ -13439,7 +13494,7 @@ class SecrecyTests(CommandTestCase):
                                  FakeReply(400, body=error_body("invalid_request_error", "No.")))
                 answers += [self.chat(headers=right), self.chat(headers=right)]     # 401: a renewal that is refused
                 self.assertEqual({answer.status for answer in answers} & {200, 401, 404, 400}, {200, 401, 404, 400})
-                child.process.send_signal(signal.SIGTERM)
+                child.signal(signal.SIGTERM)
                 heard = "".join("%s %s" % (answer.headers, answer.raw.decode()) for answer in answers
                                 if planted[5].encode() not in answer.raw)       # a model name is handed back
                 self.assert_hidden(heard, planted, "an answer")
@@ -13478,7 +13533,8 @@ class SecrecyTests(CommandTestCase):
                                HTTPS_PROXY="http://planted-user:planted-word@127.0.0.1:%d" % proxy.getsockname()[1])
             answer = self.chat(headers={"x-stainless-retry-count": "1"})
             child.end(signal.SIGTERM)
-            proxy.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):      # on Windows it is enough to close it
+                proxy.shutdown(socket.SHUT_RDWR)
         self.assertEqual(answer.status, 502)
         self.assertIn(base64.b64encode(b"planted-user:planted-word").decode(), heads[0])
         self.assertNotIn(SECRET, "".join(heads))
@@ -13717,6 +13773,7 @@ class DoctorTests(GatewayTestCase):
                 finding = next(each for each in json.loads(said) if each["level"] == "failed")
                 self.assertEqual((code, finding["name"]), (wanted, name), said)
                 self.assertIn(step, finding["step"])
+                self.assertNotIn(" (while ", finding["detail"])
 
     def test_doctor_goes_on_without_the_network(self):
         with contextlib.closing(socket.socket()) as unused, tempfile.TemporaryDirectory() as folder:
@@ -13843,9 +13900,8 @@ class DoctorTests(GatewayTestCase):
             for name, begin, given, path, hashed in (
                     ("archive", [archive], b"", archive, True),
                     ("standard input", ["-"], script, "/path/to/claude_gateway.py", False),
-                    ("frozen", ["-c", "import sys, runpy; sys.frozen = True; sys.argv = sys.argv[1:]; "
-                                      "runpy.run_path(sys.argv[0], run_name='__main__')", PROGRAM],
-                     b"", "/path/to/claude_gateway.py", False)):
+                    ("frozen", ["-c", "import sys; sys.frozen = True\n" + compiled()[2], PROGRAM], b"",
+                     "/path/to/claude_gateway.py", False)):
                 with self.subTest(name):
                     def run(*arguments, begin=begin, given=given):
                         done = subprocess.run([sys.executable, *begin, *arguments], input=given, timeout=60,
@@ -13906,7 +13962,6 @@ class LoginCommandTests(CommandTestCase):
         address = child.wait_for(r"https://claude\.com/cai/oauth/authorize\?(\S+)")
         return child, {name: values[0] for name, values in parse_qs(address.group(1)).items()}
 
-    @POSIX_ONLY
     def test_the_code_is_exchanged_with_the_verifier_of_the_challenge(self):
         self.claude.token_replies.append(token_answer(account={"email_address": "me@example.org"}))
         child, query = self.begin()
@@ -13927,15 +13982,15 @@ class LoginCommandTests(CommandTestCase):
         self.assertEqual((stored["access_token"], stored["refresh_token"], stored["token_type"]),
                          (NEW_ACCESS, NEW_REFRESH, "Bearer"))
         self.assertAlmostEqual(stored["expires_at"], time.time() + 28_800, delta=60)
-        self.assertEqual([oct(os.stat(path).st_mode & 0o777) for path in
-                          (self.token_path, os.path.dirname(self.token_path))], ["0o600", "0o700"])
+        if os.name == "posix":
+            self.assertEqual([oct(os.stat(path).st_mode & 0o777) for path in
+                              (self.token_path, os.path.dirname(self.token_path))], ["0o600", "0o700"])
         self.assertIn("me@example.org", child.err)
         self.assertIn(self.token_path, child.err)
         self.assertEqual(child.out, "")
         for secret in (code_verifier, NEW_ACCESS, NEW_REFRESH):
             self.assertNotIn(secret, child.err)
 
-    @POSIX_ONLY
     def test_the_terms_are_told_with_dates_before_anything_is_asked(self):
         helped = self.command("login", "--help")
         child = self.command("login", "--no-browser")
@@ -13945,7 +14000,6 @@ class LoginCommandTests(CommandTestCase):
                 self.assertIn(words, said)
         self.assertLess(child.err.index("2026-10-01"), child.err.index("https://claude.com/cai/oauth/authorize"))
 
-    @POSIX_ONLY
     def test_a_callback_address_is_taken_and_a_bare_code_is_warned_about(self):
         for paste, warned in (("%s?code=the-code&state={state}" % REDIRECT_PAGE, False), ("the-code", True)):
             with self.subTest(paste):
@@ -14052,11 +14106,11 @@ class LoginCommandTests(CommandTestCase):
         self.assertEqual(child.code, 1)
         self.assertIn(os.path.join(PROGRAM, "tokens.json"), child.err)
 
-    @POSIX_ONLY
+    @POSIX_ONLY                                     # on Windows only a console interrupts a read
     def test_an_interrupt_at_the_prompt_is_exit_130_without_a_traceback(self):
         child, _ = self.begin()
         child.wait_for("Code: ")
-        child.process.send_signal(signal.SIGINT)
+        child.signal(signal.SIGINT)
         self.assertEqual(child.process.wait(20), 130)
         self.assertNotIn("Traceback", child.err)
 
@@ -14077,9 +14131,8 @@ class LoginCommandTests(CommandTestCase):
 # ---- Start ------------------------------------------------------------------------------------------
 
 class StartTests(CommandTestCase):
-    @SIGNALS
     def test_the_address_is_the_one_line_on_standard_output(self):
-        child = self.serve(host=("--host", "localhost"))
+        child = self.serve(host=("--host", "localhost"), program=BY_PATH)
         self.chat()
         self.assertEqual(child.end(signal.SIGTERM), 0)
         self.assertRegex(child.out, r"\Aclaude-gateway \d+\.\d+\.\d+ on http://localhost:%d/v1\n\Z"
@@ -14088,7 +14141,6 @@ class StartTests(CommandTestCase):
         self.assertIn(self.claude.url, child.err)
         self.assertIn("POST /v1/chat/completions", child.err)
 
-    @SIGNALS
     def test_an_interrupt_is_exit_130_without_a_traceback(self):
         child = self.serve()
         idle = self.connect()                                   # kept alive by a client that says nothing
@@ -14097,18 +14149,16 @@ class StartTests(CommandTestCase):
         self.assertEqual(child.end(signal.SIGINT), 130)
         self.assertNotIn("Traceback", child.err)
 
-    @SIGNALS
     def test_a_signal_may_come_as_soon_as_the_address_is_out(self):
         child = self.child("start", "-p", "0", "--host", "127.0.0.1", ANTHROPIC_API_KEY=SECRET,
                            ANTHROPIC_BASE_URL=self.claude.url)
         child.wait_for("on http://", "out")
         self.assertEqual(child.end(signal.SIGTERM), 0)
 
-    @SIGNALS
     def test_a_running_request_finishes_first(self):
         child, release = self.serve(), self.slow_answer()
         thread, answers = self.in_flight()
-        child.process.send_signal(signal.SIGTERM)
+        child.signal(signal.SIGTERM)
         child.wait_for("Stopping: waiting up to 30 seconds for 1 running request; a second Ctrl-C stops at once")
         with self.assertRaises(OSError):                        # nothing new is accepted
             self.ask("GET", "/health")
@@ -14117,21 +14167,19 @@ class StartTests(CommandTestCase):
         self.assertEqual((answers[0].status, answers[0].message["content"]), (200, "At last"))
         self.assertEqual(child.end(), 0)
 
-    @SIGNALS
     def test_a_second_signal_ends_it_at_once(self):
         for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
             with self.subTest(number):
                 child = self.serve()
                 self.slow_answer()
                 thread, answers = self.in_flight()
-                child.process.send_signal(number)
+                child.signal(number)
                 child.wait_for("(?i)stopping")
-                child.process.send_signal(number)
+                child.signal(number)
                 thread.join(10)                     # it would wait for its answer twice as long
                 self.assertEqual((thread.is_alive(), answers, child.end()), (False, [], code))
                 self.assertNotIn("Traceback", child.err)
 
-    @SIGNALS
     def test_it_can_be_restarted_on_the_same_port_at_once(self):
         first = self.serve()
         connection = self.connect()
@@ -14145,14 +14193,15 @@ class StartTests(CommandTestCase):
     @POSIX_ONLY
     def test_it_runs_without_standard_output_and_error(self):
         ended = subprocess.Popen(["sh", "-c", 'exec "$0" "$1" start --demo -p "$2" --host 127.0.0.1 >&- 2>&-',
-                                  sys.executable, PROGRAM, str(free_port())], env=self.environment({}))
+                                  sys.executable, PROGRAM, str(self.free_port())], env=self.environment({}))
         self.addCleanup(ended.kill)
-        for _ in range(1_000):
-            with contextlib.suppress(OSError):
-                if self.ask("GET", "/health").status == 200:
-                    break
+
+        def answers() -> bool:
             self.assertIsNone(ended.poll())
-            time.sleep(0.01)
+            with contextlib.suppress(OSError):
+                return self.ask("GET", "/health").status == 200
+            return False
+        self.assertTrue(eventually(answers))
         ended.send_signal(signal.SIGTERM)
         self.assertEqual(ended.wait(20), 0)
 
@@ -14162,7 +14211,6 @@ class StartTests(CommandTestCase):
             self.service = SimpleNamespace(port=probe.getsockname()[1])
         return self.service.port
 
-    @SIGNALS
     def test_on_all_addresses_the_pasted_one_is_no_address_of_this_page(self):
         for flags, pasted, named in (((), "ADDRESS-OF-THIS-MACHINE", True),
                                      (("--allow-host", "gateway.lan"), "gateway.lan", False)):
@@ -14175,7 +14223,6 @@ class StartTests(CommandTestCase):
                 self.assertIn("Clients: an API key is required\n", child.err)
                 self.assertEqual("--allow-host NAME" in child.err, named)
 
-    @SIGNALS
     def test_the_proxy_in_use_is_named_without_its_credentials(self):
         child = self.serve(ANTHROPIC_BASE_URL="https://upstream.test",
                            HTTPS_PROXY="http://someone:proxy-password@127.0.0.1:9")
@@ -14185,7 +14232,6 @@ class StartTests(CommandTestCase):
         self.assertIn("The proxy 127.0.0.1:9 could not be reached: ", answer.error["message"])
         self.assertNotIn("proxy-password", child.err)
 
-    @SIGNALS
     def test_on_a_terminal_a_first_start_asks_first(self):
         try:
             import pty
@@ -14217,15 +14263,23 @@ class StartTests(CommandTestCase):
         self.assertEqual(exposed.code, 2)
         self.assertIn("--host 192.0.2.7 can be reached from other machines", exposed.err)
 
-    @SIGNALS
     def test_messages_name_the_program_as_it_was_typed(self):
         child = self.serve("-V", ANTHROPIC_API_KEY=None, CLAUDE_CODE_OAUTH_TOKEN=None, CLAUDE_GATEWAY_PORT=None,
-                           CLAUDE_GATEWAY_TOKEN_FILE=self.expired_login())
+                           CLAUDE_GATEWAY_TOKEN_FILE=self.expired_login(), program=BY_PATH)
         typed = "%s %s login" % (os.path.basename(sys.executable), PROGRAM)
         self.assertIn("run `%s`" % typed, self.chat().error["message"])
+        status = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        self.assertIn("run `%s`" % typed, status["trouble"]["message"])
         self.assertEqual(child.end(signal.SIGTERM), 0)
         self.assertIn("run `%s`" % typed, child.err)
         self.assertNotIn("claude-gateway login", child.err)
+
+    def test_help_names_the_program_as_it_was_typed(self):
+        code, said, _ = run_process("login", "--help")
+        typed = "%s %s login" % (os.path.basename(sys.executable), PROGRAM)
+        self.assertEqual((code, said[:len(typed) + 7]), (0, "usage: " + typed))
+        self.assertIn("`%s --api-key`" % typed, said)
+        self.assertNotIn("claude-gateway login", said)
 
     def expired_login(self) -> str:
         claude_gateway.TokenFile(self.token_path).write(stored_token(expires_at=1, refresh_token=""))
@@ -14241,7 +14295,6 @@ class StartTests(CommandTestCase):
         self.assertIn("Nearest: sonnet,", child.err)
         self.assertIn("\nAliases: foo = sonet, bar = opus, * = gpt-4o\n", child.err)
 
-    @SIGNALS
     def test_a_port_in_use_is_exit_4_and_another_one_is_named(self):
         other = Service(Gateway(Config(host="127.0.0.1", port=0, anthropic_api_key="k", base_url=self.claude.url)))
         self.addCleanup(other.close, 0)
@@ -14253,7 +14306,6 @@ class StartTests(CommandTestCase):
                 self.assertIn("Port %d is in use%s. Another port: claude-gateway start --port %d\n" % (
                     port, holder, port % 65_535 + 1), child.err)
 
-    @SIGNALS
     def test_what_cannot_be_started_says_why_with_its_exit_code(self):
         key = {"ANTHROPIC_API_KEY": SECRET}
         cases = (
@@ -14280,7 +14332,8 @@ class StartTests(CommandTestCase):
             (["start", "--port", "65536"], key, 2, "port"),
             (["start", "--port=-1"], key, 2, "port"),
             (["start", "--no-such-option"], key, 2, "no-such-option"),
-            (["start", "--token-file", os.path.join(PROGRAM, "tokens.json")], {}, 3, re.escape(PROGRAM)),
+            (["start", "--token-file", os.path.join(PROGRAM, "tokens.json")], {}, 3,
+             re.escape(PROGRAM) if os.name == "posix" else "No credential"),     # nothing can be below a file there
             (["start"], dict(key, HTTPS_PROXY="socks5://127.0.0.1:1080"), 2, "(?i)socks"),
             (["bake"], {}, 2, "bake"),
             ([], {}, 2, "start"),
@@ -14293,7 +14346,6 @@ class StartTests(CommandTestCase):
                 self.assertEqual(child.out, "")
                 self.assertNotIn(SECRET, child.err)
 
-    @SIGNALS
     def test_an_upstream_that_is_down_does_not_keep_it_from_starting(self):
         self.serve(ANTHROPIC_BASE_URL="http://127.0.0.1:9")
         self.assertEqual(self.chat(headers={"x-stainless-retry-count": "1"}).status, 502)
@@ -14310,7 +14362,6 @@ class StartTests(CommandTestCase):
             self.assertEqual(file.read(), b"{ torn")
         self.assertEqual(os.listdir(os.path.dirname(self.token_path)), ["oauth-tokens.json"])
 
-    @SIGNALS
     def test_keys_of_clients_are_taken_from_both_places_and_one_draws_a_warning(self):
         child = self.serve("--api-key", "first-client-key", "--api-key", "second-client-key")
         for key, status in (("first-client-key", 200), ("second-client-key", 200), ("third", 401)):
@@ -14333,7 +14384,6 @@ class StartTests(CommandTestCase):
         self.assertIn(logout.code, (0, 2))
         self.assertEqual(os.listdir(self.working_directory), [])
 
-    @SIGNALS
     def test_nothing_is_read_from_the_working_directory(self):
         for name in ("oauth-tokens.json", ".oauth-tokens.json", "claude-gateway/oauth-tokens.json",
                      ".config/claude-gateway/oauth-tokens.json"):
@@ -14344,7 +14394,7 @@ class StartTests(CommandTestCase):
         for name in ("ssl.py", "json.py", "webbrowser.py"):
             with open(os.path.join(self.working_directory, name), "w", encoding="utf-8") as file:
                 file.write("raise SystemExit(99)\n")
-        child = self.child("status")
+        child = self.child("status", program=BY_PATH)
         self.assertEqual(child.end(), 3, child.err)
 
     def test_a_login_is_used_and_named(self):
@@ -14355,7 +14405,6 @@ class StartTests(CommandTestCase):
         child.wait_for("me@example.org")
         child.wait_for("(?i)terms")
 
-    @SIGNALS
     def test_on_a_terminal_a_first_start_signs_in_first(self):
         try:
             import pty
@@ -14426,7 +14475,9 @@ class AskTests(CommandTestCase):
         done = self.command("ask", "--model", "quick", typed="Hello?\n", **variables)
         self.assertEqual((done.code, done.out, done.err), (0, "Again\n", ""))
         self.assertEqual(self.claude.messages[-1].body["model"], "claude-haiku-5-5")
-        self.assertIn('"tool": "ask"', self.command("status", "--json", **variables).out)
+        self.assertRegex(self.command("models", **variables).out, "(?m)^quick ")
+        recent = json.loads(self.command("status", "--json", **variables).out)["recent"]
+        self.assertEqual([each["tool"] for each in recent], ["claude-gateway", "ask"])
         self.claude.play(message(text("{}")))
         whole = self.command("ask", "--json", "Hello", **variables)
         self.assertEqual(json.loads(whole.out)["choices"][0]["message"]["content"], "{}")
@@ -14545,8 +14596,8 @@ class RunTests(CommandTestCase):
                 self.assertEqual(arguments, options)
                 self.assertLessEqual(set(added.items()), set(variables.items()))
         variables, arguments = claude_gateway.ready_made("codex", Config(api_key=("the-key",)))
-        self.assertEqual((variables["OPENAI_API_KEY"], arguments[-1]),
-                         ("the-key", 'model_providers.gateway.env_key="OPENAI_API_KEY"'))
+        self.assertEqual((variables["OPENAI_API_KEY"], arguments[-1], len(arguments)),
+                         ("the-key", 'model_providers.gateway.env_key="OPENAI_API_KEY"', 12))
         settings = json.loads(claude_gateway.ready_made("opencode", config)[0]["OPENCODE_CONFIG_CONTENT"])
         self.assertEqual(settings["provider"]["gateway"]["options"], {"baseURL": base, "apiKey": "none"})
 
@@ -14681,8 +14732,8 @@ class OtherCommandTests(CommandTestCase):
 
 
 class UsageCommandTests(CommandTestCase):
-    @SIGNALS
     def test_usage_is_counted_beside_the_login_and_shown_by_day_tool_or_model(self):
+        wait_for_a_day_that_lasts()
         path = os.path.join(os.path.dirname(self.token_path), "usage.json")
         child = self.serve()
         self.claude.play(message(text("A"), usage={"input_tokens": 500_000, "output_tokens": 50_000}))
@@ -14695,10 +14746,12 @@ class UsageCommandTests(CommandTestCase):
         with open(path, encoding="utf-8") as file:
             rows = json.load(file)["rows"]
         pathlib.Path(path).write_text(json.dumps({"rows": rows + [old]}), "utf-8")
-        day, tool, key, all_days, wrong, nobody = self.commands(
+        day, tool, key, all_days, wrong, nobody, no_key = self.commands(
             (["usage"], {}), (["usage", "--by", "tool"], {}), (["usage", "--json", "--by", "model"], {}),
             (["usage", "--days", "30"], {}), (["usage", "--days", "0"], {}),
-            (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}))
+            (["usage", "--token-file", os.path.join(self.home, "none.json")], {"ANTHROPIC_BASE_URL": "nonsense"}),
+            (["usage", "--by", "key"], {}))
+        self.assertRegex(no_key.out, "(?m)^- +2 ")
         self.assertRegex(day.out, "(?m)^" + time.strftime("%Y-%m-%d") +
                          r" +2 +0 +[\d,]+ +0% +[\d,]+ +\$1.50  \+ unknown$")
         self.assertRegex(tool.out, r"(?m)^aider +1 +0 +500,000 +0% +50,000 +\$1.50$")
@@ -14727,7 +14780,7 @@ class DailyCommandTests(GatewayTestCase):
     def test_status_asks_the_running_gateway(self):
         self.start()
         self.chat()
-        self.service.gateway.running.wait_until_idle(10)
+        self.service.gateway.running.wait_until_idle(30)
         code, said, _ = run_command("status", "--port", str(self.service.port))
         self.assertEqual(code, 0)
         self.assertIn("is running.", said)
@@ -14763,9 +14816,9 @@ class DailyCommandTests(GatewayTestCase):
         self.start(alias=(("fast", "haiku"),))
         self.claude.play(message(text("A"), usage={"input_tokens": 1000, "output_tokens": 20}))
         self.chat(headers={"user-agent": "aider/1"}, model="claude-opus-5-5", seed=1)
-        self.service.gateway.running.wait_until_idle(10)
+        self.service.gateway.running.wait_until_idle(30)
         self.chat(headers={"user-agent": "curl/8"}, model="no-such-model")
-        self.service.gateway.running.wait_until_idle(10)
+        self.service.gateway.running.wait_until_idle(30)
         code, said, _ = run_command("status", "--requests", "--port", str(self.service.port))
         self.assertEqual(code, 0)
         self.assertIn("\nAliases:     fast = haiku\n", said)
@@ -14773,10 +14826,12 @@ class DailyCommandTests(GatewayTestCase):
         self.assertEqual(by_tool.split("\n")[:2], ["tool   requests  errors  tokens in  cached  tokens out     cost",
                                                    "aider         1       0      1,000      0%          20  $0.0044"])
         self.assertRegex(by_model, r"\nclaude-opus-5-5 +1 +0 +1,000 ")
-        heads, failed, answered = last.rstrip("\n").split("\n")
-        self.assertRegex(failed, r"\A[\d:]{8}  curl   no-such-model    404 +\d+ / \d+ ms  The model ")
+        heads, failed, error, answered, changes = last.rstrip("\n").split("\n")
+        self.assertRegex(failed, r"\A[\d:]{8}  curl   no-such-model    404 +\d+ / \d+ ms\Z")
+        self.assertRegex(error, r"\A {10}The model ")
         self.assertRegex(answered, r"\A[\d:]{8}  aider  claude-opus-5-5  200 +1,000 +0% +20  \$0\.0044 +"
-                                   r"\d+ / \d+ ms +dropped seed")
+                                   r"\d+ / \d+ ms\Z")
+        self.assertRegex(changes, r"\A {10}dropped seed")
         self.assertEqual({heads.index("status"), failed.index("404"), answered.index("200")}, {failed.index("404")})
         self.assertNotIn("1 requests", said)
         self.chat(model="no\x1b[2J\u202e-model")
@@ -14787,6 +14842,21 @@ class DailyCommandTests(GatewayTestCase):
             self.assertNotRegex(said, "[\x1b\u202e]")
         said = run_command("status", "--json", "-p", str(self.service.port))[1]
         self.assertEqual(json.loads(said)["recent"][0]["status"], 404)
+
+    def test_the_last_requests_fit_a_narrow_terminal(self):
+        self.chat(headers={"user-agent": "an-extraordinary-tool/1"}, model="claude-sonnet-4-5-20250929", stream=True,
+                  seed=1, logit_bias={"1": 1}, user="u", n=1, presence_penalty=1, frequency_penalty=1)
+        self.ask("POST", "/v1/embeddings", {})
+        self.service.gateway.running.wait_until_idle(10)
+        running = self.ask("GET", "/", headers={"accept": "application/json"}).json
+        said = claude_gateway.requests_text(running["recent"], 80)
+        self.assertEqual([line for line in said.split("\n") if len(line) > 80], [])
+        self.assertRegex(said, r"\Atime +tool +model +status  tokens in  cached +cost\n")
+        self.assertRegex(said, r"\n[\d:]{8}  -  +embeddings +404\n {10}Claude has no embeddings")
+        self.assertRegex(said, r"\n[\d:]{8}  an-extraordina  sonnet-4-5  200 +[\d,]+ +\d+%  \$[\d.]+\n {10}dropped ")
+        status = claude_gateway.lines_within(claude_gateway.status_text(running, ""), 80)
+        self.assertEqual([line for line in status.split("\n") if len(line) > 80], [])
+        self.assertRegex(status, r"\nModels: .*\n {13}claude-")
 
     def test_another_program_on_the_port_is_said_to_be_one(self):
         with contextlib.closing(socket.socket()) as silent, LoopbackServer(
@@ -14888,8 +14958,8 @@ class DailyCommandTests(GatewayTestCase):
             for redirection, words in (("<&-", "Standard input is closed"), ("</dev/null", "Standard input is empty"),
                                        (empty.name, "%s is empty" % empty.name)):
                 with self.subTest(redirection=redirection):
-                    ended = subprocess.run(["sh", "-c", '"$0" "$1" translate ' + redirection, sys.executable, PROGRAM],
-                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+                    ended = subprocess.run(["sh", "-c", '"$@" translate ' + redirection, "sh", *compiled()],
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
                     self.assertEqual((ended.returncode, ended.stdout), (2, b""))
                     self.assertIn("claude-gateway: %s; for example: " % words, ended.stderr.decode())
                     self.assertEqual(ended.stderr.decode().count("\n"), 1)
@@ -14940,13 +15010,13 @@ class CompletionTests(unittest.TestCase):
     @POSIX_ONLY
     @unittest.skipUnless(shutil.which("bash"), "no bash here")
     def test_the_bash_script_completes(self):
-        script = 'claude-gateway() { "%s" "%s" "$@"; }\n' % (sys.executable, PROGRAM)
+        script = 'claude-gateway() { %s "$@"; }\n' % " ".join(map(shlex.quote, compiled()))
         script += outcome_of(["completion", "bash"], {}, "").out
         cases = (("start --auth ''", "auto api-key oauth"), ("start --", "--help --port"), ("translate ''", ""))
         for typed, _ in cases:
             script += ("COMP_WORDS=(claude-gateway %s); COMP_CWORD=%d; COMPREPLY=(); _claude_gateway; "
                        'echo "${COMPREPLY[*]}"\n' % (typed, len(typed.split(" "))))
-        ended = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, timeout=20, check=True)
+        ended = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, timeout=60, check=True)
         for line, (typed, candidates) in zip(ended.stdout.decode().split("\n"), cases):
             with self.subTest(typed=typed):
                 self.assertEqual(line[:len(candidates) or None], candidates)
@@ -14954,14 +15024,13 @@ class CompletionTests(unittest.TestCase):
 
 # ---- Command line -----------------------------------------------------------------------------------
 
-@POSIX_ONLY
 class CommandLineTests(CommandTestCase):
     def test_the_version_and_the_help(self):
         version, general, start, nothing, narrow = self.commands(
             (["--version"], {}), (["--help"], {}), (["start", "-h"], {}), ([], {}),
             (["start", "--help"], {"COLUMNS": "20"}))
         self.assertEqual([child.code for child in (version, general, start, nothing, narrow)], [0, 0, 0, 2, 0])
-        real = self.child("--version")                          # once through the script itself
+        real = self.child("--version", program=BY_PATH)                          # once through the script itself
         self.assertEqual((real.end(), real.err), (0, ""))
         for out in (version.out, real.out):
             self.assertRegex(out, r"\Aclaude-gateway \d+\.\d+\.\d+\n\Z")
@@ -14993,6 +15062,7 @@ class CommandLineTests(CommandTestCase):
                 (["setup", "open-webi"], "open-webui", "setup "), (["start", "--bogus"], "", "start "),
                 (["status", "--jsn"], "--json", "status "), (["status", "--demoo"], "", "status "),
                 (["what"], "", ""), (["completion", "basch"], "", "completion "), (["help"], "--help", ""),
+                (["start", "hello"], "", "start "),
                 (["version"], "--version", "")):
             with self.subTest(arguments=arguments):
                 done = outcome_of(arguments, {}, "")
@@ -15020,10 +15090,10 @@ class CommandLineTests(CommandTestCase):
         os.close(reading)
         try:
             done = subprocess.run([sys.executable, PROGRAM, "models"], env=self.environment({}), stdout=writing,
-                                  stderr=subprocess.PIPE, cwd=self.working_directory, timeout=20, check=False)
+                                  stderr=subprocess.PIPE, cwd=self.working_directory, timeout=60, check=False)
         finally:
             os.close(writing)
-        self.assertEqual(done.stderr, b"")
+        self.assertEqual(done.stderr.decode(), "")
 
     def test_a_terminal_that_knows_only_ascii_stops_nothing(self):
         self.sign_in(account={"email_address": "j\u00fcrgen@example.org"}, organization={"name": "Fuchs \U0001f98a"})
@@ -15061,7 +15131,7 @@ assert not logging.getLogger().handlers and os.listdir(".") == []
 class ImportTests(CommandTestCase):
     def test_an_import_does_nothing(self):
         done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT_PROBE, HERE], cwd=self.working_directory,
-                              env=self.environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20,
+                              env=self.environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
                               check=False)
         self.assertEqual((done.stdout, done.stderr, done.returncode), (b"", b"", 0))
 
@@ -15078,7 +15148,7 @@ class ImportTests(CommandTestCase):
                     continue
                 found += 1
                 with self.subTest(place):
-                    done = subprocess.run([place, PROGRAM, "--version"], env=self.environment({}), timeout=20,
+                    done = subprocess.run([place, PROGRAM, "--version"], env=self.environment({}), timeout=60,
                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
                                           cwd=self.working_directory)
                     self.assertNotEqual(done.returncode, 0)
@@ -15106,7 +15176,7 @@ class LibraryTests(GatewayTestCase):
         service = Service(Gateway(Config(base_url=self.claude.url, anthropic_api_key=SECRET, host="127.0.0.1", port=0)))
         closing = threading.Thread(target=service.close, args=(0,), daemon=True)
         closing.start()
-        closing.join(10)
+        closing.join(30)
         self.assertFalse(closing.is_alive())
 
 
@@ -15208,7 +15278,7 @@ class OpenAiSdkTests(GatewayTestCase):
         stream = self.client.chat.completions.create(**self.asked, stream=True)
         next(iter(stream))
         stream.close()
-        self.assertTrue(self.claude.wait_closed(5))
+        self.assertTrue(self.claude.wait_closed(30))
 
     def test_parse_returns_the_model_of_a_json_schema(self):
         pydantic = __import__("pydantic")
@@ -15321,13 +15391,24 @@ class OpenAiSdkTests(GatewayTestCase):
 
 # ---- Recorded traffic --------------------------------------------------------------------------------
 
-def recorded_lines(name):
+# Of all that was recorded each version of Python takes a quarter, the next version the next one; with "all" every one.
+QUARTERS = slice(None) if os.environ.get("CLAUDE_GATEWAY_TEST_RECORDED") == "all" else \
+    slice(sys.version_info.minor % 4, None, 4)
+
+
+@functools.lru_cache(None)
+def recorded_lines(name, whole=False):
     with open(os.path.join(RECORDED, name), encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in (list(file) if whole else list(file)[QUARTERS])]
 
 
+@functools.lru_cache(None)
 def recorded_answers():
-    """(id, content type, body) of every recorded answer of /v1/messages with status 200, two-call captures split."""
+    """(id, content type, body) of the recorded answers of /v1/messages with status 200, two-call captures split."""
+    return list(split_answers())
+
+
+def split_answers():
     for case in recorded_lines("anthropic.jsonl"):
         answer = case["response"]
         path = (case["request"] or {}).get("path", "/v1/messages")
@@ -15398,22 +15479,13 @@ class RecordedAnswerTests(GatewayTestCase):
                 if b'"type":"fallback"' in body:     # the first chunk cannot know who will answer
                     parts["models"] = [stream.chunks[-1]["model"]]
                 self.assertEqual(parts, completion_parts(plain.json))
+                self.assertNotIn("reasoning_content", [name for name, value in plain.message.items() if not value])
                 for call in plain.message.get("tool_calls", ()):
+                    self.assertFalse(call["id"].startswith("srvtoolu_"))
                     if plain.json["choices"][0]["finish_reason"] != "length":
                         self.assertIsInstance(json.loads(call["function"]["arguments"]), dict)
                 count += 1
-        self.assertGreater(count, 450)
-
-    def test_no_thinking_and_no_server_tool_shows_in_what_clients_act_on(self):
-        for case, kind, body in recorded_answers():
-            if not is_whole(body):
-                continue
-            with self.subTest(case=case):
-                self.claude.play(FakeReply(headers={"content-type": kind}, body=body))
-                answer = self.chat()
-                for call in answer.message.get("tool_calls", ()):
-                    self.assertFalse(call["id"].startswith("srvtoolu_"))
-                self.assertNotIn("reasoning_content", [name for name, value in answer.message.items() if not value])
+        self.assertGreater(count, 450 if QUARTERS.step is None else 100)
 
     def test_any_cut_of_a_recorded_stream_gives_the_same_chunks(self):
         plan = claude_gateway.ReplyPlan(claude_gateway.ToolNames())
@@ -15434,7 +15506,7 @@ class RecordedAnswerTests(GatewayTestCase):
                 self.assertTrue(all(whole == wholes[0] for whole in wholes[1:]))
 
     def test_every_recorded_refusal_reaches_the_client_as_an_error_of_its_kind(self):
-        cases = recorded_lines("anthropic.jsonl") + recorded_lines("reported_errors.jsonl")
+        cases = recorded_lines("anthropic.jsonl", whole=True) + recorded_lines("reported_errors.jsonl", whole=True)
         for case in cases:
             answer = case["response"]
             if answer["status"] == 200:
@@ -15451,7 +15523,7 @@ class RecordedAnswerTests(GatewayTestCase):
                 self.assertTrue(result.error["type"])
 
     def test_every_reported_error_amid_a_stream_is_told_as_one(self):
-        for case in recorded_lines("reported_errors.jsonl"):
+        for case in recorded_lines("reported_errors.jsonl", whole=True):
             if case["response"]["status"] != 200:
                 continue
             for stream in (False, True):
@@ -15650,7 +15722,7 @@ class ReadmeTests(unittest.TestCase):
             self.assertIn("`kill %1`", README)      # how the gateway that the first block starts is to be stopped
             script = "trap 'kill %1; wait' EXIT\n" + "\necho; echo ----\n".join(commands)
             ended = subprocess.run(["bash", "-ec", script], cwd=HERE, env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
         said = ended.stdout.decode()
         self.assertEqual(ended.returncode, 0, ended.stderr.decode())
         plain, streamed = said.split("----")

@@ -324,8 +324,9 @@ def start_gateway(upstream_url: str, certificate: str | None, what: str = GATEWA
     port = free_port()
     command = what if "{port}" in what else shlex.join([sys.executable, what, "start", "--port", "{port}"])
     words = [word.replace("{port}", str(port)).replace("{upstream}", upstream_url) for word in shlex.split(command)]
+    own = os.path.join(tempfile.gettempdir(), "claude-gateway-bench-%d" % os.getuid(), "tokens.json")
     environment = dict(os.environ, PYTHONHASHSEED="0", ANTHROPIC_API_KEY="sk-ant-bench",
-                       ANTHROPIC_BASE_URL=upstream_url)
+                       ANTHROPIC_BASE_URL=upstream_url, CLAUDE_GATEWAY_TOKEN_FILE=own)   # its usage is nobody's usage
     environment.update({"SSL_CERT_FILE": certificate} if certificate else {})
     started = time.perf_counter()
     process = subprocess.Popen([*under, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
