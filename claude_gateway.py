@@ -32,7 +32,7 @@ server, Service, Simulated upstream, Log, Terminal, Options, Diagnosis, Selftest
 running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, Usage, HTTP/1.1, Upstream, Image fetching, Routes,
-HTTP server, Log, and Asking and running.
+HTTP server, Log, Diagnosis, Signing in, Asking and running.
 Places that connect: UpstreamConnection, ImageFetcher, local_answer, issuer_of.
 Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
@@ -473,7 +473,7 @@ SPEND_HINT = "Hint: only a higher spend limit in the Console helps before it is 
 WORKSPACE_HINT = "Hint: set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
 PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
 # What the message of a refusal (lower case) means for the client; the first match wins.  What they say about the
-# request is read by LESSONS and the patterns beside it.  Nothing else goes by the message of Claude.
+# request is read by LESSONS and the patterns beside it.  Else only `explained` looks for a word of Claude's.
 VERDICTS = (
     Verdict("anthropic-workspace-id", 400, code="upstream_refused", hint=WORKSPACE_HINT),
     Verdict("prompt is too long|exceed context limit", 400, code="context_length_exceeded"),
@@ -531,8 +531,8 @@ class ClaudeError(GatewayError):
         self.upstream_status = upstream_status
         self.claude_type = str(error.get("type") or type_of_status(upstream_status))
         message = str(error.get("message") or "The upstream answered %d without a message." % upstream_status)
-        _, (self.status, self.kind, code) = CLAUDE_ERRORS.get(self.claude_type, ((), (
-            upstream_status if upstream_status >= 400 else 502, "server_error", None)))
+        unknown = (), (upstream_status if upstream_status >= 400 else 502, "server_error", None)
+        _, (self.status, self.kind, code) = CLAUDE_ERRORS.get(self.claude_type, unknown)
         if self.claude_type == "api_error" and 500 <= upstream_status <= 511:
             self.status = upstream_status
         self.error_code = text_in(error, "details", "error_code") or ""
@@ -661,9 +661,10 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
     return whole, whole != value
 
 
-# The same where no number is long, without the hook for each count.
+# LENIENT_JSON for a body in which no number is long: without its hook for whole numbers, of which events have many.
 SHORT_JSON = json.JSONDecoder(parse_constant=lenient_number, parse_float=lenient_number)
 LONG_NUMBER = re.compile(rb"\d{300}")
+
 
 def json_object_from(body: bytes, event: bool = False) -> dict:
     """A body of the upstream, or an event of its stream, as an object.  Raises UpstreamFault."""
@@ -1084,14 +1085,14 @@ class Changes:
         """`verb` is dropped, clamped, changed or repaired; `name` the field or thing."""
         self.reported.setdefault((verb, name), why)
 
-    def header(self, limit: int = 1000) -> str:
+    def header(self) -> str:
         """`dropped=seed,logit_bias; changed=tool_choice`: printable ASCII, at most about 1 KB."""
         grouped: Dict[str, List[str]] = {}
         size, more = 0, ""
         for at, (verb, name) in enumerate(self.reported):
             token = re.sub(r"[^A-Za-z0-9_.\[\]-]", "_", name)[:80]
             size += len(token) + len(verb) + 3
-            if size > limit:
+            if size > 1_000:
                 more = "; +%d more" % (len(self.reported) - at)
                 break
             grouped.setdefault(verb, []).append(token)
@@ -1943,9 +1944,10 @@ def with_fitting_names(schema: dict, tool: Declared, draft: Draft) -> dict:
         return schema
     draft.plan.properties[tool.full_name] = names
     draft.changes.add("changed", tool.path + ".parameters", "names of properties, and back")
-    described = {name: dict(value, description=led_by_name(name, value.get("description")))
-                 if isinstance(value, dict) and names.there(name) != name else value
-                 for name, value in schema["properties"].items()}
+    described = dict(schema["properties"])
+    for name, value in schema["properties"].items():
+        if isinstance(value, dict) and names.there(name) != name:
+            described[name] = dict(value, description=led_by_name(name, value.get("description")))
     required = {"required": [names.there(name) for name in schema["required"]]} if "required" in schema else {}
     return dict(schema, properties=names.renamed(described), **required)
 
@@ -2125,6 +2127,22 @@ def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
     return gist(earlier) == gist(blocks)
 
 
+def call_ids_of(content: list[dict]) -> list[str]:
+    return [block["id"] for block in content if block["type"] == "tool_use"]
+
+
+def blocks_for_claude(content: list[dict], *unwanted: str) -> list[dict]:
+    """The blocks of an answer as Claude accepts them back: without empty texts and what MessageAssembler adds."""
+    return [without(block, "partial_json", *unwanted) for block in content
+            if block["type"] != "text" or (block.get("text") or "").strip()]
+
+
+def lost_blocks(content: list[dict]) -> list[dict]:
+    """All blocks of an answer of which OpenAI's messages would lose some, in order to replay it; else []."""
+    lost = any(block["type"] not in ("text", "tool_use") for block in content)
+    return blocks_for_claude(content, "caller") if lost else []
+
+
 def has_compaction(blocks: list[dict]) -> bool:
     return "compaction" in [block["type"] for block in blocks]
 
@@ -2290,7 +2308,7 @@ class Conversation:
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = " ".join([block["id"] for block in content if block["type"] == "tool_use"])
+    call_ids = " ".join(call_ids_of(content))
 
     def mark(block: dict) -> str:
         signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
@@ -2407,12 +2425,12 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 # ---- Parameters --------------------------------------------------------------------------------------
 # The plain parameters, and thinking.
 
-LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 def limit_from_chat(fields: dict, draft: Draft) -> int:
     """The client's own output limit, 0 where it gave none that means something (-1 means none)."""
-    names = [name for name in LIMITS if name in fields]
+    names = [name for name in OUTPUT_LIMITS if name in fields]
     limit, most = fields[names[0]] if names else 0, draft.model.max_output
     if limit > most:
         draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
@@ -2523,17 +2541,18 @@ def obstacle_to_thinking(request: dict, messages: list[dict], model: Model) -> s
     """What excludes the thinking that a client asks for; "" for nothing."""
     forced = request.get("tool_choice", {}).get("type") in ("any", "tool")
     if "adaptive" in model.thinking:
-        return "a forced tool excludes thinking" if forced and not model.thinks_by_default else \
-            "a temperature excludes thinking" if {"temperature", "top_p", "top_k"} & set(request) else ""
+        if forced and not model.thinks_by_default:
+            return "a forced tool excludes thinking"
+        return "a temperature excludes thinking" if {"temperature", "top_p", "top_k"} & set(request) else ""
     if "enabled" not in model.thinking:
         return "%s does not think" % model.id
     calls: list = next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), [])
     unthought = calls and calls[0]["type"] not in THINKING and \
         "tool_result" in [block["type"] for block in messages[-1]["content"]]
-    obstacle = ("a forced tool" if forced else "a temperature" if {"temperature", "top_k"} & set(request)
-                else "a prefill" if model.prefill and messages[-1]["role"] == "assistant"
-                else "a tool loop without its thinking" if unthought else "")
-    return obstacle and obstacle + " excludes thinking"
+    obstacles = {"a forced tool": forced, "a temperature": {"temperature", "top_k"} & set(request),
+                 "a prefill": model.prefill and messages[-1]["role"] == "assistant",
+                 "a tool loop without its thinking": unthought}
+    return next((obstacle + " excludes thinking" for obstacle, is_there in obstacles.items() if is_there), "")
 
 
 def think_little(request: dict, asked: Reasoning, draft: Draft) -> None:
@@ -2610,8 +2629,6 @@ def think(request: dict, asked: Reasoning, limit: int, messages: list[dict], dra
 # The choice among the tools, and the format of the answer, which may stand in for a forced tool.
 
 JSON_ONLY = "Answer with one JSON object only"      # how a request asks for JSON where no answer format enforces it
-
-
 MODES = {"auto": "auto", "none": "none", "required": "any", "any": "any"}       # of a choice -> Claude's type of one
 FUNCTION_TYPES = (None, "function", "custom", "tool")       # of a choice that names one of the client's tools
 
@@ -2769,7 +2786,7 @@ def answer_format(request: dict, fields: dict, choice: dict, draft: Draft) -> di
 # The whole: a chat completion request as a Messages request.
 
 ABOUT_THE_ANSWER = ("text", "response_format", "tool_choice", "function_call", "parallel_tool_calls", "stop",
-                    "verbosity", *LIMITS)
+                    "verbosity", *OUTPUT_LIMITS)
 
 
 def messages_request(fields: dict, draft: Draft, conversation: Conversation, preamble: Sequence[dict],
@@ -2843,7 +2860,6 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
 # Event-stream bytes -> events -> one message, and events as the request's plan wants them.  No I/O: feed what came,
 # get what follows from it.
 
-
 # How nearly every event begins, up to its text, with the index of its block; and how it ends behind that.
 TEXT_DELTA = re.compile(r'event: content_block_delta\ndata: \{"type": ?"content_block_delta", ?"index": ?'
                         r'(0|[1-9][0-9]{0,8}), ?"delta": ?\{"type": ?"text_delta", ?"text": ?"')
@@ -2863,7 +2879,7 @@ class EventDecoder:
         self._rest: List[bytes] = []                # the pieces of an unfinished line or event
         self._data: List[bytes] = []                # data lines of the event so far
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
-        self._at_start = True
+        self._at_start = True                       # until a byte order mark has been looked for
         self._held = 0                              # bytes since the last whole event
         # of the last text delta: what comes before its text (at first what UTF-8 has no bytes for), and its block
         self._text_begins, self._index = "\ud800", 0
@@ -3070,9 +3086,7 @@ class MessageAssembler:
 
 class BareJson:
     """Cuts the one JSON object out of a text that comes in pieces: fences and talk around it go.
-
-    A text without any object is handed on whole, at the end: the client should see what Claude answered instead.
-    """
+    A text without any object is handed on whole, at the end: the client should see what Claude answered instead."""
     START = re.compile(r'\{\s*(["}]|\Z)')           # a brace amid the talk is no object; at the end it may be one
     TOKEN = re.compile(r'\\.?|[{}\[\]"]', re.S)     # an escape, maybe cut, or what opens and closes
 
@@ -3119,8 +3133,6 @@ class BareJson:
 
 # an event of Claude's -> what the client gets for it; None where it gets nothing until the end
 Render = Optional[Callable[[dict], List[dict]]]
-
-
 BLOCK_STOP = {"type": "content_block_stop"}
 
 
@@ -3131,9 +3143,7 @@ def arguments_delta(fragment: str) -> dict:
 class PlannedEvents:
     """Claude's events as the request's plan wants them: tools by the client's names, the forced tool called, text
     cut down to its JSON.  Stands between a MessageAssembler and a renderer; a plan that asks for nothing costs nothing.
-
-    `assembler` is the one that has seen the planned events: a renderer reads there what is known only at the end.
-    """
+    `assembler` is the one that has seen the planned events: a renderer reads there what is known only at the end."""
 
     def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
         self._plan = plan
@@ -3356,9 +3366,7 @@ def named_event(event: dict) -> bytes:
 
 class Renderer:
     """Claude's events in, what the client gets for each out: no event of its API, one or several.
-
-    `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is read there.
-    """
+    `assembler` has seen the same events, planned (PlannedEvents): what is known only at the end is read there."""
 
     def __init__(self, plan: ReplyPlan, assembler: MessageAssembler) -> None:
         self._plan, self._assembler = plan, assembler
@@ -3527,7 +3535,9 @@ def carried_by(item: dict) -> dict:
     """What a compaction item carries; {} for a foreign or damaged one without text."""
     carried = value_from_encrypted(item.get("encrypted_content"))
     plain = {"type": "text", "text": text_in(item, "content") or text_in(item, "summary")}
-    return carried if summary_in(carried.get("block")) else {"block": plain} if summary_in(plain) else {}
+    if summary_in(carried.get("block")):
+        return carried
+    return {"block": plain} if summary_in(plain) else {}
 
 
 def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
@@ -3645,10 +3655,8 @@ def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[di
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                     recall: Recall | None = None, earlier: Sequence[dict] = (),
                                     compact: bool = False) -> Translation:
-    """A Responses request as a Messages request.
-
-    `earlier`: the items of the response that it continues.  `compact`: ask for a summary instead of an answer.
-    """
+    """A Responses request as a Messages request.  `earlier`: the items of the response that it continues.  `compact`:
+    ask for a summary instead of an answer."""
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)
     if "input" not in fields and "instructions" not in fields and not earlier:
@@ -4018,17 +4026,14 @@ class Answers:
         self._tools_of = Bounded(20_000)            # that digest, by a call that was made with them
         self._refused = Bounded(20_000)             # marks of thinking blocks that Claude refused
 
-    def remember(self, owner: str, model_id: str, message: dict, tools: Sequence[dict]) -> None:
-        """Keeps an answer that has tool calls and something that a client would lose of it, and its tools."""
-        call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
-        if call_ids:
-            tools = [without(tool, "cache_control") for tool in tools]
-            digest = hashlib.sha256(json.dumps(tools).encode()).hexdigest()
-            self._tools.put(digest, tools)
-            self._tools_of.put((owner, call_ids[-1]), digest)
-        if call_ids and any(block["type"] not in ("text", "tool_use") for block in message["content"]):
-            blocks = [without(block, "partial_json", "caller") for block in message["content"]
-                      if block["type"] != "text" or block.get("text", "").strip()]
+    def remember(self, owner: str, model_id: str, call_ids: Sequence[str], tools: Sequence[dict],
+                 blocks: Sequence[dict]) -> None:
+        """Keeps the tools of an answer with these calls, and its blocks, if there is a reason to give some."""
+        tools = [without(tool, "cache_control") for tool in tools]
+        digest = hashlib.sha256(json.dumps(tools).encode()).hexdigest()
+        self._tools.put(digest, tools)
+        self._tools_of.put((owner, call_ids[-1]), digest)
+        if blocks:
             self._answers.put((owner, model_id, call_ids[0]), blocks)
 
     def recall(self, owner: str, model_id: str) -> Recall:
@@ -4163,7 +4168,7 @@ class FailedKeys:
         return min(2.0, 0.05 * 2 ** min(count - 2, 6)) if count > 1 else 0.0
 
 
-class Budget:
+class Capacity:
     """An amount that is shared: bytes of bodies, connections, or requests at once.  `count` is what is taken of it."""
 
     def __init__(self, amount: int) -> None:
@@ -4297,7 +4302,7 @@ def number_or_none(text: str | None) -> float | None:
 
 # ---- Credentials -------------------------------------------------------------------------------------
 # What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
-# somebody else renews, and a stored login that renews itself.
+# somebody else renews, and a stored login that renews itself, ours or a profile of Anthropic's own tools.
 
 PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
 NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
@@ -4306,7 +4311,7 @@ Credential = Any                                    # an ApiKey, in one of its k
 
 
 class ApiKey:
-    """An Anthropic API key."""
+    """An Anthropic API key, and what all kinds of credentials have."""
     kind, described = "api_key", "API key from %s"
     preamble: Sequence[dict] = ()
     base_url = ""                                   # where it is to be used; "": at the configured address
@@ -4351,11 +4356,9 @@ class FileDamaged(GatewayError):
 
 
 class StoredFile:
-    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.
-
-    One that others may read is closed to them; another program's must be `closed` by these bits, and if PRIVATE be no
-    symlink, or it is refused.
-    """
+    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.  Ours is closed to
+    others where they may read it; another program's is refused where its mode has one of the bits in `closed`, or
+    where it is a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret."""
     kind = "file"
 
     def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
@@ -4506,8 +4509,7 @@ class StoredLogin(ApiKey):
              --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
     One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
-    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used.
-    """
+    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used."""
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
@@ -4517,7 +4519,7 @@ class StoredLogin(ApiKey):
         self._token: dict = {}
         self._stamp: Any = None                     # of the file as it was when it was read
         self._outdated = ""                         # the access token in the file while newer ones cannot be stored
-        self._spent: set = set()                    # refresh tokens that we used, or that were refused
+        self._used_refresh_tokens: set = set()      # by us, or by somebody else, as their refusal shows
         self._failures, self._retry_at = 0, 0.0
         self._unproven = ""                         # the access token of the last renewal, until Claude accepts it
 
@@ -4587,7 +4589,7 @@ class StoredLogin(ApiKey):
 
     def _renewable(self, token: dict) -> bool:
         refresh_token = text_in(token, "refresh_token")
-        return bool(self.client_id and refresh_token) and refresh_token not in self._spent
+        return bool(self.client_id and refresh_token) and refresh_token not in self._used_refresh_tokens
 
     def _due(self, token: dict) -> bool:
         """Whether a token is in its last five minutes, or in the second half of a life under ten."""
@@ -4629,7 +4631,7 @@ class StoredLogin(ApiKey):
         if token is None:                           # a logout, also of tokens that could not be stored
             self._token, self._outdated = {}, ""
         elif not self._outdated or (token["access_token"] != self._outdated
-                                    and text_in(token, "refresh_token") not in self._spent):
+                                    and text_in(token, "refresh_token") not in self._used_refresh_tokens):
             self._token, self._outdated = token, ""
 
     def _renew(self, rejected: str | None) -> None:
@@ -4640,7 +4642,8 @@ class StoredLogin(ApiKey):
         if not self._renewable(self._token):
             if rejected:                            # Claude's own message says more
                 return
-            raise CredentialNeeded(self.trouble["message"] if self.trouble and refresh_token in self._spent else
+            used = refresh_token in self._used_refresh_tokens
+            raise CredentialNeeded(self.trouble["message"] if self.trouble and used else
                                    "The stored login has expired: %s." % self.remedy)
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
@@ -4654,10 +4657,10 @@ class StoredLogin(ApiKey):
             in_file, self._token = self._token["access_token"], token_from_answer(answer, self._token)
             self._unproven, self._failures, self.trouble = self._token["access_token"], 0, None
             if self._token["refresh_token"] != refresh_token:
-                self._spent.add(refresh_token)
+                self._used_refresh_tokens.add(refresh_token)
             self._save(in_file)
         elif status in (400, 401, 403) and "invalid_grant" in json.dumps(answer):
-            self._spent.add(refresh_token)
+            self._used_refresh_tokens.add(refresh_token)
             self._stamp = None
             self._read_if_changed()                 # who else has used it has stored new tokens
             if text_in(self._token, "refresh_token") == refresh_token or not self._lives(self._token, rejected):
@@ -4929,7 +4932,7 @@ class Usage:
                 with self._lock:
                     new, self._new = self._new, sum_of()
                 total = sum_of(self._read(), new)
-                days = sorted({place[0] for place in total})[-USAGE_DAYS:]
+                days = sorted({day for day, *_ in total})[-USAGE_DAYS:]
                 self._file.write({"rows": [dict(zip(USAGE_PLACE, place), **figures) for place, figures
                                            in sorted(total.items()) if place[0] >= days[0]]})
                 self._stored, self._stamp = total, self._file.stamp()
@@ -4968,8 +4971,8 @@ class Usage:
             first_day, resets_at = period_of(period, time.time())
             fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
             try:
-                spent = sum(figures["usd"] for place, figures in self.rows().items()
-                            if place[0] >= first_day and place[3] == key)
+                spent = sum(figures["usd"] for (day, _, _, owner), figures in self.rows().items()
+                            if day >= first_day and owner == key)
             except FileDamaged as damage:
                 fault = str(damage)
             if fault:
@@ -5518,6 +5521,7 @@ class UpstreamConnection(Peer):
                     "it ended the connection instead of an answer")
             received += data
 
+
 def address_of(netloc: str, default_port: int) -> tuple[str, int]:
     """Host and port of the part of a URL that names them."""
     parts = urllib.parse.urlsplit("//" + netloc)
@@ -5567,7 +5571,7 @@ class ConnectionPool:
 def way_to(config: Config, url: str) -> Any:
     """A request of urllib to an address; through a proxy its host is the proxy's, and it names that of the tunnel."""
     way: Any = urllib.request.Request(url)
-    if way.type == "https" and config.https_proxy and not bypasses_proxy(config, way.host):
+    if way.type == "https" and is_proxied(config, way.host):
         urllib.request.ProxyHandler({}).proxy_open(way, config.https_proxy, "https")
     return way
 
@@ -5744,7 +5748,7 @@ class Upstream:
 
     def _asked(self, credential: Credential, method: str, path: str, body: bytes | None, headers: dict[str, str],
                call: UpstreamCall, beta: Sequence[str]) -> UpstreamReply:
-        """Claude's 401 to a login is answered by one renewal of its token."""
+        """A call with this credential.  Claude's 401 to a login is answered by one renewal of its token."""
         custom, hops = self._custom, ",".join(filter(None, [call.hops, self._instance_id]))
         paid, renewable = credential.headers(), True
         while True:
@@ -5785,7 +5789,7 @@ class Upstream:
         return reply
 
     def _answer(self, way: Any, call: UpstreamCall, request: tuple[str, str, dict[str, str], bytes]) -> UpstreamReply:
-        """The same, on a connection that was kept, as a TLS handshake costs 0.1 s, or on a new one."""
+        """The answer on a connection that was kept, as a TLS handshake costs 0.1 s, or on a new one."""
         key = way.type, way.host, way._tunnel_host
         connection, replaced = self.pool.take(key), False
         while True:
@@ -5816,11 +5820,12 @@ def shown_proxy(config: Config) -> str:
     return "%s://%s%s" % (proxy.scheme, "***@" if proxy.username else "", re.sub(r".*@", "", proxy.netloc))
 
 
-def bypasses_proxy(config: Config, host: str) -> bool:
-    """Whether a host, with or without its port, is asked directly: loopback always, others by NO_PROXY."""
-    return is_loopback_host(re.sub(r":\d+$", "", host)) or bool(
-        config.no_proxy and urllib.request.proxy_bypass_environment(  # type: ignore[attr-defined]
-            host, {"no": config.no_proxy}))
+def is_proxied(config: Config, host: str) -> bool:
+    """Whether a host, with or without its port, is asked by the proxy; loopback never is, nor what NO_PROXY names."""
+    if not config.https_proxy or is_loopback_host(re.sub(r":\d+$", "", host)):
+        return False
+    bypassed: Any = urllib.request.proxy_bypass_environment     # type: ignore[attr-defined]
+    return not (config.no_proxy and bypassed(host, {"no": config.no_proxy}))
 
 
 def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
@@ -5919,18 +5924,16 @@ def fault_from(fault: Exception, what: str, who: str = "The upstream") -> Gatewa
 
 # ---- Event loop --------------------------------------------------------------------------------------
 # One thread that moves every stream which waits for Claude.  With a thread for each, the interpreter lock changes
-# hands at every event: with 1,000 streams that took 200 us of CPU an event, and they came 0.8 s late; here it is 44 us
-# and 0.1 s.  All other work (reading requests, translating, calling Claude, ending a stream) stays in threads.
+# hands at every event: with 1,000 streams that costs several times the work on the event, and they come late
+# (.ci/bench.py measures it).  Reading requests, translating them, calling Claude and ending a stream stay in threads.
 
 LOOP_SIZE = 200 if os.name == "nt" else 20_000      # streams; Windows selects among 512 sockets at most
 LOOP_STEPS = 32                                     # of one stream in a row: the others wait, too
 
 
 class RunningStream:
-    """A stream on its way: what its steps yield goes to its client, whenever what it waits for is there.
-
-    `ended` is called once: whether the stream is over, or else needs a thread, and what went wrong or None.
-    """
+    """A stream on its way: what its steps yield goes to its client, whenever what it waits for is there.  `ended` is
+    called once: whether the stream is over, or else needs a thread, and what went wrong or None."""
 
     def __init__(self, client: Client, steps: Iterator[Any],
                  ended: Callable[[bool, Optional[BaseException]], None]) -> None:
@@ -6336,8 +6339,8 @@ class Gateway:
         self.tls_reported = threading.Event()
         self.upstream.on_headers = self.counters.take_limits
         self.failed_keys = FailedKeys()
-        self.body_budget = Budget(config.limits.max_bodies)
-        self.running = Budget(config.limits.max_requests)
+        self.body_budget = Capacity(config.limits.max_bodies)
+        self.running = Capacity(config.limits.max_requests)
         self.event_loop = EventLoop()
 
     def secrets(self) -> list[str]:
@@ -6417,11 +6420,11 @@ class Exchange:
         headers, changes = headers_from_claude(self._headers), self.translation.changes
         return dict(headers, **{CHANGES_HEADER: changes.header()}) if changes.reported else headers
 
-    def batches(self, translate: Render) -> Iterator[Any]:
-        """Steps with what `translate` makes of the events that arrived together; `assembler` sees them first.  An
+    def batches(self, render: Render) -> Iterator[Any]:
+        """Steps with what `render` makes of the events that arrived together; `assembler` sees them first.  An
         answer that Claude interrupts (pause_turn) is continued, as no OpenAI client could."""
         for pause in range(MOST_PAUSES + 1):
-            yield from self._batches_of_stream(translate)
+            yield from self._batches_of_stream(render)
             message = self.assembler.message
             no_summary = message["stop_reason"] == "compaction" and not any(
                 block.get("content") for block in message["content"])
@@ -6435,8 +6438,10 @@ class Exchange:
             self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
                 self._known.id, model_id))
             self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
-        self._gateway.answers.remember(self._incoming.owner, self._known.id, message,
-                                       self.translation.request.get("tools", ()))
+        call_ids = call_ids_of(message["content"])
+        if call_ids:
+            self._gateway.answers.remember(self._incoming.owner, self._known.id, call_ids,
+                                           self.translation.request.get("tools", ()), lost_blocks(message["content"]))
         if self._reply and self._reply.framing.done:    # its connection is free before the client can want another
             self.close()
 
@@ -6558,21 +6563,21 @@ class Exchange:
             model = self._known
             if "fallbacks" in self.translation.request:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
-            count_tokens(self._gateway, self._incoming.record, model, message["usage"])
+            record_usage(self._gateway, self._incoming.record, model, message["usage"])
 
-    def _batches_of_stream(self, translate: Render) -> Iterator[Any]:
+    def _batches_of_stream(self, render: Render) -> Iterator[Any]:
         for events, wait in self._event_batches():
-            translated: List[dict] = []
+            rendered: List[dict] = []
             try:
                 for event in events:
                     self.assembler.feed(event)
-                    translated += translate(event) if translate else ()
+                    rendered += render(event) if render else ()
                     if self.assembler.done:
                         break
             except GatewayError:
-                yield translated, None              # what came before the failure is the client's
+                yield rendered, None                # what came before the failure is the client's
                 raise
-            yield translated, None if self.assembler.done else wait
+            yield rendered, None if self.assembler.done else wait
             if self.assembler.done:
                 break
         else:
@@ -6593,9 +6598,8 @@ class Exchange:
 
     def _continue(self) -> None:
         """Sends an interrupted answer back unchanged, for Claude to go on with; or asks again for a summary."""
-        content = [without(block, "partial_json") for block in self.assembler.message["content"]
-                   if block["type"] != "text" or block["text"].strip()]
         request = self.translation.request
+        content = blocks_for_claude(self.assembler.message["content"])
         messages = request["messages"] + [{"role": "assistant", "content": content}]
         if self.assembler.message["stop_reason"] == "compaction":
             self._for_once["compaction"] = False
@@ -6623,13 +6627,15 @@ def betas_for(request: dict) -> list[str]:
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
     """`fallbacks` of a request, as --fallback says; None where the model does not have them."""
-    if not model.fallbacks or names[0] == "default":
-        return "default" if model.fallbacks else None
+    if not model.fallbacks:
+        return None
+    if names[0] == "default":
+        return "default"
     ids = dict.fromkeys(catalog.resolve(name).id for name in names)
     return [{"model": model_id} for model_id in ids if model_id != model.id] or None
 
 
-def count_tokens(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
+def record_usage(gateway: Gateway, record: Record, model: Model, usage: dict) -> None:
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     counts = {kind: count_of(usage.get(name)) for kind, name in TOKEN_KINDS.items()}
     cost = cost_of(model, usage)
@@ -6710,7 +6716,7 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
     options = optional(object_of, incoming.body.get("stream_options"), "stream_options", {})
     include_usage = optional(boolean_of, options.get("include_usage"), "stream_options.include_usage", False)
     history = with_history(gateway, incoming) if is_responses_body(incoming.body) else History(incoming)
-    exchange = exchange_for(gateway, *history[:2])
+    exchange = exchange_for(gateway, history.incoming, history.earlier)
     envelope = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time())}
     if not incoming.record.stream:
         completion = chat_completion_from_message(whole_message(exchange), envelope, exchange.translation.plan)
@@ -6763,8 +6769,8 @@ class History(NamedTuple):
     tokens: int = 0                                 # of all that the last response read and wrote
 
 
-def counted(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
-    """What a request names, against the budget of all bodies: a few bytes can name megabytes, many times."""
+def within_budget(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
+    """What a request names, counted in the budget of all bodies: a few bytes can name megabytes, many times."""
     weight = 6 * len(client_json(stored))           # in memory
     if not gateway.body_budget.take(weight):
         raise busy("The gateway holds too many large requests at the moment.")
@@ -6777,11 +6783,14 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     body, owner = incoming.body, incoming.owner
     if "messages" in body:
         return History(incoming)
-    given = resolved_items(body.get("input"), lambda item_id: counted(
+    given = resolved_items(body.get("input"), lambda item_id: within_budget(
         gateway, incoming, gateway.responses.item(owner, item_id)))
     compact = bool(given) and given[-1].get("type") == "compaction_trigger"
-    given = [dict(item, id=item.get("id") or "%s_%s" % ("msg" if "role" in item else "item", secrets.token_hex(16)))
-             for item in given[:len(given) - compact]]
+    if compact:
+        given.pop()
+    for at, item in enumerate(given):
+        kind = "msg" if "role" in item else "item"
+        given[at] = dict(item, id=item.get("id") or "%s_%s" % (kind, secrets.token_hex(16)))
     incoming = replace(incoming, body=dict(body, input=given if body.get("input") is not None else None))
     response_id = body.get("previous_response_id")
     if response_id is None:
@@ -6790,7 +6799,7 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
     if stored is None:
         raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
                              json.dumps(response_id), "previous_response_id", "previous_response_not_found")
-    earlier = counted(gateway, incoming, [*stored[1], *stored[2]])
+    earlier = within_budget(gateway, incoming, [*stored[1], *stored[2]])
     return History(incoming, earlier, given, compact, count_in(stored[0], "usage", "total_tokens"))
 
 
@@ -6838,7 +6847,7 @@ def compacted_first(gateway: Gateway, history: History, item_id: str) -> list[di
     # by the last response's usage, and about four bytes a token; else as Claude counts
     size = history.tokens and history.tokens + len(client_json(history.given)) // 4
     if not size and len(client_json(body)) // 2 > threshold:
-        size = counted_tokens(gateway, history)
+        size = tokens_of_request(gateway, history)
     if size <= threshold:
         return []
     exchange = exchange_for(gateway, replace(history.incoming, body=dict(body, input=items)), compact=True)
@@ -6857,7 +6866,7 @@ def compaction_threshold(body: dict) -> int:
 def compact_response(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/compact: the user's messages, and a compaction item that stands for them and all else."""
     history = with_history(gateway, incoming)
-    exchange = exchange_for(gateway, *history[:2], compact=True)
+    exchange = exchange_for(gateway, history.incoming, history.earlier, compact=True)
     message = whole_message(exchange)
     name = secrets.token_hex(16)
     output = [listed_item(item) for item in [*history.earlier, *history.given] if item.get("role") == "user"]
@@ -6917,10 +6926,10 @@ def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
 def count_input_tokens(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/responses/input_tokens, by Claude's own count."""
     history = with_history(gateway, incoming)
-    return Reply({"object": "response.input_tokens", "input_tokens": counted_tokens(gateway, history)})
+    return Reply({"object": "response.input_tokens", "input_tokens": tokens_of_request(gateway, history)})
 
 
-def counted_tokens(gateway: Gateway, history: History) -> int:
+def tokens_of_request(gateway: Gateway, history: History) -> int:
     """The tokens of a request as Claude counts them."""
     incoming = history.incoming
     request = without(exchange_for(gateway, incoming, history.earlier).translate().request, "max_tokens", "stream",
@@ -7024,9 +7033,11 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
     """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
-    choices = [{"text": (echo if "role" in text else "") + (text.get("content") or ""), "index": index,
-                "logprobs": None, "finish_reason": choice["finish_reason"]}
-               for choice in chat["choices"] for text in [choice.get("message") or choice["delta"]]]
+    choices = []
+    for choice in chat["choices"]:
+        part = choice.get("message") or choice["delta"]
+        text = (echo if "role" in part else "") + (part.get("content") or "")
+        choices.append({"text": text, "index": index, "logprobs": None, "finish_reason": choice["finish_reason"]})
     return dict(chat, id=re.sub("^chat", "", chat["id"]), object="text_completion", choices=choices)
 
 
@@ -7077,13 +7088,16 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
                    **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
     passing = PassingUsage(reply.is_stream)
 
+    def cost_so_far() -> float:
+        cost = cost_of(model, passing.usage())
+        return cost[0] if cost else 0.0
+
     def finish() -> None:
         reply.close()
         usage = passing.usage()
         if usage:
-            count_tokens(gateway, incoming.record, model, usage)
-    incoming.held.callback(gateway.usage.running(incoming.record.owner, lambda: (
-        cost_of(model, passing.usage()) or (0.0,))[0]))
+            record_usage(gateway, incoming.record, model, usage)
+    incoming.held.callback(gateway.usage.running(incoming.record.owner, cost_so_far))
     incoming.held.callback(finish)
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, event_bytes=named_event,
                  failure=lambda failure: [failure.for_anthropic()[2]])
@@ -7365,20 +7379,29 @@ USAGE_COLUMNS = ("requests", "errors", "tokens in", "cached", "tokens out", "cos
 REQUEST_COLUMNS = ("time", "tool", "model", "status", *USAGE_COLUMNS[2:], "first byte, all")
 
 
+def token_cells(input_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float | None) -> list[str]:
+    """Texts for the last four of USAGE_COLUMNS."""
+    return ["{:,}".format(input_tokens), "%d%%" % percent(cached_tokens, input_tokens), "{:,}".format(output_tokens),
+            "" if cost_usd is None else dollars(cost_usd)]
+
+
 def usage_row(requests: int, failed: int, input_tokens: int, cached_tokens: int, output_tokens: int,
               cost_usd: float | None) -> list[str]:
     """Texts for USAGE_COLUMNS."""
-    return [*map("{:,}".format, (requests, failed, input_tokens)), "%d%%" % percent(cached_tokens, input_tokens),
-            "{:,}".format(output_tokens), "" if cost_usd is None else dollars(cost_usd)]
+    return ["{:,}".format(requests), "{:,}".format(failed),
+            *token_cells(input_tokens, cached_tokens, output_tokens, cost_usd)]
 
 
 def request_row(each: dict) -> list[str]:
     """Texts for REQUEST_COLUMNS."""
+    moment = time.strftime("%H:%M:%S", time.localtime(each["time"]))
     models = " -> ".join(dict.fromkeys(filter(None, (each["asked"], each["used"])))) or each["path"]
-    usage = [""] * 4 if each["input_tokens"] is None else usage_row(
-        0, 0, each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])[2:]
-    return [time.strftime("%H:%M:%S", time.localtime(each["time"])), each["tool"], models, "%d%s" % (
-        each["status"], " stream" * each["stream"]), *usage, "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])]
+    status = "%d%s" % (each["status"], " stream" if each["stream"] else "")
+    tokens = [""] * 4
+    if each["input_tokens"] is not None:
+        tokens = token_cells(each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])
+    times = "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])
+    return [moment, each["tool"], models, status, *tokens, times]
 
 
 def status_data(gateway: Gateway) -> dict:
@@ -7412,9 +7435,9 @@ def last_days(usage: Usage) -> list[dict]:
     """Costs and requests of the last thirty days, [] where they are not counted."""
     with contextlib.suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
-        moments = (time.time() - 86_400 * back for back in range(29, -1, -1))
-        return [dict({name: days.get(day, {}).get(name, 0) for name in ("usd", "requests")}, day=day)
-                for day in map(day_of, moments) if days]
+        shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
+        return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
+                for day in shown]
     return []
 
 
@@ -7431,7 +7454,8 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
         return Reply({"status": "ok", "version": VERSION, "key_needed": True})
     if incoming.query == "setup":                   # for the page, at the address that the browser used
         host = incoming.headers.get("host") or "localhost"
-        config = replace(gateway.config, port=int((re.search(r":(\d+)\Z", host) or ("", 80))[1]))
+        port = re.search(r":(\d+)\Z", host)
+        config = replace(gateway.config, port=int(port.group(1)) if port else 80)
         return Reply({name: as_typed(setup_text(name, config)).replace("localhost:%d" % config.port, host)
                       for name in TOOL_SETTINGS})
     return Reply(status_data(gateway))
@@ -7732,16 +7756,18 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
     """The endpoint of a path; `typed` is how the client wrote it."""
     methods = ROUTES.get(path)
     if methods is None:
-        without_counterpart = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
-        raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
-            without_counterpart.group(1), printable(path)) if without_counterpart else
-            "There is nothing at %s %s; served are %s." % (
-                method, printable(typed), ", ".join(route for route in ROUTES if "{" not in route)))
+        foreign = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
+        if foreign:
+            raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
+                foreign.group(1), printable(path)))
+        served = ", ".join(route for route in ROUTES if "{" not in route)
+        raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
+            method, printable(typed), served))
     endpoint = methods.get("GET" if method == "HEAD" else method)
     if endpoint is None:
         names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (
-            printable(typed), method, "; a chat completion is POST /v1/chat/completions" if path == "/" else ""),
+        hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
+        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
                       headers={"allow": ", ".join(names)})
     return endpoint
 
@@ -8268,8 +8294,8 @@ class Listener(socketserver.ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], family: int, gateway: Gateway) -> None:
         self.address_family = family                # type: ignore[assignment,unused-ignore]
         self.gateway = gateway
-        self._connections = Budget(gateway.config.limits.max_connections)
-        super().__init__(address, Connection)       # type: ignore[arg-type]
+        self._connections = Capacity(gateway.config.limits.max_connections)
+        super().__init__(address, Connection)       # type: ignore[arg-type]  # only process_request_thread makes one
 
     def server_bind(self) -> None:
         if os.name == "nt":
@@ -8389,6 +8415,9 @@ def listeners_on(host: str, port: int, gateway: Gateway) -> list[Listener]:
 
 SIMULATED = "This is a simulated answer: the gateway runs in demo mode, and no model was asked. "
 HOLD = "(simulation: begin an answer and never end it)"      # as the prompt of a request, for `selftest`
+# Type of a block -> what of it is streamed, in deltas of which type, as which field of them
+SIMULATED_DELTAS = {"text": ("text", "text_delta", "text"), "thinking": ("thinking", "thinking_delta", "thinking"),
+                    "tool_use": ("input", "input_json_delta", "partial_json")}
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
@@ -8419,14 +8448,14 @@ def simulated_usage(request: dict, seen: Bounded) -> dict:
     """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
-    total, marked = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
+    total, has_mark = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
     read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
-    for part in prompt if marked else ():
+    for part in prompt if has_mark else ():
         digest.update(json.dumps(without(part, "cache_control")).encode())
         so_far += about_tokens(part)
         read = so_far if seen.get(digest.hexdigest()) else read
         seen.put(digest.hexdigest(), True)
-    written = total - read if marked else 0
+    written = total - read if has_mark else 0
     return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
             "cache_read_input_tokens": read}
 
@@ -8481,16 +8510,14 @@ def simulated_events(message: dict) -> Iterator[dict]:
     """The events that stream a message, its text word by word."""
     for event in events_from_message(message):
         block = event.get("content_block", {})
-        field, delta = {"text": ("text", "text_delta"), "thinking": ("thinking", "thinking_delta"),
-                        "tool_use": ("input", "input_json_delta")}.get(block.get("type", ""), ("", ""))
-        if not field:
+        if block.get("type") not in SIMULATED_DELTAS:
             yield event
             continue
-        whole = json.dumps(block["input"]) if field == "input" else block[field]
-        yield dict(event, content_block=dict(block, **{field: {} if field == "input" else ""}))
-        name = {"input": "partial_json"}.get(field, field)
+        field, kind, name = SIMULATED_DELTAS[block["type"]]
+        whole, nothing = (json.dumps(block["input"]), {}) if field == "input" else (block[field], "")
+        yield dict(event, content_block=dict(block, **{field: nothing}))
         for piece in re.findall(r"\s*\S+|\s+", whole):
-            yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": delta, name: piece}}
+            yield {"type": "content_block_delta", "index": event["index"], "delta": {"type": kind, name: piece}}
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
@@ -8520,16 +8547,14 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         elif not request.get("stream"):
             self._send("application/json", client_json(answer))
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
-            self._send("text/event-stream", b"data: %s\n\n" % client_json(next(simulated_events(answer))), more=1_000)
+            self._send("text/event-stream", named_event(next(simulated_events(answer))), more=1_000)
             self.wfile.flush()
             with contextlib.suppress(OSError):
                 self.connection.recv(1)             # until the gateway closes the connection
             self.server.abandoned.set()
             self.close_connection = True
         else:
-            self._send("text/event-stream", b"".join(
-                b"event: %s\ndata: %s\n\n" % (event["type"].encode(), client_json(event))
-                for event in simulated_events(answer)))
+            self._send("text/event-stream", b"".join(map(named_event, simulated_events(answer))))
 
     def _send(self, kind: str, body: bytes, status: int = 200, more: int = 0) -> None:
         self.send_response(status)
@@ -8597,10 +8622,10 @@ WHOLE_LINE = 185                                    # columns of a request's lin
 class LogFormatter(logging.Formatter):
     """One line per entry, as text or JSON; secrets are masked, long base64 in payloads is cut."""
 
-    def __init__(self, secrets: Callable[[], list[str]], as_json: bool, colour: bool = False,
+    def __init__(self, secrets_known: Callable[[], list[str]], as_json: bool, colour: bool = False,
                  with_names: bool = False, columns: Callable[[], int] | None = None) -> None:
         super().__init__()
-        self._secrets, self.as_json, self._colour, self._with_names = secrets, as_json, colour, with_names
+        self._secrets, self.as_json, self._colour, self._with_names = secrets_known, as_json, colour, with_names
         self._columns = columns                     # of the terminal, None where there is none
 
     def format(self, record: logging.LogRecord) -> str:
@@ -8609,26 +8634,34 @@ class LogFormatter(logging.Formatter):
         columns = self._columns() if short and self._columns and not self.as_json else 0
         if 0 < columns < WHOLE_LINE:
             record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
-        message = as_typed(super().format(record) if record.exc_info else record.getMessage()) if payload is None else \
-            str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
-        message = masked(message, self._secrets())
-        if payload is not None:                     # last: the beginning of a secret is not recognised
-            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...", message)
-        if not self.as_json:                        # JSON has escapes of its own; only a traceback has several lines
-            if self._with_names and record.threadName and record.threadName.startswith(LOG_NAME):
-                message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
-            moment = time.strftime("%H:%M:%S", time.localtime(record.created))
-            message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
-            if not self._colour:
-                return "%s %s" % (moment, message)
-            status = getattr(record, "fields", {}).get("status", 0)
-            colour = "31" if record.levelno >= logging.ERROR or status >= 500 else \
-                "33" if record.levelno == logging.WARNING or status >= 400 else ""       # failures red, refusals yellow
-            return "\x1b[2m%s\x1b[0m %s" % (moment, "\x1b[%sm%s\x1b[0m" % (colour, message) if colour else message)
+        if payload is None:
+            message = masked(as_typed(super().format(record) if record.exc_info else record.getMessage()),
+                             self._secrets())
+        else:                                       # cut last: the beginning of a secret is not recognised
+            message = str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
+            message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...",
+                             masked(message, self._secrets()))
+        if not self.as_json:
+            return self._text_line(record, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
                   for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
+
+    def _text_line(self, record: logging.LogRecord, message: str) -> str:
+        """Time and message, which only with a traceback has several lines; failures are red, refusals yellow."""
+        if self._with_names and record.threadName and record.threadName.startswith(LOG_NAME):
+            message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
+        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
+        if not self._colour:
+            return "%s %s" % (moment, message)
+        status = getattr(record, "fields", {}).get("status", 0)
+        if record.levelno >= logging.ERROR or status >= 500:
+            message = "\x1b[31m%s\x1b[0m" % message
+        elif record.levelno == logging.WARNING or status >= 400:
+            message = "\x1b[33m%s\x1b[0m" % message
+        return "\x1b[2m%s\x1b[0m %s" % (moment, message)
 
 
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
@@ -8854,7 +8887,7 @@ def headers_from(variable: str, lines: str) -> tuple[tuple[str, str], ...]:
 
 
 RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content-length", "transfer-encoding", "te",
-               "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
+                    "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
 
 
 def checked_base_url(variable: str, url: str) -> str:
@@ -8878,6 +8911,7 @@ def checked_proxy(variable: str, url: str) -> str:
     return url
 
 
+# A switch that is off is one that is not set
 SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": None, "false": None, "no": None, "off": None}
 
 
@@ -8914,16 +8948,15 @@ VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
     "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", lambda variable, scopes: scopes),
 }
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
+LEVEL_VARIABLES = ["CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS]
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
 OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
-def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
-    given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
+def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bool) -> dict[str, Any]:
+    """The options that are set, by their fields: flags over variables, of which `offline` reads the command's own."""
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
-        given = without(given, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
-    offline = parsed.command in OFFLINE
+        given = without(given, *LEVEL_VARIABLES)
     fields: dict[str, Any] = {}
     for option in OPTIONS:
         value, setting = getattr(parsed, option.field, None), "--" + option.name
@@ -8934,6 +8967,14 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
             read = CHECKS.get(option.name, lambda setting, text: text)
             fields[option.field] = tuple(read(setting, text) for text in value) if option.repeatable else \
                 read(setting, value)
+    return fields
+
+
+def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
+    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
+    given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
+    offline = parsed.command in OFFLINE
+    fields = option_values(parsed, given, offline)
     fields["host"], *more_hosts = dict.fromkeys(fields.get("host", ["localhost"]))
     fields["more_hosts"] = tuple(more_hosts)
     levels = [name for name in LOG_LEVELS if fields.get(name)]
@@ -9014,9 +9055,7 @@ def local_answer(config: Config, body: dict | None = None, key: str = "", timeou
 
 def running_status(config: Config, key: str = "", path: str = "/") -> dict | None:
     """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
-
-    With another path, the JSON object that it answers there.
-    """
+    With another path, the JSON object that it answers there."""
     try:
         with local_answer(config, key=key, path=path) as response:
             status = json.loads(response.read(1_000_000).decode("utf-8"))
@@ -9045,13 +9084,15 @@ def port_finding(config: Config) -> Finding:
 
 def proxy_finding(config: Config) -> Finding:
     """The proxy on the way to Claude, without its credentials."""
-    exempt = bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc)
-    return Finding("Proxy", shown_proxy(config) + (
-        ", but not for the upstream: it is in NO_PROXY, or on this machine" if exempt else "")
-                   if config.https_proxy else "none")
+    if not config.https_proxy:
+        return Finding("Proxy", "none")
+    is_used = is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc)
+    hint = "" if is_used else ", but not for the upstream: it is in NO_PROXY, or on this machine"
+    return Finding("Proxy", shown_proxy(config) + hint)
 
 
 def authorities_finding(config: Config) -> Finding:
+    """Whose certificates are trusted."""
     step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2] \
         if sys.platform == "darwin" else "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
     try:
@@ -9084,9 +9125,12 @@ def machine_findings(config: Config) -> Iterator[Finding]:
 
 
 def step_for_fault(message: str) -> str:
-    return "claude-gateway start --relax-x509" if "--relax-x509" in message else \
-        "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor" if "authority is unknown" in message else \
-        "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
+    """What to do next where the upstream could not be reached."""
+    if "--relax-x509" in message:
+        return "claude-gateway start --relax-x509"
+    if "authority is unknown" in message:
+        return "SSL_CERT_FILE=/path/to/the/company-ca.pem claude-gateway doctor"
+    return "Check the network, HTTPS_PROXY and ANTHROPIC_BASE_URL."
 
 
 def issuer_of(host: str, port: int) -> str:
@@ -9109,15 +9153,16 @@ def clock_finding(date: str) -> Finding:
         skew = time.time() - email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
         return Finding("Clock", "the upstream sent no Date header", "Check this machine's clock yourself.")
-    return Finding("Clock", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.") if abs(skew) > 60 else \
-        Finding("Clock", "within a minute of the upstream's")
+    if abs(skew) > 60:
+        return Finding("Clock", "%+d seconds off the upstream's" % skew, "Set the clock by NTP.")
+    return Finding("Clock", "within a minute of the upstream's")
 
 
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     """The way to Claude: name, connection, certificate, clock, in this order, up to the first that fails."""
     parts = urllib.parse.urlsplit(config.base_url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    proxied = bool(config.https_proxy) and not bypasses_proxy(config, parts.netloc)
+    host, port = address_of(parts.netloc, 443 if parts.scheme == "https" else 80)
+    proxied = is_proxied(config, parts.netloc)
     if not proxied:
         try:
             found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
@@ -9136,9 +9181,11 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
             " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
         return
     detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
-    yield Finding("Upstream", detail + ", and is a claude-gateway itself",
-                  "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.") \
-        if headers.get("server", "").startswith("claude-gateway") else Finding("Upstream", detail)
+    if headers.get("server", "").startswith("claude-gateway"):
+        yield Finding("Upstream", detail + ", and is a claude-gateway itself",
+                      "Unset ANTHROPIC_BASE_URL, unless one gateway is meant to call another.")
+    else:
+        yield Finding("Upstream", detail)
     yield clock_finding(headers.get("date", ""))
 
 
@@ -9163,7 +9210,6 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
 
 
 OWN_APPS_ONLY = "Anthropic's terms allow this kind of token in its own apps only"
-
 REFUSED_STEPS = {"api_key": "Check ANTHROPIC_API_KEY at https://platform.claude.com",
                  "bearer_token": "Renew the token in the variable, or unset it.", "oauth": "claude-gateway login",
                  "profile": "ant auth login"}
@@ -9188,17 +9234,17 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
-    completions = []
+    answers: List[Any] = []
     with contextlib.closing(Gateway(config, credential)) as gateway:
         try:
             for incoming in (Incoming(body), Incoming(body)):
                 with incoming.held:
-                    completions.append(chat_completions(gateway, incoming).body)
+                    answers.append(chat_completions(gateway, incoming).body)
         except GatewayError as fault:
             yield Finding("Live call", str(fault), "See Claude's message.", UNREACHABLE)
             return
-    answer, usage = completions[0]["choices"][0]["message"]["content"] or "", completions[1]["usage"]
-    yield Finding("Live call", "%s answered %s" % (completions[0]["model"], json.dumps(answer[:40])))
+    text, usage = answers[0]["choices"][0]["message"]["content"] or "", answers[1]["usage"]
+    yield Finding("Live call", "%s answered %s" % (answers[0]["model"], json.dumps(text[:40])))
     read = usage["prompt_tokens_details"]["cached_tokens"]
     yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), "" if read else
                   "Run this again; if nothing is read then, the upstream does not cache.")
@@ -9214,7 +9260,7 @@ def findings(config: Config, live: bool) -> Iterator[Finding]:
     levels: Dict[str, str] = {}
     with contextlib.closing(Upstream(config, "")) as upstream:
         def later() -> Iterator[Finding]:
-            if levels.get("Upstream", "failed") != "failed" != levels["Credential"]:
+            if "failed" not in (levels.get("Upstream", "failed"), levels["Credential"]):
                 yield acceptance_finding(upstream)
             if live and upstream.credential and levels.get("Accepted") == "ok":
                 yield from live_findings(config, upstream.credential)
@@ -9398,8 +9444,7 @@ def check_exposure(config: Config) -> None:
 
 def is_own_address(config: Config) -> bool:
     parts = urllib.parse.urlsplit(config.base_url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    host = (parts.hostname or "").lower()
+    host, port = address_of(parts.netloc, 443 if parts.scheme == "https" else 80)
     return port == config.port and (is_loopback_host(host) or host in map(str.lower, config.hosts))
 
 
@@ -9457,17 +9502,19 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
     else:
         say("Upstream: %s with %s" % (gateway.upstream.base_url,
                                       credential.description if credential else "no credential"))
-        if config.https_proxy and not bypasses_proxy(config, urllib.parse.urlsplit(config.base_url).netloc):
+        if is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc):
             say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
             say("Note: %s; an API key is always fine. (See `claude-gateway login --help`.)" % OWN_APPS_ONLY)
-    say("Clients: %s" % ("an API key is required" if len(config.api_key) == 1 else "one of %d API keys is required" %
-                         len(config.api_key) if config.api_key else "no API key needed; any value is accepted"))
+    keys = "one of %d API keys is" % len(config.api_key) if len(config.api_key) > 1 else "an API key is"
+    say("Clients: %s" % (keys + " required" if config.api_key else "no API key needed; any value is accepted"))
     if config.alias:
         say("Aliases: %s" % aliases_text(config.alias))
-    everywhere = config.host in ("0.0.0.0", "::")   # no address to connect to
-    say("Paste into your tool:  base URL %s   model sonnet" % (service.url if not everywhere else "http://%s:%d/v1" % (
-        config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE", service.port)))
+    url, everywhere = service.url, config.host in ("0.0.0.0", "::")     # which are no addresses to connect to
+    if everywhere:
+        name = config.allow_host[0] if config.allow_host else "ADDRESS-OF-THIS-MACHINE"
+        url = "http://%s:%d/v1" % (name, service.port)
+    say("Paste into your tool:  base URL %s   model sonnet" % url)
     if everywhere and not config.allow_host:
         say("To call this machine by a name, for instance %s, add --allow-host NAME" %
             printable(socket.gethostname()))
@@ -9804,11 +9851,11 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
         entries = (running_status(config, path="/v1/models") or {}).get("data")
     if not entries:
         try:
-            listed = Gateway(config).upstream.models()
+            live = Gateway(config).upstream.models()
         except GatewayError as fault:
             say("The upstream returned no list, so this is the built-in one: %s" % fault)
-            listed = None
-        entries = [model_entry(*named) for named in Catalog(listed or (), config.alias).names()]
+            live = None
+        entries = [model_entry(*named) for named in Catalog(live or (), config.alias).names()]
     if parsed.json:
         print_json(entries)
         return OK
@@ -9842,7 +9889,7 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
             found.append(Finding("Settings", str(fault), "Correct %s; the checks below use the default." % (
                 fault.setting or "it"), USAGE))
             if not fault.setting:                   # two that exclude each other
-                environment = without(environment, *("CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS))
+                environment = without(environment, *LEVEL_VARIABLES)
             environment = without(environment, fault.setting)
             if fault.setting.startswith("--"):
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
@@ -9850,11 +9897,11 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
 
 def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
-    config, wrong = usable_config(parsed, dict(os.environ))
+    config, doubts = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
     home = os.path.expanduser("~")
     found = []
-    for finding in itertools.chain(wrong, findings(config, parsed.live)):
+    for finding in itertools.chain(doubts, findings(config, parsed.live)):
         detail = visible(masked(finding.detail, config.secrets()))
         finding = finding._replace(detail=detail, step=as_typed(finding.step))
         found.append(finding)
@@ -10079,7 +10126,8 @@ def argument_parser() -> Parser:
                     "action": "append" if option.repeatable else "store", "metavar": option.metavar,
                     "choices": option.choices or None}
                 text = option.help + "; repeatable" * option.repeatable
-                command.add_argument(*["-" + option.short, "--" + option.name][not option.short:], **kind,
+                spellings = ["-" + option.short, "--" + option.name] if option.short else ["--" + option.name]
+                command.add_argument(*spellings, **kind,
                                      help=text if name == "start" else ELSEWHERE.get(option.name, text))
         for argument in arguments:
             if argument in EXTRA_ARGUMENTS:

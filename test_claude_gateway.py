@@ -9,7 +9,7 @@ the same banners; then library, real SDK, recorded traffic, README and the file 
 
 To add a test, go to its room and derive from `GatewayTestCase`, or from `RequestTestCase` for what a request becomes:
 
-    def test_a_stop_sequence_that_was_met_is_told(self):
+    def test_a_stop_sequence_that_was_met_ends_the_answer(self):
         self.claude.play(message(text("One"), stop_reason="stop_sequence"))     # the next answer of Claude
         answer = self.chat("Count", stop=["Two"])                               # over a real socket
         self.assertEqual(answer.json["choices"][0]["finish_reason"], "stop")    # what the client gets
@@ -8209,7 +8209,7 @@ class BodyTests(HttpTestCase):
 
     def test_bodies_in_flight_share_a_budget(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(1_000)
+        service.gateway.body_budget = claude_gateway.Capacity(1_000)
         answer = self.chat("a" * 2_000)
         self.assertEqual((answer.status, answer.error["code"]), (503, "gateway_busy"))
         self.assertGreaterEqual(int(answer.headers["retry-after"]), 1)
@@ -8218,7 +8218,7 @@ class BodyTests(HttpTestCase):
 
     def test_an_early_refusal_is_told_although_there_is_no_room_for_its_body(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(10)
+        service.gateway.body_budget = claude_gateway.Capacity(10)
         answer, = self.exchanged(request_bytes("POST /nowhere HTTP/1.1", "Host: localhost", "Content-Length: 50",
                                                body=b"a" * 50))
         self.assertEqual((answer.status, answer.headers["connection"]), (404, "close"))
@@ -8236,7 +8236,7 @@ class BodyTests(HttpTestCase):
         for framing in ("Content-Length: 900000", "Transfer-Encoding: chunked"):
             with self.subTest(framing):
                 service = self.start()
-                service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+                service.gateway.body_budget = claude_gateway.Capacity(1_000_000)
                 for _ in range(5):
                     waiting = self.connect()
                     waiting.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", framing,
@@ -8249,7 +8249,7 @@ class BodyTests(HttpTestCase):
                               ("Transfer-Encoding: chunked", b"e7ef0\r\n" + b"x" * 900_000)):
             with self.subTest(framing):
                 service = self.start()
-                service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+                service.gateway.body_budget = claude_gateway.Capacity(1_000_000)
                 waiting = self.connect()
                 waiting.sendall(request_bytes("POST /v1/chat/completions HTTP/1.1", "Host: localhost", framing,
                                               body=body))
@@ -8265,7 +8265,7 @@ class BodyTests(HttpTestCase):
                 ("one wide character", 20_000_000, "a" * 5_000_000, {"user": "a" * 5_000_000 + "\U0001f600"}),
                 ("an escaped one", 20_000_000, "a" * 5_000_000, {"user": "a" * 5_000_000 + "\\ud83d\\ude00"})):
             with self.subTest(name):
-                service.gateway.body_budget = claude_gateway.Budget(room)
+                service.gateway.body_budget = claude_gateway.Capacity(room)
                 self.assertEqual(self.chat(usual).status, 200)
                 self.assertTrue(eventually(lambda: service.gateway.body_budget.count == 0))
                 answer = self.chat(**costly)
@@ -8274,14 +8274,14 @@ class BodyTests(HttpTestCase):
 
     def test_an_unpacked_body_counts_against_the_budget_with_its_real_size(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(1_000_000)
+        service.gateway.body_budget = claude_gateway.Capacity(1_000_000)
         body = CHAT_BODY.replace(b"Hello", b"a" * 2_000_000)
         answer = self.ask("POST", "/v1/chat/completions", gzip.compress(body), {"content-encoding": "gzip"})
         self.assertEqual(answer.status, 503)
 
     def test_a_packed_body_is_unpacked_only_where_the_budget_has_room_for_what_it_may_become(self):
         service = self.start()
-        service.gateway.body_budget = claude_gateway.Budget(Limits.max_body + 1_000)
+        service.gateway.body_budget = claude_gateway.Capacity(Limits.max_body + 1_000)
         packed, headers = gzip.compress(CHAT_BODY), {"content-encoding": "gzip"}
         for _ in range(2):                              # the room is given back
             self.assertEqual(self.ask("POST", "/v1/chat/completions", packed, headers).status, 200)
@@ -8297,7 +8297,7 @@ class BodyTests(HttpTestCase):
                  Limits.max_body + 1_000)):
             with self.subTest(name):
                 service = self.start()
-                service.gateway.body_budget = claude_gateway.Budget(room)
+                service.gateway.body_budget = claude_gateway.Capacity(room)
                 arrived, release = threading.Event(), threading.Event()
                 self.addCleanup(release.set)
                 reply = FakeReply(pieces=[sse(events_of(message(text("late"))))], hold=[release])
@@ -12470,7 +12470,7 @@ class ClientKeyTests(HttpTestCase):
 
     def test_a_slowed_refusal_takes_no_place_from_a_correct_key(self):
         service = self.start(api_key=("first-key",))
-        service.gateway.running = claude_gateway.Budget(1)
+        service.gateway.running = claude_gateway.Capacity(1)
         for _ in range(9):
             service.gateway.failed_keys.penalty("127.0.0.1")
         wrong = self.connect()
@@ -12544,7 +12544,7 @@ class ConnectionTests(HttpTestCase):
 
     def test_requests_beyond_the_cap_are_503_and_later_ones_are_served(self):
         service = self.start()
-        service.gateway.running = claude_gateway.Budget(1)
+        service.gateway.running = claude_gateway.Capacity(1)
         connection, release = self.held_chat()
         for method, path, body in (("POST", "/v1/chat/completions", CHAT_BODY), ("GET", "/v1/models", None)):
             answer = self.ask(method, path, body)
@@ -12575,7 +12575,7 @@ class ConnectionTests(HttpTestCase):
 
     def test_connections_beyond_the_cap_are_told_so(self):
         service = self.start()
-        service.listeners[0]._connections = claude_gateway.Budget(1)
+        service.listeners[0]._connections = claude_gateway.Capacity(1)
         first = self.connect()
         first.sendall(request_bytes("GET /health HTTP/1.1", "Host: localhost"))
         self.assertIn(b"HTTP/1.1 200 ", received_until(first, b"\r\n\r\n"))
@@ -12591,7 +12591,7 @@ class ConnectionTests(HttpTestCase):
             raise RuntimeError("can't start new thread")
 
         listener = self.start().listeners[0]
-        listener._connections = claude_gateway.Budget(1)
+        listener._connections = claude_gateway.Capacity(1)
         with self.assertLogs(claude_gateway.LOG, "ERROR"):
             listener.process_request = no_thread
             self.assertEqual(received_until(self.connect(), b"\r\n\r\n"), b"")
@@ -15889,6 +15889,13 @@ class FileTests(unittest.TestCase):
     def test_every_place_that_starts_a_program_is_in_the_docstring(self):
         self.assertEqual(self.promised("Places that start another program:"), self.places(
             lambda node: isinstance(node, ast.Attribute) and self.STARTING.fullmatch(dotted(node))))
+
+    def test_every_room_that_connects_writes_or_starts_a_program_is_among_those_to_read(self):
+        to_read = self.promised("What to read before trusting it with a credential:")
+        for what in ("Places that connect:", "Places that write:", "Places that start another program:"):
+            for name in self.promised(what):
+                with self.subTest(name):
+                    self.assertIn(self.ROOMS[self.room_of(name)], to_read)
 
     def test_tests_stand_in_the_order_of_the_rooms(self):
         tested = [room for room in rooms_in(self.TESTS).values() if room in self.ROOMS]
