@@ -343,7 +343,9 @@ def host_in(url: str) -> str:
         usable = parts.scheme in ("http", "https") and (parts.port or 1)
     except ValueError:
         return ""
-    return parts.hostname or "" if usable and not (parts.username or parts.query or parts.fragment) else ""
+    # who connects would undo a %, and might find another host
+    plain = not (re.search(r"[@%\\]", parts.netloc) or parts.query or parts.fragment)
+    return parts.hostname or "" if usable and plain else ""
 
 
 GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
@@ -2884,7 +2886,8 @@ class EventDecoder:
         self._skip_newline = False                  # the last byte was CR: a LF right after it ends no line
         self._at_start = True                       # until a byte order mark has been looked for
         self._held = 0                              # bytes since the last whole event
-        self._text_begins, self._index = "\n", 0    # of the last text delta: what comes before its text, and its block
+        # of the last text delta: what comes before its text (at first what UTF-8 has no bytes for), and its block
+        self._text_begins, self._index = "\ud800", 0
 
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
@@ -3019,6 +3022,8 @@ class MessageAssembler:
         for field in texts + [field for field in ("text", "thinking") if block.get(field) is not None]:
             if not isinstance(block[field], str):
                 raise TypeError("a field of a block is no string")
+        if block["type"] == "text":
+            block["text"] = block.get("text") or ""
         if not isinstance(block.get("citations") or [], list):
             raise TypeError("the citations of a block are no list")
         self.message["content"].append(block)
@@ -3498,7 +3503,7 @@ SUMMARY = "Summary of the conversation so far, from which to go on:\n\n"
 
 def encrypted_from(value: dict) -> str:
     """A signed block, or a compaction, as `encrypted_content`: opaque to clients, and all we need to give it back."""
-    return OUR_ENCODING + base64.urlsafe_b64encode(json.dumps(value, ensure_ascii=False).encode("utf-8")).decode()
+    return OUR_ENCODING + base64.urlsafe_b64encode(client_json(value)).decode()
 
 
 def value_from_encrypted(encrypted: Any) -> dict:
@@ -4285,7 +4290,7 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
         moment = number_or_none(reset)
         resets_at = unix_time(reset) if moment is None else int(moment) if 0 < moment < 1e11 else None
         limit, left = (number_or_none(headers.get(plain + name)) for name in ("limit", "remaining"))
-        if used is None and limit and left is not None:
+        if used is None and limit and limit >= 1 and left is not None:
             used = 1 - left / limit
         if used is not None:
             limits.append({"window": window, "title": title, "used": round(max(0.0, used), 4), "resets_at": resets_at,
@@ -5197,6 +5202,7 @@ class HeadReader:
         if end:
             lines = received[:size].decode("latin-1").replace("\r\n", "\n").split("\n")
             del received[:size]
+            self.skipped, self._searched, self._line_ends = self.skipped + size, 0, 0
             return lines[:-2]
         if self._line_ends and not before:
             self._check_first(received[:received.index(b"\n") + 1].decode("latin-1").replace("\r\n", "\n")[:-1])
@@ -5305,7 +5311,7 @@ class BodyFraming:
     def __init__(self, chunked: bool, length: int | None) -> None:
         self._chunked = chunked
         self._left = 0 if chunked else length       # bytes of the chunk or body; None: until the connection ends
-        self._in_chunk = self._in_trailers = False
+        self._in_chunk, self._in_trailers, self._trailers = False, False, 0
         self.done = length == 0 and not chunked
         self.rest = b""                             # a line that has only begun; behind the end, what is not the body's
         self.surplus = self.done                    # more came than the body, or might have where nothing is read
@@ -5367,7 +5373,9 @@ class BodyFraming:
         """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
         line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
         if self._in_trailers:
-            self.done = not line
+            self.done, self._trailers = not line, self._trailers + 1
+            if self._trailers == MAX_HEADERS and line:
+                raise self._fault("too many trailers")
         elif self._in_chunk:
             if line:
                 raise self._fault("a chunk that is longer than its size")
@@ -5394,7 +5402,7 @@ class RequestFraming(BodyFraming):
 
     def __init__(self, length: int | None, limit: int) -> None:
         super().__init__(length is None, length)
-        self._limit, self._room, self._trailers = limit, limit, 0
+        self._limit, self._room = limit, limit
         if length is not None and length > limit:
             raise self._too_large()
 
@@ -5405,10 +5413,7 @@ class RequestFraming(BodyFraming):
     def _line(self, line: bytes) -> None:
         if not line.endswith(b"\r\n"):
             raise self._fault("a chunk line that does not end in CRLF")
-        self._trailers += self._in_trailers
         super()._line(line)
-        if self._trailers == MAX_HEADERS and not self.done:
-            raise self._fault("too many trailers")
 
     def _begin_chunk(self, size: int) -> None:
         super()._begin_chunk(size)
@@ -5451,12 +5456,13 @@ class UpstreamConnection(Peer):
     def __init__(self, way: Any, tls: Callable[[], ssl.SSLContext], call: UpstreamCall) -> None:
         """Connects; `way` (way_to) names the proxy as its host where there is a tunnel to another one."""
         tunnel, context = way._tunnel_host, tls() if way.type == "https" else None
-        sock = socket.create_connection(address_of(way.host, 443 if context else 80), CONNECT_TIMEOUT)
+        sock = socket.create_connection(address_of(way.host, 443 if context and not tunnel else 80), CONNECT_TIMEOUT)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             super().__init__(sock)
             if tunnel:
-                target, call = "%s:%d" % address_of(tunnel, 443), replace(call, patience=CONNECT_TIMEOUT)
+                target = tunnel if re.search(r":\d+\Z", tunnel) else tunnel + ":443"
+                call = replace(call, patience=CONNECT_TIMEOUT)
                 self.ask("CONNECT", target, dict({"host": target}, **way.headers), b"", call)   # with the proxy's key
                 head = self.answer(call)
                 if head.status != 200:
@@ -5486,8 +5492,10 @@ class UpstreamConnection(Peer):
     def answer(self, call: UpstreamCall) -> UpstreamHead:
         """The head of the answer; interim ones before it are passed over (RFC 9110, 15.2).  Raises BadStatusLine."""
         received, head = bytearray(), None
+        reader = HeadReader(received, status_line,
+                            lambda words: UpstreamFault("The head of the upstream's answer " + words))
         while head is None or head.status < 200 and head.status != 101:
-            first, *lines = self._head_lines(received, call, begun=head is not None)
+            first, *lines = self._head_lines(reader, received, call, begun=head is not None)
             headers: dict[str, str] = {}
             for line in lines:
                 name, colon, value = line.partition(":")
@@ -5497,12 +5505,10 @@ class UpstreamConnection(Peer):
         self.unread = received
         return head
 
-    def _head_lines(self, received: bytearray, call: UpstreamCall, begun: bool) -> list[str]:
+    def _head_lines(self, reader: HeadReader, received: bytearray, call: UpstreamCall, begun: bool) -> list[str]:
         """Takes the lines of a head.  Without `begun` the connection may turn out to have died before the request."""
-        head = HeadReader(received, status_line,
-                          lambda words: UpstreamFault("The head of the upstream's answer " + words))
         while True:
-            lines = head.lines() if received else []
+            lines = reader.lines() if received else []
             if lines:
                 return lines
             begun = begun or bool(received)
@@ -5603,8 +5609,8 @@ class UpstreamReply:
                 if not data:
                     framing.end()
                 piece = framing.feed(data)
-                if not self._inflate:
-                    yield piece, wait if connection.drained and not framing.done else None
+                yield (b"", None) if self._inflate else (
+                    piece, wait if connection.drained and not framing.done else None)
                 # bit by bit, as gzip can hold a thousand times its size; a client that has left ends it
                 while self._inflate and piece and not self._inflate.eof:
                     yield self._inflate.decompress(piece, READ_SIZE), None
@@ -5631,7 +5637,7 @@ class UpstreamReply:
         self._closed = True
         if answered and not self.framing.done:
             deadline = time.monotonic() + 0.2
-            with contextlib.suppress(GatewayError):
+            with contextlib.suppress(GatewayError, ClientGone):
                 for _, wait in self.pieces():
                     left = deadline - time.monotonic()
                     if left <= 0 or wait and not wait_ready([wait.sock], left):
@@ -5878,7 +5884,7 @@ def retry_after(headers: dict[str, str]) -> float | None:
     value = headers.get("retry-after", "")
     if re.match(r"\d+(\.\d+)?\Z", value):
         return float(value)
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
@@ -6107,7 +6113,7 @@ class EventLoop:
 
     def _look_after_silence(self, stream: RunningStream) -> None:
         if stream.unsent:
-            raise socket.timeout("the client does not read")
+            raise ClientGone                        # it does not read
         if stream.wait and self._now >= stream.wait.deadline(stream.since):
             raise silence(stream.wait)
         self._send(stream, stream.client.idle_comment)
@@ -6116,6 +6122,8 @@ class EventLoop:
     def _end(self, stream: RunningStream, over: bool, failure: BaseException | None) -> None:
         """Gives a stream back to a thread."""
         self._streams.discard(stream)
+        if stream.unsent:                           # no error may follow half of something
+            over, failure = False, ClientGone()
         stream.wait, stream.unsent = None, b""
         with contextlib.suppress(OSError, ValueError, KeyError):
             self._register(stream)
@@ -9812,7 +9820,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
     if not credential or not facts:
         print(as_typed(MISSING_CREDENTIAL[config.auth]))
         return NO_CREDENTIAL
-    print("\n".join(["`start` would use: " + facts["description"], *row_lines(login_rows(facts))]))
+    print(for_terminal("\n".join(["`start` would use: " + facts["description"], *row_lines(login_rows(facts))])))
     if credential.preamble:
         print("Note: %s; an API key is always fine." % OWN_APPS_ONLY)
     port = " --port %d" % config.port if config.port != DEFAULT_PORT else ""

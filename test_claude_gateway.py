@@ -4490,6 +4490,11 @@ class EventDecoderTests(unittest.TestCase):
                         self.assertEqual(found[-1], events[-1])
                         self.assertTrue(joining or found == events)
 
+    def test_only_a_text_delta_is_taken_for_one(self):
+        for data in (b'\n: hello"}}\n\n', b'\nid: 1"} }\n\n', b'\n"}}\n\n'):
+            with self.subTest(data):
+                self.assertEqual(list(claude_gateway.EventDecoder(joining=True).feed(data)), [])
+
     def test_empty_pieces_change_nothing(self):
         decoder = claude_gateway.EventDecoder()
         pieces = (b"", b'data: {"type":"a"}\r', b"", b"\n", b"", b"\r", b"", b"\n")
@@ -6528,6 +6533,11 @@ class WorkspaceTests(GatewayTestCase):
                           ("https://h.test/anthropic/", "https://h.test/anthropic"),
                           ("https://h.test/anthropic/v1", "https://h.test/anthropic")):
             self.assertEqual(config(ANTHROPIC_BASE_URL=url).base_url, base)
+        for url in ("http://evil.test%2f.localhost", "http://evil.test%23.localhost/", "https://:secret@h.test",
+                    "http://127.0.0.1\\.evil.test", "http://evil.test\\.localhost"):
+            with self.subTest(url), self.assertRaises(claude_gateway.UsageError) as refused:
+                config(ANTHROPIC_BASE_URL=url)
+            self.assertNotIn("secret", str(refused.exception))
 
     def test_a_base_address_may_have_a_path(self):
         self.start(base_url=self.claude.url + "/anthropic")
@@ -8789,6 +8799,9 @@ class UpstreamAnswerTests(UpstreamTestCase):
             "cut at a length": upstream_bytes(MESSAGE_JSON)[:-9],
             "cut in a chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-20], chunked, length=False),
             "cut before the last chunk": upstream_bytes(in_chunks(MESSAGE_JSON)[:-5], chunked, length=False),
+            "trailers without end": upstream_bytes(in_chunks(MESSAGE_JSON)[:-2] + b"x: 1\r\n" * 200 + b"\r\n", chunked,
+                                                   length=False),
+            "interim answers without end": b"HTTP/1.1 103 Hi\r\n\r\n" * 4_000 + upstream_bytes(MESSAGE_JSON),
             "bad chunk size": upstream_bytes(b"zz\r\n" + MESSAGE_JSON, chunked, length=False),
             "cut gzip": upstream_bytes(packed[:-12], "content-encoding: gzip"),
             "no gzip": upstream_bytes(MESSAGE_JSON, "content-encoding: gzip"),
@@ -8879,11 +8892,36 @@ class UpstreamAnswerTests(UpstreamTestCase):
         self.addCleanup(reply.close)
         with upstream:
             pieces = call.client.waited(reply.pieces())
-            self.assertEqual([len(next(pieces)) for _ in range(2)], [claude_gateway.READ_SIZE] * 2)
+            self.assertEqual([len(next(pieces)) for _ in range(3)], [0] + [claude_gateway.READ_SIZE] * 2)
             user.shutdown(socket.SHUT_WR)
             with self.assertRaises(claude_gateway.ClientGone):
                 for _ in range(2):
                     next(pieces)
+
+    def gzip_reply(self, packed: bytes):
+        """An answer of unknown length that begins with these bytes, its client, its connection and who sends it."""
+        (ours, upstream), (peer, user) = socket.socketpair(), socket.socketpair()
+        for end in (ours, upstream, peer, user):
+            self.addCleanup(end.close)
+        call = claude_gateway.UpstreamCall(claude_gateway.Client(claude_gateway.Peer(peer)))
+        head = claude_gateway.UpstreamHead("1.1", 200, "OK", {"content-encoding": "gzip"})
+        upstream.sendall(packed)
+        return claude_gateway.UpstreamReply(claude_gateway.Peer(ours), head, call, None), user, ours, upstream
+
+    def test_a_client_that_leaves_with_its_answer_leaves_no_connection_behind(self):
+        reply, user, ours, _ = self.gzip_reply(gzip.compress(b"x"))
+        user.close()
+        reply.close(answered=True)
+        self.assertEqual(ours.fileno(), -1)
+
+    def test_others_get_their_turn_whatever_follows_gzip(self):
+        reply, _, _, upstream = self.gzip_reply(gzip.compress(b"x"))
+        self.addCleanup(reply.close)
+        pieces = reply.pieces()
+        self.assertEqual([next(pieces)[0] for _ in range(2)], [b"", b"x"])
+        for _ in range(3):
+            upstream.sendall(b"y")
+            self.assertEqual(next(pieces), (b"", None))
 
     def test_what_follows_gzip_is_dropped(self):
         packed = gzip.compress(MESSAGE_JSON)
@@ -9136,6 +9174,17 @@ class UpstreamBodyTests(GatewayTestCase):
                 answer, _ = self.failure(FakeReply(pieces=pieces), stream=True)
                 self.assertIn(b"Hello there", answer.raw)
 
+    def test_half_a_character_in_thinking_and_a_text_that_is_none_are_no_defect(self):
+        whole = message(thinking("h\ud83dm", "c2ln\ud83d"), text(None), text("Hello"),
+                        tool_use("toolu_1", "f", {"a": 1}))
+        body = {"model": "sonnet", "input": "Hi", "include": ["reasoning.encrypted_content"]}
+        for name, ask in (("chat", self.chat), ("responses", lambda: self.ask("POST", "/v1/responses", body))):
+            with self.subTest(name):
+                self.claude.play(FakeReply(body=whole))
+                answer = ask()
+                self.assertEqual(answer.status, 200, answer.raw)
+                self.assertIn(b"Hello", answer.raw)
+
     def test_what_comes_after_the_end_does_not_matter(self):
         for tail in (b"data: [DONE]\n\n", b"data: {oops\n\n", sse([error_body("api_error", "x")])):
             for pieces in ([sse(self.EVENTS) + tail], [sse(self.EVENTS), tail]):
@@ -9257,10 +9306,11 @@ class OwnRetryTests(GatewayTestCase):
         later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
         past = "Wed, 21 Oct 2015 07:28:00 GMT"
         for value, calls_made in (("5.5", 1), ("6", 1), ("100000", 1), (later, 1), ("soon", 1), ("-1", 1), (None, 1),
+                                  (past.replace("2015", "9" * 30), 1), (past.replace("GMT", "+" + "9" * 30), 1),
                                   (past, 2), ("0", 2), ("0.01", 2)):
             with self.subTest(value=value):
                 reply = FakeReply(429, body=error_body("rate_limit_error", "x"), headers={"retry-after": value})
-                self.assertEqual(self.calls_for(reply)[1], calls_made)
+                self.assertEqual(self.calls_for(reply), (429 if calls_made == 1 else 200, calls_made))
         for status, kind in ((503, "api_error"), (529, "overloaded_error")):
             with self.subTest(status=status):
                 reply = FakeReply(status, body=error_body(kind, "x"), headers={"retry-after": "5.5"})
@@ -9716,6 +9766,14 @@ class ProxyTests(TlsTestCase):
                 self.assertEqual(self.chat(headers=NO_RETRY).status, 200)
                 self.assertEqual(len(raw.posts), 1)
 
+    def test_an_ipv6_address_keeps_its_brackets_on_the_way_through_a_proxy(self):
+        for base, target in (("https://[2001:db8::1]", b"[2001:db8::1]:443"),
+                             ("https://[2001:db8::1]:8443", b"[2001:db8::1]:8443")):
+            with self.subTest(base):
+                _, proxy = self.start_behind_proxy(refusal=b"HTTP/1.1 403 No\r\n\r\n", base_url=base)
+                self.assertEqual(self.chat(headers=NO_RETRY).status, 502)
+                self.assertTrue(proxy.heads[0].startswith(b"CONNECT %s HTTP/1.1\r\nhost: %s\r\n" % (target, target)))
+
     def test_a_proxy_that_is_not_there_is_502(self):
         with contextlib.closing(socket.socket()) as unused:
             unused.bind(("127.0.0.1", 0))
@@ -9898,7 +9956,7 @@ class EventLoopTests(unittest.TestCase):
         talking = threading.Thread(target=talk, daemon=True)
         talking.start()
         self.assertTrue(self.ended.wait(30))
-        self.assertIsInstance(self.failures[0], socket.timeout)
+        self.assertIsInstance(self.failures[0], claude_gateway.ClientGone)
         self.upstream.close()                           # lets the talker go
         talking.join(30)
 
@@ -9968,6 +10026,13 @@ class EventLoopTests(unittest.TestCase):
         self.loop.add(self.stream())
         self.claude.sendall(b"Hello.")
         self.assertEqual(received_until(self.user, b"."), b"Hello.")
+
+    def test_its_end_puts_no_error_amid_what_a_slow_client_has_not_read_yet(self):
+        stream = self.stream(steps=iter([(b"x" * 10_000_000, None), (b"y", None)]))
+        self.loop.add(stream)
+        self.assertTrue(eventually(lambda: stream.unsent))
+        self.loop.close()
+        self.assertIsInstance(self.failures[0], claude_gateway.ClientGone)
 
     def test_its_end_ends_every_stream(self):
         self.loop.add(self.stream())
@@ -11990,7 +12055,8 @@ class StatusTests(GatewayTestCase):
         self.claude.play(FakeReply(body=message(text("A")), headers={
             "anthropic-ratelimit-unified-5h-utilization": "nan", "anthropic-ratelimit-unified-7d-utilization": "1.04",
             "anthropic-ratelimit-unified-7d-reset": "soon", "anthropic-ratelimit-tokens-limit": "0",
-            "anthropic-ratelimit-tokens-remaining": "0"}))
+            "anthropic-ratelimit-tokens-remaining": "0", "anthropic-ratelimit-requests-limit": "1e-300",
+            "anthropic-ratelimit-requests-remaining": "-1e300"}))
         self.chat()
         self.assertEqual([(limit["window"], limit["used"]) for limit in self.status()["limits"]], [("7d", 1.04)])
 
@@ -14605,10 +14671,10 @@ class OtherCommandTests(CommandTestCase):
                          "`claude-gateway login`; `claude-gateway start --demo` needs neither.\n")
         self.assertIn(nobody + "`start` would use: API key from ANTHROPIC_API_KEY\n", key.out)
         self.assertIn("CLAUDE_CODE_OAUTH_TOKEN", bearer.out)
-        self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example Ltd"})
+        self.sign_in(account={"email_address": "me@example.org"}, organization={"name": "Example\x1b[2J Ltd"})
         login = self.command("status")
         self.assertEqual(login.code, 0)
-        for words in ("me@example.org", "Example Ltd", self.token_path, "in 59 min)"):
+        for words in ("me@example.org", "Example\\x1b[2J Ltd", self.token_path, "in 59 min)"):
             self.assertIn(words, login.out)
         self.assertEqual(self.claude.requests, [])
 

@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import random
+import socket
 import sys
 import time
 
@@ -149,8 +150,13 @@ def heads(lines):
 
 
 def upstream_heads(lines):
-    with contextlib.suppress(gateway.GatewayError, http.client.BadStatusLine):
-        head = gateway.upstream_head(["HTTP/1.1 200 OK", *[line.decode("latin-1") for line in lines]])
+    ours, upstream = socket.socketpair()
+    with ours, contextlib.suppress(gateway.GatewayError, http.client.BadStatusLine):
+        with upstream:
+            upstream.sendall(b"\r\n".join([b"HTTP/1.1 200 OK", *lines, b"", b""]))
+        connection = gateway.UpstreamConnection.__new__(gateway.UpstreamConnection)
+        gateway.Peer.__init__(connection, ours)
+        head = connection.answer(gateway.UpstreamCall())
         head.framing()
         gateway.ends_connection(head.version, head.headers)
 
