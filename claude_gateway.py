@@ -564,13 +564,14 @@ def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
     """The headers of Claude's answer that an OpenAI client can read, as OpenAI writes them: resets as "1m30s"."""
     known = {}
     for theirs, ours in OPENAI_HEADERS.items():
-        value = headers.get(theirs, "")
+        value = headers.get(theirs)
+        if not value:
+            continue
         then = unix_time(value) if theirs.endswith("reset") else None
         if then is not None:
             seconds = max(0, round(then - time.time()))
             value = "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
-        if value:
-            known[ours] = printable(value)
+        known[ours] = printable(value)
     return known
 
 
@@ -4995,23 +4996,28 @@ def exhausted(message: str, resets_at: int | None = None) -> Refused:
 BROKE_OFF = "The upstream broke off in the middle of its answer."
 
 
-def wait_ready(readers: Sequence[socket.socket], seconds: float,
-               writers: Sequence[socket.socket] = ()) -> list[socket.socket]:
-    """Those of a few sockets that can be read or written to, or have ended; [] when the time is up."""
-    seconds = max(0.0, seconds)
-    for sock in readers:
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
-            return [sock]
-    if not hasattr(select, "poll"):                 # Windows
-        readable, writable, _ = select.select(readers, writers, [], seconds)
-        return readable + writable
-    poll = select.poll()
-    for sock in readers:
-        poll.register(sock, select.POLLIN)
-    for sock in writers:
-        poll.register(sock, select.POLLOUT)
-    ready = dict(poll.poll(seconds * 1000))
-    return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
+class Polls(dict):
+    """Waits for a few sockets; a poll object (by readers and writers) is kept, as making one costs more than a wait."""
+
+    def __missing__(self, sockets: tuple[Any, Any]) -> Any:
+        if len(self) == 4:                          # the others are mostly of connections that are no more
+            self.clear()
+        poll = self[sockets] = select.poll()
+        for some, event in zip(sockets, (select.POLLIN, select.POLLOUT)):
+            for sock in some:
+                poll.register(sock, event)
+        return poll
+
+    def ready(self, readers: tuple, seconds: float, writers: tuple = ()) -> list[int]:
+        """The descriptors of those that can be read or written to, or have ended; [] when the time is up."""
+        for sock in readers:
+            if isinstance(sock, ssl.SSLSocket) and sock.pending():
+                return [sock.fileno()]
+        seconds = max(0.0, seconds)
+        if not hasattr(select, "poll"):             # Windows
+            readable, writable, _ = select.select(readers, writers, [], seconds)
+            return [sock.fileno() for sock in readable + writable]
+        return [descriptor for descriptor, _ in self[readers, writers].poll(seconds * 1000)]
 
 
 class Peer:
@@ -5020,6 +5026,7 @@ class Peer:
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(0)                          # once; for every read it would be one more call of the system
         self.sock = sock
+        self.polls = Polls()
         self.unread = bytearray()                   # has come, and nobody has asked for it yet
         self.drained = True                         # the last read brought all there was: better wait before the next
 
@@ -5043,7 +5050,7 @@ class Peer:
             data = self.read() if left > 0 and (self.unread or not self.drained) else None
             if data is not None:
                 return data
-            if left <= 0 or not wait_ready([self.sock], left):
+            if left <= 0 or not self.polls.ready((self.sock,), left):
                 raise socket.timeout("timed out")
             self.drained = False
 
@@ -5087,6 +5094,7 @@ class Client:
     def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
         self.peer: Any = peer
         self._limits = limits
+        self._polls = peer.polls if peer else Polls()
         self.watched = peer is not None
         self.idle_comment = b""                     # for one that has heard nothing; none before a stream
         self.last_sent = time.monotonic()
@@ -5101,15 +5109,15 @@ class Client:
 
     def wait(self, wait: Wait, writing: bool = False) -> None:
         """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
-        readers, writers = ([], [wait.sock]) if writing else ([wait.sock], [])
+        readers, writers = ((), (wait.sock,)) if writing else ((wait.sock,), ())
         deadline = wait.deadline(time.monotonic())
         while True:
-            client = [self.peer.sock] if self.peer and self.watched else []
+            client = (self.peer.sock,) if self.peer and self.watched else ()
             until = min(deadline, self.comment_due)
-            ready = wait_ready([*readers, *client], until - time.monotonic(), writers)
-            if client and client[0] in ready:
+            ready = self._polls.ready(readers + client, until - time.monotonic(), writers)
+            if client and client[0].fileno() in ready:
                 self.check()
-            if wait.sock in ready:
+            if wait.sock.fileno() in ready:
                 return
             if time.monotonic() >= deadline:
                 raise silence(wait, "read" if writing else "sent")
@@ -5130,7 +5138,7 @@ class Client:
             left = max(0.0, deadline - time.monotonic())
             if not self.peer or not self.watched:
                 time.sleep(left)
-            elif wait_ready([self.peer.sock], left):
+            elif self._polls.ready((self.peer.sock,), left):
                 self.check()
             if time.monotonic() >= deadline:
                 return
@@ -5155,7 +5163,7 @@ class Client:
     def send(self, data: bytes) -> None:
         """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
         def wait_until_it_reads(writing: bool) -> None:
-            if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
+            if not self._polls.ready((), self._limits.write_timeout, (self.peer.sock,)):
                 raise ClientGone
         try:
             self.peer.send(data, wait_until_it_reads)
@@ -5321,25 +5329,21 @@ class BodyFraming:
     def _from_chunks(self, data: bytes) -> bytes:
         """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
         data, at = self.rest + data if self.rest else data, 0
-        usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
-        if usual:
-            begin, size = usual.end(), int(usual.group(1), 16)
-            if size and len(data) == begin + size + 2 and data.endswith(b"\r\n"):
-                self.rest = b""
-                return data[begin:-2]
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
+            usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
+            if usual:
+                begin = usual.end()
+                end = begin + int(usual.group(1), 16)
+                if data.startswith(b"\r\n", end):   # a whole chunk, or the end without trailers
+                    pieces.append(data[begin:end])
+                    self.done, at = begin == end, end + 2
+                    continue
             if self._left:
                 piece = data[at:at + self._left]
                 pieces.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
-                continue
-            whole = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
-            start, size = (whole.end(), int(whole.group(1), 16)) if whole else (0, 0)
-            if whole and data[start + size:start + size + 2] == b"\r\n":      # or the end, without trailers
-                self.done, at = not size, start + size + 2
-                pieces.append(data[start:start + size])
                 continue
             end = data.find(b"\n", at) + 1
             if not end or end - at > self.LONGEST_LINE:
@@ -5350,7 +5354,7 @@ class BodyFraming:
         self.surplus = self.done and bool(self.rest)
         if not self.done and len(self.rest) > self.LONGEST_LINE:
             raise self._fault("a chunk size without end")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     def _line(self, line: bytes) -> None:
         """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
@@ -5531,7 +5535,8 @@ class ConnectionPool:
                     return None
                 connection = self._idle[key].pop()
             # an idle connection with something to read has been closed, or speaks out of turn
-            if time.monotonic() - connection.last_used < POOL_AGE and not wait_ready([connection.sock], 0):
+            age = time.monotonic() - connection.last_used
+            if age < POOL_AGE and not connection.polls.ready((connection.sock,), 0):
                 return connection
             connection.close()
 
@@ -5622,7 +5627,7 @@ class UpstreamReply:
             with contextlib.suppress(GatewayError):
                 for _, wait in self.pieces():
                     left = deadline - time.monotonic()
-                    if left <= 0 or wait and not wait_ready([wait.sock], left):
+                    if left <= 0 or wait and not self._connection.polls.ready((wait.sock,), left):
                         break
         if self._give_back and self.framing.done and not self.framing.surplus:
             self._give_back()
@@ -5784,10 +5789,11 @@ class Upstream:
             reused = connection is not None
             try:
                 connection = connection or UpstreamConnection(way, self._tls, call)
-                sent = False
-                with contextlib.suppress(*LOST):
+                try:
                     connection.ask(*request, call)
                     sent = True
+                except LOST:
+                    sent = False
                 head = connection.answer(call)      # there may be one before all of the request was read
                 return UpstreamReply(connection, head, call, functools.partial(self.pool.give, key, connection)
                                      if sent and not ends_connection(head.version, head.headers) else None)
@@ -6714,11 +6720,11 @@ def chat_completions(gateway: Gateway, incoming: Incoming) -> Reply:
 def exchange_for(gateway: Gateway, incoming: Incoming, earlier: Sequence[dict] = (), compact: bool = False) -> Exchange:
     """The exchange for a body in either of OpenAI's shapes: some tools post one to the path of the other."""
     body, record = incoming.body, incoming.record
-    asked = optional(text_of, body.get("model"), "model")
+    asked, catalog = optional(text_of, body.get("model"), "model"), gateway.models.catalog()
     record.asked, record.stream = asked or "", optional(boolean_of, body.get("stream"), "stream", False)
-    model = gateway.models.catalog().resolve(asked)
+    model = catalog.resolve(asked)
     record.used = model.id
-    if asked and gateway.models.catalog().thinks(asked) and not {"thinking", "reasoning"} & set(body):
+    if asked and catalog.thinks(asked) and not {"thinking", "reasoning"} & set(body):
         body = dict(body, thinking={"type": "enabled"})
     translate = functools.partial(messages_request_from_responses, body, earlier=earlier, compact=compact) \
         if is_responses_body(body) else functools.partial(messages_request_from_chat, body)
@@ -7741,8 +7747,8 @@ def allowed_host(host: str, config: Config) -> tuple[str, bool]:
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
-    names = ["host.docker.internal", *config.hosts, *config.allow_host]
-    return name, is_address(name) or is_loopback_host(name) or name in map(str.lower, names)
+    return name, is_address(name) or is_loopback_host(name) or name in map(
+        str.lower, ("host.docker.internal", *config.hosts, *config.allow_host))
 
 
 def origin_allowed(origin: str, config: Config) -> bool:
@@ -8622,6 +8628,9 @@ def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
                                       config.verbose, columns_of_terminal if columns_of_terminal() else None))
+    # what nobody reads is not looked up for each entry: https://docs.python.org/3/howto/logging.html#optimization
+    logging._srcfile, logging.logThreads = None, config.verbose
+    logging.logProcesses = logging.logMultiprocessing = False
     LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
