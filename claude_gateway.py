@@ -5110,18 +5110,19 @@ class Client:
     def wait(self, wait: Wait, writing: bool = False) -> None:
         """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
         readers, writers = ((), (wait.sock,)) if writing else ((wait.sock,), ())
-        deadline = wait.deadline(time.monotonic())
+        now = time.monotonic()
+        deadline = wait.deadline(now)
         while True:
             client = (self.peer.sock,) if self.peer and self.watched else ()
-            until = min(deadline, self.comment_due)
-            ready = self._polls.ready(readers + client, until - time.monotonic(), writers)
+            ready = self._polls.ready(readers + client, min(deadline, self.comment_due) - now, writers)
             if client and client[0].fileno() in ready:
                 self.check()
             if wait.sock.fileno() in ready:
                 return
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= deadline:
                 raise silence(wait, "read" if writing else "sent")
-            if time.monotonic() >= self.comment_due:
+            if now >= self.comment_due:
                 self.send(self.idle_comment)
 
     def waited(self, steps: Iterator[Any]) -> Iterator[Any]:
@@ -5308,26 +5309,10 @@ class BodyFraming:
         self.surplus = self.done                    # more came than the body, or might have where nothing is read
 
     def feed(self, data: bytes) -> bytes:
-        """The part of `data` that is body.  Raises UpstreamFault for a chunk that does not hold together."""
-        if self._chunked:
-            return self._from_chunks(data)
-        if self._left is None:
-            return data
-        self.rest = data[self._left:]
-        self.surplus = bool(self.rest)
-        data = data[:self._left]
-        self._left -= len(data)
-        self.done = not self._left
-        return data
-
-    def end(self) -> None:
-        """The connection has ended.  Raises UpstreamFault where that cuts the body short."""
-        if self._left is not None:
-            raise UpstreamFault(BROKE_OFF)
-        self.done = self.surplus = True             # nothing can follow on this connection
-
-    def _from_chunks(self, data: bytes) -> bytes:
-        """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
+        """The part of `data` that is body, however the bytes were cut; extensions and trailers of chunks are ignored.
+        Raises UpstreamFault for a chunk that does not hold together (RFC 9112, 7.1)."""
+        if not self._chunked:
+            return self._by_length(data)
         data, at = self.rest + data if self.rest else data, 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
@@ -5355,6 +5340,22 @@ class BodyFraming:
         if not self.done and len(self.rest) > self.LONGEST_LINE:
             raise self._fault("a chunk size without end")
         return b"".join(pieces)
+
+    def end(self) -> None:
+        """The connection has ended.  Raises UpstreamFault where that cuts the body short."""
+        if self._left is not None:
+            raise UpstreamFault(BROKE_OFF)
+        self.done = self.surplus = True             # nothing can follow on this connection
+
+    def _by_length(self, data: bytes) -> bytes:
+        if self._left is None:
+            return data
+        self.rest = data[self._left:]
+        self.surplus = bool(self.rest)
+        data = data[:self._left]
+        self._left -= len(data)
+        self.done = not self._left
+        return data
 
     def _line(self, line: bytes) -> None:
         """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
