@@ -567,13 +567,14 @@ def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
     """The headers of Claude's answer that an OpenAI client can read, as OpenAI writes them: resets as "1m30s"."""
     known = {}
     for theirs, ours in OPENAI_HEADERS.items():
-        value = headers.get(theirs, "")
+        value = headers.get(theirs)
+        if not value:
+            continue
         then = unix_time(value) if theirs.endswith("reset") else None
         if then is not None:
             seconds = max(0, round(then - time.time()))
             value = "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
-        if value:
-            known[ours] = printable(value)
+        known[ours] = printable(value)
     return known
 
 
@@ -5011,23 +5012,28 @@ def exhausted(message: str, resets_at: int | None = None) -> Refused:
 BROKE_OFF = "The upstream broke off in the middle of its answer."
 
 
-def wait_ready(readers: Sequence[socket.socket], seconds: float,
-               writers: Sequence[socket.socket] = ()) -> list[socket.socket]:
-    """Those of a few sockets that can be read or written to, or have ended; [] when the time is up."""
-    seconds = max(0.0, seconds)
-    for sock in readers:
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
-            return [sock]
-    if not hasattr(select, "poll"):                 # Windows
-        readable, writable, _ = select.select(readers, writers, [], seconds)
-        return readable + writable
-    poll = select.poll()
-    for sock in readers:
-        poll.register(sock, select.POLLIN)
-    for sock in writers:
-        poll.register(sock, select.POLLOUT)
-    ready = dict(poll.poll(seconds * 1000))
-    return [sock for sock in (*readers, *writers) if sock.fileno() in ready]
+class Polls(dict):
+    """Waits for a few sockets; a poll object (by readers and writers) is kept, as making one costs more than a wait."""
+
+    def __missing__(self, sockets: tuple[Any, Any]) -> Any:
+        if len(self) == 4:                          # the others are mostly of connections that are no more
+            self.clear()
+        poll = self[sockets] = select.poll()
+        for some, event in zip(sockets, (select.POLLIN, select.POLLOUT)):
+            for sock in some:
+                poll.register(sock, event)
+        return poll
+
+    def ready(self, readers: tuple, seconds: float, writers: tuple = ()) -> list[int]:
+        """The descriptors of those that can be read or written to, or have ended; [] when the time is up."""
+        for sock in readers:
+            if isinstance(sock, ssl.SSLSocket) and sock.pending():
+                return [sock.fileno()]
+        seconds = max(0.0, seconds)
+        if not hasattr(select, "poll"):             # Windows
+            readable, writable, _ = select.select(readers, writers, [], seconds)
+            return [sock.fileno() for sock in readable + writable]
+        return [descriptor for descriptor, _ in self[readers, writers].poll(seconds * 1000)]
 
 
 class Peer:
@@ -5036,6 +5042,7 @@ class Peer:
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(0)                          # once; for every read it would be one more call of the system
         self.sock = sock
+        self.polls = Polls()
         self.unread = bytearray()                   # has come, and nobody has asked for it yet
         self.drained = True                         # the last read brought all there was: better wait before the next
 
@@ -5059,7 +5066,7 @@ class Peer:
             data = self.read() if left > 0 and (self.unread or not self.drained) else None
             if data is not None:
                 return data
-            if left <= 0 or not wait_ready([self.sock], left):
+            if left <= 0 or not self.polls.ready((self.sock,), left):
                 raise socket.timeout("timed out")
             self.drained = False
 
@@ -5103,6 +5110,7 @@ class Client:
     def __init__(self, peer: Peer | None = None, limits: Limits = Config.limits) -> None:
         self.peer: Any = peer
         self._limits = limits
+        self._polls = peer.polls if peer else Polls()
         self.watched = peer is not None
         self.idle_comment = b""                     # for one that has heard nothing; none before a stream
         self.last_sent = time.monotonic()
@@ -5117,19 +5125,20 @@ class Client:
 
     def wait(self, wait: Wait, writing: bool = False) -> None:
         """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
-        readers, writers = ([], [wait.sock]) if writing else ([wait.sock], [])
-        deadline = wait.deadline(time.monotonic())
+        readers, writers = ((), (wait.sock,)) if writing else ((wait.sock,), ())
+        now = time.monotonic()
+        deadline = wait.deadline(now)
         while True:
-            client = [self.peer.sock] if self.peer and self.watched else []
-            until = min(deadline, self.comment_due)
-            ready = wait_ready([*readers, *client], until - time.monotonic(), writers)
-            if client and client[0] in ready:
+            client = (self.peer.sock,) if self.peer and self.watched else ()
+            ready = self._polls.ready(readers + client, min(deadline, self.comment_due) - now, writers)
+            if client and client[0].fileno() in ready:
                 self.check()
-            if wait.sock in ready:
+            if wait.sock.fileno() in ready:
                 return
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= deadline:
                 raise silence(wait, "read" if writing else "sent")
-            if time.monotonic() >= self.comment_due:
+            if now >= self.comment_due:
                 self.send(self.idle_comment)
 
     def waited(self, steps: Iterator[Any]) -> Iterator[Any]:
@@ -5146,7 +5155,7 @@ class Client:
             left = max(0.0, deadline - time.monotonic())
             if not self.peer or not self.watched:
                 time.sleep(left)
-            elif wait_ready([self.peer.sock], left):
+            elif self._polls.ready((self.peer.sock,), left):
                 self.check()
             if time.monotonic() >= deadline:
                 return
@@ -5171,7 +5180,7 @@ class Client:
     def send(self, data: bytes) -> None:
         """Raises ClientGone, whatever the system calls it: nobody else is to blame for it."""
         def wait_until_it_reads(writing: bool) -> None:
-            if not wait_ready((), self._limits.write_timeout, [self.peer.sock]):
+            if not self._polls.ready((), self._limits.write_timeout, (self.peer.sock,)):
                 raise ClientGone
         try:
             self.peer.send(data, wait_until_it_reads)
@@ -5317,46 +5326,26 @@ class BodyFraming:
         self.surplus = self.done                    # more came than the body, or might have where nothing is read
 
     def feed(self, data: bytes) -> bytes:
-        """The part of `data` that is body.  Raises UpstreamFault for a chunk that does not hold together."""
-        if self._chunked:
-            return self._from_chunks(data)
-        if self._left is None:
-            return data
-        self.rest = data[self._left:]
-        self.surplus = bool(self.rest)
-        data = data[:self._left]
-        self._left -= len(data)
-        self.done = not self._left
-        return data
-
-    def end(self) -> None:
-        """The connection has ended.  Raises UpstreamFault where that cuts the body short."""
-        if self._left is not None:
-            raise UpstreamFault(BROKE_OFF)
-        self.done = self.surplus = True             # nothing can follow on this connection
-
-    def _from_chunks(self, data: bytes) -> bytes:
-        """The chunked coding (RFC 9112, 7.1), however the bytes were cut; extensions and trailers are ignored."""
+        """The part of `data` that is body, however the bytes were cut; extensions and trailers of chunks are ignored.
+        Raises UpstreamFault for a chunk that does not hold together (RFC 9112, 7.1)."""
+        if not self._chunked:
+            return self._by_length(data)
         data, at = self.rest + data if self.rest else data, 0
-        usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data)
-        if usual:
-            begin, size = usual.end(), int(usual.group(1), 16)
-            if size and len(data) == begin + size + 2 and data.endswith(b"\r\n"):
-                self.rest = b""
-                return data[begin:-2]
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
+            usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
+            if usual:
+                begin = usual.end()
+                end = begin + int(usual.group(1), 16)
+                if data.startswith(b"\r\n", end):   # a whole chunk, or the end without trailers
+                    pieces.append(data[begin:end])
+                    self.done, at = begin == end, end + 2
+                    continue
             if self._left:
                 piece = data[at:at + self._left]
                 pieces.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
-                continue
-            whole = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
-            start, size = (whole.end(), int(whole.group(1), 16)) if whole else (0, 0)
-            if whole and data[start + size:start + size + 2] == b"\r\n":      # or the end, without trailers
-                self.done, at = not size, start + size + 2
-                pieces.append(data[start:start + size])
                 continue
             end = data.find(b"\n", at) + 1
             if not end or end - at > self.LONGEST_LINE:
@@ -5367,7 +5356,23 @@ class BodyFraming:
         self.surplus = self.done and bool(self.rest)
         if not self.done and len(self.rest) > self.LONGEST_LINE:
             raise self._fault("a chunk size without end")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
+
+    def end(self) -> None:
+        """The connection has ended.  Raises UpstreamFault where that cuts the body short."""
+        if self._left is not None:
+            raise UpstreamFault(BROKE_OFF)
+        self.done = self.surplus = True             # nothing can follow on this connection
+
+    def _by_length(self, data: bytes) -> bytes:
+        if self._left is None:
+            return data
+        self.rest = data[self._left:]
+        self.surplus = bool(self.rest)
+        data = data[:self._left]
+        self._left -= len(data)
+        self.done = not self._left
+        return data
 
     def _line(self, line: bytes) -> None:
         """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
@@ -5549,7 +5554,8 @@ class ConnectionPool:
                     return None
                 connection = self._idle[key].pop()
             # an idle connection with something to read has been closed, or speaks out of turn
-            if time.monotonic() - connection.last_used < POOL_AGE and not wait_ready([connection.sock], 0):
+            age = time.monotonic() - connection.last_used
+            if age < POOL_AGE and not connection.polls.ready((connection.sock,), 0):
                 return connection
             connection.close()
 
@@ -5640,7 +5646,7 @@ class UpstreamReply:
             with contextlib.suppress(GatewayError, ClientGone):
                 for _, wait in self.pieces():
                     left = deadline - time.monotonic()
-                    if left <= 0 or wait and not wait_ready([wait.sock], left):
+                    if left <= 0 or wait and not self._connection.polls.ready((wait.sock,), left):
                         break
         if self._give_back and self.framing.done and not self.framing.surplus:
             self._give_back()
@@ -5802,10 +5808,11 @@ class Upstream:
             reused = connection is not None
             try:
                 connection = connection or UpstreamConnection(way, self._tls, call)
-                sent = False
-                with contextlib.suppress(*LOST):
+                try:
                     connection.ask(*request, call)
                     sent = True
+                except LOST:
+                    sent = False
                 head = connection.answer(call)      # there may be one before all of the request was read
                 return UpstreamReply(connection, head, call, functools.partial(self.pool.give, key, connection)
                                      if sent and not ends_connection(head.version, head.headers) else None)
@@ -7784,8 +7791,8 @@ def allowed_host(host: str, config: Config) -> tuple[str, bool]:
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
-    names = ["host.docker.internal", *config.hosts, *config.allow_host]
-    return name, is_address(name) or is_loopback_host(name) or name in map(str.lower, names)
+    return name, is_address(name) or is_loopback_host(name) or name in map(
+        str.lower, ("host.docker.internal", *config.hosts, *config.allow_host))
 
 
 def origin_allowed(origin: str, config: Config) -> bool:

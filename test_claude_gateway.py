@@ -9362,6 +9362,16 @@ class ClientTests(unittest.TestCase):
         wait = claude_gateway.UpstreamCall(patience=seconds).wait_for(self.upstream)
         (client or self.client).wait(wait, writing)
 
+    @POSIX_ONLY
+    def test_a_poll_object_is_made_once_for_the_same_sockets_and_few_are_kept(self):
+        polls = claude_gateway.Polls()
+        first = polls[(self.upstream,), ()]
+        self.assertIs(polls[(self.upstream,), ()], first)
+        for end in (self.upstream, self.claude, self.peer.sock, self.user):
+            self.assertEqual(polls.ready((end,), 0), [])
+            self.assertEqual(polls.ready((), 0, (end,)), [end.fileno()])
+        self.assertLessEqual(len(polls), 4)
+
     def test_a_silent_stream_gets_a_sign_of_life_and_goes_on(self):
         self.client.idle_comment = b": on"
         self.client.last_sent = time.monotonic() - Limits.keepalive_interval - 1
