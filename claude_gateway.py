@@ -4503,6 +4503,7 @@ def lock_file(descriptor: int) -> None:
     """Takes an exclusive lock.  Raises OSError, also where there are no locks."""
     if os.name == "nt":
         import msvcrt
+        os.read(descriptor, 0)                      # sets errno to 0; Wine's locking leaves there what was before
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined,unused-ignore]
     else:
         import fcntl

@@ -11713,7 +11713,7 @@ class SetupTests(unittest.TestCase):
     def test_service_files_name_this_python_and_this_file(self):
         for name in ("systemd", "launchd", "windows"):
             said = claude_gateway.setup_text(name, Config())
-            self.assertIn(os.path.abspath(claude_gateway.__file__), said)
+            self.assertIn(os.path.abspath(claude_gateway.__file__), said.replace(r"\\", "\\"))   # systemd escapes them
         plist = plistlib.loads(claude_gateway.setup_text("launchd", Config()).encode())
         self.assertEqual(plist["ProgramArguments"], [sys.executable, os.path.abspath(claude_gateway.__file__), "start"])
         self.assertEqual(plist["StandardErrorPath"], os.path.expanduser("~/Library/Logs/claude-gateway.log"))
@@ -13925,7 +13925,7 @@ class DoctorTests(GatewayTestCase):
                                                                                     free_port()))}
                     self.assertEqual(found["File"]["level"], "ok")
                     self.assertEqual("sha256" in found["File"]["detail"], hashed)
-                    self.assertIn('" "%s" start' % path, run("setup", "systemd"))
+                    self.assertIn('" "%s" start' % path, run("setup", "systemd").replace(r"\\", "\\"))
 
     def test_doctor_notices_a_gateway_upstream(self):
         config = Config(base_url="http://127.0.0.1:%d" % self.service.port)
