@@ -3317,11 +3317,6 @@ def input_of_custom(arguments: str) -> str:
     return arguments if value is None else value
 
 
-def is_cut(block: dict) -> bool:
-    """Whether the output limit cut the arguments of a tool_use."""
-    return not block.get("input") and "".join((block.get("partial_json") or "{}").split()) != "{}"
-
-
 def tool_call_from_tool_use(block: dict, plan: ReplyPlan) -> dict:
     """A tool call as the request declares its tool: a custom tool's input is a bare string."""
     name, arguments = block["name"], arguments_of(block)
@@ -3917,8 +3912,8 @@ class ResponseStream(Renderer):
         streamed = self._written.getvalue()
         block = self._assembler.message["content"][-1]
         arguments = streamed or arguments_of(block)
-        if is_cut(block):
-            status = "incomplete"
+        if not block.get("input") and "".join((block.get("partial_json") or "{}").split()) != "{}":
+            status = "incomplete"                       # the output limit cut the arguments
         if item["type"] == "custom_tool_call":
             item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
             return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
@@ -7343,13 +7338,6 @@ CMD ["START"]""", between='", "'),
 SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
 
 
-def setup_list() -> str:
-    """Every name that `setup` accepts, with its title."""
-    lines = ["%s%-16s %s" % ("\n%s\n\n" % TOOL_GROUPS[name] if name in TOOL_GROUPS else "", name, settings.title)
-             for name, settings in SETTINGS.items()]
-    return "\n".join([*lines, "", "claude-gateway setup NAME prints its settings."])
-
-
 def setup_name(text: str) -> str:
     """The entry of a name or title, in upper or lower case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
     plain = re.sub(r"[ _]+", "-", text.strip().lower())
@@ -9943,7 +9931,11 @@ def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
 def setup_command(parsed: argparse.Namespace, config: Config) -> int:
     if parsed.name:
         say("%s, %s:" % SETTINGS[parsed.name][:2])  # on standard error, as it is not to be pasted
-    print(as_typed(setup_text(parsed.name, config) if parsed.name else setup_list()))
+        print(as_typed(setup_text(parsed.name, config)))
+        return OK
+    for name, settings in SETTINGS.items():
+        print("%s%-16s %s" % ("\n%s\n\n" % TOOL_GROUPS[name] if name in TOOL_GROUPS else "", name, settings.title))
+    print(as_typed("\nclaude-gateway setup NAME prints its settings."))
     return OK
 
 
