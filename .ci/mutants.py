@@ -518,7 +518,6 @@ MUTANTS = (
     Mutant("framing: methods by their case", "return match.group(1), match.group(2), match.group(3)",
            "return match.group(1).upper(), match.group(2), match.group(3)", "FramingTests"),
     Mutant("framing: endless blank lines", "if size + self.skipped > MAX_HEAD", "if size > MAX_HEAD", "FramingTests"),
-    Mutant("framing: heads that cost more than their length", 're.sub(r"^(/chat', 're.sub(r"(/chat', "FramingTests"),
     Mutant("body: small members count", "min(25 * (body.count", "min(0 * (body.count", "BodyTests"),
     Mutant("body: wide characters count", "return 5 * len(body) if wide else", "return", "BodyTests"),
     Mutant("browser: Sec-Fetch-Site", 'if head.headers.get("sec-fetch-site") in ("cross-site", "same-site")',
