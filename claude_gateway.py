@@ -7162,8 +7162,9 @@ class ToolSettings(NamedTuple):
 
 def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
     """The settings of a library: a call whose argument `address` is the base URL."""
-    return ToolSettings(title, "%s(%s=...)" % (name.rpartition(".")[2], address),
-                        'llm = %s(%s, %s="BASE", api_key="KEY"%s)' % (name, model, address, others))
+    module, _, name = name.rpartition(".")
+    return ToolSettings(title, "%s(%s=...)" % (name, address), 'from %s import %s\nllm = %s(%s, %s="BASE", '
+                        'api_key="KEY"%s)' % (module, name, name, model, address, others))
 
 
 CONTAINER = """\
@@ -7352,7 +7353,8 @@ def setup_name(text: str) -> str:
 
 def filled(config: Config, path_form: Callable[[str], str] = str, between: str = " ") -> dict[str, str]:
     """The placeholders of the settings -> their values here."""
-    origin, python = "http://localhost:%d" % config.port, own_file() and sys.executable or "python3"
+    python = sys.executable if own_file() or getattr(sys, "frozen", False) else "python3"
+    origin = "http://localhost:%d" % config.port
     arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
             "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
@@ -7367,7 +7369,10 @@ def filled(config: Config, path_form: Callable[[str], str] = str, between: str =
 def setup_text(name: str, config: Config) -> str:
     """The settings for a tool, or a service file for this installation."""
     settings = SETTINGS[name]
-    return with_values(settings.text, filled(config, settings.path_form, settings.between)).rstrip()
+    text = settings.text
+    if getattr(sys, "frozen", False):               # the program is its own interpreter
+        text = re.sub(r'"FILE" (?=START)|<string>FILE</string>', "", text)
+    return with_values(text, filled(config, settings.path_form, settings.between)).rstrip()
 
 
 def with_values(text: str, values: dict[str, str]) -> str:
@@ -9690,8 +9695,11 @@ def run_tool(parsed: argparse.Namespace, config: Config) -> int:
                 (tool.send_signal if tool else early.append)(number)
         for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if os.name == "posix" else [])):
             signal.signal(number, pass_on)
+        environment = dict(os.environ, **variables)
+        if getattr(sys, "frozen", False):           # what PyInstaller unpacked is not for other programs
+            environment["LD_LIBRARY_PATH"] = environment.get("LD_LIBRARY_PATH_ORIG", "")
         try:
-            tool = subprocess.Popen([path, *options, *arguments], env=dict(os.environ, **variables))
+            tool = subprocess.Popen([path, *options, *arguments], env=environment)
         except (OSError, ValueError) as fault:      # no interpreter, too many arguments
             raise UsageError("%s cannot be started: %s." % (name, fault)) from fault
         for early_one in early:

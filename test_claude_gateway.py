@@ -13912,10 +13912,9 @@ class DoctorTests(GatewayTestCase):
             script = pathlib.Path(PROGRAM).read_bytes()
             nowhere = bare_environment(folder, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1"})
             for name, begin, given, path, hashed in (
-                    ("archive", [archive], b"", archive, True),
-                    ("standard input", ["-"], script, "/path/to/claude_gateway.py", False),
-                    ("frozen", ["-c", "import sys; sys.frozen = True\n" + compiled()[2], PROGRAM], b"",
-                     "/path/to/claude_gateway.py", False)):
+                    ("archive", [archive], b"", ' "%s"' % archive, True),
+                    ("standard input", ["-"], script, ' "/path/to/claude_gateway.py"', False),
+                    ("frozen", ["-c", "import sys; sys.frozen = True\n" + compiled()[2], PROGRAM], b"", "", False)):
                 with self.subTest(name):
                     def run(*arguments, begin=begin, given=given):
                         done = subprocess.run([sys.executable, *begin, *arguments], input=given, timeout=60,
@@ -13927,7 +13926,7 @@ class DoctorTests(GatewayTestCase):
                                                                                     free_port()))}
                     self.assertEqual(found["File"]["level"], "ok")
                     self.assertEqual("sha256" in found["File"]["detail"], hashed)
-                    self.assertIn('" "%s" start' % path, run("setup", "systemd").replace(r"\\", "\\"))
+                    self.assertIn('"%s start' % path, run("setup", "systemd").replace(r"\\", "\\"))
 
     def test_doctor_notices_a_gateway_upstream(self):
         config = Config(base_url="http://127.0.0.1:%d" % self.service.port)
@@ -14456,7 +14455,7 @@ if sys.argv[-1] == "wait":
     print("waiting", flush=True)
     signal.pause()
 print(json.dumps([sys.argv[1:], {name: value for name, value in os.environ.items()
-                                 if name.startswith(("OPENAI", "ANTHROPIC", "OPENCODE"))}]))
+                                 if name.startswith(("OPENAI", "ANTHROPIC", "OPENCODE", "LD_"))}]))
 sys.exit(7)
 """ % sys.executable
 
@@ -14580,6 +14579,15 @@ class RunTests(CommandTestCase):
         self.assertEqual((arguments, variables["OPENAI_API_BASE"]), (["--help", "-p", "a b"], base))
         self.assertGreater(len(variables["OPENAI_API_KEY"]), 15)            # nobody else on this machine may use it
         self.assertEqual(os.listdir(self.home), [])
+
+    def test_a_tool_gets_no_libraries_of_a_packed_program(self):
+        packed = (sys.executable, "-c", "import sys; sys.frozen = True\n" + compiled()[2], PROGRAM)
+        for before in ({}, {"LD_LIBRARY_PATH_ORIG": "/lib/mine"}):
+            with self.subTest(before):
+                child = self.child("run", "--demo", "anytool", program=packed, LD_LIBRARY_PATH="/tmp/unpacked",
+                                   **dict(self.path, **before))
+                self.assertEqual((child.end(), child.err), (7, ""))
+                self.assertEqual(json.loads(child.out)[1].get("LD_LIBRARY_PATH", ""), "".join(before.values()))
 
     def test_a_tool_is_pointed_at_the_gateway_that_runs(self):
         child = self.serve(CLAUDE_GATEWAY_API_KEY="client-key")

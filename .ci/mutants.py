@@ -200,7 +200,8 @@ MUTANTS = (
            '"item_reference": add_output_item', "ItemReferenceTests"),
     Mutant("references: signed thinking is stored", "self.to_store.append(to_store or item)",
            "self.to_store.append(item)", "ItemReferenceTests"),
-    Mutant("responses: a cut call", 'if not block.get("input") and "".join(', 'if False and "".join(', "ResponseSchemaTests"),
+    Mutant("responses: a cut call", 'if not block.get("input") and "".join(', 'if False and "".join(',
+           "ResponseSchemaTests"),
     Mutant("fallback: not on models without", "    if not model.fallbacks:\n        return None\n", "",
            "FallbackTests"),
 
