@@ -9364,7 +9364,7 @@ class ClientTests(unittest.TestCase):
         wait = claude_gateway.UpstreamCall(patience=seconds).wait_for(self.upstream)
         (client or self.client).wait(wait, writing)
 
-    @POSIX_ONLY
+    @unittest.skipUnless(hasattr(select, "poll"), "select.poll is not here")
     def test_a_poll_object_is_made_once_for_the_same_sockets_and_few_are_kept(self):
         polls = claude_gateway.Polls()
         first = polls[(self.upstream,), ()]
