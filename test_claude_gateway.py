@@ -39,6 +39,7 @@ import pathlib
 import plistlib
 import re
 import shlex
+import select
 import shutil
 import signal
 import socket
