@@ -38,8 +38,8 @@ import os
 import pathlib
 import plistlib
 import re
-import shlex
 import select
+import shlex
 import shutil
 import signal
 import socket
