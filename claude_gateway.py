@@ -94,9 +94,8 @@ DEFAULT_PORT = 45554
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 ANTHROPIC_VERSION = "2023-06-01"                # on purpose: 2026-10-21 refuses temperature on every model
 
-# The sign-in with a Claude account (Pro, Max, Team).  There is no registration for third-party programs, so
-# this is the public client id of Claude Code, with the page that shows its code for pasting.  The README and
-# `login` say so, and say what Anthropic's terms think of it.
+# The sign-in with a Claude account.  Other programs cannot register, so this is Claude Code's public client id,
+# with the page that shows its code.  The README and `login` say so, and what Anthropic's terms think of it.
 OAUTH_CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
 OAUTH_AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
 OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
@@ -106,8 +105,8 @@ FAST_MODE_BETA = "fast-mode-2026-02-01"         # sent with `speed`; some models
 COMPACTION_BETA = "compact-2026-09-04"          # with `compaction`, and with every later request that has its block
 FALLBACK_BETA = "server-side-fallback-2026-07-01"
 OAUTH_BETA = "oauth-2025-04-20"                 # the API accepts OAuth tokens with this header only
-# Tokens of a subscription login are known to be refused unless the system prompt begins with this sentence in
-# a block of its own.  It is sent with such tokens only, and is the one thing we say that is not the client's.
+# Tokens of a subscription are known to be refused unless the system prompt begins with this sentence, in a block
+# of its own.  It is sent with them only, the one thing we say that is not the client's.
 OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
 
 REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
@@ -272,7 +271,7 @@ SECRET_SHAPES = re.compile(r"sk-ant-[A-Za-z0-9_-]{8,}|(?<=[Bb]earer )[A-Za-z0-9.
 
 
 def masked(text: str, secrets_known: Iterable[str]) -> str:
-    """Text without any known secret, as it is or as JSON tells it, and without what looks like a credential."""
+    """Text without any known secret, as it is or in JSON, and without what looks like a credential."""
     for secret in secrets_known:
         if len(secret) >= 4:
             text = text.replace(secret, "***")
@@ -436,12 +435,13 @@ class ClientGone(Exception):
     """The client closed its connection; nobody is left to tell."""
 
 
+QUOTA = (429, "insufficient_quota", "insufficient_quota")
 # An error of the Messages API -> its statuses there, which are all that is known where the body is not the API's own
 # (a proxy's HTML page, say); and for an OpenAI client: (status, type, code).
 CLAUDE_ERRORS = {
     "invalid_request_error": ((400,), (400, "invalid_request_error", None)),
     "authentication_error": ((401,), (401, "authentication_error", "upstream_authentication")),
-    "billing_error": ((402,), (429, "insufficient_quota", "insufficient_quota")),
+    "billing_error": ((402,), QUOTA),
     "permission_error": ((403,), (403, "permission_error", None)),
     "not_found_error": ((404,), (404, "invalid_request_error", None)),
     "conflict_error": ((409,), (409, "server_error", None)),
@@ -468,10 +468,9 @@ class Verdict(NamedTuple):
     hint: str = ""
 
 
-KEY_HINT = "Hint: an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
-SPEND_HINT = "Hint: only a higher spend limit in the Console helps before it is reset."
-WORKSPACE_HINT = "Hint: set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
-PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
+KEY_HINT = "an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
+WORKSPACE_HINT = "set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
+PLAN_HINT = "the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
 # What the message of a refusal (lower case) means for the client; the first match wins.  What they say about the
 # request is read by LESSONS and the patterns beside it.  Else only `explained` looks for a word of Claude's.
 VERDICTS = (
@@ -479,19 +478,20 @@ VERDICTS = (
     Verdict("prompt is too long|exceed context limit", 400, code="context_length_exceeded"),
     Verdict("only authorized for use with claude code|scope requirement|claude_code_version_too_old",
             code="upstream_refused", hint=KEY_HINT),
-    Verdict("extra usage is required for long context", 429, "insufficient_quota", "insufficient_quota",
-            "Hint: this account may not send prompts this long without extra usage."),
-    Verdict("extra usage", 429, "insufficient_quota", "insufficient_quota", KEY_HINT),
-    Verdict("credit balance is too low|specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
-    Verdict("(enforced|contract)_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
+    Verdict("extra usage is required for long context", *QUOTA,
+            hint="this account may not send prompts this long without extra usage."),
+    Verdict("extra usage", *QUOTA, hint=KEY_HINT),
+    Verdict("credit balance is too low|specified api usage limits", *QUOTA),
+    Verdict("(enforced|contract)_spend_limit_reached", *QUOTA,
+            hint="only a higher spend limit in the Console helps before it is reset."),
     Verdict("output blocked by content filtering", 400, code="content_filter"),
     Verdict("token has been revoked", 401, "authentication_error", "upstream_authentication",
-            "Hint: run `claude-gateway login` again."),
+            "run `claude-gateway login` again."),
     Verdict("oauth authentication is currently not supported", 401, hint=KEY_HINT),
     Verdict("oauth token has expired|invalid bearer token", 401,
-            hint="Hint: run `claude-gateway login` again, or renew the token."),
+            hint="run `claude-gateway login` again, or renew the token."),
     Verdict("invalid x-api-key", 401,
-            hint="Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
+            hint="check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
 )
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can help these
 # What a refusal is about, by its message, where a correction or an explanation needs to know.
@@ -505,23 +505,21 @@ ABOUT_COMPILING = re.compile(r"grammar[^.]* too large|too complex for compilatio
                              r"tools can be strict", re.I)
 # What a 400 teaches about a model: the pattern of its message, and what is changed in the model's row.  Only what
 # changes the refused request, and then a corrected retry that succeeded, makes a lesson (Lessons.learn).
-LESSONS = (
-    (re.compile(r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)"), {"sampling": False}),
-    (re.compile(r"not support(ed)?[^.]*prefill|must end with a user message"), {"prefill": False}),
-    (re.compile(r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use"), {"forced_tools": False}),
-    (re.compile(r"does not support the effort|output_config.*effort.*not supported"), {"efforts": ()}),
-    (re.compile(r"^`?speed\b|not support[^.]*(`speed`|speed parameter|fast mode)|fast mode[^.]* not ", re.I),
-     {"fast": False}),
-    (re.compile(r"role 'system' is not supported"), {"late_system": False}),
-    (re.compile(r"does not support (structured|output)|output_config.*format.*not supported"),
-     {"structured_outputs": False}),
-    (re.compile(r"compaction|compact-2026"), {"compaction": False}),
-    (re.compile(r"fallback"), {"fallbacks": False}),
+LESSONS: Sequence[Tuple[str, dict]] = (
+    (r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)", {"sampling": False}),
+    (r"not support(ed)?[^.]*prefill|must end with a user message", {"prefill": False}),
+    (r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use", {"forced_tools": False}),
+    (r"does not support the effort|output_config.*effort.*not supported", {"efforts": ()}),
+    (r"(?i)^`?speed\b|not support[^.]*(`speed`|speed parameter|fast mode)|fast mode[^.]* not ", {"fast": False}),
+    (r"role 'system' is not supported", {"late_system": False}),
+    (r"does not support (structured|output)|output_config.*format.*not supported", {"structured_outputs": False}),
+    (r"compaction|compact-2026", {"compaction": False}),
+    (r"fallback", {"fallbacks": False}),
 )
 # ... and the type of thinking that it does not support, with the one that stands in for it.
-THINKING_LESSONS = ((re.compile(r"thinking.type.enabled"), "enabled", "adaptive"),
-                    (re.compile(r"thinking.type.disabled|between_tools"), "disabled", ""),
-                    (re.compile(r"adaptive thinking is not supported"), "adaptive", "enabled"))
+THINKING_LESSONS = (("thinking.type.enabled", "enabled", "adaptive"),
+                    ("thinking.type.disabled|between_tools", "disabled", ""),
+                    ("adaptive thinking is not supported", "adaptive", "enabled"))
 
 
 class ClaudeError(GatewayError):
@@ -543,9 +541,9 @@ class ClaudeError(GatewayError):
         if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
             self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
             hint = hint or PLAN_HINT
-        stop = "" if message.endswith((".", "!", "?")) else "."
-        super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
-                         headers=headers_from_claude(headers or {}))
+        if hint:
+            message += "%s Hint: %s" % ("" if message.endswith((".", "!", "?")) else ".", hint)
+        super().__init__(message, code=code, headers=headers_from_claude(headers or {}))
         self._anthropic_headers = headers_for_anthropic(headers or {})
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
@@ -957,10 +955,10 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
     match = ABOUT_LIMIT.search(message)
     lesson: dict = {"max_output": int(match.group(1))} if match else {}
     for pattern, change in LESSONS:
-        if pattern.search(message):
+        if re.search(pattern, message):
             lesson.update(change)
     for pattern, refused, instead in THINKING_LESSONS:
-        if pattern.search(message):
+        if re.search(pattern, message):
             kinds = [*model.thinking, *([instead] if instead else [])]
             lesson["thinking"] = tuple(dict.fromkeys(kind for kind in kinds if kind != refused)) or ("adaptive",)
     return {name: value for name, value in lesson.items() if getattr(model, name) != value} or None
