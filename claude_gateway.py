@@ -3501,11 +3501,11 @@ def encrypted_from(value: dict) -> str:
 
 
 def value_from_encrypted(encrypted: Any) -> dict:
-    """The object in our own `encrypted_content`; {} for a foreign or damaged one."""
+    """The object in our `encrypted_content`; {} for a foreign or damaged one."""
     if not isinstance(encrypted, str) or not encrypted.startswith(OUR_ENCODING):
         return {}
     try:
-        value = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):].encode()).decode("utf-8"))
+        value = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):]).decode())
     except ValueError:
         return {}
     return without_lone_surrogates(value) if isinstance(value, dict) else {}
@@ -3537,8 +3537,8 @@ def carried_by(item: dict) -> dict:
 
 def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
     """The items from the newest compaction on, behind the system text and tools that led what it stands for."""
-    for at in range(len(entries) - 1, -1, -1):
-        if entries[at][1].get("type") in COMPACTIONS and carried_by(entries[at][1]):
+    for at, (_, item) in reversed(list(enumerate(entries))):
+        if item.get("type") in COMPACTIONS and carried_by(item):
             return [*itertools.takewhile(lambda entry: is_setting(entry[1]), entries[:at]), *entries[at:]]
     return entries
 
@@ -3553,14 +3553,12 @@ item_role_of = one_of("user", "assistant", "system", "developer")
 
 def add_message_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     role = item_role_of(item.get("role"), path + ".role")
-    if role == "assistant":
-        add_content(conversation, "assistant", item, path, draft)
-    else:
-        add_message(conversation, role, item, path, draft)
+    add = add_content if role == "assistant" else add_message
+    add(conversation, role, item, path, draft)
 
 
 def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """A function_call, or a custom_tool_call whose input is a bare string."""
+    """A function_call, or a custom_tool_call, whose input is text."""
     name = full_tool_name(text_at(item, "namespace", path, ""), text_at(item, "name", path))
     arguments = item.get("arguments")
     if item.get("type") == "custom_tool_call":
@@ -3631,11 +3629,9 @@ def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) ->
 
 def items_from_input(given: Any) -> list[dict]:
     """`input` as items: a string is one user message."""
-    if given is None:
-        return []
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
-    return [item for _, item in entries_of(given, "input")]
+    return [item for _, item in entries_of([] if given is None else given, "input")]
 
 
 def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
@@ -3650,8 +3646,8 @@ def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[di
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                     recall: Recall | None = None, earlier: Sequence[dict] = (),
                                     compact: bool = False) -> Translation:
-    """A Responses request as a Messages request.  `earlier`: the items of the response that it continues.  `compact`:
-    ask for a summary instead of an answer."""
+    """A Responses request as a Messages request.  `earlier`: the items that it continues.  `compact`: ask for a summary
+    instead of an answer."""
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)
     if "input" not in fields and "instructions" not in fields and not earlier:
@@ -3708,6 +3704,8 @@ def responses_usage(usage: dict) -> dict:
 # What a failure is called inside a response; clients stop or retry by these names and no others.
 RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insufficient_quota": "insufficient_quota",
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
+ITEM_IDS = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc",
+            "web_search_call": "ws", "compaction": "cmp"}      # type of an output item -> how its id begins
 EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
 
@@ -3737,17 +3735,17 @@ class ResponseStream(Renderer):
         events += self._close_item("incomplete" if reason and not refusal else "completed")
         if refusal:                                 # a message of its own
             events += [*self._open_message({"type": "refusal", "refusal": ""}),
-                       self._in_item("response.refusal.delta", content_index=0, delta=refusal),
-                       self._in_item("response.refusal.done", content_index=0, refusal=refusal),
+                       self._in_item("refusal.delta", content_index=0, delta=refusal),
+                       self._in_item("refusal.done", content_index=0, refusal=refusal),
                        *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
         return [*events, self._end(message["usage"], now, reason)]
 
     def _end(self, usage: dict, now: int, reason: str | None = None) -> dict:
-        self.response.update(status="incomplete" if reason else "completed", usage=responses_usage(usage),
-                             completed_at=None if reason else now,
+        status = "incomplete" if reason else "completed"
+        self.response.update(status=status, usage=responses_usage(usage), completed_at=None if reason else now,
                              incomplete_details={"reason": reason} if reason else None)
         self.response = with_service_tier(self.response, usage)
-        return self._event("response.incomplete" if reason else "response.completed", response=self.response)
+        return self._event(status, response=self.response)
 
     def fail(self, failure: GatewayError) -> list[dict]:
         """The event that reports a failure once the stream has begun."""
@@ -3756,12 +3754,11 @@ class ResponseStream(Renderer):
         if code == "rate_limit_exceeded" and failure.headers.get("retry-after"):
             message += " Please try again in %ss." % failure.headers["retry-after"]
         self.response.update(status="failed", error={"code": code, "message": message})
-        return [self._event("response.failed", response=self.response)]
+        return [self._event("failed", response=self.response)]
 
     def _start(self) -> list[dict]:
         self.response["model"] = self._assembler.message["model"]
-        events = [self._event("response.created", response=dict(self.response, output=[])),
-                  self._event("response.in_progress", response=dict(self.response, output=[]))]
+        events = [self._event(kind, response=dict(self.response)) for kind in ("created", "in_progress")]
         for item in self._first:
             events += [self._open(item), self._done(item)]
         return events
@@ -3773,8 +3770,7 @@ class ResponseStream(Renderer):
         if block["type"] != "tool_use":
             return closed
         name, custom = block["name"], block["name"] in self._plan.custom_tools
-        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
-                      "type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
+        item = {"type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
         if name in self._plan.namespaces:
             item["namespace"], item["name"] = self._plan.namespaces[name]
         item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
@@ -3800,15 +3796,19 @@ class ResponseStream(Renderer):
         return self._item.get("type") == kind
 
     def _open(self, item: dict) -> dict:
-        self._item, self._written, self._annotations = item, io.StringIO(), []
-        return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
+        """Begins an output item, which gets an id if it has none."""
+        index = len(self.response["output"])
+        item_id = "%s_%s_%d" % (ITEM_IDS[item["type"]], self.response["id"].split("_", 1)[-1], index)
+        self._item = dict({"id": item_id}, **item)
+        self._written, self._annotations = io.StringIO(), []
+        return self._event("output_item.added", output_index=index, item=dict(self._item))
 
     def _done(self, item: dict, to_store: dict | None = None) -> dict:
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
         self.to_store.append(to_store or item)
         self._item = {}
-        return self._event("response.output_item.done", output_index=output_index, item=item)
+        return self._event("output_item.done", output_index=output_index, item=item)
 
     def _close_item(self, status: str = "completed") -> list[dict]:
         """Ends the open item, whatever it is."""
@@ -3816,7 +3816,7 @@ class ResponseStream(Renderer):
         if kind == "message":
             text = self._written.getvalue()
             part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
-            return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
+            return [self._in_item("output_text.done", content_index=0, text=text, logprobs=[]),
                     *self._end_part(part, status)]
         if kind == "reasoning":
             return self._end_thinking({})
@@ -3824,16 +3824,13 @@ class ResponseStream(Renderer):
             return self._end_search(())
         return self._end_call(status) if kind else []
 
-    def _new_id(self, prefix: str) -> str:
-        return "%s_%s_%d" % (prefix, self.response["id"].split("_", 1)[-1], len(self.response["output"]))
-
     def _in_item(self, kind: str, **fields: Any) -> dict:
         """An event about the open item."""
         return self._event(kind, item_id=self._item["id"], output_index=len(self.response["output"]), **fields)
 
     def _event(self, kind: str, **fields: Any) -> dict:
         self._sequence += 1
-        return dict({"type": kind, "sequence_number": self._sequence}, **fields)
+        return dict({"type": "response." + kind, "sequence_number": self._sequence}, **fields)
 
     # -- text
 
@@ -3842,12 +3839,11 @@ class ResponseStream(Renderer):
             return []
         events = [] if self._is_open("message") else self._close_item() + self._open_message(EMPTY_TEXT)
         self._written.write(text)
-        return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
+        return events + [self._in_item("output_text.delta", content_index=0, delta=text, logprobs=[])]
 
     def _open_message(self, part: dict) -> list[dict]:
-        return [self._open({"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
-                            "content": []}),
-                self._in_item("response.content_part.added", content_index=0, part=part)]
+        return [self._open({"type": "message", "role": "assistant", "status": "in_progress", "content": []}),
+                self._in_item("content_part.added", content_index=0, part=part)]
 
     def _annotate(self, block: dict) -> list[dict]:
         """The citations of a text block, placed in the text of its whole item."""
@@ -3858,13 +3854,13 @@ class ResponseStream(Renderer):
         events = []
         for annotation in annotations_of(block, start, length - start):
             flat = dict({"type": "url_citation"}, **annotation["url_citation"])
-            events.append(self._in_item("response.output_text.annotation.added", content_index=0,
+            events.append(self._in_item("output_text.annotation.added", content_index=0,
                                         annotation_index=len(self._annotations), annotation=flat))
             self._annotations.append(flat)
         return events
 
     def _end_part(self, part: dict, status: str) -> list[dict]:
-        return [self._in_item("response.content_part.done", content_index=0, part=part),
+        return [self._in_item("content_part.done", content_index=0, part=part),
                 self._done(dict(self._item, status=status, content=[part]))]
 
     # -- thinking
@@ -3874,11 +3870,11 @@ class ResponseStream(Renderer):
         if not thinking:
             return []
         events = [] if self._is_open("reasoning") else [
-            self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
-            self._in_item("response.reasoning_summary_part.added", summary_index=0,
+            self._open({"type": "reasoning", "summary": []}),
+            self._in_item("reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
         self._written.write(thinking)
-        return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
+        return events + [self._in_item("reasoning_summary_text.delta", summary_index=0, delta=thinking)]
 
     def _end_thinking(self, block: dict) -> list[dict]:
         encrypted = encrypted_from(block) if block else None
@@ -3887,12 +3883,12 @@ class ResponseStream(Renderer):
         if not self._is_open("reasoning"):
             if not encrypted or not shown:
                 return []
-            events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
+            events = [*self._close_item(), self._open({"type": "reasoning", "summary": []})]
         text = self._written.getvalue()
         part = {"type": "summary_text", "text": text}
         if text:
-            events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
-                       self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
+            events += [self._in_item("reasoning_summary_text.done", summary_index=0, text=text),
+                       self._in_item("reasoning_summary_part.done", summary_index=0, part=part)]
         item = dict(self._item, summary=[part] if text else [])
         signed = dict(item, encrypted_content=encrypted) if encrypted else item
         return events + [self._done(signed if shown else item, signed)]
@@ -3903,7 +3899,7 @@ class ResponseStream(Renderer):
         self._written.write(fragment)
         if self._is_open("custom_tool_call"):
             return []                               # its string is known only at the end
-        return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
+        return [self._in_item("function_call_arguments.delta", delta=fragment)]
 
     def _end_call(self, status: str) -> list[dict]:
         item = dict(self._item)
@@ -3914,26 +3910,26 @@ class ResponseStream(Renderer):
             status = "incomplete"                       # the output limit cut the arguments
         if item["type"] == "custom_tool_call":
             item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
-            return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
-                    self._in_item("response.custom_tool_call_input.done", input=item["input"]), self._done(item)]
-        events = [] if streamed else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
+            return [self._in_item("custom_tool_call_input.delta", delta=item["input"]),
+                    self._in_item("custom_tool_call_input.done", input=item["input"]), self._done(item)]
+        events = [] if streamed else [self._in_item("function_call_arguments.delta", delta=arguments)]
         item.update(arguments=arguments, status=status)
-        return events + [self._in_item("response.function_call_arguments.done", arguments=arguments,
+        return events + [self._in_item("function_call_arguments.done", arguments=arguments,
                                        name=item["name"]), self._done(item)]
 
     def _open_search(self, block: dict) -> list[dict]:
         """A web search that Claude does for itself; its results are the next block."""
         action = {"type": "search", "query": (block.get("input") or {}).get("query", "")}
-        item = {"id": self._new_id("ws"), "type": "web_search_call", "status": "in_progress", "action": action}
-        return [self._open(item), self._in_item("response.web_search_call.in_progress"),
-                self._in_item("response.web_search_call.searching")]
+        item = {"type": "web_search_call", "status": "in_progress", "action": action}
+        return [self._open(item), self._in_item("web_search_call.in_progress"),
+                self._in_item("web_search_call.searching")]
 
     def _end_search(self, results: Sequence[Any]) -> list[dict]:
         item = dict(self._item, status="completed")
         if SEARCH_SOURCES in self._include:
             urls = [text_in(found, "url") for found in results]
             item["action"] = dict(item["action"], sources=[{"type": "url", "url": url} for url in urls if url])
-        return [self._in_item("response.web_search_call.completed"), self._done(item)]
+        return [self._in_item("web_search_call.completed"), self._done(item)]
 
 
 class CompactionStream(ResponseStream):
@@ -3944,12 +3940,12 @@ class CompactionStream(ResponseStream):
 
     def _start(self) -> list[dict]:
         events = super()._start()
-        item = {"id": self._new_id("cmp"), "type": "compaction", "encrypted_content": ""}
-        return [*events, self._open(item), self._in_item("response.compaction.compacting")]
+        return [*events, self._open({"type": "compaction", "encrypted_content": ""}),
+                self._in_item("compaction.compacting")]
 
     def finish(self, now: int = 0) -> list[dict]:
         message = self._assembler.whole()
-        return [self._done(compaction_item(self._new_id("cmp"), message)), self._end(message["usage"], now)]
+        return [self._done(compaction_item(self._item["id"], message)), self._end(message["usage"], now)]
 
 
 # What a listed item or content part has besides what a client must send.
