@@ -192,7 +192,7 @@ MUTANTS = (
            'COMPACTION_BETA: "compaction" in request', "CompactionTests"),
     Mutant("compaction: a refused block goes as text",
            'if "compaction" not in self._for_once and compacts(', "if False and compacts(", "CompactionTests"),
-    Mutant("compaction: items before it are left out", "        if entries[at][1].get(\"type\") in COMPACTIONS and",
+    Mutant("compaction: items before it are left out", "        if item.get(\"type\") in COMPACTIONS and",
            "        if False and", "CompactionTests"),
     Mutant("compaction: no count where usage is known", "size = history.tokens and", "size = False and",
            "CompactionTests"),
