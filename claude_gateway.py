@@ -4297,8 +4297,8 @@ def number_or_none(text: str | None) -> float | None:
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
-# What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
-# somebody else renews, and a stored login that renews itself, ours or a profile of Anthropic's own tools.
+# What a call to Claude is paid with: an API key, a bearer token that somebody else renews, or a stored login that
+# renews itself, ours or a profile of Anthropic's own tools.
 
 PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
 NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
@@ -4352,9 +4352,9 @@ class FileDamaged(GatewayError):
 
 
 class StoredFile:
-    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.  Ours is closed to
-    others where they may read it; another program's is refused where its mode has one of the bits in `closed`, or
-    where it is a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret."""
+    """One JSON object in a file that is whole at every instant, mode 0600.  Ours is closed to others; another
+    program's is refused where its mode has one of the bits in `closed`, or where it is a symlink and `closed` is
+    PRIVATE.  `holds`: the field that has the secret."""
     kind = "file"
 
     def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
@@ -4376,7 +4376,7 @@ class StoredFile:
                         os.chmod(self.path, 0o600)
                         LOG.warning("others could read %s: its mode is 0600 now", self.path)
                 with while_held(lambda: open(self.path, "rb")) as file:
-                    content = json.loads(file.read(50_000_000).decode("utf-8"))
+                    content = json.loads(file.read(50_000_000).decode())
                 reason = self.fault_in(content)
         except FileNotFoundError:                   # also without a path
             return None
@@ -4400,7 +4400,7 @@ class StoredFile:
         return "" if isinstance(content, dict) else "it holds no JSON object"
 
     def write(self, content: dict) -> None:
-        """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
+        """Replaces the file at once; a damaged one is moved aside, a symlink followed.  Raises OSError."""
         if not self.path:
             raise OSError("there is no home directory to store tokens in; use --token-file PATH")
         target = os.path.realpath(self.path)
@@ -4454,13 +4454,13 @@ class StoredFile:
                     while_held(functools.partial(lock_file, descriptor), patience)
             except OSError as fault:
                 if descriptor is not None and is_held(fault):   # going on without it could cost the login
-                    raise UpstreamFault("Another process has held the lock of a file for %d seconds." %
-                                        patience) from None
+                    message = "Another process has held the lock of a file for %d seconds." % patience
+                    raise UpstreamFault(message) from None
             yield
 
 
 class TokenFile(StoredFile):
-    """A file that `holds` a secret: the tokens of a login, or an API key."""
+    """The tokens of a login, or an API key."""
     kind = "token file"
 
     def fault_in(self, content: Any) -> str:
@@ -4471,13 +4471,13 @@ class TokenFile(StoredFile):
 
 
 def is_held(fault: Any) -> bool:
-    """Whether another process has the lock of a file, or another program the file open, an antivirus perhaps."""
+    """Whether another process has the lock of a file, or has it open, as an antivirus may."""
     return (isinstance(fault, BlockingIOError) or getattr(fault, "winerror", 0) in (5, 32, 33)
             or os.name == "nt" and getattr(fault, "errno", None) in (0, 13, 36))
 
 
 def while_held(work: Callable[[], Any], seconds: float = 2) -> Any:
-    """The result of some work on a file, tried again for some seconds while somebody else has it."""
+    """The result of work on a file, tried again while somebody else has it."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -4506,7 +4506,7 @@ class StoredLogin(ApiKey):
              --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
     One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
-    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used."""
+    read again; only if nobody else renewed it, new tokens are asked for, and stored before they are used."""
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
@@ -4645,9 +4645,10 @@ class StoredLogin(ApiKey):
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
         body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}
-        reason = ""
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
+            otherwise = "no reason given" if status != 200 else "no access token that can be used"
+            reason = "status %d, %s" % (status, refusal_words(answer, otherwise))
         except UpstreamFault as fault:
             status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
@@ -4664,14 +4665,12 @@ class StoredLogin(ApiKey):
                 self._put_off(CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
                     refusal_words(answer, "invalid_grant"), self.remedy)), rejected)
         else:
-            otherwise = "no reason given" if status != 200 else "no access token that can be used"
             self._put_off(UpstreamFault(
                 "The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
-                "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
-                                               self._token_url)), rejected)
+                "CLAUDE_GATEWAY_TOKEN_URL." % (reason, self._token_url)), rejected)
 
     def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
-        """The renewal fails: go on with an access token in its last minutes, else tell the client."""
+        """A renewal failed: goes on with an access token in its last minutes, else raises."""
         self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
         self._failures += 1
         self.trouble = trouble_of(failure)
@@ -4685,9 +4684,9 @@ class StoredLogin(ApiKey):
             self._file.write(self._token)
             self._outdated, self._stamp = "", self._file.stamp()
         except OSError as fault:
-            LOG.log(logging.DEBUG if self._outdated else logging.WARNING,       # once
-                    "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
-                    fault.strerror or fault)
+            level = logging.DEBUG if self._outdated else logging.WARNING        # once
+            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory",
+                    self._file.path, fault.strerror or fault)
             self._outdated = self._outdated or in_file
 
 
@@ -4753,8 +4752,8 @@ class Login:
             "grant_type": "authorization_code", "code": code, "state": self._state, "client_id": OAUTH_CLIENT_ID,
             "redirect_uri": OAUTH_REDIRECT_URI, "code_verifier": self._code_verifier}, {})
         if status != 200 or not is_sendable(answer.get("access_token")):
-            raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" %
-                                   (status, refusal_words(answer, "no reason given")))
+            reason = refusal_words(answer, "no reason given")
+            raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" % (status, reason))
         return token_from_answer(answer, {"token_type": "Bearer", "scope": self._scopes})
 
 
@@ -4782,7 +4781,7 @@ class ProfileLogin(StoredLogin):
 
 
 def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | None:
-    """The profile that is named, or else the active one; None where there is none.  Raises GatewayError."""
+    """The profile that is named, or else active; None where there is none.  Raises GatewayError."""
     folder, name = config.profile_folder, config.profile
     if not folder:
         return None
@@ -4823,8 +4822,8 @@ def key_file(config: Config) -> TokenFile:
 
 
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
-    """The credential to use: the first of a fixed order that is there, within what `auth` allows."""
-    keys, logins, file = config.auth != "oauth", config.auth != "api-key", TokenFile(config.token_file, config.limits)
+    """The credential to use: the first that is there, in this order, within what `auth` allows."""
+    keys, logins = config.auth != "oauth", config.auth != "api-key"
     if keys and config.anthropic_api_key:
         return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
     if keys and config.anthropic_auth_token:
@@ -4836,9 +4835,12 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
     stored_key = key_file(config).read() if keys else None
     if stored_key:
         return ApiKey(stored_key["api_key"], key_file(config).path)
-    if logins and file.read() is not None:
+    if not logins:
+        return None
+    file = TokenFile(config.token_file, config.limits)
+    if file.read() is not None:
         return StoredLogin(file, config.token_url, post_json)
-    return profile_from_config(config, post_json) if logins else None
+    return profile_from_config(config, post_json)
 
 
 # ---- Usage -------------------------------------------------------------------------------------------
