@@ -6130,16 +6130,15 @@ class EventLoop:
 
 
 # ---- Image fetching ----------------------------------------------------------------------------------
-# Images that Claude cannot fetch for itself.  The rules are strict, as a URL in a request could point the gateway
-# at its own network: every address of the host must be public, the connection goes to the address that was
-# checked, and each redirect starts over.
+# Images that Claude cannot fetch for itself.  As a URL could point the gateway at its own network, every address of
+# the host must be public, the connection goes to the address that was checked, and each redirect starts over.
 
 FETCH_REDIRECTS = 3
 MAX_FETCHED = 7_500_000                             # bytes: as base64 the 10 MB that Claude accepts
 
 
 class Download(threading.Thread):
-    """One image on its way, in a thread of its own: a name look-up that takes too long cannot be ended, only left."""
+    """One image on its way, in a thread of its own: a slow name look-up cannot be ended, only left."""
 
     def __init__(self, work: Callable[[Download], Tuple[str, str]]) -> None:
         super().__init__(name="image", daemon=True)
@@ -6155,7 +6154,7 @@ class Download(threading.Thread):
         self._bell.close()
 
     def uses(self, sock: socket.socket) -> None:
-        """From here on this socket ends with the download; a TLS layer above it is left alone."""
+        """From here on this socket ends with the download."""
         self._sockets.append(sock)
         if self._given_up:
             self.give_up()
@@ -6977,10 +6976,9 @@ def health(gateway: Gateway, incoming: Incoming) -> Reply:
 # ---- Legacy completions ------------------------------------------------------------------------------
 # OpenAI's older API, of a text that is continued: it becomes a chat turn that asks for it.
 
-COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
-                     "only: no comment, no repetition of the text, no code fence.")
-INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
-                 "comment, no repetition of the text, no code fence.")
+COMPLETION_SYSTEM = "Continue the text that the user sends, exactly from where it ends. Answer with the continuation"
+INFILL_SYSTEM = "The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap"
+ONLY_TEXT = " only: no comment, no repetition of the text, no code fence."
 
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6989,7 +6987,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     echoes = prompts if incoming.body.get("echo") else [""] * len(prompts)
     suffix = optional(text_of, incoming.body.get("suffix"), "suffix", "")
     chat = without(incoming.body, "prompt", "suffix", "echo", "best_of", "logprobs")
-    system = {"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM}
+    system = {"role": "system", "content": (INFILL_SYSTEM if suffix else COMPLETION_SYSTEM) + ONLY_TEXT}
     texts = [prompt + "<gap/>" + suffix if suffix else prompt for prompt in prompts]
     replies = (chat_completions(gateway, replace(incoming, body=dict(
         chat, messages=[system, {"role": "user", "content": text}]))) for text in texts)
@@ -7004,7 +7002,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 def prompts_of(body: dict) -> list[str]:
-    """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
+    """`prompt`, a string or a list of them, not of token ids."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
@@ -7027,17 +7025,18 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
             chunks = []
             for chunk in step:
                 same = same or {"id": chunk["id"], "created": chunk["created"]}
-                is_text = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
+                is_shown = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
                 if not chunk["choices"]:
                     usage = chunk["usage"] = added_usage(usage, chunk["usage"])
-                if is_text or not chunk["choices"] and at == len(echoes) - 1:
+                    is_shown = at == len(echoes) - 1
+                if is_shown:
                     chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
             yield chunks, wait
         yield [], NEEDS_THREAD                      # for the call of the next prompt
 
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
-    """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
+    """A chat completion, or a chunk of one, as a legacy completion; the prompt stands before its text."""
     choices = []
     for choice in chat["choices"]:
         part = choice.get("message") or choice["delta"]
@@ -7056,12 +7055,12 @@ def native_body(gateway: Gateway, incoming: Incoming) -> dict:
     record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
     record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
     credential = gateway.upstream.credential
-    preamble = [dict(block) for block in credential.preamble] if credential else []
+    preamble = list(credential.preamble) if credential else []
     if preamble:
         system = body.get("system") or []
         blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list_of(system, "system")
-        already = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
-        body["system"] = blocks if already else preamble + blocks
+        is_there = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
+        body["system"] = blocks if is_there else preamble + blocks
     if record.route == "/messages" and not gateway.config.no_cache and not has_marks(body):
         body["cache_control"] = {"type": "ephemeral"}
     return body
@@ -7076,7 +7075,7 @@ def has_marks(value: Any) -> bool:
 
 
 def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas, answered as Claude does."""
+    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas."""
     body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
     betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
     data = within_upstream_limit(upstream_json(body))
@@ -7089,8 +7088,8 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
         name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
         if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
-    headers = dict(headers_for_anthropic(reply.headers),
-                   **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
+    headers = headers_for_anthropic(reply.headers)
+    headers["content-type"] = printable(reply.headers.get("content-type", "application/json"))
     passing = PassingUsage(reply.is_stream)
 
     def cost_so_far() -> float:
@@ -7109,7 +7108,7 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 class PassingUsage:
-    """Reads the token counts of a native answer from the bytes that pass by; whatever it cannot read it leaves."""
+    """Reads the token counts of a native answer from the bytes that pass by, as far as it can."""
 
     def __init__(self, is_stream: bool) -> None:
         self._decoder = EventDecoder(joining=True) if is_stream else None
@@ -7136,8 +7135,7 @@ class PassingUsage:
         """What was counted so far, {} for an answer without any."""
         if self._body:
             with contextlib.suppress(ValueError):
-                usage = value_in(json_within_bounds(self._body.decode("utf-8"), LENIENT_JSON), "usage")
-                return usage if isinstance(usage, dict) else {}
+                self._note([{"usage": value_in(json_within_bounds(self._body.decode(), LENIENT_JSON), "usage")}])
         return self._usage
 
 
