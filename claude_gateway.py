@@ -7146,7 +7146,7 @@ FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
 
 
 class ToolSettings(NamedTuple):
-    """`where`: one line for the table; `text`: the settings themselves, with the placeholders of `filled`."""
+    """`where`: where they go; `text`: the settings themselves, with the placeholders of `filled`."""
     title: str
     where: str
     text: str = FORM
@@ -7155,7 +7155,7 @@ class ToolSettings(NamedTuple):
 
 
 def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
-    """The settings of a library: a call whose argument `address` is the base URL."""
+    """The settings of a library, which gets the base URL as its argument `address`."""
     module, _, name = name.rpartition(".")
     return ToolSettings(title, "%s(%s=...)" % (name, address), 'from %s import %s\nllm = %s(%s, %s="BASE", '
                         'api_key="KEY"%s)' % (module, name, name, model, address, others))
@@ -7334,24 +7334,25 @@ SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
 
 
 def setup_name(text: str) -> str:
-    """The entry of a name or title, in upper or lower case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
+    """The entry of a name or title: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
     plain = re.sub(r"[ _]+", "-", text.strip().lower())
-    names = {re.sub(r"[ _]+", "-", tool.title.lower()): name for name, tool in TOOL_SETTINGS.items()}
+    names = {tool.title.lower().replace(" ", "-"): name for name, tool in TOOL_SETTINGS.items()}
     names.update({name: name for name in SETTINGS})
     if plain in names:
         return names[plain]
     nearest = difflib.get_close_matches(plain, names, n=1)
+    hint = "Did you mean %s? " % names[nearest[0]] if nearest else ""
     raise argparse.ArgumentTypeError("there are no settings for %s. %s`claude-gateway setup` lists all names." % (
-        text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
+        text, hint))
 
 
 def filled(config: Config, path_form: Callable[[str], str] = str, between: str = " ") -> dict[str, str]:
     """The placeholders of the settings -> their values here."""
     python = sys.executable if own_file() or getattr(sys, "frozen", False) else "python3"
     origin = "http://localhost:%d" % config.port
-    arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
+    arguments = ["start"] if config.port == DEFAULT_PORT else ["start", "--port", str(config.port)]
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
-            "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
+            "MODEL_ID": "claude-sonnet-5-5",        # for tools that look up its abilities
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": '# in the environment: OPENAI_API_KEY=YOUR-GATEWAY-KEY\n'
                        'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
@@ -7374,23 +7375,22 @@ def with_values(text: str, values: dict[str, str]) -> str:
 
 
 # ---- Status page -------------------------------------------------------------------------------------
-# What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
+# What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus.
 
 USAGE_COLUMNS = ("requests", "errors", "tokens in", "cached", "tokens out", "cost")
 REQUEST_COLUMNS = ("time", "tool", "model", "status", *USAGE_COLUMNS[2:], "first byte, all")
 
 
-def token_cells(input_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float | None) -> list[str]:
+def token_cells(figures: dict) -> list[str]:
     """Texts for the last four of USAGE_COLUMNS."""
-    return ["{:,}".format(input_tokens), "%d%%" % percent(cached_tokens, input_tokens), "{:,}".format(output_tokens),
-            "" if cost_usd is None else dollars(cost_usd)]
+    read, cost = percent(figures["cached_tokens"], figures["input_tokens"]), figures["cost_usd"]
+    return [format(figures["input_tokens"], ","), "%d%%" % read, format(figures["output_tokens"], ","),
+            "" if cost is None else dollars(cost)]
 
 
-def usage_row(requests: int, failed: int, input_tokens: int, cached_tokens: int, output_tokens: int,
-              cost_usd: float | None) -> list[str]:
+def usage_row(figures: dict) -> list[str]:
     """Texts for USAGE_COLUMNS."""
-    return ["{:,}".format(requests), "{:,}".format(failed),
-            *token_cells(input_tokens, cached_tokens, output_tokens, cost_usd)]
+    return [format(figures["requests"], ","), format(figures["failed"], ","), *token_cells(figures)]
 
 
 def request_row(each: dict) -> list[str]:
@@ -7398,9 +7398,7 @@ def request_row(each: dict) -> list[str]:
     moment = time.strftime("%H:%M:%S", time.localtime(each["time"]))
     models = " -> ".join(dict.fromkeys(filter(None, (each["asked"], each["used"])))) or each["path"]
     status = "%d%s" % (each["status"], " stream" if each["stream"] else "")
-    tokens = [""] * 4
-    if each["input_tokens"] is not None:
-        tokens = token_cells(each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])
+    tokens = [""] * 4 if each["input_tokens"] is None else token_cells(each)
     times = "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])
     return [moment, each["tool"], models, status, *tokens, times]
 
@@ -7428,22 +7426,22 @@ def status_data(gateway: Gateway) -> dict:
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
         **{name: totals[name] for name in ("by_tool", "by_model", "error_texts")}, "columns": REQUEST_COLUMNS,
         "recent": [dict(each, row=request_row(each)) for each in totals["recent"]],
-        "totals": [[[title, *USAGE_COLUMNS], *([name, *usage_row(**sums)] for name, sums in totals[field].items())]
-                   for title, field in (("tool", "by_tool"), ("model", "by_model"))]}
+        "totals": [[[by, *USAGE_COLUMNS], *([name, *usage_row(sums)] for name, sums in totals["by_" + by].items())]
+                   for by in ("tool", "model")]}
 
 
 def last_days(usage: Usage) -> list[dict]:
     """Costs and requests of the last thirty days, [] where they are not counted."""
+    days: dict = {}
     with contextlib.suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
-        shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
-        return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
-                for day in shown]
-    return []
+    shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
+    return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
+            for day in shown]
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /: a page for browsers, JSON for anything else.  The data requires an API key where clients need one."""
+    """GET /: a page for browsers, JSON for others.  The data requires an API key where clients need one."""
     if "text/html" in incoming.headers.get("accept", ""):
         nonce = secrets.token_urlsafe(12)
         policy = ("default-src 'none'; connect-src 'self'; style-src 'nonce-%s'; script-src 'nonce-%s'; "
@@ -9835,11 +9833,13 @@ def usage_command(parsed: argparse.Namespace, config: Config) -> int:
                     for name, figures in groups.items()])
         return OK
     total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
-    rows = [[name or "-", *usage_row(
-        figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"], figures["output"],
-        figures["usd"]), "+ unknown" * bool(figures["without_price"])]
-            for name, figures in [*groups.items(), *total.items()]]
-    print(in_columns("<>>>>>><", [[parsed.by, *USAGE_COLUMNS, ""], *rows]))
+    rows = [[parsed.by, *USAGE_COLUMNS, ""]]
+    for name, figures in [*groups.items(), *total.items()]:
+        row = usage_row({"requests": figures["requests"], "failed": figures["errors"], "cost_usd": figures["usd"],
+                         "input_tokens": prompt_tokens(figures), "cached_tokens": figures["cache_read"],
+                         "output_tokens": figures["output"]})
+        rows.append([name or "-", *row, "+ unknown" * bool(figures["without_price"])])
+    print(in_columns("<>>>>>><", rows))
     return OK
 
 
