@@ -8429,9 +8429,9 @@ def simulated_message(request: dict, usage: dict) -> dict:
     schema = value_in(request, "output_config", "format", "schema")
     asked = json_asked_for(last) if schema is None else schema
     thinking = {"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"}
-    blocks: list[dict] = [thinking] * (request.get("thinking", {}).get("display") == "summarized")
-    if schema is None and tools and choice.get("type") != "none" and (
-            not results or choice.get("type") in ("any", "tool")):
+    blocks: list[dict] = [thinking] * (value_in(request, "thinking", "display") == "summarized")
+    calls = choice.get("type") in ("any", "tool") or not results and choice.get("type") != "none"
+    if schema is None and tools and calls:
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
@@ -8448,16 +8448,16 @@ def simulated_usage(request: dict, seen: Bounded) -> dict:
     """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
-    total, has_mark = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
+    if "cache_control" not in json.dumps(request):
+        return {"input_tokens": sum(map(about_tokens, prompt)), "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": 0}
     read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
-    for part in prompt if has_mark else ():
+    for part in prompt:
         digest.update(json.dumps(without(part, "cache_control")).encode())
         so_far += about_tokens(part)
         read = so_far if seen.get(digest.hexdigest()) else read
         seen.put(digest.hexdigest(), True)
-    written = total - read if has_mark else 0
-    return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read}
+    return {"input_tokens": 0, "cache_creation_input_tokens": so_far - read, "cache_read_input_tokens": read}
 
 
 def json_asked_for(content: list[dict]) -> dict | None:
@@ -8720,32 +8720,35 @@ def given_to(path: str | None, example: str) -> bytes:
     source = None if path in (None, "-") else path
     if not source and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
+    data = b""
     try:
-        with open(source, "rb") if source else contextlib.nullcontext(
-                sys.stdin.buffer if sys.stdin else io.BytesIO()) as file:
-            data = file.read()
+        if source:
+            with open(source, "rb") as file:
+                data = file.read()
+        elif sys.stdin:
+            data = sys.stdin.buffer.read()
     except OSError as fault:
         raise UsageError("%s: %s" % (source or "standard input", fault.strerror or fault)) from fault
     if not data.strip():
-        raise UsageError("%s is %s; for example: claude-gateway %s" % (
-            source or "Standard input", "empty" if source or sys.stdin else "closed", example))
+        state = "empty" if source or sys.stdin else "closed"
+        raise UsageError("%s is %s; for example: claude-gateway %s" % (source or "Standard input", state, example))
     return data
 
 
 def print_json(value: Any) -> None:
-    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases, which controls no terminal."""
+    """As UTF-8 where the output is that, else escaped; valid JSON that controls no terminal."""
     text = json.dumps(value, indent=1, ensure_ascii="utf" not in str(sys.stdout.encoding).lower())
     print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
 
 
 def lines_within(text: str, columns: int, indent: int = 13) -> str:
-    """Lines broken between words to fit a terminal, 0 for none, which go on with an indent."""
+    """Lines broken between words to fit a terminal (0: none), which go on with an indent."""
     return "\n".join(textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False,
                                    break_on_hyphens=False) if columns else line for line in text.split("\n"))
 
 
 def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
-    """A table; the texts of each column stand at this side of it, "<" or ">"."""
+    """A table; the texts of each column stand at its side "<" or ">"."""
     rows = [[*map(visible, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows)
@@ -8764,14 +8767,15 @@ def duration_text(seconds: float) -> str:
 
 def expiry_text(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and whether it is renewed."""
-    left = expires_at - time.time()
-    when = "in %s)%s" % (duration_text(left), ", renewed automatically" * refreshable) if left > 0 else \
-        "expired%s)" % ("; it is renewed at the next request" * refreshable)
-    return "%s (%s" % (moment_text(expires_at), when)
+    moment, left = moment_text(expires_at), expires_at - time.time()
+    if left > 0:
+        return "%s (in %s)%s" % (moment, duration_text(left), ", renewed automatically" * refreshable)
+    return "%s (expired%s)" % (moment, "; it is renewed at the next request" * refreshable)
 
 
 # ---- Options -----------------------------------------------------------------------------------------
-# The options of `start`, each with its environment variable, and the Config that they make.
+# The options of `start`, each with its environment variable, and the Config that they make.  What reads a value has
+# the signature of the checks in Shapes: the text, and which setting it is of.
 
 
 class Option(NamedTuple):
@@ -8817,8 +8821,8 @@ OPTIONS = (
 
 
 def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
-    """How a text is read: as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
-    def read(setting: str, text: str) -> Any:
+    """Reads a text as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
+    def read(text: str, setting: str) -> Any:
         match = re.match(pattern, text.strip())
         value = match and value_of(match)
         if value is None:
@@ -8827,7 +8831,7 @@ def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) ->
     return read
 
 
-def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
+def fallbacks_from(text: str, setting: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     try:
         for name in names if names != ("default",) else ():
@@ -8838,7 +8842,7 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
 
 
 # Options whose values need checking -> how they are read
-CHECKS: Dict[str, Callable[[str, Any], Any]] = {
+CHECKS: Dict[str, Callable[[Any, str], Any]] = {
     "port": value_reader(r"\d{1,5}\Z", "a number from 0 to 65535",
                          lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
     "fallback": fallbacks_from,
@@ -8851,8 +8855,8 @@ CHECKS: Dict[str, Callable[[str, Any], Any]] = {
                            lambda match: (float(match.group(1)), match.group(2)))}
 
 
-def checked_credential(variable: str, text: str) -> str:
-    """A key, token or id without surrounding blanks, which pasting leaves; it must fit into a header."""
+def checked_credential(text: str, variable: str) -> str:
+    """A key, token or id without the blanks that pasting leaves; it must fit into a header."""
     if not is_sendable(text.strip()):
         raise UsageError("contains characters that are not allowed in a key or token.", variable)
     return text.strip()
@@ -8874,7 +8878,7 @@ def doubtful_credentials(environment: dict[str, str]) -> list[str]:
             if variable in environment and re.match(pattern, "%s=%s" % (variable, environment[variable].strip()))]
 
 
-def headers_from(variable: str, lines: str) -> tuple[tuple[str, str], ...]:
+def headers_from(lines: str, variable: str) -> tuple[tuple[str, str], ...]:
     """Lines `Name: value`; those that authenticate or frame a request are ours."""
     headers = []
     for line in filter(None, map(str.strip, lines.split("\n"))):
@@ -8890,7 +8894,7 @@ RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content
                     "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
 
 
-def checked_base_url(variable: str, url: str) -> str:
+def checked_base_url(url: str, variable: str) -> str:
     """An https URL, or plain http on loopback: a credential is sent there."""
     host = host_in(url)
     if not host:
@@ -8901,8 +8905,8 @@ def checked_base_url(variable: str, url: str) -> str:
     return url
 
 
-def checked_proxy(variable: str, url: str) -> str:
-    """The URL of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may contain a password."""
+def checked_proxy(url: str, variable: str) -> str:
+    """The URL of an HTTP proxy, with or without its scheme.  Errors do not repeat it, as it may contain a password."""
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
     match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
@@ -8934,18 +8938,18 @@ def in_configuration(environment: dict[str, str], *names: str) -> str:
     return next((os.path.join(base, *names) for base in bases if os.path.isabs(base)), "")
 
 
-# Variables that are no options -> the field of the Config, and how they are read
+# Variables that are no options -> the field of the Config, and what reads them
 VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
     "ANTHROPIC_API_KEY": ("anthropic_api_key", checked_credential),
     "ANTHROPIC_AUTH_TOKEN": ("anthropic_auth_token", checked_credential),
     "CLAUDE_CODE_OAUTH_TOKEN": ("claude_code_oauth_token", checked_credential),
     "ANTHROPIC_WORKSPACE_ID": ("workspace_id", checked_credential),
     "ANTHROPIC_CUSTOM_HEADERS": ("custom_headers", headers_from),
-    "ANTHROPIC_PROFILE": ("profile", lambda variable, name: name),
-    "ANTHROPIC_BASE_URL": ("base_url", lambda name, url: re.sub(r"(/v1)?/*\Z", "", checked_base_url(name, url))),
+    "ANTHROPIC_PROFILE": ("profile", anything),
+    "ANTHROPIC_BASE_URL": ("base_url", lambda url, name: re.sub(r"(/v1)?/*\Z", "", checked_base_url(url, name))),
     "CLAUDE_GATEWAY_TOKEN_URL": ("token_url", checked_base_url),
     "CLAUDE_GATEWAY_AUTHORIZE_URL": ("authorize_url", checked_base_url),
-    "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", lambda variable, scopes: scopes),
+    "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", anything),
 }
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 LEVEL_VARIABLES = ["CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS]
@@ -8963,10 +8967,10 @@ def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bo
         if value is None and option.variable in given and (hasattr(parsed, option.field) or not offline):
             setting = option.variable
             value = value_from_variable(option, given[setting])
+        read = CHECKS.get(option.name, anything)
         if value is not None:
-            read = CHECKS.get(option.name, lambda setting, text: text)
-            fields[option.field] = tuple(read(setting, text) for text in value) if option.repeatable else \
-                read(setting, value)
+            fields[option.field] = tuple(read(text, setting) for text in value) if option.repeatable else read(
+                value, setting)
     return fields
 
 
@@ -8990,10 +8994,10 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     proxy_variable = next((name for name in ("https_proxy", "HTTPS_PROXY") if name in given), "")
     for variable, (field, reader) in VARIABLES.items():
         if variable in given:
-            fields[field] = reader(variable, given[variable])
+            fields[field] = reader(given[variable], variable)
     fields.update(profile_folder=given.get("ANTHROPIC_CONFIG_DIR") or in_configuration(
                       without(given, "XDG_CONFIG_HOME"), "Anthropic" if os.name == "nt" else "anthropic"),
-                  https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
+                  https_proxy=checked_proxy(given.get(proxy_variable, ""), proxy_variable),
                   no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
                   ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
     return Config(**fields)
@@ -9020,8 +9024,8 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
         if system and system not in os.environ.values():
             found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
         if found:
-            yield (ignored if len(found) == 1 else ignored.replace("is", "are")) % ", ".join(found), \
-                "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+            problem = ignored if len(found) == 1 else ignored.replace("is", "are")
+            yield problem % ", ".join(found), "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
