@@ -3672,7 +3672,7 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
 
 
 # What a response repeats of its request, and what stands there where the request says nothing.
-RESPONSE_ECHOES: Dict[str, Any] = {
+RESPONSE_ECHOES: dict = {
     "instructions": None, "metadata": {}, "temperature": 1, "top_p": 1, "tools": [], "tool_choice": "auto",
     "parallel_tool_calls": True, "max_output_tokens": None, "previous_response_id": None, "store": True,
     "truncation": "disabled", "user": None, "reasoning": {"effort": None, "summary": None},
@@ -3683,7 +3683,7 @@ ECHOED_TOOL: dict = {"description": None, "parameters": None, "strict": False}
 
 def response_envelope(response_id: str, created: int, body: dict) -> dict:
     """What is the same in every event of a response: its id, its time, and the request's own fields."""
-    echoes: Dict[str, Any] = {}
+    echoes: dict = {}
     for name, default in RESPONSE_ECHOES.items():
         echo = default if body.get(name) is None else PARAMETERS[name].check(body[name], name)
         echoes[name] = dict(default, **echo) if isinstance(default, dict) and isinstance(echo, dict) else echo
@@ -3949,9 +3949,8 @@ class CompactionStream(ResponseStream):
 
 
 # What a listed item or content part has besides what a client must send.
-LISTED_PARTS: Dict[str, dict] = {"input_image": {"detail": "auto"}, "output_text": {"annotations": [], "logprobs": []}}
-LISTED_ITEMS: Dict[str, dict] = {"reasoning": {"summary": []}, "compaction": {},
-                                 "additional_tools": {"role": "developer"}}
+LISTED_PARTS: dict = {"input_image": {"detail": "auto"}, "output_text": {"annotations": [], "logprobs": []}}
+LISTED_ITEMS: dict = {"reasoning": {"summary": []}, "compaction": {}, "additional_tools": {"role": "developer"}}
 
 
 def listed_item(item: dict, include: Sequence[str] = ()) -> dict:
@@ -4665,9 +4664,9 @@ class StoredLogin(ApiKey):
                 self._put_off(CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
                     refusal_words(answer, "invalid_grant"), self.remedy)), rejected)
         else:
-            self._put_off(UpstreamFault(
-                "The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
-                "CLAUDE_GATEWAY_TOKEN_URL." % (reason, self._token_url)), rejected)
+            message = ("The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
+                       "CLAUDE_GATEWAY_TOKEN_URL." % (reason, self._token_url))
+            self._put_off(UpstreamFault(message), rejected)
 
     def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
         """A renewal failed: goes on with an access token in its last minutes, else raises."""
@@ -7446,7 +7445,7 @@ def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
         nonce = secrets.token_urlsafe(12)
         policy = ("default-src 'none'; connect-src 'self'; style-src 'nonce-%s'; script-src 'nonce-%s'; "
                   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-        return Reply(raw=PAGE.replace("NONCE", nonce).encode("utf-8"), headers={
+        return Reply(raw=PAGE.replace("NONCE", nonce).encode(), headers={
             "content-type": "text/html; charset=utf-8", "content-security-policy": policy, "cache-control": "no-store",
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
     if gateway.config.api_key and not incoming.owner:
@@ -7467,7 +7466,7 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     priced = {model: figures for model, figures in models.items() if "usd" in figures}
     lines: list[str] = []
 
-    def family(name: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+    def family(name: str, help_text: str, samples: Iterable[tuple[dict, float]]) -> None:
         kind = "counter" if name.endswith("_total") else "gauge"
         lines.append("# HELP claude_gateway_%s %s\n# TYPE claude_gateway_%s %s" % (name, help_text, name, kind))
         for labels, value in samples:
@@ -7495,7 +7494,7 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
            [({"window": limit["window"]}, limit["used"]) for limit in data["limits"]])
     family("limit_reset_timestamp_seconds", "When they are reset, in Unix time.",
            [({"window": limit["window"]}, limit["resets_at"]) for limit in data["limits"] if limit["resets_at"]])
-    return Reply(raw=("\n".join(lines) + "\n").encode("utf-8"), headers={
+    return Reply(raw=("\n".join(lines) + "\n").encode(), headers={
         "content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
@@ -8923,7 +8922,7 @@ def value_from_variable(option: Option, text: str) -> Any:
     """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
     if option.repeatable:
         return [entry.strip() for entry in text.split(",")]
-    values: Dict[str, Any] = {choice: choice for choice in option.choices} if option.metavar else SWITCH
+    values: dict = {choice: choice for choice in option.choices} if option.metavar else SWITCH
     if values and text.lower() not in values:
         raise UsageError("expected one of %s, got %r." % (", ".join(values), text), option.variable)
     return values.get(text.lower(), text)
@@ -8957,11 +8956,11 @@ CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_E
 OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
-def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bool) -> dict[str, Any]:
+def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bool) -> dict:
     """The options that are set, by their fields: flags over variables, of which `offline` reads the command's own."""
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *LEVEL_VARIABLES)
-    fields: dict[str, Any] = {}
+    fields: dict = {}
     for option in OPTIONS:
         value, setting = getattr(parsed, option.field, None), "--" + option.name
         if value is None and option.variable in given and (hasattr(parsed, option.field) or not offline):
@@ -9033,7 +9032,7 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
 
 
 class Finding(NamedTuple):
-    """The result of a check; `step`: what to do next, where it is not ok; `code`: a failure's exit code."""
+    """The result of a check; `step`: what to do where it is not ok; `code`: a failure's exit code."""
     name: str
     detail: str
     step: str = ""
@@ -9047,10 +9046,11 @@ class Finding(NamedTuple):
 @contextlib.contextmanager
 def local_answer(config: Config, body: dict | None = None, key: str = "", timeout: float = 5,
                  path: str = "/") -> Iterator[http.client.HTTPResponse]:
-    """What this machine's port answers to GET, or to a chat completion request; a key is sent only if given."""
+    """What this machine's port answers to GET, or to a chat completion request."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway",
-               **({"authorization": "Bearer " + key} if key else {})}
+    headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway"}
+    if key:
+        headers["authorization"] = "Bearer " + key
     with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
         connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
@@ -9058,11 +9058,10 @@ def local_answer(config: Config, body: dict | None = None, key: str = "", timeou
 
 
 def running_status(config: Config, key: str = "", path: str = "/") -> dict | None:
-    """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
-    With another path, the JSON object that it answers there."""
+    """The status of the gateway on this machine's port, or its answer at `path`; None: no listener, {}: another."""
     try:
         with local_answer(config, key=key, path=path) as response:
-            status = json.loads(response.read(1_000_000).decode("utf-8"))
+            status = json.loads(response.read(1_000_000).decode())
     except (ConnectionRefusedError, socket.gaierror):
         return None
     except (OSError, ValueError, http.client.HTTPException):
@@ -9087,7 +9086,6 @@ def port_finding(config: Config) -> Finding:
 
 
 def proxy_finding(config: Config) -> Finding:
-    """The proxy on the way to Claude, without its credentials."""
     if not config.https_proxy:
         return Finding("Proxy", "none")
     is_used = is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc)
@@ -9097,26 +9095,27 @@ def proxy_finding(config: Config) -> Finding:
 
 def authorities_finding(config: Config) -> Finding:
     """Whose certificates are trusted."""
-    step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2] \
-        if sys.platform == "darwin" else "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
+    step = "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
+    if sys.platform == "darwin":
+        step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2]
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except (UpstreamFault, OSError) as fault:       # OSError: PyPy, where the system has no authorities
-        return Finding("Certificates", str(fault), "Correct the path in %s." % config.ca_variable
-                       if config.ca_variable else step, FAILURE)
-    strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
+        step = "Correct the path in %s." % config.ca_variable if config.ca_variable else step
+        return Finding("Certificates", str(fault), step, FAILURE)
     count = context.cert_store_stats()["x509_ca"]
     directory = ssl.get_default_verify_paths().capath       # those in there are read when they are needed
     if not count and not (directory and os.listdir(directory)):
         return Finding("Certificates", "no certificate authorities", step)
-    return Finding("Certificates", "%d authorit%s%s%s" % (
-        count, "y" if count == 1 else "ies",
-        ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
-        ", strict X.509 rules" if strict else ""))
+    detail = "1 authority" if count == 1 else "%d authorities" % count
+    if config.ca_file:
+        detail += ", with those of %s (%s)" % (config.ca_file, config.ca_variable)
+    is_strict = context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0)
+    return Finding("Certificates", detail + ", strict X.509 rules" * bool(is_strict))
 
 
 def machine_findings(config: Config) -> Iterator[Finding]:
-    """Python, the file, the port, the network settings: checks that work without a network."""
+    """What can be checked without a network."""
     yield Finding("Python", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
     origin = "not from a file of its own"
     if own_file():
@@ -9138,14 +9137,14 @@ def step_for_fault(message: str) -> str:
 
 
 def issuer_of(host: str, port: int) -> str:
-    """Who issued the certificate of a host: the second handshake trusts just this one, as only then ssl parses it."""
+    """Who issued a host's certificate: a second handshake trusts just this one, as only then ssl parses it."""
     with contextlib.suppress(OSError, ValueError):
         context = ssl.create_default_context(cadata=ssl.get_server_certificate((host, port)))
         context.check_hostname = False
         context.verify_flags = ssl.VerifyFlags(0x80000)             # VERIFY_X509_PARTIAL_CHAIN, named since 3.10
         with socket.create_connection((host, port), CONNECT_TIMEOUT) as plain, \
                 context.wrap_socket(plain, server_hostname=host) as secured:
-            certificate: Dict[str, Any] = secured.getpeercert() or {}
+            certificate: dict = secured.getpeercert() or {}
             issuer = dict(name[0] for name in certificate["issuer"])
             return issuer.get("organizationName") or issuer.get("commonName", "")
     return ""
@@ -9163,7 +9162,7 @@ def clock_finding(date: str) -> Finding:
 
 
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """The way to Claude: name, connection, certificate, clock, in this order, up to the first that fails."""
+    """The way to Claude: name, connection, certificate, clock, up to the first that fails."""
     parts = urllib.parse.urlsplit(config.base_url)
     host, port = address_of(parts.netloc, 443 if parts.scheme == "https" else 80)
     proxied = is_proxied(config, parts.netloc)
@@ -9179,10 +9178,11 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     try:
         headers = upstream.probe()
     except GatewayError as fault:
+        detail = "%s port %d%s: %s" % (host, port, " by the proxy" * proxied, fault)
         issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
-        yield Finding("Upstream", "%s port %d%s: %s%s" % (
-            host, port, " by the proxy" if proxied else "", fault,
-            " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
+        if issuer:
+            detail += " The certificate was issued by %s." % issuer
+        yield Finding("Upstream", detail, step_for_fault(str(fault)), UNREACHABLE)
         return
     detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
     if headers.get("server", "").startswith("claude-gateway"):
@@ -9194,7 +9194,7 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
 
 
 def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """Which credential there is, and what is known of it without a request to Claude."""
+    """Which credential there is, as far as it is known without a request to Claude."""
     try:
         credential = upstream.credential = credential_from_config(config, upstream.post_json)
     except GatewayError as fault:
@@ -9207,9 +9207,11 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     detail, expires_at, renewed = facts["description"], facts.get("expires_at"), bool(facts.get("refreshable"))
     if expires_at:
         detail += ", token expires: " + expiry_text(expires_at, renewed)
-    over = expires_at and expires_at < time.time() and not renewed
-    yield Finding("Credential", detail, *(("claude-gateway login", NO_CREDENTIAL) if over else ()))
-    if credential.preamble and not over:
+    if expires_at and expires_at < time.time() and not renewed:
+        yield Finding("Credential", detail, "claude-gateway login", NO_CREDENTIAL)
+        return
+    yield Finding("Credential", detail)
+    if credential.preamble:
         yield Finding("Terms", OWN_APPS_ONLY, "An API key is always fine.")
 
 
@@ -9224,17 +9226,16 @@ def acceptance_finding(upstream: Upstream) -> Finding:
     try:
         return Finding("Accepted", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
+        step, code = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault)), OK
         if WORKSPACE_HINT in str(fault):
-            return Finding("Accepted", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
-        if fault.status in (401, 403) and upstream.credential:
-            step = REFUSED_STEPS.get(upstream.credential.facts()["kind"], "")
-            return Finding("Accepted", str(fault), step, NO_CREDENTIAL)
-        return Finding("Accepted", str(fault), "Try again later." if isinstance(fault, ClaudeError) else
-                       step_for_fault(str(fault)))
+            step, code = "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL
+        elif fault.status in (401, 403) and upstream.credential:
+            step, code = REFUSED_STEPS[upstream.credential.facts()["kind"]], NO_CREDENTIAL
+        return Finding("Accepted", str(fault), step, code)
 
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
-    """One short reply, and one cache round trip: the second of two equal prompts must read what the first wrote."""
+    """Two equal prompts: a short reply, and whether the second one reads what the first wrote to the cache."""
     filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
@@ -9250,8 +9251,8 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     text, usage = answers[0]["choices"][0]["message"]["content"] or "", answers[1]["usage"]
     yield Finding("Live call", "%s answered %s" % (answers[0]["model"], json.dumps(text[:40])))
     read = usage["prompt_tokens_details"]["cached_tokens"]
-    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), "" if read else
-                  "Run this again; if nothing is read then, the upstream does not cache.")
+    step = "" if read else "Run this again; if nothing is read then, the upstream does not cache."
+    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), step)
 
 
 # The checks that are skipped where one before them fails, as `doctor` then reports
@@ -9262,24 +9263,26 @@ LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": 
 def findings(config: Config, live: bool) -> Iterator[Finding]:
     """All checks of `doctor`, each building on those before it, and at the end which ones were skipped."""
     levels: Dict[str, str] = {}
-    with contextlib.closing(Upstream(config, "")) as upstream:
-        def later() -> Iterator[Finding]:
-            if "failed" not in (levels.get("Upstream", "failed"), levels["Credential"]):
-                yield acceptance_finding(upstream)
-            if live and upstream.credential and levels.get("Accepted") == "ok":
-                yield from live_findings(config, upstream.credential)
-        for finding in itertools.chain(machine_findings(config), network_findings(config, upstream),
-                                       credential_findings(config, upstream), later()):
+
+    def noted(found: Iterable[Finding]) -> Iterator[Finding]:
+        for finding in found:
             levels[finding.name] = finding.level
             yield finding
+    with contextlib.closing(Upstream(config, "")) as upstream:
+        yield from noted(machine_findings(config))
+        yield from noted(network_findings(config, upstream))
+        yield from noted(credential_findings(config, upstream))
+        if levels.get("Upstream", "failed") != "failed" and levels["Credential"] != "failed":
+            yield from noted([acceptance_finding(upstream)])
+        if live and levels.get("Accepted") == "ok":
+            yield from noted(live_findings(config, upstream.credential))
     skipped = [check for name, check in LATER_CHECKS.items() if name not in levels and (live or name != "Live call")]
     if skipped:
         yield Finding("Skipped", ", ".join(skipped), "Fix what failed above, then run this again.")
 
 
 # ---- Selftest ----------------------------------------------------------------------------------------
-# The gateway against its own simulation, without network and credential: with `doctor` it separates "the gateway
-# is broken" from "the network is broken".
+# The gateway against its own simulation, without network and credential.
 
 
 def selftest_findings() -> Iterator[Finding]:
@@ -9304,7 +9307,7 @@ def selftest_findings() -> Iterator[Finding]:
     try:
         for name, body, expected, words in cases:
             with local_answer(config, body, timeout=10) as response:
-                status, answer = response.status, response.read().decode("utf-8")
+                status, answer = response.status, response.read().decode()
             is_right = status == expected and all(word in answer for word in words)
             yield Finding(name, "") if is_right else Finding(name, "status %d: %s" % (status, answer[:300]), *report)
         with local_answer(config, dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)) as response:
@@ -9486,9 +9489,9 @@ def raise_descriptor_limit() -> None:
 def report_port(config: Config, fault: OSError) -> int:
     """Says why the gateway cannot listen; the exit code."""
     if fault.errno in IN_USE:
+        owner = " by another claude-gateway" if running_status(config) else ""
         say("Port %d is in use%s. Another port: claude-gateway start --port %d" % (
-            config.port, " by another claude-gateway" if running_status(config) else "", config.port % 65_535 + 1),
-            logging.ERROR)
+            config.port, owner, config.port % 65_535 + 1), logging.ERROR)
         return PORT_IN_USE
     say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault), logging.ERROR)
     return FAILURE
@@ -9640,7 +9643,7 @@ def chunks_of_answer(config: Config, body: dict) -> Iterator[dict]:
             for line in response:
                 done = done or line.startswith(b"data: [DONE]")
                 line = re.sub(rb"^data: ", b"", line)
-                chunk = json.loads(line.decode("utf-8")) if line.startswith(b"{") else {}
+                chunk = json.loads(line.decode()) if line.startswith(b"{") else {}
                 if "error" in chunk:
                     kind = UpstreamFault if text_in(chunk, "error", "code") == UpstreamFault.code else GatewayError
                     raise kind(text_in(chunk, "error", "message") or "The gateway refused the request.")
@@ -9869,11 +9872,12 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
         print_json(entries)
         return OK
     short = {entry["id"]: entry["alias_of"] for entry in entries if "alias_of" in entry}
-    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in sorted(
-        short, key=lambda name: [*SHORT_NAMES, name].index(name))]))
-    print(in_columns("<>>", [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
-                              "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
-                             for entry in entries if entry["id"] not in short]))
+    names = sorted(short, key=[*SHORT_NAMES, *short].index)
+    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in names]))
+    rows = [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
+             "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
+            for entry in entries if entry["id"] not in short]
+    print(in_columns("<>>", rows))
     return OK
 
 
@@ -10047,7 +10051,7 @@ def days_from(text: str) -> int:
 
 
 # Arguments of other commands than `start`; they have no variables.
-EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
+EXTRA_ARGUMENTS: dict = {
     "--api-key": {"action": "store_true", "dest": "store_key",
                   "help": "ask for an API key of the Claude Console (or read it from standard input), and store that"},
     "--no-browser": {"action": "store_true", "help": "only print the URL to open"},
@@ -10135,13 +10139,14 @@ def argument_parser() -> Parser:
                                       epilog=as_typed(EPILOGS.get(name, "")))
         for option in OPTIONS:
             if option.name in arguments:
-                kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {
-                    "action": "append" if option.repeatable else "store", "metavar": option.metavar,
-                    "choices": option.choices or None}
+                kind: dict = {"action": "store_true", "default": None}
+                if option.metavar:
+                    kind = {"action": "append" if option.repeatable else "store", "metavar": option.metavar,
+                            "choices": option.choices or None}
                 text = option.help + "; repeatable" * option.repeatable
-                spellings = ["-" + option.short, "--" + option.name] if option.short else ["--" + option.name]
-                command.add_argument(*spellings, **kind,
-                                     help=text if name == "start" else ELSEWHERE.get(option.name, text))
+                text = text if name == "start" else ELSEWHERE.get(option.name, text)
+                short = ["-" + option.short] if option.short else []
+                command.add_argument(*short, "--" + option.name, **kind, help=text)
         for argument in arguments:
             if argument in EXTRA_ARGUMENTS:
                 command.add_argument(argument, **EXTRA_ARGUMENTS[argument])
