@@ -79,6 +79,8 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
+from argparse import Namespace
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
@@ -321,7 +323,7 @@ def unix_time(moment: str) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def is_address(name: str) -> bool:
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         ipaddress.ip_address(name)
         return True
     return False
@@ -4370,7 +4372,7 @@ class StoredFile:
             elif loose and self._closed:
                 reason = "others may use it (mode %04o)" % stat.S_IMODE(mode)
             else:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     if loose:                       # ours
                         os.chmod(self.path, 0o600)
                         LOG.warning("others could read %s: its mode is 0600 now", self.path)
@@ -4389,7 +4391,7 @@ class StoredFile:
 
     def stamp(self) -> Any:
         """What changes whenever the file does; None where there is none."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             status = os.stat(self.path)
             return status.st_mtime_ns, status.st_size, status.st_ino
         return None
@@ -4406,7 +4408,7 @@ class StoredFile:
         directory = os.path.dirname(target)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if os.path.basename(directory) == "claude-gateway":     # ours alone, however it was made
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.chmod(directory, 0o700)
         try:
             self.read()
@@ -4416,7 +4418,7 @@ class StoredFile:
                 os.replace(target, aside)
                 LOG.warning("the damaged %s is kept as %s", self.kind, aside)
         temporary = target + ".tmp"                 # one name: what a kill leaves behind goes with the next write
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
@@ -4426,24 +4428,24 @@ class StoredFile:
                 os.fsync(file.fileno())
             while_held(lambda: os.replace(temporary, target))
         except BaseException:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(temporary)
             raise
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):      # not every system can sync a directory
+        with ExitStack() as held, suppress(OSError):      # not every system can sync a directory
             descriptor = os.open(directory, os.O_RDONLY)
             held.callback(os.close, descriptor)
             os.fsync(descriptor)
 
     def remove(self) -> None:
         """Raises OSError, unless there is no file."""
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(os.path.realpath(self.path))
 
-    @contextlib.contextmanager
+    @contextmanager
     def lock(self) -> Iterator[None]:
         """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
         descriptor, patience = None, self._limits.lock_patience
-        with contextlib.ExitStack() as held:
+        with ExitStack() as held:
             try:
                 if self.path:
                     target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
@@ -4561,14 +4563,14 @@ class StoredLogin(ApiKey):
 
     def close(self) -> None:
         """Waits for a renewal under way; tokens that could not be stored are tried once more."""
-        with self._lock, contextlib.suppress(GatewayError):
+        with self._lock, suppress(GatewayError):
             if self._outdated:
                 with self._file.lock():
                     self._catch_up()
 
     def facts(self) -> dict:
         token = self._token
-        with contextlib.suppress(FileDamaged):
+        with suppress(FileDamaged):
             token = token or self._file.read() or {}
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
                 "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
@@ -4785,7 +4787,7 @@ def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | N
     if not folder:
         return None
     pointer = os.path.join(folder, "active_config")
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         if os.path.isfile(pointer):                 # a FIFO would be waited for
             with open(pointer, encoding="utf-8") as file:
                 name = name or file.read(1_000).strip()
@@ -6161,7 +6163,7 @@ class Download(threading.Thread):
     def give_up(self) -> None:
         self._given_up = True
         for sock in self._sockets:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
@@ -7118,7 +7120,7 @@ class PassingUsage:
         """The same steps, whose bytes are read in passing."""
         for step in steps:
             if self._decoder:
-                with contextlib.suppress(UpstreamFault):
+                with suppress(UpstreamFault):
                     self._note(self._decoder.feed(step[0]))
             else:
                 self._body += step[0][:MAX_UPSTREAM_BODY - len(self._body)]
@@ -7133,7 +7135,7 @@ class PassingUsage:
     def usage(self) -> dict:
         """What was counted so far, {} for an answer without any."""
         if self._body:
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 self._note([{"usage": value_in(json_within_bounds(self._body.decode(), LENIENT_JSON), "usage")}])
         return self._usage
 
@@ -7432,7 +7434,7 @@ def status_data(gateway: Gateway) -> dict:
 def last_days(usage: Usage) -> list[dict]:
     """Costs and requests of the last thirty days, [] where they are not counted."""
     days: dict = {}
-    with contextlib.suppress(FileDamaged):
+    with suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
     shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
     return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
@@ -8464,7 +8466,7 @@ def json_asked_for(content: list[dict]) -> dict | None:
     texts = [block["text"] for block in content if block["type"] == "text"]
     if not texts or not texts[-1].startswith(JSON_ONLY):
         return None
-    with contextlib.suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):
         return dict(json.JSONDecoder().raw_decode(texts[-1], texts[-1].index("{"))[0])
     return {}
 
@@ -8548,7 +8550,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
             self._send("text/event-stream", named_event(next(simulated_events(answer))), more=1_000)
             self.wfile.flush()
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.connection.recv(1)             # until the gateway closes the connection
             self.server.abandoned.set()
             self.close_connection = True
@@ -8956,7 +8958,7 @@ CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_E
 OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
-def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bool) -> dict:
+def option_values(parsed: Namespace, given: Dict[str, str], offline: bool) -> dict:
     """The options that are set, by their fields: flags over variables, of which `offline` reads the command's own."""
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *LEVEL_VARIABLES)
@@ -8973,7 +8975,7 @@ def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bo
     return fields
 
 
-def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
+def config_from(parsed: Namespace, environment: Dict[str, str]) -> Config:
     """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     offline = parsed.command in OFFLINE
@@ -9043,7 +9045,7 @@ class Finding(NamedTuple):
         return "failed" if self.code else "warning" if self.step else "ok"
 
 
-@contextlib.contextmanager
+@contextmanager
 def local_answer(config: Config, body: dict | None = None, key: str = "", timeout: float = 5,
                  path: str = "/") -> Iterator[http.client.HTTPResponse]:
     """What this machine's port answers to GET, or to a chat completion request."""
@@ -9051,7 +9053,7 @@ def local_answer(config: Config, body: dict | None = None, key: str = "", timeou
     headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway"}
     if key:
         headers["authorization"] = "Bearer " + key
-    with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
+    with closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
         connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
         yield connection.getresponse()
@@ -9138,7 +9140,7 @@ def step_for_fault(message: str) -> str:
 
 def issuer_of(host: str, port: int) -> str:
     """Who issued a host's certificate: a second handshake trusts just this one, as only then ssl parses it."""
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         context = ssl.create_default_context(cadata=ssl.get_server_certificate((host, port)))
         context.check_hostname = False
         context.verify_flags = ssl.VerifyFlags(0x80000)             # VERIFY_X509_PARTIAL_CHAIN, named since 3.10
@@ -9240,7 +9242,7 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
     answers: List[Any] = []
-    with contextlib.closing(Gateway(config, credential)) as gateway:
+    with closing(Gateway(config, credential)) as gateway:
         try:
             for incoming in (Incoming(body), Incoming(body)):
                 with incoming.held:
@@ -9268,7 +9270,7 @@ def findings(config: Config, live: bool) -> Iterator[Finding]:
         for finding in found:
             levels[finding.name] = finding.level
             yield finding
-    with contextlib.closing(Upstream(config, "")) as upstream:
+    with closing(Upstream(config, "")) as upstream:
         yield from noted(machine_findings(config))
         yield from noted(network_findings(config, upstream))
         yield from noted(credential_findings(config, upstream))
@@ -9373,9 +9375,9 @@ def sign_in(config: Config, open_browser: bool) -> None:
     remote = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY")
     if open_browser and graphical and not remote:   # there it would open elsewhere or occupy the terminal
         import webbrowser
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             webbrowser.open(login.url)
-    with contextlib.closing(Upstream(config, "")) as upstream:
+    with closing(Upstream(config, "")) as upstream:
         token = token_for_code(login, config, upstream)
     store(TokenFile(config.token_file), token)
     account = text_in(token, "account", "email_address")
@@ -9430,7 +9432,7 @@ def store_key(config: Config) -> None:
         raise CredentialNeeded("No API key was entered.")
     for problem in doubtful_credentials({"ANTHROPIC_API_KEY": key}):
         say("Warning: %s" % problem.replace("ANTHROPIC_API_KEY", "This"))
-    with contextlib.closing(Upstream(config, "")) as upstream:
+    with closing(Upstream(config, "")) as upstream:
         upstream.get("/v1/models?limit=1", key)
     store(key_file(config), {"api_key": key})
     say("Claude accepts this key. Stored in %s" % key_file(config).path)
@@ -9474,14 +9476,14 @@ def gateway_with_credential(config: Config) -> Gateway:
 
 def raise_descriptor_limit() -> None:
     """Allows as many open connections as the system permits without privileges."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
+    with suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         for wanted in (3 * Limits.max_connections, 10_240, 4_096):   # macOS reports no limit, and refuses 10,241
             wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
             if soft == resource.RLIM_INFINITY or soft >= wanted:
                 return
-            with contextlib.suppress(ValueError, OSError):
+            with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 return
 
@@ -9557,7 +9559,7 @@ class StopSignals:
         return self._codes[0]
 
 
-def start_command(parsed: argparse.Namespace, config: Config) -> int:
+def start_command(parsed: Namespace, config: Config) -> int:
     check_exposure(config)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
@@ -9595,7 +9597,7 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
 # `ask` and `run`: an answer, or a tool, through the gateway that runs on the port or one of their own.
 
 
-@contextlib.contextmanager
+@contextmanager
 def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
     """The settings that reach the running gateway, or else one that lives as long as this block, with its own key."""
     if not config.demo and running_status(config):
@@ -9616,7 +9618,7 @@ def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
         service.close(2)                            # seconds: its last request is counted first
 
 
-def ask_command(parsed: argparse.Namespace, config: Config) -> int:
+def ask_command(parsed: Namespace, config: Config) -> int:
     """Prints the answer as it arrives, or the whole completion as JSON."""
     text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
     images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
@@ -9678,7 +9680,7 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     return variables, options
 
 
-def run_tool(parsed: argparse.Namespace, config: Config) -> int:
+def run_tool(parsed: Namespace, config: Config) -> int:
     """Runs a tool that is pointed at the gateway; its exit status.  Nothing is written."""
     name, *arguments = parsed.program[parsed.program[:1] == ["--"]:] or [""]
     path = shutil.which(name)
@@ -9712,7 +9714,7 @@ def run_tool(parsed: argparse.Namespace, config: Config) -> int:
 # The other commands, a function each.
 
 
-def login_command(parsed: argparse.Namespace, config: Config) -> int:
+def login_command(parsed: Namespace, config: Config) -> int:
     if parsed.store_key:
         store_key(config)
     else:
@@ -9724,7 +9726,7 @@ def login_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def logout_command(parsed: argparse.Namespace, config: Config) -> int:
+def logout_command(parsed: Namespace, config: Config) -> int:
     found = [file for file in (TokenFile(config.token_file), key_file(config)) if os.path.lexists(file.path)]
     for file in found:
         try:
@@ -9794,7 +9796,7 @@ def requests_text(recent: list[dict], columns: int) -> str:
                               for line, note in zip(lines, notes))])
 
 
-def status_command(parsed: argparse.Namespace, config: Config) -> int:
+def status_command(parsed: Namespace, config: Config) -> int:
     """The status of the running gateway, or else the credential that `start` would use."""
     running = running_status(config)
     if running and running.get("key_needed") and config.api_key:
@@ -9832,7 +9834,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def usage_command(parsed: argparse.Namespace, config: Config) -> int:
+def usage_command(parsed: Namespace, config: Config) -> int:
     """A table of the usage file; a running gateway writes it once a minute."""
     groups = usage_by(Usage(config.usage_file).rows(), parsed.by, day_of(time.time() - (parsed.days - 1) * 86_400))
     if parsed.json:
@@ -9856,7 +9858,7 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
                "mythos": "the newest Mythos: limited access"}
 
 
-def models_command(parsed: argparse.Namespace, config: Config) -> int:
+def models_command(parsed: Namespace, config: Config) -> int:
     """The models of the running gateway, or else Claude's, or the built-in ones."""
     entries = None
     if not parsed.alias and running_status(config):
@@ -9891,7 +9893,7 @@ def print_finding(finding: Finding) -> None:
     sys.stdout.flush()
 
 
-def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
+def usable_config(parsed: Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
     """The settings, and a finding for each that is invalid; its default is used instead."""
     found: List[Finding] = []
     while True:
@@ -9908,7 +9910,7 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
 
 
-def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
+def doctor_command(parsed: Namespace, config: Config) -> int:
     """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
     config, doubts = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
@@ -9929,7 +9931,7 @@ def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     return next((finding.code for finding in found if finding.code), OK)
 
 
-def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
+def selftest_command(parsed: Namespace, config: Config) -> int:
     set_up_log(Config(quiet=True))
     found = list(selftest_findings())
     for finding in found:
@@ -9939,7 +9941,7 @@ def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
     return FAILURE if failed else OK
 
 
-def setup_command(parsed: argparse.Namespace, config: Config) -> int:
+def setup_command(parsed: Namespace, config: Config) -> int:
     if parsed.name:
         say("%s, %s:" % SETTINGS[parsed.name][:2])  # on standard error, as it is not to be pasted
         print(as_typed(setup_text(parsed.name, config)))
@@ -9950,7 +9952,7 @@ def setup_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def translate_command(parsed: argparse.Namespace, config: Config) -> int:
+def translate_command(parsed: Namespace, config: Config) -> int:
     """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
     data = given_to(parsed.file, "translate request.json")
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
@@ -10007,7 +10009,7 @@ Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
 }
 
 
-def completion_command(parsed: argparse.Namespace, config: Config) -> int:
+def completion_command(parsed: Namespace, config: Config) -> int:
     if parsed.typed:
         for candidate in parsed.parser.candidates(parsed.typed[1:]):
             print(candidate)
@@ -10019,7 +10021,7 @@ def completion_command(parsed: argparse.Namespace, config: Config) -> int:
 # ---- Command line ------------------------------------------------------------------------------------
 # The commands with their arguments, the parser, and the program itself.
 
-Command = Callable[[argparse.Namespace, Config], int]
+Command = Callable[[Namespace, Config], int]
 AT_HAND = ("port", "host", "api-key", "auth", "token-file")         # what finds a gateway, or else a credential
 # name -> the function, its help, its arguments
 COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {

@@ -353,7 +353,7 @@ MUTANTS = (
     Mutant("token file: symlinks", "        target = os.path.realpath(self.path)\n        directory",
            "        target = self.path\n        directory", "TokenFileTests"),
     Mutant("token file: damaged ones are kept", "                os.replace(target, aside)\n", "", "TokenFileTests"),
-    Mutant("token file: what a failed write leaves", "            with contextlib.suppress(OSError):\n"
+    Mutant("token file: what a failed write leaves", "            with suppress(OSError):\n"
            "                os.unlink(temporary)\n            raise\n", "            raise\n", "TokenFileTests"),
     Mutant("refresh: locked across processes",
            "with self._file.lock():                 # for the writing, too: another process may be at it",
