@@ -7575,13 +7575,12 @@ PAGE = """<!doctype html>
   const at = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en");
   const dollars = (usd) => "$" + (usd < 0.01 ? Number(usd.toFixed(4)) || "0.00" : usd.toFixed(2));
-  const moment = (seconds) =>
-    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  const dates = { dateStyle: "medium", timeStyle: "short" };
+  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", dates);
   let key = "", listed;
 
-  function make(kind, content = "", className = "") {
-    const made = document.createElement(kind);
-    made.className = className;
+  function make(kind, content = "", properties = {}) {
+    const made = Object.assign(document.createElement(kind), properties);
     made.append(...[content].flat());
     return made;
   }
@@ -7592,9 +7591,9 @@ PAGE = """<!doctype html>
 
   function limitBar(limit) {
     const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "";
-    const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note"), bar = make("progress");
-    bar.value = limit.used;
-    return [make("div", [make("span", limit.title), share], "row"), bar];
+    const share = make("span", Math.round(limit.used * 100) + " %" + reset, { className: "note" });
+    const row = make("div", [make("span", limit.title), share], { className: "row" });
+    return [row, make("progress", "", { value: limit.used })];
   }
 
   function dayBars(days) {
@@ -7603,12 +7602,8 @@ PAGE = """<!doctype html>
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
     at("month").textContent = "in 7 days; " + dollars(sum(days, "usd")) + " in 30 days, requests: " +
       number(sum(days, "requests"));
-    fill("bars", days.map((day) => {
-      const bar = make("i");
-      bar.style.height = 100 * day.usd / most + "%";
-      bar.title = day.day + " " + dollars(day.usd);
-      return bar;
-    }));
+    fill("bars", days.map((day) => make("i", "", { title: day.day + " " + dollars(day.usd),
+      style: "height: " + 100 * day.usd / most + "%" })));
   }
 
   function tables(data) {
@@ -7618,9 +7613,10 @@ PAGE = """<!doctype html>
     if (news === listed) return;                    // a selection in the table stays
     listed = news;
     fill("recent", [row(data.columns, "th"), ...shown.flatMap((each) => {
-      const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
-      detail.colSpan = data.columns.length;
-      return [row(each.row), ...(each.error || each.changes ? [make("tr", detail, "detail")] : [])];
+      if (!each.error && !each.changes) return [row(each.row)];
+      const texts = [make("span", each.error, { className: "down" }), make("span", each.changes)];
+      const detail = make("td", texts, { className: "note", colSpan: data.columns.length });
+      return [row(each.row), make("tr", detail, { className: "detail" })];
     })]);
   }
 
