@@ -264,7 +264,7 @@ def printable(value: str, limit: int = 200) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with escapes for whatever could forge a line of the log or control a terminal."""
+    """Text with escapes for what could forge a line of the log or control a terminal."""
     return text if text.isprintable() else UNSAFE_IN_LOG.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
@@ -338,7 +338,7 @@ def is_loopback_host(host: str) -> bool:
 
 
 def host_in(url: str) -> str:
-    """The host of an http or https URL; "" where it is none, or has more than a place, such as a password."""
+    """The host of an http or https URL; "" where it is none, or has more than a place, as a password."""
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and (parts.port or 1)
@@ -353,7 +353,7 @@ GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is of the public internet, also when an IPv4 address hides inside an IPv6 one."""
+    """Whether an address is public, also the IPv4 address that an IPv6 one may hide."""
     ip: Any = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 4:
         return ip.is_global and not ip.is_multicast
@@ -383,7 +383,7 @@ class GatewayError(Exception):
         self.headers = dict(headers or {}, **{"x-should-retry": "false"} if self.code in FINAL_CODES else {})
 
     def reworded(self, message: str, **changes: str) -> GatewayError:
-        """The same error with another message, and what else is other about it."""
+        """The same error with another message, and other `changes`."""
         copy: GatewayError = type(self).__new__(type(self), message)      # which sets what str() shows
         vars(copy).update(vars(self), **changes)
         return copy
@@ -419,12 +419,12 @@ def busy(message: str) -> Refused:
 
 
 class CredentialNeeded(GatewayError):
-    """The gateway's own credential is missing or dead: only its owner can fix that, no retry can."""
+    """The gateway's own credential is missing or dead: only its owner can fix that."""
     status, kind, code = 401, "authentication_error", "upstream_authentication"
 
 
 class UpstreamFault(GatewayError):
-    """Claude's API could not be reached, or broke off, or said something that is not its protocol."""
+    """Claude's API could not be reached, broke off, or broke its protocol."""
     status, kind, code = 502, "server_error", "upstream_error"
     may_pass = False                            # whether a second attempt may succeed
 
@@ -525,7 +525,7 @@ THINKING_LESSONS = (("thinking.type.enabled", "enabled", "adaptive"),
 
 
 class ClaudeError(GatewayError):
-    """The Messages API refused, in a status of its own or in an `error` event amid a stream."""
+    """The Messages API refused, by a status or by an `error` event amid a stream."""
 
     def __init__(self, upstream_status: int, error: dict, headers: dict[str, str] | None = None) -> None:
         self.upstream_status = upstream_status
@@ -564,7 +564,7 @@ OPENAI_HEADERS = {
 
 
 def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that an OpenAI client can read, as OpenAI writes them: resets as "1m30s"."""
+    """The headers of Claude's answer as OpenAI writes them: resets as "1m30s"."""
     known = {}
     for theirs, ours in OPENAI_HEADERS.items():
         value = headers.get(theirs)
@@ -579,7 +579,7 @@ def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that a client of Anthropic's own API reads, as they are."""
+    """The headers of Claude's answer that a client of Anthropic's own API reads."""
     return {name: printable(value, 1_000) for name, value in headers.items()
             if name in ("request-id", "retry-after", "x-should-retry") or name.startswith("anthropic-")}
 
@@ -3498,7 +3498,7 @@ SUMMARY = "Summary of the conversation so far, from which to go on:\n\n"
 
 
 def encrypted_from(value: dict) -> str:
-    """A signed block, or a compaction, as `encrypted_content`: opaque to clients, and all we need to give it back."""
+    """A signed block, or a compaction, as `encrypted_content`: opaque to clients."""
     return OUR_ENCODING + base64.urlsafe_b64encode(client_json(value)).decode()
 
 
@@ -3514,13 +3514,13 @@ def value_from_encrypted(encrypted: Any) -> dict:
 
 
 def summary_in(block: Any) -> str:
-    """The text of a compaction block, or of a text block in its place; "" where it is neither."""
+    """The text of a compaction block, or of a text block in its place; else ""."""
     field = {"compaction": "content", "text": "text"}.get(text_in(block, "type") or "", "")
     return (text_in(block, field) or "").strip()
 
 
 def compaction_item(item_id: str, message: dict, kept: Sequence[dict] = ()) -> dict:
-    """The item that stands for what Claude was asked to summarize.  `kept`: items that come after that."""
+    """The item that stands for what Claude has summarized.  `kept`: the items after that."""
     block = next((block for block in reversed(message["content"]) if summary_in(block)), None)
     if block is None:
         raise UpstreamFault("The upstream returned no summary of the conversation.")
@@ -3529,7 +3529,7 @@ def compaction_item(item_id: str, message: dict, kept: Sequence[dict] = ()) -> d
 
 
 def carried_by(item: dict) -> dict:
-    """What a compaction item carries; {} for a foreign or damaged one without text."""
+    """What a compaction item carries; {} for an unreadable one without text."""
     carried = value_from_encrypted(item.get("encrypted_content"))
     plain = {"type": "text", "text": text_in(item, "content") or text_in(item, "summary")}
     if summary_in(carried.get("block")):
@@ -3538,7 +3538,7 @@ def carried_by(item: dict) -> dict:
 
 
 def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """The items from the newest compaction on, behind the system text and tools that led what it stands for."""
+    """The items from the newest compaction on, behind the first system texts and tools."""
     for at, (_, item) in reversed(list(enumerate(entries))):
         if item.get("type") in COMPACTIONS and carried_by(item):
             return [*itertools.takewhile(lambda entry: is_setting(entry[1]), entries[:at]), *entries[at:]]
@@ -3546,7 +3546,7 @@ def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
 
 
 def is_setting(item: dict) -> bool:
-    """Whether an item is of what goes before a conversation: system text or tools."""
+    """Whether an item is a system text, or has tools."""
     return item.get("type") == "additional_tools" or item.get("role") in ("system", "developer")
 
 
@@ -3576,7 +3576,7 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
 
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
+    """Signed thinking that we gave out; anything else in a reasoning item is not Claude's."""
     blocks = thinking_block(value_from_encrypted(item.get("encrypted_content")))
     if blocks:
         conversation.add("assistant", blocks)
@@ -3637,7 +3637,7 @@ def items_from_input(given: Any) -> list[dict]:
 
 
 def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
-    """The items of `input`; what only names another one (its type may be missing) replaced by that, if it is known."""
+    """The items of `input`; what only names another one is replaced by that, if it is known."""
     items = items_from_input(given)
     for at, item in enumerate(items):
         if item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]:
@@ -3684,7 +3684,7 @@ ECHOED_TOOL: dict = {"description": None, "parameters": None, "strict": False}
 
 
 def response_envelope(response_id: str, created: int, body: dict) -> dict:
-    """What is the same in every event of a response: its id, its time, and the request's own fields."""
+    """What is the same in every event of a response: its id, its time, the request's fields."""
     echoes: dict = {}
     for name, default in RESPONSE_ECHOES.items():
         echo = default if body.get(name) is None else PARAMETERS[name].check(body[name], name)
@@ -3712,7 +3712,7 @@ EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logpr
 
 
 class ResponseStream(Renderer):
-    """Messages API events in, response events out; `response` is the state so far, `first` come before the answer."""
+    """Messages API events in, response events out; `response`: the state so far, `first`: items before the answer."""
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
                  first: Sequence[dict] = ()) -> None:
@@ -3920,7 +3920,7 @@ class ResponseStream(Renderer):
                                        name=item["name"]), self._done(item)]
 
     def _open_search(self, block: dict) -> list[dict]:
-        """A web search that Claude does for itself; its results are the next block."""
+        """A web search of Claude's own; its results are the next block."""
         action = {"type": "search", "query": (block.get("input") or {}).get("query", "")}
         item = {"type": "web_search_call", "status": "in_progress", "action": action}
         return [self._open(item), self._in_item("web_search_call.in_progress"),
@@ -3956,7 +3956,7 @@ LISTED_ITEMS: dict = {"reasoning": {"summary": []}, "compaction": {}, "additiona
 
 
 def listed_item(item: dict, include: Sequence[str] = ()) -> dict:
-    """An input item as OpenAI lists it: with every required field, and text as a content part."""
+    """An input item as OpenAI lists it: with every required field, text as a content part."""
     kind = item.get("type") or "message"
     whole = dict(LISTED_ITEMS.get(kind, {"status": "completed"}), type=kind)
     whole.update({name: value for name, value in item.items() if value is not None})
@@ -4335,7 +4335,7 @@ class ApiKey:
 
 
 class BearerToken(ApiKey):
-    """A token from the environment: `subscription` ones belong to a Claude account and need the system block."""
+    """A token from the environment; those of a `subscription` need the system block."""
     kind, described = "bearer_token", "token from %s"
 
     def __init__(self, token: str, source: str, subscription: bool) -> None:
@@ -4443,7 +4443,7 @@ class StoredFile:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
+        """One process at a time, by a side file that is never deleted; without locks, all go on."""
         descriptor, patience = None, self._limits.lock_patience
         with ExitStack() as held:
             try:
@@ -4526,7 +4526,7 @@ class StoredLogin(ApiKey):
         return "login of %s from %s" % (self.facts()["account"] or "a Claude account", self._file.path)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
-        """The headers of a call; `rejected` is the authorization that Claude has just refused."""
+        """The headers of a call; `rejected`: the authorization that Claude has just refused."""
         token = self.access_token(rejected[len("Bearer "):] if rejected else None)
         return {"authorization": "Bearer " + token, "anthropic-beta": OAUTH_BETA}
 
@@ -4548,7 +4548,7 @@ class StoredLogin(ApiKey):
         return str(token["access_token"])
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
-        """The token, also a rejected one if it is so new that the account must be what Claude refuses."""
+        """The token, also a rejected one if it is so new that Claude must refuse the account."""
         self._read_if_changed()
         if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
@@ -4562,7 +4562,7 @@ class StoredLogin(ApiKey):
             self._unproven = ""
 
     def close(self) -> None:
-        """Waits for a renewal under way; tokens that could not be stored are tried once more."""
+        """Waits for a renewal under way; tokens that could not be stored get another try."""
         with self._lock, suppress(GatewayError):
             if self._outdated:
                 with self._file.lock():
@@ -4606,14 +4606,14 @@ class StoredLogin(ApiKey):
             self._lock.release()
 
     def _catch_up(self) -> None:
-        """Under both locks: what another process stored is read, what we could not store is tried again."""
+        """Under both locks: reads what another process stored, stores what we could not."""
         self._stamp = None
         self._read_if_changed()
         if self._outdated:
             self._save(self._outdated)
 
     def _read_if_changed(self) -> None:
-        """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
+        """Takes over what another process stored, unless it is what we have renewed."""
         stamp = self._file.stamp()
         if self._token and stamp and stamp == self._stamp:
             return
@@ -4633,7 +4633,7 @@ class StoredLogin(ApiKey):
             self._token, self._outdated = token, ""
 
     def _renew(self, rejected: str | None) -> None:
-        """Asks the sign-in endpoint for new tokens; called under both locks."""
+        """Under both locks: asks the sign-in endpoint for new tokens."""
         refresh_token = text_in(self._token, "refresh_token")
         if not self._token:
             raise CredentialNeeded("Nobody is signed in: %s, or set ANTHROPIC_API_KEY." % self.remedy)
@@ -4680,7 +4680,7 @@ class StoredLogin(ApiKey):
         LOG.warning("%s", failure)
 
     def _save(self, in_file: str) -> None:
-        """Stores the newest tokens instead of that access token; what fails is tried again with the next call."""
+        """Stores the newest tokens in place of that access token; a failure is tried again with the next call."""
         try:
             self._file.write(self._token)
             self._outdated, self._stamp = "", self._file.stamp()
@@ -4708,7 +4708,7 @@ def seconds_in(token: dict, name: str, otherwise: float) -> float:
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
-    """The sign-in endpoint's answer as the token file keeps it; what it leaves out stays as it was."""
+    """The sign-in endpoint's answer as it is stored; what it leaves out stays as it was."""
     names = ("access_token", "refresh_token", "scope", "token_type", "organization", "account")
     token = {"refresh_token": "", **earlier, **{name: answer[name] for name in names if answer.get(name)}}
     token["expires_in"] = seconds_in(answer, "expires_in", 3600)
@@ -4722,7 +4722,7 @@ def refusal_words(answer: dict, otherwise: str) -> str:
 
 
 class Login:
-    """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
+    """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of its code."""
 
     def __init__(self, authorize_url: str = OAUTH_AUTHORIZE_URL, scopes: str = OAUTH_SCOPES) -> None:
         self._scopes = scopes
@@ -4734,7 +4734,7 @@ class Login:
             "code_challenge_method": "S256", "state": self._state})
 
     def parse(self, pasted: str) -> tuple[str, bool]:
-        """The code of `code#state`, a callback URL or a bare code; whether it had our state.  Raises InvalidRequest."""
+        """The code of `code#state`, a callback URL or a bare code; whether it had our state."""
         pasted = pasted.strip(" \t\r\n\"'`")
         if "://" in pasted:
             query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
@@ -6176,7 +6176,7 @@ class ImageFetcher:
         self.permit = permit
 
     def fetch(self, url: str, client: Client) -> tuple[str, str]:
-        """Media type and base64 of the image at `url`.  Raises InvalidRequest that names URL and rule; ClientGone."""
+        """Media type and base64 of the image at `url`.  Raises InvalidRequest, ClientGone."""
         download = Download(functools.partial(self._fetched, url))
         try:
             download.start()
@@ -7018,7 +7018,7 @@ def prompts_of(body: dict) -> list[str]:
 
 
 def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]:
-    """The steps of all answers, one prompt after the other; their usage is added up for the last chunk."""
+    """The steps of all answers, prompt by prompt; their usage is added up for the last chunk."""
     same: dict = {}                                 # id and time of the first chunk
     usage: dict = {}
     for at, reply in enumerate(replies):
@@ -7051,7 +7051,7 @@ def text_completion(chat: dict, echo: str, index: int) -> dict:
 
 
 def native_body(gateway: Gateway, incoming: Incoming) -> dict:
-    """The client's body with its model's id; where missing, a subscription token's system block and a cache mark."""
+    """The client's body with its model's id and, where missing, the credential's system block and a cache mark."""
     body, record = dict(incoming.body), incoming.record
     record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
     record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
@@ -7146,7 +7146,7 @@ class PassingUsage:
 FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
 
 
-class ToolSettings(NamedTuple):
+class Setup(NamedTuple):
     """`where`: where they go; `text`: the settings themselves, with the placeholders of `filled`."""
     title: str
     where: str
@@ -7155,10 +7155,10 @@ class ToolSettings(NamedTuple):
     between: str = " "                              # two arguments of START
 
 
-def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
+def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> Setup:
     """The settings of a library, which gets the base URL as its argument `address`."""
     module, _, name = name.rpartition(".")
-    return ToolSettings(title, "%s(%s=...)" % (name, address), 'from %s import %s\nllm = %s(%s, %s="BASE", '
+    return Setup(title, "%s(%s=...)" % (name, address), 'from %s import %s\nllm = %s(%s, %s="BASE", '
                         'api_key="KEY"%s)' % (module, name, name, model, address, others))
 
 
@@ -7172,18 +7172,18 @@ OPENCODE = """\
     "options": { "baseURL": "BASE", "apiKey": "KEY" },
     "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""
 
-TOOL_SETTINGS: Dict[str, ToolSettings] = {
-    "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
+TOOL_SETTINGS: Dict[str, Setup] = {
+    "openai": Setup("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
 # or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" }); model: MODEL"""),
     "langchain": library("LangChain", "langchain_openai.ChatOpenAI", "base_url", ", stream_usage=True"),
     "llamaindex": library("LlamaIndex", "llama_index.llms.openai_like.OpenAILike", "api_base",
                           ",\n    is_chat_model=True, is_function_calling_model=True, context_window=1000000"),
-    "ai-sdk": ToolSettings("Vercel AI SDK", "createOpenAI({ baseURL })", """\
+    "ai-sdk": Setup("Vercel AI SDK", "createOpenAI({ baseURL })", """\
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
 // openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
-    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
+    "openai-agents": Setup("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
 # Python: Agent(name="agent", model="MODEL") / JavaScript: new Agent({ name: "agent", model: "MODEL" })"""),
     "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL_ID"'),
@@ -7193,80 +7193,80 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
                        ',\n    model_info={"vision": True, "function_calling": True, "json_output": True,'
                        '\n                "structured_output": True, "family": "unknown"}', 'model="MODEL_ID"'),
     "agno": library("Agno", "agno.models.openai.like.OpenAILike", "base_url", "", 'id="MODEL"'),
-    "mastra": ToolSettings("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
+    "mastra": Setup("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
     "browser-use": library("browser-use", "browser_use.ChatOpenAI", "base_url", ""),
-    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml", """\
+    "promptfoo": Setup("promptfoo", "promptfooconfig.yaml", """\
 providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY } }]"""),
-    "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
+    "aider": Setup("Aider", "--openai-api-base, model openai/...", """\
 export OPENAI_API_KEY=KEY
 aider --openai-api-base BASE --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
-    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
-                                "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
-    "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
+    "claude-code": Setup("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
+                         "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
+    "codex": Setup("Codex CLI", "~/.codex/config.toml", """\
 model = "claude-opus-5-5"
 model_provider = "gateway"
 model_providers.gateway.name = "gateway"
 model_providers.gateway.base_url = "BASE"
 model_providers.gateway.wire_api = "responses"
 ENV_KEY"""),
-    "opencode": ToolSettings("opencode", "opencode.json", OPENCODE),
-    "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
+    "opencode": Setup("opencode", "opencode.json", OPENCODE),
+    "goose": Setup("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
 export GOOSE_PROVIDER=openai GOOSE_MODEL=MODEL
 export OPENAI_HOST=ORIGIN OPENAI_BASE_PATH=v1/chat/completions OPENAI_API_KEY=KEY"""),
-    "qwen-code": ToolSettings("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
+    "qwen-code": Setup("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_MODEL=MODEL_ID
 qwen --auth-type openai"""),
-    "pi": ToolSettings("pi", "~/.pi/agent/models.json", """\
+    "pi": Setup("pi", "~/.pi/agent/models.json", """\
 { "providers": { "gateway": { "baseUrl": "BASE", "api": "openai-completions", "apiKey": "KEY",
     "models": [{ "id": "MODEL", "reasoning": true, "input": ["text", "image"], "contextWindow": 1000000,
                  "maxTokens": 128000 }] } } }"""),
-    "cline-cli": ToolSettings("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
-    "openhands": ToolSettings("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
-    "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
+    "cline-cli": Setup("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
+    "openhands": Setup("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
+    "mini-swe-agent": Setup("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
 export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors MSWEA_CONFIGURED=true
 mini -m openai/MODEL"""),
-    "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
+    "llm": Setup("llm", "extra-openai-models.yaml", """\
 # this file is in the folder that this prints: dirname "$(llm logs path)"
 - { model_id: claude, model_name: MODEL, api_base: BASE, supports_tools: true, supports_schema: true, vision: true }
 # and the key, in a shell: llm keys set openai --value KEY"""),
-    "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
-    "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
-    "kilo-code": ToolSettings("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
-    "continue": ToolSettings("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
+    "cline": Setup("Cline", "API provider: OpenAI Compatible"),
+    "roo-code": Setup("Roo Code", "API provider: OpenAI Compatible"),
+    "kilo-code": Setup("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
+    "continue": Setup("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
 name: Claude Gateway
 version: 1.0.0
 schema: v1
 models:
   - { name: Claude, provider: openai, model: MODEL, apiBase: BASE, apiKey: KEY,
       capabilities: [tool_use, image_input] }"""),
-    "vscode": ToolSettings("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
+    "vscode": Setup("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
 [{ "name": "Claude Gateway", "vendor": "customendpoint", "apiKey": "KEY", "apiType": "chat-completions",
    "models": [{ "id": "MODEL", "name": "Claude", "url": "BASE/chat/completions", "toolCalling": true, "vision": true,
      "maxInputTokens": 1000000, "maxOutputTokens": 128000 }] }]"""),
-    "xcode": ToolSettings("Xcode", "Settings, Intelligence, Add a Model Provider", """\
+    "xcode": Setup("Xcode", "Settings, Intelligence, Add a Model Provider", """\
 Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key header Authorization: Bearer KEY"""),
-    "zed": ToolSettings("Zed", "settings.json, language_models", """\
+    "zed": Setup("Zed", "settings.json, language_models", """\
 { "language_models": { "openai_compatible": { "Gateway": { "api_url": "BASE", "available_models": [
     { "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
       "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
 // the key goes into the environment: GATEWAY_API_KEY=KEY"""),
-    "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
-    "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
+    "jetbrains": Setup("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
+    "cursor": Setup("Cursor", "cannot work with a local address", """\
 Cursor sends its requests from its own servers, which cannot reach this machine. It would need a public https address
 in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening your credential so."""),
-    "open-webui": ToolSettings("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
-    "librechat": ToolSettings("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
+    "open-webui": Setup("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
+    "librechat": Setup("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
 endpoints: { custom: [{ name: Claude, apiKey: KEY, baseURL: BASE, models: { default: [MODEL], fetch: true },
                         titleConvo: true, titleModel: haiku }] }"""),
-    "n8n": ToolSettings("n8n", "Credentials, OpenAI; the model by its id in the OpenAI Chat Model node", IN_CONTAINER),
-    "home-assistant": ToolSettings("Home Assistant", "Settings, Devices & services, Add integration, LiteLLM", """\
+    "n8n": Setup("n8n", "Credentials, OpenAI; the model by its id in the OpenAI Chat Model node", IN_CONTAINER),
+    "home-assistant": Setup("Home Assistant", "Settings, Devices & services, Add integration, LiteLLM", """\
 URL: http://ADDRESS-OF-THIS-MACHINE:PORT/v1
 API key: YOUR-GATEWAY-KEY
 and a gateway that Home Assistant (2026.6 or newer) can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
 The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
-    "obsidian": ToolSettings("Obsidian plugins", "provider: OpenAI compatible, or custom", FORM + """
+    "obsidian": Setup("Obsidian plugins", "provider: OpenAI compatible, or custom", FORM + """
 If the plugin reports a network or CORS error: claude-gateway START --cors-origin app://obsidian.md"""),
 }
 # Name -> the heading above it, where a list is grouped
@@ -7274,7 +7274,7 @@ TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", 
                "systemd": "Service files"}
 
 SERVICE_FILES = {
-    "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
+    "systemd": Setup("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
 # then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway && loginctl enable-linger
 [Unit]
 Description=Claude Gateway
@@ -7289,7 +7289,7 @@ NoNewPrivileges=yes
 PrivateTmp=yes
 [Install]
 WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$")),
-    "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
+    "launchd": Setup("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
      to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway -->
@@ -7306,7 +7306,7 @@ WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).repl
   <key>ThrottleInterval</key><integer>60</integer>
   <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
 </dict></plist>""", lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "</string><string>"),
-    "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
+    "windows": Setup("Windows: a task that runs when you sign in", "a PowerShell window", """\
 # keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
 $trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
@@ -7316,8 +7316,8 @@ Start-ScheduledTask 'Claude Gateway'
 # where that is denied: a shortcut in the start-up folder does the same
 # $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
 # $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()""",
-                             lambda path: path.replace("'", "''")),
-    "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
+                     lambda path: path.replace("'", "''")),
+    "docker": Setup("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .
 # docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
 # In a container the gateway listens on all addresses, so it requires an API key (CLAUDE_GATEWAY_API_KEY).
@@ -8418,7 +8418,7 @@ SIMULATED_DELTAS = {"text": ("text", "text_delta", "text"), "thinking": ("thinki
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
-    """The reply to a Messages request: a JSON sample, a tool call, or a sentence about what was sent."""
+    """A JSON sample, a tool call, or a sentence about what was sent."""
     last = [message["content"] for message in request["messages"] if message["role"] == "user"][-1]
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
@@ -8442,7 +8442,7 @@ def simulated_message(request: dict, usage: dict) -> dict:
 
 
 def simulated_usage(request: dict, seen: Bounded) -> dict:
-    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
+    """Made-up counts of a prompt: what was `seen` is as if read from the cache, if there are cache marks."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
     if "cache_control" not in json.dumps(request):
@@ -8458,7 +8458,7 @@ def simulated_usage(request: dict, seen: Bounded) -> dict:
 
 
 def json_asked_for(content: list[dict]) -> dict | None:
-    """The schema that a turn asks for in its text, {} for any object, None where it asks for no JSON."""
+    """The schema that a turn asks for in its text; {}: any object, None: no JSON."""
     texts = [block["text"] for block in content if block["type"] == "text"]
     if not texts or not texts[-1].startswith(JSON_ONLY):
         return None
@@ -8518,7 +8518,7 @@ def simulated_events(message: dict) -> Iterator[dict]:
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
-    """GET is /v1/models, without any, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
+    """GET is /v1/models, an empty list, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
     server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
@@ -8588,7 +8588,7 @@ class SimulatedUpstream(socketserver.ThreadingTCPServer):
 
 
 def demo_config(config: Config, url: str) -> Config:
-    """The same gateway in front of the simulated upstream, without any real credential or address."""
+    """The same gateway in front of the simulated upstream, without a real credential or address."""
     return replace(config, base_url=url, anthropic_api_key="no-key-needed", anthropic_auth_token="",
                    claude_code_oauth_token="", token_file="", auth="auto", https_proxy="")
 
@@ -8679,7 +8679,7 @@ OK, FAILURE, USAGE, NO_CREDENTIAL, PORT_IN_USE, UNREACHABLE, INTERRUPTED = 0, 1,
 
 
 class UsageError(Exception):
-    """Invalid flags or environment; exit code 2.  `setting` is the flag or variable at fault, if it is one."""
+    """Invalid flags or environment.  `setting`: the flag or variable at fault, if it is one."""
 
     def __init__(self, message: str, setting: str = "") -> None:
         super().__init__("%s: %s" % (setting, message) if setting else message)
@@ -8713,7 +8713,7 @@ def for_terminal(text: str) -> str:
 
 
 def given_to(path: str | None, example: str) -> bytes:
-    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError, with the example."""
+    """The bytes of the file, or of standard input ("-").  Raises UsageError, with the example."""
     source = None if path in (None, "-") else path
     if not source and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
@@ -8771,8 +8771,7 @@ def expiry_text(expires_at: float, refreshable: bool) -> str:
 
 
 # ---- Options -----------------------------------------------------------------------------------------
-# The options of `start`, each with its environment variable, and the Config that they make.  What reads a value has
-# the signature of the checks in Shapes: the text, and which setting it is of.
+# The options of `start`, each with its environment variable, and the Config that they make.
 
 
 class Option(NamedTuple):
@@ -8783,6 +8782,7 @@ class Option(NamedTuple):
     metavar: str = ""                               # "" = a switch
     repeatable: bool = False
     choices: Sequence[str] = ()
+    read: Callable[[Any, str], Any] = anything      # its value from a text; the second argument names the setting
 
     @property
     def field(self) -> str:
@@ -8793,38 +8793,13 @@ class Option(NamedTuple):
         return "CLAUDE_GATEWAY_" + self.field.upper()
 
 
-OPTIONS = (
-    Option("port", "port of the gateway; 0: any free one (default: %d)" % DEFAULT_PORT, "p", "PORT"),
-    Option("host", "address to listen on (default: localhost); others require an API key", "", "ADDRESS", True),
-    Option("api-key", "API key that clients have to send; better set in the environment", "", "KEY", True),
-    Option("verbose", "log requests and replies in full, secrets masked", "V"),
-    Option("minimal", "log method, path, status and time only", "m"),
-    Option("quiet", "log nothing", "q"),
-    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
-    Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
-    Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True),
-    Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
-    Option("cors-origin", "also accept web pages of this origin; '*' requires an API key", "", "ORIGIN", True),
-    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
-    Option("no-cache", "add no prompt cache breakpoints"),
-    Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
-    Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS"),
-    Option("budget", "refuse a client key that has cost this; USD/day, USD/week or USD/month", "", "USD/PERIOD", True),
-    Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
-    Option("no-usage", "keep no file of the usage by day"),
-    Option("demo", "answer from a built-in simulation: no account, no network"),
-)
-
-
-def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
-    """Reads a text as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
+def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any] = lambda match: match.groups()) -> Any:
+    """Reads a text as what `value_of` makes of the pattern's match."""
     def read(text: str, setting: str) -> Any:
         match = re.match(pattern, text.strip())
-        value = match and value_of(match)
-        if value is None:
+        if not match:
             raise UsageError("expected %s, got %r." % (expected, text), setting)
-        return value
+        return value_of(match)
     return read
 
 
@@ -8838,18 +8813,42 @@ def fallbacks_from(text: str, setting: str) -> tuple[str, ...]:
     return names
 
 
-# Options whose values need checking -> how they are read
-CHECKS: Dict[str, Callable[[Any, str], Any]] = {
-    "port": value_reader(r"\d{1,5}\Z", "a number from 0 to 65535",
-                         lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
-    "fallback": fallbacks_from,
-    "alias": value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
-    "api-key": value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group()),
-    # as browsers send them, which is without a slash at the end
-    "cors-origin": value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
-                                "an origin like https://app.example.com", lambda match: match.group(1).lower()),
-    "budget": value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
-                           lambda match: (float(match.group(1)), match.group(2)))}
+def port_from(text: str, setting: str) -> int:
+    if not re.match(r"\d{1,5}\Z", text.strip()) or int(text) > 65_535:
+        raise UsageError("expected a number from 0 to 65535, got %r." % text, setting)
+    return int(text)
+
+
+OPTIONS = (
+    Option("port", "port of the gateway; 0: any free one (default: %d)" % DEFAULT_PORT, "p", "PORT", read=port_from),
+    Option("host", "address to listen on (default: localhost); others require an API key", "", "ADDRESS", True),
+    Option("api-key", "API key that clients have to send; better set in the environment", "", "KEY", True,
+           read=value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group())),
+    Option("verbose", "log requests and replies in full, secrets masked", "V"),
+    Option("minimal", "log method, path, status and time only", "m"),
+    Option("quiet", "log nothing", "q"),
+    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
+    Option("auth", "auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
+    Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
+    Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True,
+           read=value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL")),
+    Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
+    Option("cors-origin", "also accept web pages of this origin; '*' requires an API key", "", "ORIGIN", True,
+           # as browsers send them, which is without a slash at the end
+           read=value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                             "an origin like https://app.example.com", lambda match: match.group(1).lower())),
+    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
+    Option("no-cache", "add no prompt cache breakpoints"),
+    Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
+    Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS",
+           read=fallbacks_from),
+    Option("budget", "refuse a client key that has cost this; USD/day, USD/week or USD/month", "", "USD/PERIOD", True,
+           read=value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                             lambda match: (float(match.group(1)), match.group(2)))),
+    Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
+    Option("no-usage", "keep no file of the usage by day"),
+    Option("demo", "answer from a built-in simulation: no account, no network"),
+)
 
 
 def checked_credential(text: str, variable: str) -> str:
@@ -8903,7 +8902,7 @@ def checked_base_url(url: str, variable: str) -> str:
 
 
 def checked_proxy(url: str, variable: str) -> str:
-    """The URL of an HTTP proxy, with or without its scheme.  Errors do not repeat it, as it may contain a password."""
+    """The URL of an HTTP proxy, maybe without its scheme.  Errors do not repeat it: it may contain a password."""
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
     match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
@@ -8917,7 +8916,7 @@ SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": None, "false": 
 
 
 def value_from_variable(option: Option, text: str) -> Any:
-    """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
+    """A variable's text as the option's value: lists have commas."""
     if option.repeatable:
         return [entry.strip() for entry in text.split(",")]
     values: dict = {choice: choice for choice in option.choices} if option.metavar else SWITCH
@@ -8927,7 +8926,7 @@ def value_from_variable(option: Option, text: str) -> Any:
 
 
 def in_configuration(environment: dict[str, str], *names: str) -> str:
-    """A path in the user's configuration directory, never in the working directory; "" without a home directory."""
+    """A path in the user's configuration directory; "" without a home directory."""
     home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
     bases = [environment.get("APPDATA", "")] if os.name == "nt" else [
         environment.get("XDG_CONFIG_HOME", ""), os.path.join(home, ".config")]
@@ -8955,7 +8954,7 @@ OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}   
 
 
 def option_values(parsed: Namespace, given: Dict[str, str], offline: bool) -> dict:
-    """The options that are set, by their fields: flags over variables, of which `offline` reads the command's own."""
+    """The options that are set, by their fields: flags over variables; `offline`: only those of the command."""
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *LEVEL_VARIABLES)
     fields: dict = {}
@@ -8964,15 +8963,15 @@ def option_values(parsed: Namespace, given: Dict[str, str], offline: bool) -> di
         if value is None and option.variable in given and (hasattr(parsed, option.field) or not offline):
             setting = option.variable
             value = value_from_variable(option, given[setting])
-        read = CHECKS.get(option.name, anything)
-        if value is not None:
-            fields[option.field] = tuple(read(text, setting) for text in value) if option.repeatable else read(
-                value, setting)
+        if value is not None and option.repeatable:
+            fields[option.field] = tuple(option.read(text, setting) for text in value)
+        elif value is not None:
+            fields[option.field] = option.read(value, setting)
     return fields
 
 
 def config_from(parsed: Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
+    """Flags over environment over defaults; an offline command reads its own options only.  Raises UsageError."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     offline = parsed.command in OFFLINE
     fields = option_values(parsed, given, offline)
@@ -9135,7 +9134,7 @@ def step_for_fault(message: str) -> str:
 
 
 def issuer_of(host: str, port: int) -> str:
-    """Who issued a host's certificate: a second handshake trusts just this one, as only then ssl parses it."""
+    """Who issued a host's certificate; a second handshake trusts just that, as only then ssl parses it."""
     with suppress(OSError, ValueError):
         context = ssl.create_default_context(cadata=ssl.get_server_certificate((host, port)))
         context.check_hostname = False
@@ -9259,7 +9258,7 @@ LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": 
 
 
 def findings(config: Config, live: bool) -> Iterator[Finding]:
-    """All checks of `doctor`, each building on those before it, and at the end which ones were skipped."""
+    """All checks of `doctor`, each building on those before it, and which ones were skipped."""
     levels: Dict[str, str] = {}
 
     def noted(found: Iterable[Finding]) -> Iterator[Finding]:
@@ -9347,7 +9346,7 @@ MISSING_CREDENTIAL = {
 
 
 def check_writable(path: str) -> None:
-    """Reports before the sign-in, not after it, that the login cannot be stored."""
+    """Reports before the sign-in that the login cannot be stored."""
     if not path:
         raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
     directory = os.path.dirname(os.path.realpath(path))
@@ -9394,7 +9393,7 @@ def asked_for(prompt: str, hidden: bool = False) -> str:
 
 
 def token_for_code(login: Login, config: Config, upstream: Upstream) -> dict:
-    """The tokens for the pasted code; a wrong or refused one may be entered again, twice."""
+    """The tokens for the pasted code, for which there are three attempts."""
     for left in (2, 1, 0):
         pasted = asked_for("Code: ")
         if not pasted:
@@ -9421,7 +9420,7 @@ def store(file: TokenFile, content: dict) -> None:
 
 
 def store_key(config: Config) -> None:
-    """Asks for an API key, checks it with a call that costs nothing, and stores it."""
+    """Asks for an API key, checks it with a call that is free, and stores it."""
     check_writable(config.token_file)
     key = asked_for("API key (sk-ant-..., from https://platform.claude.com): ", hidden=True).strip("\"'`")
     if not is_sendable(key):
@@ -9439,7 +9438,7 @@ def store_key(config: Config) -> None:
 
 
 def check_exposure(config: Config) -> None:
-    """Refuses to listen to the network without a key: anybody could use the credential.  Raises UsageError."""
+    """Refuses to listen to the network without a key: anybody could use the credential."""
     exposed = ["--host %s can be reached from other machines" % host for host in config.hosts
                if not is_loopback_host(host)]
     exposed += ["--cors-origin '*' allows every web page"] * ("*" in config.cors_origin)
@@ -9454,7 +9453,7 @@ def is_own_address(config: Config) -> bool:
 
 
 def gateway_with_credential(config: Config) -> Gateway:
-    """A gateway that has a credential; without one it offers to sign in, on a terminal.  Raises CredentialNeeded."""
+    """A gateway that has a credential; without one it offers to sign in, or raises CredentialNeeded."""
     damage = ""
     try:
         gateway = Gateway(config)
@@ -9500,7 +9499,7 @@ def aliases_text(aliases: Iterable[Tuple[str, str]]) -> str:
 
 
 def print_start_lines(gateway: Gateway, service: Service) -> None:
-    """What a user needs to know first: the upstream and credential, who may call, what to paste."""
+    """The upstream and credential, who may call, what to paste."""
     config, credential = gateway.config, gateway.upstream.credential
     if config.demo:
         say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
@@ -9541,7 +9540,7 @@ class StopSignals:
             os._exit(self._codes[0])
 
     def serve(self, service: Service) -> int:
-        """Waits for the signal and lets running requests finish; the exit code."""
+        """Waits for the signal and for running requests; the exit code."""
         while not self._stop.wait(1):               # a signal just before a wait does not end it, nor any on Windows
             pass
         service.stop_accepting()
@@ -9595,7 +9594,7 @@ def start_command(parsed: Namespace, config: Config) -> int:
 
 @contextmanager
 def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
-    """The settings that reach the running gateway, or else one that lives as long as this block, with its own key."""
+    """The settings that reach the running gateway, or else one that lives as long as this block."""
     if not config.demo and running_status(config):
         yield config
         return
@@ -9781,7 +9780,7 @@ def status_text(running: dict, key_source: str) -> str:
 
 
 def requests_text(recent: list[dict], columns: int) -> str:
-    """A table of requests, each with its error and changes below it; shorter on a narrow terminal."""
+    """A table of requests, each with its error and changes below it; narrow on a narrow terminal."""
     rows, sides = [[*REQUEST_COLUMNS], *(each["row"] for each in recent)], "<<<<>>>>>"
     if 0 < columns < 120:
         needless = re.compile(r"^(.* -> )?(claude-|/v1/)?|-\d{8}$| stream$")
@@ -9890,7 +9889,7 @@ def print_finding(finding: Finding) -> None:
 
 
 def usable_config(parsed: Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
-    """The settings, and a finding for each that is invalid; its default is used instead."""
+    """The settings, and a finding for each invalid one, whose default is used."""
     found: List[Finding] = []
     while True:
         try:
@@ -9907,7 +9906,7 @@ def usable_config(parsed: Namespace, environment: dict[str, str]) -> tuple[Confi
 
 
 def doctor_command(parsed: Namespace, config: Config) -> int:
-    """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
+    """Prints each finding, then a block to paste into a bug report."""
     config, doubts = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
     home = os.path.expanduser("~")
@@ -9949,7 +9948,7 @@ def setup_command(parsed: Namespace, config: Config) -> int:
 
 
 def translate_command(parsed: Namespace, config: Config) -> int:
-    """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
+    """Prints a request as a Messages request, a saved message as a chat completion."""
     data = given_to(parsed.file, "translate request.json")
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
         assembler = MessageAssembler()
@@ -10018,27 +10017,24 @@ def completion_command(parsed: Namespace, config: Config) -> int:
 # The commands with their arguments, the parser, and the program itself.
 
 Command = Callable[[Namespace, Config], int]
-AT_HAND = ("port", "host", "api-key", "auth", "token-file")         # what finds a gateway, or else a credential
+AT_HAND = "port host api-key auth token-file"       # what finds a gateway, or else a credential
 # name -> the function, its help, its arguments
-COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
-    "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
+COMMANDS: Dict[str, Tuple[Command, str, str]] = {
+    "start": (start_command, "serve OpenAI's API until it is stopped", " ".join(option.name for option in OPTIONS)),
     "ask": (ask_command, "ask Claude, by the running gateway or one of its own",
-            ["words", "--model", "--image", "--json", *AT_HAND, "alias", "demo"]),
-    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "alias", "demo", "program"]),
-    "login": (login_command, "sign in with a Claude account, or store an API key",
-              ["--api-key", "--no-browser", "token-file"]),
-    "logout": (logout_command, "delete the stored login and API key", ["token-file"]),
-    "status": (status_command, "show what the running gateway does", ["--json", "--requests", *AT_HAND]),
-    "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
-    "models": (models_command, "list the models and aliases",
-               ["--json", "port", "host", "alias", "auth", "token-file"]),
+            "words --model --image --json alias demo " + AT_HAND),
+    "run": (run_tool, "run a tool that then uses the gateway", "alias demo program " + AT_HAND),
+    "login": (login_command, "sign in with a Claude account, or store an API key", "--api-key --no-browser token-file"),
+    "logout": (logout_command, "delete the stored login and API key", "token-file"),
+    "status": (status_command, "show what the running gateway does", "--json --requests " + AT_HAND),
+    "usage": (usage_command, "show what was used, by day, tool or model", "--days --by --json token-file"),
+    "models": (models_command, "list the models and aliases", "--json port host alias auth token-file"),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
-               ["--json", "--live", *AT_HAND, "relax-x509"]),
-    "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
-    "translate": (translate_command, "print what a request would become, without sending it",
-                  ["file", "alias", "no-cache"]),
-    "completion": (completion_command, "print shell completion", ["shell", "typed"]),
-    "selftest": (selftest_command, "check the gateway against its own simulation", []),
+               "--json --live relax-x509 " + AT_HAND),
+    "setup": (setup_command, "print the settings for a tool, or a service file", "name port api-key"),
+    "translate": (translate_command, "print what a request would become, without sending it", "file alias no-cache"),
+    "completion": (completion_command, "print shell completion", "shell typed"),
+    "selftest": (selftest_command, "check the gateway against its own simulation", ""),
 }
 
 
@@ -10086,7 +10082,7 @@ and so on. A flag wins over its variable."""}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with shell completion, the nearest match for an unknown word, and the usage of the command in use."""
+    """argparse, with shell completion, and the nearest match for an unknown word."""
     commands: Dict[str, Parser] = {}                # of the program's own parser
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -10109,7 +10105,7 @@ class Parser(argparse.ArgumentParser):
         super().error(as_typed(message.replace("SHELL, typed", "SHELL")))     # the hidden one is not required
 
     def candidates(self, words: Sequence[str]) -> list[str]:
-        """What may stand in the place of the last of these words; none where that is a file or free text."""
+        """What may stand in the place of the last word; none for a file or free text."""
         *before, word = words or [""]
         if before and before[0] in self.commands:
             return self.commands[before[0]].candidates(words[1:])
@@ -10136,7 +10132,7 @@ def argument_parser() -> Parser:
         command = commands.add_parser(name, help=help_text, description=help_text, formatter_class=raw,
                                       epilog=as_typed(EPILOGS.get(name, "")))
         for option in OPTIONS:
-            if option.name in arguments:
+            if option.name in arguments.split():
                 kind: dict = {"action": "store_true", "default": None}
                 if option.metavar:
                     kind = {"action": "append" if option.repeatable else "store", "metavar": option.metavar,
@@ -10145,7 +10141,7 @@ def argument_parser() -> Parser:
                 text = text if name == "start" else ELSEWHERE.get(option.name, text)
                 short = ["-" + option.short] if option.short else []
                 command.add_argument(*short, "--" + option.name, **kind, help=text)
-        for argument in arguments:
+        for argument in arguments.split():
             if argument in EXTRA_ARGUMENTS:
                 command.add_argument(argument, **EXTRA_ARGUMENTS[argument])
     parser.commands = commands.choices
