@@ -438,8 +438,7 @@ class ClientGone(Exception):
 
 
 QUOTA = (429, "insufficient_quota", "insufficient_quota")
-# An error of the Messages API -> its statuses there, which are all that is known where the body is not the API's own
-# (a proxy's HTML page, say); and for an OpenAI client: (status, type, code).
+# An error of the Messages API -> its statuses, for a body that is not the API's own; OpenAI's (status, type, code)
 CLAUDE_ERRORS = {
     "invalid_request_error": ((400,), (400, "invalid_request_error", None)),
     "authentication_error": ((401,), (401, "authentication_error", "upstream_authentication")),
@@ -3488,8 +3487,7 @@ class ChatStream(Renderer):
 
 
 # ---- Responses API -----------------------------------------------------------------------------------
-# The same steps for /v1/responses, out of the block-level functions above: items become a conversation, events
-# become response events.  The whole response is what its stream adds up to.
+# The same for /v1/responses: items become a conversation, events response events, which add up to the response.
 
 ENCRYPTED_REASONING, SEARCH_SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"   # `include`
 OUR_ENCODING = "claude-gateway-1."              # begins our encrypted_content; another version gets another number
@@ -3600,26 +3598,21 @@ def add_compaction_item(conversation: Conversation, item: dict, path: str, draft
         add_item(conversation, kept, where, draft)
 
 
-def add_reference_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """References are resolved before; this one leads nowhere."""
-    raise InvalidRequest("%s: no item %s is stored here (they are kept in memory only)." % (
-        path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
-
-
 LEFT_OUT_ITEMS = ("additional_tools", "web_search_call")        # the tools have been read before
 ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
     "message": add_message_item, "function_call": add_call_item, "custom_tool_call": add_call_item,
     "function_call_output": add_output_item, "custom_tool_call_output": add_output_item,
-    "reasoning": add_reasoning_item, "item_reference": add_reference_item,
-    **dict.fromkeys(COMPACTIONS, add_compaction_item)}
+    "reasoning": add_reasoning_item, **dict.fromkeys(COMPACTIONS, add_compaction_item)}
 
 
 def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Adds one input item; kinds that Claude has no use for are reported and left out."""
     kind = text_of(item.get("type") or ("message" if "role" in item else None), path + ".type")
-    translate = ITEMS.get(kind)
-    if translate:
-        translate(conversation, item, path, draft)
+    if kind == "item_reference":                    # one that could not be resolved
+        raise InvalidRequest("%s: no item %s is stored here (they are kept in memory only)." % (
+            path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
+    if kind in ITEMS:
+        ITEMS[kind](conversation, item, path, draft)
     elif kind.endswith("_call_output") or kind.endswith("_output") and "call_id" in item:
         add_output_item(conversation, item, path, draft)
     elif kind.endswith("_call") and "call_id" in item:
@@ -3656,9 +3649,9 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    draft = draft_from(fields, model, changes, recall, [
-        entry for path, item in items if item.get("type") == "additional_tools"
-        for entry in entries_of(item.get("tools"), path + ".tools")])
+    tools = [entry for path, item in items if item.get("type") == "additional_tools"
+             for entry in entries_of(item.get("tools"), path + ".tools")]
+    draft = draft_from(fields, model, changes, recall, tools)
     draft.compact = compact
     conversation = Conversation(draft)
     instructions = fields.get("instructions")
@@ -4298,8 +4291,7 @@ def number_or_none(text: str | None) -> float | None:
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
-# What a call to Claude is paid with: an API key, a bearer token that somebody else renews, or a stored login that
-# renews itself, ours or a profile of Anthropic's own tools.
+# What a call is paid with: an API key, a token that somebody else renews, or a stored login that renews itself.
 
 PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
 NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
@@ -9082,14 +9074,6 @@ def port_finding(config: Config) -> Finding:
     return Finding("Port", "%d is free" % config.port)
 
 
-def proxy_finding(config: Config) -> Finding:
-    if not config.https_proxy:
-        return Finding("Proxy", "none")
-    is_used = is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc)
-    hint = "" if is_used else ", but not for the upstream: it is in NO_PROXY, or on this machine"
-    return Finding("Proxy", shown_proxy(config) + hint)
-
-
 def authorities_finding(config: Config) -> Finding:
     """Whose certificates are trusted."""
     step = "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
@@ -9120,7 +9104,10 @@ def machine_findings(config: Config) -> Iterator[Finding]:
             origin = "sha256 " + hashlib.sha256(file.read()).hexdigest()
     yield Finding("File", "claude-gateway %s, %s" % (VERSION, origin))
     yield port_finding(config)
-    yield proxy_finding(config)
+    proxy = shown_proxy(config) if config.https_proxy else "none"
+    if config.https_proxy and not is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc):
+        proxy += ", but not for the upstream: it is in NO_PROXY, or on this machine"
+    yield Finding("Proxy", proxy)
     yield authorities_finding(config)
 
 
@@ -9291,14 +9278,13 @@ def selftest_findings() -> Iterator[Finding]:
     hello = {"model": "sonnet", "messages": [{"role": "user", "content": "Hello"}]}
     tool = {"type": "function", "function": {"name": "look.up", "parameters": {
         "type": "object", "properties": {"word": {"type": "string"}}}}}
-    picture = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
-               "AABJRU5ErkJggg==")
+    picture = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
     cases: Sequence[Tuple[str, dict, int, Sequence[str]]] = (       # and what the answer contains
         ("plain", hello, 200, ["simulated answer"]),
         ("streaming", dict(hello, stream=True), 200, ['"finish_reason":"stop"', "data: [DONE]\n\n"]),
         ("tools", dict(hello, tools=[tool]), 200, ['"name":"look.up"', '"finish_reason":"tool_calls"']),
         ("image", dict(hello, messages=[{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/png"]),
+            {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/gif"]),
         ("error", dict(hello, model="no-such-model"), 404, ["model_not_found"]))
     report = ("Please report this.", FAILURE)
     try:
