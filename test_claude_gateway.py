@@ -13882,8 +13882,9 @@ class DoctorTests(GatewayTestCase):
         self.assertNotIn("proxy-password", said)
         for proxy, shown in (("someone:proxy-password@127.0.0.1:1", "http://***@127.0.0.1:1"),
                              ("http://proxy.test:1", "http://proxy.test:1, but not for the upstream: it is in")):
-            self.assertIn(shown, claude_gateway.proxy_finding(Config(https_proxy=proxy, no_proxy=(
-                "api.anthropic.com" if "test" in proxy else ""))).detail)
+            config = Config(port=0, https_proxy=proxy, no_proxy="api.anthropic.com" if "test" in proxy else "")
+            found = {finding.name: finding.detail for finding in claude_gateway.machine_findings(config)}
+            self.assertIn(shown, found["Proxy"])
 
     def replaced(self, owner, name: str, value) -> None:
         self.addCleanup(setattr, owner, name, getattr(owner, name))
