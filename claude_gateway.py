@@ -380,7 +380,9 @@ class GatewayError(Exception):
         super().__init__(message)
         self.param = param
         self.code = code or self.code
-        self.headers = dict(headers or {}, **{"x-should-retry": "false"} if self.code in FINAL_CODES else {})
+        self.headers = dict(headers or {})
+        if self.code in FINAL_CODES:
+            self.headers["x-should-retry"] = "false"
 
     def reworded(self, message: str, **changes: str) -> GatewayError:
         """The same error with another message, and other `changes`."""
@@ -506,7 +508,7 @@ ABOUT_COMPILING = re.compile(r"grammar[^.]* too large|too complex for compilatio
                              r"tools can be strict", re.I)
 # What a 400 teaches about a model: the pattern of its message, and what is changed in the model's row.  Only what
 # changes the refused request, and then a corrected retry that succeeded, makes a lesson (Lessons.learn).
-LESSONS: Sequence[Tuple[str, dict]] = (
+LESSONS: Any = (
     (r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)", {"sampling": False}),
     (r"not support(ed)?[^.]*prefill|must end with a user message", {"prefill": False}),
     (r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use", {"forced_tools": False}),
@@ -3934,8 +3936,7 @@ class CompactionStream(ResponseStream):
         return super().feed(event) if event["type"] == "message_start" else []
 
     def _start(self) -> list[dict]:
-        events = super()._start()
-        return [*events, self._open({"type": "compaction", "encrypted_content": ""}),
+        return [*super()._start(), self._open({"type": "compaction", "encrypted_content": ""}),
                 self._in_item("compaction.compacting")]
 
     def finish(self, now: int = 0) -> list[dict]:
@@ -3960,7 +3961,8 @@ def listed_item(item: dict, include: Sequence[str] = ()) -> dict:
         if isinstance(whole.get(name), list):
             whole[name] = [dict(LISTED_PARTS.get(str(part.get("type")), {}), **part) if isinstance(part, dict) else part
                            for part in whole[name]]
-    return whole if kind != "reasoning" or ENCRYPTED_REASONING in include else without(whole, "encrypted_content")
+    is_hidden = kind == "reasoning" and ENCRYPTED_REASONING not in include
+    return without(whole, "encrypted_content") if is_hidden else whole
 
 
 # ---- Memory ------------------------------------------------------------------------------------------
@@ -7335,8 +7337,7 @@ def setup_name(text: str) -> str:
         return names[plain]
     nearest = difflib.get_close_matches(plain, names, n=1)
     hint = "Did you mean %s? " % names[nearest[0]] if nearest else ""
-    raise argparse.ArgumentTypeError("there are no settings for %s. %s`claude-gateway setup` lists all names." % (
-        text, hint))
+    raise argparse.ArgumentTypeError("no settings for %s. %s`claude-gateway setup` lists all names." % (text, hint))
 
 
 def filled(config: Config, path_form: Callable[[str], str] = str, between: str = " ") -> dict[str, str]:
@@ -9279,7 +9280,7 @@ def selftest_findings() -> Iterator[Finding]:
     tool = {"type": "function", "function": {"name": "look.up", "parameters": {
         "type": "object", "properties": {"word": {"type": "string"}}}}}
     picture = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
-    cases: Sequence[Tuple[str, dict, int, Sequence[str]]] = (       # and what the answer contains
+    cases: Any = (                                  # name, request, status, what the answer contains
         ("plain", hello, 200, ["simulated answer"]),
         ("streaming", dict(hello, stream=True), 200, ['"finish_reason":"stop"', "data: [DONE]\n\n"]),
         ("tools", dict(hello, tools=[tool]), 200, ['"name":"look.up"', '"finish_reason":"tool_calls"']),
@@ -9342,8 +9343,7 @@ def check_writable(path: str) -> None:
     except OSError as fault:
         reason = fault.strerror or str(fault)
     if reason:
-        raise GatewayError("A login cannot be stored in %s: %s. Choose another file with --token-file PATH." %
-                           (path, reason))
+        raise GatewayError("A login cannot be stored in %s: %s. Use another --token-file PATH." % (path, reason))
 
 
 def sign_in(config: Config, open_browser: bool) -> None:
@@ -9401,8 +9401,7 @@ def store(file: TokenFile, content: dict) -> None:
         try:
             file.write(content)
         except OSError as fault:
-            raise GatewayError("The login could not be stored in %s: %s" %
-                               (file.path, fault.strerror or fault)) from fault
+            raise GatewayError("Cannot store the login in %s: %s" % (file.path, fault.strerror or fault)) from fault
 
 
 def store_key(config: Config) -> None:
@@ -9506,8 +9505,7 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
         url = "http://%s:%d/v1" % (name, service.port)
     say("Paste into your tool:  base URL %s   model sonnet" % url)
     if everywhere and not config.allow_host:
-        say("To call this machine by a name, for instance %s, add --allow-host NAME" %
-            printable(socket.gethostname()))
+        say("To call this machine by a name, as %s, add --allow-host NAME" % printable(socket.gethostname()))
 
 
 class StopSignals:
@@ -9714,8 +9712,7 @@ def logout_command(parsed: Namespace, config: Config) -> int:
             with file.lock():                       # the lock file stays: another process may be waiting for it
                 file.remove()
         except OSError as fault:
-            raise GatewayError("The login in %s could not be removed: %s" %
-                               (file.path, fault.strerror or fault)) from fault
+            raise GatewayError("Cannot remove the login in %s: %s" % (file.path, fault.strerror or fault)) from fault
         say("Deleted the login in %s" % file.path)
     if not found:
         say("There was no stored login.")
@@ -9743,9 +9740,10 @@ def status_text(running: dict, key_source: str) -> str:
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
     facts, tokens, cache = running["credential"] or {}, running["tokens"], running["cache"]
+    upstream = "%s with %s" % (running["upstream"], facts.get("description") or "no credential")
+    saving = ("cost " if cache["saved_usd"] < 0 else "saved ") + dollars(abs(cache["saved_usd"]))
     lines += row_lines([
-        ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
-            running["upstream"], facts.get("description") or "no credential")),
+        ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else upstream),
         *login_rows(facts, renewable=not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
@@ -9755,8 +9753,7 @@ def status_text(running: dict, key_source: str) -> str:
             prompt_tokens(tokens), tokens["cache_read"], tokens["output"])),
         ("Cost", ", without ".join([dollars(running["cost"]["usd"]) + " by list prices",
                                     *running["cost"]["without_price"]])),
-        ("Cache", "%d %% of all input, which %s %s" % (cache["share_percent"], "cost" if cache["saved_usd"] < 0 else
-                                                       "saved", dollars(abs(cache["saved_usd"])))),
+        ("Cache", "%d %% of all input, which %s" % (cache["share_percent"], saving)),
         ("Errors", ", ".join("%d %s" % (count, code) for code, count in running["errors"].items()))])
     for limit in running["limits"]:
         bar, left = "#" * round(20 * min(1.0, limit["used"])), (limit["resets_at"] or 0) - time.time()
@@ -9953,8 +9950,8 @@ def translate_command(parsed: Namespace, config: Config) -> int:
 
 
 # ---- Completion --------------------------------------------------------------------------------------
-# Scripts that have the shell ask the program itself: `completion SHELL WORD...`, with the words of the command line
-# up to the cursor, prints what may stand in the place of the last one, and nothing where that is a file or free text.
+# Scripts that have the shell ask the program itself: `completion SHELL WORD...`, with the words up to the cursor,
+# prints what may stand in the place of the last one, nothing where that is a file or free text.
 
 COMPLETIONS = {
     "bash": """\
@@ -10086,8 +10083,9 @@ class Parser(argparse.ArgumentParser):
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
             known = {name.lstrip("-"): name for name in [*self.commands, *self._option_string_actions]}
             nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1, cutoff=0.7)
-            message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else
-                                          " The commands are %s." % ", ".join(self.commands) if self.commands else "")
+            hint = " The commands are %s." % ", ".join(self.commands) if self.commands else ""
+            hint = " Did you mean %s?" % known[nearest[0]] if nearest else hint
+            message = "unknown: %s.%s" % (word, hint)
         super().error(as_typed(message.replace("SHELL, typed", "SHELL")))     # the hidden one is not required
 
     def candidates(self, words: Sequence[str]) -> list[str]:
