@@ -156,13 +156,13 @@ class Limits:
     lock_patience: float = 60                       # for another process to refresh; one call may take 40
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)         # as it has secrets
 class Config:
     """Everything that is set from outside; `config_from` reads it from flags and environment."""
     host: str = "localhost"
     more_hosts: Tuple[str, ...] = ()                # to listen on, too
     port: int = DEFAULT_PORT
-    api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    api_key: Tuple[str, ...] = ()
     verbose: bool = False
     minimal: bool = False
     quiet: bool = False
@@ -187,13 +187,13 @@ class Config:
     authorize_url: str = OAUTH_AUTHORIZE_URL
     oauth_scopes: str = OAUTH_SCOPES
     workspace_id: str = ""
-    custom_headers: Tuple[Tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+    custom_headers: Tuple[Tuple[str, str], ...] = ()
     profile: str = ""                               # of Anthropic's own sign-in; "": the active one
     profile_folder: str = ""                        # "": none is looked for
-    anthropic_api_key: str = dataclasses.field(default="", repr=False)
-    anthropic_auth_token: str = dataclasses.field(default="", repr=False)
-    claude_code_oauth_token: str = dataclasses.field(default="", repr=False)
-    https_proxy: str = dataclasses.field(default="", repr=False)
+    anthropic_api_key: str = ""
+    anthropic_auth_token: str = ""
+    claude_code_oauth_token: str = ""
+    https_proxy: str = ""
     no_proxy: str = ""
     ca_file: str = ""
     ca_variable: str = ""                           # where that comes from

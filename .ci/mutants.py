@@ -334,7 +334,7 @@ MUTANTS = (
            "{name: masked(value, self._secrets()) if isinstance(value, str) else value", "{name: value",
            "SecrecyTests"),
     Mutant("secret: keys in a shown config",
-           "api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)", "api_key: Tuple[str, ...] = ()",
+           "@dataclasses.dataclass(frozen=True, repr=False)", "@dataclasses.dataclass(frozen=True)",
            "ConfigTests"),
     Mutant("secret: a client's key does not go upstream", '        return {"x-api-key": self._key}',
            '        return {"x-api-key": self._key, "authorization": "Bearer client"}',
