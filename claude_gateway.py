@@ -7401,7 +7401,7 @@ def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
     totals = counters.totals()
-    models = totals["models"]
+    models, tokens = totals["models"], totals["tokens"]
     tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
@@ -7412,8 +7412,8 @@ def status_data(gateway: Gateway) -> dict:
         "trouble": trouble and dict(trouble, message=masked(as_typed(trouble["message"]), gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
         "requests": {"total": totals["requests"], "running": max(0, gateway.running.count - 1)},    # without this one
-        "errors": totals["errors"], "tokens": totals["tokens"],
-        "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
+        "errors": totals["errors"], "tokens": tokens,
+        "cache": {"share_percent": percent(tokens["cache_read"], prompt_tokens(tokens)),
                   "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
