@@ -33,7 +33,7 @@ running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, Usage, HTTP/1.1, Upstream, Image fetching, Routes,
 HTTP server, Log, Diagnosis, Signing in, Asking and running.
-Places that connect: UpstreamConnection, ImageFetcher, local_answer, issuer_of.
+Places that connect: UpstreamConnection, Download, local_answer, issuer_of.
 Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
@@ -6135,24 +6135,19 @@ MAX_FETCHED = 7_500_000                             # bytes: as base64 the 10 MB
 class Download(threading.Thread):
     """One image on its way, in a thread of its own: a slow name look-up cannot be ended, only left."""
 
-    def __init__(self, work: Callable[[Download], Tuple[str, str]]) -> None:
+    def __init__(self, url: str, config: Config, permit: Callable[[str], bool]) -> None:
         super().__init__(name="image", daemon=True)
+        self._url, self._config, self._permit = url, config, permit
         self.ended, self._bell = socket.socketpair()        # the first ends with the work
-        self._work, self._sockets, self._given_up = work, [self._bell], False
-        self.outcome: Any = None                    # the image, or what went wrong
+        self._sockets, self._given_up = [self._bell], False
+        self.outcome: Any = None                    # media type and base64, or what went wrong
 
     def run(self) -> None:
         try:
-            self.outcome = self._work(self)
+            self.outcome = self._fetched()
         except Exception as fault:
             self.outcome = fault
         self._bell.close()
-
-    def uses(self, sock: socket.socket) -> None:
-        """From here on this socket ends with the download."""
-        self._sockets.append(sock)
-        if self._given_up:
-            self.give_up()
 
     def give_up(self) -> None:
         self._given_up = True
@@ -6160,69 +6155,56 @@ class Download(threading.Thread):
             with suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
+    def refusal(self, what: str) -> InvalidRequest:
+        return InvalidRequest("The image %r %s." % (self._url[:200], what), "image_url", "invalid_image_url")
 
-class ImageFetcher:
-    """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
+    def _uses(self, sock: socket.socket) -> None:
+        """From here on this socket ends with the download."""
+        self._sockets.append(sock)
+        if self._given_up:
+            self.give_up()
 
-    def __init__(self, config: Config, permit: Callable[[str], bool] = is_public) -> None:
-        self._proxied, self._timeout = bool(config.https_proxy), config.limits.fetch_timeout
-        self._tls = functools.partial(tls_context, config.ca_file, config.relax_x509)
-        self.permit = permit
-
-    def fetch(self, url: str, client: Client) -> tuple[str, str]:
-        """Media type and base64 of the image at `url`.  Raises InvalidRequest, ClientGone."""
-        download = Download(functools.partial(self._fetched, url))
-        try:
-            download.start()
-            client.wait(Wait(download.ended, self._timeout))
-        except UpstreamTimeout:
-            raise self._refusal(url, "took longer than %g seconds" % self._timeout) from None
-        finally:
-            download.give_up()
-            download.ended.close()
-        if isinstance(download.outcome, Exception):
-            raise download.outcome
-        return download.outcome
-
-    def _fetched(self, url: str, download: Download) -> tuple[str, str]:
-        here = url
+    def _fetched(self) -> tuple[str, str]:
+        here = self._url
         for _ in range(FETCH_REDIRECTS + 1):
             try:
-                status, location, body = self._get(here, url, download)
+                status, location, body = self._get(here)
                 here = urllib.parse.urljoin(here, location or "")
             except (OSError, http.client.HTTPException, ValueError) as fault:
-                hint = " (images are fetched directly, but here only a proxy may lead out)" if self._proxied else ""
-                raise self._refusal(url, "could not be fetched: %s%s" % (fault, hint)) from fault
+                hint = " (images are fetched directly, but here only a proxy may lead out)"
+                hint = hint if self._config.https_proxy else ""
+                raise self.refusal("could not be fetched: %s%s" % (fault, hint)) from fault
             if status in (301, 302, 303, 307, 308) and location:
                 continue
             if status != 200:
-                raise self._refusal(url, "answered with status %d" % status)
+                raise self.refusal("answered with status %d" % status)
             media_type = media_type_of(body)
             if media_type not in IMAGE_TYPES:
-                raise self._refusal(url, "is not a JPEG, PNG, GIF or WebP image")
+                raise self.refusal("is not a JPEG, PNG, GIF or WebP image")
             return media_type, base64.b64encode(body).decode()
-        raise self._refusal(url, "redirects more than %d times" % FETCH_REDIRECTS)
+        raise self.refusal("redirects more than %d times" % FETCH_REDIRECTS)
 
-    def _get(self, here: str, url: str, download: Download) -> tuple[int, str | None, bytes]:
+    def _get(self, here: str) -> tuple[int, str | None, bytes]:
         """One hop: status, Location, and the body if the status is 200."""
         if not HTTP_URL.match(here):
-            raise self._refusal(url, "leads to something that is not a web address")
+            raise self.refusal("leads to something that is not a web address")
         parts = urllib.parse.urlsplit(here)
         host, secure = parts.hostname or "", parts.scheme.lower() == "https"
         port = parts.port or (443 if secure else 80)
         if parts.username or parts.password or not host:
-            raise self._refusal(url, "has user information or no host in it")
+            raise self.refusal("has user information or no host in it")
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if not found or not all(map(self.permit, found)):
-            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
+        if not found or not all(map(self._permit, found)):
+            raise self.refusal("leads to an address of this machine or a private network, which is not fetched")
         connection = http.client.HTTPConnection(host, port)
         sock = socket.create_connection((found[0], port), CONNECT_TIMEOUT)
         try:
-            sock.settimeout(self._timeout)
-            download.uses(sock)
+            sock.settimeout(self._config.limits.fetch_timeout)
+            self._uses(sock)
             if secure:
-                sock = self._tls().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-                download.uses(sock)
+                context = tls_context(self._config.ca_file, self._config.relax_x509)
+                sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                self._uses(sock)
                 sock.do_handshake()
             connection.sock = sock
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -6231,17 +6213,35 @@ class ImageFetcher:
             with connection.getresponse() as response:
                 body = response.read(MAX_FETCHED + 1) if response.status == 200 else b""
                 if len(body) > MAX_FETCHED:
-                    raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
+                    raise self.refusal("is larger than %.1f MB" % (MAX_FETCHED / 1e6))
                 if body and response.length:
-                    raise self._refusal(url, "broke off in the middle")
+                    raise self.refusal("broke off in the middle")
                 return response.status, response.getheader("Location"), body
         finally:
             connection.close()
             sock.close()
 
-    @staticmethod
-    def _refusal(url: str, what: str) -> InvalidRequest:
-        return InvalidRequest("The image %r %s." % (url[:200], what), "image_url", "invalid_image_url")
+
+class ImageFetcher:
+    """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
+
+    def __init__(self, config: Config, permit: Callable[[str], bool] = is_public) -> None:
+        self._config, self.permit = config, permit
+
+    def fetch(self, url: str, client: Client) -> tuple[str, str]:
+        """Media type and base64 of the image at `url`.  Raises InvalidRequest, ClientGone."""
+        download, timeout = Download(url, self._config, self.permit), self._config.limits.fetch_timeout
+        try:
+            download.start()
+            client.wait(Wait(download.ended, timeout))
+        except UpstreamTimeout:
+            raise download.refusal("took longer than %g seconds" % timeout) from None
+        finally:
+            download.give_up()
+            download.ended.close()
+        if isinstance(download.outcome, Exception):
+            raise download.outcome
+        return download.outcome
 
 
 # ---- Exchange ----------------------------------------------------------------------------------------
