@@ -9007,14 +9007,14 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
         if name.startswith("CLAUDE_GATEWAY_") and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             yield ignored % name, "Did you mean %s?" % nearest[0] if nearest else "See claude-gateway start --help."
-    if not config.https_proxy and not config.demo:
-        found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
-        system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
-        if system and system not in os.environ.values():
-            found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
-        if found:
-            problem = ignored if len(found) == 1 else ignored.replace("is", "are")
-            yield problem % ", ".join(found), "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+    if config.https_proxy or config.demo:
+        return
+    found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
+    system = urllib.request.getproxies().get("https")           # of macOS or Windows, where no variable is set
+    if system and system not in os.environ.values():
+        found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
+    for name in found:
+        yield ignored % name, "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
@@ -9489,14 +9489,14 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
     if config.demo:
         say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
     else:
-        say("Upstream: %s with %s" % (gateway.upstream.base_url,
-                                      credential.description if credential else "no credential"))
+        described = credential.description if credential else "no credential"
+        say("Upstream: %s with %s" % (gateway.upstream.base_url, described))
         if is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc):
             say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
             say("Note: %s; an API key is always fine. (See `claude-gateway login --help`.)" % OWN_APPS_ONLY)
-    keys = "one of %d API keys is" % len(config.api_key) if len(config.api_key) > 1 else "an API key is"
-    say("Clients: %s" % (keys + " required" if config.api_key else "no API key needed; any value is accepted"))
+    key = "one of %d API keys is" % len(config.api_key) if len(config.api_key) > 1 else "an API key is"
+    say("Clients: " + (key + " required" if config.api_key else "no API key needed; any value is accepted"))
     if config.alias:
         say("Aliases: %s" % aliases_text(config.alias))
     url, everywhere = service.url, config.host in ("0.0.0.0", "::")     # which are no addresses to connect to
@@ -9768,10 +9768,11 @@ def requests_text(recent: list[dict], columns: int) -> str:
     if 0 < columns < 120:
         needless = re.compile(r"^(.* -> )?(claude-|/v1/)?|-\d{8}$| stream$")
         rows = [[*row[:2], *(needless.sub("", cell)[:18] for cell in row[2:4]), *row[4:6], row[7]] for row in rows]
-    head, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
-    notes = (for_terminal("; ".join(filter(None, [each["error"], each["changes"]]))) for each in recent)
-    return "\n".join([head, *(lines_within(line + ("\n          " + note) * bool(note), columns, 10)
-                              for line, note in zip(lines, notes))])
+    shown, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
+    for line, each in zip(lines, recent):
+        note = for_terminal("; ".join(filter(None, [each["error"], each["changes"]])))
+        shown += "\n" + lines_within(line + ("\n          " + note) * bool(note), columns, 10)
+    return shown
 
 
 def status_command(parsed: Namespace, config: Config) -> int:
@@ -9779,11 +9780,11 @@ def status_command(parsed: Namespace, config: Config) -> int:
     running = running_status(config)
     if running and running.get("key_needed") and config.api_key:
         running = running_status(config, config.api_key[0]) or running
+    if running and parsed.json:
+        print_json(dict({"running": True, "credential": None}, **running))
+        return OK
     if running:
-        source = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
-        if parsed.json:
-            print_json(dict({"running": True, "credential": None}, **running))
-            return OK
+        source = "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY" if config.api_key else ""
         columns = columns_of_terminal(sys.stdout)
         print(lines_within(for_terminal(status_text(running, source)), columns))
         if parsed.requests and "totals" in running:
