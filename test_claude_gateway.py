@@ -9601,7 +9601,8 @@ class TlsTests(TlsTestCase):
         for work in (answer, lambda: arrived.wait(5) and user.close()):
             threading.Thread(target=work, daemon=True).start()
         names_that_resolve(self, {"upstream.test": ["127.0.0.1"]})
-        fetcher = claude_gateway.ImageFetcher(Config(ca_file=self.certificate), lambda address: True)
+        config = Config(ca_file=self.certificate, limits=Limits(fetch_timeout=300))     # which ends nothing here
+        fetcher = claude_gateway.ImageFetcher(config, lambda address: True)
         with self.assertRaises(claude_gateway.ClientGone):
             fetcher.fetch("https://upstream.test:%d/a.png" % listener.getsockname()[1],
                           claude_gateway.Client(claude_gateway.Peer(peer)))
