@@ -9339,11 +9339,11 @@ def check_writable(path: str) -> None:
     directory = os.path.dirname(os.path.realpath(path))
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        reason = "" if os.access(directory, os.W_OK) else "its directory is not writable"
+        if not os.access(directory, os.W_OK):
+            raise OSError(errno.EACCES, "its directory is not writable")
     except OSError as fault:
-        reason = fault.strerror or str(fault)
-    if reason:
-        raise GatewayError("A login cannot be stored in %s: %s. Use another --token-file PATH." % (path, reason))
+        raise GatewayError("A login cannot be stored in %s: %s. Use another --token-file PATH." % (
+            path, fault.strerror or fault)) from fault
 
 
 def sign_in(config: Config, open_browser: bool) -> None:
@@ -9370,30 +9370,28 @@ def asked_for(prompt: str, hidden: bool = False) -> str:
     if hidden and sys.stdin and sys.stdin.isatty():
         import getpass
         return getpass.getpass(prompt).strip()
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
+    print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline().strip() if sys.stdin else ""
     if not line:
         say("")
     return line
 
 
-def token_for_code(login: Login, config: Config, upstream: Upstream) -> dict:
-    """The tokens for the pasted code, for which there are three attempts."""
-    for left in (2, 1, 0):
-        pasted = asked_for("Code: ")
-        if not pasted:
-            raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
-        try:
-            code, checked = login.parse(pasted)
-            if not checked:
-                say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
-            return login.exchange(code, config.token_url, upstream.post_json)
-        except (InvalidRequest, CredentialNeeded) as fault:
-            if not left:
-                raise
-            say("%s. Open the URL again for a new code." % str(fault).rstrip("."))
-    raise AssertionError
+def token_for_code(login: Login, config: Config, upstream: Upstream, attempts: int = 3) -> dict:
+    """The tokens for the pasted code; a wrong or refused one may be entered again."""
+    pasted = asked_for("Code: ")
+    if not pasted:
+        raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
+    try:
+        code, checked = login.parse(pasted)
+        if not checked:
+            say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
+        return login.exchange(code, config.token_url, upstream.post_json)
+    except (InvalidRequest, CredentialNeeded) as fault:
+        if attempts == 1:
+            raise
+        say("%s. Open the URL again for a new code." % str(fault).rstrip("."))
+    return token_for_code(login, config, upstream, attempts - 1)
 
 
 def store(file: TokenFile, content: dict) -> None:
@@ -9915,8 +9913,8 @@ def selftest_command(parsed: Namespace, config: Config) -> int:
     found = list(selftest_findings())
     for finding in found:
         print_finding(finding)
-    failed = sum(map(bool, (finding.code for finding in found)))
-    print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
+    failed = [finding for finding in found if finding.code]
+    print("%d of %d checks failed." % (len(failed), len(found)) if failed else "All %d checks passed." % len(found))
     return FAILURE if failed else OK
 
 
