@@ -3651,9 +3651,9 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    tools = [entry for path, item in items if item.get("type") == "additional_tools"
-             for entry in entries_of(item.get("tools"), path + ".tools")]
-    draft = draft_from(fields, model, changes, recall, tools)
+    draft = draft_from(fields, model, changes, recall, [
+        entry for path, item in items if item.get("type") == "additional_tools"
+        for entry in entries_of(item.get("tools"), path + ".tools")])
     draft.compact = compact
     conversation = Conversation(draft)
     instructions = fields.get("instructions")
