@@ -9938,6 +9938,8 @@ def translate_command(parsed: Namespace, config: Config) -> int:
         assembler = MessageAssembler()
         for event in events_from_body(data):
             assembler.feed(event)
+        if not assembler.message:
+            raise UpstreamFault("There is no message in this stream.")
         print_json(chat_completion_from_message(assembler.whole(), {"id": "chatcmpl-0", "created": 0},
                                                 ReplyPlan(ToolNames())))
         return OK

@@ -14995,6 +14995,13 @@ class DailyCommandTests(GatewayTestCase):
             code, said, _ = run_command("translate", given=saved)
             self.assertEqual((code, json.loads(said)["choices"][0]["message"]["content"]), (0, "Hi"))
 
+    def test_translate_says_that_a_saved_stream_has_no_message(self):
+        for saved in (b"event: ping\n\n", b"data: {cut", b"event: message_start\n"):
+            with self.subTest(saved=saved):
+                code, said, hint = run_command("translate", given=saved)
+                self.assertEqual((code, said), (claude_gateway.UNREACHABLE, ""))
+                self.assertIn("claude-gateway: There is no message in this stream.", hint)
+
     def test_a_dash_means_standard_input(self):
         stdin = SimpleNamespace(buffer=io.BytesIO(b'{"model": "opus", "input": "Hi"}'), isatty=lambda: False)
         self.addCleanup(setattr, sys, "stdin", sys.stdin)
