@@ -1077,11 +1077,12 @@ def effort_of(value: Any, path: str) -> str | None:
     return None if effort in ("default", "auto", "") else effort
 
 
-@dataclasses.dataclass
 class Changes:
     """What a translation dropped, clamped, changed or repaired: in order, each thing once, with its reason."""
-    reported: Dict[Tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    ignored: List[str] = dataclasses.field(default_factory=list)    # without effect on the answer: debug log only
+
+    def __init__(self) -> None:
+        self.reported: Dict[Tuple[str, str], str] = {}
+        self.ignored: List[str] = []                # without effect on the answer: debug log only
 
     def add(self, verb: str, name: str, why: str = "") -> None:
         """`verb` is dropped, clamped, changed or repaired; `name` the field or thing."""
@@ -1159,6 +1160,10 @@ PARAMETERS = {
                      "include_reasoning"), Parameter(anything, IGNORED)),
 }
 UNKNOWN = Parameter(anything, DROPPED)
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+# Those that ask nothing of the answer but its length.
+PLAIN = {"model", "messages", "input", "instructions", "previous_response_id", "include", "stream", "stream_options",
+         *OUTPUT_LIMITS}
 # The fields inside of a parameter that mean something here; every other one is reported.
 INSIDE = {"reasoning": ("effort", "max_tokens", "enabled", "exclude", "summary", "generate_summary", "context"),
           "text": ("format", "verbosity"), "stream_options": ("include_usage", "include_obfuscation"),
@@ -1171,11 +1176,11 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
     """The parameters of a request that are translated, checked and without nulls; the others are reported."""
     fields = {}
     for name, value in body.items():
+        if value is None:
+            continue
         parameter = PARAMETERS.get(name, UNKNOWN)
         if parameter.api not in ("", api):
             parameter = UNKNOWN._replace(default=parameter.default)
-        if value is None:
-            continue
         value = parameter.check(value, name)
         if parameter.fate == READ:
             fields[name] = value
@@ -1217,8 +1222,11 @@ class ToolNames:
 
     def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = (), more: str = "") -> None:
         self._fit, self._unfit = FITTING[more]
-        self._there = {name: name for name in declared if self._fit.match(name) and name not in taken}
-        self._back = dict(self._there, **{name: name for name in taken})
+        self._there: Dict[str, str] = {}
+        self._back = dict(zip(taken, taken))
+        for name in declared:
+            if self._fit.match(name) and name not in taken:
+                self._there[name] = self._back[name] = name
         self._counts = dict.fromkeys(self._back, 1)
         for name in declared:
             self.there(name)
@@ -1285,20 +1293,23 @@ class Recall(NamedTuple):
 class Draft:
     """A request in the making: what the functions below share while they translate one conversation."""
 
-    def __init__(self, model: Model, changes: Changes, declared: Sequence[Declared], search: Sequence[dict],
-                 recall: Recall | None) -> None:
+    def __init__(self, model: Model, changes: Changes, recall: Callable[[], Recall]) -> None:
         self.model = model
         self.changes = changes
-        self.declared = declared                    # the client's tools
-        self.search = search                        # Claude's web search, if it is wanted
-        self.tools = list(search)                   # of the Messages request
-        self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
-        self.plan = ReplyPlan(self.names, [tool.full_name for tool in declared if tool.custom],
-                              {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
-        self.recall = recall or Recall()
+        self.declared: Sequence[Declared] = ()      # the client's tools
+        self.search: List[dict] = []                # Claude's web search, if it is wanted
+        self.tools: List[dict] = []                 # of the Messages request
+        self.names = ToolNames()
+        self.plan = ReplyPlan(self.names)
+        self._recall = recall
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
         self.compact = False                        # a summary of the conversation is wanted, not an answer
+
+    @functools.cached_property
+    def recall(self) -> Recall:
+        """The look-ups, once something has to be looked up."""
+        return self._recall()
 
 
 @dataclasses.dataclass
@@ -1353,17 +1364,19 @@ def place_breakpoints(request: dict, fields: dict, ours: bool, draft: Draft) -> 
     the request before this one ended with (so that its cache is found even when a long agent turn lies between: Claude
     looks back only 20 blocks), the system text and the tools."""
     in_front, in_turns = marked_blocks(request)
-    surplus = len(in_front) + len(in_turns) - MOST_BREAKPOINTS
-    if surplus > 0:
-        for block in (in_turns + in_front)[:surplus]:
+    free = MOST_BREAKPOINTS - len(in_front) - len(in_turns)
+    if free < 0:
+        for block in (in_turns + in_front)[:-free]:
             del block["cache_control"]
-        draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
+        draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % -free)
     options = fields.get("prompt_cache_options") or {}
     if ours and options.get("mode") != "explicit":
-        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark_from(fields) or MARK
-        wanted = our_breakpoints(request, bool(draft.instructions))
-        for block in [block for block in wanted if "cache_control" not in block][:max(0, -surplus)]:
-            block["cache_control"] = dict(mark)
+        mark = mark_from(fields) if "cache_control" in fields else MARK
+        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark or MARK
+        for block in our_breakpoints(request, bool(draft.instructions)):
+            if free > 0 and "cache_control" not in block:
+                block["cache_control"] = dict(mark)
+                free -= 1
     if in_front or in_turns:                        # ours alone share one lifetime
         mark = MARK
         for block in reversed(sum(marked_blocks(request), [])):     # one of 1h may not follow one of 5m
@@ -1377,23 +1390,25 @@ def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
-    asked = max([at for at in range(1, last + 1) if messages[at]["role"] == "assistant"], default=0)
-    ends = [messages[at]["content"][-1] for at in dict.fromkeys((last, asked - 1)) if at >= 0]
-    ends = [block for block in ends if block["type"] not in THINKING]
-    return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
+    asked = last - 1
+    while asked >= 0 and messages[asked + 1]["role"] != "assistant":
+        asked -= 1                                  # to where the request before this one ended
+    ends = [messages[at]["content"][-1] for at in (last, asked) if at >= 0]
+    return [*(block for block in ends if block["type"] not in THINKING),
+            *request.get("system", ())[-1:], *request.get("tools", ())[-1:]]
 
 
 def marked_blocks(request: dict) -> tuple[list[dict], list[dict]]:
     """The blocks with a mark, in the order of the prompt: of tools and system text, and of the turns."""
+    in_front = [*request.get("tools", ()), *request.get("system", ())]
     turns: list[dict] = []
     for message in request["messages"]:
         for block in message["content"]:
             if block["type"] == "tool_result":
-                turns += listed(block.get("content"))
-            turns.append(block)
-    in_front = request.get("tools", []) + request.get("system", [])
-    return ([block for block in in_front if "cache_control" in block],
-            [block for block in turns if "cache_control" in block])
+                turns += [inner for inner in listed(block.get("content")) if "cache_control" in inner]
+            if "cache_control" in block:
+                turns.append(block)
+    return [block for block in in_front if "cache_control" in block], turns
 
 
 # ---- Content -----------------------------------------------------------------------------------------
@@ -1977,7 +1992,7 @@ def tools_from_declared(draft: Draft) -> list[dict]:
     return tools
 
 
-def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
+def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], draft: Draft) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
     path, options, most = "web_search_options", fields.get("web_search_options"), fields.get("max_tool_calls")
     for where, tool in entries:
@@ -1985,18 +2000,18 @@ def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Mo
             path, options = where, tool
     if options is None:
         if most is not None:
-            changes.add("dropped", "max_tool_calls", "only web searches can be limited")
+            draft.changes.add("dropped", "max_tool_calls", "only web searches can be limited")
         return []
-    obstacle = ("%s has no web search" % model.id if not model.web_search else
+    obstacle = ("%s has no web search" % draft.model.id if not draft.model.web_search else
                 "Claude has no cached index" if options.get("external_web_access") is False else
                 "max_tool_calls allows none" if most is not None and most < 1 else "")
     if obstacle:
-        changes.add("dropped", path, obstacle)
+        draft.changes.add("dropped", path, obstacle)
         return []
     size = one_of(*WEB_SEARCH_USES)(options.get("search_context_size") or "medium", path + ".search_context_size")
     uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
-    tool.update(search_domains(options, path, changes))
+    tool.update(search_domains(options, path, draft.changes))
     location, path = nested_in(optional(object_of, options.get("user_location"), path + ".user_location", {}),
                                "approximate", path + ".user_location")
     place = {key: text_of(location[key], "%s.%s" % (path, key))
@@ -2021,17 +2036,17 @@ def search_domains(options: dict, path: str, changes: Changes) -> dict:
     return lists
 
 
-def draft_from(fields: dict, model: Model, changes: Changes, recall: Recall | None,
-               more: Iterable[tuple[str, dict]] = ()) -> Draft:
-    """The draft of a request, with the tools of `tools` and the legacy `functions`, and more tools."""
+def read_tools(fields: dict, draft: Draft, more: Iterable[tuple[str, dict]] = ()) -> None:
+    """Reads the tools of `tools` and the legacy `functions`, and more tools, into the draft of a request."""
     entries = [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
     entries += more
-    declared = declared_tools(entries, changes) if entries else []
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
-    if declared:
-        draft.tools = tools_from_declared(draft) + draft.tools
+    draft.declared = declared = declared_tools(entries, draft.changes)
+    draft.search = web_search_tool(fields, entries, draft)
+    draft.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in draft.search])
+    draft.plan = ReplyPlan(draft.names, [tool.full_name for tool in declared if tool.custom],
+                           {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
     draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
-    return draft
+    draft.tools = tools_from_declared(draft) + draft.search
 
 
 def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
@@ -2065,12 +2080,13 @@ class Call:
     answered: bool = False
 
 
-@dataclasses.dataclass
 class Turn:
     """One turn in the making: neighbours of the same role become one."""
-    role: str
-    blocks: List[Any] = dataclasses.field(default_factory=list)     # of the user: LateSystem too, but no tool results
-    calls: List[Call] = dataclasses.field(default_factory=list)
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.blocks: List[Any] = []                 # of the user: LateSystem too, but no tool results
+        self.calls: List[Call] = []
 
 
 def closed(fragment: str) -> str:
@@ -2149,10 +2165,6 @@ def lost_blocks(content: list[dict]) -> list[dict]:
     return blocks_for_claude(content, "caller") if lost else []
 
 
-def has_compaction(blocks: list[dict]) -> bool:
-    return "compaction" in [block["type"] for block in blocks]
-
-
 def add_turn(messages: list[dict], role: str, blocks: list[dict]) -> None:
     """Adds a message, or its blocks to the last one where that has the same role; an empty one is left out."""
     if blocks and messages and messages[-1]["role"] == role:
@@ -2183,8 +2195,9 @@ class Conversation:
         self._turns: List[Turn] = []
         # by the client's id, by name, and all by no name: the calls of the latest turn with one such
         self._calls: Dict[Tuple[str, str], Deque[Call]] = {}
-        self._call_ids: Dict[str, int] = {}         # how often each was wanted
+        self.call_ids: Dict[str, int] = {}          # how often each was wanted
         self.system: List[dict] = []
+        self._has_late_system = False               # amid the turns
         self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
 
     def add(self, role: str, blocks: list[dict]) -> None:
@@ -2193,6 +2206,7 @@ class Conversation:
             self.system += blocks
         elif role == "system":
             self._turn("user").blocks += map(LateSystem, blocks)
+            self._has_late_system = True
         else:
             self._turn(role).blocks += blocks
 
@@ -2200,7 +2214,7 @@ class Conversation:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
         name = self._draft.names.there(text_at(function, "name", path))
-        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self._call_ids)
+        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self.call_ids)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
@@ -2242,7 +2256,7 @@ class Conversation:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
         messages: list[dict] = []
-        compacted = has_compaction(self.summary)
+        compacted = bool(self.summary) and self.summary[0]["type"] == "compaction"
         if compacted:
             add_turn(messages, "assistant", self.summary)
         elif turns and turns[0].role == "assistant" and not self.summary:
@@ -2255,8 +2269,11 @@ class Conversation:
             if turn.role == "assistant":
                 add_turn(messages, "assistant", self._replayed(turn))
                 continue
-            before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
-            blocks, late = self._of_user(turn.blocks, turns[at - 1].calls if at else [], before_assistant)
+            calls = turns[at - 1].calls if at else []
+            blocks, late = turn.blocks, []          # type: List[dict], List[dict]
+            if calls or self._has_late_system:
+                before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
+                blocks, late = self._of_user(blocks, calls, before_assistant)
             if at == 0:
                 blocks = blocks if compacted else self.summary + blocks
                 blocks = blocks or text_blocks(CONTINUE if compacted else START)
@@ -2366,7 +2383,8 @@ def add_message(conversation: Conversation, role: str, chat_message: dict, path:
     blocks = add_content(conversation, role, chat_message, path, draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
         raise InvalidRequest("%s.content: a system message may contain text only." % path, path + ".content")
-    marked(blocks, chat_message)
+    if len(chat_message) > 2:                       # what has only a role and content has no mark
+        marked(blocks, chat_message)
 
 
 def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
@@ -2396,8 +2414,10 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
     """Where the newest turn of the user begins: behind all that comes from the assistant or a tool."""
-    return max([at for at, (_, entry) in enumerate(entries, 1)
-                if entry.get("role") not in ("user", "system", "developer")], default=0)
+    newest = len(entries)
+    while newest and entries[newest - 1][1].get("role") in ("user", "system", "developer"):
+        newest -= 1
+    return newest
 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
@@ -2406,13 +2426,14 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
     newest = newest_turn(entries)
     for at, (path, chat_message) in enumerate(entries):
         draft.lenient = at < newest
-        role = chat_role_of(chat_message.get("role"), path + ".role")
+        role = chat_message.get("role")
         if role == "assistant":
             add_assistant_message(conversation, chat_message, path, draft)
         elif role in ("tool", "function"):
             raw_id = text_at(chat_message, "tool_call_id", path, "")
             conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path, chat_message)
         else:
+            role = role if role == "user" else chat_role_of(role, path + ".role")
             add_message(conversation, role, chat_message, path, draft)
 
 
@@ -2431,16 +2452,16 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 # ---- Parameters --------------------------------------------------------------------------------------
 # The plain parameters, and thinking.
 
-OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-
 
 def limit_from_chat(fields: dict, draft: Draft) -> int:
     """The client's own output limit, 0 where it gave none that means something (-1 means none)."""
-    names = [name for name in OUTPUT_LIMITS if name in fields]
-    limit, most = fields[names[0]] if names else 0, draft.model.max_output
-    if limit > most:
-        draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
-    return max(limit, 0)
+    for name in OUTPUT_LIMITS:
+        if name in fields:
+            limit, most = fields[name], draft.model.max_output
+            if limit > most:
+                draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (limit, most))
+            return max(limit, 0)
+    return 0
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2508,6 +2529,7 @@ class Reasoning(NamedTuple):
     field: str = "reasoning_effort"
 
 
+NOTHING_ASKED = Reasoning()
 thinking_type_of = one_of("adaptive", "enabled", "disabled", "between_tools")
 LEAST_BUDGET = 1_024                                # tokens: Claude accepts no smaller budget for thinking
 # Tokens of thinking for an effort, on models that want a budget.
@@ -2803,11 +2825,14 @@ def messages_request(fields: dict, draft: Draft, conversation: Conversation, pre
         fields = without(fields, *ABOUT_THE_ANSWER)
     messages, most, limit = conversation.messages(), draft.model.max_output, limit_from_chat(fields, draft)
     request: dict = {"model": draft.model.id, "max_tokens": min(limit or most, most), "stream": True}
-    request.update(parameters_from_chat(fields, draft))
-    choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
-    if choice != {"type": "auto"}:
-        request["tool_choice"] = choice
-    think(request, reasoning_from_chat(fields), limit, messages, draft)
+    asked = NOTHING_ASKED
+    if draft.tools or conversation.call_ids or not fields.keys() <= PLAIN:
+        request.update(parameters_from_chat(fields, draft))
+        choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
+        if choice != {"type": "auto"}:
+            request["tool_choice"] = choice
+        asked = reasoning_from_chat(fields)
+    think(request, asked, limit, messages, draft)
     if draft.compact:
         ask_for_summary(messages, request, draft)
     elif messages[-1]["role"] == "assistant":
@@ -2846,7 +2871,7 @@ def ask_for_summary(messages: list[dict], request: dict, draft: Draft) -> None:
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                               recall: Recall | None = None) -> Translation:
+                               recall: Callable[[], Recall] = Recall) -> Translation:
     """A chat completion request as a Messages request.  `preamble`: system blocks that go before the client's."""
     changes = Changes()
     fields = read_parameters(chat, CHAT, changes)
@@ -2854,7 +2879,9 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
         raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
     if not fields["messages"]:
         raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
-    draft = draft_from(fields, model, changes, recall)
+    draft = Draft(model, changes, recall)
+    if not fields.keys() <= PLAIN:
+        read_tools(fields, draft)
     conversation = Conversation(draft)
     if "system" in fields:
         conversation.add("system", blocks_from_content(fields["system"], "system", draft))
@@ -3650,7 +3677,7 @@ def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[di
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                                    recall: Recall | None = None, earlier: Sequence[dict] = (),
+                                    recall: Callable[[], Recall] = Recall, earlier: Sequence[dict] = (),
                                     compact: bool = False) -> Translation:
     """A Responses request as a Messages request.  `earlier`: the items of the response that it continues.  `compact`:
     ask for a summary instead of an answer."""
@@ -3660,7 +3687,8 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    draft = draft_from(fields, model, changes, recall, [
+    draft = Draft(model, changes, recall)
+    read_tools(fields, draft, [
         entry for path, item in items if item.get("type") == "additional_tools"
         for entry in entries_of(item.get("tools"), path + ".tools")])
     draft.compact = compact
@@ -6372,7 +6400,7 @@ class Gateway:
         self.upstream.close()
 
 
-Translate = Callable[[Model, Sequence[dict], bool, Recall], Translation]
+Translate = Callable[[Model, Sequence[dict], bool, Callable[[], Recall]], Translation]
 
 
 class Exchange:
@@ -6478,7 +6506,8 @@ class Exchange:
         model = replace(self._known, **lesson) if lesson else self._known
         translation = self._translate_body(model, credential.preamble if credential else (),
                                            not self._gateway.config.no_cache,
-                                           self._gateway.answers.recall(self._incoming.owner, self._known.id))
+                                           functools.partial(self._gateway.answers.recall, self._incoming.owner,
+                                                             self._known.id))
         names = self._gateway.config.fallback
         fallbacks = fallbacks_for(model, names, self._gateway.models.catalog()) if names else None
         if fallbacks and translation.request["max_tokens"] and "compaction" not in translation.request:
@@ -6624,7 +6653,7 @@ class Exchange:
 
 def compacts(request: dict) -> bool:
     """Whether a request asks for a compaction or contains the block of one."""
-    return "compaction" in request or has_compaction(request["messages"][0]["content"])
+    return "compaction" in request or request["messages"][0]["content"][0]["type"] == "compaction"
 
 
 def betas_for(request: dict) -> list[str]:
