@@ -245,7 +245,7 @@ def text_in(value: Any, *path: str) -> str | None:
 
 def count_of(value: Any) -> int:
     """A count, 0 for what is none, or none that can be true."""
-    return value if type(value) is int and 0 < value < 1e12 else 0
+    return value if type(value) is int and 0 < value < 10 ** 12 else 0
 
 
 def count_in(value: Any, *path: str) -> int:
@@ -1012,8 +1012,11 @@ def text_at(mapping: dict, name: str, path: str, otherwise: str | None = None) -
 
 def entries_of(value: Any, path: str, check: Callable[[Any, str], Any] = object_of) -> list[tuple[str, Any]]:
     """The entries of an array, checked, each with its path."""
-    return [(where, check(entry, where)) for at, entry in enumerate(list_of(value, path))
-            for where in ["%s[%d]" % (path, at)]]
+    entries = []
+    for at, entry in enumerate(list_of(value, path)):
+        where = "%s[%d]" % (path, at)
+        entries.append((where, check(entry, where)))
+    return entries
 
 
 def anything(value: Any, path: str) -> Any:
@@ -1371,10 +1374,10 @@ def place_breakpoints(request: dict, fields: dict, ours: bool, draft: Draft) -> 
         draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % -free)
     options = fields.get("prompt_cache_options") or {}
     if ours and options.get("mode") != "explicit":
-        mark = mark_from(fields) if "cache_control" in fields else MARK
-        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark or MARK
+        mark = "cache_control" in fields and mark_from(fields) or MARK
+        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark
         for block in our_breakpoints(request, bool(draft.instructions)):
-            if free > 0 and "cache_control" not in block:
+            if free > 0 and not ("cache_control" in block or block.get("type") in THINKING):
                 block["cache_control"] = dict(mark)
                 free -= 1
     if in_front or in_turns:                        # ours alone share one lifetime
@@ -1394,13 +1397,12 @@ def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     while asked >= 0 and messages[asked + 1]["role"] != "assistant":
         asked -= 1                                  # to where the request before this one ended
     ends = [messages[at]["content"][-1] for at in (last, asked) if at >= 0]
-    return [*(block for block in ends if block["type"] not in THINKING),
-            *request.get("system", ())[-1:], *request.get("tools", ())[-1:]]
+    return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
 
 
 def marked_blocks(request: dict) -> tuple[list[dict], list[dict]]:
     """The blocks with a mark, in the order of the prompt: of tools and system text, and of the turns."""
-    in_front = [*request.get("tools", ()), *request.get("system", ())]
+    in_front = request.get("tools", []) + request.get("system", [])
     turns: list[dict] = []
     for message in request["messages"]:
         for block in message["content"]:
@@ -2197,7 +2199,6 @@ class Conversation:
         self._calls: Dict[Tuple[str, str], Deque[Call]] = {}
         self.call_ids: Dict[str, int] = {}          # how often each was wanted
         self.system: List[dict] = []
-        self._has_late_system = False               # amid the turns
         self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
 
     def add(self, role: str, blocks: list[dict]) -> None:
@@ -2206,7 +2207,6 @@ class Conversation:
             self.system += blocks
         elif role == "system":
             self._turn("user").blocks += map(LateSystem, blocks)
-            self._has_late_system = True
         else:
             self._turn(role).blocks += blocks
 
@@ -2271,7 +2271,7 @@ class Conversation:
                 continue
             calls = turns[at - 1].calls if at else []
             blocks, late = turn.blocks, []          # type: List[dict], List[dict]
-            if calls or self._has_late_system:
+            if calls or LateSystem in map(type, blocks):
                 before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
                 blocks, late = self._of_user(blocks, calls, before_assistant)
             if at == 0:
@@ -3282,7 +3282,8 @@ def usage_from_message(usage: dict) -> dict:
     """Claude's counts as OpenAI's: there, the prompt includes what was read from and written to the cache."""
     read, written, uncached, completion = map(count_of, map(usage.get, (
         "cache_read_input_tokens", "cache_creation_input_tokens", "input_tokens", "output_tokens")))
-    prompt, thinking = uncached + read + written, count_of(value_in(usage, "output_tokens_details", "thinking_tokens"))
+    details = usage.get("output_tokens_details")
+    prompt, thinking = uncached + read + written, count_in(details, "thinking_tokens") if details else 0
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
             "completion_tokens_details": {"reasoning_tokens": thinking},

@@ -461,7 +461,7 @@ MUTANTS = (
     Mutant("upstream: no endless end", "if left <= 0 or wait and not self._connection.polls.ready((wait.sock,), left):",
            "if wait and not self._connection.polls.ready((wait.sock,), 1):", "UpstreamRequestTests"),
     Mutant("upstream: odd counts",
-           "return value if type(value) is int and 0 < value < 1e12 else 0", "return value or 0",
+           "return value if type(value) is int and 0 < value < 10 ** 12 else 0", "return value or 0",
            "UpstreamBodyTests"),
     Mutant("event loop: a stream between two turns is registered for nothing",
            "        self._register(stream)                      # by its next", "        # by its next",
