@@ -1080,12 +1080,11 @@ def effort_of(value: Any, path: str) -> str | None:
     return None if effort in ("default", "auto", "") else effort
 
 
+@dataclasses.dataclass
 class Changes:
     """What a translation dropped, clamped, changed or repaired: in order, each thing once, with its reason."""
-
-    def __init__(self) -> None:
-        self.reported: Dict[Tuple[str, str], str] = {}
-        self.ignored: List[str] = []                # without effect on the answer: debug log only
+    reported: Dict[Tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    ignored: List[str] = dataclasses.field(default_factory=list)    # without effect on the answer: debug log only
 
     def add(self, verb: str, name: str, why: str = "") -> None:
         """`verb` is dropped, clamped, changed or repaired; `name` the field or thing."""
@@ -1227,11 +1226,9 @@ class ToolNames:
         self._fit, self._unfit = FITTING[more]
         self._there: Dict[str, str] = {}
         self._back = dict(zip(taken, taken))
-        for name in declared:
-            if self._fit.match(name) and name not in taken:
-                self._there[name] = self._back[name] = name
-        self._counts = dict.fromkeys(self._back, 1)
-        for name in declared:
+        self._counts = dict.fromkeys(taken, 1)
+        # those that can stay as they are come first
+        for name in sorted(declared, key=lambda name: name in taken or not self._fit.match(name)):
             self.there(name)
 
     def there(self, name: str) -> str:
@@ -1304,15 +1301,10 @@ class Draft:
         self.tools: List[dict] = []                 # of the Messages request
         self.names = ToolNames()
         self.plan = ReplyPlan(self.names)
-        self._recall = recall
+        self.recall = recall
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
         self.compact = False                        # a summary of the conversation is wanted, not an answer
-
-    @functools.cached_property
-    def recall(self) -> Recall:
-        """The look-ups, once something has to be looked up."""
-        return self._recall()
 
 
 @dataclasses.dataclass
@@ -2058,7 +2050,7 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
     if not calls:
         return []
     draft.changes.add("repaired", "tools", "the history uses tools that the request does not define")
-    tools = draft.recall.tools([call["id"] for call in calls])
+    tools = draft.recall().tools([call["id"] for call in calls])
     known = {tool["name"] for tool in tools}
     return tools + [{"name": name, "input_schema": {"type": "object", "properties": {}}}
                     for name in dict.fromkeys(call["name"] for call in calls) if name not in known]
@@ -2082,13 +2074,12 @@ class Call:
     answered: bool = False
 
 
+@dataclasses.dataclass
 class Turn:
     """One turn in the making: neighbours of the same role become one."""
-
-    def __init__(self, role: str) -> None:
-        self.role = role
-        self.blocks: List[Any] = []                 # of the user: LateSystem too, but no tool results
-        self.calls: List[Call] = []
+    role: str
+    blocks: List[Any] = dataclasses.field(default_factory=list)     # of the user: LateSystem too, but no tool results
+    calls: List[Call] = dataclasses.field(default_factory=list)
 
 
 def closed(fragment: str) -> str:
@@ -2143,16 +2134,10 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
     return {} if whole is None else {"value": whole}
 
 
-def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
-    """Whether a remembered answer is what the client sends back, so that it may be replayed as it was."""
-    def gist(some: list[dict]) -> tuple:
-        return ("".join(block["text"] for block in some if block["type"] == "text").strip(),
-                [(block["id"], block["name"], block["input"]) for block in some if block["type"] == "tool_use"])
-    return gist(earlier) == gist(blocks)
-
-
-def call_ids_of(content: list[dict]) -> list[str]:
-    return [block["id"] for block in content if block["type"] == "tool_use"]
+def gist_of(blocks: list[dict]) -> tuple:
+    """The text and calls of an answer: where a client sends them back as they were, it may be replayed."""
+    return ("".join(block["text"] for block in blocks if block["type"] == "text").strip(),
+            [(block["id"], block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"])
 
 
 def blocks_for_claude(content: list[dict], *unwanted: str) -> list[dict]:
@@ -2255,19 +2240,19 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
-        messages: list[dict] = []
         compacted = bool(self.summary) and self.summary[0]["type"] == "compaction"
-        if compacted:
-            add_turn(messages, "assistant", self.summary)
-        elif turns and turns[0].role == "assistant" and not self.summary:
+        messages: list[dict] = [{"role": "assistant", "content": self.summary}] if compacted else []
+        if turns and turns[0].role == "assistant" and not self.summary:
             self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
         if not turns or turns[0].role == "assistant":
             turns.insert(0, Turn("user"))
         if turns[-1].calls:
             turns.append(Turn("user"))              # for the results, which are all missing
+        recall: Optional[Recall] = None
         for at, turn in enumerate(turns):
             if turn.role == "assistant":
-                add_turn(messages, "assistant", self._replayed(turn))
+                recall = recall or self._draft.recall()
+                add_turn(messages, "assistant", self._replayed(turn, recall))
                 continue
             calls = turns[at - 1].calls if at else []
             blocks, late = turn.blocks, []          # type: List[dict], List[dict]
@@ -2301,12 +2286,12 @@ class Conversation:
                 return calls[0]
         return None
 
-    def _replayed(self, turn: Turn) -> list[dict]:
+    def _replayed(self, turn: Turn, recall: Recall) -> list[dict]:
         """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it;
         without the thinking that Claude refused earlier."""
-        recall, blocks = self._draft.recall, turn.blocks
+        blocks = turn.blocks
         earlier = recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
-        if earlier and not any(block["type"] in THINKING for block in blocks) and same_answer(earlier, blocks):
+        if earlier and not any(block["type"] in THINKING for block in blocks) and gist_of(earlier) == gist_of(blocks):
             searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
             blocks = blocks if searched and not self._draft.search else marked(earlier, blocks[-1])
         return [block for block, mark in zip(blocks, thinking_marks(blocks)) if not mark or not recall.refused(mark)]
@@ -2331,7 +2316,7 @@ class Conversation:
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = " ".join(call_ids_of(content))
+    call_ids = " ".join(block["id"] for block in content if block["type"] == "tool_use")
 
     def mark(block: dict) -> str:
         signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
@@ -2508,7 +2493,7 @@ def parameters_from_chat(fields: dict, draft: Draft) -> dict:
     stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
     if stops:
         request["stop_sequences"] = stops
-    if len(stops) < len([stop for stop in fields.get("stop", ()) if stop]):
+    if any(map(str.isspace, fields.get("stop", ()))):
         draft.changes.add("dropped", "stop", "Claude accepts no stop sequence of white space only")
     request.update(tier_from_chat(fields, draft))
     for name in ("safety_identifier", "user"):
@@ -6476,7 +6461,7 @@ class Exchange:
             self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
                 self._known.id, model_id))
             self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
-        call_ids = call_ids_of(message["content"])
+        call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
         if call_ids:
             self._gateway.answers.remember(self._incoming.owner, self._known.id, call_ids,
                                            self.translation.request.get("tools", ()), lost_blocks(message["content"]))
