@@ -1299,8 +1299,7 @@ class Draft:
         self.declared: Sequence[Declared] = ()      # the client's tools
         self.search: List[dict] = []                # Claude's web search, if it is wanted
         self.tools: List[dict] = []                 # of the Messages request
-        self.names = ToolNames()
-        self.plan = ReplyPlan(self.names)
+        self.plan = ReplyPlan(ToolNames())
         self.recall = recall
         self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
         self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
@@ -1972,7 +1971,7 @@ def tools_from_declared(draft: Draft) -> list[dict]:
     tools: list[dict] = []
     strict: list[Subset] = []
     for entry in draft.declared:
-        name = draft.names.there(entry.full_name)
+        name = draft.plan.names.there(entry.full_name)
         if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
@@ -2036,8 +2035,8 @@ def read_tools(fields: dict, draft: Draft, more: Iterable[tuple[str, dict]] = ()
     entries += more
     draft.declared = declared = declared_tools(entries, draft.changes)
     draft.search = web_search_tool(fields, entries, draft)
-    draft.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in draft.search])
-    draft.plan = ReplyPlan(draft.names, [tool.full_name for tool in declared if tool.custom],
+    names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in draft.search])
+    draft.plan = ReplyPlan(names, [tool.full_name for tool in declared if tool.custom],
                            {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
     draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
     draft.tools = tools_from_declared(draft) + draft.search
@@ -2198,7 +2197,7 @@ class Conversation:
     def call(self, raw_id: str, function: Any, path: str) -> dict:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
-        name = self._draft.names.there(text_at(function, "name", path))
+        name = self._draft.plan.names.there(text_at(function, "name", path))
         turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self.call_ids)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         properties = self._draft.plan.properties.get(function["name"])
@@ -2278,7 +2277,7 @@ class Conversation:
         if raw_id:
             calls = self._calls.get(("id", raw_id))
             return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
-        for key in (self._draft.names.there(name) if isinstance(name, str) else "", ""):
+        for key in (self._draft.plan.names.there(name) if isinstance(name, str) else "", ""):
             calls = self._calls.get(("name", key))
             while calls and calls[0].answered:
                 calls.popleft()
@@ -2686,7 +2685,7 @@ def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -
     """Adds the tools that the client's choice leaves; returns the choice among them as Claude's."""
     choice, tools = asked_choice(fields, draft.changes), draft.tools
     if "allowed" in choice:
-        allowed = {draft.names.there(name) for name in choice.pop("allowed")}
+        allowed = {draft.plan.names.there(name) for name in choice.pop("allowed")}
         tools = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]     # web search stays
         if draft.tools and not tools:
             raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
@@ -2711,7 +2710,7 @@ def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict:
         if named is None:
             raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(choice["name"]),
                                  "tool_choice", "invalid_value")
-        choice["name"] = draft.names.there(named.full_name)
+        choice["name"] = draft.plan.names.there(named.full_name)
     if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
     return choice
@@ -2742,7 +2741,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
         with contextlib.suppress(Unsupported):
             schema = Subset(tool["input_schema"]).whole()
             request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-            draft.plan.forced_tool = draft.names.back(tool["name"])
+            draft.plan.forced_tool = draft.plan.names.back(tool["name"])
             draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
             draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
                               draft.model.id)
@@ -3258,8 +3257,8 @@ class PlannedEvents:
 # ---- Replies -----------------------------------------------------------------------------------------
 # Message -> chat completion.  The stream below shares these helpers, so that it adds up to the full reply.
 
-FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "pause_turn": "stop",
-                  "max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
+# Claude's stop reasons -> OpenAI's; every other one is "stop"
+FINISH_REASONS = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
 SERVICE_TIERS = {"standard": "default", "priority": "priority", "batch": "batch"}
 
 
@@ -3288,9 +3287,7 @@ def refusal_text(message: dict) -> str | None:
 def finish_reason(stop_reason: str | None, has_tool_calls: bool, plan: ReplyPlan) -> str:
     """OpenAI's finish reason.  Tool calls are always reported, for clients act on nothing else."""
     reason = "stop" if plan.prewarm else FINISH_REASONS.get(stop_reason or "", "stop")
-    if reason == "tool_calls" and not has_tool_calls:
-        return "stop"
-    if has_tool_calls and reason in ("stop", "tool_calls"):
+    if has_tool_calls and reason == "stop":
         return "function_call" if plan.legacy_functions else "tool_calls"
     return reason
 
@@ -6490,10 +6487,9 @@ class Exchange:
         credential = self._gateway.upstream.credential
         lesson = dict(lesson, **self._for_once)
         model = replace(self._known, **lesson) if lesson else self._known
+        recall = functools.partial(self._gateway.answers.recall, self._incoming.owner, self._known.id)
         translation = self._translate_body(model, credential.preamble if credential else (),
-                                           not self._gateway.config.no_cache,
-                                           functools.partial(self._gateway.answers.recall, self._incoming.owner,
-                                                             self._known.id))
+                                           not self._gateway.config.no_cache, recall)
         names = self._gateway.config.fallback
         fallbacks = fallbacks_for(model, names, self._gateway.models.catalog()) if names else None
         if fallbacks and translation.request["max_tokens"] and "compaction" not in translation.request:
