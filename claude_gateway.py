@@ -1012,11 +1012,8 @@ def text_at(mapping: dict, name: str, path: str, otherwise: str | None = None) -
 
 def entries_of(value: Any, path: str, check: Callable[[Any, str], Any] = object_of) -> list[tuple[str, Any]]:
     """The entries of an array, checked, each with its path."""
-    entries = []
-    for at, entry in enumerate(list_of(value, path)):
-        where = "%s[%d]" % (path, at)
-        entries.append((where, check(entry, where)))
-    return entries
+    return [(where, check(entry, where)) for at, entry in enumerate(list_of(value, path))
+            for where in ["%s[%d]" % (path, at)]]
 
 
 def anything(value: Any, path: str) -> Any:
@@ -1290,26 +1287,10 @@ class Recall(NamedTuple):
     refused: Callable[[str], bool] = lambda mark: False     # whether Claude refused a thinking block, by its mark
 
 
-class Draft:
-    """A request in the making: what the functions below share while they translate one conversation."""
-
-    def __init__(self, model: Model, changes: Changes, recall: Callable[[], Recall]) -> None:
-        self.model = model
-        self.changes = changes
-        self.declared: Sequence[Declared] = ()      # the client's tools
-        self.search: List[dict] = []                # Claude's web search, if it is wanted
-        self.tools: List[dict] = []                 # of the Messages request
-        self.plan = ReplyPlan(ToolNames())
-        self.recall = recall
-        self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
-        self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
-        self.compact = False                        # a summary of the conversation is wanted, not an answer
-
-
 @dataclasses.dataclass
 class ReplyPlan:
     """What the way back has to know of the way there.  Tools are meant by the client's names."""
-    names: ToolNames
+    names: ToolNames = dataclasses.field(default_factory=ToolNames)
     custom_tools: Sequence[str] = ()                # tools whose input is a bare string
     namespaces: Dict[str, Tuple[str, str]] = dataclasses.field(default_factory=dict)    # full name -> group, name
     properties: Dict[str, ToolNames] = dataclasses.field(default_factory=dict)  # tool -> their names, if mapped
@@ -1317,6 +1298,21 @@ class ReplyPlan:
     forced_tool: str = ""                           # the text of the reply is the arguments of this tool
     bare_json: bool = False                         # cut the reply's text down to the JSON object in it
     prewarm: bool = False                           # the cache is filled; there is no answer, and that is no failure
+
+
+@dataclasses.dataclass
+class Draft:
+    """A request in the making: what the functions below share while they translate one conversation."""
+    model: Model
+    changes: Changes
+    recall: Callable[[], Recall]
+    plan: ReplyPlan = dataclasses.field(default_factory=ReplyPlan)
+    declared: Sequence[Declared] = ()               # the client's tools
+    search: Sequence[dict] = ()                     # Claude's web search, if it is wanted
+    tools: Sequence[dict] = ()                      # of the Messages request
+    lenient: bool = False                           # media that Claude refuses become a note: nobody can take them back
+    instructions: List[str] = dataclasses.field(default_factory=list)   # for this request only: after the last mark
+    compact: bool = False                           # a summary of the conversation is wanted, not an answer
 
 
 class Translation(NamedTuple):
@@ -1384,9 +1380,7 @@ def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
-    asked = last - 1
-    while asked >= 0 and messages[asked + 1]["role"] != "assistant":
-        asked -= 1                                  # to where the request before this one ended
+    asked = next((at for at in range(last, 0, -1) if messages[at]["role"] == "assistant"), 0) - 1
     ends = [messages[at]["content"][-1] for at in (last, asked) if at >= 0]
     return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
 
@@ -2039,7 +2033,7 @@ def read_tools(fields: dict, draft: Draft, more: Iterable[tuple[str, dict]] = ()
     draft.plan = ReplyPlan(names, [tool.full_name for tool in declared if tool.custom],
                            {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
     draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
-    draft.tools = tools_from_declared(draft) + draft.search
+    draft.tools = [*tools_from_declared(draft), *draft.search]
 
 
 def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
@@ -2470,31 +2464,26 @@ def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]
 CLAUDE_TIERS = {"auto": "", "default": "standard_only", "standard_only": "standard_only", "priority": "", "fast": ""}
 
 
-def tier_from_chat(fields: dict, draft: Draft) -> dict:
-    """`service_tier`, and `speed` of clients that know Claude."""
-    tier = fields.get("service_tier", "auto")
-    if tier not in CLAUDE_TIERS:
-        draft.changes.add("dropped", "service_tier", "Claude has no such tier")
-    elif tier == "priority":
-        draft.changes.add("changed", "service_tier", "to auto, which uses a priority tier where there is one")
-    parameters = {"service_tier": CLAUDE_TIERS[tier]} if CLAUDE_TIERS.get(tier) else {}
-    if "fast" in (tier, fields.get("speed")) and draft.model.fast:
-        parameters["speed"] = "fast"
-    elif "fast" in (tier, fields.get("speed")):
-        draft.changes.add("dropped", "speed" if "speed" in fields else "service_tier",
-                          "%s has no fast mode" % draft.model.id)
-    return parameters
-
-
 def parameters_from_chat(fields: dict, draft: Draft) -> dict:
-    """Sampling, stop sequences, service tier and user id."""
+    """Sampling, stop sequences, service tier, `speed` of clients that know Claude, and user id."""
     request: dict[str, Any] = dict(sampling_from_chat(fields, draft))
     stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
     if stops:
         request["stop_sequences"] = stops
     if any(map(str.isspace, fields.get("stop", ()))):
         draft.changes.add("dropped", "stop", "Claude accepts no stop sequence of white space only")
-    request.update(tier_from_chat(fields, draft))
+    tier = fields.get("service_tier", "auto")
+    if tier not in CLAUDE_TIERS:
+        draft.changes.add("dropped", "service_tier", "Claude has no such tier")
+    elif tier == "priority":
+        draft.changes.add("changed", "service_tier", "to auto, which uses a priority tier where there is one")
+    elif CLAUDE_TIERS[tier]:
+        request["service_tier"] = CLAUDE_TIERS[tier]
+    if "fast" in (tier, fields.get("speed")) and draft.model.fast:
+        request["speed"] = "fast"
+    elif "fast" in (tier, fields.get("speed")):
+        draft.changes.add("dropped", "speed" if "speed" in fields else "service_tier",
+                          "%s has no fast mode" % draft.model.id)
     for name in ("safety_identifier", "user"):
         user_id = fields.get(name)
         if user_id and re.match(r"[^@]{1,256}\Z", user_id) and not re.match(r"[+\d][\d\s().-]{5,}\Z", user_id):
