@@ -1216,16 +1216,17 @@ FITTING = {more: (re.compile(r"[A-Za-z0-9_%s-]{1,64}\Z" % more), re.compile(r"[^
 
 
 class ToolNames:
-    """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
-    fits.  `more`: a key of FITTING."""
+    """Names of tools or of properties, there and back: some get one that Claude accepts.  `more`: a key of FITTING."""
 
     def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = (), more: str = "") -> None:
         self._fit, self._unfit = FITTING[more]
         self._there: Dict[str, str] = {}
         self._back = dict(zip(taken, taken))
         self._counts = dict.fromkeys(taken, 1)
-        # those that can stay as they are come first
-        for name in sorted(declared, key=lambda name: name in taken or not self._fit.match(name)):
+        for name in declared:
+            if self._fit.match(name) and name not in taken:
+                self.there(name)                    # as it is, whatever the others become
+        for name in declared:
             self.there(name)
 
     def there(self, name: str) -> str:
@@ -1380,7 +1381,9 @@ def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
-    asked = next((at for at in range(last, 0, -1) if messages[at]["role"] == "assistant"), 0) - 1
+    asked = last - 1                                # the end of the request before this one
+    while asked >= 0 and messages[asked + 1]["role"] != "assistant":
+        asked -= 1
     ends = [messages[at]["content"][-1] for at in (last, asked) if at >= 0]
     return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
 
@@ -2280,8 +2283,7 @@ class Conversation:
         return None
 
     def _replayed(self, turn: Turn, recall: Recall) -> list[dict]:
-        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it;
-        without the thinking that Claude refused earlier."""
+        """A turn of the assistant, as Claude sent it where that is known and not edited; no thinking that it refused."""
         blocks = turn.blocks
         earlier = recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
         if earlier and not any(block["type"] in THINKING for block in blocks) and gist_of(earlier) == gist_of(blocks):
@@ -2335,8 +2337,7 @@ def signed_thinking(chat_message: dict) -> list[dict]:
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.  Calls and results
-    in Claude's own shape are what they are."""
+    """Adds a message's content, also calls and results in Claude's shape, behind what was `kept`; returns the blocks."""
     content = message.get("content")
     added = [*kept, *text_blocks(content)] if isinstance(content, str) else list(kept)
     conversation.add(role, added)
@@ -2723,8 +2724,7 @@ def asked_format(fields: dict) -> tuple[str, dict, str]:
 
 
 def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
-    """A forced tool without forcing: its schema as the answer format (the reply is handed back as the tool call), or
-    else a plain instruction."""
+    """A forced tool without forcing: its schema as the answer format, of which a call is made, or an instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
         with contextlib.suppress(Unsupported):
