@@ -1982,7 +1982,7 @@ def tools_from_declared(draft: Draft) -> list[dict]:
     return tools
 
 
-def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], draft: Draft) -> list[dict]:
+def web_search_tool(fields: dict, entries: list[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
     path, options, most = "web_search_options", fields.get("web_search_options"), fields.get("max_tool_calls")
     for where, tool in entries:
@@ -1990,18 +1990,18 @@ def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], draft: Dr
             path, options = where, tool
     if options is None:
         if most is not None:
-            draft.changes.add("dropped", "max_tool_calls", "only web searches can be limited")
+            changes.add("dropped", "max_tool_calls", "only web searches can be limited")
         return []
-    obstacle = ("%s has no web search" % draft.model.id if not draft.model.web_search else
+    obstacle = ("%s has no web search" % model.id if not model.web_search else
                 "Claude has no cached index" if options.get("external_web_access") is False else
                 "max_tool_calls allows none" if most is not None and most < 1 else "")
     if obstacle:
-        draft.changes.add("dropped", path, obstacle)
+        changes.add("dropped", path, obstacle)
         return []
     size = one_of(*WEB_SEARCH_USES)(options.get("search_context_size") or "medium", path + ".search_context_size")
     uses = optional(integer_of, options.get("max_uses"), path + ".max_uses", most or WEB_SEARCH_USES[size])
     tool = {"type": "web_search_20250305", "name": WEB_SEARCH, "max_uses": max(1, min(uses, most or uses))}
-    tool.update(search_domains(options, path, draft.changes))
+    tool.update(search_domains(options, path, changes))
     location, path = nested_in(optional(object_of, options.get("user_location"), path + ".user_location", {}),
                                "approximate", path + ".user_location")
     place = {key: text_of(location[key], "%s.%s" % (path, key))
@@ -2031,7 +2031,7 @@ def read_tools(fields: dict, draft: Draft, more: Iterable[tuple[str, dict]] = ()
     entries = [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
     entries += more
     draft.declared = declared = declared_tools(entries, draft.changes)
-    draft.search = web_search_tool(fields, entries, draft)
+    draft.search = web_search_tool(fields, entries, draft.model, draft.changes)
     names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in draft.search])
     draft.plan = ReplyPlan(names, [tool.full_name for tool in declared if tool.custom],
                            {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
@@ -2283,7 +2283,7 @@ class Conversation:
         return None
 
     def _replayed(self, turn: Turn, recall: Recall) -> list[dict]:
-        """A turn of the assistant, as Claude sent it where that is known and not edited; no thinking that it refused."""
+        """An assistant turn, as Claude sent it if that is known and not edited; without thinking that it refused."""
         blocks = turn.blocks
         earlier = recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
         if earlier and not any(block["type"] in THINKING for block in blocks) and gist_of(earlier) == gist_of(blocks):
@@ -2337,7 +2337,7 @@ def signed_thinking(chat_message: dict) -> list[dict]:
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content, also calls and results in Claude's shape, behind what was `kept`; returns the blocks."""
+    """Adds a message's content, also what is in Claude's shape, behind the thinking `kept`; returns the blocks."""
     content = message.get("content")
     added = [*kept, *text_blocks(content)] if isinstance(content, str) else list(kept)
     conversation.add(role, added)
