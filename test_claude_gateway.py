@@ -5971,6 +5971,12 @@ class CompactionTests(ResponsesTestCase):
                         "completed"])
                     self.assertEqual(answer.chunks[-2]["item"], response["output"][0])
 
+    def test_no_mark_ends_what_ends_in_thinking(self):
+        signed = {"type": "reasoning", "summary": [], "encrypted_content": claude_gateway.encrypted_from(
+            thinking("hm", "sig"))}
+        self.item(user("Find it."), signed)
+        self.assertEqual(marks_of(self.claude.messages[-1].body), [("messages.0.0", "5m")])
+
     def test_the_item_replaces_what_came_before_it_on_any_instance(self):
         item = self.item(**self.TOOLS)
         self.start()                                # which has not made it
