@@ -974,11 +974,16 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
 # InvalidRequest that names its path.  What cannot be translated is reported in `Changes`.
 
 
+def invalid(path: str, problem: str, code: str = "invalid_value") -> InvalidRequest:
+    """The error for what stands at a path of the request."""
+    return InvalidRequest("%s: %s" % (path, problem), path, code)
+
+
 def wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
-    """The error for a value of the wrong type or range."""
+    """The error for a value of the wrong type."""
     kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     got = kinds.get(type(value), "a number")
-    return InvalidRequest("%s: expected %s, got %s." % (path, wanted, got), path, "invalid_type")
+    return invalid(path, "expected %s, got %s." % (wanted, got), "invalid_type")
 
 
 def optional(check: Callable[[Any, str], Any], value: Any, path: str, otherwise: Any = None) -> Any:
@@ -1026,19 +1031,19 @@ def anything(value: Any, path: str) -> Any:
 def number_of(value: Any, path: str) -> float:
     """A number, also one that a client wrote as a string."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong(path, "a number", value)
     if not abs(value) < 1e300:
-        raise InvalidRequest("%s: this number is out of range." % path, path, "invalid_value")
+        raise invalid(path, "this number is out of range.")
     return value
 
 
 def integer_of(value: Any, path: str) -> int:
     number = number_of(value, path)
     if number != int(number):
-        raise InvalidRequest("%s: expected a whole number." % path, path, "invalid_type")
+        raise invalid(path, "expected a whole number.", "invalid_type")
     return int(number)
 
 
@@ -1064,7 +1069,7 @@ def one_of(*values: str) -> Callable[[Any, str], str]:
     """The check for a field that accepts a few values."""
     def check(value: Any, path: str) -> str:
         if text_of(value, path) not in values:
-            raise InvalidRequest("%s: expected one of %s." % (path, ", ".join(values)), path, "invalid_value")
+            raise invalid(path, "expected one of %s." % ", ".join(values))
         return value
     return check
 
@@ -1075,8 +1080,7 @@ def effort_of(value: Any, path: str) -> str | None:
         return optional(effort_of, value.get("effort"), path + ".effort")
     effort = text_of(value, path).lower()
     if effort not in EFFORTS + ("none", "minimal", "default", "auto", ""):
-        raise InvalidRequest("%s: expected none, minimal, low, medium, high, xhigh or max." % path, path,
-                             "invalid_value")
+        raise invalid(path, "expected none, minimal, low, medium, high, xhigh or max.")
     return None if effort in ("default", "auto", "") else effort
 
 
@@ -1192,7 +1196,7 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
         elif parameter.fate == IGNORED:
             changes.ignored.append(name)
         elif parameter.fate == REFUSED and value != parameter.default:
-            raise InvalidRequest("%s: %s." % (name, parameter.why), name, "unsupported_value")
+            raise invalid(name, parameter.why + ".", "unsupported_value")
         elif value != parameter.default:
             changes.add("dropped", name, parameter.why)
     return fields
@@ -1454,15 +1458,14 @@ def private_literal(host: str) -> bool:
 def checked_url(url: str, path: str) -> str:
     """A web address that may be handed on: http or https, and not of this machine or network by its spelling."""
     if not HTTP_URL.match(url):
-        raise InvalidRequest("%s: %r: expected an http or https address or a data URL." % (path, url[:200]), path,
-                             "invalid_image_url")
+        raise invalid(path, "%r: expected an http or https address or a data URL." % url[:200], "invalid_image_url")
     host = ""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         host = urllib.parse.urlsplit(url).hostname or ""
     in_brackets = "[" in url.partition("//")[2].partition("/")[0]
     if not host or in_brackets and ":" not in host or is_loopback_host(host) or private_literal(host):
-        raise InvalidRequest("%s: %r: addresses of this machine or a private network are not fetched." %
-                             (path, url[:200]), path, "invalid_image_url")
+        raise invalid(path, "%r: addresses of this machine or a private network are not fetched." % url[:200],
+                      "invalid_image_url")
     scheme, colon, rest = url.partition(":")
     return scheme.lower() + colon + rest
 
@@ -1472,7 +1475,7 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
     data = re.sub(r"\s+", "", data).replace("-", "+").replace("_", "/").rstrip("=")
     data += "=" * (-len(data) % 4)
     if not re.match(r"[A-Za-z0-9+/]+={0,2}\Z", data) or len(data.rstrip("=")) % 4 == 1:
-        raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
+        raise invalid(path, "not valid base64.", "invalid_base64")
     found = media_type_of(base64.b64decode(data[:2_000]))
     declared = {"image/jpg": "image/jpeg"}.get(declared, declared)      # a common spelling, not a mistake
     source = {"type": "base64", "media_type": found, "data": data}
@@ -1482,16 +1485,16 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         if declared not in ("", found):
             draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared, found))
         return [{"type": "image", "source": source}]
-    with contextlib.suppress(UnicodeDecodeError):
+    with suppress(UnicodeDecodeError):
         text = base64.b64decode(data).decode("utf-8-sig")
         if "\0" not in text:
             if declared.startswith("image/"):       # SVG
                 draft.changes.add("changed", path, "%s to text" % declared)
             return text_document(text, title)
     known = declared in ("application/pdf", *IMAGE_TYPES) or declared.startswith("text/")
-    raise InvalidRequest("%s: Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
-        path, "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"),
-        path, "unsupported_file")
+    found = "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"
+    raise invalid(path, "Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % found,
+                  "unsupported_file")
 
 
 def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "image") -> list[dict]:
@@ -1499,7 +1502,7 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
         if not comma:
-            raise InvalidRequest("%s: a data URL needs a comma before its data." % path, path, "invalid_value")
+            raise invalid(path, "a data URL needs a comma before its data.")
         data = urllib.parse.unquote(data) if "%" in data else data
         if head.lower().endswith(";base64"):
             return blocks_from_base64(data, head.split(";")[0].strip().lower(), title, path, draft)
@@ -1511,8 +1514,7 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
 
 
 def no_stored_files(path: str) -> InvalidRequest:
-    return InvalidRequest("%s.file_id: no files are stored here; send the file itself." % path, path + ".file_id",
-                          "unsupported_value")
+    return invalid(path + ".file_id", "no files are stored here; send the file itself.", "unsupported_value")
 
 
 def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
@@ -1560,12 +1562,12 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
             return blocks_from_url(text_at(file, name, path), title, path + "." + name, draft, "document")
     if file.get("file_id") is not None:
         raise no_stored_files(path)
-    raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
+    raise invalid(path, "expected file_data.", "missing_required_parameter")
 
 
 def refused_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (
-        path, "video" if part["type"] == "video_url" else "sound"), path, "unsupported_value")
+    kind = "video" if part["type"] == "video_url" else "sound"
+    raise invalid(path, "Claude does not accept %s; send its transcript or frames instead." % kind, "unsupported_value")
 
 
 def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
@@ -1647,7 +1649,7 @@ def content_of_result(content: Any, path: str, draft: Draft) -> Any:
         content = blocks_from_content(content, path, draft)
     elif isinstance(content, str):
         parts = parts_in_text(content)
-        with contextlib.suppress(InvalidRequest):   # it only looked like parts
+        with suppress(InvalidRequest):   # it only looked like parts
             content = blocks_from_content(parts, path, draft) if parts else content
     else:
         content = "" if content is None else json.dumps(content, ensure_ascii=False)
@@ -1747,8 +1749,7 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
             draft.changes.add("repaired", path, "%s at the root of the schema of %s" % (composition, name))
             schema = merged_root(schema, composition)
     if "object" not in (schema.get("type", "object"), *listed(schema.get("type"))):
-        raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
-                             "invalid_value")
+        raise invalid(path + ".type", "the parameters of tool %s must be an object." % name)
     schema = dict(schema, type="object",
                   properties=optional(object_of, schema.get("properties"), path + ".properties", {}))
     return schema if listed(schema.get("required")) else without(schema, "required")
@@ -1892,7 +1893,7 @@ def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     function, path = nested_in(tool, "function", path)
     name = text_at(function, "name", path)
     if not name.strip():
-        raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
+        raise invalid(path + ".name", "must not be empty.")
     strict = optional(boolean_of, function.get("strict", tool.get("strict")), path + ".strict", False)
     schema = function.get("parameters", function.get("input_schema"))
     return Declared(path, name, text_at(function, "description", path, ""), schema, strict, False, tool, namespace)
@@ -2099,14 +2100,14 @@ def closed(fragment: str) -> str:
 
 def json_in(text: str) -> tuple[Any, bool]:
     """JSON text as a value, as far as it goes where it is cut, and whether it is.  Raises ValueError."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return json_within_bounds(text), False
     return json_within_bounds(closed(text)), True
 
 
 def object_in(text: str) -> dict | None:
     """The JSON object in a text, as far as it goes; None where there is none."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         value, _ = json_in(text)
         return value if isinstance(value, dict) else None
     return None
@@ -2681,8 +2682,7 @@ def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -
         allowed = {draft.plan.names.there(name) for name in choice.pop("allowed")}
         tools = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]     # web search stays
         if draft.tools and not tools:
-            raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
-                                 "invalid_value")
+            raise invalid("tool_choice", "none of the allowed tools is among the tools.")
     tools = tools or tools_from_history(messages, draft)
     if tools:
         request["tools"] = tools
@@ -2701,8 +2701,7 @@ def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict:
     elif "name" in choice:
         named = next((tool for tool in draft.declared if choice["name"] in (tool.name, tool.full_name)), None)
         if named is None:
-            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(choice["name"]),
-                                 "tool_choice", "invalid_value")
+            raise invalid("tool_choice", "there is no tool named %s among the tools." % json.dumps(choice["name"]))
         choice["name"] = draft.plan.names.there(named.full_name)
     if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
@@ -2730,7 +2729,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
     """A forced tool without forcing: its schema as the answer format, of which a call is made, or an instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
-        with contextlib.suppress(Unsupported):
+        with suppress(Unsupported):
             schema = Subset(tool["input_schema"]).whole()
             request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
             draft.plan.forced_tool = draft.plan.names.back(tool["name"])
@@ -2854,7 +2853,7 @@ def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict
     if "messages" not in fields:
         raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
     if not fields["messages"]:
-        raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
+        raise invalid("messages", "at least one message is required.")
     draft = Draft(model, changes, recall)
     if not fields.keys() <= PLAIN:
         read_tools(fields, draft)
