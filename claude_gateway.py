@@ -2709,20 +2709,21 @@ def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict:
 
 
 def asked_format(fields: dict) -> tuple[str, dict, str]:
-    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and the schema's path."""
-    path, asked = "response_format", fields.get("response_format")
+    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and which of them it is."""
+    field, asked = "response_format", fields.get("response_format")
     if asked is None and fields.get("text") is not None:
-        path, asked = "text.format", fields["text"].get("format")
+        field, asked = "text.format", fields["text"].get("format")
     if asked is None:
-        return "text", {}, path
-    kind = one_of("text", "json_object", "json_schema")(object_of(asked, path).get("type", "text"), path + ".type")
-    if path == "response_format" and kind == "json_schema" and "schema" not in asked:
-        path += ".json_schema"
+        return "text", {}, field
+    kind = one_of("text", "json_object", "json_schema")(object_of(asked, field).get("type", "text"), field + ".type")
+    path = field
+    if field == "response_format" and kind == "json_schema" and "schema" not in asked:
+        path = "response_format.json_schema"
         asked = object_of(asked.get("json_schema"), path)
-    schema = asked.get("schema")
+    schema, path = asked.get("schema"), path + ".schema"
     if kind == "text" or schema is None:
-        return kind, {}, path
-    return "json_schema", checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
+        return kind, {}, field
+    return "json_schema", checked_schema(object_of(schema, path), path), field
 
 
 def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
@@ -2742,7 +2743,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
     return dict(without(choice, "name"), type="auto")
 
 
-def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
+def add_schema_format(request: dict, schema: dict, field: str, draft: Draft) -> None:
     """`json_schema`: enforced by Claude where the schema allows it, else asked for and cut out of the answer."""
     try:
         if not without(schema, "$defs", "definitions"):
@@ -2752,13 +2753,13 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
         subset = Subset(schema)
         converted = subset.whole()
     except Unsupported as reason:
-        draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
+        draft.changes.add("changed", field, "asked for in the prompt: %s" % reason)
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
     for keyword in subset.moved:
-        draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
+        draft.changes.add("changed", "%s.%s" % (field, keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
 
@@ -2768,14 +2769,14 @@ VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in
 def answer_format(request: dict, fields: dict, choice: dict, draft: Draft) -> dict:
     """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it."""
     tools = request.get("tools", [])
-    kind, schema, path = asked_format(fields)
+    kind, schema, field = asked_format(fields)
     if choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
         if kind != "text":
-            draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
+            draft.changes.add("dropped", field, "a forced tool excludes it")
         choice = force_by_format(request, named, choice, draft)
     elif kind == "json_schema":
-        add_schema_format(request, schema, path, draft)
+        add_schema_format(request, schema, field, draft)
     elif kind == "json_object":
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
@@ -3330,8 +3331,9 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
     """A whole message, planned, as a chat completion.  `envelope`: its id and created."""
     content, annotations = text_and_annotations(message["content"])
     tool_calls = [tool_call_from_tool_use(block, plan) for block in message["content"] if block["type"] == "tool_use"]
+    reason = finish_reason(message.get("stop_reason"), bool(tool_calls), plan)
     chat_message: dict = {"role": "assistant", "content": content if content or not tool_calls else None,
-                          "refusal": refusal_text(message)}
+                          "refusal": refusal_text(message) if reason == "content_filter" else None}
     reasoning = "".join([block.get("thinking") or "" for block in message["content"] if block["type"] == "thinking"])
     if reasoning:
         chat_message["reasoning_content"] = reasoning
@@ -3341,7 +3343,6 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
         chat_message["function_call"] = tool_calls[0]["function"]
     elif tool_calls:
         chat_message["tool_calls"] = tool_calls
-    reason = finish_reason(message.get("stop_reason"), bool(tool_calls), plan)
     choice = {"index": 0, "message": chat_message, "logprobs": None, "finish_reason": reason}
     completion = {"id": envelope["id"], "object": "chat.completion", "created": envelope["created"],
                   "model": message["model"], "choices": [choice], "usage": usage_from_message(message["usage"])}
