@@ -11962,7 +11962,7 @@ class StatusTests(GatewayTestCase):
         counters = claude_gateway.Counters()
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
-            counters.add_request("other", record.summary([]))
+            counters.add_request(vars(record), [])
         data = counters.totals()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
@@ -12224,7 +12224,8 @@ class ToolLabelTests(unittest.TestCase):
             ("-", {}), ("-", {"user-agent": "()"}),
         ):
             with self.subTest(label=label, headers=headers):
-                self.assertEqual(claude_gateway.tool_of(headers), label)
+                self.assertEqual(claude_gateway.tool_of(headers.get("user-agent", ""), headers.get("x-title", ""),
+                                                        " ".join(headers)), label)
 
 
 class AccessTests(HttpTestCase):
@@ -12274,10 +12275,10 @@ class AccessTests(HttpTestCase):
         self.assertIn("has to begin with http://, not https://", logged.output[0])
 
     def test_the_bound_name_is_accepted(self):
-        # a name of this machine that is neither an address nor localhost; Config alone is asked, nothing is bound
+        # a name of this machine that is neither an address nor localhost; nothing is bound to it
         gateway = self.service.gateway
-        self.addCleanup(setattr, gateway, "config", gateway.config)
-        gateway.config = claude_gateway.replace(gateway.config, host="Workstation.lan")
+        self.addCleanup(setattr, gateway, "names", gateway.names)
+        gateway.names = Gateway(claude_gateway.replace(gateway.config, host="Workstation.lan")).names
         self.assertEqual(self.ask("GET", "/health", headers={"host": "workstation.lan:45554"}).status, 200)
 
     def test_loopback_and_chosen_origins_get_cors_headers_on_success_error_and_stream(self):
@@ -12672,6 +12673,29 @@ class ConnectionTests(HttpTestCase):
                 self.assertLessEqual(getattr(Limits, name), most)
         # a server that closes an idle connection earlier than clients expect loses their next request
         self.assertGreaterEqual(Limits.idle_timeout, 60)
+
+    def test_what_a_request_holds_is_given_back_whatever_goes_wrong(self):
+        gateway = self.start().gateway
+
+        def broken(*_):
+            raise ZeroDivisionError
+        gateway.counters.add_request = broken
+        self.claude.play(FakeReply(body=message(text("Hi"))))
+        connection = self.connect()
+        with self.assertLogs(claude_gateway.LOG, "ERROR"):
+            connection.sendall(chat_bytes())
+            self.assertIn(b" 200 ", received_until(connection, b"never"))
+        self.assertTrue(gateway.running.wait_until_idle(30))
+        self.assertEqual((gateway.body_budget.count, gateway.usage.running), (0, {}))
+
+    def test_all_are_closed_though_one_of_them_fails(self):
+        closed: list = []
+
+        def broken() -> None:
+            raise ZeroDivisionError
+        closers = [lambda: closed.append("first"), broken, lambda: closed.append("last")]
+        self.assertRaises(ZeroDivisionError, claude_gateway.close_all, closers)
+        self.assertEqual((closed, closers), (["last", "first"], []))
 
     def test_a_gateway_that_stops_takes_no_request_on_an_open_connection(self):
         service = self.start()
