@@ -255,7 +255,7 @@ def text_in(value: Any, *path: str) -> str | None:
 
 def count_of(value: Any) -> int:
     """A count, 0 for what is none, or none that can be true."""
-    return value if type(value) is int and 0 < value < 1e12 else 0
+    return value if type(value) is int and 0 < value < 10 ** 12 else 0
 
 
 def count_in(value: Any, *path: str) -> int:
@@ -286,7 +286,7 @@ def masked(text: str, secrets_known: Iterable[str]) -> str:
     for secret in secrets_known:
         if len(secret) >= 4:
             text = text.replace(secret, "***")
-            if not SAME_IN_JSON.match(secret):
+            if "\\" in text and not SAME_IN_JSON.match(secret):
                 for form in (json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
                     text = text.replace(form[1:-1], "***")
     return SECRET_SHAPES.sub("***", text) if "sk-ant-" in text or "earer " in text else text
@@ -4232,12 +4232,12 @@ class Counters:
         self._totals: Dict[str, Dict[str, dict]] = {
             field: collections.defaultdict(lambda: collections.defaultdict(int)) for field in ("tool", "used")}
         self._models: Dict[str, dict] = collections.defaultdict(lambda: collections.defaultdict(int))
-        self._tokens = dict.fromkeys(TOKEN_KINDS, 0)        # of all models
+        self._prompts, self._cached = 0, 0          # tokens of all models
         self.seconds = 0.0                          # spent on all requests
 
     def add_request(self, fields: dict, secrets_known: Iterable[str]) -> None:
-        """Counts a request by the fields of its Record, and keeps it unless it was one for monitoring."""
-        fields = dict(fields, time=round(time.time(), 3))
+        """Counts a request by the fields of its Record, and keeps these unless it was one for monitoring."""
+        fields["time"] = round(time.time(), 3)
         whole = "\n".join([fields[name] for name in SHOWN_TEXTS])
         if len(whole) > 500 or masked(whole, secrets_known) != whole:
             fields.update({name: masked(fields[name], secrets_known)[:500] for name in SHOWN_TEXTS})
@@ -4259,16 +4259,15 @@ class Counters:
                     for figure, amount in counts.items():
                         total[figure] += amount
 
-    def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
+    def add_tokens(self, model_id: str, figures: dict) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
-            name = model.id if model.id in self._models or len(self._models) < 200 else "other"
-            total, money = self._models[name], {"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1}
-            for figure, amount in dict(counts, **money).items():
+            total = self._models[model_id if model_id in self._models or len(self._models) < 200 else "other"]
+            for figure, amount in figures.items():
                 total[figure] += amount
-            for kind, count in counts.items():
-                self._tokens[kind] += count
-            return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
+            self._prompts += prompt_tokens(figures)
+            self._cached += figures["cache_read"]
+            return percent(self._cached, self._prompts)
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
@@ -4284,7 +4283,7 @@ class Counters:
                                  for totals in self._totals.values())
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
                     "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
-                    "tokens": dict(self._tokens),
+                    "tokens": {kind: sum([total[kind] for total in self._models.values()]) for kind in TOKEN_KINDS},
                     "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
                     "recent": [{name: fields[name] for name in SHOWN_FIELDS} for fields in self._last],
                     "by_tool": by_tool, "by_model": without(by_model, "-"), "error_texts": dict(self._error_texts)}
@@ -6342,7 +6341,7 @@ class Gateway:
     `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port."""
 
     def __init__(self, config: Config, credential: Credential | None = None) -> None:
-        self.config, self._configured_secrets = config, config.secrets()
+        self.config, self._configured_secrets = config, list(filter(None, config.secrets()))
         self.names = tuple(map(str.lower, ("host.docker.internal", *config.hosts, *config.allow_host)))
         self.instance_id = secrets.token_hex(8)
         self.upstream = Upstream(config, self.instance_id)
@@ -6656,14 +6655,14 @@ def record_usage(gateway: Gateway, record: Record, model: Model, usage: dict) ->
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     counts = {kind: count_of(usage.get(name)) for kind, name in TOKEN_KINDS.items()}
     cost = cost_of(model, usage)
+    figures: dict = dict(counts, usd=cost[0]) if cost else dict(counts, without_price=1)
+    gateway.usage.add(record.tool, model.id, record.owner, figures)
     record.input_tokens = (record.input_tokens or 0) + prompt_tokens(counts)
     record.cached_tokens += counts["cache_read"]
     record.output_tokens += counts["output"]            # a legacy completion of several prompts has several answers
     if cost:
-        record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
-    record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
-    gateway.usage.add(record.tool, model.id, record.owner, dict(
-        counts, **{"usd": cost[0]} if cost else {"without_price": 1}))
+        figures["saved_usd"], record.cost_usd = cost[1], round((record.cost_usd or 0) + cost[0], 6)
+    record.cached_percent_of_all = gateway.counters.add_tokens(model.id, figures)
 
 
 def media_in(messages: list[dict]) -> list[tuple[str, dict, bool]]:
@@ -8113,7 +8112,7 @@ class RequestCycle:
                           "access-control-expose-headers": EXPOSED_HEADERS})
         lines["connection"] = "keep-alive" if self.keep_alive else "close"
         head = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Unknown"))]
-        head += ["%s: %s" % (name, value if value.isprintable() else CONTROLS.sub(" ", value))
+        head += [f"{name}: {value if value.isprintable() else CONTROLS.sub(' ', value)}"
                  for name, value in lines.items()]
         return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
 
@@ -8168,20 +8167,20 @@ def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
-    line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
+    path = printable(record.path)
     if config.minimal:
-        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": vars(record)})
+        LOG.log(level, "%-4s %-20s %d %d ms", record.method, path, record.status, record.total_ms,
+                extra={"fields": vars(record)})
         return
     models = "%s -> %s" % (printable(record.asked or "(none)"), record.used or "-")
-    line += "  %-14s %-36s %-6s" % (record.tool, models if record.asked or record.used else "-",
-                                    "stream" if record.stream else "")
-    if record.input_tokens is not None:
-        line += "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
-            record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
-            record.output_tokens)
-    line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
+    tokens = "" if record.input_tokens is None else "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
+        record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
+        record.output_tokens)
     error = "  " + printable(record.error, 500) if record.error else ""
-    LOG.log(level, "%s", line + error, extra={"fields": vars(record), "short": lambda: short_line(record) + error})
+    LOG.log(level, "%-4s %-20s %d  %-14s %-36s %-6s%s  %s/%d ms  %s%s", record.method, path, record.status, record.tool,
+            models if record.asked or record.used else "-", "stream" if record.stream else "", tokens,
+            record.first_byte_ms, record.total_ms, record.request_id, error,
+            extra={"fields": vars(record), "short": lambda: short_line(record) + error})
     if record.changes and config.log_format != "json":
         LOG.info("  changes: %s", printable(record.changes, 100_000))
 

@@ -85,7 +85,7 @@ MUTANTS = (
            "            pass\n", "FramingTests"),
     Mutant("framing: reading on after a refusal", "while self._peer.read_within(2, deadline):", "while False:",
            "FramingTests"),
-    Mutant("framing: line ends in response headers", 'CONTROLS.sub(" ", value)', "value", "StreamFramingTests"),
+    Mutant("framing: line ends in response headers", "CONTROLS.sub(' ', value)", "value", "StreamFramingTests"),
     Mutant("framing: a broken answer does not look whole",
            '        if not self.headers["content-type"].startswith("text/event-stream"):\n'
            '            return b""\n', '        if not self.headers["content-type"].startswith("text/event-stream"):\n'
@@ -463,7 +463,7 @@ MUTANTS = (
     Mutant("upstream: no endless end", "if left <= 0 or wait and not self._connection.polls.ready((wait.sock,), left):",
            "if wait and not self._connection.polls.ready((wait.sock,), 1):", "UpstreamRequestTests"),
     Mutant("upstream: odd counts",
-           "return value if type(value) is int and 0 < value < 1e12 else 0", "return value or 0",
+           "return value if type(value) is int and 0 < value < 10 ** 12 else 0", "return value or 0",
            "UpstreamBodyTests"),
     Mutant("event loop: a stream between two turns is registered for nothing",
            "        self._register(stream)                      # by its next", "        # by its next",
@@ -556,7 +556,7 @@ MUTANTS = (
            "if not is_held(fault) or time.monotonic() > deadline:", "if not is_held(fault):", "TokenFileTests"),
     Mutant("framing: blank lines before a request", "del received[:blank.end() if blank else 0]", "pass",
            "FramingTests"),
-    Mutant("secret: as JSON tells it", "            if not SAME_IN_JSON.match(secret):\n", "            if False:\n",
+    Mutant("secret: as JSON tells it", " and not SAME_IN_JSON.match(secret):\n", " and False:\n",
            "SecrecyTests"),
     Mutant("secret: in errors of others",
            "failure.reworded(masked(as_typed(str(failure)), self._gateway.secrets()))", "failure", "ClaudeErrorTests"),
