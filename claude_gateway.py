@@ -5234,7 +5234,7 @@ class HeadReader:
 
 REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
 HEADER_LINES = re.compile(r"(\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*\Z")
-BLANK_LINES = re.compile(rb"(?:\r?\n)*")
+BLANK_LINES = re.compile(rb"(?:\r?\n)+")
 # Headers that must not come twice: they decide about framing, identity or access.
 SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
                   "x-api-key", "api-key", "origin", "expect"}
@@ -6656,7 +6656,7 @@ def record_usage(gateway: Gateway, record: Record, model: Model, usage: dict) ->
     counts = {kind: count_of(usage.get(name)) for kind, name in TOKEN_KINDS.items()}
     cost = cost_of(model, usage)
     figures: dict = dict(counts, usd=cost[0]) if cost else dict(counts, without_price=1)
-    gateway.usage.add(record.tool, model.id, record.owner, figures)
+    gateway.usage.add(record.tool, model.id, record.owner, dict(figures, requests=int(record.input_tokens is None)))
     record.input_tokens = (record.input_tokens or 0) + prompt_tokens(counts)
     record.cached_tokens += counts["cache_read"]
     record.output_tokens += counts["output"]            # a legacy completion of several prompts has several answers
@@ -7932,9 +7932,9 @@ class RequestCycle:
         record.total_ms = int((time.monotonic() - record.started) * 1000)
         if record.method:
             log_request_record(record, self._config)
-            if record.used:
+            if record.used and (record.input_tokens is None or record.status >= 400):   # else counted with its tokens
                 self._gateway.usage.add(record.tool, record.used, record.owner, {
-                    "requests": 1, "errors": int(record.status >= 400)})
+                    "requests": int(record.input_tokens is None), "errors": int(record.status >= 400)})
             self._gateway.counters.add_request(vars(record), self._gateway.secrets())
 
     def _answer(self) -> Wait | None:
@@ -8254,8 +8254,9 @@ class Connection:
             431, "request_header_fields_too_large", "The request head " + what))
         while True:
             blank = BLANK_LINES.match(received)     # dropped before a request (RFC 9112, 2.2)
-            reader.skipped += blank.end() if blank else 0
-            del received[:blank.end() if blank else 0]
+            if blank:
+                reader.skipped += blank.end()
+                del received[:blank.end()]
             lines = reader.lines()
             if lines:
                 self._peer.unread += received
