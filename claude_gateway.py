@@ -231,7 +231,7 @@ def percent(part: int, whole: int) -> int:
 
 
 def close_all(closers: list[Callable[[], Any]]) -> None:
-    """Calls each of them, the last one first, whatever goes wrong in another; then the list is empty."""
+    """Calls and removes all of them, the last one first, whatever goes wrong in another."""
     try:
         while closers:
             closers.pop()()
@@ -325,7 +325,7 @@ def dollars(amount: float) -> str:
 def unix_time(moment: str) -> int | None:
     """The seconds of an RFC 3339 time or date in UTC, None where it is none."""
     match = re.match(r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d):(\d\d))?", moment)
-    try:                                            # four of them come with every answer; strptime takes 15 us each
+    try:
         return calendar.timegm(tuple(map(int, match.groups("0")))) if match else None
     except ValueError:
         return None
@@ -4180,7 +4180,7 @@ class Capacity:
 
     def __init__(self, amount: int) -> None:
         self._amount = amount
-        self._lock, self._awaited = threading.Lock(), False     # awaited: somebody waits until it is idle
+        self._lock, self._awaited = threading.Lock(), False
         self._changed = threading.Condition(self._lock)
         self.count = 0
         self.draining = False                       # the service stops: connections close after their answer
@@ -4236,7 +4236,7 @@ class Counters:
         self.seconds = 0.0                          # spent on all requests
 
     def add_request(self, fields: dict, secrets_known: Iterable[str]) -> None:
-        """Counts a request by the fields of its Record, and keeps these unless it was one for monitoring."""
+        """Counts a request, and keeps the fields of its Record unless it was one for monitoring."""
         fields["time"] = round(time.time(), 3)
         whole = "\n".join([fields[name] for name in SHOWN_TEXTS])
         if len(whole) > 500 or masked(whole, secrets_known) != whole:
@@ -4932,7 +4932,7 @@ class Usage:
         self._new = sum_of()
         self._timer: Optional[threading.Timer] = None       # of the next write
         self._next_write = 0.0
-        self.running: Dict[Callable[[], float], str] = {}   # what a request has cost before it is counted -> its key
+        self.running: Dict[Callable[[], float], str] = {}   # what a request has cost so far -> its key
         self.fault = "" if path else "usage is not counted here"
 
     def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
@@ -4942,7 +4942,7 @@ class Usage:
             crowded = len(self._new) >= 1_000 or len(self._stored) >= USAGE_ROWS
             today = day_of(time.time() // 900 * 900)        # no day begins within a quarter of an hour
             row = self._new[today, "other" if crowded else tool, model, key]
-            for figure, amount in figures.items():          # Counter.update would take twice as long
+            for figure, amount in figures.items():
                 row[figure] += amount
             if self._timer is None:
                 self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
@@ -6307,6 +6307,7 @@ class Record:
     route: str = "other"
     owner: str = ""                                 # the beginning of the digest of the client's key
     cost_usd: Optional[float] = None                # by list prices, where the model has one
+    time: float = 0.0                               # of its end
 
 
 @dataclasses.dataclass
@@ -6316,7 +6317,7 @@ class Incoming:
     argument: str = ""                              # what stands behind /models/
     owner: str = ""                                 # digest of the client's key: memories are not shared
     call: UpstreamCall = dataclasses.field(default_factory=UpstreamCall)
-    held: List[Callable[[], Any]] = dataclasses.field(default_factory=list)     # called when all is over, last first
+    held: List[Callable[[], Any]] = dataclasses.field(default_factory=list)     # called when all is over
     record: Record = dataclasses.field(default_factory=Record)
     surrogates_replaced: bool = False
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)      # for the native pass-through
@@ -6529,7 +6530,7 @@ class Exchange:
 
     def _send(self, request: dict) -> None:
         body = messages_request_json(request)
-        LOG.debug("to Claude: %s", request, extra={"payload": request})
+        LOG.debug("to Claude: %s", request)
         self._reply = self._gateway.upstream.messages(body, self.call, betas_for(request))
         self._headers = self._reply.headers
         self._incoming.record.request_id = self._headers.get("request-id", "")
@@ -6579,7 +6580,7 @@ class Exchange:
         if self.assembler.message and not self._counted:
             self._counted = True
             message = self.assembler.whole()
-            LOG.debug("from Claude: %s", message, extra={"payload": message})
+            LOG.debug("from Claude: %s", message)
             model = self._known
             if "fallbacks" in self.translation.request:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
@@ -7088,7 +7089,7 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
     model = gateway.models.catalog().resolve(body["model"])
     if path == "/v1/messages":
         gateway.check_spending(incoming.record.owner, model, body.get("speed"))
-    LOG.debug("to Claude: %s", body, extra={"payload": body})
+    LOG.debug("to Claude: %s", body)
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(data, incoming.call, betas, path + beta_query, {
         name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
@@ -7902,7 +7903,7 @@ class RequestCycle:
         self._log_name = LOG_NAME + secrets.token_hex(2)        # of the thread, so that its log entries show it
         # what has to be given back, whatever happens
         self._reserved = 0                          # bytes of the budget of all bodies
-        self._held = [self._end]                    # called when all is over, the last one first
+        self._held = [self._end]                    # the last one first
 
     def run(self, failure: BaseException | None = None) -> Wait | None:
         """Answers the request, or goes on with its stream in a thread again; the catch-all of the program is here.
@@ -7932,9 +7933,9 @@ class RequestCycle:
         record.total_ms = int((time.monotonic() - record.started) * 1000)
         if record.method:
             log_request_record(record, self._config)
-            if record.used and (record.input_tokens is None or record.status >= 400):   # else counted with its tokens
-                self._gateway.usage.add(record.tool, record.used, record.owner, {
-                    "requests": int(record.input_tokens is None), "errors": int(record.status >= 400)})
+            figures = {"requests": int(record.input_tokens is None), "errors": int(record.status >= 400)}
+            if record.used and any(figures.values()):           # most requests are counted with their tokens
+                self._gateway.usage.add(record.tool, record.used, record.owner, figures)
             self._gateway.counters.add_request(vars(record), self._gateway.secrets())
 
     def _answer(self) -> Wait | None:
@@ -7973,7 +7974,7 @@ class RequestCycle:
             except InvalidRequest:
                 LOG.debug("from the client, invalid: %r", body[:2_000])
                 raise
-            LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
+            LOG.debug("from the client: %s", incoming.body)
         del body                                    # a large one need not wait for Claude's answer
         return self._send_reply(endpoint(self._gateway, incoming))
 
@@ -8080,7 +8081,7 @@ class RequestCycle:
             self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
             return self._go_on()
         if reply.raw is None:
-            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
+            LOG.debug("to the client: %s", reply.body)
         body = client_json(reply.body) + b"\n" if reply.raw is None else reply.raw     # curl leaves the line to us
         self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
         return None
@@ -8139,7 +8140,7 @@ class RequestCycle:
                 self._record.status = failure.status
                 self.client.send(self._stream.failure(failure))
             else:
-                LOG.debug("to the client: %s", body, extra={"payload": body})
+                LOG.debug("to the client: %s", body)
                 self._send(status, client_json(body) + b"\n", dict(headers, **{"content-type": "application/json"}))
         except ClientGone:
             self.keep_alive = False
@@ -8154,7 +8155,7 @@ def unexpected(failure: Exception) -> GatewayError:
 
 @functools.lru_cache(maxsize=64)
 def tool_of(agent: str, title: str, names: str) -> str:
-    """The tool that a request names, by the names of all its headers and two of them; it fits a column of the log."""
+    """The tool that a request's headers name, short enough for a column of the log."""
     named = title or "".join(re.findall(r"(?<!\S)x-(?!api-)([a-z]+)-version(?!\S)", names))
     if "/JS " in agent:                             # the SDK, its name minified
         agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", agent)
@@ -8179,21 +8180,22 @@ def log_request_record(record: Record, config: Config) -> None:
     error = "  " + printable(record.error, 500) if record.error else ""
     LOG.log(level, "%-4s %-20s %d  %-14s %-36s %-6s%s  %s/%d ms  %s%s", record.method, path, record.status, record.tool,
             models if record.asked or record.used else "-", "stream" if record.stream else "", tokens,
-            record.first_byte_ms, record.total_ms, record.request_id, error,
-            extra={"fields": vars(record), "short": lambda: short_line(record) + error})
+            record.first_byte_ms, record.total_ms, record.request_id, error, extra={"fields": vars(record)})
     if record.changes and config.log_format != "json":
         LOG.info("  changes: %s", printable(record.changes, 100_000))
 
 
-def short_line(record: Record) -> str:
+def short_line(fields: dict) -> str:
     """The line of a request for a narrow terminal, without padding and ids."""
+    record = Record(**fields)
     path = re.sub(r"^(/v1)?/", "", printable(record.path)) or "/"
     words = ["%d" % record.status, path if record.method == "POST" else "%s %s" % (record.method, path),
              record.tool, re.sub(r"^claude-|-\d{8}$", "", record.used)]
     if record.input_tokens is not None:
         words.append("%d>%d %d%%" % (record.input_tokens, record.output_tokens,
                                      percent(record.cached_tokens, record.input_tokens)))
-    return " ".join(filter(None, [*words, "%.1fs" % (record.total_ms / 1000)]))
+    words.append("%.1fs" % (record.total_ms / 1000))
+    return " ".join(filter(None, words)) + ("  " + printable(record.error, 500) if record.error else "")
 
 
 class Connection:
@@ -8633,23 +8635,22 @@ class LogFormatter(logging.Formatter):
         self._columns = columns                     # of the terminal, None where there is none
 
     def format(self, record: logging.LogRecord) -> str:
-        payload = getattr(record, "payload", None)
-        short: Any = getattr(record, "short", None)         # makes the line for a narrow terminal
-        columns = self._columns() if short and self._columns and not self.as_json else 0
+        fields: Any = getattr(record, "fields", None)       # of a request
+        columns = self._columns() if fields and self._columns and not self.as_json else 0
         if 0 < columns < WHOLE_LINE:
-            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
-        if payload is None:
+            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short_line(fields),)))
+        if not isinstance(record.args, dict):
             message = masked(as_typed(super().format(record) if record.exc_info else record.getMessage()),
                              self._secrets())
         else:                                       # cut last: the beginning of a secret is not recognised
-            message = str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
+            message = str(record.msg).replace("%s", json.dumps(record.args, ensure_ascii=False))
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...",
                              masked(message, self._secrets()))
         if not self.as_json:
             return self._text_line(record, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
+                  for name, value in (fields or {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
 
     def _text_line(self, record: logging.LogRecord, message: str) -> str:
@@ -8671,8 +8672,9 @@ class LogFormatter(logging.Formatter):
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
+    columns = columns_of_terminal if columns_of_terminal() and not config.minimal else None
     handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
-                                      config.verbose, columns_of_terminal if columns_of_terminal() else None))
+                                      config.verbose, columns))
     LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)

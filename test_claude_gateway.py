@@ -12185,7 +12185,7 @@ class StatusTests(GatewayTestCase):
                          {("no-such-model", "WARNING"), ("none-either", "WARNING"), ("", "WARNING")})
         self.assertRegex(lines["no-such-model"].getMessage(), r" 404  aider {10}no-such-model -> - {27}\d+/\d+ ms")
         self.assertRegex(lines[""].getMessage(), r" 404  - {14}- {44}\d+/\d+ ms")
-        said = [record.payload for record in logged.records if str(record.msg).startswith("to the client")]
+        said = [record.args for record in logged.records if str(record.msg).startswith("to the client")]
         self.assertEqual([body.get("error", {}).get("code") for body in said][::2], ["model_not_found", "unknown_url"])
 
     def test_no_secret_is_in_any_of_it(self):
@@ -13373,8 +13373,17 @@ class LogTests(GatewayTestCase):
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\0\x48\0\0\0\0\0")
+        log = claude_gateway.LOG
+        self.addCleanup(log.setLevel, log.level)
+        for name in ("handlers", "propagate"):
+            self.addCleanup(setattr, log, name, getattr(log, name))
         with os.fdopen(slave, "w") as terminal, contextlib.redirect_stderr(terminal):
             self.assertEqual(claude_gateway.columns_of_terminal(), 72)
+            for minimal, line in ((True, b" GET  /v1/models           200 3 ms"), (False, b" 200 GET models ")):
+                claude_gateway.set_up_log(Config(minimal=minimal))
+                claude_gateway.log_request_record(claude_gateway.Record("GET", "/v1/models", status=200, total_ms=3),
+                                                  Config(minimal=minimal))
+                self.assertIn(line, os.read(master, 1_000))
         with contextlib.redirect_stderr(io.StringIO()):
             self.assertEqual(claude_gateway.columns_of_terminal(), 0)
 
@@ -13387,7 +13396,7 @@ class LogTests(GatewayTestCase):
             self.ask("GET", "/health")
             self.ask("GET", "/", headers={"accept": "text/html"})
             self.service.gateway.running.wait_until_idle(30)
-        told = {entry.msg.split(":")[0]: entry.payload for entry in caught.records if hasattr(entry, "payload")}
+        told = {entry.msg.split(":")[0]: entry.args for entry in caught.records if isinstance(entry.args, dict)}
         self.assertIn("Guten Tag", json.dumps(told["from the client"]))
         self.assertIn("Guten Tag", json.dumps(told["to Claude"]))
         self.assertIn("Wie immer", json.dumps(told["from Claude"]))
@@ -13490,8 +13499,8 @@ class SecrecyTests(CommandTestCase):
         secrets = ["long" * 200, 'quo"te\\d', "schl\u00fcssel"]
         for as_json in (False, True):
             formatter = claude_gateway.LogFormatter(lambda: secrets, as_json)
-            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", ("shown",), None)
-            record.payload = {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500}
+            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", (
+                {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500},), None)
             told = formatter.format(record)
             for part in ("longlong", "quo", "schl"):
                 self.assertNotIn(part, told)
