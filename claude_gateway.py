@@ -4271,7 +4271,7 @@ class Counters:
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
-        limits = {name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")}
+        limits = {name: value for name, value in headers.items() if "anthropic-ratelimit-" in name}
         if limits:
             with self._lock:
                 self.limit_headers = dict(self.limit_headers, **limits)
@@ -4935,7 +4935,7 @@ class Usage:
         self.running: Dict[Callable[[], float], str] = {}   # what a request has cost so far -> its key
         self.fault = "" if path else "usage is not counted here"
 
-    def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
+    def add(self, tool: str, model: str, key: str, figures: dict) -> None:
         if not self._file.path:
             return
         with self._lock:
@@ -5038,8 +5038,8 @@ class Polls(dict):
                 poll.register(sock, event)
         return poll
 
-    def ready(self, readers: tuple, seconds: float, writers: tuple = ()) -> list[int]:
-        """The descriptors of those that can be read or written to, or have ended; [] when the time is up."""
+    def ready(self, readers: tuple, seconds: float, writers: tuple = ()) -> Iterable[int]:
+        """The descriptors of those that can be read or written to, or have ended; none when the time is up."""
         for sock in readers:
             if isinstance(sock, ssl.SSLSocket) and sock.pending():
                 return [sock.fileno()]
@@ -5047,7 +5047,7 @@ class Polls(dict):
         if not hasattr(select, "poll"):             # Windows
             readable, writable, _ = select.select(readers, writers, [], seconds)
             return [sock.fileno() for sock in readable + writable]
-        return [descriptor for descriptor, _ in self[readers, writers].poll(seconds * 1000)]
+        return dict(self[readers, writers].poll(seconds * 1000))
 
 
 class Peer:

@@ -9371,8 +9371,8 @@ class ClientTests(unittest.TestCase):
         first = polls[(self.upstream,), ()]
         self.assertIs(polls[(self.upstream,), ()], first)
         for end in (self.upstream, self.claude, self.peer.sock, self.user):
-            self.assertEqual(polls.ready((end,), 0), [])
-            self.assertEqual(polls.ready((), 0, (end,)), [end.fileno()])
+            self.assertEqual([*polls.ready((end,), 0)], [])
+            self.assertEqual([*polls.ready((), 0, (end,))], [end.fileno()])
         self.assertLessEqual(len(polls), 4)
 
     def test_a_silent_stream_gets_a_sign_of_life_and_goes_on(self):
