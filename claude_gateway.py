@@ -7807,7 +7807,7 @@ NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
 LAST_CHUNK = b"0\r\n\r\n"
 LOG_NAME = "request "
-http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)      # the same for a second
+http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
@@ -7900,7 +7900,7 @@ class RequestCycle:
         self._native = False
         tool = tool_of(headers.get("user-agent", ""), headers.get("x-title", ""), " ".join(headers))
         self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address, tool, started)
-        self._log_name = LOG_NAME + secrets.token_hex(2)        # of the thread, so that its log entries show it
+        self._log_name = LOG_NAME + os.urandom(2).hex()         # of the thread, so that its log entries show it
         # what has to be given back, whatever happens
         self._reserved = 0                          # bytes of the budget of all bodies
         self._held = [self._end]                    # the last one first
@@ -8083,14 +8083,14 @@ class RequestCycle:
         if reply.raw is None:
             LOG.debug("to the client: %s", reply.body)
         body = client_json(reply.body) + b"\n" if reply.raw is None else reply.raw     # curl leaves the line to us
-        self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
+        self._send(200, body, {"content-type": "application/json", **reply.headers})
         return None
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """A whole answer in one write."""
         if self._body_unread:
             self._drain_body()
-        headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
+        headers = headers if status == 204 else {**headers, "content-length": str(len(body))}
         self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
         if self._body_unread:                       # reads on for a moment, so that the client sees this and no reset
             deadline = time.monotonic() + 2
@@ -8104,7 +8104,7 @@ class RequestCycle:
         self._record.first_byte_ms = int((time.monotonic() - self._record.started) * 1000)
         if self._gateway.running.draining:
             self.keep_alive = False
-        lines = dict({"server": USER_AGENT, "date": http_date(int(time.time()), usegmt=True)}, **headers)
+        lines = {"server": USER_AGENT, "date": http_date(int(time.time())), **headers}
         lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
         self._record.request_id = lines[REQUEST_ID_HEADER]
         origin = self._head.headers.get("origin")
