@@ -33,7 +33,7 @@ running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, Usage, HTTP/1.1, Upstream, Image fetching, Routes,
 HTTP server, Log, Diagnosis, Signing in, Asking and running.
-Places that connect: UpstreamConnection, ImageFetcher, local_answer, issuer_of.
+Places that connect: UpstreamConnection, Download, local_answer, issuer_of.
 Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
@@ -79,6 +79,8 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
+from argparse import Namespace
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
@@ -94,9 +96,8 @@ DEFAULT_PORT = 45554
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 ANTHROPIC_VERSION = "2023-06-01"                # on purpose: 2026-10-21 refuses temperature on every model
 
-# The sign-in with a Claude account (Pro, Max, Team).  There is no registration for third-party programs, so
-# this is the public client id of Claude Code, with the page that shows its code for pasting.  The README and
-# `login` say so, and say what Anthropic's terms think of it.
+# The sign-in with a Claude account.  Other programs cannot register, so this is Claude Code's public client id,
+# with the page that shows its code.  The README and `login` say so, and what Anthropic's terms think of it.
 OAUTH_CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
 OAUTH_AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
 OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
@@ -106,8 +107,8 @@ FAST_MODE_BETA = "fast-mode-2026-02-01"         # sent with `speed`; some models
 COMPACTION_BETA = "compact-2026-09-04"          # with `compaction`, and with every later request that has its block
 FALLBACK_BETA = "server-side-fallback-2026-07-01"
 OAUTH_BETA = "oauth-2025-04-20"                 # the API accepts OAuth tokens with this header only
-# Tokens of a subscription login are known to be refused unless the system prompt begins with this sentence in
-# a block of its own.  It is sent with such tokens only, and is the one thing we say that is not the client's.
+# Tokens of a subscription are known to be refused unless the system prompt begins with this sentence, in a block
+# of its own.  It is sent with them only, the one thing we say that is not the client's.
 OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
 
 REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
@@ -155,13 +156,13 @@ class Limits:
     lock_patience: float = 60                       # for another process to refresh; one call may take 40
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)         # as it has secrets
 class Config:
     """Everything that is set from outside; `config_from` reads it from flags and environment."""
     host: str = "localhost"
     more_hosts: Tuple[str, ...] = ()                # to listen on, too
     port: int = DEFAULT_PORT
-    api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    api_key: Tuple[str, ...] = ()
     verbose: bool = False
     minimal: bool = False
     quiet: bool = False
@@ -186,13 +187,13 @@ class Config:
     authorize_url: str = OAUTH_AUTHORIZE_URL
     oauth_scopes: str = OAUTH_SCOPES
     workspace_id: str = ""
-    custom_headers: Tuple[Tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+    custom_headers: Tuple[Tuple[str, str], ...] = ()
     profile: str = ""                               # of Anthropic's own sign-in; "": the active one
     profile_folder: str = ""                        # "": none is looked for
-    anthropic_api_key: str = dataclasses.field(default="", repr=False)
-    anthropic_auth_token: str = dataclasses.field(default="", repr=False)
-    claude_code_oauth_token: str = dataclasses.field(default="", repr=False)
-    https_proxy: str = dataclasses.field(default="", repr=False)
+    anthropic_api_key: str = ""
+    anthropic_auth_token: str = ""
+    claude_code_oauth_token: str = ""
+    https_proxy: str = ""
     no_proxy: str = ""
     ca_file: str = ""
     ca_variable: str = ""                           # where that comes from
@@ -273,7 +274,7 @@ def printable(value: str, limit: int = 200) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with escapes for whatever could forge a line of the log or control a terminal."""
+    """Text with escapes for what could forge a line of the log or control a terminal."""
     return text if text.isprintable() else UNSAFE_IN_LOG.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
@@ -282,7 +283,7 @@ SECRET_SHAPES = re.compile(r"sk-ant-[A-Za-z0-9_-]{8,}|(?<=[Bb]earer )[A-Za-z0-9.
 
 
 def masked(text: str, secrets_known: Iterable[str]) -> str:
-    """Text without any known secret, as it is or as JSON tells it, and without what looks like a credential."""
+    """Text without any known secret, as it is or in JSON, and without what looks like a credential."""
     for secret in secrets_known:
         if len(secret) >= 4:
             text = text.replace(secret, "***")
@@ -333,7 +334,7 @@ def unix_time(moment: str) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def is_address(name: str) -> bool:
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         ipaddress.ip_address(name)
         return True
     return False
@@ -348,7 +349,7 @@ def is_loopback_host(host: str) -> bool:
 
 
 def host_in(url: str) -> str:
-    """The host of an http or https URL; "" where it is none, or has more than a place, such as a password."""
+    """The host of an http or https URL; "" where it is none, or has more than a place, as a password."""
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and (parts.port or 1)
@@ -363,7 +364,7 @@ GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is of the public internet, also when an IPv4 address hides inside an IPv6 one."""
+    """Whether an address is public, also the IPv4 address that an IPv6 one may hide."""
     ip: Any = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 4:
         return ip.is_global and not ip.is_multicast
@@ -390,10 +391,12 @@ class GatewayError(Exception):
         super().__init__(message)
         self.param = param
         self.code = code or self.code
-        self.headers = dict(headers or {}, **{"x-should-retry": "false"} if self.code in FINAL_CODES else {})
+        self.headers = dict(headers or {})
+        if self.code in FINAL_CODES:
+            self.headers["x-should-retry"] = "false"
 
     def reworded(self, message: str, **changes: str) -> GatewayError:
-        """The same error with another message, and what else is other about it."""
+        """The same error with another message, and other `changes`."""
         copy: GatewayError = type(self).__new__(type(self), message)      # which sets what str() shows
         vars(copy).update(vars(self), **changes)
         return copy
@@ -429,12 +432,12 @@ def busy(message: str) -> Refused:
 
 
 class CredentialNeeded(GatewayError):
-    """The gateway's own credential is missing or dead: only its owner can fix that, no retry can."""
+    """The gateway's own credential is missing or dead: only its owner can fix that."""
     status, kind, code = 401, "authentication_error", "upstream_authentication"
 
 
 class UpstreamFault(GatewayError):
-    """Claude's API could not be reached, or broke off, or said something that is not its protocol."""
+    """Claude's API could not be reached, broke off, or broke its protocol."""
     status, kind, code = 502, "server_error", "upstream_error"
     may_pass = False                            # whether a second attempt may succeed
 
@@ -447,12 +450,12 @@ class ClientGone(Exception):
     """The client closed its connection; nobody is left to tell."""
 
 
-# An error of the Messages API -> its statuses there, which are all that is known where the body is not the API's own
-# (a proxy's HTML page, say); and for an OpenAI client: (status, type, code).
+QUOTA = (429, "insufficient_quota", "insufficient_quota")
+# An error of the Messages API -> its statuses, for a body that is not the API's own; OpenAI's (status, type, code)
 CLAUDE_ERRORS = {
     "invalid_request_error": ((400,), (400, "invalid_request_error", None)),
     "authentication_error": ((401,), (401, "authentication_error", "upstream_authentication")),
-    "billing_error": ((402,), (429, "insufficient_quota", "insufficient_quota")),
+    "billing_error": ((402,), QUOTA),
     "permission_error": ((403,), (403, "permission_error", None)),
     "not_found_error": ((404,), (404, "invalid_request_error", None)),
     "conflict_error": ((409,), (409, "server_error", None)),
@@ -479,10 +482,9 @@ class Verdict(NamedTuple):
     hint: str = ""
 
 
-KEY_HINT = "Hint: an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
-SPEND_HINT = "Hint: only a higher spend limit in the Console helps before it is reset."
-WORKSPACE_HINT = "Hint: set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
-PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
+KEY_HINT = "an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
+WORKSPACE_HINT = "set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
+PLAN_HINT = "the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
 # What the message of a refusal (lower case) means for the client; the first match wins.  What they say about the
 # request is read by LESSONS and the patterns beside it.  Else only `explained` looks for a word of Claude's.
 VERDICTS = (
@@ -490,19 +492,20 @@ VERDICTS = (
     Verdict("prompt is too long|exceed context limit", 400, code="context_length_exceeded"),
     Verdict("only authorized for use with claude code|scope requirement|claude_code_version_too_old",
             code="upstream_refused", hint=KEY_HINT),
-    Verdict("extra usage is required for long context", 429, "insufficient_quota", "insufficient_quota",
-            "Hint: this account may not send prompts this long without extra usage."),
-    Verdict("extra usage", 429, "insufficient_quota", "insufficient_quota", KEY_HINT),
-    Verdict("credit balance is too low|specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
-    Verdict("(enforced|contract)_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
+    Verdict("extra usage is required for long context", *QUOTA,
+            hint="this account may not send prompts this long without extra usage."),
+    Verdict("extra usage", *QUOTA, hint=KEY_HINT),
+    Verdict("credit balance is too low|specified api usage limits", *QUOTA),
+    Verdict("(enforced|contract)_spend_limit_reached", *QUOTA,
+            hint="only a higher spend limit in the Console helps before it is reset."),
     Verdict("output blocked by content filtering", 400, code="content_filter"),
     Verdict("token has been revoked", 401, "authentication_error", "upstream_authentication",
-            "Hint: run `claude-gateway login` again."),
+            "run `claude-gateway login` again."),
     Verdict("oauth authentication is currently not supported", 401, hint=KEY_HINT),
     Verdict("oauth token has expired|invalid bearer token", 401,
-            hint="Hint: run `claude-gateway login` again, or renew the token."),
+            hint="run `claude-gateway login` again, or renew the token."),
     Verdict("invalid x-api-key", 401,
-            hint="Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
+            hint="check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
 )
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can help these
 # What a refusal is about, by its message, where a correction or an explanation needs to know.
@@ -516,27 +519,25 @@ ABOUT_COMPILING = re.compile(r"grammar[^.]* too large|too complex for compilatio
                              r"tools can be strict", re.I)
 # What a 400 teaches about a model: the pattern of its message, and what is changed in the model's row.  Only what
 # changes the refused request, and then a corrected retry that succeeded, makes a lesson (Lessons.learn).
-LESSONS = (
-    (re.compile(r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)"), {"sampling": False}),
-    (re.compile(r"not support(ed)?[^.]*prefill|must end with a user message"), {"prefill": False}),
-    (re.compile(r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use"), {"forced_tools": False}),
-    (re.compile(r"does not support the effort|output_config.*effort.*not supported"), {"efforts": ()}),
-    (re.compile(r"^`?speed\b|not support[^.]*(`speed`|speed parameter|fast mode)|fast mode[^.]* not ", re.I),
-     {"fast": False}),
-    (re.compile(r"role 'system' is not supported"), {"late_system": False}),
-    (re.compile(r"does not support (structured|output)|output_config.*format.*not supported"),
-     {"structured_outputs": False}),
-    (re.compile(r"compaction|compact-2026"), {"compaction": False}),
-    (re.compile(r"fallback"), {"fallbacks": False}),
+LESSONS: Any = (
+    (r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)", {"sampling": False}),
+    (r"not support(ed)?[^.]*prefill|must end with a user message", {"prefill": False}),
+    (r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use", {"forced_tools": False}),
+    (r"does not support the effort|output_config.*effort.*not supported", {"efforts": ()}),
+    (r"(?i)^`?speed\b|not support[^.]*(`speed`|speed parameter|fast mode)|fast mode[^.]* not ", {"fast": False}),
+    (r"role 'system' is not supported", {"late_system": False}),
+    (r"does not support (structured|output)|output_config.*format.*not supported", {"structured_outputs": False}),
+    (r"compaction|compact-2026", {"compaction": False}),
+    (r"fallback", {"fallbacks": False}),
 )
 # ... and the type of thinking that it does not support, with the one that stands in for it.
-THINKING_LESSONS = ((re.compile(r"thinking.type.enabled"), "enabled", "adaptive"),
-                    (re.compile(r"thinking.type.disabled|between_tools"), "disabled", ""),
-                    (re.compile(r"adaptive thinking is not supported"), "adaptive", "enabled"))
+THINKING_LESSONS = (("thinking.type.enabled", "enabled", "adaptive"),
+                    ("thinking.type.disabled|between_tools", "disabled", ""),
+                    ("adaptive thinking is not supported", "adaptive", "enabled"))
 
 
 class ClaudeError(GatewayError):
-    """The Messages API refused, in a status of its own or in an `error` event amid a stream."""
+    """The Messages API refused, by a status or by an `error` event amid a stream."""
 
     def __init__(self, upstream_status: int, error: dict, headers: dict[str, str] | None = None) -> None:
         self.upstream_status = upstream_status
@@ -554,9 +555,9 @@ class ClaudeError(GatewayError):
         if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
             self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
             hint = hint or PLAN_HINT
-        stop = "" if message.endswith((".", "!", "?")) else "."
-        super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
-                         headers=headers_from_claude(headers or {}))
+        if hint:
+            message += "%s Hint: %s" % ("" if message.endswith((".", "!", "?")) else ".", hint)
+        super().__init__(message, code=code, headers=headers_from_claude(headers or {}))
         self._anthropic_headers = headers_for_anthropic(headers or {})
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
@@ -575,7 +576,7 @@ OPENAI_HEADERS = {
 
 
 def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that an OpenAI client can read, as OpenAI writes them: resets as "1m30s"."""
+    """The headers of Claude's answer as OpenAI writes them: resets as "1m30s"."""
     known = {}
     for theirs in filter(headers.get, OPENAI_HEADERS):
         value = headers[theirs]
@@ -588,7 +589,7 @@ def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that a client of Anthropic's own API reads, as they are."""
+    """The headers of Claude's answer that a client of Anthropic's own API reads."""
     return {name: printable(value, 1_000) for name, value in headers.items()
             if name in ("request-id", "retry-after", "x-should-retry") or name.startswith("anthropic-")}
 
@@ -598,6 +599,8 @@ def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
 
 NOT_BRACKETS = bytes(set(range(256)) - set(b'{}[]"'))
 BRACKET_KINDS = bytes.maketrans(b"[]", b"{}")
+NOT_MEMBERS = bytes(set(range(256)) - set(b",:"))
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")     # half of a surrogate pair; a search, as `in` takes twice as long
 
 
 def finite_number(digits: str) -> Any:
@@ -666,7 +669,7 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    if b"\\u" not in body or not re.search(rb"\\u[dD][89a-fA-F]", body):
+    if not HALF_PAIR.search(body):
         return value, False
     whole = without_lone_surrogates(value)
     return whole, whole != value
@@ -717,7 +720,7 @@ def messages_request_json(request: dict) -> bytes:
     """A Messages request for Claude.  Message by message: one emoji in a chat would cost four times its size."""
     head = dict(request)
     messages = b",".join(map(upstream_json, head.pop("messages")))
-    return b'%s,"messages":[%s]}' % (upstream_json(head)[:-1], messages)
+    return b"".join([upstream_json(head)[:-1], b',"messages":[', messages, b"]}"])
 
 
 # ---- Models ------------------------------------------------------------------------------------------
@@ -966,10 +969,10 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
     match = ABOUT_LIMIT.search(message)
     lesson: dict = {"max_output": int(match.group(1))} if match else {}
     for pattern, change in LESSONS:
-        if pattern.search(message):
+        if re.search(pattern, message):
             lesson.update(change)
     for pattern, refused, instead in THINKING_LESSONS:
-        if pattern.search(message):
+        if re.search(pattern, message):
             kinds = [*model.thinking, *([instead] if instead else [])]
             lesson["thinking"] = tuple(dict.fromkeys(kind for kind in kinds if kind != refused)) or ("adaptive",)
     return {name: value for name, value in lesson.items() if getattr(model, name) != value} or None
@@ -3497,8 +3500,7 @@ class ChatStream(Renderer):
 
 
 # ---- Responses API -----------------------------------------------------------------------------------
-# The same steps for /v1/responses, out of the block-level functions above: items become a conversation, events
-# become response events.  The whole response is what its stream adds up to.
+# The same for /v1/responses: items become a conversation, events response events, which add up to the response.
 
 ENCRYPTED_REASONING, SEARCH_SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"   # `include`
 OUR_ENCODING = "claude-gateway-1."              # begins our encrypted_content; another version gets another number
@@ -3507,29 +3509,29 @@ SUMMARY = "Summary of the conversation so far, from which to go on:\n\n"
 
 
 def encrypted_from(value: dict) -> str:
-    """A signed block, or a compaction, as `encrypted_content`: opaque to clients, and all we need to give it back."""
+    """A signed block, or a compaction, as `encrypted_content`: opaque to clients."""
     return OUR_ENCODING + base64.urlsafe_b64encode(client_json(value)).decode()
 
 
 def value_from_encrypted(encrypted: Any) -> dict:
-    """The object in our own `encrypted_content`; {} for a foreign or damaged one."""
+    """The object in our `encrypted_content`; {} for a foreign or damaged one."""
     if not isinstance(encrypted, str) or not encrypted.startswith(OUR_ENCODING):
         return {}
     try:
-        value = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):].encode()).decode("utf-8"))
+        value = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):]).decode())
     except ValueError:
         return {}
     return without_lone_surrogates(value) if isinstance(value, dict) else {}
 
 
 def summary_in(block: Any) -> str:
-    """The text of a compaction block, or of a text block in its place; "" where it is neither."""
+    """The text of a compaction block, or of a text block in its place; else ""."""
     field = {"compaction": "content", "text": "text"}.get(text_in(block, "type") or "", "")
     return (text_in(block, field) or "").strip()
 
 
 def compaction_item(item_id: str, message: dict, kept: Sequence[dict] = ()) -> dict:
-    """The item that stands for what Claude was asked to summarize.  `kept`: items that come after that."""
+    """The item that stands for what Claude has summarized.  `kept`: the items after that."""
     block = next((block for block in reversed(message["content"]) if summary_in(block)), None)
     if block is None:
         raise UpstreamFault("The upstream returned no summary of the conversation.")
@@ -3538,7 +3540,7 @@ def compaction_item(item_id: str, message: dict, kept: Sequence[dict] = ()) -> d
 
 
 def carried_by(item: dict) -> dict:
-    """What a compaction item carries; {} for a foreign or damaged one without text."""
+    """What a compaction item carries; {} for an unreadable one without text."""
     carried = value_from_encrypted(item.get("encrypted_content"))
     plain = {"type": "text", "text": text_in(item, "content") or text_in(item, "summary")}
     if summary_in(carried.get("block")):
@@ -3547,15 +3549,15 @@ def carried_by(item: dict) -> dict:
 
 
 def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """The items from the newest compaction on, behind the system text and tools that led what it stands for."""
-    for at in range(len(entries) - 1, -1, -1):
-        if entries[at][1].get("type") in COMPACTIONS and carried_by(entries[at][1]):
+    """The items from the newest compaction on, behind the first system texts and tools."""
+    for at, (_, item) in reversed(list(enumerate(entries))):
+        if item.get("type") in COMPACTIONS and carried_by(item):
             return [*itertools.takewhile(lambda entry: is_setting(entry[1]), entries[:at]), *entries[at:]]
     return entries
 
 
 def is_setting(item: dict) -> bool:
-    """Whether an item is of what goes before a conversation: system text or tools."""
+    """Whether an item is a system text, or has tools."""
     return item.get("type") == "additional_tools" or item.get("role") in ("system", "developer")
 
 
@@ -3564,14 +3566,12 @@ item_role_of = one_of("user", "assistant", "system", "developer")
 
 def add_message_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     role = item_role_of(item.get("role"), path + ".role")
-    if role == "assistant":
-        add_content(conversation, "assistant", item, path, draft)
-    else:
-        add_message(conversation, role, item, path, draft)
+    add = add_content if role == "assistant" else add_message
+    add(conversation, role, item, path, draft)
 
 
 def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """A function_call, or a custom_tool_call whose input is a bare string."""
+    """A function_call, or a custom_tool_call, whose input is text."""
     name = full_tool_name(text_at(item, "namespace", path, ""), text_at(item, "name", path))
     arguments = item.get("arguments")
     if item.get("type") == "custom_tool_call":
@@ -3587,7 +3587,7 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
 
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
+    """Signed thinking that we gave out; anything else in a reasoning item is not Claude's."""
     blocks = thinking_block(value_from_encrypted(item.get("encrypted_content")))
     if blocks:
         conversation.add("assistant", blocks)
@@ -3611,26 +3611,21 @@ def add_compaction_item(conversation: Conversation, item: dict, path: str, draft
         add_item(conversation, kept, where, draft)
 
 
-def add_reference_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """References are resolved before; this one leads nowhere."""
-    raise InvalidRequest("%s: no item %s is stored here (they are kept in memory only)." % (
-        path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
-
-
 LEFT_OUT_ITEMS = ("additional_tools", "web_search_call")        # the tools have been read before
 ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
     "message": add_message_item, "function_call": add_call_item, "custom_tool_call": add_call_item,
     "function_call_output": add_output_item, "custom_tool_call_output": add_output_item,
-    "reasoning": add_reasoning_item, "item_reference": add_reference_item,
-    **dict.fromkeys(COMPACTIONS, add_compaction_item)}
+    "reasoning": add_reasoning_item, **dict.fromkeys(COMPACTIONS, add_compaction_item)}
 
 
 def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Adds one input item; kinds that Claude has no use for are reported and left out."""
     kind = text_of(item.get("type") or ("message" if "role" in item else None), path + ".type")
-    translate = ITEMS.get(kind)
-    if translate:
-        translate(conversation, item, path, draft)
+    if kind == "item_reference":                    # one that could not be resolved
+        raise InvalidRequest("%s: no item %s is stored here (they are kept in memory only)." % (
+            path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
+    if kind in ITEMS:
+        ITEMS[kind](conversation, item, path, draft)
     elif kind.endswith("_call_output") or kind.endswith("_output") and "call_id" in item:
         add_output_item(conversation, item, path, draft)
     elif kind.endswith("_call") and "call_id" in item:
@@ -3642,15 +3637,13 @@ def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) ->
 
 def items_from_input(given: Any) -> list[dict]:
     """`input` as items: a string is one user message."""
-    if given is None:
-        return []
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
-    return [item for _, item in entries_of(given, "input")]
+    return [item for _, item in entries_of([] if given is None else given, "input")]
 
 
 def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
-    """The items of `input`; what only names another one (its type may be missing) replaced by that, if it is known."""
+    """The items of `input`; what only names another one is replaced by that, if it is known."""
     items = items_from_input(given)
     for at, item in enumerate(items):
         if item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]:
@@ -3661,8 +3654,8 @@ def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[di
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
                                     recall: Recall | None = None, earlier: Sequence[dict] = (),
                                     compact: bool = False) -> Translation:
-    """A Responses request as a Messages request.  `earlier`: the items of the response that it continues.  `compact`:
-    ask for a summary instead of an answer."""
+    """A Responses request as a Messages request.  `earlier`: the items that it continues.  `compact`: ask for a summary
+    instead of an answer."""
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)
     if "input" not in fields and "instructions" not in fields and not earlier:
@@ -3687,7 +3680,7 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
 
 
 # What a response repeats of its request, and what stands there where the request says nothing.
-RESPONSE_ECHOES: Dict[str, Any] = {
+RESPONSE_ECHOES: dict = {
     "instructions": None, "metadata": {}, "temperature": 1, "top_p": 1, "tools": [], "tool_choice": "auto",
     "parallel_tool_calls": True, "max_output_tokens": None, "previous_response_id": None, "store": True,
     "truncation": "disabled", "user": None, "reasoning": {"effort": None, "summary": None},
@@ -3697,8 +3690,8 @@ ECHOED_TOOL: dict = {"description": None, "parameters": None, "strict": False}
 
 
 def response_envelope(response_id: str, created: int, body: dict) -> dict:
-    """What is the same in every event of a response: its id, its time, and the request's own fields."""
-    echoes: Dict[str, Any] = {}
+    """What is the same in every event of a response: its id, its time, the request's fields."""
+    echoes: dict = {}
     for name, default in RESPONSE_ECHOES.items():
         echo = default if body.get(name) is None else PARAMETERS[name].check(body[name], name)
         echoes[name] = dict(default, **echo) if isinstance(default, dict) and isinstance(echo, dict) else echo
@@ -3719,11 +3712,13 @@ def responses_usage(usage: dict) -> dict:
 # What a failure is called inside a response; clients stop or retry by these names and no others.
 RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insufficient_quota": "insufficient_quota",
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
+ITEM_IDS = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc",
+            "web_search_call": "ws", "compaction": "cmp"}      # type of an output item -> how its id begins
 EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
 
 class ResponseStream(Renderer):
-    """Messages API events in, response events out; `response` is the state so far, `first` come before the answer."""
+    """Messages API events in, response events out; `response`: the state so far, `first`: items before the answer."""
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
                  first: Sequence[dict] = ()) -> None:
@@ -3748,17 +3743,17 @@ class ResponseStream(Renderer):
         events += self._close_item("incomplete" if reason and not refusal else "completed")
         if refusal:                                 # a message of its own
             events += [*self._open_message({"type": "refusal", "refusal": ""}),
-                       self._in_item("response.refusal.delta", content_index=0, delta=refusal),
-                       self._in_item("response.refusal.done", content_index=0, refusal=refusal),
+                       self._in_item("refusal.delta", content_index=0, delta=refusal),
+                       self._in_item("refusal.done", content_index=0, refusal=refusal),
                        *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
         return [*events, self._end(message["usage"], now, reason)]
 
     def _end(self, usage: dict, now: int, reason: str | None = None) -> dict:
-        self.response.update(status="incomplete" if reason else "completed", usage=responses_usage(usage),
-                             completed_at=None if reason else now,
+        status = "incomplete" if reason else "completed"
+        self.response.update(status=status, usage=responses_usage(usage), completed_at=None if reason else now,
                              incomplete_details={"reason": reason} if reason else None)
         self.response = with_service_tier(self.response, usage)
-        return self._event("response.incomplete" if reason else "response.completed", response=self.response)
+        return self._event(status, response=self.response)
 
     def fail(self, failure: GatewayError) -> list[dict]:
         """The event that reports a failure once the stream has begun."""
@@ -3767,12 +3762,11 @@ class ResponseStream(Renderer):
         if code == "rate_limit_exceeded" and failure.headers.get("retry-after"):
             message += " Please try again in %ss." % failure.headers["retry-after"]
         self.response.update(status="failed", error={"code": code, "message": message})
-        return [self._event("response.failed", response=self.response)]
+        return [self._event("failed", response=self.response)]
 
     def _start(self) -> list[dict]:
         self.response["model"] = self._assembler.message["model"]
-        events = [self._event("response.created", response=dict(self.response, output=[])),
-                  self._event("response.in_progress", response=dict(self.response, output=[]))]
+        events = [self._event(kind, response=dict(self.response)) for kind in ("created", "in_progress")]
         for item in self._first:
             events += [self._open(item), self._done(item)]
         return events
@@ -3784,8 +3778,7 @@ class ResponseStream(Renderer):
         if block["type"] != "tool_use":
             return closed
         name, custom = block["name"], block["name"] in self._plan.custom_tools
-        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
-                      "type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
+        item = {"type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
         if name in self._plan.namespaces:
             item["namespace"], item["name"] = self._plan.namespaces[name]
         item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
@@ -3811,15 +3804,19 @@ class ResponseStream(Renderer):
         return self._item.get("type") == kind
 
     def _open(self, item: dict) -> dict:
-        self._item, self._written, self._annotations = item, io.StringIO(), []
-        return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
+        """Begins an output item, which gets an id if it has none."""
+        index = len(self.response["output"])
+        item_id = "%s_%s_%d" % (ITEM_IDS[item["type"]], self.response["id"].split("_", 1)[-1], index)
+        self._item = dict({"id": item_id}, **item)
+        self._written, self._annotations = io.StringIO(), []
+        return self._event("output_item.added", output_index=index, item=dict(self._item))
 
     def _done(self, item: dict, to_store: dict | None = None) -> dict:
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
         self.to_store.append(to_store or item)
         self._item = {}
-        return self._event("response.output_item.done", output_index=output_index, item=item)
+        return self._event("output_item.done", output_index=output_index, item=item)
 
     def _close_item(self, status: str = "completed") -> list[dict]:
         """Ends the open item, whatever it is."""
@@ -3827,7 +3824,7 @@ class ResponseStream(Renderer):
         if kind == "message":
             text = self._written.getvalue()
             part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
-            return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
+            return [self._in_item("output_text.done", content_index=0, text=text, logprobs=[]),
                     *self._end_part(part, status)]
         if kind == "reasoning":
             return self._end_thinking({})
@@ -3835,16 +3832,13 @@ class ResponseStream(Renderer):
             return self._end_search(())
         return self._end_call(status) if kind else []
 
-    def _new_id(self, prefix: str) -> str:
-        return "%s_%s_%d" % (prefix, self.response["id"].split("_", 1)[-1], len(self.response["output"]))
-
     def _in_item(self, kind: str, **fields: Any) -> dict:
         """An event about the open item."""
         return self._event(kind, item_id=self._item["id"], output_index=len(self.response["output"]), **fields)
 
     def _event(self, kind: str, **fields: Any) -> dict:
         self._sequence += 1
-        return dict({"type": kind, "sequence_number": self._sequence}, **fields)
+        return dict({"type": "response." + kind, "sequence_number": self._sequence}, **fields)
 
     # -- text
 
@@ -3853,12 +3847,11 @@ class ResponseStream(Renderer):
             return []
         events = [] if self._is_open("message") else self._close_item() + self._open_message(EMPTY_TEXT)
         self._written.write(text)
-        return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
+        return events + [self._in_item("output_text.delta", content_index=0, delta=text, logprobs=[])]
 
     def _open_message(self, part: dict) -> list[dict]:
-        return [self._open({"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
-                            "content": []}),
-                self._in_item("response.content_part.added", content_index=0, part=part)]
+        return [self._open({"type": "message", "role": "assistant", "status": "in_progress", "content": []}),
+                self._in_item("content_part.added", content_index=0, part=part)]
 
     def _annotate(self, block: dict) -> list[dict]:
         """The citations of a text block, placed in the text of its whole item."""
@@ -3869,13 +3862,13 @@ class ResponseStream(Renderer):
         events = []
         for annotation in annotations_of(block, start, length - start):
             flat = dict({"type": "url_citation"}, **annotation["url_citation"])
-            events.append(self._in_item("response.output_text.annotation.added", content_index=0,
+            events.append(self._in_item("output_text.annotation.added", content_index=0,
                                         annotation_index=len(self._annotations), annotation=flat))
             self._annotations.append(flat)
         return events
 
     def _end_part(self, part: dict, status: str) -> list[dict]:
-        return [self._in_item("response.content_part.done", content_index=0, part=part),
+        return [self._in_item("content_part.done", content_index=0, part=part),
                 self._done(dict(self._item, status=status, content=[part]))]
 
     # -- thinking
@@ -3885,11 +3878,11 @@ class ResponseStream(Renderer):
         if not thinking:
             return []
         events = [] if self._is_open("reasoning") else [
-            self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
-            self._in_item("response.reasoning_summary_part.added", summary_index=0,
+            self._open({"type": "reasoning", "summary": []}),
+            self._in_item("reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
         self._written.write(thinking)
-        return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
+        return events + [self._in_item("reasoning_summary_text.delta", summary_index=0, delta=thinking)]
 
     def _end_thinking(self, block: dict) -> list[dict]:
         encrypted = encrypted_from(block) if block else None
@@ -3898,12 +3891,12 @@ class ResponseStream(Renderer):
         if not self._is_open("reasoning"):
             if not encrypted or not shown:
                 return []
-            events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
+            events = [*self._close_item(), self._open({"type": "reasoning", "summary": []})]
         text = self._written.getvalue()
         part = {"type": "summary_text", "text": text}
         if text:
-            events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
-                       self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
+            events += [self._in_item("reasoning_summary_text.done", summary_index=0, text=text),
+                       self._in_item("reasoning_summary_part.done", summary_index=0, part=part)]
         item = dict(self._item, summary=[part] if text else [])
         signed = dict(item, encrypted_content=encrypted) if encrypted else item
         return events + [self._done(signed if shown else item, signed)]
@@ -3914,7 +3907,7 @@ class ResponseStream(Renderer):
         self._written.write(fragment)
         if self._is_open("custom_tool_call"):
             return []                               # its string is known only at the end
-        return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
+        return [self._in_item("function_call_arguments.delta", delta=fragment)]
 
     def _end_call(self, status: str) -> list[dict]:
         item = dict(self._item)
@@ -3925,26 +3918,26 @@ class ResponseStream(Renderer):
             status = "incomplete"                       # the output limit cut the arguments
         if item["type"] == "custom_tool_call":
             item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
-            return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
-                    self._in_item("response.custom_tool_call_input.done", input=item["input"]), self._done(item)]
-        events = [] if streamed else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
+            return [self._in_item("custom_tool_call_input.delta", delta=item["input"]),
+                    self._in_item("custom_tool_call_input.done", input=item["input"]), self._done(item)]
+        events = [] if streamed else [self._in_item("function_call_arguments.delta", delta=arguments)]
         item.update(arguments=arguments, status=status)
-        return events + [self._in_item("response.function_call_arguments.done", arguments=arguments,
+        return events + [self._in_item("function_call_arguments.done", arguments=arguments,
                                        name=item["name"]), self._done(item)]
 
     def _open_search(self, block: dict) -> list[dict]:
-        """A web search that Claude does for itself; its results are the next block."""
+        """A web search of Claude's own; its results are the next block."""
         action = {"type": "search", "query": (block.get("input") or {}).get("query", "")}
-        item = {"id": self._new_id("ws"), "type": "web_search_call", "status": "in_progress", "action": action}
-        return [self._open(item), self._in_item("response.web_search_call.in_progress"),
-                self._in_item("response.web_search_call.searching")]
+        item = {"type": "web_search_call", "status": "in_progress", "action": action}
+        return [self._open(item), self._in_item("web_search_call.in_progress"),
+                self._in_item("web_search_call.searching")]
 
     def _end_search(self, results: Sequence[Any]) -> list[dict]:
         item = dict(self._item, status="completed")
         if SEARCH_SOURCES in self._include:
             urls = [text_in(found, "url") for found in results]
             item["action"] = dict(item["action"], sources=[{"type": "url", "url": url} for url in urls if url])
-        return [self._in_item("response.web_search_call.completed"), self._done(item)]
+        return [self._in_item("web_search_call.completed"), self._done(item)]
 
 
 class CompactionStream(ResponseStream):
@@ -3954,23 +3947,21 @@ class CompactionStream(ResponseStream):
         return super().feed(event) if event["type"] == "message_start" else []
 
     def _start(self) -> list[dict]:
-        events = super()._start()
-        item = {"id": self._new_id("cmp"), "type": "compaction", "encrypted_content": ""}
-        return [*events, self._open(item), self._in_item("response.compaction.compacting")]
+        return [*super()._start(), self._open({"type": "compaction", "encrypted_content": ""}),
+                self._in_item("compaction.compacting")]
 
     def finish(self, now: int = 0) -> list[dict]:
         message = self._assembler.whole()
-        return [self._done(compaction_item(self._new_id("cmp"), message)), self._end(message["usage"], now)]
+        return [self._done(compaction_item(self._item["id"], message)), self._end(message["usage"], now)]
 
 
 # What a listed item or content part has besides what a client must send.
-LISTED_PARTS: Dict[str, dict] = {"input_image": {"detail": "auto"}, "output_text": {"annotations": [], "logprobs": []}}
-LISTED_ITEMS: Dict[str, dict] = {"reasoning": {"summary": []}, "compaction": {},
-                                 "additional_tools": {"role": "developer"}}
+LISTED_PARTS: dict = {"input_image": {"detail": "auto"}, "output_text": {"annotations": [], "logprobs": []}}
+LISTED_ITEMS: dict = {"reasoning": {"summary": []}, "compaction": {}, "additional_tools": {"role": "developer"}}
 
 
 def listed_item(item: dict, include: Sequence[str] = ()) -> dict:
-    """An input item as OpenAI lists it: with every required field, and text as a content part."""
+    """An input item as OpenAI lists it: with every required field, text as a content part."""
     kind = item.get("type") or "message"
     whole = dict(LISTED_ITEMS.get(kind, {"status": "completed"}), type=kind)
     whole.update({name: value for name, value in item.items() if value is not None})
@@ -3981,7 +3972,8 @@ def listed_item(item: dict, include: Sequence[str] = ()) -> dict:
         if isinstance(whole.get(name), list):
             whole[name] = [dict(LISTED_PARTS.get(str(part.get("type")), {}), **part) if isinstance(part, dict) else part
                            for part in whole[name]]
-    return whole if kind != "reasoning" or ENCRYPTED_REASONING in include else without(whole, "encrypted_content")
+    is_hidden = kind == "reasoning" and ENCRYPTED_REASONING not in include
+    return without(whole, "encrypted_content") if is_hidden else whole
 
 
 # ---- Memory ------------------------------------------------------------------------------------------
@@ -4324,8 +4316,7 @@ def number_or_none(text: str | None) -> float | None:
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
-# What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
-# somebody else renews, and a stored login that renews itself, ours or a profile of Anthropic's own tools.
+# What a call is paid with: an API key, a token that somebody else renews, or a stored login that renews itself.
 
 PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
 NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
@@ -4361,7 +4352,7 @@ class ApiKey:
 
 
 class BearerToken(ApiKey):
-    """A token from the environment: `subscription` ones belong to a Claude account and need the system block."""
+    """A token from the environment; those of a `subscription` need the system block."""
     kind, described = "bearer_token", "token from %s"
 
     def __init__(self, token: str, source: str, subscription: bool) -> None:
@@ -4379,9 +4370,9 @@ class FileDamaged(GatewayError):
 
 
 class StoredFile:
-    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.  Ours is closed to
-    others where they may read it; another program's is refused where its mode has one of the bits in `closed`, or
-    where it is a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret."""
+    """One JSON object in a file that is whole at every instant, mode 0600.  Ours is closed to others; another
+    program's is refused where its mode has one of the bits in `closed`, or where it is a symlink and `closed` is
+    PRIVATE.  `holds`: the field that has the secret."""
     kind = "file"
 
     def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
@@ -4398,12 +4389,12 @@ class StoredFile:
             elif loose and self._closed:
                 reason = "others may use it (mode %04o)" % stat.S_IMODE(mode)
             else:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     if loose:                       # ours
                         os.chmod(self.path, 0o600)
                         LOG.warning("others could read %s: its mode is 0600 now", self.path)
                 with while_held(lambda: open(self.path, "rb")) as file:
-                    content = json.loads(file.read(50_000_000).decode("utf-8"))
+                    content = json.loads(file.read(50_000_000).decode())
                 reason = self.fault_in(content)
         except FileNotFoundError:                   # also without a path
             return None
@@ -4417,7 +4408,7 @@ class StoredFile:
 
     def stamp(self) -> Any:
         """What changes whenever the file does; None where there is none."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             status = os.stat(self.path)
             return status.st_mtime_ns, status.st_size, status.st_ino
         return None
@@ -4427,14 +4418,14 @@ class StoredFile:
         return "" if isinstance(content, dict) else "it holds no JSON object"
 
     def write(self, content: dict) -> None:
-        """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
+        """Replaces the file at once; a damaged one is moved aside, a symlink followed.  Raises OSError."""
         if not self.path:
             raise OSError("there is no home directory to store tokens in; use --token-file PATH")
         target = os.path.realpath(self.path)
         directory = os.path.dirname(target)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if os.path.basename(directory) == "claude-gateway":     # ours alone, however it was made
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.chmod(directory, 0o700)
         try:
             self.read()
@@ -4444,7 +4435,7 @@ class StoredFile:
                 os.replace(target, aside)
                 LOG.warning("the damaged %s is kept as %s", self.kind, aside)
         temporary = target + ".tmp"                 # one name: what a kill leaves behind goes with the next write
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
@@ -4454,24 +4445,24 @@ class StoredFile:
                 os.fsync(file.fileno())
             while_held(lambda: os.replace(temporary, target))
         except BaseException:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(temporary)
             raise
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):      # not every system can sync a directory
+        with ExitStack() as held, suppress(OSError):      # not every system can sync a directory
             descriptor = os.open(directory, os.O_RDONLY)
             held.callback(os.close, descriptor)
             os.fsync(descriptor)
 
     def remove(self) -> None:
         """Raises OSError, unless there is no file."""
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(os.path.realpath(self.path))
 
-    @contextlib.contextmanager
+    @contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
+        """One process at a time, by a side file that is never deleted; without locks, all go on."""
         descriptor, patience = None, self._limits.lock_patience
-        with contextlib.ExitStack() as held:
+        with ExitStack() as held:
             try:
                 if self.path:
                     target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
@@ -4481,13 +4472,13 @@ class StoredFile:
                     while_held(functools.partial(lock_file, descriptor), patience)
             except OSError as fault:
                 if descriptor is not None and is_held(fault):   # going on without it could cost the login
-                    raise UpstreamFault("Another process has held the lock of a file for %d seconds." %
-                                        patience) from None
+                    message = "Another process has held the lock of a file for %d seconds." % patience
+                    raise UpstreamFault(message) from None
             yield
 
 
 class TokenFile(StoredFile):
-    """A file that `holds` a secret: the tokens of a login, or an API key."""
+    """The tokens of a login, or an API key."""
     kind = "token file"
 
     def fault_in(self, content: Any) -> str:
@@ -4498,13 +4489,13 @@ class TokenFile(StoredFile):
 
 
 def is_held(fault: Any) -> bool:
-    """Whether another process has the lock of a file, or another program the file open, an antivirus perhaps."""
+    """Whether another process has the lock of a file, or has it open, as an antivirus may."""
     return (isinstance(fault, BlockingIOError) or getattr(fault, "winerror", 0) in (5, 32, 33)
             or os.name == "nt" and getattr(fault, "errno", None) in (0, 13, 36))
 
 
 def while_held(work: Callable[[], Any], seconds: float = 2) -> Any:
-    """The result of some work on a file, tried again for some seconds while somebody else has it."""
+    """The result of work on a file, tried again while somebody else has it."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -4533,7 +4524,7 @@ class StoredLogin(ApiKey):
              --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
     One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
-    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used."""
+    read again; only if nobody else renewed it, new tokens are asked for, and stored before they are used."""
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
@@ -4552,7 +4543,7 @@ class StoredLogin(ApiKey):
         return "login of %s from %s" % (self.facts()["account"] or "a Claude account", self._file.path)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
-        """The headers of a call; `rejected` is the authorization that Claude has just refused."""
+        """The headers of a call; `rejected`: the authorization that Claude has just refused."""
         token = self.access_token(rejected[len("Bearer "):] if rejected else None)
         return {"authorization": "Bearer " + token, "anthropic-beta": OAUTH_BETA}
 
@@ -4574,7 +4565,7 @@ class StoredLogin(ApiKey):
         return str(token["access_token"])
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
-        """The token, also a rejected one if it is so new that the account must be what Claude refuses."""
+        """The token, also a rejected one if it is so new that Claude must refuse the account."""
         self._read_if_changed()
         if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
@@ -4588,15 +4579,15 @@ class StoredLogin(ApiKey):
             self._unproven = ""
 
     def close(self) -> None:
-        """Waits for a renewal under way; tokens that could not be stored are tried once more."""
-        with self._lock, contextlib.suppress(GatewayError):
+        """Waits for a renewal under way; tokens that could not be stored get another try."""
+        with self._lock, suppress(GatewayError):
             if self._outdated:
                 with self._file.lock():
                     self._catch_up()
 
     def facts(self) -> dict:
         token = self._token
-        with contextlib.suppress(FileDamaged):
+        with suppress(FileDamaged):
             token = token or self._file.read() or {}
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
                 "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
@@ -4632,14 +4623,14 @@ class StoredLogin(ApiKey):
             self._lock.release()
 
     def _catch_up(self) -> None:
-        """Under both locks: what another process stored is read, what we could not store is tried again."""
+        """Under both locks: reads what another process stored, stores what we could not."""
         self._stamp = None
         self._read_if_changed()
         if self._outdated:
             self._save(self._outdated)
 
     def _read_if_changed(self) -> None:
-        """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
+        """Takes over what another process stored, unless it is what we have renewed."""
         stamp = self._file.stamp()
         if self._token and stamp and stamp == self._stamp:
             return
@@ -4659,7 +4650,7 @@ class StoredLogin(ApiKey):
             self._token, self._outdated = token, ""
 
     def _renew(self, rejected: str | None) -> None:
-        """Asks the sign-in endpoint for new tokens; called under both locks."""
+        """Under both locks: asks the sign-in endpoint for new tokens."""
         refresh_token = text_in(self._token, "refresh_token")
         if not self._token:
             raise CredentialNeeded("Nobody is signed in: %s, or set ANTHROPIC_API_KEY." % self.remedy)
@@ -4672,9 +4663,10 @@ class StoredLogin(ApiKey):
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
         body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}
-        reason = ""
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
+            otherwise = "no reason given" if status != 200 else "no access token that can be used"
+            reason = "status %d, %s" % (status, refusal_words(answer, otherwise))
         except UpstreamFault as fault:
             status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
@@ -4691,14 +4683,12 @@ class StoredLogin(ApiKey):
                 self._put_off(CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
                     refusal_words(answer, "invalid_grant"), self.remedy)), rejected)
         else:
-            otherwise = "no reason given" if status != 200 else "no access token that can be used"
-            self._put_off(UpstreamFault(
-                "The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
-                "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
-                                               self._token_url)), rejected)
+            message = ("The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
+                       "CLAUDE_GATEWAY_TOKEN_URL." % (reason, self._token_url))
+            self._put_off(UpstreamFault(message), rejected)
 
     def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
-        """The renewal fails: go on with an access token in its last minutes, else tell the client."""
+        """A renewal failed: goes on with an access token in its last minutes, else raises."""
         self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
         self._failures += 1
         self.trouble = trouble_of(failure)
@@ -4707,14 +4697,14 @@ class StoredLogin(ApiKey):
         LOG.warning("%s", failure)
 
     def _save(self, in_file: str) -> None:
-        """Stores the newest tokens instead of that access token; what fails is tried again with the next call."""
+        """Stores the newest tokens in place of that access token; a failure is tried again with the next call."""
         try:
             self._file.write(self._token)
             self._outdated, self._stamp = "", self._file.stamp()
         except OSError as fault:
-            LOG.log(logging.DEBUG if self._outdated else logging.WARNING,       # once
-                    "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
-                    fault.strerror or fault)
+            level = logging.DEBUG if self._outdated else logging.WARNING        # once
+            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory",
+                    self._file.path, fault.strerror or fault)
             self._outdated = self._outdated or in_file
 
 
@@ -4735,7 +4725,7 @@ def seconds_in(token: dict, name: str, otherwise: float) -> float:
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
-    """The sign-in endpoint's answer as the token file keeps it; what it leaves out stays as it was."""
+    """The sign-in endpoint's answer as it is stored; what it leaves out stays as it was."""
     names = ("access_token", "refresh_token", "scope", "token_type", "organization", "account")
     token = {"refresh_token": "", **earlier, **{name: answer[name] for name in names if answer.get(name)}}
     token["expires_in"] = seconds_in(answer, "expires_in", 3600)
@@ -4749,7 +4739,7 @@ def refusal_words(answer: dict, otherwise: str) -> str:
 
 
 class Login:
-    """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
+    """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of its code."""
 
     def __init__(self, authorize_url: str = OAUTH_AUTHORIZE_URL, scopes: str = OAUTH_SCOPES) -> None:
         self._scopes = scopes
@@ -4761,7 +4751,7 @@ class Login:
             "code_challenge_method": "S256", "state": self._state})
 
     def parse(self, pasted: str) -> tuple[str, bool]:
-        """The code of `code#state`, a callback URL or a bare code; whether it had our state.  Raises InvalidRequest."""
+        """The code of `code#state`, a callback URL or a bare code; whether it had our state."""
         pasted = pasted.strip(" \t\r\n\"'`")
         if "://" in pasted:
             query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
@@ -4780,8 +4770,8 @@ class Login:
             "grant_type": "authorization_code", "code": code, "state": self._state, "client_id": OAUTH_CLIENT_ID,
             "redirect_uri": OAUTH_REDIRECT_URI, "code_verifier": self._code_verifier}, {})
         if status != 200 or not is_sendable(answer.get("access_token")):
-            raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" %
-                                   (status, refusal_words(answer, "no reason given")))
+            reason = refusal_words(answer, "no reason given")
+            raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" % (status, reason))
         return token_from_answer(answer, {"token_type": "Bearer", "scope": self._scopes})
 
 
@@ -4809,12 +4799,12 @@ class ProfileLogin(StoredLogin):
 
 
 def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | None:
-    """The profile that is named, or else the active one; None where there is none.  Raises GatewayError."""
+    """The profile that is named, or else active; None where there is none.  Raises GatewayError."""
     folder, name = config.profile_folder, config.profile
     if not folder:
         return None
     pointer = os.path.join(folder, "active_config")
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         if os.path.isfile(pointer):                 # a FIFO would be waited for
             with open(pointer, encoding="utf-8") as file:
                 name = name or file.read(1_000).strip()
@@ -4850,8 +4840,8 @@ def key_file(config: Config) -> TokenFile:
 
 
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
-    """The credential to use: the first of a fixed order that is there, within what `auth` allows."""
-    keys, logins, file = config.auth != "oauth", config.auth != "api-key", TokenFile(config.token_file, config.limits)
+    """The credential to use: the first that is there, in this order, within what `auth` allows."""
+    keys, logins = config.auth != "oauth", config.auth != "api-key"
     if keys and config.anthropic_api_key:
         return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
     if keys and config.anthropic_auth_token:
@@ -4863,9 +4853,12 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
     stored_key = key_file(config).read() if keys else None
     if stored_key:
         return ApiKey(stored_key["api_key"], key_file(config).path)
-    if logins and file.read() is not None:
+    if not logins:
+        return None
+    file = TokenFile(config.token_file, config.limits)
+    if file.read() is not None:
         return StoredLogin(file, config.token_url, post_json)
-    return profile_from_config(config, post_json) if logins else None
+    return profile_from_config(config, post_json)
 
 
 # ---- Usage -------------------------------------------------------------------------------------------
@@ -5038,8 +5031,8 @@ class Polls(dict):
                 poll.register(sock, event)
         return poll
 
-    def ready(self, readers: tuple, seconds: float, writers: tuple = ()) -> Iterable[int]:
-        """The descriptors of those that can be read or written to, or have ended; none when the time is up."""
+    def ready(self, readers: tuple, seconds: float, writers: tuple = ()) -> list[int]:
+        """The descriptors of those that can be read or written to, or have ended; [] when the time is up."""
         for sock in readers:
             if isinstance(sock, ssl.SSLSocket) and sock.pending():
                 return [sock.fileno()]
@@ -5047,7 +5040,7 @@ class Polls(dict):
         if not hasattr(select, "poll"):             # Windows
             readable, writable, _ = select.select(readers, writers, [], seconds)
             return [sock.fileno() for sock in readable + writable]
-        return dict(self[readers, writers].poll(seconds * 1000))
+        return list(dict(self[readers, writers].poll(seconds * 1000)))
 
 
 class Peer:
@@ -6156,105 +6149,86 @@ class EventLoop:
 
 
 # ---- Image fetching ----------------------------------------------------------------------------------
-# Images that Claude cannot fetch for itself.  The rules are strict, as a URL in a request could point the gateway
-# at its own network: every address of the host must be public, the connection goes to the address that was
-# checked, and each redirect starts over.
+# Images that Claude cannot fetch for itself.  As a URL could point the gateway at its own network, every address of
+# the host must be public, the connection goes to the address that was checked, and each redirect starts over.
 
 FETCH_REDIRECTS = 3
 MAX_FETCHED = 7_500_000                             # bytes: as base64 the 10 MB that Claude accepts
 
 
 class Download(threading.Thread):
-    """One image on its way, in a thread of its own: a name look-up that takes too long cannot be ended, only left."""
+    """One image on its way, in a thread of its own: a slow name look-up cannot be ended, only left."""
 
-    def __init__(self, work: Callable[[Download], Tuple[str, str]]) -> None:
+    def __init__(self, url: str, config: Config, permit: Callable[[str], bool]) -> None:
         super().__init__(name="image", daemon=True)
+        self._url, self._config, self._permit = url, config, permit
         self.ended, self._bell = socket.socketpair()        # the first ends with the work
-        self._work, self._sockets, self._given_up = work, [self._bell], False
-        self.outcome: Any = None                    # the image, or what went wrong
+        self._sockets, self._given_up = [self._bell], False
+        self.outcome: Any = None                    # media type and base64, or what went wrong
 
     def run(self) -> None:
         try:
-            self.outcome = self._work(self)
+            self.outcome = self._fetched()
         except Exception as fault:
             self.outcome = fault
         self._bell.close()
 
-    def uses(self, sock: socket.socket) -> None:
-        """From here on this socket ends with the download; a TLS layer above it is left alone."""
+    def give_up(self) -> None:
+        self._given_up = True
+        for sock in self._sockets:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def refusal(self, what: str) -> InvalidRequest:
+        return InvalidRequest("The image %r %s." % (self._url[:200], what), "image_url", "invalid_image_url")
+
+    def _uses(self, sock: socket.socket) -> None:
+        """From here on this socket ends with the download."""
         self._sockets.append(sock)
         if self._given_up:
             self.give_up()
 
-    def give_up(self) -> None:
-        self._given_up = True
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-class ImageFetcher:
-    """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
-
-    def __init__(self, config: Config, permit: Callable[[str], bool] = is_public) -> None:
-        self._proxied, self._timeout = bool(config.https_proxy), config.limits.fetch_timeout
-        self._tls = functools.partial(tls_context, config.ca_file, config.relax_x509)
-        self.permit = permit
-
-    def fetch(self, url: str, client: Client) -> tuple[str, str]:
-        """Media type and base64 of the image at `url`.  Raises InvalidRequest that names URL and rule; ClientGone."""
-        download = Download(functools.partial(self._fetched, url))
-        try:
-            download.start()
-            client.wait(Wait(download.ended, self._timeout))
-        except UpstreamTimeout:
-            raise self._refusal(url, "took longer than %g seconds" % self._timeout) from None
-        finally:
-            download.give_up()
-            download.ended.close()
-        if isinstance(download.outcome, Exception):
-            raise download.outcome
-        return download.outcome
-
-    def _fetched(self, url: str, download: Download) -> tuple[str, str]:
-        here = url
+    def _fetched(self) -> tuple[str, str]:
+        here = self._url
         for _ in range(FETCH_REDIRECTS + 1):
             try:
-                status, location, body = self._get(here, url, download)
+                status, location, body = self._get(here)
                 here = urllib.parse.urljoin(here, location or "")
             except (OSError, http.client.HTTPException, ValueError) as fault:
-                hint = " (images are fetched directly, but here only a proxy may lead out)" if self._proxied else ""
-                raise self._refusal(url, "could not be fetched: %s%s" % (fault, hint)) from fault
+                hint = " (images are fetched directly, but here only a proxy may lead out)"
+                hint = hint if self._config.https_proxy else ""
+                raise self.refusal("could not be fetched: %s%s" % (fault, hint)) from fault
             if status in (301, 302, 303, 307, 308) and location:
                 continue
             if status != 200:
-                raise self._refusal(url, "answered with status %d" % status)
+                raise self.refusal("answered with status %d" % status)
             media_type = media_type_of(body)
             if media_type not in IMAGE_TYPES:
-                raise self._refusal(url, "is not a JPEG, PNG, GIF or WebP image")
+                raise self.refusal("is not a JPEG, PNG, GIF or WebP image")
             return media_type, base64.b64encode(body).decode()
-        raise self._refusal(url, "redirects more than %d times" % FETCH_REDIRECTS)
+        raise self.refusal("redirects more than %d times" % FETCH_REDIRECTS)
 
-    def _get(self, here: str, url: str, download: Download) -> tuple[int, str | None, bytes]:
+    def _get(self, here: str) -> tuple[int, str | None, bytes]:
         """One hop: status, Location, and the body if the status is 200."""
         if not HTTP_URL.match(here):
-            raise self._refusal(url, "leads to something that is not a web address")
+            raise self.refusal("leads to something that is not a web address")
         parts = urllib.parse.urlsplit(here)
         host, secure = parts.hostname or "", parts.scheme.lower() == "https"
         port = parts.port or (443 if secure else 80)
         if parts.username or parts.password or not host:
-            raise self._refusal(url, "has user information or no host in it")
+            raise self.refusal("has user information or no host in it")
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if not found or not all(map(self.permit, found)):
-            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
+        if not found or not all(map(self._permit, found)):
+            raise self.refusal("leads to an address of this machine or a private network, which is not fetched")
         connection = http.client.HTTPConnection(host, port)
         sock = socket.create_connection((found[0], port), CONNECT_TIMEOUT)
         try:
-            sock.settimeout(self._timeout)
-            download.uses(sock)
+            sock.settimeout(self._config.limits.fetch_timeout)
+            self._uses(sock)
             if secure:
-                sock = self._tls().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-                download.uses(sock)
+                context = tls_context(self._config.ca_file, self._config.relax_x509)
+                sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                self._uses(sock)
                 sock.do_handshake()
             connection.sock = sock
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -6263,17 +6237,35 @@ class ImageFetcher:
             with connection.getresponse() as response:
                 body = response.read(MAX_FETCHED + 1) if response.status == 200 else b""
                 if len(body) > MAX_FETCHED:
-                    raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
+                    raise self.refusal("is larger than %.1f MB" % (MAX_FETCHED / 1e6))
                 if body and response.length:
-                    raise self._refusal(url, "broke off in the middle")
+                    raise self.refusal("broke off in the middle")
                 return response.status, response.getheader("Location"), body
         finally:
             connection.close()
             sock.close()
 
-    @staticmethod
-    def _refusal(url: str, what: str) -> InvalidRequest:
-        return InvalidRequest("The image %r %s." % (url[:200], what), "image_url", "invalid_image_url")
+
+class ImageFetcher:
+    """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
+
+    def __init__(self, config: Config, permit: Callable[[str], bool] = is_public) -> None:
+        self._config, self.permit = config, permit
+
+    def fetch(self, url: str, client: Client) -> tuple[str, str]:
+        """Media type and base64 of the image at `url`.  Raises InvalidRequest, ClientGone."""
+        download, timeout = Download(url, self._config, self.permit), self._config.limits.fetch_timeout
+        try:
+            download.start()
+            client.wait(Wait(download.ended, timeout))
+        except UpstreamTimeout:
+            raise download.refusal("took longer than %g seconds" % timeout) from None
+        finally:
+            download.give_up()
+            download.ended.close()
+        if isinstance(download.outcome, Exception):
+            raise download.outcome
+        return download.outcome
 
 
 # ---- Exchange ----------------------------------------------------------------------------------------
@@ -6636,7 +6628,7 @@ class Exchange:
 
 def betas_for(request: dict) -> list[str]:
     """The beta features that a request makes use of."""
-    compacts = "compaction" in request or has_compaction(request["messages"][0]["content"])
+    compacts = "compaction" in request or request["messages"][0]["content"][0]["type"] == "compaction"
     features = (FAST_MODE_BETA, "speed" in request), (FALLBACK_BETA, "fallbacks" in request), (
         COMPACTION_BETA, compacts)
     return [beta for beta, used in features if used]
@@ -6983,10 +6975,9 @@ def health(gateway: Gateway, incoming: Incoming) -> Reply:
 # ---- Legacy completions ------------------------------------------------------------------------------
 # OpenAI's older API, of a text that is continued: it becomes a chat turn that asks for it.
 
-COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
-                     "only: no comment, no repetition of the text, no code fence.")
-INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
-                 "comment, no repetition of the text, no code fence.")
+COMPLETION_SYSTEM = "Continue the text that the user sends, exactly from where it ends. Answer with the continuation"
+INFILL_SYSTEM = "The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap"
+ONLY_TEXT = " only: no comment, no repetition of the text, no code fence."
 
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6995,7 +6986,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     echoes = prompts if incoming.body.get("echo") else [""] * len(prompts)
     suffix = optional(text_of, incoming.body.get("suffix"), "suffix", "")
     chat = without(incoming.body, "prompt", "suffix", "echo", "best_of", "logprobs")
-    system = {"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM}
+    system = {"role": "system", "content": (INFILL_SYSTEM if suffix else COMPLETION_SYSTEM) + ONLY_TEXT}
     texts = [prompt + "<gap/>" + suffix if suffix else prompt for prompt in prompts]
     replies = (chat_completions(gateway, replace(incoming, body=dict(
         chat, messages=[system, {"role": "user", "content": text}]))) for text in texts)
@@ -7010,7 +7001,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 def prompts_of(body: dict) -> list[str]:
-    """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
+    """`prompt`, a string or a list of them, not of token ids."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
@@ -7025,7 +7016,7 @@ def prompts_of(body: dict) -> list[str]:
 
 
 def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]:
-    """The steps of all answers, one prompt after the other; their usage is added up for the last chunk."""
+    """The steps of all answers, prompt by prompt; their usage is added up for the last chunk."""
     same: dict = {}                                 # id and time of the first chunk
     usage: dict = {}
     for at, reply in enumerate(replies):
@@ -7033,17 +7024,18 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
             chunks = []
             for chunk in step:
                 same = same or {"id": chunk["id"], "created": chunk["created"]}
-                is_text = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
+                is_shown = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
                 if not chunk["choices"]:
                     usage = chunk["usage"] = added_usage(usage, chunk["usage"])
-                if is_text or not chunk["choices"] and at == len(echoes) - 1:
+                    is_shown = at == len(echoes) - 1
+                if is_shown:
                     chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
             yield chunks, wait
         yield [], NEEDS_THREAD                      # for the call of the next prompt
 
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
-    """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
+    """A chat completion, or a chunk of one, as a legacy completion; the prompt stands before its text."""
     choices = []
     for choice in chat["choices"]:
         part = choice.get("message") or choice["delta"]
@@ -7057,17 +7049,17 @@ def text_completion(chat: dict, echo: str, index: int) -> dict:
 
 
 def native_body(gateway: Gateway, incoming: Incoming) -> dict:
-    """The client's body with its model's id; where missing, a subscription token's system block and a cache mark."""
+    """The client's body with its model's id and, where missing, the credential's system block and a cache mark."""
     body, record = dict(incoming.body), incoming.record
     record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
     record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
     credential = gateway.upstream.credential
-    preamble = [dict(block) for block in credential.preamble] if credential else []
+    preamble = list(credential.preamble) if credential else []
     if preamble:
         system = body.get("system") or []
         blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list_of(system, "system")
-        already = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
-        body["system"] = blocks if already else preamble + blocks
+        is_there = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
+        body["system"] = blocks if is_there else preamble + blocks
     if record.route == "/messages" and not gateway.config.no_cache and not has_marks(body):
         body["cache_control"] = {"type": "ephemeral"}
     return body
@@ -7082,7 +7074,7 @@ def has_marks(value: Any) -> bool:
 
 
 def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas, answered as Claude does."""
+    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas."""
     body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
     betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
     data = upstream_json(body)
@@ -7095,8 +7087,8 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
         name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
         if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
-    headers = dict(headers_for_anthropic(reply.headers),
-                   **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
+    headers = headers_for_anthropic(reply.headers)
+    headers["content-type"] = printable(reply.headers.get("content-type", "application/json"))
     passing = PassingUsage(reply.is_stream)
 
     def cost_so_far() -> float:
@@ -7115,7 +7107,7 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 class PassingUsage:
-    """Reads the token counts of a native answer from the bytes that pass by; whatever it cannot read it leaves."""
+    """Reads the token counts of a native answer from the bytes that pass by, as far as it can."""
 
     def __init__(self, is_stream: bool) -> None:
         self._decoder = EventDecoder(joining=True) if is_stream else None
@@ -7126,7 +7118,7 @@ class PassingUsage:
         """The same steps, whose bytes are read in passing."""
         for step in steps:
             if self._decoder:
-                with contextlib.suppress(UpstreamFault):
+                with suppress(UpstreamFault):
                     self._note(self._decoder.feed(step[0]))
             else:
                 self._body += step[0][:MAX_UPSTREAM_BODY - len(self._body)]
@@ -7141,9 +7133,8 @@ class PassingUsage:
     def usage(self) -> dict:
         """What was counted so far, {} for an answer without any."""
         if self._body:
-            with contextlib.suppress(ValueError):
-                usage = value_in(json_within_bounds(self._body.decode("utf-8"), LENIENT_JSON), "usage")
-                return usage if isinstance(usage, dict) else {}
+            with suppress(ValueError):
+                self._note([{"usage": value_in(json_within_bounds(self._body.decode(), LENIENT_JSON), "usage")}])
         return self._usage
 
 
@@ -7153,8 +7144,8 @@ class PassingUsage:
 FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
 
 
-class ToolSettings(NamedTuple):
-    """`where`: one line for the table; `text`: the settings themselves, with the placeholders of `filled`."""
+class Setup(NamedTuple):
+    """`where`: where they go; `text`: the settings themselves, with the placeholders of `filled`."""
     title: str
     where: str
     text: str = FORM
@@ -7162,10 +7153,10 @@ class ToolSettings(NamedTuple):
     between: str = " "                              # two arguments of START
 
 
-def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
-    """The settings of a library: a call whose argument `address` is the base URL."""
+def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> Setup:
+    """The settings of a library, which gets the base URL as its argument `address`."""
     module, _, name = name.rpartition(".")
-    return ToolSettings(title, "%s(%s=...)" % (name, address), 'from %s import %s\nllm = %s(%s, %s="BASE", '
+    return Setup(title, "%s(%s=...)" % (name, address), 'from %s import %s\nllm = %s(%s, %s="BASE", '
                         'api_key="KEY"%s)' % (module, name, name, model, address, others))
 
 
@@ -7179,18 +7170,18 @@ OPENCODE = """\
     "options": { "baseURL": "BASE", "apiKey": "KEY" },
     "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""
 
-TOOL_SETTINGS: Dict[str, ToolSettings] = {
-    "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
+TOOL_SETTINGS: Dict[str, Setup] = {
+    "openai": Setup("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
 # or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" }); model: MODEL"""),
     "langchain": library("LangChain", "langchain_openai.ChatOpenAI", "base_url", ", stream_usage=True"),
     "llamaindex": library("LlamaIndex", "llama_index.llms.openai_like.OpenAILike", "api_base",
                           ",\n    is_chat_model=True, is_function_calling_model=True, context_window=1000000"),
-    "ai-sdk": ToolSettings("Vercel AI SDK", "createOpenAI({ baseURL })", """\
+    "ai-sdk": Setup("Vercel AI SDK", "createOpenAI({ baseURL })", """\
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
 // openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
-    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
+    "openai-agents": Setup("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
 # Python: Agent(name="agent", model="MODEL") / JavaScript: new Agent({ name: "agent", model: "MODEL" })"""),
     "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL_ID"'),
@@ -7200,80 +7191,80 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
                        ',\n    model_info={"vision": True, "function_calling": True, "json_output": True,'
                        '\n                "structured_output": True, "family": "unknown"}', 'model="MODEL_ID"'),
     "agno": library("Agno", "agno.models.openai.like.OpenAILike", "base_url", "", 'id="MODEL"'),
-    "mastra": ToolSettings("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
+    "mastra": Setup("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
     "browser-use": library("browser-use", "browser_use.ChatOpenAI", "base_url", ""),
-    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml", """\
+    "promptfoo": Setup("promptfoo", "promptfooconfig.yaml", """\
 providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY } }]"""),
-    "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
+    "aider": Setup("Aider", "--openai-api-base, model openai/...", """\
 export OPENAI_API_KEY=KEY
 aider --openai-api-base BASE --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
-    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
-                                "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
-    "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
+    "claude-code": Setup("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
+                         "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
+    "codex": Setup("Codex CLI", "~/.codex/config.toml", """\
 model = "claude-opus-5-5"
 model_provider = "gateway"
 model_providers.gateway.name = "gateway"
 model_providers.gateway.base_url = "BASE"
 model_providers.gateway.wire_api = "responses"
 ENV_KEY"""),
-    "opencode": ToolSettings("opencode", "opencode.json", OPENCODE),
-    "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
+    "opencode": Setup("opencode", "opencode.json", OPENCODE),
+    "goose": Setup("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
 export GOOSE_PROVIDER=openai GOOSE_MODEL=MODEL
 export OPENAI_HOST=ORIGIN OPENAI_BASE_PATH=v1/chat/completions OPENAI_API_KEY=KEY"""),
-    "qwen-code": ToolSettings("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
+    "qwen-code": Setup("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_MODEL=MODEL_ID
 qwen --auth-type openai"""),
-    "pi": ToolSettings("pi", "~/.pi/agent/models.json", """\
+    "pi": Setup("pi", "~/.pi/agent/models.json", """\
 { "providers": { "gateway": { "baseUrl": "BASE", "api": "openai-completions", "apiKey": "KEY",
     "models": [{ "id": "MODEL", "reasoning": true, "input": ["text", "image"], "contextWindow": 1000000,
                  "maxTokens": 128000 }] } } }"""),
-    "cline-cli": ToolSettings("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
-    "openhands": ToolSettings("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
-    "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
+    "cline-cli": Setup("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
+    "openhands": Setup("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
+    "mini-swe-agent": Setup("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
 export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors MSWEA_CONFIGURED=true
 mini -m openai/MODEL"""),
-    "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
+    "llm": Setup("llm", "extra-openai-models.yaml", """\
 # this file is in the folder that this prints: dirname "$(llm logs path)"
 - { model_id: claude, model_name: MODEL, api_base: BASE, supports_tools: true, supports_schema: true, vision: true }
 # and the key, in a shell: llm keys set openai --value KEY"""),
-    "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
-    "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
-    "kilo-code": ToolSettings("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
-    "continue": ToolSettings("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
+    "cline": Setup("Cline", "API provider: OpenAI Compatible"),
+    "roo-code": Setup("Roo Code", "API provider: OpenAI Compatible"),
+    "kilo-code": Setup("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
+    "continue": Setup("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
 name: Claude Gateway
 version: 1.0.0
 schema: v1
 models:
   - { name: Claude, provider: openai, model: MODEL, apiBase: BASE, apiKey: KEY,
       capabilities: [tool_use, image_input] }"""),
-    "vscode": ToolSettings("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
+    "vscode": Setup("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
 [{ "name": "Claude Gateway", "vendor": "customendpoint", "apiKey": "KEY", "apiType": "chat-completions",
    "models": [{ "id": "MODEL", "name": "Claude", "url": "BASE/chat/completions", "toolCalling": true, "vision": true,
      "maxInputTokens": 1000000, "maxOutputTokens": 128000 }] }]"""),
-    "xcode": ToolSettings("Xcode", "Settings, Intelligence, Add a Model Provider", """\
+    "xcode": Setup("Xcode", "Settings, Intelligence, Add a Model Provider", """\
 Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key header Authorization: Bearer KEY"""),
-    "zed": ToolSettings("Zed", "settings.json, language_models", """\
+    "zed": Setup("Zed", "settings.json, language_models", """\
 { "language_models": { "openai_compatible": { "Gateway": { "api_url": "BASE", "available_models": [
     { "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
       "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
 // the key goes into the environment: GATEWAY_API_KEY=KEY"""),
-    "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
-    "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
+    "jetbrains": Setup("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
+    "cursor": Setup("Cursor", "cannot work with a local address", """\
 Cursor sends its requests from its own servers, which cannot reach this machine. It would need a public https address
 in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening your credential so."""),
-    "open-webui": ToolSettings("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
-    "librechat": ToolSettings("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
+    "open-webui": Setup("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
+    "librechat": Setup("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
 endpoints: { custom: [{ name: Claude, apiKey: KEY, baseURL: BASE, models: { default: [MODEL], fetch: true },
                         titleConvo: true, titleModel: haiku }] }"""),
-    "n8n": ToolSettings("n8n", "Credentials, OpenAI; the model by its id in the OpenAI Chat Model node", IN_CONTAINER),
-    "home-assistant": ToolSettings("Home Assistant", "Settings, Devices & services, Add integration, LiteLLM", """\
+    "n8n": Setup("n8n", "Credentials, OpenAI; the model by its id in the OpenAI Chat Model node", IN_CONTAINER),
+    "home-assistant": Setup("Home Assistant", "Settings, Devices & services, Add integration, LiteLLM", """\
 URL: http://ADDRESS-OF-THIS-MACHINE:PORT/v1
 API key: YOUR-GATEWAY-KEY
 and a gateway that Home Assistant (2026.6 or newer) can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
 The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
-    "obsidian": ToolSettings("Obsidian plugins", "provider: OpenAI compatible, or custom", FORM + """
+    "obsidian": Setup("Obsidian plugins", "provider: OpenAI compatible, or custom", FORM + """
 If the plugin reports a network or CORS error: claude-gateway START --cors-origin app://obsidian.md"""),
 }
 # Name -> the heading above it, where a list is grouped
@@ -7281,7 +7272,7 @@ TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", 
                "systemd": "Service files"}
 
 SERVICE_FILES = {
-    "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
+    "systemd": Setup("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
 # then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway && loginctl enable-linger
 [Unit]
 Description=Claude Gateway
@@ -7296,7 +7287,7 @@ NoNewPrivileges=yes
 PrivateTmp=yes
 [Install]
 WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$")),
-    "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
+    "launchd": Setup("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
      to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway -->
@@ -7313,7 +7304,7 @@ WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).repl
   <key>ThrottleInterval</key><integer>60</integer>
   <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
 </dict></plist>""", lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "</string><string>"),
-    "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
+    "windows": Setup("Windows: a task that runs when you sign in", "a PowerShell window", """\
 # keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
 $trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
@@ -7323,8 +7314,8 @@ Start-ScheduledTask 'Claude Gateway'
 # where that is denied: a shortcut in the start-up folder does the same
 # $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
 # $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()""",
-                             lambda path: path.replace("'", "''")),
-    "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
+                     lambda path: path.replace("'", "''")),
+    "docker": Setup("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .
 # docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
 # In a container the gateway listens on all addresses, so it requires an API key (CLAUDE_GATEWAY_API_KEY).
@@ -7342,24 +7333,24 @@ SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
 
 
 def setup_name(text: str) -> str:
-    """The entry of a name or title, in upper or lower case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
+    """The entry of a name or title: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
     plain = re.sub(r"[ _]+", "-", text.strip().lower())
-    names = {re.sub(r"[ _]+", "-", tool.title.lower()): name for name, tool in TOOL_SETTINGS.items()}
+    names = {tool.title.lower().replace(" ", "-"): name for name, tool in TOOL_SETTINGS.items()}
     names.update({name: name for name in SETTINGS})
     if plain in names:
         return names[plain]
     nearest = difflib.get_close_matches(plain, names, n=1)
-    raise argparse.ArgumentTypeError("there are no settings for %s. %s`claude-gateway setup` lists all names." % (
-        text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
+    hint = "Did you mean %s? " % names[nearest[0]] if nearest else ""
+    raise argparse.ArgumentTypeError("no settings for %s. %s`claude-gateway setup` lists all names." % (text, hint))
 
 
 def filled(config: Config, path_form: Callable[[str], str] = str, between: str = " ") -> dict[str, str]:
     """The placeholders of the settings -> their values here."""
     python = sys.executable if own_file() or getattr(sys, "frozen", False) else "python3"
     origin = "http://localhost:%d" % config.port
-    arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
+    arguments = ["start"] if config.port == DEFAULT_PORT else ["start", "--port", str(config.port)]
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
-            "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
+            "MODEL_ID": "claude-sonnet-5-5",        # for tools that look up its abilities
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": '# in the environment: OPENAI_API_KEY=YOUR-GATEWAY-KEY\n'
                        'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
@@ -7382,23 +7373,22 @@ def with_values(text: str, values: dict[str, str]) -> str:
 
 
 # ---- Status page -------------------------------------------------------------------------------------
-# What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
+# What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus.
 
 USAGE_COLUMNS = ("requests", "errors", "tokens in", "cached", "tokens out", "cost")
 REQUEST_COLUMNS = ("time", "tool", "model", "status", *USAGE_COLUMNS[2:], "first byte, all")
 
 
-def token_cells(input_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float | None) -> list[str]:
+def token_cells(figures: dict) -> list[str]:
     """Texts for the last four of USAGE_COLUMNS."""
-    return ["{:,}".format(input_tokens), "%d%%" % percent(cached_tokens, input_tokens), "{:,}".format(output_tokens),
-            "" if cost_usd is None else dollars(cost_usd)]
+    read, cost = percent(figures["cached_tokens"], figures["input_tokens"]), figures["cost_usd"]
+    return [format(figures["input_tokens"], ","), "%d%%" % read, format(figures["output_tokens"], ","),
+            "" if cost is None else dollars(cost)]
 
 
-def usage_row(requests: int, failed: int, input_tokens: int, cached_tokens: int, output_tokens: int,
-              cost_usd: float | None) -> list[str]:
+def usage_row(figures: dict) -> list[str]:
     """Texts for USAGE_COLUMNS."""
-    return ["{:,}".format(requests), "{:,}".format(failed),
-            *token_cells(input_tokens, cached_tokens, output_tokens, cost_usd)]
+    return [format(figures["requests"], ","), format(figures["failed"], ","), *token_cells(figures)]
 
 
 def request_row(each: dict) -> list[str]:
@@ -7406,9 +7396,7 @@ def request_row(each: dict) -> list[str]:
     moment = time.strftime("%H:%M:%S", time.localtime(each["time"]))
     models = " -> ".join(dict.fromkeys(filter(None, (each["asked"], each["used"])))) or each["path"]
     status = "%d%s" % (each["status"], " stream" if each["stream"] else "")
-    tokens = [""] * 4
-    if each["input_tokens"] is not None:
-        tokens = token_cells(each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])
+    tokens = [""] * 4 if each["input_tokens"] is None else token_cells(each)
     times = "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])
     return [moment, each["tool"], models, status, *tokens, times]
 
@@ -7417,7 +7405,7 @@ def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
     totals = counters.totals()
-    models = totals["models"]
+    models, tokens = totals["models"], totals["tokens"]
     tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
@@ -7428,35 +7416,35 @@ def status_data(gateway: Gateway) -> dict:
         "trouble": trouble and dict(trouble, message=masked(as_typed(trouble["message"]), gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
         "requests": {"total": totals["requests"], "running": max(0, gateway.running.count - 1)},    # without this one
-        "errors": totals["errors"], "tokens": totals["tokens"],
-        "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
+        "errors": totals["errors"], "tokens": tokens,
+        "cache": {"share_percent": percent(tokens["cache_read"], prompt_tokens(tokens)),
                   "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
         **{name: totals[name] for name in ("by_tool", "by_model", "error_texts")}, "columns": REQUEST_COLUMNS,
         "recent": [dict(each, row=request_row(each)) for each in totals["recent"]],
-        "totals": [[[title, *USAGE_COLUMNS], *([name, *usage_row(**sums)] for name, sums in totals[field].items())]
-                   for title, field in (("tool", "by_tool"), ("model", "by_model"))]}
+        "totals": [[[by, *USAGE_COLUMNS], *([name, *usage_row(sums)] for name, sums in totals["by_" + by].items())]
+                   for by in ("tool", "model")]}
 
 
 def last_days(usage: Usage) -> list[dict]:
     """Costs and requests of the last thirty days, [] where they are not counted."""
-    with contextlib.suppress(FileDamaged):
+    days: dict = {}
+    with suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
-        shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
-        return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
-                for day in shown]
-    return []
+    shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
+    return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
+            for day in shown]
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /: a page for browsers, JSON for anything else.  The data requires an API key where clients need one."""
+    """GET /: a page for browsers, JSON for others.  The data requires an API key where clients need one."""
     if "text/html" in incoming.headers.get("accept", ""):
         nonce = secrets.token_urlsafe(12)
         policy = ("default-src 'none'; connect-src 'self'; style-src 'nonce-%s'; script-src 'nonce-%s'; "
                   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-        return Reply(raw=PAGE.replace("NONCE", nonce).encode("utf-8"), headers={
+        return Reply(raw=PAGE.replace("NONCE", nonce).encode(), headers={
             "content-type": "text/html; charset=utf-8", "content-security-policy": policy, "cache-control": "no-store",
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
     if gateway.config.api_key and not incoming.owner:
@@ -7477,7 +7465,7 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     priced = {model: figures for model, figures in models.items() if "usd" in figures}
     lines: list[str] = []
 
-    def family(name: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+    def family(name: str, help_text: str, samples: Iterable[tuple[dict, float]]) -> None:
         kind = "counter" if name.endswith("_total") else "gauge"
         lines.append("# HELP claude_gateway_%s %s\n# TYPE claude_gateway_%s %s" % (name, help_text, name, kind))
         for labels, value in samples:
@@ -7505,7 +7493,7 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
            [({"window": limit["window"]}, limit["used"]) for limit in data["limits"]])
     family("limit_reset_timestamp_seconds", "When they are reset, in Unix time.",
            [({"window": limit["window"]}, limit["resets_at"]) for limit in data["limits"] if limit["resets_at"]])
-    return Reply(raw=("\n".join(lines) + "\n").encode("utf-8"), headers={
+    return Reply(raw=("\n".join(lines) + "\n").encode(), headers={
         "content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
@@ -7584,13 +7572,12 @@ PAGE = """<!doctype html>
   const at = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en");
   const dollars = (usd) => "$" + (usd < 0.01 ? Number(usd.toFixed(4)) || "0.00" : usd.toFixed(2));
-  const moment = (seconds) =>
-    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  const dates = { dateStyle: "medium", timeStyle: "short" };
+  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", dates);
   let key = "", listed;
 
-  function make(kind, content = "", className = "") {
-    const made = document.createElement(kind);
-    made.className = className;
+  function make(kind, content = "", properties = {}) {
+    const made = Object.assign(document.createElement(kind), properties);
     made.append(...[content].flat());
     return made;
   }
@@ -7601,9 +7588,9 @@ PAGE = """<!doctype html>
 
   function limitBar(limit) {
     const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "";
-    const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note"), bar = make("progress");
-    bar.value = limit.used;
-    return [make("div", [make("span", limit.title), share], "row"), bar];
+    const share = make("span", Math.round(limit.used * 100) + " %" + reset, { className: "note" });
+    const row = make("div", [make("span", limit.title), share], { className: "row" });
+    return [row, make("progress", "", { value: limit.used })];
   }
 
   function dayBars(days) {
@@ -7612,12 +7599,8 @@ PAGE = """<!doctype html>
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
     at("month").textContent = "in 7 days; " + dollars(sum(days, "usd")) + " in 30 days, requests: " +
       number(sum(days, "requests"));
-    fill("bars", days.map((day) => {
-      const bar = make("i");
-      bar.style.height = 100 * day.usd / most + "%";
-      bar.title = day.day + " " + dollars(day.usd);
-      return bar;
-    }));
+    fill("bars", days.map((day) => make("i", "", { title: day.day + " " + dollars(day.usd),
+      style: "height: " + 100 * day.usd / most + "%" })));
   }
 
   function tables(data) {
@@ -7627,9 +7610,10 @@ PAGE = """<!doctype html>
     if (news === listed) return;                    // a selection in the table stays
     listed = news;
     fill("recent", [row(data.columns, "th"), ...shown.flatMap((each) => {
-      const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
-      detail.colSpan = data.columns.length;
-      return [row(each.row), ...(each.error || each.changes ? [make("tr", detail, "detail")] : [])];
+      if (!each.error && !each.changes) return [row(each.row)];
+      const texts = [make("span", each.error, { className: "down" }), make("span", each.changes)];
+      const detail = make("td", texts, { className: "note", colSpan: data.columns.length });
+      return [row(each.row), make("tr", detail, { className: "detail" })];
     })]);
   }
 
@@ -7838,8 +7822,8 @@ def parsed_weight(body: bytes) -> int:
     """What a body counts in the budget beyond its size: small members have up to 18 times their size once parsed, and
     a character beyond the basic plane gives all others of its string four bytes, too."""
     wide = len(body) > 4_000_000 and (                     # two searches, as one for both reads each byte slowly
-        re.search(rb"\\u[dD][89abAB]", body) or not body.isascii() and re.search(rb"[\xf0-\xf4]", body))
-    return 5 * len(body) if wide else min(25 * (body.count(b",") + body.count(b":")), 5 * len(body))
+        HALF_PAIR.search(body) or not body.isascii() and re.search(rb"[\xf0-\xf4]", body))
+    return 5 * len(body) if wide else min(25 * len(body.translate(None, NOT_MEMBERS)), 5 * len(body))
 
 
 def preflight_headers(head: Head) -> dict[str, str]:
@@ -8422,7 +8406,7 @@ SIMULATED_DELTAS = {"text": ("text", "text_delta", "text"), "thinking": ("thinki
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
-    """The reply to a Messages request: a JSON sample, a tool call, or a sentence about what was sent."""
+    """A JSON sample, a tool call, or a sentence about what was sent."""
     last = [message["content"] for message in request["messages"] if message["role"] == "user"][-1]
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
@@ -8430,9 +8414,9 @@ def simulated_message(request: dict, usage: dict) -> dict:
     schema = value_in(request, "output_config", "format", "schema")
     asked = json_asked_for(last) if schema is None else schema
     thinking = {"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"}
-    blocks: list[dict] = [thinking] * (request.get("thinking", {}).get("display") == "summarized")
-    if schema is None and tools and choice.get("type") != "none" and (
-            not results or choice.get("type") in ("any", "tool")):
+    blocks: list[dict] = [thinking] * (value_in(request, "thinking", "display") == "summarized")
+    calls = choice.get("type") in ("any", "tool") or not results and choice.get("type") != "none"
+    if schema is None and tools and calls:
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
@@ -8446,27 +8430,27 @@ def simulated_message(request: dict, usage: dict) -> dict:
 
 
 def simulated_usage(request: dict, seen: Bounded) -> dict:
-    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
+    """Made-up counts of a prompt: what was `seen` is as if read from the cache, if there are cache marks."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
-    total, has_mark = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
+    if "cache_control" not in json.dumps(request):
+        return {"input_tokens": sum(map(about_tokens, prompt)), "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": 0}
     read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
-    for part in prompt if has_mark else ():
+    for part in prompt:
         digest.update(json.dumps(without(part, "cache_control")).encode())
         so_far += about_tokens(part)
         read = so_far if seen.get(digest.hexdigest()) else read
         seen.put(digest.hexdigest(), True)
-    written = total - read if has_mark else 0
-    return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read}
+    return {"input_tokens": 0, "cache_creation_input_tokens": so_far - read, "cache_read_input_tokens": read}
 
 
 def json_asked_for(content: list[dict]) -> dict | None:
-    """The schema that a turn asks for in its text, {} for any object, None where it asks for no JSON."""
+    """The schema that a turn asks for in its text; {}: any object, None: no JSON."""
     texts = [block["text"] for block in content if block["type"] == "text"]
     if not texts or not texts[-1].startswith(JSON_ONLY):
         return None
-    with contextlib.suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):
         return dict(json.JSONDecoder().raw_decode(texts[-1], texts[-1].index("{"))[0])
     return {}
 
@@ -8522,7 +8506,7 @@ def simulated_events(message: dict) -> Iterator[dict]:
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
-    """GET is /v1/models, without any, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
+    """GET is /v1/models, an empty list, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
     server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
@@ -8550,7 +8534,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
             self._send("text/event-stream", named_event(next(simulated_events(answer))), more=1_000)
             self.wfile.flush()
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.connection.recv(1)             # until the gateway closes the connection
             self.server.abandoned.set()
             self.close_connection = True
@@ -8592,7 +8576,7 @@ class SimulatedUpstream(socketserver.ThreadingTCPServer):
 
 
 def demo_config(config: Config, url: str) -> Config:
-    """The same gateway in front of the simulated upstream, without any real credential or address."""
+    """The same gateway in front of the simulated upstream, without a real credential or address."""
     return replace(config, base_url=url, anthropic_api_key="no-key-needed", anthropic_auth_token="",
                    claude_code_oauth_token="", token_file="", auth="auto", https_proxy="")
 
@@ -8688,7 +8672,7 @@ OK, FAILURE, USAGE, NO_CREDENTIAL, PORT_IN_USE, UNREACHABLE, INTERRUPTED = 0, 1,
 
 
 class UsageError(Exception):
-    """Invalid flags or environment; exit code 2.  `setting` is the flag or variable at fault, if it is one."""
+    """Invalid flags or environment.  `setting`: the flag or variable at fault, if it is one."""
 
     def __init__(self, message: str, setting: str = "") -> None:
         super().__init__("%s: %s" % (setting, message) if setting else message)
@@ -8722,36 +8706,39 @@ def for_terminal(text: str) -> str:
 
 
 def given_to(path: str | None, example: str) -> bytes:
-    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError, with the example."""
+    """The bytes of the file, or of standard input ("-").  Raises UsageError, with the example."""
     source = None if path in (None, "-") else path
     if not source and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
+    data = b""
     try:
-        with open(source, "rb") if source else contextlib.nullcontext(
-                sys.stdin.buffer if sys.stdin else io.BytesIO()) as file:
-            data = file.read()
+        if source:
+            with open(source, "rb") as file:
+                data = file.read()
+        elif sys.stdin:
+            data = sys.stdin.buffer.read()
     except OSError as fault:
         raise UsageError("%s: %s" % (source or "standard input", fault.strerror or fault)) from fault
     if not data.strip():
-        raise UsageError("%s is %s; for example: claude-gateway %s" % (
-            source or "Standard input", "empty" if source or sys.stdin else "closed", example))
+        state = "empty" if source or sys.stdin else "closed"
+        raise UsageError("%s is %s; for example: claude-gateway %s" % (source or "Standard input", state, example))
     return data
 
 
 def print_json(value: Any) -> None:
-    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases, which controls no terminal."""
+    """As UTF-8 where the output is that, else escaped; valid JSON that controls no terminal."""
     text = json.dumps(value, indent=1, ensure_ascii="utf" not in str(sys.stdout.encoding).lower())
     print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
 
 
 def lines_within(text: str, columns: int, indent: int = 13) -> str:
-    """Lines broken between words to fit a terminal, 0 for none, which go on with an indent."""
+    """Lines broken between words to fit a terminal (0: none), which go on with an indent."""
     return "\n".join(textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False,
                                    break_on_hyphens=False) if columns else line for line in text.split("\n"))
 
 
 def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
-    """A table; the texts of each column stand at this side of it, "<" or ">"."""
+    """A table; the texts of each column stand at its side "<" or ">"."""
     rows = [[*map(visible, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows)
@@ -8770,10 +8757,10 @@ def duration_text(seconds: float) -> str:
 
 def expiry_text(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and whether it is renewed."""
-    left = expires_at - time.time()
-    when = "in %s)%s" % (duration_text(left), ", renewed automatically" * refreshable) if left > 0 else \
-        "expired%s)" % ("; it is renewed at the next request" * refreshable)
-    return "%s (%s" % (moment_text(expires_at), when)
+    moment, left = moment_text(expires_at), expires_at - time.time()
+    if left > 0:
+        return "%s (in %s)%s" % (moment, duration_text(left), ", renewed automatically" * refreshable)
+    return "%s (expired%s)" % (moment, "; it is renewed at the next request" * refreshable)
 
 
 # ---- Options -----------------------------------------------------------------------------------------
@@ -8788,6 +8775,7 @@ class Option(NamedTuple):
     metavar: str = ""                               # "" = a switch
     repeatable: bool = False
     choices: Sequence[str] = ()
+    read: Callable[[Any, str], Any] = anything      # its value from a text; the second argument names the setting
 
     @property
     def field(self) -> str:
@@ -8798,42 +8786,17 @@ class Option(NamedTuple):
         return "CLAUDE_GATEWAY_" + self.field.upper()
 
 
-OPTIONS = (
-    Option("port", "port of the gateway; 0: any free one (default: %d)" % DEFAULT_PORT, "p", "PORT"),
-    Option("host", "address to listen on (default: localhost); others require an API key", "", "ADDRESS", True),
-    Option("api-key", "API key that clients have to send; better set in the environment", "", "KEY", True),
-    Option("verbose", "log requests and replies in full, secrets masked", "V"),
-    Option("minimal", "log method, path, status and time only", "m"),
-    Option("quiet", "log nothing", "q"),
-    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
-    Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
-    Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True),
-    Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
-    Option("cors-origin", "also accept web pages of this origin; '*' requires an API key", "", "ORIGIN", True),
-    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
-    Option("no-cache", "add no prompt cache breakpoints"),
-    Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
-    Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS"),
-    Option("budget", "refuse a client key that has cost this; USD/day, USD/week or USD/month", "", "USD/PERIOD", True),
-    Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
-    Option("no-usage", "keep no file of the usage by day"),
-    Option("demo", "answer from a built-in simulation: no account, no network"),
-)
-
-
-def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
-    """How a text is read: as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
-    def read(setting: str, text: str) -> Any:
+def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any] = lambda match: match.groups()) -> Any:
+    """Reads a text as what `value_of` makes of the pattern's match."""
+    def read(text: str, setting: str) -> Any:
         match = re.match(pattern, text.strip())
-        value = match and value_of(match)
-        if value is None:
+        if not match:
             raise UsageError("expected %s, got %r." % (expected, text), setting)
-        return value
+        return value_of(match)
     return read
 
 
-def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
+def fallbacks_from(text: str, setting: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     try:
         for name in names if names != ("default",) else ():
@@ -8843,22 +8806,46 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
     return names
 
 
-# Options whose values need checking -> how they are read
-CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": value_reader(r"\d{1,5}\Z", "a number from 0 to 65535",
-                         lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
-    "fallback": fallbacks_from,
-    "alias": value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
-    "api-key": value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group()),
-    # as browsers send them, which is without a slash at the end
-    "cors-origin": value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
-                                "an origin like https://app.example.com", lambda match: match.group(1).lower()),
-    "budget": value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
-                           lambda match: (float(match.group(1)), match.group(2)))}
+def port_from(text: str, setting: str) -> int:
+    if not re.match(r"\d{1,5}\Z", text.strip()) or int(text) > 65_535:
+        raise UsageError("expected a number from 0 to 65535, got %r." % text, setting)
+    return int(text)
 
 
-def checked_credential(variable: str, text: str) -> str:
-    """A key, token or id without surrounding blanks, which pasting leaves; it must fit into a header."""
+OPTIONS = (
+    Option("port", "port of the gateway; 0: any free one (default: %d)" % DEFAULT_PORT, "p", "PORT", read=port_from),
+    Option("host", "address to listen on (default: localhost); others require an API key", "", "ADDRESS", True),
+    Option("api-key", "API key that clients have to send; better set in the environment", "", "KEY", True,
+           read=value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group())),
+    Option("verbose", "log requests and replies in full, secrets masked", "V"),
+    Option("minimal", "log method, path, status and time only", "m"),
+    Option("quiet", "log nothing", "q"),
+    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
+    Option("auth", "auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
+    Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
+    Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True,
+           read=value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL")),
+    Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
+    Option("cors-origin", "also accept web pages of this origin; '*' requires an API key", "", "ORIGIN", True,
+           # as browsers send them, which is without a slash at the end
+           read=value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                             "an origin like https://app.example.com", lambda match: match.group(1).lower())),
+    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
+    Option("no-cache", "add no prompt cache breakpoints"),
+    Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
+    Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS",
+           read=fallbacks_from),
+    Option("budget", "refuse a client key that has cost this; USD/day, USD/week or USD/month", "", "USD/PERIOD", True,
+           read=value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                             lambda match: (float(match.group(1)), match.group(2)))),
+    Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
+    Option("no-usage", "keep no file of the usage by day"),
+    Option("demo", "answer from a built-in simulation: no account, no network"),
+)
+
+
+def checked_credential(text: str, variable: str) -> str:
+    """A key, token or id without the blanks that pasting leaves; it must fit into a header."""
     if not is_sendable(text.strip()):
         raise UsageError("contains characters that are not allowed in a key or token.", variable)
     return text.strip()
@@ -8880,7 +8867,7 @@ def doubtful_credentials(environment: dict[str, str]) -> list[str]:
             if variable in environment and re.match(pattern, "%s=%s" % (variable, environment[variable].strip()))]
 
 
-def headers_from(variable: str, lines: str) -> tuple[tuple[str, str], ...]:
+def headers_from(lines: str, variable: str) -> tuple[tuple[str, str], ...]:
     """Lines `Name: value`; those that authenticate or frame a request are ours."""
     headers = []
     for line in filter(None, map(str.strip, lines.split("\n"))):
@@ -8896,7 +8883,7 @@ RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content
                     "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
 
 
-def checked_base_url(variable: str, url: str) -> str:
+def checked_base_url(url: str, variable: str) -> str:
     """An https URL, or plain http on loopback: a credential is sent there."""
     host = host_in(url)
     if not host:
@@ -8907,8 +8894,8 @@ def checked_base_url(variable: str, url: str) -> str:
     return url
 
 
-def checked_proxy(variable: str, url: str) -> str:
-    """The URL of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may contain a password."""
+def checked_proxy(url: str, variable: str) -> str:
+    """The URL of an HTTP proxy, maybe without its scheme.  Errors do not repeat it: it may contain a password."""
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
     match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
@@ -8922,17 +8909,17 @@ SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": None, "false": 
 
 
 def value_from_variable(option: Option, text: str) -> Any:
-    """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
+    """A variable's text as the option's value: lists have commas."""
     if option.repeatable:
         return [entry.strip() for entry in text.split(",")]
-    values: Dict[str, Any] = {choice: choice for choice in option.choices} if option.metavar else SWITCH
+    values: dict = {choice: choice for choice in option.choices} if option.metavar else SWITCH
     if values and text.lower() not in values:
         raise UsageError("expected one of %s, got %r." % (", ".join(values), text), option.variable)
     return values.get(text.lower(), text)
 
 
 def in_configuration(environment: dict[str, str], *names: str) -> str:
-    """A path in the user's configuration directory, never in the working directory; "" without a home directory."""
+    """A path in the user's configuration directory; "" without a home directory."""
     home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
     bases = [environment.get("APPDATA", "")] if os.name == "nt" else [
         environment.get("XDG_CONFIG_HOME", ""), os.path.join(home, ".config")]
@@ -8940,18 +8927,18 @@ def in_configuration(environment: dict[str, str], *names: str) -> str:
     return next((os.path.join(base, *names) for base in bases if os.path.isabs(base)), "")
 
 
-# Variables that are no options -> the field of the Config, and how they are read
+# Variables that are no options -> the field of the Config, and what reads them
 VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
     "ANTHROPIC_API_KEY": ("anthropic_api_key", checked_credential),
     "ANTHROPIC_AUTH_TOKEN": ("anthropic_auth_token", checked_credential),
     "CLAUDE_CODE_OAUTH_TOKEN": ("claude_code_oauth_token", checked_credential),
     "ANTHROPIC_WORKSPACE_ID": ("workspace_id", checked_credential),
     "ANTHROPIC_CUSTOM_HEADERS": ("custom_headers", headers_from),
-    "ANTHROPIC_PROFILE": ("profile", lambda variable, name: name),
-    "ANTHROPIC_BASE_URL": ("base_url", lambda name, url: re.sub(r"(/v1)?/*\Z", "", checked_base_url(name, url))),
+    "ANTHROPIC_PROFILE": ("profile", anything),
+    "ANTHROPIC_BASE_URL": ("base_url", lambda url, name: re.sub(r"(/v1)?/*\Z", "", checked_base_url(url, name))),
     "CLAUDE_GATEWAY_TOKEN_URL": ("token_url", checked_base_url),
     "CLAUDE_GATEWAY_AUTHORIZE_URL": ("authorize_url", checked_base_url),
-    "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", lambda variable, scopes: scopes),
+    "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", anything),
 }
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 LEVEL_VARIABLES = ["CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS]
@@ -8959,25 +8946,25 @@ CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_E
 OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
-def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bool) -> dict[str, Any]:
-    """The options that are set, by their fields: flags over variables, of which `offline` reads the command's own."""
+def option_values(parsed: Namespace, given: Dict[str, str], offline: bool) -> dict:
+    """The options that are set, by their fields: flags over variables; `offline`: only those of the command."""
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *LEVEL_VARIABLES)
-    fields: dict[str, Any] = {}
+    fields: dict = {}
     for option in OPTIONS:
         value, setting = getattr(parsed, option.field, None), "--" + option.name
         if value is None and option.variable in given and (hasattr(parsed, option.field) or not offline):
             setting = option.variable
             value = value_from_variable(option, given[setting])
-        if value is not None:
-            read = CHECKS.get(option.name, lambda setting, text: text)
-            fields[option.field] = tuple(read(setting, text) for text in value) if option.repeatable else \
-                read(setting, value)
+        if value is not None and option.repeatable:
+            fields[option.field] = tuple(option.read(text, setting) for text in value)
+        elif value is not None:
+            fields[option.field] = option.read(value, setting)
     return fields
 
 
-def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
+def config_from(parsed: Namespace, environment: Dict[str, str]) -> Config:
+    """Flags over environment over defaults; an offline command reads its own options only.  Raises UsageError."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     offline = parsed.command in OFFLINE
     fields = option_values(parsed, given, offline)
@@ -8996,10 +8983,10 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     proxy_variable = next((name for name in ("https_proxy", "HTTPS_PROXY") if name in given), "")
     for variable, (field, reader) in VARIABLES.items():
         if variable in given:
-            fields[field] = reader(variable, given[variable])
+            fields[field] = reader(given[variable], variable)
     fields.update(profile_folder=given.get("ANTHROPIC_CONFIG_DIR") or in_configuration(
                       without(given, "XDG_CONFIG_HOME"), "Anthropic" if os.name == "nt" else "anthropic"),
-                  https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
+                  https_proxy=checked_proxy(given.get(proxy_variable, ""), proxy_variable),
                   no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
                   ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
     return Config(**fields)
@@ -9020,14 +9007,14 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
         if name.startswith("CLAUDE_GATEWAY_") and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             yield ignored % name, "Did you mean %s?" % nearest[0] if nearest else "See claude-gateway start --help."
-    if not config.https_proxy and not config.demo:
-        found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
-        system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
-        if system and system not in os.environ.values():
-            found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
-        if found:
-            yield (ignored if len(found) == 1 else ignored.replace("is", "are")) % ", ".join(found), \
-                "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+    if config.https_proxy or config.demo:
+        return
+    found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
+    system = urllib.request.getproxies().get("https")           # of macOS or Windows, where no variable is set
+    if system and system not in os.environ.values():
+        found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
+    for name in found:
+        yield ignored % name, "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
@@ -9035,7 +9022,7 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
 
 
 class Finding(NamedTuple):
-    """The result of a check; `step`: what to do next, where it is not ok; `code`: a failure's exit code."""
+    """The result of a check; `step`: what to do where it is not ok; `code`: a failure's exit code."""
     name: str
     detail: str
     step: str = ""
@@ -9046,25 +9033,25 @@ class Finding(NamedTuple):
         return "failed" if self.code else "warning" if self.step else "ok"
 
 
-@contextlib.contextmanager
+@contextmanager
 def local_answer(config: Config, body: dict | None = None, key: str = "", timeout: float = 5,
                  path: str = "/") -> Iterator[http.client.HTTPResponse]:
-    """What this machine's port answers to GET, or to a chat completion request; a key is sent only if given."""
+    """What this machine's port answers to GET, or to a chat completion request."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway",
-               **({"authorization": "Bearer " + key} if key else {})}
-    with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
+    headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway"}
+    if key:
+        headers["authorization"] = "Bearer " + key
+    with closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
         connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
         yield connection.getresponse()
 
 
 def running_status(config: Config, key: str = "", path: str = "/") -> dict | None:
-    """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
-    With another path, the JSON object that it answers there."""
+    """The status of the gateway on this machine's port, or its answer at `path`; None: no listener, {}: another."""
     try:
         with local_answer(config, key=key, path=path) as response:
-            status = json.loads(response.read(1_000_000).decode("utf-8"))
+            status = json.loads(response.read(1_000_000).decode())
     except (ConnectionRefusedError, socket.gaierror):
         return None
     except (OSError, ValueError, http.client.HTTPException):
@@ -9088,37 +9075,29 @@ def port_finding(config: Config) -> Finding:
     return Finding("Port", "%d is free" % config.port)
 
 
-def proxy_finding(config: Config) -> Finding:
-    """The proxy on the way to Claude, without its credentials."""
-    if not config.https_proxy:
-        return Finding("Proxy", "none")
-    is_used = is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc)
-    hint = "" if is_used else ", but not for the upstream: it is in NO_PROXY, or on this machine"
-    return Finding("Proxy", shown_proxy(config) + hint)
-
-
 def authorities_finding(config: Config) -> Finding:
     """Whose certificates are trusted."""
-    step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2] \
-        if sys.platform == "darwin" else "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
+    step = "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
+    if sys.platform == "darwin":
+        step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2]
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except (UpstreamFault, OSError) as fault:       # OSError: PyPy, where the system has no authorities
-        return Finding("Certificates", str(fault), "Correct the path in %s." % config.ca_variable
-                       if config.ca_variable else step, FAILURE)
-    strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
+        step = "Correct the path in %s." % config.ca_variable if config.ca_variable else step
+        return Finding("Certificates", str(fault), step, FAILURE)
     count = context.cert_store_stats()["x509_ca"]
     directory = ssl.get_default_verify_paths().capath       # those in there are read when they are needed
     if not count and not (directory and os.listdir(directory)):
         return Finding("Certificates", "no certificate authorities", step)
-    return Finding("Certificates", "%d authorit%s%s%s" % (
-        count, "y" if count == 1 else "ies",
-        ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
-        ", strict X.509 rules" if strict else ""))
+    detail = "1 authority" if count == 1 else "%d authorities" % count
+    if config.ca_file:
+        detail += ", with those of %s (%s)" % (config.ca_file, config.ca_variable)
+    is_strict = context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0)
+    return Finding("Certificates", detail + ", strict X.509 rules" * bool(is_strict))
 
 
 def machine_findings(config: Config) -> Iterator[Finding]:
-    """Python, the file, the port, the network settings: checks that work without a network."""
+    """What can be checked without a network."""
     yield Finding("Python", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
     origin = "not from a file of its own"
     if own_file():
@@ -9126,7 +9105,10 @@ def machine_findings(config: Config) -> Iterator[Finding]:
             origin = "sha256 " + hashlib.sha256(file.read()).hexdigest()
     yield Finding("File", "claude-gateway %s, %s" % (VERSION, origin))
     yield port_finding(config)
-    yield proxy_finding(config)
+    proxy = shown_proxy(config) if config.https_proxy else "none"
+    if config.https_proxy and not is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc):
+        proxy += ", but not for the upstream: it is in NO_PROXY, or on this machine"
+    yield Finding("Proxy", proxy)
     yield authorities_finding(config)
 
 
@@ -9140,14 +9122,14 @@ def step_for_fault(message: str) -> str:
 
 
 def issuer_of(host: str, port: int) -> str:
-    """Who issued the certificate of a host: the second handshake trusts just this one, as only then ssl parses it."""
-    with contextlib.suppress(OSError, ValueError):
+    """Who issued a host's certificate; a second handshake trusts just that, as only then ssl parses it."""
+    with suppress(OSError, ValueError):
         context = ssl.create_default_context(cadata=ssl.get_server_certificate((host, port)))
         context.check_hostname = False
         context.verify_flags = ssl.VerifyFlags(0x80000)             # VERIFY_X509_PARTIAL_CHAIN, named since 3.10
         with socket.create_connection((host, port), CONNECT_TIMEOUT) as plain, \
                 context.wrap_socket(plain, server_hostname=host) as secured:
-            certificate: Dict[str, Any] = secured.getpeercert() or {}
+            certificate: dict = secured.getpeercert() or {}
             issuer = dict(name[0] for name in certificate["issuer"])
             return issuer.get("organizationName") or issuer.get("commonName", "")
     return ""
@@ -9165,7 +9147,7 @@ def clock_finding(date: str) -> Finding:
 
 
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """The way to Claude: name, connection, certificate, clock, in this order, up to the first that fails."""
+    """The way to Claude: name, connection, certificate, clock, up to the first that fails."""
     parts = urllib.parse.urlsplit(config.base_url)
     host, port = address_of(parts.netloc, 443 if parts.scheme == "https" else 80)
     proxied = is_proxied(config, parts.netloc)
@@ -9181,10 +9163,11 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     try:
         headers = upstream.probe()
     except GatewayError as fault:
+        detail = "%s port %d%s: %s" % (host, port, " by the proxy" * proxied, fault)
         issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
-        yield Finding("Upstream", "%s port %d%s: %s%s" % (
-            host, port, " by the proxy" if proxied else "", fault,
-            " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
+        if issuer:
+            detail += " The certificate was issued by %s." % issuer
+        yield Finding("Upstream", detail, step_for_fault(str(fault)), UNREACHABLE)
         return
     detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
     if headers.get("server", "").startswith("claude-gateway"):
@@ -9196,7 +9179,7 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
 
 
 def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """Which credential there is, and what is known of it without a request to Claude."""
+    """Which credential there is, as far as it is known without a request to Claude."""
     try:
         credential = upstream.credential = credential_from_config(config, upstream.post_json)
     except GatewayError as fault:
@@ -9209,9 +9192,11 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     detail, expires_at, renewed = facts["description"], facts.get("expires_at"), bool(facts.get("refreshable"))
     if expires_at:
         detail += ", token expires: " + expiry_text(expires_at, renewed)
-    over = expires_at and expires_at < time.time() and not renewed
-    yield Finding("Credential", detail, *(("claude-gateway login", NO_CREDENTIAL) if over else ()))
-    if credential.preamble and not over:
+    if expires_at and expires_at < time.time() and not renewed:
+        yield Finding("Credential", detail, "claude-gateway login", NO_CREDENTIAL)
+        return
+    yield Finding("Credential", detail)
+    if credential.preamble:
         yield Finding("Terms", OWN_APPS_ONLY, "An API key is always fine.")
 
 
@@ -9226,22 +9211,21 @@ def acceptance_finding(upstream: Upstream) -> Finding:
     try:
         return Finding("Accepted", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
+        step, code = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault)), OK
         if WORKSPACE_HINT in str(fault):
-            return Finding("Accepted", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
-        if fault.status in (401, 403) and upstream.credential:
-            step = REFUSED_STEPS.get(upstream.credential.facts()["kind"], "")
-            return Finding("Accepted", str(fault), step, NO_CREDENTIAL)
-        return Finding("Accepted", str(fault), "Try again later." if isinstance(fault, ClaudeError) else
-                       step_for_fault(str(fault)))
+            step, code = "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL
+        elif fault.status in (401, 403) and upstream.credential:
+            step, code = REFUSED_STEPS[upstream.credential.facts()["kind"]], NO_CREDENTIAL
+        return Finding("Accepted", str(fault), step, code)
 
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
-    """One short reply, and one cache round trip: the second of two equal prompts must read what the first wrote."""
+    """Two equal prompts: a short reply, and whether the second one reads what the first wrote to the cache."""
     filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
     answers: List[Any] = []
-    with contextlib.closing(Gateway(config, credential)) as gateway:
+    with closing(Gateway(config, credential)) as gateway:
         try:
             for incoming in (Incoming(body), Incoming(body)):
                 try:
@@ -9254,8 +9238,8 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     text, usage = answers[0]["choices"][0]["message"]["content"] or "", answers[1]["usage"]
     yield Finding("Live call", "%s answered %s" % (answers[0]["model"], json.dumps(text[:40])))
     read = usage["prompt_tokens_details"]["cached_tokens"]
-    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), "" if read else
-                  "Run this again; if nothing is read then, the upstream does not cache.")
+    step = "" if read else "Run this again; if nothing is read then, the upstream does not cache."
+    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), step)
 
 
 # The checks that are skipped where one before them fails, as `doctor` then reports
@@ -9264,26 +9248,28 @@ LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": 
 
 
 def findings(config: Config, live: bool) -> Iterator[Finding]:
-    """All checks of `doctor`, each building on those before it, and at the end which ones were skipped."""
+    """All checks of `doctor`, each building on those before it, and which ones were skipped."""
     levels: Dict[str, str] = {}
-    with contextlib.closing(Upstream(config, "")) as upstream:
-        def later() -> Iterator[Finding]:
-            if "failed" not in (levels.get("Upstream", "failed"), levels["Credential"]):
-                yield acceptance_finding(upstream)
-            if live and upstream.credential and levels.get("Accepted") == "ok":
-                yield from live_findings(config, upstream.credential)
-        for finding in itertools.chain(machine_findings(config), network_findings(config, upstream),
-                                       credential_findings(config, upstream), later()):
+
+    def noted(found: Iterable[Finding]) -> Iterator[Finding]:
+        for finding in found:
             levels[finding.name] = finding.level
             yield finding
+    with closing(Upstream(config, "")) as upstream:
+        yield from noted(machine_findings(config))
+        yield from noted(network_findings(config, upstream))
+        yield from noted(credential_findings(config, upstream))
+        if levels.get("Upstream", "failed") != "failed" and levels["Credential"] != "failed":
+            yield from noted([acceptance_finding(upstream)])
+        if live and levels.get("Accepted") == "ok":
+            yield from noted(live_findings(config, upstream.credential))
     skipped = [check for name, check in LATER_CHECKS.items() if name not in levels and (live or name != "Live call")]
     if skipped:
         yield Finding("Skipped", ", ".join(skipped), "Fix what failed above, then run this again.")
 
 
 # ---- Selftest ----------------------------------------------------------------------------------------
-# The gateway against its own simulation, without network and credential: with `doctor` it separates "the gateway
-# is broken" from "the network is broken".
+# The gateway against its own simulation, without network and credential.
 
 
 def selftest_findings() -> Iterator[Finding]:
@@ -9295,20 +9281,19 @@ def selftest_findings() -> Iterator[Finding]:
     hello = {"model": "sonnet", "messages": [{"role": "user", "content": "Hello"}]}
     tool = {"type": "function", "function": {"name": "look.up", "parameters": {
         "type": "object", "properties": {"word": {"type": "string"}}}}}
-    picture = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
-               "AABJRU5ErkJggg==")
-    cases: Sequence[Tuple[str, dict, int, Sequence[str]]] = (       # and what the answer contains
+    picture = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
+    cases: Any = (                                  # name, request, status, what the answer contains
         ("plain", hello, 200, ["simulated answer"]),
         ("streaming", dict(hello, stream=True), 200, ['"finish_reason":"stop"', "data: [DONE]\n\n"]),
         ("tools", dict(hello, tools=[tool]), 200, ['"name":"look.up"', '"finish_reason":"tool_calls"']),
         ("image", dict(hello, messages=[{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/png"]),
+            {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/gif"]),
         ("error", dict(hello, model="no-such-model"), 404, ["model_not_found"]))
     report = ("Please report this.", FAILURE)
     try:
         for name, body, expected, words in cases:
             with local_answer(config, body, timeout=10) as response:
-                status, answer = response.status, response.read().decode("utf-8")
+                status, answer = response.status, response.read().decode()
             is_right = status == expected and all(word in answer for word in words)
             yield Finding(name, "") if is_right else Finding(name, "status %d: %s" % (status, answer[:300]), *report)
         with local_answer(config, dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)) as response:
@@ -9350,18 +9335,17 @@ MISSING_CREDENTIAL = {
 
 
 def check_writable(path: str) -> None:
-    """Reports before the sign-in, not after it, that the login cannot be stored."""
+    """Reports before the sign-in that the login cannot be stored."""
     if not path:
         raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
     directory = os.path.dirname(os.path.realpath(path))
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        reason = "" if os.access(directory, os.W_OK) else "its directory is not writable"
+        if not os.access(directory, os.W_OK):
+            raise OSError(errno.EACCES, "its directory is not writable")
     except OSError as fault:
-        reason = fault.strerror or str(fault)
-    if reason:
-        raise GatewayError("A login cannot be stored in %s: %s. Choose another file with --token-file PATH." %
-                           (path, reason))
+        raise GatewayError("A login cannot be stored in %s: %s. Use another --token-file PATH." % (
+            path, fault.strerror or fault)) from fault
 
 
 def sign_in(config: Config, open_browser: bool) -> None:
@@ -9374,9 +9358,9 @@ def sign_in(config: Config, open_browser: bool) -> None:
     remote = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY")
     if open_browser and graphical and not remote:   # there it would open elsewhere or occupy the terminal
         import webbrowser
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             webbrowser.open(login.url)
-    with contextlib.closing(Upstream(config, "")) as upstream:
+    with closing(Upstream(config, "")) as upstream:
         token = token_for_code(login, config, upstream)
     store(TokenFile(config.token_file), token)
     account = text_in(token, "account", "email_address")
@@ -9388,30 +9372,28 @@ def asked_for(prompt: str, hidden: bool = False) -> str:
     if hidden and sys.stdin and sys.stdin.isatty():
         import getpass
         return getpass.getpass(prompt).strip()
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
+    print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline().strip() if sys.stdin else ""
     if not line:
         say("")
     return line
 
 
-def token_for_code(login: Login, config: Config, upstream: Upstream) -> dict:
-    """The tokens for the pasted code; a wrong or refused one may be entered again, twice."""
-    for left in (2, 1, 0):
-        pasted = asked_for("Code: ")
-        if not pasted:
-            raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
-        try:
-            code, checked = login.parse(pasted)
-            if not checked:
-                say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
-            return login.exchange(code, config.token_url, upstream.post_json)
-        except (InvalidRequest, CredentialNeeded) as fault:
-            if not left:
-                raise
-            say("%s. Open the URL again for a new code." % str(fault).rstrip("."))
-    raise AssertionError
+def token_for_code(login: Login, config: Config, upstream: Upstream, attempts: int = 3) -> dict:
+    """The tokens for the pasted code; a wrong or refused one may be entered again."""
+    pasted = asked_for("Code: ")
+    if not pasted:
+        raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
+    try:
+        code, checked = login.parse(pasted)
+        if not checked:
+            say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
+        return login.exchange(code, config.token_url, upstream.post_json)
+    except (InvalidRequest, CredentialNeeded) as fault:
+        if attempts == 1:
+            raise
+        say("%s. Open the URL again for a new code." % str(fault).rstrip("."))
+    return token_for_code(login, config, upstream, attempts - 1)
 
 
 def store(file: TokenFile, content: dict) -> None:
@@ -9419,19 +9401,18 @@ def store(file: TokenFile, content: dict) -> None:
         try:
             file.write(content)
         except OSError as fault:
-            raise GatewayError("The login could not be stored in %s: %s" %
-                               (file.path, fault.strerror or fault)) from fault
+            raise GatewayError("Cannot store the login in %s: %s" % (file.path, fault.strerror or fault)) from fault
 
 
 def store_key(config: Config) -> None:
-    """Asks for an API key, checks it with a call that costs nothing, and stores it."""
+    """Asks for an API key, checks it with a call that is free, and stores it."""
     check_writable(config.token_file)
     key = asked_for("API key (sk-ant-..., from https://platform.claude.com): ", hidden=True).strip("\"'`")
     if not is_sendable(key):
         raise CredentialNeeded("No API key was entered.")
     for problem in doubtful_credentials({"ANTHROPIC_API_KEY": key}):
         say("Warning: %s" % problem.replace("ANTHROPIC_API_KEY", "This"))
-    with contextlib.closing(Upstream(config, "")) as upstream:
+    with closing(Upstream(config, "")) as upstream:
         upstream.get("/v1/models?limit=1", key)
     store(key_file(config), {"api_key": key})
     say("Claude accepts this key. Stored in %s" % key_file(config).path)
@@ -9442,7 +9423,7 @@ def store_key(config: Config) -> None:
 
 
 def check_exposure(config: Config) -> None:
-    """Refuses to listen to the network without a key: anybody could use the credential.  Raises UsageError."""
+    """Refuses to listen to the network without a key: anybody could use the credential."""
     exposed = ["--host %s can be reached from other machines" % host for host in config.hosts
                if not is_loopback_host(host)]
     exposed += ["--cors-origin '*' allows every web page"] * ("*" in config.cors_origin)
@@ -9457,7 +9438,7 @@ def is_own_address(config: Config) -> bool:
 
 
 def gateway_with_credential(config: Config) -> Gateway:
-    """A gateway that has a credential; without one it offers to sign in, on a terminal.  Raises CredentialNeeded."""
+    """A gateway that has a credential; without one it offers to sign in, or raises CredentialNeeded."""
     damage = ""
     try:
         gateway = Gateway(config)
@@ -9475,14 +9456,14 @@ def gateway_with_credential(config: Config) -> Gateway:
 
 def raise_descriptor_limit() -> None:
     """Allows as many open connections as the system permits without privileges."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
+    with suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         for wanted in (3 * Limits.max_connections, 10_240, 4_096):   # macOS reports no limit, and refuses 10,241
             wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
             if soft == resource.RLIM_INFINITY or soft >= wanted:
                 return
-            with contextlib.suppress(ValueError, OSError):
+            with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 return
 
@@ -9490,9 +9471,9 @@ def raise_descriptor_limit() -> None:
 def report_port(config: Config, fault: OSError) -> int:
     """Says why the gateway cannot listen; the exit code."""
     if fault.errno in IN_USE:
+        owner = " by another claude-gateway" if running_status(config) else ""
         say("Port %d is in use%s. Another port: claude-gateway start --port %d" % (
-            config.port, " by another claude-gateway" if running_status(config) else "", config.port % 65_535 + 1),
-            logging.ERROR)
+            config.port, owner, config.port % 65_535 + 1), logging.ERROR)
         return PORT_IN_USE
     say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault), logging.ERROR)
     return FAILURE
@@ -9503,19 +9484,19 @@ def aliases_text(aliases: Iterable[Tuple[str, str]]) -> str:
 
 
 def print_start_lines(gateway: Gateway, service: Service) -> None:
-    """What a user needs to know first: the upstream and credential, who may call, what to paste."""
+    """The upstream and credential, who may call, what to paste."""
     config, credential = gateway.config, gateway.upstream.credential
     if config.demo:
         say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
     else:
-        say("Upstream: %s with %s" % (gateway.upstream.base_url,
-                                      credential.description if credential else "no credential"))
+        described = credential.description if credential else "no credential"
+        say("Upstream: %s with %s" % (gateway.upstream.base_url, described))
         if is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc):
             say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
             say("Note: %s; an API key is always fine. (See `claude-gateway login --help`.)" % OWN_APPS_ONLY)
-    keys = "one of %d API keys is" % len(config.api_key) if len(config.api_key) > 1 else "an API key is"
-    say("Clients: %s" % (keys + " required" if config.api_key else "no API key needed; any value is accepted"))
+    key = "one of %d API keys is" % len(config.api_key) if len(config.api_key) > 1 else "an API key is"
+    say("Clients: " + (key + " required" if config.api_key else "no API key needed; any value is accepted"))
     if config.alias:
         say("Aliases: %s" % aliases_text(config.alias))
     url, everywhere = service.url, config.host in ("0.0.0.0", "::")     # which are no addresses to connect to
@@ -9524,8 +9505,7 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
         url = "http://%s:%d/v1" % (name, service.port)
     say("Paste into your tool:  base URL %s   model sonnet" % url)
     if everywhere and not config.allow_host:
-        say("To call this machine by a name, for instance %s, add --allow-host NAME" %
-            printable(socket.gethostname()))
+        say("To call this machine by a name, as %s, add --allow-host NAME" % printable(socket.gethostname()))
 
 
 class StopSignals:
@@ -9544,7 +9524,7 @@ class StopSignals:
             os._exit(self._codes[0])
 
     def serve(self, service: Service) -> int:
-        """Waits for the signal and lets running requests finish; the exit code."""
+        """Waits for the signal and for running requests; the exit code."""
         while not self._stop.wait(1):               # a signal just before a wait does not end it, nor any on Windows
             pass
         service.stop_accepting()
@@ -9558,7 +9538,7 @@ class StopSignals:
         return self._codes[0]
 
 
-def start_command(parsed: argparse.Namespace, config: Config) -> int:
+def start_command(parsed: Namespace, config: Config) -> int:
     check_exposure(config)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
@@ -9596,9 +9576,9 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
 # `ask` and `run`: an answer, or a tool, through the gateway that runs on the port or one of their own.
 
 
-@contextlib.contextmanager
+@contextmanager
 def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
-    """The settings that reach the running gateway, or else one that lives as long as this block, with its own key."""
+    """The settings that reach the running gateway, or else one that lives as long as this block."""
     if not config.demo and running_status(config):
         yield config
         return
@@ -9617,7 +9597,7 @@ def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
         service.close(2)                            # seconds: its last request is counted first
 
 
-def ask_command(parsed: argparse.Namespace, config: Config) -> int:
+def ask_command(parsed: Namespace, config: Config) -> int:
     """Prints the answer as it arrives, or the whole completion as JSON."""
     text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
     images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
@@ -9644,7 +9624,7 @@ def chunks_of_answer(config: Config, body: dict) -> Iterator[dict]:
             for line in response:
                 done = done or line.startswith(b"data: [DONE]")
                 line = re.sub(rb"^data: ", b"", line)
-                chunk = json.loads(line.decode("utf-8")) if line.startswith(b"{") else {}
+                chunk = json.loads(line.decode()) if line.startswith(b"{") else {}
                 if "error" in chunk:
                     kind = UpstreamFault if text_in(chunk, "error", "code") == UpstreamFault.code else GatewayError
                     raise kind(text_in(chunk, "error", "message") or "The gateway refused the request.")
@@ -9679,7 +9659,7 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     return variables, options
 
 
-def run_tool(parsed: argparse.Namespace, config: Config) -> int:
+def run_tool(parsed: Namespace, config: Config) -> int:
     """Runs a tool that is pointed at the gateway; its exit status.  Nothing is written."""
     name, *arguments = parsed.program[parsed.program[:1] == ["--"]:] or [""]
     path = shutil.which(name)
@@ -9713,7 +9693,7 @@ def run_tool(parsed: argparse.Namespace, config: Config) -> int:
 # The other commands, a function each.
 
 
-def login_command(parsed: argparse.Namespace, config: Config) -> int:
+def login_command(parsed: Namespace, config: Config) -> int:
     if parsed.store_key:
         store_key(config)
     else:
@@ -9725,15 +9705,14 @@ def login_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def logout_command(parsed: argparse.Namespace, config: Config) -> int:
+def logout_command(parsed: Namespace, config: Config) -> int:
     found = [file for file in (TokenFile(config.token_file), key_file(config)) if os.path.lexists(file.path)]
     for file in found:
         try:
             with file.lock():                       # the lock file stays: another process may be waiting for it
                 file.remove()
         except OSError as fault:
-            raise GatewayError("The login in %s could not be removed: %s" %
-                               (file.path, fault.strerror or fault)) from fault
+            raise GatewayError("Cannot remove the login in %s: %s" % (file.path, fault.strerror or fault)) from fault
         say("Deleted the login in %s" % file.path)
     if not found:
         say("There was no stored login.")
@@ -9761,9 +9740,10 @@ def status_text(running: dict, key_source: str) -> str:
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
     facts, tokens, cache = running["credential"] or {}, running["tokens"], running["cache"]
+    upstream = "%s with %s" % (running["upstream"], facts.get("description") or "no credential")
+    saving = ("cost " if cache["saved_usd"] < 0 else "saved ") + dollars(abs(cache["saved_usd"]))
     lines += row_lines([
-        ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
-            running["upstream"], facts.get("description") or "no credential")),
+        ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else upstream),
         *login_rows(facts, renewable=not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
@@ -9773,8 +9753,7 @@ def status_text(running: dict, key_source: str) -> str:
             prompt_tokens(tokens), tokens["cache_read"], tokens["output"])),
         ("Cost", ", without ".join([dollars(running["cost"]["usd"]) + " by list prices",
                                     *running["cost"]["without_price"]])),
-        ("Cache", "%d %% of all input, which %s %s" % (cache["share_percent"], "cost" if cache["saved_usd"] < 0 else
-                                                       "saved", dollars(abs(cache["saved_usd"])))),
+        ("Cache", "%d %% of all input, which %s" % (cache["share_percent"], saving)),
         ("Errors", ", ".join("%d %s" % (count, code) for code, count in running["errors"].items()))])
     for limit in running["limits"]:
         bar, left = "#" * round(20 * min(1.0, limit["used"])), (limit["resets_at"] or 0) - time.time()
@@ -9784,27 +9763,28 @@ def status_text(running: dict, key_source: str) -> str:
 
 
 def requests_text(recent: list[dict], columns: int) -> str:
-    """A table of requests, each with its error and changes below it; shorter on a narrow terminal."""
+    """A table of requests, each with its error and changes below it; narrow on a narrow terminal."""
     rows, sides = [[*REQUEST_COLUMNS], *(each["row"] for each in recent)], "<<<<>>>>>"
     if 0 < columns < 120:
         needless = re.compile(r"^(.* -> )?(claude-|/v1/)?|-\d{8}$| stream$")
         rows = [[*row[:2], *(needless.sub("", cell)[:18] for cell in row[2:4]), *row[4:6], row[7]] for row in rows]
-    head, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
-    notes = (for_terminal("; ".join(filter(None, [each["error"], each["changes"]]))) for each in recent)
-    return "\n".join([head, *(lines_within(line + ("\n          " + note) * bool(note), columns, 10)
-                              for line, note in zip(lines, notes))])
+    shown, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
+    for line, each in zip(lines, recent):
+        note = for_terminal("; ".join(filter(None, [each["error"], each["changes"]])))
+        shown += "\n" + lines_within(line + ("\n          " + note) * bool(note), columns, 10)
+    return shown
 
 
-def status_command(parsed: argparse.Namespace, config: Config) -> int:
+def status_command(parsed: Namespace, config: Config) -> int:
     """The status of the running gateway, or else the credential that `start` would use."""
     running = running_status(config)
     if running and running.get("key_needed") and config.api_key:
         running = running_status(config, config.api_key[0]) or running
+    if running and parsed.json:
+        print_json(dict({"running": True, "credential": None}, **running))
+        return OK
     if running:
-        source = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
-        if parsed.json:
-            print_json(dict({"running": True, "credential": None}, **running))
-            return OK
+        source = "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY" if config.api_key else ""
         columns = columns_of_terminal(sys.stdout)
         print(lines_within(for_terminal(status_text(running, source)), columns))
         if parsed.requests and "totals" in running:
@@ -9833,7 +9813,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def usage_command(parsed: argparse.Namespace, config: Config) -> int:
+def usage_command(parsed: Namespace, config: Config) -> int:
     """A table of the usage file; a running gateway writes it once a minute."""
     groups = usage_by(Usage(config.usage_file).rows(), parsed.by, day_of(time.time() - (parsed.days - 1) * 86_400))
     if parsed.json:
@@ -9841,11 +9821,13 @@ def usage_command(parsed: argparse.Namespace, config: Config) -> int:
                     for name, figures in groups.items()])
         return OK
     total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
-    rows = [[name or "-", *usage_row(
-        figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"], figures["output"],
-        figures["usd"]), "+ unknown" * bool(figures["without_price"])]
-            for name, figures in [*groups.items(), *total.items()]]
-    print(in_columns("<>>>>>><", [[parsed.by, *USAGE_COLUMNS, ""], *rows]))
+    rows = [[parsed.by, *USAGE_COLUMNS, ""]]
+    for name, figures in [*groups.items(), *total.items()]:
+        row = usage_row({"requests": figures["requests"], "failed": figures["errors"], "cost_usd": figures["usd"],
+                         "input_tokens": prompt_tokens(figures), "cached_tokens": figures["cache_read"],
+                         "output_tokens": figures["output"]})
+        rows.append([name or "-", *row, "+ unknown" * bool(figures["without_price"])])
+    print(in_columns("<>>>>>><", rows))
     return OK
 
 
@@ -9855,7 +9837,7 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
                "mythos": "the newest Mythos: limited access"}
 
 
-def models_command(parsed: argparse.Namespace, config: Config) -> int:
+def models_command(parsed: Namespace, config: Config) -> int:
     """The models of the running gateway, or else Claude's, or the built-in ones."""
     entries = None
     if not parsed.alias and running_status(config):
@@ -9871,11 +9853,12 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
         print_json(entries)
         return OK
     short = {entry["id"]: entry["alias_of"] for entry in entries if "alias_of" in entry}
-    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in sorted(
-        short, key=lambda name: [*SHORT_NAMES, name].index(name))]))
-    print(in_columns("<>>", [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
-                              "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
-                             for entry in entries if entry["id"] not in short]))
+    names = sorted(short, key=[*SHORT_NAMES, *short].index)
+    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in names]))
+    rows = [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
+             "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
+            for entry in entries if entry["id"] not in short]
+    print(in_columns("<>>", rows))
     return OK
 
 
@@ -9889,8 +9872,8 @@ def print_finding(finding: Finding) -> None:
     sys.stdout.flush()
 
 
-def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
-    """The settings, and a finding for each that is invalid; its default is used instead."""
+def usable_config(parsed: Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
+    """The settings, and a finding for each invalid one, whose default is used."""
     found: List[Finding] = []
     while True:
         try:
@@ -9906,8 +9889,8 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
 
 
-def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
-    """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
+def doctor_command(parsed: Namespace, config: Config) -> int:
+    """Prints each finding, then a block to paste into a bug report."""
     config, doubts = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
     home = os.path.expanduser("~")
@@ -9927,17 +9910,17 @@ def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     return next((finding.code for finding in found if finding.code), OK)
 
 
-def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
+def selftest_command(parsed: Namespace, config: Config) -> int:
     set_up_log(Config(quiet=True))
     found = list(selftest_findings())
     for finding in found:
         print_finding(finding)
-    failed = sum(map(bool, (finding.code for finding in found)))
-    print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
+    failed = [finding for finding in found if finding.code]
+    print("%d of %d checks failed." % (len(failed), len(found)) if failed else "All %d checks passed." % len(found))
     return FAILURE if failed else OK
 
 
-def setup_command(parsed: argparse.Namespace, config: Config) -> int:
+def setup_command(parsed: Namespace, config: Config) -> int:
     if parsed.name:
         say("%s, %s:" % SETTINGS[parsed.name][:2])  # on standard error, as it is not to be pasted
         print(as_typed(setup_text(parsed.name, config)))
@@ -9948,8 +9931,8 @@ def setup_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def translate_command(parsed: argparse.Namespace, config: Config) -> int:
-    """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
+def translate_command(parsed: Namespace, config: Config) -> int:
+    """Prints a request as a Messages request, a saved message as a chat completion."""
     data = given_to(parsed.file, "translate request.json")
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
         assembler = MessageAssembler()
@@ -9968,8 +9951,8 @@ def translate_command(parsed: argparse.Namespace, config: Config) -> int:
 
 
 # ---- Completion --------------------------------------------------------------------------------------
-# Scripts that have the shell ask the program itself: `completion SHELL WORD...`, with the words of the command line
-# up to the cursor, prints what may stand in the place of the last one, and nothing where that is a file or free text.
+# Scripts that have the shell ask the program itself: `completion SHELL WORD...`, with the words up to the cursor,
+# prints what may stand in the place of the last one, nothing where that is a file or free text.
 
 COMPLETIONS = {
     "bash": """\
@@ -10005,7 +9988,7 @@ Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
 }
 
 
-def completion_command(parsed: argparse.Namespace, config: Config) -> int:
+def completion_command(parsed: Namespace, config: Config) -> int:
     if parsed.typed:
         for candidate in parsed.parser.candidates(parsed.typed[1:]):
             print(candidate)
@@ -10017,28 +10000,25 @@ def completion_command(parsed: argparse.Namespace, config: Config) -> int:
 # ---- Command line ------------------------------------------------------------------------------------
 # The commands with their arguments, the parser, and the program itself.
 
-Command = Callable[[argparse.Namespace, Config], int]
-AT_HAND = ("port", "host", "api-key", "auth", "token-file")         # what finds a gateway, or else a credential
+Command = Callable[[Namespace, Config], int]
+AT_HAND = "port host api-key auth token-file"       # what finds a gateway, or else a credential
 # name -> the function, its help, its arguments
-COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
-    "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
+COMMANDS: Dict[str, Tuple[Command, str, str]] = {
+    "start": (start_command, "serve OpenAI's API until it is stopped", " ".join(option.name for option in OPTIONS)),
     "ask": (ask_command, "ask Claude, by the running gateway or one of its own",
-            ["words", "--model", "--image", "--json", *AT_HAND, "alias", "demo"]),
-    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "alias", "demo", "program"]),
-    "login": (login_command, "sign in with a Claude account, or store an API key",
-              ["--api-key", "--no-browser", "token-file"]),
-    "logout": (logout_command, "delete the stored login and API key", ["token-file"]),
-    "status": (status_command, "show what the running gateway does", ["--json", "--requests", *AT_HAND]),
-    "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
-    "models": (models_command, "list the models and aliases",
-               ["--json", "port", "host", "alias", "auth", "token-file"]),
+            "words --model --image --json alias demo " + AT_HAND),
+    "run": (run_tool, "run a tool that then uses the gateway", "alias demo program " + AT_HAND),
+    "login": (login_command, "sign in with a Claude account, or store an API key", "--api-key --no-browser token-file"),
+    "logout": (logout_command, "delete the stored login and API key", "token-file"),
+    "status": (status_command, "show what the running gateway does", "--json --requests " + AT_HAND),
+    "usage": (usage_command, "show what was used, by day, tool or model", "--days --by --json token-file"),
+    "models": (models_command, "list the models and aliases", "--json port host alias auth token-file"),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
-               ["--json", "--live", *AT_HAND, "relax-x509"]),
-    "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
-    "translate": (translate_command, "print what a request would become, without sending it",
-                  ["file", "alias", "no-cache"]),
-    "completion": (completion_command, "print shell completion", ["shell", "typed"]),
-    "selftest": (selftest_command, "check the gateway against its own simulation", []),
+               "--json --live relax-x509 " + AT_HAND),
+    "setup": (setup_command, "print the settings for a tool, or a service file", "name port api-key"),
+    "translate": (translate_command, "print what a request would become, without sending it", "file alias no-cache"),
+    "completion": (completion_command, "print shell completion", "shell typed"),
+    "selftest": (selftest_command, "check the gateway against its own simulation", ""),
 }
 
 
@@ -10049,7 +10029,7 @@ def days_from(text: str) -> int:
 
 
 # Arguments of other commands than `start`; they have no variables.
-EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
+EXTRA_ARGUMENTS: dict = {
     "--api-key": {"action": "store_true", "dest": "store_key",
                   "help": "ask for an API key of the Claude Console (or read it from standard input), and store that"},
     "--no-browser": {"action": "store_true", "help": "only print the URL to open"},
@@ -10086,7 +10066,7 @@ and so on. A flag wins over its variable."""}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with shell completion, the nearest match for an unknown word, and the usage of the command in use."""
+    """argparse, with shell completion, and the nearest match for an unknown word."""
     commands: Dict[str, Parser] = {}                # of the program's own parser
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -10104,12 +10084,13 @@ class Parser(argparse.ArgumentParser):
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
             known = {name.lstrip("-"): name for name in [*self.commands, *self._option_string_actions]}
             nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1, cutoff=0.7)
-            message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else
-                                          " The commands are %s." % ", ".join(self.commands) if self.commands else "")
+            hint = " The commands are %s." % ", ".join(self.commands) if self.commands else ""
+            hint = " Did you mean %s?" % known[nearest[0]] if nearest else hint
+            message = "unknown: %s.%s" % (word, hint)
         super().error(as_typed(message.replace("SHELL, typed", "SHELL")))     # the hidden one is not required
 
     def candidates(self, words: Sequence[str]) -> list[str]:
-        """What may stand in the place of the last of these words; none where that is a file or free text."""
+        """What may stand in the place of the last word; none for a file or free text."""
         *before, word = words or [""]
         if before and before[0] in self.commands:
             return self.commands[before[0]].candidates(words[1:])
@@ -10136,15 +10117,16 @@ def argument_parser() -> Parser:
         command = commands.add_parser(name, help=help_text, description=help_text, formatter_class=raw,
                                       epilog=as_typed(EPILOGS.get(name, "")))
         for option in OPTIONS:
-            if option.name in arguments:
-                kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {
-                    "action": "append" if option.repeatable else "store", "metavar": option.metavar,
-                    "choices": option.choices or None}
+            if option.name in arguments.split():
+                kind: dict = {"action": "store_true", "default": None}
+                if option.metavar:
+                    kind = {"action": "append" if option.repeatable else "store", "metavar": option.metavar,
+                            "choices": option.choices or None}
                 text = option.help + "; repeatable" * option.repeatable
-                spellings = ["-" + option.short, "--" + option.name] if option.short else ["--" + option.name]
-                command.add_argument(*spellings, **kind,
-                                     help=text if name == "start" else ELSEWHERE.get(option.name, text))
-        for argument in arguments:
+                text = text if name == "start" else ELSEWHERE.get(option.name, text)
+                short = ["-" + option.short] if option.short else []
+                command.add_argument(*short, "--" + option.name, **kind, help=text)
+        for argument in arguments.split():
             if argument in EXTRA_ARGUMENTS:
                 command.add_argument(argument, **EXTRA_ARGUMENTS[argument])
     parser.commands = commands.choices
