@@ -7745,11 +7745,9 @@ def route_of(target: str) -> tuple[str, str]:
     return path, ""
 
 
-@functools.lru_cache(maxsize=64)
-def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
-    """The endpoint of a path; `typed` is how the client wrote it."""
-    methods = ROUTES.get(path)
-    if methods is None:
+def not_served(method: str, path: str, typed: str) -> NoReturn:
+    """Refuses a path without an endpoint for this method; `typed` is how the client wrote it."""
+    if path not in ROUTES:
         foreign = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
         if foreign:
             raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
@@ -7757,13 +7755,10 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
         served = ", ".join(route for route in ROUTES if "{" not in route)
         raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
             method, printable(typed), served))
-    endpoint = methods.get("GET" if method == "HEAD" else method)
-    if endpoint is None:
-        names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-        hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
-        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
-                      headers={"allow": ", ".join(names)})
-    return endpoint
+    names = [*ROUTES[path], *(["HEAD"] if "GET" in ROUTES[path] else []), "OPTIONS"]
+    hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
+    raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
+                  headers={"allow": ", ".join(names)})
 
 
 @functools.lru_cache(maxsize=64)
@@ -7924,16 +7919,14 @@ class RequestCycle:
 
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
-        running = self._gateway.running
-        if not running.take():
-            raise busy("The gateway stops." if running.draining else
+        if not self._gateway.running.take():
+            raise busy("The gateway stops." if self._gateway.running.draining else
                        "The gateway is busy with as many requests as it accepts.")
-        self._held.insert(0, running.give)          # last: who waits for an idle gateway finds everything counted
+        self._held.insert(0, self._gateway.running.give)    # last: who waits for this finds everything counted
         length = body_length(self._head)
         head = self._head = self._checked_head()
         path, argument = route_of(head.target)
-        self._native = path in NATIVE
-        self._record.route = path if path in ROUTES else "other"
+        self._native, self._record.route = path in NATIVE, path if path in ROUTES else "other"
         if head.method == "OPTIONS":
             self._send(204, b"", preflight_headers(head))
             return None
@@ -7941,7 +7934,8 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
-        endpoint = endpoint_of(head.method, path, self._record.path)
+        endpoint = ROUTES.get(path, {}).get("GET" if head.method == "HEAD" else head.method) or not_served(
+            head.method, path, self._record.path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
             raise Refused(508, "loop_detected", "This request came from this very gateway: its upstream address leads "
