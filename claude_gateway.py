@@ -5269,7 +5269,7 @@ def ends_connection(version: str, headers: dict[str, str]) -> bool:
     return "close" in connection or version == "1.0" and "keep-alive" not in connection
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def request_line(line: str) -> tuple[str, str, str]:
     """Method, target and version of a request line.  Raises InvalidRequest."""
     match = REQUEST_LINE.match(line)
@@ -7761,7 +7761,7 @@ def not_served(method: str, path: str, typed: str) -> NoReturn:
                   headers={"allow": ", ".join(names)})
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def allowed_host(host: str, ours: tuple[str, ...]) -> tuple[str, bool]:
     """The name in a Host header, and whether it may be this gateway's; a web page's own may not (DNS rebinding)."""
     match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
@@ -8131,7 +8131,7 @@ def unexpected(failure: Exception) -> GatewayError:
                         code="internal_error")
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def tool_of(agent: str, title: str, names: str) -> str:
     """The tool that a request's headers name, short enough for a column of the log."""
     named = title or "".join(re.findall(r"(?<!\S)x-(?!api-)([a-z]+)-version(?!\S)", names))
