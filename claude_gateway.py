@@ -231,6 +231,16 @@ def percent(part: int, whole: int) -> int:
     return round(100 * part / whole) if whole else 0
 
 
+def close_all(closers: list[Callable[[], Any]]) -> None:
+    """Calls and removes all of them, the last one first, whatever goes wrong in another."""
+    try:
+        while closers:
+            closers.pop()()
+    finally:
+        if closers:
+            close_all(closers)
+
+
 def value_in(value: Any, *path: str) -> Any:
     """The value at a path of keys, None where there is none."""
     for name in path:
@@ -277,7 +287,7 @@ def masked(text: str, secrets_known: Iterable[str]) -> str:
     for secret in secrets_known:
         if len(secret) >= 4:
             text = text.replace(secret, "***")
-            if not SAME_IN_JSON.match(secret):
+            if "\\" in text and not SAME_IN_JSON.match(secret):
                 for form in (json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
                     text = text.replace(form[1:-1], "***")
     return SECRET_SHAPES.sub("***", text) if "sk-ant-" in text or "earer " in text else text
@@ -312,10 +322,11 @@ def dollars(amount: float) -> str:
     return "$0.00" if not text.strip("0.") else ("-$" if amount < 0 else "$") + text
 
 
+@functools.lru_cache(maxsize=64)
 def unix_time(moment: str) -> int | None:
     """The seconds of an RFC 3339 time or date in UTC, None where it is none."""
     match = re.match(r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d):(\d\d))?", moment)
-    try:                                            # four of them come with every answer; strptime takes 15 us each
+    try:
         return calendar.timegm(tuple(map(int, match.groups("0")))) if match else None
     except ValueError:
         return None
@@ -567,15 +578,13 @@ OPENAI_HEADERS = {
 def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
     """The headers of Claude's answer as OpenAI writes them: resets as "1m30s"."""
     known = {}
-    for theirs, ours in OPENAI_HEADERS.items():
-        value = headers.get(theirs)
-        if not value:
-            continue
+    for theirs in filter(headers.get, OPENAI_HEADERS):
+        value = headers[theirs]
         then = unix_time(value) if theirs.endswith("reset") else None
         if then is not None:
             seconds = max(0, round(then - time.time()))
             value = "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
-        known[ours] = printable(value)
+        known[OPENAI_HEADERS[theirs]] = printable(value)
     return known
 
 
@@ -4116,11 +4125,12 @@ class ModelList:
 
     def catalog(self, patience: float = MODELS_PATIENCE) -> Catalog:
         """The models now; waits a moment for the very first list, so that names do not change under way."""
-        with self._lock:
-            if time.monotonic() >= self._next_fetch:
-                self._next_fetch = time.monotonic() + 60        # if this one fails
-                threading.Thread(target=self._run, name="models", daemon=True).start()
-        self._first.wait(patience)
+        if time.monotonic() >= self._next_fetch or not self._first.is_set():
+            with self._lock:
+                if time.monotonic() >= self._next_fetch:
+                    self._next_fetch = time.monotonic() + 60    # if this one fails
+                    threading.Thread(target=self._run, name="models", daemon=True).start()
+            self._first.wait(patience)
         return self._catalog
 
     def _run(self) -> None:
@@ -4162,30 +4172,37 @@ class Capacity:
 
     def __init__(self, amount: int) -> None:
         self._amount = amount
-        self._changed = threading.Condition()
+        self._lock, self._awaited = threading.Lock(), False
+        self._changed = threading.Condition(self._lock)
         self.count = 0
         self.draining = False                       # the service stops: connections close after their answer
 
     def take(self, amount: int = 1) -> bool:
-        with self._changed:
+        with self._lock:
             if self.draining or self.count + amount > self._amount:
                 return False
             self.count += amount
             return True
 
     def give(self, amount: int = 1) -> None:
-        with self._changed:
+        with self._lock:
             self.count -= amount
-            self._changed.notify_all()
+            if self._awaited:
+                self._changed.notify_all()
 
     def wait_until_idle(self, seconds: float) -> bool:
-        with self._changed:
+        with self._lock:
+            self._awaited = True
             return self._changed.wait_for(lambda: self.count == 0, seconds)
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
 TOKEN_KINDS = {"input": "input_tokens", "cache_read": "cache_read_input_tokens",
                "cache_write": "cache_creation_input_tokens", "output": "output_tokens"}
+# what the status page shows of a request's Record
+SHOWN_TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
+SHOWN_FIELDS = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
+                "cost_usd", "time", *SHOWN_TEXTS)
 
 
 def prompt_tokens(tokens: dict) -> int:
@@ -4207,45 +4224,49 @@ class Counters:
         self._totals: Dict[str, Dict[str, dict]] = {
             field: collections.defaultdict(lambda: collections.defaultdict(int)) for field in ("tool", "used")}
         self._models: Dict[str, dict] = collections.defaultdict(lambda: collections.defaultdict(int))
-        self._tokens = dict.fromkeys(TOKEN_KINDS, 0)        # of all models
+        self._prompts, self._cached = 0, 0          # tokens of all models
         self.seconds = 0.0                          # spent on all requests
 
-    def add_request(self, route: str, summary: dict) -> None:
-        """Counts a request, and keeps its summary unless it was one for monitoring."""
-        counts = {name: summary[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
+    def add_request(self, fields: dict, secrets_known: Iterable[str]) -> None:
+        """Counts a request, and keeps the fields of its Record unless it was one for monitoring."""
+        fields["time"] = round(time.time(), 3)
+        whole = "\n".join([fields[name] for name in SHOWN_TEXTS])
+        if len(whole) > 500 or masked(whole, secrets_known) != whole:
+            fields.update({name: masked(fields[name], secrets_known)[:500] for name in SHOWN_TEXTS})
+        counts = {name: fields[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
+        counts.update(requests=1, failed=int(fields["status"] >= 400))
         with self._lock:
-            self._requests[route, summary["status"]] += 1
-            self.seconds += summary["total_ms"] / 1000
-            code = summary["error_code"]
+            self._requests[fields["route"], fields["status"]] += 1
+            self.seconds += fields["total_ms"] / 1000
+            code = fields["error_code"]
             if code:
                 self._errors[code] += 1
                 if code in self._error_texts or len(self._error_texts) < 200:
-                    self._error_texts[code] = summary["error"]
-            if route not in MONITORING:
-                self._last.appendleft(summary)
+                    self._error_texts[code] = fields["error"]
+            if fields["route"] not in MONITORING:
+                self._last.appendleft(fields)
                 for field, totals in self._totals.items():
-                    name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+                    name = fields[field] if fields[field] in totals or len(totals) < 200 else "other"
                     total = totals[name or "-"]
                     for figure, amount in counts.items():
                         total[figure] += amount
 
-    def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
+    def add_tokens(self, model_id: str, figures: dict) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
-            name = model.id if model.id in self._models or len(self._models) < 200 else "other"
-            total, money = self._models[name], {"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1}
-            for figure, amount in dict(counts, **money).items():
+            total = self._models[model_id if model_id in self._models or len(self._models) < 200 else "other"]
+            for figure, amount in figures.items():
                 total[figure] += amount
-            for kind, count in counts.items():
-                self._tokens[kind] += count
-            return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
+            self._prompts += prompt_tokens(figures)
+            self._cached += figures["cache_read"]
+            return percent(self._cached, self._prompts)
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
-        with self._lock:
-            self.limit_headers = dict(self.limit_headers, **{
-                name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")})
+        limits = {name: value for name, value in headers.items() if "anthropic-ratelimit-" in name}
+        if limits:
+            with self._lock:
+                self.limit_headers = dict(self.limit_headers, **limits)
 
     def totals(self) -> dict:
         """Everything counted: `models` has tokens and US dollars, `by_model` the requests that asked for one."""
@@ -4254,10 +4275,10 @@ class Counters:
                                  for totals in self._totals.values())
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
                     "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
-                    "tokens": dict(self._tokens),
+                    "tokens": {kind: sum([total[kind] for total in self._models.values()]) for kind in TOKEN_KINDS},
                     "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
-                    "recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": dict(self._error_texts)}
+                    "recent": [{name: fields[name] for name in SHOWN_FIELDS} for fields in self._last],
+                    "by_tool": by_tool, "by_model": without(by_model, "-"), "error_texts": dict(self._error_texts)}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4864,6 +4885,7 @@ class UsageFile(StoredFile):
         return "" if sane else "it holds no usage"
 
 
+@functools.lru_cache(maxsize=64)
 def day_of(moment: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(moment))
 
@@ -4903,16 +4925,18 @@ class Usage:
         self._new = sum_of()
         self._timer: Optional[threading.Timer] = None       # of the next write
         self._next_write = 0.0
-        self._running: Dict[Callable[[], float], str] = {}  # what a request has cost so far -> its key
+        self.running: Dict[Callable[[], float], str] = {}   # what a request has cost so far -> its key
         self.fault = "" if path else "usage is not counted here"
 
-    def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
+    def add(self, tool: str, model: str, key: str, figures: dict) -> None:
         if not self._file.path:
             return
         with self._lock:
             crowded = len(self._new) >= 1_000 or len(self._stored) >= USAGE_ROWS
-            place = (day_of(time.time()), "other" if crowded else tool, model, key)
-            self._new[place].update(figures)
+            today = day_of(time.time() // 900 * 900)        # no day begins within a quarter of an hour
+            row = self._new[today, "other" if crowded else tool, model, key]
+            for figure, amount in figures.items():
+                row[figure] += amount
             if self._timer is None:
                 self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
@@ -4956,26 +4980,20 @@ class Usage:
                 self._stored, self._stamp = self._read(), stamp
             return sum_of(self._stored, self._new)
 
-    def running(self, key: str, cost_so_far: Callable[[], float]) -> Callable[[], Any]:
-        """A request that costs something before it is counted; to be called at its end."""
-        self._running[cost_so_far] = key
-        return functools.partial(self._running.pop, cost_so_far)
-
-    def check(self, key: str, model: Model, speed: Any) -> None:
+    def check(self, key: str, model: Model, speed: Any, usd: float, period: str) -> None:
         """Raises Refused where a budget of this key is used up, or cannot be counted."""
-        for usd, period in self._budget:
-            first_day, resets_at = period_of(period, time.time())
-            fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
-            try:
-                spent = sum(figures["usd"] for (day, _, _, owner), figures in self.rows().items()
-                            if day >= first_day and owner == key)
-            except FileDamaged as damage:
-                fault = str(damage)
-            if fault:
-                raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
-            spent += sum(cost() for cost, owner in list(self._running.items()) if owner == key)
-            if spent >= usd:
-                raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
+        first_day, resets_at = period_of(period, time.time())
+        fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
+        try:
+            spent = sum(figures["usd"] for (day, _, _, owner), figures in self.rows().items()
+                        if day >= first_day and owner == key)
+        except FileDamaged as damage:
+            fault = str(damage)
+        if fault:
+            raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
+        spent += sum(cost() for cost, owner in list(self.running.items()) if owner == key)
+        if spent >= usd:
+            raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
 
     def _read(self) -> UsageRows:
         """The file's rows.  A damaged one counts for nothing, and is kept aside; not where budgets count by it."""
@@ -5022,7 +5040,7 @@ class Polls(dict):
         if not hasattr(select, "poll"):             # Windows
             readable, writable, _ = select.select(readers, writers, [], seconds)
             return [sock.fileno() for sock in readable + writable]
-        return [descriptor for descriptor, _ in self[readers, writers].poll(seconds * 1000)]
+        return list(dict(self[readers, writers].poll(seconds * 1000)))
 
 
 class Peer:
@@ -5209,7 +5227,7 @@ class HeadReader:
 
 REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
 HEADER_LINES = re.compile(r"(\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*\Z")
-BLANK_LINES = re.compile(rb"(?:\r?\n)*")
+BLANK_LINES = re.compile(rb"(?:\r?\n)+")
 # Headers that must not come twice: they decide about framing, identity or access.
 SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
                   "x-api-key", "api-key", "origin", "expect"}
@@ -5251,6 +5269,7 @@ def ends_connection(version: str, headers: dict[str, str]) -> bool:
     return "close" in connection or version == "1.0" and "keep-alive" not in connection
 
 
+@functools.lru_cache(maxsize=16)
 def request_line(line: str) -> tuple[str, str, str]:
     """Method, target and version of a request line.  Raises InvalidRequest."""
     match = REQUEST_LINE.match(line)
@@ -5672,6 +5691,9 @@ class Upstream:
                  native: dict[str, str] | None = None) -> UpstreamReply:
         """POST /v1/messages, once more after a failure that may pass.  Raises GatewayError unless the status is 200."""
         headers = {"content-type": "application/json", **(native or {})}
+        if len(body) > MAX_UPSTREAM_BODY:
+            raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts "
+                          "up to 32 MB." % (len(body) / 1e6))
         while True:
             try:
                 return self._ask("POST", path, body, headers, call, beta)
@@ -6277,21 +6299,7 @@ class Record:
     route: str = "other"
     owner: str = ""                                 # the beginning of the digest of the client's key
     cost_usd: Optional[float] = None                # by list prices, where the model has one
-    TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
-    FIGURES = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
-               "cost_usd")                          # these and TEXTS are what the status page shows
-
-    def summary(self, secrets_known: Iterable[str]) -> dict:
-        """What the status page and `status` show of it."""
-        fields = vars(self)
-        texts = {name: fields[name] for name in self.TEXTS}
-        whole = "\n".join(texts.values())
-        if len(whole) > 500 or masked(whole, secrets_known) != whole:
-            texts = {name: masked(value, secrets_known)[:500] for name, value in texts.items()}
-        return dict({name: fields[name] for name in self.FIGURES}, time=round(time.time(), 3), **texts)
-
-    def elapsed_ms(self) -> int:
-        return int((time.monotonic() - self.started) * 1000)
+    time: float = 0.0                               # of its end
 
 
 @dataclasses.dataclass
@@ -6301,7 +6309,7 @@ class Incoming:
     argument: str = ""                              # what stands behind /models/
     owner: str = ""                                 # digest of the client's key: memories are not shared
     call: UpstreamCall = dataclasses.field(default_factory=UpstreamCall)
-    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)   # closed when all is over
+    held: List[Callable[[], Any]] = dataclasses.field(default_factory=list)     # called when all is over
     record: Record = dataclasses.field(default_factory=Record)
     surrogates_replaced: bool = False
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)      # for the native pass-through
@@ -6326,7 +6334,8 @@ class Gateway:
     `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port."""
 
     def __init__(self, config: Config, credential: Credential | None = None) -> None:
-        self.config, self._configured_secrets = config, config.secrets()
+        self.config, self._configured_secrets = config, list(filter(None, config.secrets()))
+        self.names = tuple(map(str.lower, ("host.docker.internal", *config.hosts, *config.allow_host)))
         self.instance_id = secrets.token_hex(8)
         self.upstream = Upstream(config, self.instance_id)
         self.upstream.credential = credential or credential_from_config(config, self.upstream.post_json)
@@ -6351,7 +6360,8 @@ class Gateway:
 
     def check_spending(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this client key, or the plan, is used up."""
-        self.usage.check(key, model, speed)
+        for usd, period in self.config.budget:
+            self.usage.check(key, model, speed, usd, period)
         for limit in limits_from_headers(self.counters.limit_headers, time.time()) if self.config.plan_only else ():
             if limit["used"] >= 1 and not limit["over"] and limit["resets_at"] and limit["window"] not in PER_MINUTE:
                 raise exhausted("--plan-only: the plan's window of %s is used up." % limit["title"], limit["resets_at"])
@@ -6387,8 +6397,8 @@ class Exchange:
         self.assembler = MessageAssembler()
         self.translation: Translation
         self.events: PlannedEvents                  # of the accepted request
-        incoming.held.callback(gateway.usage.running(incoming.record.owner, self._cost_so_far))
-        incoming.held.callback(self.close)
+        gateway.usage.running[self._cost_so_far] = incoming.record.owner
+        incoming.held += [functools.partial(gateway.usage.running.pop, self._cost_so_far), self.close]
 
     def open(self) -> None:
         """Sends the request until Claude accepts it; returns when the answer begins.  Raises GatewayError."""
@@ -6411,7 +6421,7 @@ class Exchange:
             self.events = PlannedEvents(self.translation.plan, self.assembler)
             if self._thinking_refused:              # nothing that --strict could prevent
                 changes.add("dropped", "thinking", "Claude refused it")
-            self._incoming.record.changes = str(changes)
+            self._incoming.record.changes = str(changes) if changes.reported else ""
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
             return
@@ -6456,11 +6466,13 @@ class Exchange:
     def translate(self) -> Translation:
         """The request as it would be sent now."""
         translation = self._translated(self._lesson or {})
-        for path, block, _ in media_in(translation.request["messages"]) if self._left_out else ():
+        media = media_in(translation.request["messages"])
+        for path, block, _ in media if self._left_out else ():
             if path == self._left_out:
                 translation.changes.add("changed", path, "to a note: Claude refused the file")
                 become_note(block)
-        self._inline_images(translation)
+        if media:
+            self._inline_images(media, translation.changes)
         return translation
 
     def _translated(self, lesson: dict) -> Translation:
@@ -6479,10 +6491,10 @@ class Exchange:
             translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
         return translation
 
-    def _inline_images(self, translation: Translation) -> None:
+    def _inline_images(self, media: list[tuple[str, dict, bool]], changes: Changes) -> None:
         """Fetches the images that Claude cannot, as long as they fit into a request and the client is there."""
         size = 0
-        for path, block, old in media_in(translation.request["messages"]):
+        for path, block, old in media:
             if has_address(block) and (self._inline or block["source"]["url"].lower().startswith("http:")):
                 self.call.client.pause(0)           # a client that has left wants no more of them
                 try:
@@ -6491,7 +6503,7 @@ class Exchange:
                 except InvalidRequest as failure:
                     if not old:
                         raise
-                    translation.changes.add("changed", path, "to a note: %s" % failure)
+                    changes.add("changed", path, "to a note: %s" % failure)
                     become_note(block)
                 if size > MAX_UPSTREAM_BODY:
                     raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
@@ -6509,8 +6521,8 @@ class Exchange:
         return {"type": "base64", "media_type": media_type, "data": data}
 
     def _send(self, request: dict) -> None:
-        body = within_upstream_limit(messages_request_json(request))
-        LOG.debug("to Claude: %s", request, extra={"payload": request})
+        body = messages_request_json(request)
+        LOG.debug("to Claude: %s", request)
         self._reply = self._gateway.upstream.messages(body, self.call, betas_for(request))
         self._headers = self._reply.headers
         self._incoming.record.request_id = self._headers.get("request-id", "")
@@ -6529,7 +6541,7 @@ class Exchange:
             if ability not in self._for_once and self._matters({ability: False}):
                 self._for_once[ability] = False
                 return True
-        if "compaction" not in self._for_once and compacts(self.translation.request) and \
+        if "compaction" not in self._for_once and COMPACTION_BETA in betas_for(self.translation.request) and \
                 ABOUT_COMPACTION.search("%s %s" % (refusal.error_code, refusal)):
             self._for_once["compaction"] = False
             return True
@@ -6537,7 +6549,7 @@ class Exchange:
         if lesson and self._matters(lesson):
             self._lesson = lesson
             return True
-        media = list(media_in(messages))
+        media = media_in(messages)
         if not self._inline and any(has_address(block) for _, block, _ in media):
             self._inline = message
             return True
@@ -6560,7 +6572,7 @@ class Exchange:
         if self.assembler.message and not self._counted:
             self._counted = True
             message = self.assembler.whole()
-            LOG.debug("from Claude: %s", message, extra={"payload": message})
+            LOG.debug("from Claude: %s", message)
             model = self._known
             if "fallbacks" in self.translation.request:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
@@ -6614,16 +6626,12 @@ class Exchange:
         self._send(dict(request, messages=messages))
 
 
-def compacts(request: dict) -> bool:
-    """Whether a request asks for a compaction or contains the block of one."""
-    return "compaction" in request or request["messages"][0]["content"][0]["type"] == "compaction"
-
-
 def betas_for(request: dict) -> list[str]:
     """The beta features that a request makes use of."""
-    used = {FAST_MODE_BETA: "speed" in request, FALLBACK_BETA: "fallbacks" in request,
-            COMPACTION_BETA: compacts(request)}
-    return [beta for beta in used if used[beta]]
+    compacts = "compaction" in request or request["messages"][0]["content"][0]["type"] == "compaction"
+    features = ((FAST_MODE_BETA, "speed" in request), (FALLBACK_BETA, "fallbacks" in request),
+                (COMPACTION_BETA, compacts))
+    return [beta for beta, used in features if used]
 
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
@@ -6640,34 +6648,28 @@ def record_usage(gateway: Gateway, record: Record, model: Model, usage: dict) ->
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     counts = {kind: count_of(usage.get(name)) for kind, name in TOKEN_KINDS.items()}
     cost = cost_of(model, usage)
+    figures: dict = dict(counts, usd=cost[0]) if cost else dict(counts, without_price=1)
+    gateway.usage.add(record.tool, model.id, record.owner, dict(figures, requests=int(record.input_tokens is None)))
     record.input_tokens = (record.input_tokens or 0) + prompt_tokens(counts)
     record.cached_tokens += counts["cache_read"]
     record.output_tokens += counts["output"]            # a legacy completion of several prompts has several answers
     if cost:
-        record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
-    record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
-    gateway.usage.add(record.tool, model.id, record.owner, dict(
-        counts, **{"usd": cost[0]} if cost else {"without_price": 1}))
+        figures["saved_usd"], record.cost_usd = cost[1], round((record.cost_usd or 0) + cost[0], 6)
+    record.cached_percent_of_all = gateway.counters.add_tokens(model.id, figures)
 
 
-def within_upstream_limit(body: bytes) -> bytes:
-    """A body for Claude, of a size that it accepts."""
-    if len(body) > MAX_UPSTREAM_BODY:
-        raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts up to "
-                      "32 MB." % (len(body) / 1e6))
-    return body
-
-
-def media_in(messages: list[dict]) -> Iterator[tuple[str, dict, bool]]:
+def media_in(messages: list[dict]) -> list[tuple[str, dict, bool]]:
     """Every image and document: its path as Claude names it, its block, and whether it stands in a tool result or an
     earlier turn, where the client cannot take it back."""
     newest = max([at for at, message in enumerate(messages) if message["role"] == "user"])
+    blocks: list[tuple[str, dict, bool]] = []
     for at, message in enumerate(messages):
         for place, block in enumerate(message["content"]):
-            path, inner = "messages.%d.content.%d" % (at, place), block.get("content")
-            blocks = [(path, block, at < newest)]
-            blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(listed(inner))]
-            yield from [entry for entry in blocks if entry[1]["type"] in ("image", "document")]
+            if block["type"] != "text":
+                path, inner = "messages.%d.content.%d" % (at, place), listed(block.get("content"))
+                blocks.append((path, block, at < newest))
+                blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(inner)]
+    return [entry for entry in blocks if entry[1]["type"] in ("image", "document")]
 
 
 def has_address(block: dict) -> bool:
@@ -6775,7 +6777,7 @@ def within_budget(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
     weight = 6 * len(client_json(stored))           # in memory
     if not gateway.body_budget.take(weight):
         raise busy("The gateway holds too many large requests at the moment.")
-    incoming.held.callback(gateway.body_budget.give, weight)
+    incoming.held.append(functools.partial(gateway.body_budget.give, weight))
     return stored
 
 
@@ -6936,9 +6938,9 @@ def tokens_of_request(gateway: Gateway, history: History) -> int:
     request = without(exchange_for(gateway, incoming, history.earlier).translate().request, "max_tokens", "stream",
                       "temperature", "top_p", "top_k", "stop_sequences", "metadata", "service_tier", "speed",
                       "fallbacks")
-    reply = gateway.upstream.messages(within_upstream_limit(messages_request_json(request)), incoming.call,
-                                      betas_for(request), "/v1/messages/count_tokens")
-    incoming.held.callback(reply.close)
+    reply = gateway.upstream.messages(messages_request_json(request), incoming.call, betas_for(request),
+                                      "/v1/messages/count_tokens")
+    incoming.held.append(reply.close)
     return count_in(json_object_from(reply.read()), "input_tokens")
 
 
@@ -7075,11 +7077,11 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas."""
     body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
     betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
-    data = within_upstream_limit(upstream_json(body))
+    data = upstream_json(body)
     model = gateway.models.catalog().resolve(body["model"])
     if path == "/v1/messages":
         gateway.check_spending(incoming.record.owner, model, body.get("speed"))
-    LOG.debug("to Claude: %s", body, extra={"payload": body})
+    LOG.debug("to Claude: %s", body)
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(data, incoming.call, betas, path + beta_query, {
         name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
@@ -7098,8 +7100,8 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
         usage = passing.usage()
         if usage:
             record_usage(gateway, incoming.record, model, usage)
-    incoming.held.callback(gateway.usage.running(incoming.record.owner, cost_so_far))
-    incoming.held.callback(finish)
+    gateway.usage.running[cost_so_far] = incoming.record.owner
+    incoming.held += [functools.partial(gateway.usage.running.pop, cost_so_far), finish]
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, event_bytes=named_event,
                  failure=lambda failure: [failure.for_anthropic()[2]])
 
@@ -7743,10 +7745,9 @@ def route_of(target: str) -> tuple[str, str]:
     return path, ""
 
 
-def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
-    """The endpoint of a path; `typed` is how the client wrote it."""
-    methods = ROUTES.get(path)
-    if methods is None:
+def not_served(method: str, path: str, typed: str) -> NoReturn:
+    """Refuses a path without an endpoint for this method; `typed` is how the client wrote it."""
+    if path not in ROUTES:
         foreign = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
         if foreign:
             raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
@@ -7754,23 +7755,20 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
         served = ", ".join(route for route in ROUTES if "{" not in route)
         raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
             method, printable(typed), served))
-    endpoint = methods.get("GET" if method == "HEAD" else method)
-    if endpoint is None:
-        names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-        hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
-        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
-                      headers={"allow": ", ".join(names)})
-    return endpoint
+    names = [*ROUTES[path], *(["HEAD"] if "GET" in ROUTES[path] else []), "OPTIONS"]
+    hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
+    raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
+                  headers={"allow": ", ".join(names)})
 
 
-def allowed_host(host: str, config: Config) -> tuple[str, bool]:
+@functools.lru_cache(maxsize=16)
+def allowed_host(host: str, ours: tuple[str, ...]) -> tuple[str, bool]:
     """The name in a Host header, and whether it may be this gateway's; a web page's own may not (DNS rebinding)."""
     match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
-    return name, is_address(name) or is_loopback_host(name) or name in map(
-        str.lower, ("host.docker.internal", *config.hosts, *config.allow_host))
+    return name, is_address(name) or is_loopback_host(name) or name in ours
 
 
 def origin_allowed(origin: str, config: Config) -> bool:
@@ -7788,7 +7786,7 @@ NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
 LAST_CHUNK = b"0\r\n\r\n"
 LOG_NAME = "request "
-http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)      # the same for a second
+http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
@@ -7870,22 +7868,21 @@ class RequestCycle:
     def __init__(self, gateway: Gateway, peer: Peer, address: str, head: Head, started: float) -> None:
         # what came in
         self._gateway, self._config, self._limits = gateway, gateway.config, gateway.config.limits
-        self._peer, self._address, self._head = peer, address, head
-        self._body_unread = "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
+        self._peer, self._address, self._head, headers = peer, address, head, head.headers
+        self._body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         self._body_begun = False
         # what has gone out
         self.client = Client(peer, self._limits)
-        self.keep_alive = not ends_connection(head.version, head.headers)   # whether the connection may go on
+        self.keep_alive = not ends_connection(head.version, headers)        # whether the connection may go on
         self.steps: Iterator[Any] = iter(())        # of a stream, once its head has gone out
         self._stream: Optional[StreamedReply] = None
         self._native = False
-        self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address,
-                              tool_of(head.headers), started)
-        self._log_name = LOG_NAME + secrets.token_hex(2)        # of the thread, so that its log entries show it
+        tool = tool_of(headers.get("user-agent", ""), headers.get("x-title", ""), " ".join(headers))
+        self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address, tool, started)
+        self._log_name = LOG_NAME + os.urandom(2).hex()         # of the thread, so that its log entries show it
         # what has to be given back, whatever happens
-        self._entered = False                       # a place among the running requests
         self._reserved = 0                          # bytes of the budget of all bodies
-        self._held = contextlib.ExitStack()         # what the endpoint opens
+        self._held = [self._end]                    # the last one first
 
     def run(self, failure: BaseException | None = None) -> Wait | None:
         """Answers the request, or goes on with its stream in a thread again; the catch-all of the program is here.
@@ -7905,43 +7902,31 @@ class RequestCycle:
             self._send_failure(fault if isinstance(fault, GatewayError) else unexpected(fault))
         finally:
             if not wait:
-                self._end()
+                close_all(self._held)
         return wait
 
     def _end(self) -> None:
-        """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
+        """Gives back what the body took, and puts the request into the log and the counts."""
         record = self._record
-        try:
-            self._held.close()
-        finally:
-            self._gateway.body_budget.give(self._reserved)
-            record.total_ms = record.elapsed_ms()
-            try:
-                if record.method:
-                    log_request_record(record, self._config)
-                    if record.used:
-                        self._gateway.usage.add(record.tool, record.used, record.owner, {
-                            "requests": 1, "errors": int(record.status >= 400)})
-                    self._gateway.counters.add_request(record.route, record.summary(self._gateway.secrets()))
-            finally:
-                self._leave()                       # who waits for an idle gateway finds everything counted
-
-    def _leave(self) -> None:
-        if self._entered:
-            self._entered = False
-            self._gateway.running.give()
+        self._gateway.body_budget.give(self._reserved)
+        record.total_ms = int((time.monotonic() - record.started) * 1000)
+        if record.method:
+            log_request_record(record, self._config)
+            figures = {"requests": int(record.input_tokens is None), "errors": int(record.status >= 400)}
+            if record.used and any(figures.values()):           # most requests are counted with their tokens
+                self._gateway.usage.add(record.tool, record.used, record.owner, figures)
+            self._gateway.counters.add_request(vars(record), self._gateway.secrets())
 
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
-        self._entered = self._gateway.running.take()
-        if not self._entered:
+        if not self._gateway.running.take():
             raise busy("The gateway stops." if self._gateway.running.draining else
                        "The gateway is busy with as many requests as it accepts.")
+        self._held.insert(0, self._gateway.running.give)    # last: who waits for this finds everything counted
         length = body_length(self._head)
         head = self._head = self._checked_head()
         path, argument = route_of(head.target)
-        self._native = path in NATIVE
-        self._record.route = path if path in ROUTES else "other"
+        self._native, self._record.route = path in NATIVE, path if path in ROUTES else "other"
         if head.method == "OPTIONS":
             self._send(204, b"", preflight_headers(head))
             return None
@@ -7949,7 +7934,8 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
-        endpoint = endpoint_of(head.method, path, self._record.path)
+        endpoint = ROUTES.get(path, {}).get("GET" if head.method == "HEAD" else head.method) or not_served(
+            head.method, path, self._record.path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
             raise Refused(508, "loop_detected", "This request came from this very gateway: its upstream address leads "
@@ -7966,7 +7952,7 @@ class RequestCycle:
             except InvalidRequest:
                 LOG.debug("from the client, invalid: %r", body[:2_000])
                 raise
-            LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
+            LOG.debug("from the client: %s", incoming.body)
         del body                                    # a large one need not wait for Claude's answer
         return self._send_reply(endpoint(self._gateway, incoming))
 
@@ -7979,7 +7965,7 @@ class RequestCycle:
             head = head._replace(target=path if path.startswith("/") else "/" + path)
         elif not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
             raise InvalidRequest("The request target is not a path.", code="bad_request_line")
-        name, allowed = allowed_host(host, self._config) if host is not None else ("", True)
+        name, allowed = allowed_host(host, self._gateway.names) if host is not None else ("", True)
         if not allowed:
             self.keep_alive = False
             raise Refused(403, "host_not_allowed", "Host %s is not one of this gateway's names. If it should be: "
@@ -8009,7 +7995,7 @@ class RequestCycle:
         if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
             self._record.owner = "" if self._config.passing_key else owner[:12]
             return owner
-        self._leave()                               # a slowed refusal takes nobody's place
+        self._held.pop(0)()                         # a slowed refusal takes nobody's place
         time.sleep(self._gateway.failed_keys.penalty(self._address))
         raise Refused(401, "invalid_api_key", "Invalid API key." if digests else
                       "A key of this gateway is needed (Authorization: Bearer KEY).",
@@ -8073,16 +8059,16 @@ class RequestCycle:
             self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
             return self._go_on()
         if reply.raw is None:
-            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
+            LOG.debug("to the client: %s", reply.body)
         body = client_json(reply.body) + b"\n" if reply.raw is None else reply.raw     # curl leaves the line to us
-        self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
+        self._send(200, body, {"content-type": "application/json", **reply.headers})
         return None
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """A whole answer in one write."""
         if self._body_unread:
             self._drain_body()
-        headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
+        headers = headers if status == 204 else {**headers, "content-length": str(len(body))}
         self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
         if self._body_unread:                       # reads on for a moment, so that the client sees this and no reset
             deadline = time.monotonic() + 2
@@ -8093,10 +8079,10 @@ class RequestCycle:
 
     def _head_bytes(self, status: int, headers: dict[str, str]) -> bytes:
         self._record.status = status
-        self._record.first_byte_ms = self._record.elapsed_ms()
+        self._record.first_byte_ms = int((time.monotonic() - self._record.started) * 1000)
         if self._gateway.running.draining:
             self.keep_alive = False
-        lines = dict({"server": USER_AGENT, "date": http_date(int(time.time()), usegmt=True)}, **headers)
+        lines = {"server": USER_AGENT, "date": http_date(int(time.time())), **headers}
         lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
         self._record.request_id = lines[REQUEST_ID_HEADER]
         origin = self._head.headers.get("origin")
@@ -8105,7 +8091,7 @@ class RequestCycle:
                           "access-control-expose-headers": EXPOSED_HEADERS})
         lines["connection"] = "keep-alive" if self.keep_alive else "close"
         head = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Unknown"))]
-        head += ["%s: %s" % (name, value if value.isprintable() else CONTROLS.sub(" ", value))
+        head += [f"{name}: {value if value.isprintable() else CONTROLS.sub(' ', value)}"
                  for name, value in lines.items()]
         return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
 
@@ -8132,7 +8118,7 @@ class RequestCycle:
                 self._record.status = failure.status
                 self.client.send(self._stream.failure(failure))
             else:
-                LOG.debug("to the client: %s", body, extra={"payload": body})
+                LOG.debug("to the client: %s", body)
                 self._send(status, client_json(body) + b"\n", dict(headers, **{"content-type": "application/json"}))
         except ClientGone:
             self.keep_alive = False
@@ -8145,11 +8131,10 @@ def unexpected(failure: Exception) -> GatewayError:
                         code="internal_error")
 
 
-def tool_of(headers: dict[str, str]) -> str:
-    """The tool that the headers of a request name, short enough for a column of the log."""
-    versions = [re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers if name.startswith("x-")]
-    named = headers.get("x-title") or "".join([match.group(1) for match in versions if match])
-    agent = headers.get("user-agent", "")
+@functools.lru_cache(maxsize=16)
+def tool_of(agent: str, title: str, names: str) -> str:
+    """The tool that a request's headers name, short enough for a column of the log."""
+    named = title or "".join(re.findall(r"(?<!\S)x-(?!api-)([a-z]+)-version(?!\S)", names))
     if "/JS " in agent:                             # the SDK, its name minified
         agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", agent)
     match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) if named else agent)
@@ -8161,33 +8146,34 @@ def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
-    line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
+    path = printable(record.path)
     if config.minimal:
-        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": vars(record)})
+        LOG.log(level, "%-4s %-20s %d %d ms", record.method, path, record.status, record.total_ms,
+                extra={"fields": vars(record)})
         return
     models = "%s -> %s" % (printable(record.asked or "(none)"), record.used or "-")
-    line += "  %-14s %-36s %-6s" % (record.tool, models if record.asked or record.used else "-",
-                                    "stream" if record.stream else "")
-    if record.input_tokens is not None:
-        line += "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
-            record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
-            record.output_tokens)
-    line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
+    tokens = "" if record.input_tokens is None else "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
+        record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
+        record.output_tokens)
     error = "  " + printable(record.error, 500) if record.error else ""
-    LOG.log(level, "%s", line + error, extra={"fields": vars(record), "short": lambda: short_line(record) + error})
+    LOG.log(level, "%-4s %-20s %d  %-14s %-36s %-6s%s  %s/%d ms  %s%s", record.method, path, record.status, record.tool,
+            models if record.asked or record.used else "-", "stream" if record.stream else "", tokens,
+            record.first_byte_ms, record.total_ms, record.request_id, error, extra={"fields": vars(record)})
     if record.changes and config.log_format != "json":
         LOG.info("  changes: %s", printable(record.changes, 100_000))
 
 
-def short_line(record: Record) -> str:
+def short_line(fields: dict) -> str:
     """The line of a request for a narrow terminal, without padding and ids."""
+    record = Record(**fields)
     path = re.sub(r"^(/v1)?/", "", printable(record.path)) or "/"
     words = ["%d" % record.status, path if record.method == "POST" else "%s %s" % (record.method, path),
              record.tool, re.sub(r"^claude-|-\d{8}$", "", record.used)]
     if record.input_tokens is not None:
         words.append("%d>%d %d%%" % (record.input_tokens, record.output_tokens,
                                      percent(record.cached_tokens, record.input_tokens)))
-    return " ".join(filter(None, [*words, "%.1fs" % (record.total_ms / 1000)]))
+    words.append("%.1fs" % (record.total_ms / 1000))
+    return " ".join(filter(None, words)) + ("  " + printable(record.error, 500) if record.error else "")
 
 
 class Connection:
@@ -8248,8 +8234,9 @@ class Connection:
             431, "request_header_fields_too_large", "The request head " + what))
         while True:
             blank = BLANK_LINES.match(received)     # dropped before a request (RFC 9112, 2.2)
-            reader.skipped += blank.end() if blank else 0
-            del received[:blank.end() if blank else 0]
+            if blank:
+                reader.skipped += blank.end()
+                del received[:blank.end()]
             lines = reader.lines()
             if lines:
                 self._peer.unread += received
@@ -8608,6 +8595,11 @@ def columns_of_terminal(stream: Any = None) -> int:
     return 0
 
 
+@functools.lru_cache(maxsize=1)
+def clock_time(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
+
+
 WHOLE_LINE = 185                                    # columns of a request's line with Claude's request id
 
 
@@ -8621,30 +8613,29 @@ class LogFormatter(logging.Formatter):
         self._columns = columns                     # of the terminal, None where there is none
 
     def format(self, record: logging.LogRecord) -> str:
-        payload = getattr(record, "payload", None)
-        short: Any = getattr(record, "short", None)         # makes the line for a narrow terminal
-        columns = self._columns() if short and self._columns and not self.as_json else 0
+        fields: Any = getattr(record, "fields", None)       # of a request
+        columns = self._columns() if fields and self._columns and not self.as_json else 0
         if 0 < columns < WHOLE_LINE:
-            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
-        if payload is None:
+            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short_line(fields),)))
+        if not isinstance(record.args, dict):
             message = masked(as_typed(super().format(record) if record.exc_info else record.getMessage()),
                              self._secrets())
         else:                                       # cut last: the beginning of a secret is not recognised
-            message = str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
+            message = str(record.msg).replace("%s", json.dumps(record.args, ensure_ascii=False))
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...",
                              masked(message, self._secrets()))
         if not self.as_json:
             return self._text_line(record, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
+                  for name, value in (fields or {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
 
     def _text_line(self, record: logging.LogRecord, message: str) -> str:
         """Time and message, which only with a traceback has several lines; failures are red, refusals yellow."""
         if self._with_names and record.threadName and record.threadName.startswith(LOG_NAME):
             message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
-        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        moment = clock_time(int(record.created))
         message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
         if not self._colour:
             return "%s %s" % (moment, message)
@@ -8659,8 +8650,9 @@ class LogFormatter(logging.Formatter):
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
+    columns = columns_of_terminal if columns_of_terminal() and not config.minimal else None
     handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
-                                      config.verbose, columns_of_terminal if columns_of_terminal() else None))
+                                      config.verbose, columns))
     LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
@@ -9230,8 +9222,10 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     with closing(Gateway(config, credential)) as gateway:
         try:
             for incoming in (Incoming(body), Incoming(body)):
-                with incoming.held:
+                try:
                     answers.append(chat_completions(gateway, incoming).body)
+                finally:
+                    close_all(incoming.held)
         except GatewayError as fault:
             yield Finding("Live call", str(fault), "See Claude's message.", UNREACHABLE)
             return

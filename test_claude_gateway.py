@@ -7978,7 +7978,7 @@ class FramingTests(HttpTestCase):
                 for piece in (head[:cut], head[cut:twice], head[twice:]):
                     received += piece
                     blank = claude_gateway.BLANK_LINES.match(received)
-                    del received[:blank.end()]
+                    del received[:blank.end() if blank else 0]
                     lines = lines or reader.lines()
                 self.assertEqual((lines, bytes(received)), ([
                     "GET /health HTTP/1.1", "Host: localhost", "X-Test: 1"], b"rest"))
@@ -11969,7 +11969,7 @@ class StatusTests(GatewayTestCase):
         counters = claude_gateway.Counters()
         for number in range(500):
             record = claude_gateway.Record(tool="tool%d" % number, status=400, error="x", error_code="code%d" % number)
-            counters.add_request("other", record.summary([]))
+            counters.add_request(vars(record), [])
         data = counters.totals()
         self.assertEqual((len(data["by_tool"]), data["by_tool"]["other"]["requests"]), (201, 300))
         self.assertEqual((len(data["error_texts"]), len(data["recent"])), (200, 50))
@@ -12192,7 +12192,7 @@ class StatusTests(GatewayTestCase):
                          {("no-such-model", "WARNING"), ("none-either", "WARNING"), ("", "WARNING")})
         self.assertRegex(lines["no-such-model"].getMessage(), r" 404  aider {10}no-such-model -> - {27}\d+/\d+ ms")
         self.assertRegex(lines[""].getMessage(), r" 404  - {14}- {44}\d+/\d+ ms")
-        said = [record.payload for record in logged.records if str(record.msg).startswith("to the client")]
+        said = [record.args for record in logged.records if str(record.msg).startswith("to the client")]
         self.assertEqual([body.get("error", {}).get("code") for body in said][::2], ["model_not_found", "unknown_url"])
 
     def test_no_secret_is_in_any_of_it(self):
@@ -12231,7 +12231,8 @@ class ToolLabelTests(unittest.TestCase):
             ("-", {}), ("-", {"user-agent": "()"}),
         ):
             with self.subTest(label=label, headers=headers):
-                self.assertEqual(claude_gateway.tool_of(headers), label)
+                self.assertEqual(claude_gateway.tool_of(headers.get("user-agent", ""), headers.get("x-title", ""),
+                                                        " ".join(headers)), label)
 
 
 class AccessTests(HttpTestCase):
@@ -12281,10 +12282,10 @@ class AccessTests(HttpTestCase):
         self.assertIn("has to begin with http://, not https://", logged.output[0])
 
     def test_the_bound_name_is_accepted(self):
-        # a name of this machine that is neither an address nor localhost; Config alone is asked, nothing is bound
+        # a name of this machine that is neither an address nor localhost; nothing is bound to it
         gateway = self.service.gateway
-        self.addCleanup(setattr, gateway, "config", gateway.config)
-        gateway.config = claude_gateway.replace(gateway.config, host="Workstation.lan")
+        self.addCleanup(setattr, gateway, "names", gateway.names)
+        gateway.names = Gateway(claude_gateway.replace(gateway.config, host="Workstation.lan")).names
         self.assertEqual(self.ask("GET", "/health", headers={"host": "workstation.lan:45554"}).status, 200)
 
     def test_loopback_and_chosen_origins_get_cors_headers_on_success_error_and_stream(self):
@@ -12679,6 +12680,29 @@ class ConnectionTests(HttpTestCase):
                 self.assertLessEqual(getattr(Limits, name), most)
         # a server that closes an idle connection earlier than clients expect loses their next request
         self.assertGreaterEqual(Limits.idle_timeout, 60)
+
+    def test_what_a_request_holds_is_given_back_whatever_goes_wrong(self):
+        gateway = self.start().gateway
+
+        def broken(*_):
+            raise ZeroDivisionError
+        gateway.counters.add_request = broken
+        self.claude.play(FakeReply(body=message(text("Hi"))))
+        connection = self.connect()
+        with self.assertLogs(claude_gateway.LOG, "ERROR"):
+            connection.sendall(chat_bytes())
+            self.assertIn(b" 200 ", received_until(connection, b"never"))
+        self.assertTrue(gateway.running.wait_until_idle(30))
+        self.assertEqual((gateway.body_budget.count, gateway.usage.running), (0, {}))
+
+    def test_all_are_closed_though_one_of_them_fails(self):
+        closed: list = []
+
+        def broken() -> None:
+            raise ZeroDivisionError
+        closers = [lambda: closed.append("first"), broken, lambda: closed.append("last")]
+        self.assertRaises(ZeroDivisionError, claude_gateway.close_all, closers)
+        self.assertEqual((closed, closers), (["last", "first"], []))
 
     def test_a_gateway_that_stops_takes_no_request_on_an_open_connection(self):
         service = self.start()
@@ -13356,8 +13380,17 @@ class LogTests(GatewayTestCase):
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x18\0\x48\0\0\0\0\0")
+        log = claude_gateway.LOG
+        self.addCleanup(log.setLevel, log.level)
+        for name in ("handlers", "propagate"):
+            self.addCleanup(setattr, log, name, getattr(log, name))
         with os.fdopen(slave, "w") as terminal, contextlib.redirect_stderr(terminal):
             self.assertEqual(claude_gateway.columns_of_terminal(), 72)
+            for minimal, line in ((True, b" GET  /v1/models           200 3 ms"), (False, b" 200 GET models ")):
+                claude_gateway.set_up_log(Config(minimal=minimal))
+                claude_gateway.log_request_record(claude_gateway.Record("GET", "/v1/models", status=200, total_ms=3),
+                                                  Config(minimal=minimal))
+                self.assertIn(line, os.read(master, 1_000))
         with contextlib.redirect_stderr(io.StringIO()):
             self.assertEqual(claude_gateway.columns_of_terminal(), 0)
 
@@ -13370,7 +13403,7 @@ class LogTests(GatewayTestCase):
             self.ask("GET", "/health")
             self.ask("GET", "/", headers={"accept": "text/html"})
             self.service.gateway.running.wait_until_idle(30)
-        told = {entry.msg.split(":")[0]: entry.payload for entry in caught.records if hasattr(entry, "payload")}
+        told = {entry.msg.split(":")[0]: entry.args for entry in caught.records if isinstance(entry.args, dict)}
         self.assertIn("Guten Tag", json.dumps(told["from the client"]))
         self.assertIn("Guten Tag", json.dumps(told["to Claude"]))
         self.assertIn("Wie immer", json.dumps(told["from Claude"]))
@@ -13473,8 +13506,8 @@ class SecrecyTests(CommandTestCase):
         secrets = ["long" * 200, 'quo"te\\d', "schl\u00fcssel"]
         for as_json in (False, True):
             formatter = claude_gateway.LogFormatter(lambda: secrets, as_json)
-            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", ("shown",), None)
-            record.payload = {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500}
+            record = claude_gateway.LOG.makeRecord("x", 10, "x", 1, "to Claude: %s", (
+                {"a": "long" * 200, "b": 'quo"te\\d', "c": "schl\u00fcssel", "d": "A" * 500},), None)
             told = formatter.format(record)
             for part in ("longlong", "quo", "schl"):
                 self.assertNotIn(part, told)
