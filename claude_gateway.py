@@ -2877,7 +2877,7 @@ class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas of one block that a read begins with are one event; the first read of a stream has none.
+    `joining`: text deltas of one block that stand side by side in a read are one event.
     """
 
     def __init__(self, joining: bool = False) -> None:
@@ -2892,13 +2892,22 @@ class EventDecoder:
 
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
-        if self._joining and not (self._at_start or self._data) and (not self._held or b"\n\n" in piece):
-            event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
-            if event:
-                piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
-                yield event
-                if not piece:
-                    return
+        while piece:
+            if self._joining and not (self._at_start or self._data) and (not self._held or b"\n\n" in piece):
+                event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
+                if event:
+                    piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
+                    yield event
+                    if not piece:
+                        return
+            # up to the next text, where there are several of them
+            first, last = (piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')) if self._joining else (0, 0)
+            begin = piece.rfind(b"\n\n", 0, first) + 2 if first < last else 0
+            part, piece = (piece[:begin], piece[begin:]) if begin > 1 else (piece, b"")
+            yield from self._events(part)
+
+    def _events(self, piece: bytes) -> Iterator[dict]:
+        """The same, line by line."""
         if self._held > MAX_UPSTREAM_BODY:
             raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
         self._held += len(piece)
@@ -2931,10 +2940,12 @@ class EventDecoder:
         texts, at = [], 0                           # type: List[str], int
         try:
             text = data.decode("utf-8")
-            begin = None if text.startswith(self._text_begins) else TEXT_DELTA.match(text)
-            if begin:
-                self._text_begins, self._index = begin.group(), int(begin.group(1))
-            while text.startswith(self._text_begins, at):
+            while at < len(text):
+                if not text.startswith(self._text_begins, at):
+                    begin = None if texts else TEXT_DELTA.match(text)
+                    if not begin:
+                        break
+                    self._text_begins, self._index = begin.group(), int(begin.group(1))
                 words, end = scan_string(text, at + len(self._text_begins))
                 delta_end = DELTA_END.match(text, end)
                 if not delta_end:
@@ -2973,6 +2984,9 @@ def added_usage(total: dict, usage: dict) -> dict:
         elif value is not None:
             added[name] = value
     return added
+
+
+BLOCK_STOP = {"type": "content_block_stop"}
 
 
 class MessageAssembler:
@@ -3017,7 +3031,8 @@ class MessageAssembler:
                             model=str(message.get("model", "")))
 
     def _block_start(self, event: dict) -> None:
-        self._join_pieces()
+        if self._block:
+            self._block_stop(BLOCK_STOP)
         block = self._block = dict(event["content_block"])
         texts = ["type", "id", "name"] if block["type"] == "tool_use" else ["type"]
         for field in texts + [field for field in ("text", "thinking") if block.get(field) is not None]:
@@ -3044,21 +3059,16 @@ class MessageAssembler:
             self._block.update({name: value for name, value in delta.items() if name != "type" and value is not None})
 
     def _block_stop(self, event: dict) -> None:
-        if not self._block:
+        block, self._block = self._block, {}
+        if not block:
             raise ValueError("the end of a block that has not begun")
-        self._join_pieces()
-        self._block = {}
-
-    def _join_pieces(self) -> None:
-        """Ends the current block; max_tokens can cut an answer inside one, which then has no stop event."""
         for field, text in self._grown.items():
-            self._block[field] = (self._block.get(field) or "") + text.getvalue()
+            block[field] = (block.get(field) or "") + text.getvalue()
         if self._citations:
-            self._block["citations"] = [*(self._block.get("citations") or ()), *self._citations]
-        partial = self._block.get("partial_json")
-        if partial:
+            block["citations"] = [*(block.get("citations") or ()), *self._citations]
+        if block.get("partial_json"):
             with contextlib.suppress(ValueError):   # cut by max_tokens: the text stays
-                self._block["input"] = json_within_bounds(partial, LENIENT_JSON)
+                block["input"] = json_within_bounds(block["partial_json"], LENIENT_JSON)
         self._grown.clear()
         self._citations = []
 
@@ -3069,7 +3079,8 @@ class MessageAssembler:
                 self.message["usage"][name] = value
 
     def _message_stop(self, event: dict) -> None:
-        self._join_pieces()
+        if self._block:                             # max_tokens can cut an answer inside one
+            self._block_stop(BLOCK_STOP)
         reason = self.message.get("stop_reason")
         if not reason or not isinstance(reason, str):
             raise UpstreamFault("The upstream ended its answer without a stop reason.")
@@ -3135,7 +3146,6 @@ class BareJson:
 
 # an event of Claude's -> what the client gets for it; None where it gets nothing until the end
 Render = Optional[Callable[[dict], List[dict]]]
-BLOCK_STOP = {"type": "content_block_stop"}
 
 
 def arguments_delta(fragment: str) -> dict:
@@ -3417,14 +3427,15 @@ class ChatStream(Renderer):
     def event_bytes(self, chunk: dict) -> bytes:
         """`data_event` of a chunk of this stream.  Of one with text only, the parts that all share are made once."""
         choices = chunk.get("choices")
-        if not choices or list(choices[0]["delta"]) != ["content"] or choices[0]["finish_reason"]:
+        delta = choices[0]["delta"] if choices else {}
+        if "content" not in delta or len(delta) > 1 or choices[0]["finish_reason"]:
             return data_event(chunk)
         if not self._around_text:                   # a quote inside a string would be escaped
             empty = data_event(dict(chunk, choices=[dict(choices[0], delta={"content": ""})]))
             before, after = empty.split(b'"content":""')
             self._around_text = [before + b'"content":', after]
         before, after = self._around_text
-        return before + client_json(choices[0]["delta"]["content"]) + after
+        return before + client_json(delta["content"]) + after
 
     def finish(self) -> list[dict]:
         """The last chunks: citations, a refusal, the finish reason, usage if it was asked for."""
@@ -5025,11 +5036,11 @@ class Polls(dict):
         for sock in readers:
             if isinstance(sock, ssl.SSLSocket) and sock.pending():
                 return [sock.fileno()]
-        seconds = max(0.0, seconds)
+        seconds = seconds if seconds > 0 else 0.0
         if not hasattr(select, "poll"):             # Windows
             readable, writable, _ = select.select(readers, writers, [], seconds)
             return [sock.fileno() for sock in readable + writable]
-        return [descriptor for descriptor, _ in self[readers, writers].poll(seconds * 1000)]
+        return list(dict(self[readers, writers].poll(seconds * 1000)))
 
 
 class Peer:
@@ -5068,10 +5079,10 @@ class Peer:
 
     def send(self, data: bytes, wait: Callable[[bool], None]) -> None:
         """Sends all of it; `wait` returns when the socket can be written to (True) or, for TLS, read (False)."""
-        left = memoryview(data)
-        while left:
+        sent = 0
+        while sent < len(data):
             try:
-                left = left[self.sock.send(left):]
+                sent += self.sock.send(memoryview(data)[sent:] if sent else data)
             except ssl.SSLWantReadError:
                 wait(False)
             except (BlockingIOError, ssl.SSLWantWriteError):
@@ -5086,9 +5097,6 @@ class Wait(NamedTuple):
     sock: socket.socket
     seconds: float                                  # without a byte: then the upstream is given up,
     latest: float = math.inf                        # as it is at this time.monotonic()
-
-    def deadline(self, since: float) -> float:
-        return min(since + self.seconds, self.latest)
 
 
 # What a stream yields, its steps: each is what there is to send, and what to wait for before the next one: None, a Wait
@@ -5121,12 +5129,13 @@ class Client:
 
     def wait(self, wait: Wait, writing: bool = False) -> None:
         """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
-        readers, writers = ((), (wait.sock,)) if writing else ((wait.sock,), ())
         now = time.monotonic()
-        deadline = wait.deadline(now)
+        deadline = min(now + wait.seconds, wait.latest)
         while True:
-            client = (self.peer.sock,) if self.peer and self.watched else ()
-            ready = self._polls.ready(readers + client, min(deadline, self.comment_due) - now, writers)
+            client = (self.peer.sock,) if self.watched else ()
+            readers, writers = (client, (wait.sock,)) if writing else ((wait.sock, *client), ())
+            due = min(deadline, self.comment_due) if self.idle_comment else deadline
+            ready = self._polls.ready(readers, due - now, writers)
             if client and client[0].fileno() in ready:
                 self.check()
             if wait.sock.fileno() in ready:
@@ -5316,7 +5325,7 @@ class BodyFraming:
     def __init__(self, chunked: bool, length: int | None) -> None:
         self._chunked = chunked
         self._left = 0 if chunked else length       # bytes of the chunk or body; None: until the connection ends
-        self._in_chunk, self._in_trailers, self._trailers = False, False, 0
+        self._in_chunk, self._in_trailers, self._trailers = not chunked, False, 0      # a length makes one chunk
         self.done = length == 0 and not chunked
         self.rest = b""                             # a line that has only begun; behind the end, what is not the body's
         self.surplus = self.done                    # more came than the body, or might have where nothing is read
@@ -5324,16 +5333,16 @@ class BodyFraming:
     def feed(self, data: bytes) -> bytes:
         """The part of `data` that is body, however the bytes were cut; extensions and trailers of chunks are ignored.
         Raises UpstreamFault for a chunk that does not hold together (RFC 9112, 7.1)."""
-        if not self._chunked:
-            return self._by_length(data)
+        if self._left is None:
+            return data
         data, at = self.rest + data if self.rest else data, 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
             usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
             if usual:
                 begin = usual.end()
-                end = begin + int(usual.group(1), 16)
-                if data.startswith(b"\r\n", end):   # a whole chunk, or the end without trailers
+                end = begin + int(usual[1], 16)
+                if data[end:end + 2] == b"\r\n":    # a whole chunk, or the end without trailers
                     pieces.append(data[begin:end])
                     self.done, at = begin == end, end + 2
                     continue
@@ -5342,6 +5351,7 @@ class BodyFraming:
                 pieces.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
+                self.done = not self._chunked and not self._left
                 continue
             end = data.find(b"\n", at) + 1
             if not end or end - at > self.LONGEST_LINE:
@@ -5359,16 +5369,6 @@ class BodyFraming:
         if self._left is not None:
             raise UpstreamFault(BROKE_OFF)
         self.done = self.surplus = True             # nothing can follow on this connection
-
-    def _by_length(self, data: bytes) -> bytes:
-        if self._left is None:
-            return data
-        self.rest = data[self._left:]
-        self.surplus = bool(self.rest)
-        data = data[:self._left]
-        self._left -= len(data)
-        self.done = not self._left
-        return data
 
     def _line(self, line: bytes) -> None:
         """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
@@ -5956,7 +5956,11 @@ class RunningStream:
         """When there is something to do even if nothing happens."""
         if self.unsent:
             return self.client.write_deadline
-        return min(self.wait.deadline(self.since) if self.wait else math.inf, self.client.comment_due)
+        return min(self.given_up_at, self.client.comment_due)
+
+    @property
+    def given_up_at(self) -> float:
+        return min(self.since + self.wait.seconds, self.wait.latest) if self.wait else math.inf
 
 
 class EventLoop:
@@ -6117,7 +6121,7 @@ class EventLoop:
     def _look_after_silence(self, stream: RunningStream) -> None:
         if stream.unsent:
             raise ClientGone                        # it does not read
-        if stream.wait and self._now >= stream.wait.deadline(stream.since):
+        if stream.wait and self._now >= stream.given_up_at:
             raise silence(stream.wait)
         self._send(stream, stream.client.idle_comment)
         self._register(stream)
