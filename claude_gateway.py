@@ -6027,13 +6027,11 @@ class EventLoop:
                 self._with(stream, self._move)
             happened = self._selector.select(0.0 if self._ready else self._check_at - self._now)
             self._now = time.monotonic()
-            for key, events in happened:
+            for key, _ in happened:
                 if key.data is None:
                     self._bell.recv(4_096)
-                elif key.fileobj is key.data.sock:
-                    self._with(key.data, self._look_after_client, events)
                 else:
-                    self._with(key.data, self._move)
+                    self._with(key.data, self._look_after_client if key.fileobj is key.data.sock else self._move)
             while self._new:
                 stream = self._new.popleft()
                 self._streams.add(stream)
@@ -6043,12 +6041,12 @@ class EventLoop:
         for stream in [*self._streams, *self._new]:
             self._end(stream, False, busy("The gateway stops."))
 
-    def _with(self, stream: RunningStream, work: Callable[..., None], *details: int) -> None:
+    def _with(self, stream: RunningStream, work: Callable[[RunningStream], None]) -> None:
         """Works on a stream; whatever goes wrong is reported to its client and to no other."""
         if stream not in self._streams:             # ended by what happened a moment ago
             return
         try:
-            work(stream, *details)
+            work(stream)
         except BaseException as failure:
             self._end(stream, False, failure)
 
@@ -6080,11 +6078,11 @@ class EventLoop:
         except OSError:
             raise ClientGone from None
 
-    def _look_after_client(self, stream: RunningStream, events: int) -> None:
+    def _look_after_client(self, stream: RunningStream) -> None:
         """The client reads again, or has sent something, or has gone."""
-        if events & selectors.EVENT_READ and stream.client.watched:
+        if stream.client.watched:
             stream.client.check()
-        if events & selectors.EVENT_WRITE:
+        if stream.unsent:
             self._send(stream, stream.unsent)
             stream.since = self._now                # nothing was read meanwhile
         if stream.unsent or stream.wait:
