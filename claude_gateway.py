@@ -2939,14 +2939,15 @@ class EventDecoder:
         """The text deltas of one block that `data` begins with, as one event, and what follows them."""
         texts, at = [], 0                           # type: List[str], int
         try:
-            text = data.decode("utf-8")
+            text = data.decode()
             while at < len(text):
-                if not text.startswith(self._text_begins, at):
+                words_at = at + len(self._text_begins)
+                if text[at:words_at] != self._text_begins:
                     begin = None if texts else TEXT_DELTA.match(text)
                     if not begin:
                         break
-                    self._text_begins, self._index = begin.group(), int(begin.group(1))
-                words, end = scan_string(text, at + len(self._text_begins))
+                    self._text_begins, self._index, words_at = begin.group(), int(begin.group(1)), begin.end()
+                words, end = scan_string(text, words_at)
                 delta_end = DELTA_END.match(text, end)
                 if not delta_end:
                     break
@@ -5988,7 +5989,8 @@ class EventLoop:
                     if self._thread is None:
                         self._start()
                     self._new.append(stream)
-                    self._ring()
+                    if len(self._new) == 1:         # else it has been rung
+                        self._ring()
                     return
             except (OSError, RuntimeError) as fault:
                 reason = "The gateway is out of threads or descriptors: %s." % fault
