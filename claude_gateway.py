@@ -2898,8 +2898,7 @@ class EventDecoder:
                 if event:
                     piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
                     yield event
-                    if not piece:
-                        return
+                    continue
             # up to the next text, where there are several of them
             first, last = (piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')) if self._joining else (0, 0)
             begin = piece.rfind(b"\n\n", 0, first) + 2 if first < last else 0
@@ -2911,7 +2910,7 @@ class EventDecoder:
         if self._held > MAX_UPSTREAM_BODY:
             raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
         self._held += len(piece)
-        if self._skip_newline and piece:
+        if self._skip_newline:
             piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
         self._rest.append(piece)
         # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
@@ -3018,8 +3017,7 @@ class MessageAssembler:
         self.done = False
 
     def whole(self) -> dict:
-        """The message with the counts of all its streams, and those of compactions, which the totals of an answer
-        leave out."""
+        """The message with the counts of all its streams, and of compactions, which an answer's totals leave out."""
         usage = self.message.get("usage") or {}
         for iteration in listed(usage.get("iterations")):
             if text_in(iteration, "type") == "compaction":
@@ -3427,12 +3425,12 @@ class ChatStream(Renderer):
 
     def event_bytes(self, chunk: dict) -> bytes:
         """`data_event` of a chunk of this stream.  Of one with text only, the parts that all share are made once."""
-        choices = chunk.get("choices")
-        delta = choices[0]["delta"] if choices else {}
-        if "content" not in delta or len(delta) > 1 or choices[0]["finish_reason"]:
+        choice = (chunk.get("choices") or [{"delta": {}}])[0]
+        delta = choice["delta"]
+        if "content" not in delta or len(delta) > 1 or choice["finish_reason"]:
             return data_event(chunk)
         if not self._around_text:                   # a quote inside a string would be escaped
-            empty = data_event(dict(chunk, choices=[dict(choices[0], delta={"content": ""})]))
+            empty = data_event(dict(chunk, choices=[dict(choice, delta={"content": ""})]))
             before, after = empty.split(b'"content":""')
             self._around_text = [before + b'"content":', after]
         before, after = self._around_text
@@ -6005,9 +6003,8 @@ class EventLoop:
                 return
             self._ring()
         thread.join()
-        self._selector.close()
-        self._bell.close()
-        self._button.close()
+        for each in (self._selector, self._bell, self._button):
+            each.close()
 
     def _start(self) -> None:
         self._selector = selectors.DefaultSelector()
