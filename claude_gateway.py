@@ -2896,13 +2896,13 @@ class EventDecoder:
             if self._joining and not (self._at_start or self._data) and (not self._held or b"\n\n" in piece):
                 event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
                 if event:
-                    piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
+                    piece, self._rest, self._held = rest, [], 0
                     yield event
                     continue
             # up to the next text, where there are several of them
-            first, last = (piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')) if self._joining else (0, 0)
-            begin = piece.rfind(b"\n\n", 0, first) + 2 if first < last else 0
-            part, piece = (piece[:begin], piece[begin:]) if begin > 1 else (piece, b"")
+            first, last = piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')
+            cut = piece.rfind(b"\n\n", 0, first) + 2 if first < last else 0
+            part, piece = (piece[:cut], piece[cut:]) if cut > 1 else (piece, b"")
             yield from self._events(part)
 
     def _events(self, piece: bytes) -> Iterator[dict]:
@@ -5157,7 +5157,7 @@ class Client:
         deadline = time.monotonic() + seconds
         while True:
             left = max(0.0, deadline - time.monotonic())
-            if not self.peer or not self.watched:
+            if not self.watched:
                 time.sleep(left)
             elif self._polls.ready((self.peer.sock,), left):
                 self.check()
@@ -6589,9 +6589,8 @@ class Exchange:
                 raise
             yield rendered, None if self.assembler.done else wait
             if self.assembler.done:
-                break
-        else:
-            raise UpstreamFault("The upstream ended its answer without message_stop.")
+                return
+        raise UpstreamFault("The upstream ended its answer without message_stop.")
 
     def _event_batches(self) -> Iterator[Any]:
         """Events as they arrive, also when the upstream answers in JSON."""
