@@ -2893,52 +2893,48 @@ class EventDecoder:
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
         while piece:
-            if self._joining and not (self._at_start or self._data) and (not self._held or b"\n\n" in piece):
-                event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
-                if event:
-                    piece, self._rest, self._held = rest, [], 0
-                    yield event
-                    continue
-            # up to the next text, where there are several of them
+            event, piece = self._joined(piece)
+            if event:
+                yield event
+                continue
+            # line by line up to the next text, where there are several of them
             first, last = piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')
             cut = piece.rfind(b"\n\n", 0, first) + 2 if first < last else 0
             part, piece = (piece[:cut], piece[cut:]) if cut > 1 else (piece, b"")
-            yield from self._events(part)
-
-    def _events(self, piece: bytes) -> Iterator[dict]:
-        """The same, line by line."""
-        if self._held > MAX_UPSTREAM_BODY:
-            raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
-        self._held += len(piece)
-        if self._skip_newline:
-            piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
-        self._rest.append(piece)
-        # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
-        if b"\r" not in piece and (b"\n" if self._data or self._held > len(piece) else b"\n\n") not in piece:
-            return
-        text = b"".join(self._rest)
-        if self._at_start:
-            text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
-        self._skip_newline = text[-1:] == b"\r"
-        lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
-        self._rest = [lines.pop()]
-        for line in lines:
-            if line[:5] == b"data:":
-                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
-            elif not line and self._data:
-                data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
-                yield json_object_from(data, event=True)
+            if self._held > MAX_UPSTREAM_BODY:
+                raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
+            self._held += len(part)
+            if self._skip_newline:
+                part, self._skip_newline = (part[1:] if part[:1] == b"\n" else part), False
+            self._rest.append(part)
+            # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
+            if b"\r" not in part and (b"\n" if self._data or self._held > len(part) else b"\n\n") not in part:
+                return
+            text = b"".join(self._rest)
+            if self._at_start:
+                text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
+            self._skip_newline = text[-1:] == b"\r"
+            lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
+            self._rest = [lines.pop()]
+            for line in lines:
+                if line[:5] == b"data:":
+                    self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+                elif not line and self._data:
+                    data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
+                    yield json_object_from(data, event=True)
 
     def close(self) -> Iterator[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
         with contextlib.suppress(UpstreamFault):
             yield from self.feed(b"\n\n")
 
-    def _joined(self, data: bytes) -> tuple[dict | None, bytes]:
-        """The text deltas of one block that `data` begins with, as one event, and what follows them."""
+    def _joined(self, piece: bytes) -> tuple[dict | None, bytes]:
+        """The text deltas of one block that come next, as one event, and what follows them in `piece`."""
+        if not self._joining or self._at_start or self._data or self._held and b"\n\n" not in piece:
+            return None, piece
         texts, at = [], 0                           # type: List[str], int
         try:
-            text = data.decode()
+            text = (b"".join([*self._rest, piece]) if self._held else piece).decode()
             while at < len(text):
                 words_at = at + len(self._text_begins)
                 if text[at:words_at] != self._text_begins:
@@ -2955,7 +2951,8 @@ class EventDecoder:
         except ValueError:                          # it is cut or at fault
             pass
         if not texts:
-            return None, data
+            return None, piece
+        self._rest, self._held = [], 0
         event = {"type": "content_block_delta", "index": self._index,
                  "delta": {"type": "text_delta", "text": "".join(texts)}}
         return event, text[at:].encode("utf-8") if at < len(text) else b""
