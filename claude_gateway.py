@@ -2955,7 +2955,7 @@ class EventDecoder:
         self._rest, self._held = [], 0
         event = {"type": "content_block_delta", "index": self._index,
                  "delta": {"type": "text_delta", "text": "".join(texts)}}
-        return event, text[at:].encode("utf-8") if at < len(text) else b""
+        return event, text[at:].encode() if at < len(text) else b""
 
 
 def events_from_message(message: dict) -> list[dict]:
@@ -5480,7 +5480,7 @@ class UpstreamConnection(Peer):
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
         if not (target.isascii() and target.isprintable()) or " " in target:
             raise UpstreamFault("The upstream's address is an invalid URL: %s" % printable(target))
-        lines = ["%s %s HTTP/1.1" % (method, target), *["%s: %s" % each for each in headers.items()], "\r\n"]
+        lines = ["%s %s HTTP/1.1" % (method, target), *map(": ".join, headers.items()), "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
         # one of usual size in a single piece; to copy more would cost more than a second call
         for data in ([head + body] if len(body) <= READ_SIZE else [head, body]):

@@ -561,7 +561,7 @@ MUTANTS = (
     Mutant("key: guesses at the status page", "and not guessed:", ":", "ClientKeyTests"),
     Mutant("upstream: 32 MB in the native pass-through", "    data = within_upstream_limit(upstream_json(body))",
            "    data = upstream_json(body)", "BodyTests"),
-    Mutant("stream: only what stands side by side is joined", 'text[at:].encode("utf-8") if at < len(text) else b""',
+    Mutant("stream: only what stands side by side is joined", 'text[at:].encode() if at < len(text) else b""',
            'b""', "HotPathTests"),
     Mutant("stream: joined text belongs to its block", "words_at = begin.group(), int(begin.group(1)),",
            "words_at = begin.group(), 0,", "HotPathTests"),
