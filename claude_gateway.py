@@ -33,7 +33,7 @@ running, Commands, Completion, Command line.
 
 What to read before trusting it with a credential: Credentials, Usage, HTTP/1.1, Upstream, Image fetching, Routes,
 HTTP server, Log, Diagnosis, Signing in, Asking and running.
-Places that connect: UpstreamConnection, ImageFetcher, local_answer, issuer_of.
+Places that connect: UpstreamConnection, Download, local_answer, issuer_of.
 Places that write: StoredFile, check_writable.  Places that start another program: run_tool.
 Without socket, file, clock, randomness or log: the rooms from JSON to Responses API.
 """
@@ -79,6 +79,8 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
+from argparse import Namespace
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
@@ -94,9 +96,8 @@ DEFAULT_PORT = 45554
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 ANTHROPIC_VERSION = "2023-06-01"                # on purpose: 2026-10-21 refuses temperature on every model
 
-# The sign-in with a Claude account (Pro, Max, Team).  There is no registration for third-party programs, so
-# this is the public client id of Claude Code, with the page that shows its code for pasting.  The README and
-# `login` say so, and say what Anthropic's terms think of it.
+# The sign-in with a Claude account.  Other programs cannot register, so this is Claude Code's public client id,
+# with the page that shows its code.  The README and `login` say so, and what Anthropic's terms think of it.
 OAUTH_CLIENT_ID = "9d1c250a-e61b-44d9-88ed-5944d1962f5e"
 OAUTH_AUTHORIZE_URL = "https://claude.com/cai/oauth/authorize"
 OAUTH_TOKEN_URL = "https://platform.claude.com/v1/oauth/token"
@@ -106,8 +107,8 @@ FAST_MODE_BETA = "fast-mode-2026-02-01"         # sent with `speed`; some models
 COMPACTION_BETA = "compact-2026-09-04"          # with `compaction`, and with every later request that has its block
 FALLBACK_BETA = "server-side-fallback-2026-07-01"
 OAUTH_BETA = "oauth-2025-04-20"                 # the API accepts OAuth tokens with this header only
-# Tokens of a subscription login are known to be refused unless the system prompt begins with this sentence in
-# a block of its own.  It is sent with such tokens only, and is the one thing we say that is not the client's.
+# Tokens of a subscription are known to be refused unless the system prompt begins with this sentence, in a block
+# of its own.  It is sent with them only, the one thing we say that is not the client's.
 OAUTH_SYSTEM_BLOCK = {"type": "text", "text": "You are Claude Code, Anthropic's official CLI for Claude."}
 
 REFRESH_EARLY = 300                             # seconds: a token is renewed this long before it expires
@@ -155,13 +156,13 @@ class Limits:
     lock_patience: float = 60                       # for another process to refresh; one call may take 40
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)         # as it has secrets
 class Config:
     """Everything that is set from outside; `config_from` reads it from flags and environment."""
     host: str = "localhost"
     more_hosts: Tuple[str, ...] = ()                # to listen on, too
     port: int = DEFAULT_PORT
-    api_key: Tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    api_key: Tuple[str, ...] = ()
     verbose: bool = False
     minimal: bool = False
     quiet: bool = False
@@ -186,13 +187,13 @@ class Config:
     authorize_url: str = OAUTH_AUTHORIZE_URL
     oauth_scopes: str = OAUTH_SCOPES
     workspace_id: str = ""
-    custom_headers: Tuple[Tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+    custom_headers: Tuple[Tuple[str, str], ...] = ()
     profile: str = ""                               # of Anthropic's own sign-in; "": the active one
     profile_folder: str = ""                        # "": none is looked for
-    anthropic_api_key: str = dataclasses.field(default="", repr=False)
-    anthropic_auth_token: str = dataclasses.field(default="", repr=False)
-    claude_code_oauth_token: str = dataclasses.field(default="", repr=False)
-    https_proxy: str = dataclasses.field(default="", repr=False)
+    anthropic_api_key: str = ""
+    anthropic_auth_token: str = ""
+    claude_code_oauth_token: str = ""
+    https_proxy: str = ""
     no_proxy: str = ""
     ca_file: str = ""
     ca_variable: str = ""                           # where that comes from
@@ -230,6 +231,16 @@ def percent(part: int, whole: int) -> int:
     return round(100 * part / whole) if whole else 0
 
 
+def close_all(closers: list[Callable[[], Any]]) -> None:
+    """Calls and removes all of them, the last one first, whatever goes wrong in another."""
+    try:
+        while closers:
+            closers.pop()()
+    finally:
+        if closers:
+            close_all(closers)
+
+
 def value_in(value: Any, *path: str) -> Any:
     """The value at a path of keys, None where there is none."""
     for name in path:
@@ -245,7 +256,7 @@ def text_in(value: Any, *path: str) -> str | None:
 
 def count_of(value: Any) -> int:
     """A count, 0 for what is none, or none that can be true."""
-    return value if type(value) is int and 0 < value < 1e12 else 0
+    return value if type(value) is int and 0 < value < 10 ** 12 else 0
 
 
 def count_in(value: Any, *path: str) -> int:
@@ -263,7 +274,7 @@ def printable(value: str, limit: int = 200) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with escapes for whatever could forge a line of the log or control a terminal."""
+    """Text with escapes for what could forge a line of the log or control a terminal."""
     return text if text.isprintable() else UNSAFE_IN_LOG.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
@@ -272,11 +283,11 @@ SECRET_SHAPES = re.compile(r"sk-ant-[A-Za-z0-9_-]{8,}|(?<=[Bb]earer )[A-Za-z0-9.
 
 
 def masked(text: str, secrets_known: Iterable[str]) -> str:
-    """Text without any known secret, as it is or as JSON tells it, and without what looks like a credential."""
+    """Text without any known secret, as it is or in JSON, and without what looks like a credential."""
     for secret in secrets_known:
         if len(secret) >= 4:
             text = text.replace(secret, "***")
-            if not SAME_IN_JSON.match(secret):
+            if "\\" in text and not SAME_IN_JSON.match(secret):
                 for form in (json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
                     text = text.replace(form[1:-1], "***")
     return SECRET_SHAPES.sub("***", text) if "sk-ant-" in text or "earer " in text else text
@@ -311,10 +322,11 @@ def dollars(amount: float) -> str:
     return "$0.00" if not text.strip("0.") else ("-$" if amount < 0 else "$") + text
 
 
+@functools.lru_cache(maxsize=64)
 def unix_time(moment: str) -> int | None:
     """The seconds of an RFC 3339 time or date in UTC, None where it is none."""
     match = re.match(r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d):(\d\d))?", moment)
-    try:                                            # four of them come with every answer; strptime takes 15 us each
+    try:
         return calendar.timegm(tuple(map(int, match.groups("0")))) if match else None
     except ValueError:
         return None
@@ -322,7 +334,7 @@ def unix_time(moment: str) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def is_address(name: str) -> bool:
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         ipaddress.ip_address(name)
         return True
     return False
@@ -337,7 +349,7 @@ def is_loopback_host(host: str) -> bool:
 
 
 def host_in(url: str) -> str:
-    """The host of an http or https URL; "" where it is none, or has more than a place, such as a password."""
+    """The host of an http or https URL; "" where it is none, or has more than a place, as a password."""
     try:
         parts = urllib.parse.urlsplit(url)
         usable = parts.scheme in ("http", "https") and (parts.port or 1)
@@ -352,7 +364,7 @@ GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is of the public internet, also when an IPv4 address hides inside an IPv6 one."""
+    """Whether an address is public, also the IPv4 address that an IPv6 one may hide."""
     ip: Any = ipaddress.ip_address(address.split("%")[0])
     if ip.version == 4:
         return ip.is_global and not ip.is_multicast
@@ -379,10 +391,12 @@ class GatewayError(Exception):
         super().__init__(message)
         self.param = param
         self.code = code or self.code
-        self.headers = dict(headers or {}, **{"x-should-retry": "false"} if self.code in FINAL_CODES else {})
+        self.headers = dict(headers or {})
+        if self.code in FINAL_CODES:
+            self.headers["x-should-retry"] = "false"
 
     def reworded(self, message: str, **changes: str) -> GatewayError:
-        """The same error with another message, and what else is other about it."""
+        """The same error with another message, and other `changes`."""
         copy: GatewayError = type(self).__new__(type(self), message)      # which sets what str() shows
         vars(copy).update(vars(self), **changes)
         return copy
@@ -418,12 +432,12 @@ def busy(message: str) -> Refused:
 
 
 class CredentialNeeded(GatewayError):
-    """The gateway's own credential is missing or dead: only its owner can fix that, no retry can."""
+    """The gateway's own credential is missing or dead: only its owner can fix that."""
     status, kind, code = 401, "authentication_error", "upstream_authentication"
 
 
 class UpstreamFault(GatewayError):
-    """Claude's API could not be reached, or broke off, or said something that is not its protocol."""
+    """Claude's API could not be reached, broke off, or broke its protocol."""
     status, kind, code = 502, "server_error", "upstream_error"
     may_pass = False                            # whether a second attempt may succeed
 
@@ -436,12 +450,12 @@ class ClientGone(Exception):
     """The client closed its connection; nobody is left to tell."""
 
 
-# An error of the Messages API -> its statuses there, which are all that is known where the body is not the API's own
-# (a proxy's HTML page, say); and for an OpenAI client: (status, type, code).
+QUOTA = (429, "insufficient_quota", "insufficient_quota")
+# An error of the Messages API -> its statuses, for a body that is not the API's own; OpenAI's (status, type, code)
 CLAUDE_ERRORS = {
     "invalid_request_error": ((400,), (400, "invalid_request_error", None)),
     "authentication_error": ((401,), (401, "authentication_error", "upstream_authentication")),
-    "billing_error": ((402,), (429, "insufficient_quota", "insufficient_quota")),
+    "billing_error": ((402,), QUOTA),
     "permission_error": ((403,), (403, "permission_error", None)),
     "not_found_error": ((404,), (404, "invalid_request_error", None)),
     "conflict_error": ((409,), (409, "server_error", None)),
@@ -468,10 +482,9 @@ class Verdict(NamedTuple):
     hint: str = ""
 
 
-KEY_HINT = "Hint: an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
-SPEND_HINT = "Hint: only a higher spend limit in the Console helps before it is reset."
-WORKSPACE_HINT = "Hint: set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
-PLAN_HINT = "Hint: the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
+KEY_HINT = "an API key (ANTHROPIC_API_KEY) is always fine; a subscription token is not for every use."
+WORKSPACE_HINT = "set ANTHROPIC_WORKSPACE_ID to the id (wrkspc_...) in the Console under Settings, Workspaces."
+PLAN_HINT = "the plan is used up until its window ends; an API key (ANTHROPIC_API_KEY) has no such window."
 # What the message of a refusal (lower case) means for the client; the first match wins.  What they say about the
 # request is read by LESSONS and the patterns beside it.  Else only `explained` looks for a word of Claude's.
 VERDICTS = (
@@ -479,19 +492,20 @@ VERDICTS = (
     Verdict("prompt is too long|exceed context limit", 400, code="context_length_exceeded"),
     Verdict("only authorized for use with claude code|scope requirement|claude_code_version_too_old",
             code="upstream_refused", hint=KEY_HINT),
-    Verdict("extra usage is required for long context", 429, "insufficient_quota", "insufficient_quota",
-            "Hint: this account may not send prompts this long without extra usage."),
-    Verdict("extra usage", 429, "insufficient_quota", "insufficient_quota", KEY_HINT),
-    Verdict("credit balance is too low|specified api usage limits", 429, "insufficient_quota", "insufficient_quota"),
-    Verdict("(enforced|contract)_spend_limit_reached", 429, "insufficient_quota", "insufficient_quota", SPEND_HINT),
+    Verdict("extra usage is required for long context", *QUOTA,
+            hint="this account may not send prompts this long without extra usage."),
+    Verdict("extra usage", *QUOTA, hint=KEY_HINT),
+    Verdict("credit balance is too low|specified api usage limits", *QUOTA),
+    Verdict("(enforced|contract)_spend_limit_reached", *QUOTA,
+            hint="only a higher spend limit in the Console helps before it is reset."),
     Verdict("output blocked by content filtering", 400, code="content_filter"),
     Verdict("token has been revoked", 401, "authentication_error", "upstream_authentication",
-            "Hint: run `claude-gateway login` again."),
+            "run `claude-gateway login` again."),
     Verdict("oauth authentication is currently not supported", 401, hint=KEY_HINT),
     Verdict("oauth token has expired|invalid bearer token", 401,
-            hint="Hint: run `claude-gateway login` again, or renew the token."),
+            hint="run `claude-gateway login` again, or renew the token."),
     Verdict("invalid x-api-key", 401,
-            hint="Hint: check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
+            hint="check the API key of the gateway (ANTHROPIC_API_KEY, or `claude-gateway login --api-key`)."),
 )
 FINAL_CODES = {"insufficient_quota", "upstream_authentication", "upstream_refused"}   # no retry can help these
 # What a refusal is about, by its message, where a correction or an explanation needs to know.
@@ -505,27 +519,25 @@ ABOUT_COMPILING = re.compile(r"grammar[^.]* too large|too complex for compilatio
                              r"tools can be strict", re.I)
 # What a 400 teaches about a model: the pattern of its message, and what is changed in the model's row.  Only what
 # changes the refused request, and then a corrected retry that succeeded, makes a lesson (Lessons.learn).
-LESSONS = (
-    (re.compile(r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)"), {"sampling": False}),
-    (re.compile(r"not support(ed)?[^.]*prefill|must end with a user message"), {"prefill": False}),
-    (re.compile(r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use"), {"forced_tools": False}),
-    (re.compile(r"does not support the effort|output_config.*effort.*not supported"), {"efforts": ()}),
-    (re.compile(r"^`?speed\b|not support[^.]*(`speed`|speed parameter|fast mode)|fast mode[^.]* not ", re.I),
-     {"fast": False}),
-    (re.compile(r"role 'system' is not supported"), {"late_system": False}),
-    (re.compile(r"does not support (structured|output)|output_config.*format.*not supported"),
-     {"structured_outputs": False}),
-    (re.compile(r"compaction|compact-2026"), {"compaction": False}),
-    (re.compile(r"fallback"), {"fallbacks": False}),
+LESSONS: Any = (
+    (r"`?(temperature|top_p|top_k)`? (is|are) (deprecated|not supported)", {"sampling": False}),
+    (r"not support(ed)?[^.]*prefill|must end with a user message", {"prefill": False}),
+    (r"tool_choice.*(not supported|not compatible)|tool_choice forces tool use", {"forced_tools": False}),
+    (r"does not support the effort|output_config.*effort.*not supported", {"efforts": ()}),
+    (r"(?i)^`?speed\b|not support[^.]*(`speed`|speed parameter|fast mode)|fast mode[^.]* not ", {"fast": False}),
+    (r"role 'system' is not supported", {"late_system": False}),
+    (r"does not support (structured|output)|output_config.*format.*not supported", {"structured_outputs": False}),
+    (r"compaction|compact-2026", {"compaction": False}),
+    (r"fallback", {"fallbacks": False}),
 )
 # ... and the type of thinking that it does not support, with the one that stands in for it.
-THINKING_LESSONS = ((re.compile(r"thinking.type.enabled"), "enabled", "adaptive"),
-                    (re.compile(r"thinking.type.disabled|between_tools"), "disabled", ""),
-                    (re.compile(r"adaptive thinking is not supported"), "adaptive", "enabled"))
+THINKING_LESSONS = (("thinking.type.enabled", "enabled", "adaptive"),
+                    ("thinking.type.disabled|between_tools", "disabled", ""),
+                    ("adaptive thinking is not supported", "adaptive", "enabled"))
 
 
 class ClaudeError(GatewayError):
-    """The Messages API refused, in a status of its own or in an `error` event amid a stream."""
+    """The Messages API refused, by a status or by an `error` event amid a stream."""
 
     def __init__(self, upstream_status: int, error: dict, headers: dict[str, str] | None = None) -> None:
         self.upstream_status = upstream_status
@@ -543,9 +555,9 @@ class ClaudeError(GatewayError):
         if (headers or {}).get("anthropic-ratelimit-unified-status") == "rejected" and self.status == 429:
             self.kind = code = "insufficient_quota"          # the plan's window is used up: hours, not seconds
             hint = hint or PLAN_HINT
-        stop = "" if message.endswith((".", "!", "?")) else "."
-        super().__init__("%s%s %s" % (message, stop, hint) if hint else message, code=code,
-                         headers=headers_from_claude(headers or {}))
+        if hint:
+            message += "%s Hint: %s" % ("" if message.endswith((".", "!", "?")) else ".", hint)
+        super().__init__(message, code=code, headers=headers_from_claude(headers or {}))
         self._anthropic_headers = headers_for_anthropic(headers or {})
 
     def for_anthropic(self) -> tuple[int, dict[str, str], dict]:
@@ -564,22 +576,20 @@ OPENAI_HEADERS = {
 
 
 def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that an OpenAI client can read, as OpenAI writes them: resets as "1m30s"."""
+    """The headers of Claude's answer as OpenAI writes them: resets as "1m30s"."""
     known = {}
-    for theirs, ours in OPENAI_HEADERS.items():
-        value = headers.get(theirs)
-        if not value:
-            continue
+    for theirs in filter(headers.get, OPENAI_HEADERS):
+        value = headers[theirs]
         then = unix_time(value) if theirs.endswith("reset") else None
         if then is not None:
             seconds = max(0, round(then - time.time()))
             value = "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
-        known[ours] = printable(value)
+        known[OPENAI_HEADERS[theirs]] = printable(value)
     return known
 
 
 def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
-    """The headers of Claude's answer that a client of Anthropic's own API reads, as they are."""
+    """The headers of Claude's answer that a client of Anthropic's own API reads."""
     return {name: printable(value, 1_000) for name, value in headers.items()
             if name in ("request-id", "retry-after", "x-should-retry") or name.startswith("anthropic-")}
 
@@ -589,6 +599,8 @@ def headers_for_anthropic(headers: dict[str, str]) -> dict[str, str]:
 
 NOT_BRACKETS = bytes(set(range(256)) - set(b'{}[]"'))
 BRACKET_KINDS = bytes.maketrans(b"[]", b"{}")
+NOT_MEMBERS = bytes(set(range(256)) - set(b",:"))
+HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")     # half of a surrogate pair; a search, as `in` takes twice as long
 
 
 def finite_number(digits: str) -> Any:
@@ -657,7 +669,7 @@ def json_from_body(body: bytes) -> tuple[dict, bool]:
         raise InvalidRequest("The body is not valid JSON: %s." % str(fault)[:200], code="invalid_json") from fault
     if not isinstance(value, dict):
         raise InvalidRequest("The body is not a JSON object.", code="invalid_json")
-    if b"\\u" not in body or not re.search(rb"\\u[dD][89a-fA-F]", body):
+    if not HALF_PAIR.search(body):
         return value, False
     whole = without_lone_surrogates(value)
     return whole, whole != value
@@ -708,7 +720,7 @@ def messages_request_json(request: dict) -> bytes:
     """A Messages request for Claude.  Message by message: one emoji in a chat would cost four times its size."""
     head = dict(request)
     messages = b",".join(map(upstream_json, head.pop("messages")))
-    return b'%s,"messages":[%s]}' % (upstream_json(head)[:-1], messages)
+    return b"".join([upstream_json(head)[:-1], b',"messages":[', messages, b"]}"])
 
 
 # ---- Models ------------------------------------------------------------------------------------------
@@ -957,10 +969,10 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
     match = ABOUT_LIMIT.search(message)
     lesson: dict = {"max_output": int(match.group(1))} if match else {}
     for pattern, change in LESSONS:
-        if pattern.search(message):
+        if re.search(pattern, message):
             lesson.update(change)
     for pattern, refused, instead in THINKING_LESSONS:
-        if pattern.search(message):
+        if re.search(pattern, message):
             kinds = [*model.thinking, *([instead] if instead else [])]
             lesson["thinking"] = tuple(dict.fromkeys(kind for kind in kinds if kind != refused)) or ("adaptive",)
     return {name: value for name, value in lesson.items() if getattr(model, name) != value} or None
@@ -971,11 +983,16 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
 # InvalidRequest that names its path.  What cannot be translated is reported in `Changes`.
 
 
+def invalid(path: str, problem: str, code: str = "invalid_value") -> InvalidRequest:
+    """The error for what stands at a path of the request."""
+    return InvalidRequest("%s: %s" % (path, problem), path, code)
+
+
 def wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
-    """The error for a value of the wrong type or range."""
+    """The error for a value of the wrong type."""
     kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     got = kinds.get(type(value), "a number")
-    return InvalidRequest("%s: expected %s, got %s." % (path, wanted, got), path, "invalid_type")
+    return invalid(path, "expected %s, got %s." % (wanted, got), "invalid_type")
 
 
 def optional(check: Callable[[Any, str], Any], value: Any, path: str, otherwise: Any = None) -> Any:
@@ -1023,19 +1040,19 @@ def anything(value: Any, path: str) -> Any:
 def number_of(value: Any, path: str) -> float:
     """A number, also one that a client wrote as a string."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong(path, "a number", value)
     if not abs(value) < 1e300:
-        raise InvalidRequest("%s: this number is out of range." % path, path, "invalid_value")
+        raise invalid(path, "this number is out of range.")
     return value
 
 
 def integer_of(value: Any, path: str) -> int:
     number = number_of(value, path)
     if number != int(number):
-        raise InvalidRequest("%s: expected a whole number." % path, path, "invalid_type")
+        raise invalid(path, "expected a whole number.", "invalid_type")
     return int(number)
 
 
@@ -1061,7 +1078,7 @@ def one_of(*values: str) -> Callable[[Any, str], str]:
     """The check for a field that accepts a few values."""
     def check(value: Any, path: str) -> str:
         if text_of(value, path) not in values:
-            raise InvalidRequest("%s: expected one of %s." % (path, ", ".join(values)), path, "invalid_value")
+            raise invalid(path, "expected one of %s." % ", ".join(values))
         return value
     return check
 
@@ -1072,8 +1089,7 @@ def effort_of(value: Any, path: str) -> str | None:
         return optional(effort_of, value.get("effort"), path + ".effort")
     effort = text_of(value, path).lower()
     if effort not in EFFORTS + ("none", "minimal", "default", "auto", ""):
-        raise InvalidRequest("%s: expected none, minimal, low, medium, high, xhigh or max." % path, path,
-                             "invalid_value")
+        raise invalid(path, "expected none, minimal, low, medium, high, xhigh or max.")
     return None if effort in ("default", "auto", "") else effort
 
 
@@ -1159,6 +1175,10 @@ PARAMETERS = {
                      "include_reasoning"), Parameter(anything, IGNORED)),
 }
 UNKNOWN = Parameter(anything, DROPPED)
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+# Those that ask nothing of the answer but its length.
+PLAIN = {"model", "messages", "input", "instructions", "previous_response_id", "include", "stream", "stream_options",
+         *OUTPUT_LIMITS}
 # The fields inside of a parameter that mean something here; every other one is reported.
 INSIDE = {"reasoning": ("effort", "max_tokens", "enabled", "exclude", "summary", "generate_summary", "context"),
           "text": ("format", "verbosity"), "stream_options": ("include_usage", "include_obfuscation"),
@@ -1171,11 +1191,11 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
     """The parameters of a request that are translated, checked and without nulls; the others are reported."""
     fields = {}
     for name, value in body.items():
+        if value is None:
+            continue
         parameter = PARAMETERS.get(name, UNKNOWN)
         if parameter.api not in ("", api):
             parameter = UNKNOWN._replace(default=parameter.default)
-        if value is None:
-            continue
         value = parameter.check(value, name)
         if parameter.fate == READ:
             fields[name] = value
@@ -1185,7 +1205,7 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
         elif parameter.fate == IGNORED:
             changes.ignored.append(name)
         elif parameter.fate == REFUSED and value != parameter.default:
-            raise InvalidRequest("%s: %s." % (name, parameter.why), name, "unsupported_value")
+            raise invalid(name, parameter.why + ".", "unsupported_value")
         elif value != parameter.default:
             changes.add("dropped", name, parameter.why)
     return fields
@@ -1212,14 +1232,16 @@ FITTING = {more: (re.compile(r"[A-Za-z0-9_%s-]{1,64}\Z" % more), re.compile(r"[^
 
 
 class ToolNames:
-    """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
-    fits.  `more`: a key of FITTING."""
+    """Names of tools or of properties, there and back: some get one that Claude accepts.  `more`: a key of FITTING."""
 
     def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = (), more: str = "") -> None:
         self._fit, self._unfit = FITTING[more]
-        self._there = {name: name for name in declared if self._fit.match(name) and name not in taken}
-        self._back = dict(self._there, **{name: name for name in taken})
-        self._counts = dict.fromkeys(self._back, 1)
+        self._there: Dict[str, str] = {}
+        self._back = dict(zip(taken, taken))
+        self._counts = dict.fromkeys(taken, 1)
+        for name in declared:
+            if self._fit.match(name) and name not in taken:
+                self.there(name)                    # as it is, whatever the others become
         for name in declared:
             self.there(name)
 
@@ -1282,29 +1304,10 @@ class Recall(NamedTuple):
     refused: Callable[[str], bool] = lambda mark: False     # whether Claude refused a thinking block, by its mark
 
 
-class Draft:
-    """A request in the making: what the functions below share while they translate one conversation."""
-
-    def __init__(self, model: Model, changes: Changes, declared: Sequence[Declared], search: Sequence[dict],
-                 recall: Recall | None) -> None:
-        self.model = model
-        self.changes = changes
-        self.declared = declared                    # the client's tools
-        self.search = search                        # Claude's web search, if it is wanted
-        self.tools = list(search)                   # of the Messages request
-        self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
-        self.plan = ReplyPlan(self.names, [tool.full_name for tool in declared if tool.custom],
-                              {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
-        self.recall = recall or Recall()
-        self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
-        self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
-        self.compact = False                        # a summary of the conversation is wanted, not an answer
-
-
 @dataclasses.dataclass
 class ReplyPlan:
     """What the way back has to know of the way there.  Tools are meant by the client's names."""
-    names: ToolNames
+    names: ToolNames = dataclasses.field(default_factory=ToolNames)
     custom_tools: Sequence[str] = ()                # tools whose input is a bare string
     namespaces: Dict[str, Tuple[str, str]] = dataclasses.field(default_factory=dict)    # full name -> group, name
     properties: Dict[str, ToolNames] = dataclasses.field(default_factory=dict)  # tool -> their names, if mapped
@@ -1312,6 +1315,21 @@ class ReplyPlan:
     forced_tool: str = ""                           # the text of the reply is the arguments of this tool
     bare_json: bool = False                         # cut the reply's text down to the JSON object in it
     prewarm: bool = False                           # the cache is filled; there is no answer, and that is no failure
+
+
+@dataclasses.dataclass
+class Draft:
+    """A request in the making: what the functions below share while they translate one conversation."""
+    model: Model
+    changes: Changes
+    recall: Callable[[], Recall]
+    plan: ReplyPlan = dataclasses.field(default_factory=ReplyPlan)
+    declared: Sequence[Declared] = ()               # the client's tools
+    search: Sequence[dict] = ()                     # Claude's web search, if it is wanted
+    tools: Sequence[dict] = ()                      # of the Messages request
+    lenient: bool = False                           # media that Claude refuses become a note: nobody can take them back
+    instructions: List[str] = dataclasses.field(default_factory=list)   # for this request only: after the last mark
+    compact: bool = False                           # a summary of the conversation is wanted, not an answer
 
 
 class Translation(NamedTuple):
@@ -1353,17 +1371,19 @@ def place_breakpoints(request: dict, fields: dict, ours: bool, draft: Draft) -> 
     the request before this one ended with (so that its cache is found even when a long agent turn lies between: Claude
     looks back only 20 blocks), the system text and the tools."""
     in_front, in_turns = marked_blocks(request)
-    surplus = len(in_front) + len(in_turns) - MOST_BREAKPOINTS
-    if surplus > 0:
-        for block in (in_turns + in_front)[:surplus]:
+    free = MOST_BREAKPOINTS - len(in_front) - len(in_turns)
+    if free < 0:
+        for block in (in_turns + in_front)[:-free]:
             del block["cache_control"]
-        draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
+        draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % -free)
     options = fields.get("prompt_cache_options") or {}
     if ours and options.get("mode") != "explicit":
-        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark_from(fields) or MARK
-        wanted = our_breakpoints(request, bool(draft.instructions))
-        for block in [block for block in wanted if "cache_control" not in block][:max(0, -surplus)]:
-            block["cache_control"] = dict(mark)
+        mark = "cache_control" in fields and mark_from(fields) or MARK
+        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark
+        for block in our_breakpoints(request, bool(draft.instructions)):
+            if free > 0 and not ("cache_control" in block or block.get("type") in THINKING):
+                block["cache_control"] = dict(mark)
+                free -= 1
     if in_front or in_turns:                        # ours alone share one lifetime
         mark = MARK
         for block in reversed(sum(marked_blocks(request), [])):     # one of 1h may not follow one of 5m
@@ -1377,23 +1397,24 @@ def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
-    asked = max([at for at in range(1, last + 1) if messages[at]["role"] == "assistant"], default=0)
-    ends = [messages[at]["content"][-1] for at in dict.fromkeys((last, asked - 1)) if at >= 0]
-    ends = [block for block in ends if block["type"] not in THINKING]
+    asked = last - 1                                # the end of the request before this one
+    while asked >= 0 and messages[asked + 1]["role"] != "assistant":
+        asked -= 1
+    ends = [messages[at]["content"][-1] for at in (last, asked) if at >= 0]
     return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
 
 
 def marked_blocks(request: dict) -> tuple[list[dict], list[dict]]:
     """The blocks with a mark, in the order of the prompt: of tools and system text, and of the turns."""
+    in_front = request.get("tools", []) + request.get("system", [])
     turns: list[dict] = []
     for message in request["messages"]:
         for block in message["content"]:
             if block["type"] == "tool_result":
-                turns += listed(block.get("content"))
-            turns.append(block)
-    in_front = request.get("tools", []) + request.get("system", [])
-    return ([block for block in in_front if "cache_control" in block],
-            [block for block in turns if "cache_control" in block])
+                turns += [inner for inner in listed(block.get("content")) if "cache_control" in inner]
+            if "cache_control" in block:
+                turns.append(block)
+    return [block for block in in_front if "cache_control" in block], turns
 
 
 # ---- Content -----------------------------------------------------------------------------------------
@@ -1446,15 +1467,14 @@ def private_literal(host: str) -> bool:
 def checked_url(url: str, path: str) -> str:
     """A web address that may be handed on: http or https, and not of this machine or network by its spelling."""
     if not HTTP_URL.match(url):
-        raise InvalidRequest("%s: %r: expected an http or https address or a data URL." % (path, url[:200]), path,
-                             "invalid_image_url")
+        raise invalid(path, "%r: expected an http or https address or a data URL." % url[:200], "invalid_image_url")
     host = ""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         host = urllib.parse.urlsplit(url).hostname or ""
     in_brackets = "[" in url.partition("//")[2].partition("/")[0]
     if not host or in_brackets and ":" not in host or is_loopback_host(host) or private_literal(host):
-        raise InvalidRequest("%s: %r: addresses of this machine or a private network are not fetched." %
-                             (path, url[:200]), path, "invalid_image_url")
+        raise invalid(path, "%r: addresses of this machine or a private network are not fetched." % url[:200],
+                      "invalid_image_url")
     scheme, colon, rest = url.partition(":")
     return scheme.lower() + colon + rest
 
@@ -1464,7 +1484,7 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
     data = re.sub(r"\s+", "", data).replace("-", "+").replace("_", "/").rstrip("=")
     data += "=" * (-len(data) % 4)
     if not re.match(r"[A-Za-z0-9+/]+={0,2}\Z", data) or len(data.rstrip("=")) % 4 == 1:
-        raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
+        raise invalid(path, "not valid base64.", "invalid_base64")
     found = media_type_of(base64.b64decode(data[:2_000]))
     declared = {"image/jpg": "image/jpeg"}.get(declared, declared)      # a common spelling, not a mistake
     source = {"type": "base64", "media_type": found, "data": data}
@@ -1474,16 +1494,16 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         if declared not in ("", found):
             draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared, found))
         return [{"type": "image", "source": source}]
-    with contextlib.suppress(UnicodeDecodeError):
+    with suppress(UnicodeDecodeError):
         text = base64.b64decode(data).decode("utf-8-sig")
         if "\0" not in text:
             if declared.startswith("image/"):       # SVG
                 draft.changes.add("changed", path, "%s to text" % declared)
             return text_document(text, title)
     known = declared in ("application/pdf", *IMAGE_TYPES) or declared.startswith("text/")
-    raise InvalidRequest("%s: Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
-        path, "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"),
-        path, "unsupported_file")
+    found = "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"
+    raise invalid(path, "Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % found,
+                  "unsupported_file")
 
 
 def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "image") -> list[dict]:
@@ -1491,7 +1511,7 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
         if not comma:
-            raise InvalidRequest("%s: a data URL needs a comma before its data." % path, path, "invalid_value")
+            raise invalid(path, "a data URL needs a comma before its data.")
         data = urllib.parse.unquote(data) if "%" in data else data
         if head.lower().endswith(";base64"):
             return blocks_from_base64(data, head.split(";")[0].strip().lower(), title, path, draft)
@@ -1503,8 +1523,7 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
 
 
 def no_stored_files(path: str) -> InvalidRequest:
-    return InvalidRequest("%s.file_id: no files are stored here; send the file itself." % path, path + ".file_id",
-                          "unsupported_value")
+    return invalid(path + ".file_id", "no files are stored here; send the file itself.", "unsupported_value")
 
 
 def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
@@ -1552,12 +1571,12 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
             return blocks_from_url(text_at(file, name, path), title, path + "." + name, draft, "document")
     if file.get("file_id") is not None:
         raise no_stored_files(path)
-    raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
+    raise invalid(path, "expected file_data.", "missing_required_parameter")
 
 
 def refused_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (
-        path, "video" if part["type"] == "video_url" else "sound"), path, "unsupported_value")
+    kind = "video" if part["type"] == "video_url" else "sound"
+    raise invalid(path, "Claude does not accept %s; send its transcript or frames instead." % kind, "unsupported_value")
 
 
 def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
@@ -1639,7 +1658,7 @@ def content_of_result(content: Any, path: str, draft: Draft) -> Any:
         content = blocks_from_content(content, path, draft)
     elif isinstance(content, str):
         parts = parts_in_text(content)
-        with contextlib.suppress(InvalidRequest):   # it only looked like parts
+        with suppress(InvalidRequest):   # it only looked like parts
             content = blocks_from_content(parts, path, draft) if parts else content
     else:
         content = "" if content is None else json.dumps(content, ensure_ascii=False)
@@ -1739,8 +1758,7 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
             draft.changes.add("repaired", path, "%s at the root of the schema of %s" % (composition, name))
             schema = merged_root(schema, composition)
     if "object" not in (schema.get("type", "object"), *listed(schema.get("type"))):
-        raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
-                             "invalid_value")
+        raise invalid(path + ".type", "the parameters of tool %s must be an object." % name)
     schema = dict(schema, type="object",
                   properties=optional(object_of, schema.get("properties"), path + ".properties", {}))
     return schema if listed(schema.get("required")) else without(schema, "required")
@@ -1884,7 +1902,7 @@ def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     function, path = nested_in(tool, "function", path)
     name = text_at(function, "name", path)
     if not name.strip():
-        raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
+        raise invalid(path + ".name", "must not be empty.")
     strict = optional(boolean_of, function.get("strict", tool.get("strict")), path + ".strict", False)
     schema = function.get("parameters", function.get("input_schema"))
     return Declared(path, name, text_at(function, "description", path, ""), schema, strict, False, tool, namespace)
@@ -1963,7 +1981,7 @@ def tools_from_declared(draft: Draft) -> list[dict]:
     tools: list[dict] = []
     strict: list[Subset] = []
     for entry in draft.declared:
-        name = draft.names.there(entry.full_name)
+        name = draft.plan.names.there(entry.full_name)
         if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
@@ -1977,7 +1995,7 @@ def tools_from_declared(draft: Draft) -> list[dict]:
     return tools
 
 
-def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
+def web_search_tool(fields: dict, entries: list[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
     path, options, most = "web_search_options", fields.get("web_search_options"), fields.get("max_tool_calls")
     for where, tool in entries:
@@ -2021,17 +2039,17 @@ def search_domains(options: dict, path: str, changes: Changes) -> dict:
     return lists
 
 
-def draft_from(fields: dict, model: Model, changes: Changes, recall: Recall | None,
-               more: Iterable[tuple[str, dict]] = ()) -> Draft:
-    """The draft of a request, with the tools of `tools` and the legacy `functions`, and more tools."""
+def read_tools(fields: dict, draft: Draft, more: Iterable[tuple[str, dict]] = ()) -> None:
+    """Reads the tools of `tools` and the legacy `functions`, and more tools, into the draft of a request."""
     entries = [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
     entries += more
-    declared = declared_tools(entries, changes) if entries else []
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
-    if declared:
-        draft.tools = tools_from_declared(draft) + draft.tools
+    draft.declared = declared = declared_tools(entries, draft.changes)
+    draft.search = web_search_tool(fields, entries, draft.model, draft.changes)
+    names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in draft.search])
+    draft.plan = ReplyPlan(names, [tool.full_name for tool in declared if tool.custom],
+                           {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
     draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
-    return draft
+    draft.tools = [*tools_from_declared(draft), *draft.search]
 
 
 def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
@@ -2041,7 +2059,7 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
     if not calls:
         return []
     draft.changes.add("repaired", "tools", "the history uses tools that the request does not define")
-    tools = draft.recall.tools([call["id"] for call in calls])
+    tools = draft.recall().tools([call["id"] for call in calls])
     known = {tool["name"] for tool in tools}
     return tools + [{"name": name, "input_schema": {"type": "object", "properties": {}}}
                     for name in dict.fromkeys(call["name"] for call in calls) if name not in known]
@@ -2091,14 +2109,14 @@ def closed(fragment: str) -> str:
 
 def json_in(text: str) -> tuple[Any, bool]:
     """JSON text as a value, as far as it goes where it is cut, and whether it is.  Raises ValueError."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return json_within_bounds(text), False
     return json_within_bounds(closed(text)), True
 
 
 def object_in(text: str) -> dict | None:
     """The JSON object in a text, as far as it goes; None where there is none."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         value, _ = json_in(text)
         return value if isinstance(value, dict) else None
     return None
@@ -2125,16 +2143,10 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
     return {} if whole is None else {"value": whole}
 
 
-def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
-    """Whether a remembered answer is what the client sends back, so that it may be replayed as it was."""
-    def gist(some: list[dict]) -> tuple:
-        return ("".join(block["text"] for block in some if block["type"] == "text").strip(),
-                [(block["id"], block["name"], block["input"]) for block in some if block["type"] == "tool_use"])
-    return gist(earlier) == gist(blocks)
-
-
-def call_ids_of(content: list[dict]) -> list[str]:
-    return [block["id"] for block in content if block["type"] == "tool_use"]
+def gist_of(blocks: list[dict]) -> tuple:
+    """The text and calls of an answer: where a client sends them back as they were, it may be replayed."""
+    return ("".join(block["text"] for block in blocks if block["type"] == "text").strip(),
+            [(block["id"], block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"])
 
 
 def blocks_for_claude(content: list[dict], *unwanted: str) -> list[dict]:
@@ -2147,10 +2159,6 @@ def lost_blocks(content: list[dict]) -> list[dict]:
     """All blocks of an answer of which OpenAI's messages would lose some, in order to replay it; else []."""
     lost = any(block["type"] not in ("text", "tool_use") for block in content)
     return blocks_for_claude(content, "caller") if lost else []
-
-
-def has_compaction(blocks: list[dict]) -> bool:
-    return "compaction" in [block["type"] for block in blocks]
 
 
 def add_turn(messages: list[dict], role: str, blocks: list[dict]) -> None:
@@ -2183,7 +2191,7 @@ class Conversation:
         self._turns: List[Turn] = []
         # by the client's id, by name, and all by no name: the calls of the latest turn with one such
         self._calls: Dict[Tuple[str, str], Deque[Call]] = {}
-        self._call_ids: Dict[str, int] = {}         # how often each was wanted
+        self.call_ids: Dict[str, int] = {}          # how often each was wanted
         self.system: List[dict] = []
         self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
 
@@ -2199,8 +2207,8 @@ class Conversation:
     def call(self, raw_id: str, function: Any, path: str) -> dict:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
-        name = self._draft.names.there(text_at(function, "name", path))
-        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self._call_ids)
+        name = self._draft.plan.names.there(text_at(function, "name", path))
+        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self.call_ids)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
@@ -2241,22 +2249,25 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
-        messages: list[dict] = []
-        compacted = has_compaction(self.summary)
-        if compacted:
-            add_turn(messages, "assistant", self.summary)
-        elif turns and turns[0].role == "assistant" and not self.summary:
+        compacted = bool(self.summary) and self.summary[0]["type"] == "compaction"
+        messages: list[dict] = [{"role": "assistant", "content": self.summary}] if compacted else []
+        if turns and turns[0].role == "assistant" and not self.summary:
             self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
         if not turns or turns[0].role == "assistant":
             turns.insert(0, Turn("user"))
         if turns[-1].calls:
             turns.append(Turn("user"))              # for the results, which are all missing
+        recall: Optional[Recall] = None
         for at, turn in enumerate(turns):
             if turn.role == "assistant":
-                add_turn(messages, "assistant", self._replayed(turn))
+                recall = recall or self._draft.recall()
+                add_turn(messages, "assistant", self._replayed(turn, recall))
                 continue
-            before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
-            blocks, late = self._of_user(turn.blocks, turns[at - 1].calls if at else [], before_assistant)
+            calls = turns[at - 1].calls if at else []
+            blocks, late = turn.blocks, []          # type: List[dict], List[dict]
+            if calls or LateSystem in map(type, blocks):
+                before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
+                blocks, late = self._of_user(blocks, calls, before_assistant)
             if at == 0:
                 blocks = blocks if compacted else self.summary + blocks
                 blocks = blocks or text_blocks(CONTINUE if compacted else START)
@@ -2276,7 +2287,7 @@ class Conversation:
         if raw_id:
             calls = self._calls.get(("id", raw_id))
             return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
-        for key in (self._draft.names.there(name) if isinstance(name, str) else "", ""):
+        for key in (self._draft.plan.names.there(name) if isinstance(name, str) else "", ""):
             calls = self._calls.get(("name", key))
             while calls and calls[0].answered:
                 calls.popleft()
@@ -2284,12 +2295,11 @@ class Conversation:
                 return calls[0]
         return None
 
-    def _replayed(self, turn: Turn) -> list[dict]:
-        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it;
-        without the thinking that Claude refused earlier."""
-        recall, blocks = self._draft.recall, turn.blocks
+    def _replayed(self, turn: Turn, recall: Recall) -> list[dict]:
+        """An assistant turn, as Claude sent it if that is known and not edited; without thinking that it refused."""
+        blocks = turn.blocks
         earlier = recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
-        if earlier and not any(block["type"] in THINKING for block in blocks) and same_answer(earlier, blocks):
+        if earlier and not any(block["type"] in THINKING for block in blocks) and gist_of(earlier) == gist_of(blocks):
             searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
             blocks = blocks if searched and not self._draft.search else marked(earlier, blocks[-1])
         return [block for block, mark in zip(blocks, thinking_marks(blocks)) if not mark or not recall.refused(mark)]
@@ -2314,7 +2324,7 @@ class Conversation:
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = " ".join(call_ids_of(content))
+    call_ids = " ".join(block["id"] for block in content if block["type"] == "tool_use")
 
     def mark(block: dict) -> str:
         signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
@@ -2340,8 +2350,7 @@ def signed_thinking(chat_message: dict) -> list[dict]:
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.  Calls and results
-    in Claude's own shape are what they are."""
+    """Adds a message's content, also what is in Claude's shape, behind the thinking `kept`; returns the blocks."""
     content = message.get("content")
     added = [*kept, *text_blocks(content)] if isinstance(content, str) else list(kept)
     conversation.add(role, added)
@@ -2366,7 +2375,8 @@ def add_message(conversation: Conversation, role: str, chat_message: dict, path:
     blocks = add_content(conversation, role, chat_message, path, draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
         raise InvalidRequest("%s.content: a system message may contain text only." % path, path + ".content")
-    marked(blocks, chat_message)
+    if len(chat_message) > 2:                       # what has only a role and content has no mark
+        marked(blocks, chat_message)
 
 
 def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
@@ -2396,8 +2406,10 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
     """Where the newest turn of the user begins: behind all that comes from the assistant or a tool."""
-    return max([at for at, (_, entry) in enumerate(entries, 1)
-                if entry.get("role") not in ("user", "system", "developer")], default=0)
+    newest = len(entries)
+    while newest and entries[newest - 1][1].get("role") in ("user", "system", "developer"):
+        newest -= 1
+    return newest
 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
@@ -2406,13 +2418,14 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
     newest = newest_turn(entries)
     for at, (path, chat_message) in enumerate(entries):
         draft.lenient = at < newest
-        role = chat_role_of(chat_message.get("role"), path + ".role")
+        role = chat_message.get("role")
         if role == "assistant":
             add_assistant_message(conversation, chat_message, path, draft)
         elif role in ("tool", "function"):
             raw_id = text_at(chat_message, "tool_call_id", path, "")
             conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path, chat_message)
         else:
+            role = role if role == "user" else chat_role_of(role, path + ".role")
             add_message(conversation, role, chat_message, path, draft)
 
 
@@ -2431,16 +2444,16 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 # ---- Parameters --------------------------------------------------------------------------------------
 # The plain parameters, and thinking.
 
-OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-
 
 def limit_from_chat(fields: dict, draft: Draft) -> int:
     """The client's own output limit, 0 where it gave none that means something (-1 means none)."""
-    names = [name for name in OUTPUT_LIMITS if name in fields]
-    limit, most = fields[names[0]] if names else 0, draft.model.max_output
-    if limit > most:
-        draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
-    return max(limit, 0)
+    for name in OUTPUT_LIMITS:
+        if name in fields:
+            limit, most = fields[name], draft.model.max_output
+            if limit > most:
+                draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (limit, most))
+            return max(limit, 0)
+    return 0
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2465,31 +2478,26 @@ def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]
 CLAUDE_TIERS = {"auto": "", "default": "standard_only", "standard_only": "standard_only", "priority": "", "fast": ""}
 
 
-def tier_from_chat(fields: dict, draft: Draft) -> dict:
-    """`service_tier`, and `speed` of clients that know Claude."""
+def parameters_from_chat(fields: dict, draft: Draft) -> dict:
+    """Sampling, stop sequences, service tier, `speed` of clients that know Claude, and user id."""
+    request: dict[str, Any] = dict(sampling_from_chat(fields, draft))
+    stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
+    if stops:
+        request["stop_sequences"] = stops
+    if any(map(str.isspace, fields.get("stop", ()))):
+        draft.changes.add("dropped", "stop", "Claude accepts no stop sequence of white space only")
     tier = fields.get("service_tier", "auto")
     if tier not in CLAUDE_TIERS:
         draft.changes.add("dropped", "service_tier", "Claude has no such tier")
     elif tier == "priority":
         draft.changes.add("changed", "service_tier", "to auto, which uses a priority tier where there is one")
-    parameters = {"service_tier": CLAUDE_TIERS[tier]} if CLAUDE_TIERS.get(tier) else {}
+    elif CLAUDE_TIERS[tier]:
+        request["service_tier"] = CLAUDE_TIERS[tier]
     if "fast" in (tier, fields.get("speed")) and draft.model.fast:
-        parameters["speed"] = "fast"
+        request["speed"] = "fast"
     elif "fast" in (tier, fields.get("speed")):
         draft.changes.add("dropped", "speed" if "speed" in fields else "service_tier",
                           "%s has no fast mode" % draft.model.id)
-    return parameters
-
-
-def parameters_from_chat(fields: dict, draft: Draft) -> dict:
-    """Sampling, stop sequences, service tier and user id."""
-    request: dict[str, Any] = dict(sampling_from_chat(fields, draft))
-    stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
-    if stops:
-        request["stop_sequences"] = stops
-    if len(stops) < len([stop for stop in fields.get("stop", ()) if stop]):
-        draft.changes.add("dropped", "stop", "Claude accepts no stop sequence of white space only")
-    request.update(tier_from_chat(fields, draft))
     for name in ("safety_identifier", "user"):
         user_id = fields.get(name)
         if user_id and re.match(r"[^@]{1,256}\Z", user_id) and not re.match(r"[+\d][\d\s().-]{5,}\Z", user_id):
@@ -2508,6 +2516,7 @@ class Reasoning(NamedTuple):
     field: str = "reasoning_effort"
 
 
+NOTHING_ASKED = Reasoning()
 thinking_type_of = one_of("adaptive", "enabled", "disabled", "between_tools")
 LEAST_BUDGET = 1_024                                # tokens: Claude accepts no smaller budget for thinking
 # Tokens of thinking for an effort, on models that want a budget.
@@ -2679,11 +2688,10 @@ def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -
     """Adds the tools that the client's choice leaves; returns the choice among them as Claude's."""
     choice, tools = asked_choice(fields, draft.changes), draft.tools
     if "allowed" in choice:
-        allowed = {draft.names.there(name) for name in choice.pop("allowed")}
+        allowed = {draft.plan.names.there(name) for name in choice.pop("allowed")}
         tools = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]     # web search stays
         if draft.tools and not tools:
-            raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
-                                 "invalid_value")
+            raise invalid("tool_choice", "none of the allowed tools is among the tools.")
     tools = tools or tools_from_history(messages, draft)
     if tools:
         request["tools"] = tools
@@ -2702,40 +2710,39 @@ def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict:
     elif "name" in choice:
         named = next((tool for tool in draft.declared if choice["name"] in (tool.name, tool.full_name)), None)
         if named is None:
-            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(choice["name"]),
-                                 "tool_choice", "invalid_value")
-        choice["name"] = draft.names.there(named.full_name)
+            raise invalid("tool_choice", "there is no tool named %s among the tools." % json.dumps(choice["name"]))
+        choice["name"] = draft.plan.names.there(named.full_name)
     if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
     return choice
 
 
 def asked_format(fields: dict) -> tuple[str, dict, str]:
-    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and the schema's path."""
-    path, asked = "response_format", fields.get("response_format")
+    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and which of them it is."""
+    field, asked = "response_format", fields.get("response_format")
     if asked is None and fields.get("text") is not None:
-        path, asked = "text.format", fields["text"].get("format")
+        field, asked = "text.format", fields["text"].get("format")
     if asked is None:
-        return "text", {}, path
-    kind = one_of("text", "json_object", "json_schema")(object_of(asked, path).get("type", "text"), path + ".type")
-    if path == "response_format" and kind == "json_schema" and "schema" not in asked:
-        path += ".json_schema"
+        return "text", {}, field
+    kind = one_of("text", "json_object", "json_schema")(object_of(asked, field).get("type", "text"), field + ".type")
+    path = field
+    if field == "response_format" and kind == "json_schema" and "schema" not in asked:
+        path = "response_format.json_schema"
         asked = object_of(asked.get("json_schema"), path)
-    schema = asked.get("schema")
+    schema, path = asked.get("schema"), path + ".schema"
     if kind == "text" or schema is None:
-        return kind, {}, path
-    return "json_schema", checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
+        return kind, {}, field
+    return "json_schema", checked_schema(object_of(schema, path), path), field
 
 
 def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
-    """A forced tool without forcing: its schema as the answer format (the reply is handed back as the tool call), or
-    else a plain instruction."""
+    """A forced tool without forcing: its schema as the answer format, of which a call is made, or an instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
-        with contextlib.suppress(Unsupported):
+        with suppress(Unsupported):
             schema = Subset(tool["input_schema"]).whole()
             request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-            draft.plan.forced_tool = draft.names.back(tool["name"])
+            draft.plan.forced_tool = draft.plan.names.back(tool["name"])
             draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
             draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
                               draft.model.id)
@@ -2745,7 +2752,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
     return dict(without(choice, "name"), type="auto")
 
 
-def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
+def add_schema_format(request: dict, schema: dict, field: str, draft: Draft) -> None:
     """`json_schema`: enforced by Claude where the schema allows it, else asked for and cut out of the answer."""
     try:
         if not without(schema, "$defs", "definitions"):
@@ -2755,13 +2762,13 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
         subset = Subset(schema)
         converted = subset.whole()
     except Unsupported as reason:
-        draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
+        draft.changes.add("changed", field, "asked for in the prompt: %s" % reason)
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
     for keyword in subset.moved:
-        draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
+        draft.changes.add("changed", "%s.%s" % (field, keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
 
@@ -2771,14 +2778,14 @@ VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in
 def answer_format(request: dict, fields: dict, choice: dict, draft: Draft) -> dict:
     """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it."""
     tools = request.get("tools", [])
-    kind, schema, path = asked_format(fields)
+    kind, schema, field = asked_format(fields)
     if choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
         if kind != "text":
-            draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
+            draft.changes.add("dropped", field, "a forced tool excludes it")
         choice = force_by_format(request, named, choice, draft)
     elif kind == "json_schema":
-        add_schema_format(request, schema, path, draft)
+        add_schema_format(request, schema, field, draft)
     elif kind == "json_object":
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
@@ -2803,11 +2810,14 @@ def messages_request(fields: dict, draft: Draft, conversation: Conversation, pre
         fields = without(fields, *ABOUT_THE_ANSWER)
     messages, most, limit = conversation.messages(), draft.model.max_output, limit_from_chat(fields, draft)
     request: dict = {"model": draft.model.id, "max_tokens": min(limit or most, most), "stream": True}
-    request.update(parameters_from_chat(fields, draft))
-    choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
-    if choice != {"type": "auto"}:
-        request["tool_choice"] = choice
-    think(request, reasoning_from_chat(fields), limit, messages, draft)
+    asked = NOTHING_ASKED
+    if draft.tools or conversation.call_ids or not fields.keys() <= PLAIN:
+        request.update(parameters_from_chat(fields, draft))
+        choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
+        if choice != {"type": "auto"}:
+            request["tool_choice"] = choice
+        asked = reasoning_from_chat(fields)
+    think(request, asked, limit, messages, draft)
     if draft.compact:
         ask_for_summary(messages, request, draft)
     elif messages[-1]["role"] == "assistant":
@@ -2846,15 +2856,17 @@ def ask_for_summary(messages: list[dict], request: dict, draft: Draft) -> None:
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                               recall: Recall | None = None) -> Translation:
+                               recall: Callable[[], Recall] = Recall) -> Translation:
     """A chat completion request as a Messages request.  `preamble`: system blocks that go before the client's."""
     changes = Changes()
     fields = read_parameters(chat, CHAT, changes)
     if "messages" not in fields:
         raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
     if not fields["messages"]:
-        raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
-    draft = draft_from(fields, model, changes, recall)
+        raise invalid("messages", "at least one message is required.")
+    draft = Draft(model, changes, recall)
+    if not fields.keys() <= PLAIN:
+        read_tools(fields, draft)
     conversation = Conversation(draft)
     if "system" in fields:
         conversation.add("system", blocks_from_content(fields["system"], "system", draft))
@@ -2907,7 +2919,7 @@ class EventDecoder:
             if self._skip_newline:
                 part, self._skip_newline = (part[1:] if part[:1] == b"\n" else part), False
             self._rest.append(part)
-            # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
+            # nothing ends here; what begins here stays whole, as it could be joined with the next
             if b"\r" not in part and (b"\n" if self._data or self._held > len(part) else b"\n\n") not in part:
                 return
             text = b"".join(self._rest)
@@ -3252,8 +3264,8 @@ class PlannedEvents:
 # ---- Replies -----------------------------------------------------------------------------------------
 # Message -> chat completion.  The stream below shares these helpers, so that it adds up to the full reply.
 
-FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "pause_turn": "stop",
-                  "max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
+# Claude's stop reasons -> OpenAI's; every other one is "stop"
+FINISH_REASONS = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
 SERVICE_TIERS = {"standard": "default", "priority": "priority", "batch": "batch"}
 
 
@@ -3261,7 +3273,8 @@ def usage_from_message(usage: dict) -> dict:
     """Claude's counts as OpenAI's: there, the prompt includes what was read from and written to the cache."""
     read, written, uncached, completion = map(count_of, map(usage.get, (
         "cache_read_input_tokens", "cache_creation_input_tokens", "input_tokens", "output_tokens")))
-    prompt, thinking = uncached + read + written, count_of(value_in(usage, "output_tokens_details", "thinking_tokens"))
+    details = usage.get("output_tokens_details")
+    prompt, thinking = uncached + read + written, count_in(details, "thinking_tokens") if details else 0
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
             "completion_tokens_details": {"reasoning_tokens": thinking},
@@ -3281,9 +3294,7 @@ def refusal_text(message: dict) -> str | None:
 def finish_reason(stop_reason: str | None, has_tool_calls: bool, plan: ReplyPlan) -> str:
     """OpenAI's finish reason.  Tool calls are always reported, for clients act on nothing else."""
     reason = "stop" if plan.prewarm else FINISH_REASONS.get(stop_reason or "", "stop")
-    if reason == "tool_calls" and not has_tool_calls:
-        return "stop"
-    if has_tool_calls and reason in ("stop", "tool_calls"):
+    if has_tool_calls and reason == "stop":
         return "function_call" if plan.legacy_functions else "tool_calls"
     return reason
 
@@ -3335,8 +3346,9 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
     """A whole message, planned, as a chat completion.  `envelope`: its id and created."""
     content, annotations = text_and_annotations(message["content"])
     tool_calls = [tool_call_from_tool_use(block, plan) for block in message["content"] if block["type"] == "tool_use"]
+    reason = finish_reason(message.get("stop_reason"), bool(tool_calls), plan)
     chat_message: dict = {"role": "assistant", "content": content if content or not tool_calls else None,
-                          "refusal": refusal_text(message)}
+                          "refusal": refusal_text(message) if reason == "content_filter" else None}
     reasoning = "".join([block.get("thinking") or "" for block in message["content"] if block["type"] == "thinking"])
     if reasoning:
         chat_message["reasoning_content"] = reasoning
@@ -3346,7 +3358,6 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
         chat_message["function_call"] = tool_calls[0]["function"]
     elif tool_calls:
         chat_message["tool_calls"] = tool_calls
-    reason = finish_reason(message.get("stop_reason"), bool(tool_calls), plan)
     choice = {"index": 0, "message": chat_message, "logprobs": None, "finish_reason": reason}
     completion = {"id": envelope["id"], "object": "chat.completion", "created": envelope["created"],
                   "model": message["model"], "choices": [choice], "usage": usage_from_message(message["usage"])}
@@ -3495,8 +3506,7 @@ class ChatStream(Renderer):
 
 
 # ---- Responses API -----------------------------------------------------------------------------------
-# The same steps for /v1/responses, out of the block-level functions above: items become a conversation, events
-# become response events.  The whole response is what its stream adds up to.
+# The same for /v1/responses: items become a conversation, events response events, which add up to the response.
 
 ENCRYPTED_REASONING, SEARCH_SOURCES = "reasoning.encrypted_content", "web_search_call.action.sources"   # `include`
 OUR_ENCODING = "claude-gateway-1."              # begins our encrypted_content; another version gets another number
@@ -3505,29 +3515,29 @@ SUMMARY = "Summary of the conversation so far, from which to go on:\n\n"
 
 
 def encrypted_from(value: dict) -> str:
-    """A signed block, or a compaction, as `encrypted_content`: opaque to clients, and all we need to give it back."""
+    """A signed block, or a compaction, as `encrypted_content`: opaque to clients."""
     return OUR_ENCODING + base64.urlsafe_b64encode(client_json(value)).decode()
 
 
 def value_from_encrypted(encrypted: Any) -> dict:
-    """The object in our own `encrypted_content`; {} for a foreign or damaged one."""
+    """The object in our `encrypted_content`; {} for a foreign or damaged one."""
     if not isinstance(encrypted, str) or not encrypted.startswith(OUR_ENCODING):
         return {}
     try:
-        value = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):].encode()).decode("utf-8"))
+        value = json_within_bounds(base64.urlsafe_b64decode(encrypted[len(OUR_ENCODING):]).decode())
     except ValueError:
         return {}
     return without_lone_surrogates(value) if isinstance(value, dict) else {}
 
 
 def summary_in(block: Any) -> str:
-    """The text of a compaction block, or of a text block in its place; "" where it is neither."""
+    """The text of a compaction block, or of a text block in its place; else ""."""
     field = {"compaction": "content", "text": "text"}.get(text_in(block, "type") or "", "")
     return (text_in(block, field) or "").strip()
 
 
 def compaction_item(item_id: str, message: dict, kept: Sequence[dict] = ()) -> dict:
-    """The item that stands for what Claude was asked to summarize.  `kept`: items that come after that."""
+    """The item that stands for what Claude has summarized.  `kept`: the items after that."""
     block = next((block for block in reversed(message["content"]) if summary_in(block)), None)
     if block is None:
         raise UpstreamFault("The upstream returned no summary of the conversation.")
@@ -3536,7 +3546,7 @@ def compaction_item(item_id: str, message: dict, kept: Sequence[dict] = ()) -> d
 
 
 def carried_by(item: dict) -> dict:
-    """What a compaction item carries; {} for a foreign or damaged one without text."""
+    """What a compaction item carries; {} for an unreadable one without text."""
     carried = value_from_encrypted(item.get("encrypted_content"))
     plain = {"type": "text", "text": text_in(item, "content") or text_in(item, "summary")}
     if summary_in(carried.get("block")):
@@ -3545,15 +3555,15 @@ def carried_by(item: dict) -> dict:
 
 
 def since_compaction(entries: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    """The items from the newest compaction on, behind the system text and tools that led what it stands for."""
-    for at in range(len(entries) - 1, -1, -1):
-        if entries[at][1].get("type") in COMPACTIONS and carried_by(entries[at][1]):
+    """The items from the newest compaction on, behind the first system texts and tools."""
+    for at, (_, item) in reversed(list(enumerate(entries))):
+        if item.get("type") in COMPACTIONS and carried_by(item):
             return [*itertools.takewhile(lambda entry: is_setting(entry[1]), entries[:at]), *entries[at:]]
     return entries
 
 
 def is_setting(item: dict) -> bool:
-    """Whether an item is of what goes before a conversation: system text or tools."""
+    """Whether an item is a system text, or has tools."""
     return item.get("type") == "additional_tools" or item.get("role") in ("system", "developer")
 
 
@@ -3562,14 +3572,12 @@ item_role_of = one_of("user", "assistant", "system", "developer")
 
 def add_message_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     role = item_role_of(item.get("role"), path + ".role")
-    if role == "assistant":
-        add_content(conversation, "assistant", item, path, draft)
-    else:
-        add_message(conversation, role, item, path, draft)
+    add = add_content if role == "assistant" else add_message
+    add(conversation, role, item, path, draft)
 
 
 def add_call_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """A function_call, or a custom_tool_call whose input is a bare string."""
+    """A function_call, or a custom_tool_call, whose input is text."""
     name = full_tool_name(text_at(item, "namespace", path, ""), text_at(item, "name", path))
     arguments = item.get("arguments")
     if item.get("type") == "custom_tool_call":
@@ -3585,7 +3593,7 @@ def add_output_item(conversation: Conversation, item: dict, path: str, draft: Dr
 
 
 def add_reasoning_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """Signed thinking that we gave out comes back; anything else in a reasoning item is not Claude's."""
+    """Signed thinking that we gave out; anything else in a reasoning item is not Claude's."""
     blocks = thinking_block(value_from_encrypted(item.get("encrypted_content")))
     if blocks:
         conversation.add("assistant", blocks)
@@ -3609,26 +3617,21 @@ def add_compaction_item(conversation: Conversation, item: dict, path: str, draft
         add_item(conversation, kept, where, draft)
 
 
-def add_reference_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
-    """References are resolved before; this one leads nowhere."""
-    raise InvalidRequest("%s: no item %s is stored here (they are kept in memory only)." % (
-        path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
-
-
 LEFT_OUT_ITEMS = ("additional_tools", "web_search_call")        # the tools have been read before
 ITEMS: Dict[str, Callable[[Conversation, dict, str, Draft], None]] = {
     "message": add_message_item, "function_call": add_call_item, "custom_tool_call": add_call_item,
     "function_call_output": add_output_item, "custom_tool_call_output": add_output_item,
-    "reasoning": add_reasoning_item, "item_reference": add_reference_item,
-    **dict.fromkeys(COMPACTIONS, add_compaction_item)}
+    "reasoning": add_reasoning_item, **dict.fromkeys(COMPACTIONS, add_compaction_item)}
 
 
 def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) -> None:
     """Adds one input item; kinds that Claude has no use for are reported and left out."""
     kind = text_of(item.get("type") or ("message" if "role" in item else None), path + ".type")
-    translate = ITEMS.get(kind)
-    if translate:
-        translate(conversation, item, path, draft)
+    if kind == "item_reference":                    # one that could not be resolved
+        raise InvalidRequest("%s: no item %s is stored here (they are kept in memory only)." % (
+            path, json.dumps(text_at(item, "id", path))), path + ".id", "item_not_found")
+    if kind in ITEMS:
+        ITEMS[kind](conversation, item, path, draft)
     elif kind.endswith("_call_output") or kind.endswith("_output") and "call_id" in item:
         add_output_item(conversation, item, path, draft)
     elif kind.endswith("_call") and "call_id" in item:
@@ -3640,15 +3643,13 @@ def add_item(conversation: Conversation, item: dict, path: str, draft: Draft) ->
 
 def items_from_input(given: Any) -> list[dict]:
     """`input` as items: a string is one user message."""
-    if given is None:
-        return []
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
-    return [item for _, item in entries_of(given, "input")]
+    return [item for _, item in entries_of([] if given is None else given, "input")]
 
 
 def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[dict]:
-    """The items of `input`; what only names another one (its type may be missing) replaced by that, if it is known."""
+    """The items of `input`; what only names another one is replaced by that, if it is known."""
     items = items_from_input(given)
     for at, item in enumerate(items):
         if item.get("type") == "item_reference" or [name for name in item if item[name] is not None] == ["id"]:
@@ -3657,17 +3658,18 @@ def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[di
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                                    recall: Recall | None = None, earlier: Sequence[dict] = (),
+                                    recall: Callable[[], Recall] = Recall, earlier: Sequence[dict] = (),
                                     compact: bool = False) -> Translation:
-    """A Responses request as a Messages request.  `earlier`: the items of the response that it continues.  `compact`:
-    ask for a summary instead of an answer."""
+    """A Responses request as a Messages request.  `earlier`: the items that it continues.  `compact`: ask for a summary
+    instead of an answer."""
     changes = Changes()
     fields = read_parameters(body, RESPONSES, changes)
     if "input" not in fields and "instructions" not in fields and not earlier:
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    draft = draft_from(fields, model, changes, recall, [
+    draft = Draft(model, changes, recall)
+    read_tools(fields, draft, [
         entry for path, item in items if item.get("type") == "additional_tools"
         for entry in entries_of(item.get("tools"), path + ".tools")])
     draft.compact = compact
@@ -3685,7 +3687,7 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
 
 
 # What a response repeats of its request, and what stands there where the request says nothing.
-RESPONSE_ECHOES: Dict[str, Any] = {
+RESPONSE_ECHOES: dict = {
     "instructions": None, "metadata": {}, "temperature": 1, "top_p": 1, "tools": [], "tool_choice": "auto",
     "parallel_tool_calls": True, "max_output_tokens": None, "previous_response_id": None, "store": True,
     "truncation": "disabled", "user": None, "reasoning": {"effort": None, "summary": None},
@@ -3695,8 +3697,8 @@ ECHOED_TOOL: dict = {"description": None, "parameters": None, "strict": False}
 
 
 def response_envelope(response_id: str, created: int, body: dict) -> dict:
-    """What is the same in every event of a response: its id, its time, and the request's own fields."""
-    echoes: Dict[str, Any] = {}
+    """What is the same in every event of a response: its id, its time, the request's fields."""
+    echoes: dict = {}
     for name, default in RESPONSE_ECHOES.items():
         echo = default if body.get(name) is None else PARAMETERS[name].check(body[name], name)
         echoes[name] = dict(default, **echo) if isinstance(default, dict) and isinstance(echo, dict) else echo
@@ -3717,11 +3719,13 @@ def responses_usage(usage: dict) -> dict:
 # What a failure is called inside a response; clients stop or retry by these names and no others.
 RESPONSE_FAILURES = {"context_length_exceeded": "context_length_exceeded", "insufficient_quota": "insufficient_quota",
                      "rate_limit_exceeded": "rate_limit_exceeded", "overloaded": "server_is_overloaded"}
+ITEM_IDS = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc",
+            "web_search_call": "ws", "compaction": "cmp"}      # type of an output item -> how its id begins
 EMPTY_TEXT: dict = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
 
 
 class ResponseStream(Renderer):
-    """Messages API events in, response events out; `response` is the state so far, `first` come before the answer."""
+    """Messages API events in, response events out; `response`: the state so far, `first`: items before the answer."""
 
     def __init__(self, envelope: dict, plan: ReplyPlan, assembler: MessageAssembler, include: Sequence[Any],
                  first: Sequence[dict] = ()) -> None:
@@ -3746,17 +3750,17 @@ class ResponseStream(Renderer):
         events += self._close_item("incomplete" if reason and not refusal else "completed")
         if refusal:                                 # a message of its own
             events += [*self._open_message({"type": "refusal", "refusal": ""}),
-                       self._in_item("response.refusal.delta", content_index=0, delta=refusal),
-                       self._in_item("response.refusal.done", content_index=0, refusal=refusal),
+                       self._in_item("refusal.delta", content_index=0, delta=refusal),
+                       self._in_item("refusal.done", content_index=0, refusal=refusal),
                        *self._end_part({"type": "refusal", "refusal": refusal}, "completed")]
         return [*events, self._end(message["usage"], now, reason)]
 
     def _end(self, usage: dict, now: int, reason: str | None = None) -> dict:
-        self.response.update(status="incomplete" if reason else "completed", usage=responses_usage(usage),
-                             completed_at=None if reason else now,
+        status = "incomplete" if reason else "completed"
+        self.response.update(status=status, usage=responses_usage(usage), completed_at=None if reason else now,
                              incomplete_details={"reason": reason} if reason else None)
         self.response = with_service_tier(self.response, usage)
-        return self._event("response.incomplete" if reason else "response.completed", response=self.response)
+        return self._event(status, response=self.response)
 
     def fail(self, failure: GatewayError) -> list[dict]:
         """The event that reports a failure once the stream has begun."""
@@ -3765,12 +3769,11 @@ class ResponseStream(Renderer):
         if code == "rate_limit_exceeded" and failure.headers.get("retry-after"):
             message += " Please try again in %ss." % failure.headers["retry-after"]
         self.response.update(status="failed", error={"code": code, "message": message})
-        return [self._event("response.failed", response=self.response)]
+        return [self._event("failed", response=self.response)]
 
     def _start(self) -> list[dict]:
         self.response["model"] = self._assembler.message["model"]
-        events = [self._event("response.created", response=dict(self.response, output=[])),
-                  self._event("response.in_progress", response=dict(self.response, output=[]))]
+        events = [self._event(kind, response=dict(self.response)) for kind in ("created", "in_progress")]
         for item in self._first:
             events += [self._open(item), self._done(item)]
         return events
@@ -3782,8 +3785,7 @@ class ResponseStream(Renderer):
         if block["type"] != "tool_use":
             return closed
         name, custom = block["name"], block["name"] in self._plan.custom_tools
-        item: dict = {"id": self._new_id("ctc" if custom else "fc"),
-                      "type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
+        item = {"type": "custom_tool_call" if custom else "function_call", "call_id": block["id"], "name": name}
         if name in self._plan.namespaces:
             item["namespace"], item["name"] = self._plan.namespaces[name]
         item.update({"input": ""} if custom else {"arguments": "", "status": "in_progress"})
@@ -3809,15 +3811,19 @@ class ResponseStream(Renderer):
         return self._item.get("type") == kind
 
     def _open(self, item: dict) -> dict:
-        self._item, self._written, self._annotations = item, io.StringIO(), []
-        return self._event("response.output_item.added", output_index=len(self.response["output"]), item=dict(item))
+        """Begins an output item, which gets an id if it has none."""
+        index = len(self.response["output"])
+        item_id = "%s_%s_%d" % (ITEM_IDS[item["type"]], self.response["id"].split("_", 1)[-1], index)
+        self._item = dict({"id": item_id}, **item)
+        self._written, self._annotations = io.StringIO(), []
+        return self._event("output_item.added", output_index=index, item=dict(self._item))
 
     def _done(self, item: dict, to_store: dict | None = None) -> dict:
         output_index = len(self.response["output"])
         self.response["output"] = [*self.response["output"], item]
         self.to_store.append(to_store or item)
         self._item = {}
-        return self._event("response.output_item.done", output_index=output_index, item=item)
+        return self._event("output_item.done", output_index=output_index, item=item)
 
     def _close_item(self, status: str = "completed") -> list[dict]:
         """Ends the open item, whatever it is."""
@@ -3825,7 +3831,7 @@ class ResponseStream(Renderer):
         if kind == "message":
             text = self._written.getvalue()
             part = dict(EMPTY_TEXT, text=text, annotations=self._annotations)
-            return [self._in_item("response.output_text.done", content_index=0, text=text, logprobs=[]),
+            return [self._in_item("output_text.done", content_index=0, text=text, logprobs=[]),
                     *self._end_part(part, status)]
         if kind == "reasoning":
             return self._end_thinking({})
@@ -3833,16 +3839,13 @@ class ResponseStream(Renderer):
             return self._end_search(())
         return self._end_call(status) if kind else []
 
-    def _new_id(self, prefix: str) -> str:
-        return "%s_%s_%d" % (prefix, self.response["id"].split("_", 1)[-1], len(self.response["output"]))
-
     def _in_item(self, kind: str, **fields: Any) -> dict:
         """An event about the open item."""
         return self._event(kind, item_id=self._item["id"], output_index=len(self.response["output"]), **fields)
 
     def _event(self, kind: str, **fields: Any) -> dict:
         self._sequence += 1
-        return dict({"type": kind, "sequence_number": self._sequence}, **fields)
+        return dict({"type": "response." + kind, "sequence_number": self._sequence}, **fields)
 
     # -- text
 
@@ -3851,12 +3854,11 @@ class ResponseStream(Renderer):
             return []
         events = [] if self._is_open("message") else self._close_item() + self._open_message(EMPTY_TEXT)
         self._written.write(text)
-        return events + [self._in_item("response.output_text.delta", content_index=0, delta=text, logprobs=[])]
+        return events + [self._in_item("output_text.delta", content_index=0, delta=text, logprobs=[])]
 
     def _open_message(self, part: dict) -> list[dict]:
-        return [self._open({"id": self._new_id("msg"), "type": "message", "role": "assistant", "status": "in_progress",
-                            "content": []}),
-                self._in_item("response.content_part.added", content_index=0, part=part)]
+        return [self._open({"type": "message", "role": "assistant", "status": "in_progress", "content": []}),
+                self._in_item("content_part.added", content_index=0, part=part)]
 
     def _annotate(self, block: dict) -> list[dict]:
         """The citations of a text block, placed in the text of its whole item."""
@@ -3867,13 +3869,13 @@ class ResponseStream(Renderer):
         events = []
         for annotation in annotations_of(block, start, length - start):
             flat = dict({"type": "url_citation"}, **annotation["url_citation"])
-            events.append(self._in_item("response.output_text.annotation.added", content_index=0,
+            events.append(self._in_item("output_text.annotation.added", content_index=0,
                                         annotation_index=len(self._annotations), annotation=flat))
             self._annotations.append(flat)
         return events
 
     def _end_part(self, part: dict, status: str) -> list[dict]:
-        return [self._in_item("response.content_part.done", content_index=0, part=part),
+        return [self._in_item("content_part.done", content_index=0, part=part),
                 self._done(dict(self._item, status=status, content=[part]))]
 
     # -- thinking
@@ -3883,11 +3885,11 @@ class ResponseStream(Renderer):
         if not thinking:
             return []
         events = [] if self._is_open("reasoning") else [
-            self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []}),
-            self._in_item("response.reasoning_summary_part.added", summary_index=0,
+            self._open({"type": "reasoning", "summary": []}),
+            self._in_item("reasoning_summary_part.added", summary_index=0,
                           part={"type": "summary_text", "text": ""})]
         self._written.write(thinking)
-        return events + [self._in_item("response.reasoning_summary_text.delta", summary_index=0, delta=thinking)]
+        return events + [self._in_item("reasoning_summary_text.delta", summary_index=0, delta=thinking)]
 
     def _end_thinking(self, block: dict) -> list[dict]:
         encrypted = encrypted_from(block) if block else None
@@ -3896,12 +3898,12 @@ class ResponseStream(Renderer):
         if not self._is_open("reasoning"):
             if not encrypted or not shown:
                 return []
-            events = [*self._close_item(), self._open({"id": self._new_id("rs"), "type": "reasoning", "summary": []})]
+            events = [*self._close_item(), self._open({"type": "reasoning", "summary": []})]
         text = self._written.getvalue()
         part = {"type": "summary_text", "text": text}
         if text:
-            events += [self._in_item("response.reasoning_summary_text.done", summary_index=0, text=text),
-                       self._in_item("response.reasoning_summary_part.done", summary_index=0, part=part)]
+            events += [self._in_item("reasoning_summary_text.done", summary_index=0, text=text),
+                       self._in_item("reasoning_summary_part.done", summary_index=0, part=part)]
         item = dict(self._item, summary=[part] if text else [])
         signed = dict(item, encrypted_content=encrypted) if encrypted else item
         return events + [self._done(signed if shown else item, signed)]
@@ -3912,7 +3914,7 @@ class ResponseStream(Renderer):
         self._written.write(fragment)
         if self._is_open("custom_tool_call"):
             return []                               # its string is known only at the end
-        return [self._in_item("response.function_call_arguments.delta", delta=fragment)]
+        return [self._in_item("function_call_arguments.delta", delta=fragment)]
 
     def _end_call(self, status: str) -> list[dict]:
         item = dict(self._item)
@@ -3923,26 +3925,26 @@ class ResponseStream(Renderer):
             status = "incomplete"                       # the output limit cut the arguments
         if item["type"] == "custom_tool_call":
             item.update({} if status == "completed" else {"status": status}, input=input_of_custom(arguments))
-            return [self._in_item("response.custom_tool_call_input.delta", delta=item["input"]),
-                    self._in_item("response.custom_tool_call_input.done", input=item["input"]), self._done(item)]
-        events = [] if streamed else [self._in_item("response.function_call_arguments.delta", delta=arguments)]
+            return [self._in_item("custom_tool_call_input.delta", delta=item["input"]),
+                    self._in_item("custom_tool_call_input.done", input=item["input"]), self._done(item)]
+        events = [] if streamed else [self._in_item("function_call_arguments.delta", delta=arguments)]
         item.update(arguments=arguments, status=status)
-        return events + [self._in_item("response.function_call_arguments.done", arguments=arguments,
+        return events + [self._in_item("function_call_arguments.done", arguments=arguments,
                                        name=item["name"]), self._done(item)]
 
     def _open_search(self, block: dict) -> list[dict]:
-        """A web search that Claude does for itself; its results are the next block."""
+        """A web search of Claude's own; its results are the next block."""
         action = {"type": "search", "query": (block.get("input") or {}).get("query", "")}
-        item = {"id": self._new_id("ws"), "type": "web_search_call", "status": "in_progress", "action": action}
-        return [self._open(item), self._in_item("response.web_search_call.in_progress"),
-                self._in_item("response.web_search_call.searching")]
+        item = {"type": "web_search_call", "status": "in_progress", "action": action}
+        return [self._open(item), self._in_item("web_search_call.in_progress"),
+                self._in_item("web_search_call.searching")]
 
     def _end_search(self, results: Sequence[Any]) -> list[dict]:
         item = dict(self._item, status="completed")
         if SEARCH_SOURCES in self._include:
             urls = [text_in(found, "url") for found in results]
             item["action"] = dict(item["action"], sources=[{"type": "url", "url": url} for url in urls if url])
-        return [self._in_item("response.web_search_call.completed"), self._done(item)]
+        return [self._in_item("web_search_call.completed"), self._done(item)]
 
 
 class CompactionStream(ResponseStream):
@@ -3952,23 +3954,21 @@ class CompactionStream(ResponseStream):
         return super().feed(event) if event["type"] == "message_start" else []
 
     def _start(self) -> list[dict]:
-        events = super()._start()
-        item = {"id": self._new_id("cmp"), "type": "compaction", "encrypted_content": ""}
-        return [*events, self._open(item), self._in_item("response.compaction.compacting")]
+        return [*super()._start(), self._open({"type": "compaction", "encrypted_content": ""}),
+                self._in_item("compaction.compacting")]
 
     def finish(self, now: int = 0) -> list[dict]:
         message = self._assembler.whole()
-        return [self._done(compaction_item(self._new_id("cmp"), message)), self._end(message["usage"], now)]
+        return [self._done(compaction_item(self._item["id"], message)), self._end(message["usage"], now)]
 
 
 # What a listed item or content part has besides what a client must send.
-LISTED_PARTS: Dict[str, dict] = {"input_image": {"detail": "auto"}, "output_text": {"annotations": [], "logprobs": []}}
-LISTED_ITEMS: Dict[str, dict] = {"reasoning": {"summary": []}, "compaction": {},
-                                 "additional_tools": {"role": "developer"}}
+LISTED_PARTS: dict = {"input_image": {"detail": "auto"}, "output_text": {"annotations": [], "logprobs": []}}
+LISTED_ITEMS: dict = {"reasoning": {"summary": []}, "compaction": {}, "additional_tools": {"role": "developer"}}
 
 
 def listed_item(item: dict, include: Sequence[str] = ()) -> dict:
-    """An input item as OpenAI lists it: with every required field, and text as a content part."""
+    """An input item as OpenAI lists it: with every required field, text as a content part."""
     kind = item.get("type") or "message"
     whole = dict(LISTED_ITEMS.get(kind, {"status": "completed"}), type=kind)
     whole.update({name: value for name, value in item.items() if value is not None})
@@ -3979,7 +3979,8 @@ def listed_item(item: dict, include: Sequence[str] = ()) -> dict:
         if isinstance(whole.get(name), list):
             whole[name] = [dict(LISTED_PARTS.get(str(part.get("type")), {}), **part) if isinstance(part, dict) else part
                            for part in whole[name]]
-    return whole if kind != "reasoning" or ENCRYPTED_REASONING in include else without(whole, "encrypted_content")
+    is_hidden = kind == "reasoning" and ENCRYPTED_REASONING not in include
+    return without(whole, "encrypted_content") if is_hidden else whole
 
 
 # ---- Memory ------------------------------------------------------------------------------------------
@@ -4131,11 +4132,12 @@ class ModelList:
 
     def catalog(self, patience: float = MODELS_PATIENCE) -> Catalog:
         """The models now; waits a moment for the very first list, so that names do not change under way."""
-        with self._lock:
-            if time.monotonic() >= self._next_fetch:
-                self._next_fetch = time.monotonic() + 60        # if this one fails
-                threading.Thread(target=self._run, name="models", daemon=True).start()
-        self._first.wait(patience)
+        if time.monotonic() >= self._next_fetch or not self._first.is_set():
+            with self._lock:
+                if time.monotonic() >= self._next_fetch:
+                    self._next_fetch = time.monotonic() + 60    # if this one fails
+                    threading.Thread(target=self._run, name="models", daemon=True).start()
+            self._first.wait(patience)
         return self._catalog
 
     def _run(self) -> None:
@@ -4177,30 +4179,37 @@ class Capacity:
 
     def __init__(self, amount: int) -> None:
         self._amount = amount
-        self._changed = threading.Condition()
+        self._lock, self._awaited = threading.Lock(), False
+        self._changed = threading.Condition(self._lock)
         self.count = 0
         self.draining = False                       # the service stops: connections close after their answer
 
     def take(self, amount: int = 1) -> bool:
-        with self._changed:
+        with self._lock:
             if self.draining or self.count + amount > self._amount:
                 return False
             self.count += amount
             return True
 
     def give(self, amount: int = 1) -> None:
-        with self._changed:
+        with self._lock:
             self.count -= amount
-            self._changed.notify_all()
+            if self._awaited:
+                self._changed.notify_all()
 
     def wait_until_idle(self, seconds: float) -> bool:
-        with self._changed:
+        with self._lock:
+            self._awaited = True
             return self._changed.wait_for(lambda: self.count == 0, seconds)
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
 TOKEN_KINDS = {"input": "input_tokens", "cache_read": "cache_read_input_tokens",
                "cache_write": "cache_creation_input_tokens", "output": "output_tokens"}
+# what the status page shows of a request's Record
+SHOWN_TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
+SHOWN_FIELDS = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
+                "cost_usd", "time", *SHOWN_TEXTS)
 
 
 def prompt_tokens(tokens: dict) -> int:
@@ -4222,45 +4231,49 @@ class Counters:
         self._totals: Dict[str, Dict[str, dict]] = {
             field: collections.defaultdict(lambda: collections.defaultdict(int)) for field in ("tool", "used")}
         self._models: Dict[str, dict] = collections.defaultdict(lambda: collections.defaultdict(int))
-        self._tokens = dict.fromkeys(TOKEN_KINDS, 0)        # of all models
+        self._prompts, self._cached = 0, 0          # tokens of all models
         self.seconds = 0.0                          # spent on all requests
 
-    def add_request(self, route: str, summary: dict) -> None:
-        """Counts a request, and keeps its summary unless it was one for monitoring."""
-        counts = {name: summary[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
+    def add_request(self, fields: dict, secrets_known: Iterable[str]) -> None:
+        """Counts a request, and keeps the fields of its Record unless it was one for monitoring."""
+        fields["time"] = round(time.time(), 3)
+        whole = "\n".join([fields[name] for name in SHOWN_TEXTS])
+        if len(whole) > 500 or masked(whole, secrets_known) != whole:
+            fields.update({name: masked(fields[name], secrets_known)[:500] for name in SHOWN_TEXTS})
+        counts = {name: fields[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
+        counts.update(requests=1, failed=int(fields["status"] >= 400))
         with self._lock:
-            self._requests[route, summary["status"]] += 1
-            self.seconds += summary["total_ms"] / 1000
-            code = summary["error_code"]
+            self._requests[fields["route"], fields["status"]] += 1
+            self.seconds += fields["total_ms"] / 1000
+            code = fields["error_code"]
             if code:
                 self._errors[code] += 1
                 if code in self._error_texts or len(self._error_texts) < 200:
-                    self._error_texts[code] = summary["error"]
-            if route not in MONITORING:
-                self._last.appendleft(summary)
+                    self._error_texts[code] = fields["error"]
+            if fields["route"] not in MONITORING:
+                self._last.appendleft(fields)
                 for field, totals in self._totals.items():
-                    name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+                    name = fields[field] if fields[field] in totals or len(totals) < 200 else "other"
                     total = totals[name or "-"]
                     for figure, amount in counts.items():
                         total[figure] += amount
 
-    def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
+    def add_tokens(self, model_id: str, figures: dict) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
-            name = model.id if model.id in self._models or len(self._models) < 200 else "other"
-            total, money = self._models[name], {"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1}
-            for figure, amount in dict(counts, **money).items():
+            total = self._models[model_id if model_id in self._models or len(self._models) < 200 else "other"]
+            for figure, amount in figures.items():
                 total[figure] += amount
-            for kind, count in counts.items():
-                self._tokens[kind] += count
-            return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
+            self._prompts += prompt_tokens(figures)
+            self._cached += figures["cache_read"]
+            return percent(self._cached, self._prompts)
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
-        with self._lock:
-            self.limit_headers = dict(self.limit_headers, **{
-                name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")})
+        limits = {name: value for name, value in headers.items() if "anthropic-ratelimit-" in name}
+        if limits:
+            with self._lock:
+                self.limit_headers = dict(self.limit_headers, **limits)
 
     def totals(self) -> dict:
         """Everything counted: `models` has tokens and US dollars, `by_model` the requests that asked for one."""
@@ -4269,10 +4282,10 @@ class Counters:
                                  for totals in self._totals.values())
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
                     "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
-                    "tokens": dict(self._tokens),
+                    "tokens": {kind: sum([total[kind] for total in self._models.values()]) for kind in TOKEN_KINDS},
                     "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
-                    "recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": dict(self._error_texts)}
+                    "recent": [{name: fields[name] for name in SHOWN_FIELDS} for fields in self._last],
+                    "by_tool": by_tool, "by_model": without(by_model, "-"), "error_texts": dict(self._error_texts)}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4310,8 +4323,7 @@ def number_or_none(text: str | None) -> float | None:
 
 
 # ---- Credentials -------------------------------------------------------------------------------------
-# What a call to Claude is paid with.  Three kinds with the same few methods: an API key, a bearer token that
-# somebody else renews, and a stored login that renews itself, ours or a profile of Anthropic's own tools.
+# What a call is paid with: an API key, a token that somebody else renews, or a stored login that renews itself.
 
 PRIVATE = 0o077                                     # what the mode of a file with secrets must not allow
 NEVER = 1e11                                        # Unix seconds: so long lives a token that does not say
@@ -4347,7 +4359,7 @@ class ApiKey:
 
 
 class BearerToken(ApiKey):
-    """A token from the environment: `subscription` ones belong to a Claude account and need the system block."""
+    """A token from the environment; those of a `subscription` need the system block."""
     kind, described = "bearer_token", "token from %s"
 
     def __init__(self, token: str, source: str, subscription: bool) -> None:
@@ -4365,9 +4377,9 @@ class FileDamaged(GatewayError):
 
 
 class StoredFile:
-    """One JSON object in a file that is whole at every instant, mode 0600 in a directory 0700.  Ours is closed to
-    others where they may read it; another program's is refused where its mode has one of the bits in `closed`, or
-    where it is a symlink and `closed` is PRIVATE.  `holds`: the field that has the secret."""
+    """One JSON object in a file that is whole at every instant, mode 0600.  Ours is closed to others; another
+    program's is refused where its mode has one of the bits in `closed`, or where it is a symlink and `closed` is
+    PRIVATE.  `holds`: the field that has the secret."""
     kind = "file"
 
     def __init__(self, path: str, limits: Limits = Config.limits, closed: int = 0, holds: str = "access_token") -> None:
@@ -4384,12 +4396,12 @@ class StoredFile:
             elif loose and self._closed:
                 reason = "others may use it (mode %04o)" % stat.S_IMODE(mode)
             else:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     if loose:                       # ours
                         os.chmod(self.path, 0o600)
                         LOG.warning("others could read %s: its mode is 0600 now", self.path)
                 with while_held(lambda: open(self.path, "rb")) as file:
-                    content = json.loads(file.read(50_000_000).decode("utf-8"))
+                    content = json.loads(file.read(50_000_000).decode())
                 reason = self.fault_in(content)
         except FileNotFoundError:                   # also without a path
             return None
@@ -4403,7 +4415,7 @@ class StoredFile:
 
     def stamp(self) -> Any:
         """What changes whenever the file does; None where there is none."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             status = os.stat(self.path)
             return status.st_mtime_ns, status.st_size, status.st_ino
         return None
@@ -4413,14 +4425,14 @@ class StoredFile:
         return "" if isinstance(content, dict) else "it holds no JSON object"
 
     def write(self, content: dict) -> None:
-        """Replaces the file at once; a damaged one is moved aside first, and a symlink followed.  Raises OSError."""
+        """Replaces the file at once; a damaged one is moved aside, a symlink followed.  Raises OSError."""
         if not self.path:
             raise OSError("there is no home directory to store tokens in; use --token-file PATH")
         target = os.path.realpath(self.path)
         directory = os.path.dirname(target)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if os.path.basename(directory) == "claude-gateway":     # ours alone, however it was made
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.chmod(directory, 0o700)
         try:
             self.read()
@@ -4430,7 +4442,7 @@ class StoredFile:
                 os.replace(target, aside)
                 LOG.warning("the damaged %s is kept as %s", self.kind, aside)
         temporary = target + ".tmp"                 # one name: what a kill leaves behind goes with the next write
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
@@ -4440,24 +4452,24 @@ class StoredFile:
                 os.fsync(file.fileno())
             while_held(lambda: os.replace(temporary, target))
         except BaseException:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(temporary)
             raise
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):      # not every system can sync a directory
+        with ExitStack() as held, suppress(OSError):      # not every system can sync a directory
             descriptor = os.open(directory, os.O_RDONLY)
             held.callback(os.close, descriptor)
             os.fsync(descriptor)
 
     def remove(self) -> None:
         """Raises OSError, unless there is no file."""
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(os.path.realpath(self.path))
 
-    @contextlib.contextmanager
+    @contextmanager
     def lock(self) -> Iterator[None]:
-        """One process at a time, by a side file that is never deleted; where there are no locks, all go on."""
+        """One process at a time, by a side file that is never deleted; without locks, all go on."""
         descriptor, patience = None, self._limits.lock_patience
-        with contextlib.ExitStack() as held:
+        with ExitStack() as held:
             try:
                 if self.path:
                     target = os.path.realpath(self.path)        # by whatever name a process knows the file: one lock
@@ -4467,13 +4479,13 @@ class StoredFile:
                     while_held(functools.partial(lock_file, descriptor), patience)
             except OSError as fault:
                 if descriptor is not None and is_held(fault):   # going on without it could cost the login
-                    raise UpstreamFault("Another process has held the lock of a file for %d seconds." %
-                                        patience) from None
+                    message = "Another process has held the lock of a file for %d seconds." % patience
+                    raise UpstreamFault(message) from None
             yield
 
 
 class TokenFile(StoredFile):
-    """A file that `holds` a secret: the tokens of a login, or an API key."""
+    """The tokens of a login, or an API key."""
     kind = "token file"
 
     def fault_in(self, content: Any) -> str:
@@ -4484,13 +4496,13 @@ class TokenFile(StoredFile):
 
 
 def is_held(fault: Any) -> bool:
-    """Whether another process has the lock of a file, or another program the file open, an antivirus perhaps."""
+    """Whether another process has the lock of a file, or has it open, as an antivirus may."""
     return (isinstance(fault, BlockingIOError) or getattr(fault, "winerror", 0) in (5, 32, 33)
             or os.name == "nt" and getattr(fault, "errno", None) in (0, 13, 36))
 
 
 def while_held(work: Callable[[], Any], seconds: float = 2) -> Any:
-    """The result of some work on a file, tried again for some seconds while somebody else has it."""
+    """The result of work on a file, tried again while somebody else has it."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -4519,7 +4531,7 @@ class StoredLogin(ApiKey):
              --(expired, refused)--> dead: who asks waits for the renewal, or is asked to sign in
 
     One refresh at a time across threads and processes, since a refresh token works once: under the lock the file is
-    read again, and only if nobody else renewed it, new tokens are asked for, and stored before they are used."""
+    read again; only if nobody else renewed it, new tokens are asked for, and stored before they are used."""
     preamble: Sequence[dict] = (OAUTH_SYSTEM_BLOCK,)
     client_id, remedy = OAUTH_CLIENT_ID, "run `claude-gateway login`"
 
@@ -4538,7 +4550,7 @@ class StoredLogin(ApiKey):
         return "login of %s from %s" % (self.facts()["account"] or "a Claude account", self._file.path)
 
     def headers(self, rejected: str | None = None) -> dict[str, str]:
-        """The headers of a call; `rejected` is the authorization that Claude has just refused."""
+        """The headers of a call; `rejected`: the authorization that Claude has just refused."""
         token = self.access_token(rejected[len("Bearer "):] if rejected else None)
         return {"authorization": "Bearer " + token, "anthropic-beta": OAUTH_BETA}
 
@@ -4560,7 +4572,7 @@ class StoredLogin(ApiKey):
         return str(token["access_token"])
 
     def _renewed_if_dead(self, rejected: str | None) -> dict:
-        """The token, also a rejected one if it is so new that the account must be what Claude refuses."""
+        """The token, also a rejected one if it is so new that Claude must refuse the account."""
         self._read_if_changed()
         if self._outdated or not self._lives(self._token, rejected):
             with self._file.lock():                 # for the writing, too: another process may be at it
@@ -4574,15 +4586,15 @@ class StoredLogin(ApiKey):
             self._unproven = ""
 
     def close(self) -> None:
-        """Waits for a renewal under way; tokens that could not be stored are tried once more."""
-        with self._lock, contextlib.suppress(GatewayError):
+        """Waits for a renewal under way; tokens that could not be stored get another try."""
+        with self._lock, suppress(GatewayError):
             if self._outdated:
                 with self._file.lock():
                     self._catch_up()
 
     def facts(self) -> dict:
         token = self._token
-        with contextlib.suppress(FileDamaged):
+        with suppress(FileDamaged):
             token = token or self._file.read() or {}
         return {"kind": "oauth", "description": "login from %s" % self._file.path,
                 "account": text_in(token, "account", "email_address"), "scope": text_in(token, "scope"),
@@ -4618,14 +4630,14 @@ class StoredLogin(ApiKey):
             self._lock.release()
 
     def _catch_up(self) -> None:
-        """Under both locks: what another process stored is read, what we could not store is tried again."""
+        """Under both locks: reads what another process stored, stores what we could not."""
         self._stamp = None
         self._read_if_changed()
         if self._outdated:
             self._save(self._outdated)
 
     def _read_if_changed(self) -> None:
-        """Takes over what another process stored; tokens that we have renewed ourselves are older than ours."""
+        """Takes over what another process stored, unless it is what we have renewed."""
         stamp = self._file.stamp()
         if self._token and stamp and stamp == self._stamp:
             return
@@ -4645,7 +4657,7 @@ class StoredLogin(ApiKey):
             self._token, self._outdated = token, ""
 
     def _renew(self, rejected: str | None) -> None:
-        """Asks the sign-in endpoint for new tokens; called under both locks."""
+        """Under both locks: asks the sign-in endpoint for new tokens."""
         refresh_token = text_in(self._token, "refresh_token")
         if not self._token:
             raise CredentialNeeded("Nobody is signed in: %s, or set ANTHROPIC_API_KEY." % self.remedy)
@@ -4658,9 +4670,10 @@ class StoredLogin(ApiKey):
         if time.monotonic() < self._retry_at:
             raise UpstreamFault(self.trouble["message"] if self.trouble else "The sign-in endpoint has just failed.")
         body = {"grant_type": "refresh_token", "refresh_token": refresh_token, "client_id": self.client_id}
-        reason = ""
         try:
             status, answer = self._post_json(self._token_url, body, {"anthropic-beta": OAUTH_BETA})
+            otherwise = "no reason given" if status != 200 else "no access token that can be used"
+            reason = "status %d, %s" % (status, refusal_words(answer, otherwise))
         except UpstreamFault as fault:
             status, answer, reason = 0, {}, str(fault).rstrip(".")
         if status == 200 and is_sendable(answer.get("access_token")):
@@ -4677,14 +4690,12 @@ class StoredLogin(ApiKey):
                 self._put_off(CredentialNeeded("The login has expired or was used elsewhere (%s): %s." % (
                     refusal_words(answer, "invalid_grant"), self.remedy)), rejected)
         else:
-            otherwise = "no reason given" if status != 200 else "no access token that can be used"
-            self._put_off(UpstreamFault(
-                "The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
-                "CLAUDE_GATEWAY_TOKEN_URL." % (reason or "status %d, %s" % (status, refusal_words(answer, otherwise)),
-                                               self._token_url)), rejected)
+            message = ("The token could not be renewed: %s (%s). If that address cannot be reached from here, set "
+                       "CLAUDE_GATEWAY_TOKEN_URL." % (reason, self._token_url))
+            self._put_off(UpstreamFault(message), rejected)
 
     def _put_off(self, failure: GatewayError, rejected: str | None) -> None:
-        """The renewal fails: go on with an access token in its last minutes, else tell the client."""
+        """A renewal failed: goes on with an access token in its last minutes, else raises."""
         self._retry_at = time.monotonic() + min(LONGEST_BACKOFF, REFRESH_BACKOFF * 2 ** min(self._failures, 10))
         self._failures += 1
         self.trouble = trouble_of(failure)
@@ -4693,14 +4704,14 @@ class StoredLogin(ApiKey):
         LOG.warning("%s", failure)
 
     def _save(self, in_file: str) -> None:
-        """Stores the newest tokens instead of that access token; what fails is tried again with the next call."""
+        """Stores the newest tokens in place of that access token; a failure is tried again with the next call."""
         try:
             self._file.write(self._token)
             self._outdated, self._stamp = "", self._file.stamp()
         except OSError as fault:
-            LOG.log(logging.DEBUG if self._outdated else logging.WARNING,       # once
-                    "the renewed tokens could not be stored in %s (%s): keeping them in memory", self._file.path,
-                    fault.strerror or fault)
+            level = logging.DEBUG if self._outdated else logging.WARNING        # once
+            LOG.log(level, "the renewed tokens could not be stored in %s (%s): keeping them in memory",
+                    self._file.path, fault.strerror or fault)
             self._outdated = self._outdated or in_file
 
 
@@ -4721,7 +4732,7 @@ def seconds_in(token: dict, name: str, otherwise: float) -> float:
 
 
 def token_from_answer(answer: dict, earlier: dict) -> dict:
-    """The sign-in endpoint's answer as the token file keeps it; what it leaves out stays as it was."""
+    """The sign-in endpoint's answer as it is stored; what it leaves out stays as it was."""
     names = ("access_token", "refresh_token", "scope", "token_type", "organization", "account")
     token = {"refresh_token": "", **earlier, **{name: answer[name] for name in names if answer.get(name)}}
     token["expires_in"] = seconds_in(answer, "expires_in", 3600)
@@ -4735,7 +4746,7 @@ def refusal_words(answer: dict, otherwise: str) -> str:
 
 
 class Login:
-    """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of what it shows."""
+    """An authorization with PKCE (RFC 7636, S256): the address to visit, and the exchange of its code."""
 
     def __init__(self, authorize_url: str = OAUTH_AUTHORIZE_URL, scopes: str = OAUTH_SCOPES) -> None:
         self._scopes = scopes
@@ -4747,7 +4758,7 @@ class Login:
             "code_challenge_method": "S256", "state": self._state})
 
     def parse(self, pasted: str) -> tuple[str, bool]:
-        """The code of `code#state`, a callback URL or a bare code; whether it had our state.  Raises InvalidRequest."""
+        """The code of `code#state`, a callback URL or a bare code; whether it had our state."""
         pasted = pasted.strip(" \t\r\n\"'`")
         if "://" in pasted:
             query = urllib.parse.parse_qs(pasted.partition("?")[2].partition("#")[0])
@@ -4766,8 +4777,8 @@ class Login:
             "grant_type": "authorization_code", "code": code, "state": self._state, "client_id": OAUTH_CLIENT_ID,
             "redirect_uri": OAUTH_REDIRECT_URI, "code_verifier": self._code_verifier}, {})
         if status != 200 or not is_sendable(answer.get("access_token")):
-            raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" %
-                                   (status, refusal_words(answer, "no reason given")))
+            reason = refusal_words(answer, "no reason given")
+            raise CredentialNeeded("The sign-in endpoint refused the code (status %d): %s" % (status, reason))
         return token_from_answer(answer, {"token_type": "Bearer", "scope": self._scopes})
 
 
@@ -4795,12 +4806,12 @@ class ProfileLogin(StoredLogin):
 
 
 def profile_from_config(config: Config, post_json: PostJson) -> ProfileLogin | None:
-    """The profile that is named, or else the active one; None where there is none.  Raises GatewayError."""
+    """The profile that is named, or else active; None where there is none.  Raises GatewayError."""
     folder, name = config.profile_folder, config.profile
     if not folder:
         return None
     pointer = os.path.join(folder, "active_config")
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         if os.path.isfile(pointer):                 # a FIFO would be waited for
             with open(pointer, encoding="utf-8") as file:
                 name = name or file.read(1_000).strip()
@@ -4836,8 +4847,8 @@ def key_file(config: Config) -> TokenFile:
 
 
 def credential_from_config(config: Config, post_json: PostJson) -> Credential | None:
-    """The credential to use: the first of a fixed order that is there, within what `auth` allows."""
-    keys, logins, file = config.auth != "oauth", config.auth != "api-key", TokenFile(config.token_file, config.limits)
+    """The credential to use: the first that is there, in this order, within what `auth` allows."""
+    keys, logins = config.auth != "oauth", config.auth != "api-key"
     if keys and config.anthropic_api_key:
         return ApiKey(config.anthropic_api_key, "the simulation" if config.demo else "ANTHROPIC_API_KEY")
     if keys and config.anthropic_auth_token:
@@ -4849,9 +4860,12 @@ def credential_from_config(config: Config, post_json: PostJson) -> Credential | 
     stored_key = key_file(config).read() if keys else None
     if stored_key:
         return ApiKey(stored_key["api_key"], key_file(config).path)
-    if logins and file.read() is not None:
+    if not logins:
+        return None
+    file = TokenFile(config.token_file, config.limits)
+    if file.read() is not None:
         return StoredLogin(file, config.token_url, post_json)
-    return profile_from_config(config, post_json) if logins else None
+    return profile_from_config(config, post_json)
 
 
 # ---- Usage -------------------------------------------------------------------------------------------
@@ -4878,6 +4892,7 @@ class UsageFile(StoredFile):
         return "" if sane else "it holds no usage"
 
 
+@functools.lru_cache(maxsize=64)
 def day_of(moment: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(moment))
 
@@ -4917,16 +4932,18 @@ class Usage:
         self._new = sum_of()
         self._timer: Optional[threading.Timer] = None       # of the next write
         self._next_write = 0.0
-        self._running: Dict[Callable[[], float], str] = {}  # what a request has cost so far -> its key
+        self.running: Dict[Callable[[], float], str] = {}   # what a request has cost so far -> its key
         self.fault = "" if path else "usage is not counted here"
 
-    def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
+    def add(self, tool: str, model: str, key: str, figures: dict) -> None:
         if not self._file.path:
             return
         with self._lock:
             crowded = len(self._new) >= 1_000 or len(self._stored) >= USAGE_ROWS
-            place = (day_of(time.time()), "other" if crowded else tool, model, key)
-            self._new[place].update(figures)
+            today = day_of(time.time() // 900 * 900)        # no day begins within a quarter of an hour
+            row = self._new[today, "other" if crowded else tool, model, key]
+            for figure, amount in figures.items():
+                row[figure] += amount
             if self._timer is None:
                 self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
@@ -4970,26 +4987,20 @@ class Usage:
                 self._stored, self._stamp = self._read(), stamp
             return sum_of(self._stored, self._new)
 
-    def running(self, key: str, cost_so_far: Callable[[], float]) -> Callable[[], Any]:
-        """A request that costs something before it is counted; to be called at its end."""
-        self._running[cost_so_far] = key
-        return functools.partial(self._running.pop, cost_so_far)
-
-    def check(self, key: str, model: Model, speed: Any) -> None:
+    def check(self, key: str, model: Model, speed: Any, usd: float, period: str) -> None:
         """Raises Refused where a budget of this key is used up, or cannot be counted."""
-        for usd, period in self._budget:
-            first_day, resets_at = period_of(period, time.time())
-            fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
-            try:
-                spent = sum(figures["usd"] for (day, _, _, owner), figures in self.rows().items()
-                            if day >= first_day and owner == key)
-            except FileDamaged as damage:
-                fault = str(damage)
-            if fault:
-                raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
-            spent += sum(cost() for cost, owner in list(self._running.items()) if owner == key)
-            if spent >= usd:
-                raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
+        first_day, resets_at = period_of(period, time.time())
+        fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
+        try:
+            spent = sum(figures["usd"] for (day, _, _, owner), figures in self.rows().items()
+                        if day >= first_day and owner == key)
+        except FileDamaged as damage:
+            fault = str(damage)
+        if fault:
+            raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
+        spent += sum(cost() for cost, owner in list(self.running.items()) if owner == key)
+        if spent >= usd:
+            raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
 
     def _read(self) -> UsageRows:
         """The file's rows.  A damaged one counts for nothing, and is kept aside; not where budgets count by it."""
@@ -5032,7 +5043,7 @@ class Polls(dict):
         for sock in readers:
             if isinstance(sock, ssl.SSLSocket) and sock.pending():
                 return [sock.fileno()]
-        seconds = seconds if seconds > 0 else 0.0
+        seconds = max(0.0, seconds)
         if not hasattr(select, "poll"):             # Windows
             readable, writable, _ = select.select(readers, writers, [], seconds)
             return [sock.fileno() for sock in readable + writable]
@@ -5221,7 +5232,7 @@ class HeadReader:
 
 REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
 HEADER_LINES = re.compile(r"(\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*\Z")
-BLANK_LINES = re.compile(rb"(?:\r?\n)*")
+BLANK_LINES = re.compile(rb"(?:\r?\n)+")
 # Headers that must not come twice: they decide about framing, identity or access.
 SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
                   "x-api-key", "api-key", "origin", "expect"}
@@ -5263,6 +5274,7 @@ def ends_connection(version: str, headers: dict[str, str]) -> bool:
     return "close" in connection or version == "1.0" and "keep-alive" not in connection
 
 
+@functools.lru_cache(maxsize=16)
 def request_line(line: str) -> tuple[str, str, str]:
     """Method, target and version of a request line.  Raises InvalidRequest."""
     match = REQUEST_LINE.match(line)
@@ -5675,6 +5687,9 @@ class Upstream:
                  native: dict[str, str] | None = None) -> UpstreamReply:
         """POST /v1/messages, once more after a failure that may pass.  Raises GatewayError unless the status is 200."""
         headers = {"content-type": "application/json", **(native or {})}
+        if len(body) > MAX_UPSTREAM_BODY:
+            raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts "
+                          "up to 32 MB." % (len(body) / 1e6))
         while True:
             try:
                 return self._ask("POST", path, body, headers, call, beta)
@@ -6132,105 +6147,86 @@ class EventLoop:
 
 
 # ---- Image fetching ----------------------------------------------------------------------------------
-# Images that Claude cannot fetch for itself.  The rules are strict, as a URL in a request could point the gateway
-# at its own network: every address of the host must be public, the connection goes to the address that was
-# checked, and each redirect starts over.
+# Images that Claude cannot fetch for itself.  As a URL could point the gateway at its own network, every address of
+# the host must be public, the connection goes to the address that was checked, and each redirect starts over.
 
 FETCH_REDIRECTS = 3
 MAX_FETCHED = 7_500_000                             # bytes: as base64 the 10 MB that Claude accepts
 
 
 class Download(threading.Thread):
-    """One image on its way, in a thread of its own: a name look-up that takes too long cannot be ended, only left."""
+    """One image on its way, in a thread of its own: a slow name look-up cannot be ended, only left."""
 
-    def __init__(self, work: Callable[[Download], Tuple[str, str]]) -> None:
+    def __init__(self, url: str, config: Config, permit: Callable[[str], bool]) -> None:
         super().__init__(name="image", daemon=True)
+        self._url, self._config, self._permit = url, config, permit
         self.ended, self._bell = socket.socketpair()        # the first ends with the work
-        self._work, self._sockets, self._given_up = work, [self._bell], False
-        self.outcome: Any = None                    # the image, or what went wrong
+        self._sockets, self._given_up = [self._bell], False
+        self.outcome: Any = None                    # media type and base64, or what went wrong
 
     def run(self) -> None:
         try:
-            self.outcome = self._work(self)
+            self.outcome = self._fetched()
         except Exception as fault:
             self.outcome = fault
         self._bell.close()
 
-    def uses(self, sock: socket.socket) -> None:
-        """From here on this socket ends with the download; a TLS layer above it is left alone."""
+    def give_up(self) -> None:
+        self._given_up = True
+        for sock in self._sockets:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def refusal(self, what: str) -> InvalidRequest:
+        return InvalidRequest("The image %r %s." % (self._url[:200], what), "image_url", "invalid_image_url")
+
+    def _uses(self, sock: socket.socket) -> None:
+        """From here on this socket ends with the download."""
         self._sockets.append(sock)
         if self._given_up:
             self.give_up()
 
-    def give_up(self) -> None:
-        self._given_up = True
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-class ImageFetcher:
-    """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
-
-    def __init__(self, config: Config, permit: Callable[[str], bool] = is_public) -> None:
-        self._proxied, self._timeout = bool(config.https_proxy), config.limits.fetch_timeout
-        self._tls = functools.partial(tls_context, config.ca_file, config.relax_x509)
-        self.permit = permit
-
-    def fetch(self, url: str, client: Client) -> tuple[str, str]:
-        """Media type and base64 of the image at `url`.  Raises InvalidRequest that names URL and rule; ClientGone."""
-        download = Download(functools.partial(self._fetched, url))
-        try:
-            download.start()
-            client.wait(Wait(download.ended, self._timeout))
-        except UpstreamTimeout:
-            raise self._refusal(url, "took longer than %g seconds" % self._timeout) from None
-        finally:
-            download.give_up()
-            download.ended.close()
-        if isinstance(download.outcome, Exception):
-            raise download.outcome
-        return download.outcome
-
-    def _fetched(self, url: str, download: Download) -> tuple[str, str]:
-        here = url
+    def _fetched(self) -> tuple[str, str]:
+        here = self._url
         for _ in range(FETCH_REDIRECTS + 1):
             try:
-                status, location, body = self._get(here, url, download)
+                status, location, body = self._get(here)
                 here = urllib.parse.urljoin(here, location or "")
             except (OSError, http.client.HTTPException, ValueError) as fault:
-                hint = " (images are fetched directly, but here only a proxy may lead out)" if self._proxied else ""
-                raise self._refusal(url, "could not be fetched: %s%s" % (fault, hint)) from fault
+                hint = " (images are fetched directly, but here only a proxy may lead out)"
+                hint = hint if self._config.https_proxy else ""
+                raise self.refusal("could not be fetched: %s%s" % (fault, hint)) from fault
             if status in (301, 302, 303, 307, 308) and location:
                 continue
             if status != 200:
-                raise self._refusal(url, "answered with status %d" % status)
+                raise self.refusal("answered with status %d" % status)
             media_type = media_type_of(body)
             if media_type not in IMAGE_TYPES:
-                raise self._refusal(url, "is not a JPEG, PNG, GIF or WebP image")
+                raise self.refusal("is not a JPEG, PNG, GIF or WebP image")
             return media_type, base64.b64encode(body).decode()
-        raise self._refusal(url, "redirects more than %d times" % FETCH_REDIRECTS)
+        raise self.refusal("redirects more than %d times" % FETCH_REDIRECTS)
 
-    def _get(self, here: str, url: str, download: Download) -> tuple[int, str | None, bytes]:
+    def _get(self, here: str) -> tuple[int, str | None, bytes]:
         """One hop: status, Location, and the body if the status is 200."""
         if not HTTP_URL.match(here):
-            raise self._refusal(url, "leads to something that is not a web address")
+            raise self.refusal("leads to something that is not a web address")
         parts = urllib.parse.urlsplit(here)
         host, secure = parts.hostname or "", parts.scheme.lower() == "https"
         port = parts.port or (443 if secure else 80)
         if parts.username or parts.password or not host:
-            raise self._refusal(url, "has user information or no host in it")
+            raise self.refusal("has user information or no host in it")
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        if not found or not all(map(self.permit, found)):
-            raise self._refusal(url, "leads to an address of this machine or a private network, which is not fetched")
+        if not found or not all(map(self._permit, found)):
+            raise self.refusal("leads to an address of this machine or a private network, which is not fetched")
         connection = http.client.HTTPConnection(host, port)
         sock = socket.create_connection((found[0], port), CONNECT_TIMEOUT)
         try:
-            sock.settimeout(self._timeout)
-            download.uses(sock)
+            sock.settimeout(self._config.limits.fetch_timeout)
+            self._uses(sock)
             if secure:
-                sock = self._tls().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-                download.uses(sock)
+                context = tls_context(self._config.ca_file, self._config.relax_x509)
+                sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                self._uses(sock)
                 sock.do_handshake()
             connection.sock = sock
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
@@ -6239,17 +6235,35 @@ class ImageFetcher:
             with connection.getresponse() as response:
                 body = response.read(MAX_FETCHED + 1) if response.status == 200 else b""
                 if len(body) > MAX_FETCHED:
-                    raise self._refusal(url, "is larger than %.1f MB" % (MAX_FETCHED / 1e6))
+                    raise self.refusal("is larger than %.1f MB" % (MAX_FETCHED / 1e6))
                 if body and response.length:
-                    raise self._refusal(url, "broke off in the middle")
+                    raise self.refusal("broke off in the middle")
                 return response.status, response.getheader("Location"), body
         finally:
             connection.close()
             sock.close()
 
-    @staticmethod
-    def _refusal(url: str, what: str) -> InvalidRequest:
-        return InvalidRequest("The image %r %s." % (url[:200], what), "image_url", "invalid_image_url")
+
+class ImageFetcher:
+    """Fetches images for the client.  `permit` judges addresses; tests may replace it."""
+
+    def __init__(self, config: Config, permit: Callable[[str], bool] = is_public) -> None:
+        self._config, self.permit = config, permit
+
+    def fetch(self, url: str, client: Client) -> tuple[str, str]:
+        """Media type and base64 of the image at `url`.  Raises InvalidRequest, ClientGone."""
+        download, timeout = Download(url, self._config, self.permit), self._config.limits.fetch_timeout
+        try:
+            download.start()
+            client.wait(Wait(download.ended, timeout))
+        except UpstreamTimeout:
+            raise download.refusal("took longer than %g seconds" % timeout) from None
+        finally:
+            download.give_up()
+            download.ended.close()
+        if isinstance(download.outcome, Exception):
+            raise download.outcome
+        return download.outcome
 
 
 # ---- Exchange ----------------------------------------------------------------------------------------
@@ -6283,21 +6297,7 @@ class Record:
     route: str = "other"
     owner: str = ""                                 # the beginning of the digest of the client's key
     cost_usd: Optional[float] = None                # by list prices, where the model has one
-    TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
-    FIGURES = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
-               "cost_usd")                          # these and TEXTS are what the status page shows
-
-    def summary(self, secrets_known: Iterable[str]) -> dict:
-        """What the status page and `status` show of it."""
-        fields = vars(self)
-        texts = {name: fields[name] for name in self.TEXTS}
-        whole = "\n".join(texts.values())
-        if len(whole) > 500 or masked(whole, secrets_known) != whole:
-            texts = {name: masked(value, secrets_known)[:500] for name, value in texts.items()}
-        return dict({name: fields[name] for name in self.FIGURES}, time=round(time.time(), 3), **texts)
-
-    def elapsed_ms(self) -> int:
-        return int((time.monotonic() - self.started) * 1000)
+    time: float = 0.0                               # of its end
 
 
 @dataclasses.dataclass
@@ -6307,7 +6307,7 @@ class Incoming:
     argument: str = ""                              # what stands behind /models/
     owner: str = ""                                 # digest of the client's key: memories are not shared
     call: UpstreamCall = dataclasses.field(default_factory=UpstreamCall)
-    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)   # closed when all is over
+    held: List[Callable[[], Any]] = dataclasses.field(default_factory=list)     # called when all is over
     record: Record = dataclasses.field(default_factory=Record)
     surrogates_replaced: bool = False
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)      # for the native pass-through
@@ -6332,7 +6332,8 @@ class Gateway:
     `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port."""
 
     def __init__(self, config: Config, credential: Credential | None = None) -> None:
-        self.config, self._configured_secrets = config, config.secrets()
+        self.config, self._configured_secrets = config, list(filter(None, config.secrets()))
+        self.names = tuple(map(str.lower, ("host.docker.internal", *config.hosts, *config.allow_host)))
         self.instance_id = secrets.token_hex(8)
         self.upstream = Upstream(config, self.instance_id)
         self.upstream.credential = credential or credential_from_config(config, self.upstream.post_json)
@@ -6357,7 +6358,8 @@ class Gateway:
 
     def check_spending(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this client key, or the plan, is used up."""
-        self.usage.check(key, model, speed)
+        for usd, period in self.config.budget:
+            self.usage.check(key, model, speed, usd, period)
         for limit in limits_from_headers(self.counters.limit_headers, time.time()) if self.config.plan_only else ():
             if limit["used"] >= 1 and not limit["over"] and limit["resets_at"] and limit["window"] not in PER_MINUTE:
                 raise exhausted("--plan-only: the plan's window of %s is used up." % limit["title"], limit["resets_at"])
@@ -6370,7 +6372,7 @@ class Gateway:
         self.upstream.close()
 
 
-Translate = Callable[[Model, Sequence[dict], bool, Recall], Translation]
+Translate = Callable[[Model, Sequence[dict], bool, Callable[[], Recall]], Translation]
 
 
 class Exchange:
@@ -6393,8 +6395,8 @@ class Exchange:
         self.assembler = MessageAssembler()
         self.translation: Translation
         self.events: PlannedEvents                  # of the accepted request
-        incoming.held.callback(gateway.usage.running(incoming.record.owner, self._cost_so_far))
-        incoming.held.callback(self.close)
+        gateway.usage.running[self._cost_so_far] = incoming.record.owner
+        incoming.held += [functools.partial(gateway.usage.running.pop, self._cost_so_far), self.close]
 
     def open(self) -> None:
         """Sends the request until Claude accepts it; returns when the answer begins.  Raises GatewayError."""
@@ -6417,7 +6419,7 @@ class Exchange:
             self.events = PlannedEvents(self.translation.plan, self.assembler)
             if self._thinking_refused:              # nothing that --strict could prevent
                 changes.add("dropped", "thinking", "Claude refused it")
-            self._incoming.record.changes = str(changes)
+            self._incoming.record.changes = str(changes) if changes.reported else ""
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
             return
@@ -6445,7 +6447,7 @@ class Exchange:
             self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
                 self._known.id, model_id))
             self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
-        call_ids = call_ids_of(message["content"])
+        call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
         if call_ids:
             self._gateway.answers.remember(self._incoming.owner, self._known.id, call_ids,
                                            self.translation.request.get("tools", ()), lost_blocks(message["content"]))
@@ -6462,11 +6464,13 @@ class Exchange:
     def translate(self) -> Translation:
         """The request as it would be sent now."""
         translation = self._translated(self._lesson or {})
-        for path, block, _ in media_in(translation.request["messages"]) if self._left_out else ():
+        media = media_in(translation.request["messages"])
+        for path, block, _ in media if self._left_out else ():
             if path == self._left_out:
                 translation.changes.add("changed", path, "to a note: Claude refused the file")
                 become_note(block)
-        self._inline_images(translation)
+        if media:
+            self._inline_images(media, translation.changes)
         return translation
 
     def _translated(self, lesson: dict) -> Translation:
@@ -6474,9 +6478,9 @@ class Exchange:
         credential = self._gateway.upstream.credential
         lesson = dict(lesson, **self._for_once)
         model = replace(self._known, **lesson) if lesson else self._known
+        recall = functools.partial(self._gateway.answers.recall, self._incoming.owner, self._known.id)
         translation = self._translate_body(model, credential.preamble if credential else (),
-                                           not self._gateway.config.no_cache,
-                                           self._gateway.answers.recall(self._incoming.owner, self._known.id))
+                                           not self._gateway.config.no_cache, recall)
         names = self._gateway.config.fallback
         fallbacks = fallbacks_for(model, names, self._gateway.models.catalog()) if names else None
         if fallbacks and translation.request["max_tokens"] and "compaction" not in translation.request:
@@ -6485,10 +6489,10 @@ class Exchange:
             translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
         return translation
 
-    def _inline_images(self, translation: Translation) -> None:
+    def _inline_images(self, media: list[tuple[str, dict, bool]], changes: Changes) -> None:
         """Fetches the images that Claude cannot, as long as they fit into a request and the client is there."""
         size = 0
-        for path, block, old in media_in(translation.request["messages"]):
+        for path, block, old in media:
             if has_address(block) and (self._inline or block["source"]["url"].lower().startswith("http:")):
                 self.call.client.pause(0)           # a client that has left wants no more of them
                 try:
@@ -6497,7 +6501,7 @@ class Exchange:
                 except InvalidRequest as failure:
                     if not old:
                         raise
-                    translation.changes.add("changed", path, "to a note: %s" % failure)
+                    changes.add("changed", path, "to a note: %s" % failure)
                     become_note(block)
                 if size > MAX_UPSTREAM_BODY:
                     raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
@@ -6515,8 +6519,8 @@ class Exchange:
         return {"type": "base64", "media_type": media_type, "data": data}
 
     def _send(self, request: dict) -> None:
-        body = within_upstream_limit(messages_request_json(request))
-        LOG.debug("to Claude: %s", request, extra={"payload": request})
+        body = messages_request_json(request)
+        LOG.debug("to Claude: %s", request)
         self._reply = self._gateway.upstream.messages(body, self.call, betas_for(request))
         self._headers = self._reply.headers
         self._incoming.record.request_id = self._headers.get("request-id", "")
@@ -6535,7 +6539,7 @@ class Exchange:
             if ability not in self._for_once and self._matters({ability: False}):
                 self._for_once[ability] = False
                 return True
-        if "compaction" not in self._for_once and compacts(self.translation.request) and \
+        if "compaction" not in self._for_once and COMPACTION_BETA in betas_for(self.translation.request) and \
                 ABOUT_COMPACTION.search("%s %s" % (refusal.error_code, refusal)):
             self._for_once["compaction"] = False
             return True
@@ -6543,7 +6547,7 @@ class Exchange:
         if lesson and self._matters(lesson):
             self._lesson = lesson
             return True
-        media = list(media_in(messages))
+        media = media_in(messages)
         if not self._inline and any(has_address(block) for _, block, _ in media):
             self._inline = message
             return True
@@ -6566,7 +6570,7 @@ class Exchange:
         if self.assembler.message and not self._counted:
             self._counted = True
             message = self.assembler.whole()
-            LOG.debug("from Claude: %s", message, extra={"payload": message})
+            LOG.debug("from Claude: %s", message)
             model = self._known
             if "fallbacks" in self.translation.request:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
@@ -6619,16 +6623,12 @@ class Exchange:
         self._send(dict(request, messages=messages))
 
 
-def compacts(request: dict) -> bool:
-    """Whether a request asks for a compaction or contains the block of one."""
-    return "compaction" in request or has_compaction(request["messages"][0]["content"])
-
-
 def betas_for(request: dict) -> list[str]:
     """The beta features that a request makes use of."""
-    used = {FAST_MODE_BETA: "speed" in request, FALLBACK_BETA: "fallbacks" in request,
-            COMPACTION_BETA: compacts(request)}
-    return [beta for beta in used if used[beta]]
+    compacts = "compaction" in request or request["messages"][0]["content"][0]["type"] == "compaction"
+    features = ((FAST_MODE_BETA, "speed" in request), (FALLBACK_BETA, "fallbacks" in request),
+                (COMPACTION_BETA, compacts))
+    return [beta for beta, used in features if used]
 
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
@@ -6645,34 +6645,28 @@ def record_usage(gateway: Gateway, record: Record, model: Model, usage: dict) ->
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     counts = {kind: count_of(usage.get(name)) for kind, name in TOKEN_KINDS.items()}
     cost = cost_of(model, usage)
+    figures: dict = dict(counts, usd=cost[0]) if cost else dict(counts, without_price=1)
+    gateway.usage.add(record.tool, model.id, record.owner, dict(figures, requests=int(record.input_tokens is None)))
     record.input_tokens = (record.input_tokens or 0) + prompt_tokens(counts)
     record.cached_tokens += counts["cache_read"]
     record.output_tokens += counts["output"]            # a legacy completion of several prompts has several answers
     if cost:
-        record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
-    record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
-    gateway.usage.add(record.tool, model.id, record.owner, dict(
-        counts, **{"usd": cost[0]} if cost else {"without_price": 1}))
+        figures["saved_usd"], record.cost_usd = cost[1], round((record.cost_usd or 0) + cost[0], 6)
+    record.cached_percent_of_all = gateway.counters.add_tokens(model.id, figures)
 
 
-def within_upstream_limit(body: bytes) -> bytes:
-    """A body for Claude, of a size that it accepts."""
-    if len(body) > MAX_UPSTREAM_BODY:
-        raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts up to "
-                      "32 MB." % (len(body) / 1e6))
-    return body
-
-
-def media_in(messages: list[dict]) -> Iterator[tuple[str, dict, bool]]:
+def media_in(messages: list[dict]) -> list[tuple[str, dict, bool]]:
     """Every image and document: its path as Claude names it, its block, and whether it stands in a tool result or an
     earlier turn, where the client cannot take it back."""
     newest = max([at for at, message in enumerate(messages) if message["role"] == "user"])
+    blocks: list[tuple[str, dict, bool]] = []
     for at, message in enumerate(messages):
         for place, block in enumerate(message["content"]):
-            path, inner = "messages.%d.content.%d" % (at, place), block.get("content")
-            blocks = [(path, block, at < newest)]
-            blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(listed(inner))]
-            yield from [entry for entry in blocks if entry[1]["type"] in ("image", "document")]
+            if block["type"] != "text":
+                path, inner = "messages.%d.content.%d" % (at, place), listed(block.get("content"))
+                blocks.append((path, block, at < newest))
+                blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(inner)]
+    return [entry for entry in blocks if entry[1]["type"] in ("image", "document")]
 
 
 def has_address(block: dict) -> bool:
@@ -6780,7 +6774,7 @@ def within_budget(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
     weight = 6 * len(client_json(stored))           # in memory
     if not gateway.body_budget.take(weight):
         raise busy("The gateway holds too many large requests at the moment.")
-    incoming.held.callback(gateway.body_budget.give, weight)
+    incoming.held.append(functools.partial(gateway.body_budget.give, weight))
     return stored
 
 
@@ -6941,9 +6935,9 @@ def tokens_of_request(gateway: Gateway, history: History) -> int:
     request = without(exchange_for(gateway, incoming, history.earlier).translate().request, "max_tokens", "stream",
                       "temperature", "top_p", "top_k", "stop_sequences", "metadata", "service_tier", "speed",
                       "fallbacks")
-    reply = gateway.upstream.messages(within_upstream_limit(messages_request_json(request)), incoming.call,
-                                      betas_for(request), "/v1/messages/count_tokens")
-    incoming.held.callback(reply.close)
+    reply = gateway.upstream.messages(messages_request_json(request), incoming.call, betas_for(request),
+                                      "/v1/messages/count_tokens")
+    incoming.held.append(reply.close)
     return count_in(json_object_from(reply.read()), "input_tokens")
 
 
@@ -6978,10 +6972,9 @@ def health(gateway: Gateway, incoming: Incoming) -> Reply:
 # ---- Legacy completions ------------------------------------------------------------------------------
 # OpenAI's older API, of a text that is continued: it becomes a chat turn that asks for it.
 
-COMPLETION_SYSTEM = ("Continue the text that the user sends, exactly from where it ends. Answer with the continuation "
-                     "only: no comment, no repetition of the text, no code fence.")
-INFILL_SYSTEM = ("The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap only: no "
-                 "comment, no repetition of the text, no code fence.")
+COMPLETION_SYSTEM = "Continue the text that the user sends, exactly from where it ends. Answer with the continuation"
+INFILL_SYSTEM = "The user sends a text with a gap, marked <gap/>. Answer with what belongs into the gap"
+ONLY_TEXT = " only: no comment, no repetition of the text, no code fence."
 
 
 def completions(gateway: Gateway, incoming: Incoming) -> Reply:
@@ -6990,7 +6983,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
     echoes = prompts if incoming.body.get("echo") else [""] * len(prompts)
     suffix = optional(text_of, incoming.body.get("suffix"), "suffix", "")
     chat = without(incoming.body, "prompt", "suffix", "echo", "best_of", "logprobs")
-    system = {"role": "system", "content": INFILL_SYSTEM if suffix else COMPLETION_SYSTEM}
+    system = {"role": "system", "content": (INFILL_SYSTEM if suffix else COMPLETION_SYSTEM) + ONLY_TEXT}
     texts = [prompt + "<gap/>" + suffix if suffix else prompt for prompt in prompts]
     replies = (chat_completions(gateway, replace(incoming, body=dict(
         chat, messages=[system, {"role": "user", "content": text}]))) for text in texts)
@@ -7005,7 +6998,7 @@ def completions(gateway: Gateway, incoming: Incoming) -> Reply:
 
 
 def prompts_of(body: dict) -> list[str]:
-    """`prompt`, a string or a list of them; token ids mean nothing to Claude."""
+    """`prompt`, a string or a list of them, not of token ids."""
     prompt = body.get("prompt")
     if prompt is None or prompt == []:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
@@ -7020,7 +7013,7 @@ def prompts_of(body: dict) -> list[str]:
 
 
 def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]:
-    """The steps of all answers, one prompt after the other; their usage is added up for the last chunk."""
+    """The steps of all answers, prompt by prompt; their usage is added up for the last chunk."""
     same: dict = {}                                 # id and time of the first chunk
     usage: dict = {}
     for at, reply in enumerate(replies):
@@ -7028,17 +7021,18 @@ def text_steps(replies: Iterable[Reply], echoes: Sequence[str]) -> Iterator[Any]
             chunks = []
             for chunk in step:
                 same = same or {"id": chunk["id"], "created": chunk["created"]}
-                is_text = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
+                is_shown = any(choice["finish_reason"] or "content" in choice["delta"] for choice in chunk["choices"])
                 if not chunk["choices"]:
                     usage = chunk["usage"] = added_usage(usage, chunk["usage"])
-                if is_text or not chunk["choices"] and at == len(echoes) - 1:
+                    is_shown = at == len(echoes) - 1
+                if is_shown:
                     chunks.append(text_completion(dict(chunk, **same), echoes[at], at))
             yield chunks, wait
         yield [], NEEDS_THREAD                      # for the call of the next prompt
 
 
 def text_completion(chat: dict, echo: str, index: int) -> dict:
-    """A chat completion, or a chunk of one, as a legacy completion; the prompt goes where the role is."""
+    """A chat completion, or a chunk of one, as a legacy completion; the prompt stands before its text."""
     choices = []
     for choice in chat["choices"]:
         part = choice.get("message") or choice["delta"]
@@ -7052,17 +7046,17 @@ def text_completion(chat: dict, echo: str, index: int) -> dict:
 
 
 def native_body(gateway: Gateway, incoming: Incoming) -> dict:
-    """The client's body with its model's id; where missing, a subscription token's system block and a cache mark."""
+    """The client's body with its model's id and, where missing, the credential's system block and a cache mark."""
     body, record = dict(incoming.body), incoming.record
     record.asked, record.stream = text_of(body.get("model"), "model"), body.get("stream") is True
     record.used = body["model"] = gateway.models.catalog().resolve(record.asked).id
     credential = gateway.upstream.credential
-    preamble = [dict(block) for block in credential.preamble] if credential else []
+    preamble = list(credential.preamble) if credential else []
     if preamble:
         system = body.get("system") or []
         blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list_of(system, "system")
-        already = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
-        body["system"] = blocks if already else preamble + blocks
+        is_there = text_in((blocks or [None])[0], "text") == preamble[0]["text"]
+        body["system"] = blocks if is_there else preamble + blocks
     if record.route == "/messages" and not gateway.config.no_cache and not has_marks(body):
         body["cache_control"] = {"type": "ephemeral"}
     return body
@@ -7077,21 +7071,21 @@ def has_marks(value: Any) -> bool:
 
 
 def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
-    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas, answered as Claude does."""
+    """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas."""
     body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
     betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
-    data = within_upstream_limit(upstream_json(body))
+    data = upstream_json(body)
     model = gateway.models.catalog().resolve(body["model"])
     if path == "/v1/messages":
         gateway.check_spending(incoming.record.owner, model, body.get("speed"))
-    LOG.debug("to Claude: %s", body, extra={"payload": body})
+    LOG.debug("to Claude: %s", body)
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(data, incoming.call, betas, path + beta_query, {
         name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
         if incoming.headers.get(name)})
     incoming.record.request_id = reply.headers.get("request-id", "")
-    headers = dict(headers_for_anthropic(reply.headers),
-                   **{"content-type": printable(reply.headers.get("content-type", "application/json"))})
+    headers = headers_for_anthropic(reply.headers)
+    headers["content-type"] = printable(reply.headers.get("content-type", "application/json"))
     passing = PassingUsage(reply.is_stream)
 
     def cost_so_far() -> float:
@@ -7103,14 +7097,14 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
         usage = passing.usage()
         if usage:
             record_usage(gateway, incoming.record, model, usage)
-    incoming.held.callback(gateway.usage.running(incoming.record.owner, cost_so_far))
-    incoming.held.callback(finish)
+    gateway.usage.running[cost_so_far] = incoming.record.owner
+    incoming.held += [functools.partial(gateway.usage.running.pop, cost_so_far), finish]
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, event_bytes=named_event,
                  failure=lambda failure: [failure.for_anthropic()[2]])
 
 
 class PassingUsage:
-    """Reads the token counts of a native answer from the bytes that pass by; whatever it cannot read it leaves."""
+    """Reads the token counts of a native answer from the bytes that pass by, as far as it can."""
 
     def __init__(self, is_stream: bool) -> None:
         self._decoder = EventDecoder(joining=True) if is_stream else None
@@ -7121,7 +7115,7 @@ class PassingUsage:
         """The same steps, whose bytes are read in passing."""
         for step in steps:
             if self._decoder:
-                with contextlib.suppress(UpstreamFault):
+                with suppress(UpstreamFault):
                     self._note(self._decoder.feed(step[0]))
             else:
                 self._body += step[0][:MAX_UPSTREAM_BODY - len(self._body)]
@@ -7136,9 +7130,8 @@ class PassingUsage:
     def usage(self) -> dict:
         """What was counted so far, {} for an answer without any."""
         if self._body:
-            with contextlib.suppress(ValueError):
-                usage = value_in(json_within_bounds(self._body.decode("utf-8"), LENIENT_JSON), "usage")
-                return usage if isinstance(usage, dict) else {}
+            with suppress(ValueError):
+                self._note([{"usage": value_in(json_within_bounds(self._body.decode(), LENIENT_JSON), "usage")}])
         return self._usage
 
 
@@ -7148,8 +7141,8 @@ class PassingUsage:
 FORM = "Base URL: BASE\nAPI key:  KEY\nModel:    MODEL"
 
 
-class ToolSettings(NamedTuple):
-    """`where`: one line for the table; `text`: the settings themselves, with the placeholders of `filled`."""
+class Setup(NamedTuple):
+    """`where`: where they go; `text`: the settings themselves, with the placeholders of `filled`."""
     title: str
     where: str
     text: str = FORM
@@ -7157,10 +7150,10 @@ class ToolSettings(NamedTuple):
     between: str = " "                              # two arguments of START
 
 
-def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> ToolSettings:
-    """The settings of a library: a call whose argument `address` is the base URL."""
+def library(title: str, name: str, address: str, others: str, model: str = 'model="MODEL"') -> Setup:
+    """The settings of a library, which gets the base URL as its argument `address`."""
     module, _, name = name.rpartition(".")
-    return ToolSettings(title, "%s(%s=...)" % (name, address), 'from %s import %s\nllm = %s(%s, %s="BASE", '
+    return Setup(title, "%s(%s=...)" % (name, address), 'from %s import %s\nllm = %s(%s, %s="BASE", '
                         'api_key="KEY"%s)' % (module, name, name, model, address, others))
 
 
@@ -7174,18 +7167,18 @@ OPENCODE = """\
     "options": { "baseURL": "BASE", "apiKey": "KEY" },
     "models": { "MODEL": { "name": "Claude", "limit": { "context": 1000000, "output": 128000 } } } } } }"""
 
-TOOL_SETTINGS: Dict[str, ToolSettings] = {
-    "openai": ToolSettings("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
+TOOL_SETTINGS: Dict[str, Setup] = {
+    "openai": Setup("OpenAI SDKs", "base_url / baseURL, or OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY
 # or in code: OpenAI(base_url="BASE", api_key="KEY") / new OpenAI({ baseURL: "BASE", apiKey: "KEY" }); model: MODEL"""),
     "langchain": library("LangChain", "langchain_openai.ChatOpenAI", "base_url", ", stream_usage=True"),
     "llamaindex": library("LlamaIndex", "llama_index.llms.openai_like.OpenAILike", "api_base",
                           ",\n    is_chat_model=True, is_function_calling_model=True, context_window=1000000"),
-    "ai-sdk": ToolSettings("Vercel AI SDK", "createOpenAI({ baseURL })", """\
+    "ai-sdk": Setup("Vercel AI SDK", "createOpenAI({ baseURL })", """\
 import { createOpenAI } from "@ai-sdk/openai";
 const openai = createOpenAI({ baseURL: "BASE", apiKey: "KEY" });
 // openai("MODEL") uses the Responses API, openai.chat("MODEL") chat completions; both work"""),
-    "openai-agents": ToolSettings("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
+    "openai-agents": Setup("OpenAI Agents SDK", "OPENAI_BASE_URL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
 # Python: Agent(name="agent", model="MODEL") / JavaScript: new Agent({ name: "agent", model: "MODEL" })"""),
     "crewai": library("CrewAI", "crewai.LLM", "base_url", "", 'model="openai/MODEL_ID"'),
@@ -7195,80 +7188,80 @@ export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_AGENTS_DISABLE_TRACING=1
                        ',\n    model_info={"vision": True, "function_calling": True, "json_output": True,'
                        '\n                "structured_output": True, "family": "unknown"}', 'model="MODEL_ID"'),
     "agno": library("Agno", "agno.models.openai.like.OpenAILike", "base_url", "", 'id="MODEL"'),
-    "mastra": ToolSettings("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
+    "mastra": Setup("Mastra", "in an Agent", 'model: { id: "gateway/MODEL", url: "BASE", apiKey: "KEY" }'),
     "browser-use": library("browser-use", "browser_use.ChatOpenAI", "base_url", ""),
-    "promptfoo": ToolSettings("promptfoo", "promptfooconfig.yaml", """\
+    "promptfoo": Setup("promptfoo", "promptfooconfig.yaml", """\
 providers: [{ id: "openai:chat:MODEL", config: { apiBaseUrl: BASE, apiKey: KEY } }]"""),
-    "aider": ToolSettings("Aider", "--openai-api-base, model openai/...", """\
+    "aider": Setup("Aider", "--openai-api-base, model openai/...", """\
 export OPENAI_API_KEY=KEY
 aider --openai-api-base BASE --model openai/MODEL_ID --edit-format diff \\
   --weak-model openai/haiku --no-show-model-warnings"""),
-    "claude-code": ToolSettings("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
-                                "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
-    "codex": ToolSettings("Codex CLI", "~/.codex/config.toml", """\
+    "claude-code": Setup("Claude Code", "ANTHROPIC_BASE_URL (Anthropic's own API)",
+                         "export ANTHROPIC_BASE_URL=ORIGIN ANTHROPIC_AUTH_TOKEN=KEY\nclaude"),
+    "codex": Setup("Codex CLI", "~/.codex/config.toml", """\
 model = "claude-opus-5-5"
 model_provider = "gateway"
 model_providers.gateway.name = "gateway"
 model_providers.gateway.base_url = "BASE"
 model_providers.gateway.wire_api = "responses"
 ENV_KEY"""),
-    "opencode": ToolSettings("opencode", "opencode.json", OPENCODE),
-    "goose": ToolSettings("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
+    "opencode": Setup("opencode", "opencode.json", OPENCODE),
+    "goose": Setup("Goose", "OPENAI_HOST and OPENAI_BASE_PATH", """\
 export GOOSE_PROVIDER=openai GOOSE_MODEL=MODEL
 export OPENAI_HOST=ORIGIN OPENAI_BASE_PATH=v1/chat/completions OPENAI_API_KEY=KEY"""),
-    "qwen-code": ToolSettings("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
+    "qwen-code": Setup("Qwen Code", "OPENAI_BASE_URL and OPENAI_MODEL", """\
 export OPENAI_BASE_URL=BASE OPENAI_API_KEY=KEY OPENAI_MODEL=MODEL_ID
 qwen --auth-type openai"""),
-    "pi": ToolSettings("pi", "~/.pi/agent/models.json", """\
+    "pi": Setup("pi", "~/.pi/agent/models.json", """\
 { "providers": { "gateway": { "baseUrl": "BASE", "api": "openai-completions", "apiKey": "KEY",
     "models": [{ "id": "MODEL", "reasoning": true, "input": ["text", "image"], "contextWindow": 1000000,
                  "maxTokens": 128000 }] } } }"""),
-    "cline-cli": ToolSettings("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
-    "openhands": ToolSettings("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
-    "mini-swe-agent": ToolSettings("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
+    "cline-cli": Setup("Cline CLI", "a shell", "cline auth openai --apikey KEY --baseurl BASE --modelid MODEL"),
+    "openhands": Setup("OpenHands", "custom model, base URL", FORM.replace("MODEL", "openai/MODEL_ID")),
+    "mini-swe-agent": Setup("mini-swe-agent", "OPENAI_API_BASE, -m openai/...", """\
 export OPENAI_API_BASE=BASE OPENAI_API_KEY=KEY MSWEA_COST_TRACKING=ignore_errors MSWEA_CONFIGURED=true
 mini -m openai/MODEL"""),
-    "llm": ToolSettings("llm", "extra-openai-models.yaml", """\
+    "llm": Setup("llm", "extra-openai-models.yaml", """\
 # this file is in the folder that this prints: dirname "$(llm logs path)"
 - { model_id: claude, model_name: MODEL, api_base: BASE, supports_tools: true, supports_schema: true, vision: true }
 # and the key, in a shell: llm keys set openai --value KEY"""),
-    "cline": ToolSettings("Cline", "API provider: OpenAI Compatible"),
-    "roo-code": ToolSettings("Roo Code", "API provider: OpenAI Compatible"),
-    "kilo-code": ToolSettings("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
-    "continue": ToolSettings("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
+    "cline": Setup("Cline", "API provider: OpenAI Compatible"),
+    "roo-code": Setup("Roo Code", "API provider: OpenAI Compatible"),
+    "kilo-code": Setup("Kilo Code", "kilo.json; in an editor, API provider: OpenAI Compatible", OPENCODE),
+    "continue": Setup("Continue, Continue CLI (cn)", "~/.continue/config.yaml", """\
 name: Claude Gateway
 version: 1.0.0
 schema: v1
 models:
   - { name: Claude, provider: openai, model: MODEL, apiBase: BASE, apiKey: KEY,
       capabilities: [tool_use, image_input] }"""),
-    "vscode": ToolSettings("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
+    "vscode": Setup("VS Code", "Custom Endpoint, chatLanguageModels.json", """\
 [{ "name": "Claude Gateway", "vendor": "customendpoint", "apiKey": "KEY", "apiType": "chat-completions",
    "models": [{ "id": "MODEL", "name": "Claude", "url": "BASE/chat/completions", "toolCalling": true, "vision": true,
      "maxInputTokens": 1000000, "maxOutputTokens": 128000 }] }]"""),
-    "xcode": ToolSettings("Xcode", "Settings, Intelligence, Add a Model Provider", """\
+    "xcode": Setup("Xcode", "Settings, Intelligence, Add a Model Provider", """\
 Locally Hosted, port PORT; with a key: Internet Hosted, URL ORIGIN, API key header Authorization: Bearer KEY"""),
-    "zed": ToolSettings("Zed", "settings.json, language_models", """\
+    "zed": Setup("Zed", "settings.json, language_models", """\
 { "language_models": { "openai_compatible": { "Gateway": { "api_url": "BASE", "available_models": [
     { "name": "MODEL", "max_tokens": 1000000, "max_output_tokens": 128000,
       "capabilities": { "tools": true, "images": true, "parallel_tool_calls": true } }] } } } }
 // the key goes into the environment: GATEWAY_API_KEY=KEY"""),
-    "jetbrains": ToolSettings("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
-    "cursor": ToolSettings("Cursor", "cannot work with a local address", """\
+    "jetbrains": Setup("JetBrains AI Assistant", "Settings, AI Assistant, OpenAI-compatible provider"),
+    "cursor": Setup("Cursor", "cannot work with a local address", """\
 Cursor sends its requests from its own servers, which cannot reach this machine. It would need a public https address
 in front of the gateway, with a key (CLAUDE_GATEWAY_API_KEY); think twice before opening your credential so."""),
-    "open-webui": ToolSettings("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
-    "librechat": ToolSettings("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
+    "open-webui": Setup("Open WebUI", "Admin settings, Connections, OpenAI API, add a connection", IN_CONTAINER),
+    "librechat": Setup("LibreChat", "librechat.yaml", re.sub("(?m)^", "# ", CONTAINER) + """
 endpoints: { custom: [{ name: Claude, apiKey: KEY, baseURL: BASE, models: { default: [MODEL], fetch: true },
                         titleConvo: true, titleModel: haiku }] }"""),
-    "n8n": ToolSettings("n8n", "Credentials, OpenAI; the model by its id in the OpenAI Chat Model node", IN_CONTAINER),
-    "home-assistant": ToolSettings("Home Assistant", "Settings, Devices & services, Add integration, LiteLLM", """\
+    "n8n": Setup("n8n", "Credentials, OpenAI; the model by its id in the OpenAI Chat Model node", IN_CONTAINER),
+    "home-assistant": Setup("Home Assistant", "Settings, Devices & services, Add integration, LiteLLM", """\
 URL: http://ADDRESS-OF-THIS-MACHINE:PORT/v1
 API key: YOUR-GATEWAY-KEY
 and a gateway that Home Assistant (2026.6 or newer) can reach:
 CLAUDE_GATEWAY_API_KEY=YOUR-GATEWAY-KEY claude-gateway START --host 0.0.0.0
 The integration "OpenAI Conversation" has no setting for the address and cannot be used."""),
-    "obsidian": ToolSettings("Obsidian plugins", "provider: OpenAI compatible, or custom", FORM + """
+    "obsidian": Setup("Obsidian plugins", "provider: OpenAI compatible, or custom", FORM + """
 If the plugin reports a network or CORS error: claude-gateway START --cors-origin app://obsidian.md"""),
 }
 # Name -> the heading above it, where a list is grouped
@@ -7276,7 +7269,7 @@ TOOL_GROUPS = {"openai": "Libraries", "aider": "Terminals", "cline": "Editors", 
                "systemd": "Service files"}
 
 SERVICE_FILES = {
-    "systemd": ToolSettings("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
+    "systemd": Setup("Linux: a service of your account", "~/.config/systemd/user/claude-gateway.service", """\
 # then: systemctl --user daemon-reload && systemctl --user enable --now claude-gateway && loginctl enable-linger
 [Unit]
 Description=Claude Gateway
@@ -7291,7 +7284,7 @@ NoNewPrivileges=yes
 PrivateTmp=yes
 [Install]
 WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).replace("%", "%%").replace("$", "$$")),
-    "launchd": ToolSettings("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
+    "launchd": Setup("macOS: an agent of your account", "~/Library/LaunchAgents/local.claude-gateway.plist", """\
 <?xml version="1.0" encoding="UTF-8"?>
 <!-- then: launchctl bootstrap gui/$(id -u) ~/Library/LaunchAgents/local.claude-gateway.plist
      to stop it: launchctl bootout gui/$(id -u)/local.claude-gateway -->
@@ -7308,7 +7301,7 @@ WantedBy=default.target""", lambda path: re.sub(r'[\\"]', r"\\\g<0>", path).repl
   <key>ThrottleInterval</key><integer>60</integer>
   <key>StandardErrorPath</key><string>HOME/Library/Logs/claude-gateway.log</string>
 </dict></plist>""", lambda path: path.replace("&", "&amp;").replace("<", "&lt;"), "</string><string>"),
-    "windows": ToolSettings("Windows: a task that runs when you sign in", "a PowerShell window", """\
+    "windows": Setup("Windows: a task that runs when you sign in", "a PowerShell window", """\
 # keys, if no login is stored or clients need one: setx ANTHROPIC_API_KEY ..., setx CLAUDE_GATEWAY_API_KEY ...
 $action = New-ScheduledTaskAction -Execute 'PYTHONW' -Argument '"FILE" START'
 $trigger = New-ScheduledTaskTrigger -AtLogOn -User "$env:USERDOMAIN\\$env:USERNAME"
@@ -7318,8 +7311,8 @@ Start-ScheduledTask 'Claude Gateway'
 # where that is denied: a shortcut in the start-up folder does the same
 # $link = (New-Object -ComObject WScript.Shell).CreateShortcut("$([Environment]::GetFolderPath('Startup'))\\claude.lnk")
 # $link.TargetPath = 'PYTHONW'; $link.Arguments = '"FILE" START'; $link.Save()""",
-                             lambda path: path.replace("'", "''")),
-    "docker": ToolSettings("a Dockerfile", "Dockerfile", """\
+                     lambda path: path.replace("'", "''")),
+    "docker": Setup("a Dockerfile", "Dockerfile", """\
 # cp "FILE" . && docker build -t claude-gateway .
 # docker run -p 127.0.0.1:PORT:PORT -e ANTHROPIC_API_KEY -e CLAUDE_GATEWAY_API_KEY claude-gateway
 # In a container the gateway listens on all addresses, so it requires an API key (CLAUDE_GATEWAY_API_KEY).
@@ -7337,24 +7330,24 @@ SETTINGS = dict(TOOL_SETTINGS, **SERVICE_FILES)
 
 
 def setup_name(text: str) -> str:
-    """The entry of a name or title, in upper or lower case: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
+    """The entry of a name or title: "Open WebUI" is open-webui.  Raises ArgumentTypeError."""
     plain = re.sub(r"[ _]+", "-", text.strip().lower())
-    names = {re.sub(r"[ _]+", "-", tool.title.lower()): name for name, tool in TOOL_SETTINGS.items()}
+    names = {tool.title.lower().replace(" ", "-"): name for name, tool in TOOL_SETTINGS.items()}
     names.update({name: name for name in SETTINGS})
     if plain in names:
         return names[plain]
     nearest = difflib.get_close_matches(plain, names, n=1)
-    raise argparse.ArgumentTypeError("there are no settings for %s. %s`claude-gateway setup` lists all names." % (
-        text, "Did you mean %s? " % names[nearest[0]] if nearest else ""))
+    hint = "Did you mean %s? " % names[nearest[0]] if nearest else ""
+    raise argparse.ArgumentTypeError("no settings for %s. %s`claude-gateway setup` lists all names." % (text, hint))
 
 
 def filled(config: Config, path_form: Callable[[str], str] = str, between: str = " ") -> dict[str, str]:
     """The placeholders of the settings -> their values here."""
     python = sys.executable if own_file() or getattr(sys, "frozen", False) else "python3"
     origin = "http://localhost:%d" % config.port
-    arguments = ["start"] + (["--port", str(config.port)] if config.port != DEFAULT_PORT else [])
+    arguments = ["start"] if config.port == DEFAULT_PORT else ["start", "--port", str(config.port)]
     return {"BASE": origin + "/v1", "ORIGIN": origin, "PORT": str(config.port), "MODEL": "sonnet",
-            "MODEL_ID": "claude-sonnet-5-5",        # for tools that look its abilities up by its full name
+            "MODEL_ID": "claude-sonnet-5-5",        # for tools that look up its abilities
             "KEY": "YOUR-GATEWAY-KEY" if config.api_key else "none",
             "ENV_KEY": '# in the environment: OPENAI_API_KEY=YOUR-GATEWAY-KEY\n'
                        'model_providers.gateway.env_key = "OPENAI_API_KEY"' if config.api_key else "",
@@ -7377,23 +7370,22 @@ def with_values(text: str, values: dict[str, str]) -> str:
 
 
 # ---- Status page -------------------------------------------------------------------------------------
-# What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus; one set of numbers.
+# What the gateway is doing: as JSON for programs, as a page for people, as text for Prometheus.
 
 USAGE_COLUMNS = ("requests", "errors", "tokens in", "cached", "tokens out", "cost")
 REQUEST_COLUMNS = ("time", "tool", "model", "status", *USAGE_COLUMNS[2:], "first byte, all")
 
 
-def token_cells(input_tokens: int, cached_tokens: int, output_tokens: int, cost_usd: float | None) -> list[str]:
+def token_cells(figures: dict) -> list[str]:
     """Texts for the last four of USAGE_COLUMNS."""
-    return ["{:,}".format(input_tokens), "%d%%" % percent(cached_tokens, input_tokens), "{:,}".format(output_tokens),
-            "" if cost_usd is None else dollars(cost_usd)]
+    read, cost = percent(figures["cached_tokens"], figures["input_tokens"]), figures["cost_usd"]
+    return [format(figures["input_tokens"], ","), "%d%%" % read, format(figures["output_tokens"], ","),
+            "" if cost is None else dollars(cost)]
 
 
-def usage_row(requests: int, failed: int, input_tokens: int, cached_tokens: int, output_tokens: int,
-              cost_usd: float | None) -> list[str]:
+def usage_row(figures: dict) -> list[str]:
     """Texts for USAGE_COLUMNS."""
-    return ["{:,}".format(requests), "{:,}".format(failed),
-            *token_cells(input_tokens, cached_tokens, output_tokens, cost_usd)]
+    return [format(figures["requests"], ","), format(figures["failed"], ","), *token_cells(figures)]
 
 
 def request_row(each: dict) -> list[str]:
@@ -7401,9 +7393,7 @@ def request_row(each: dict) -> list[str]:
     moment = time.strftime("%H:%M:%S", time.localtime(each["time"]))
     models = " -> ".join(dict.fromkeys(filter(None, (each["asked"], each["used"])))) or each["path"]
     status = "%d%s" % (each["status"], " stream" if each["stream"] else "")
-    tokens = [""] * 4
-    if each["input_tokens"] is not None:
-        tokens = token_cells(each["input_tokens"], each["cached_tokens"], each["output_tokens"], each["cost_usd"])
+    tokens = [""] * 4 if each["input_tokens"] is None else token_cells(each)
     times = "%s / %s ms" % (each["first_byte_ms"], each["total_ms"])
     return [moment, each["tool"], models, status, *tokens, times]
 
@@ -7412,7 +7402,7 @@ def status_data(gateway: Gateway) -> dict:
     """Everything that the page shows; it contains no secrets."""
     counters, credential = gateway.counters, gateway.upstream.credential
     totals = counters.totals()
-    models = totals["models"]
+    models, tokens = totals["models"], totals["tokens"]
     tiers = {tier: model.id for tier, model in gateway.models.catalog().names() if tier in TIERS}
     trouble = gateway.upstream.trouble              # Anthropic's message may repeat what it refuses
     return {
@@ -7423,35 +7413,35 @@ def status_data(gateway: Gateway) -> dict:
         "trouble": trouble and dict(trouble, message=masked(as_typed(trouble["message"]), gateway.secrets())),
         "models": dict(sorted(tiers.items(), key=lambda item: item[0] != "sonnet")),    # the one to use when in doubt
         "requests": {"total": totals["requests"], "running": max(0, gateway.running.count - 1)},    # without this one
-        "errors": totals["errors"], "tokens": totals["tokens"],
-        "cache": {"share_percent": percent(totals["tokens"]["cache_read"], prompt_tokens(totals["tokens"])),
+        "errors": totals["errors"], "tokens": tokens,
+        "cache": {"share_percent": percent(tokens["cache_read"], prompt_tokens(tokens)),
                   "saved_usd": round(sum(figures["saved_usd"] for figures in models.values()), 4)},
         "cost": {"usd": round(sum(figures["usd"] for figures in models.values()), 4),
                  "without_price": sorted(model for model, figures in models.items() if figures["without_price"])},
         "limits": limits_from_headers(counters.limit_headers, time.time()), "days": last_days(gateway.usage),
         **{name: totals[name] for name in ("by_tool", "by_model", "error_texts")}, "columns": REQUEST_COLUMNS,
         "recent": [dict(each, row=request_row(each)) for each in totals["recent"]],
-        "totals": [[[title, *USAGE_COLUMNS], *([name, *usage_row(**sums)] for name, sums in totals[field].items())]
-                   for title, field in (("tool", "by_tool"), ("model", "by_model"))]}
+        "totals": [[[by, *USAGE_COLUMNS], *([name, *usage_row(sums)] for name, sums in totals["by_" + by].items())]
+                   for by in ("tool", "model")]}
 
 
 def last_days(usage: Usage) -> list[dict]:
     """Costs and requests of the last thirty days, [] where they are not counted."""
-    with contextlib.suppress(FileDamaged):
+    days: dict = {}
+    with suppress(FileDamaged):
         days = usage_by(usage.rows(), "day") if not usage.fault else {}
-        shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
-        return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
-                for day in shown]
-    return []
+    shown = [day_of(time.time() - 86_400 * back) for back in range(29, -1, -1)] if days else []
+    return [{"day": day, "usd": value_in(days, day, "usd") or 0, "requests": value_in(days, day, "requests") or 0}
+            for day in shown]
 
 
 def status_page(gateway: Gateway, incoming: Incoming) -> Reply:
-    """GET /: a page for browsers, JSON for anything else.  The data requires an API key where clients need one."""
+    """GET /: a page for browsers, JSON for others.  The data requires an API key where clients need one."""
     if "text/html" in incoming.headers.get("accept", ""):
         nonce = secrets.token_urlsafe(12)
         policy = ("default-src 'none'; connect-src 'self'; style-src 'nonce-%s'; script-src 'nonce-%s'; "
                   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-        return Reply(raw=PAGE.replace("NONCE", nonce).encode("utf-8"), headers={
+        return Reply(raw=PAGE.replace("NONCE", nonce).encode(), headers={
             "content-type": "text/html; charset=utf-8", "content-security-policy": policy, "cache-control": "no-store",
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
     if gateway.config.api_key and not incoming.owner:
@@ -7472,7 +7462,7 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
     priced = {model: figures for model, figures in models.items() if "usd" in figures}
     lines: list[str] = []
 
-    def family(name: str, help_text: str, samples: Iterable[tuple[dict[str, Any], float]]) -> None:
+    def family(name: str, help_text: str, samples: Iterable[tuple[dict, float]]) -> None:
         kind = "counter" if name.endswith("_total") else "gauge"
         lines.append("# HELP claude_gateway_%s %s\n# TYPE claude_gateway_%s %s" % (name, help_text, name, kind))
         for labels, value in samples:
@@ -7500,7 +7490,7 @@ def metrics(gateway: Gateway, incoming: Incoming) -> Reply:
            [({"window": limit["window"]}, limit["used"]) for limit in data["limits"]])
     family("limit_reset_timestamp_seconds", "When they are reset, in Unix time.",
            [({"window": limit["window"]}, limit["resets_at"]) for limit in data["limits"] if limit["resets_at"]])
-    return Reply(raw=("\n".join(lines) + "\n").encode("utf-8"), headers={
+    return Reply(raw=("\n".join(lines) + "\n").encode(), headers={
         "content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
@@ -7579,13 +7569,12 @@ PAGE = """<!doctype html>
   const at = (id) => document.getElementById(id);
   const number = (value) => value.toLocaleString("en");
   const dollars = (usd) => "$" + (usd < 0.01 ? Number(usd.toFixed(4)) || "0.00" : usd.toFixed(2));
-  const moment = (seconds) =>
-    new Date(seconds * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" });
+  const dates = { dateStyle: "medium", timeStyle: "short" };
+  const moment = (seconds) => new Date(seconds * 1000).toLocaleString("en-GB", dates);
   let key = "", listed;
 
-  function make(kind, content = "", className = "") {
-    const made = document.createElement(kind);
-    made.className = className;
+  function make(kind, content = "", properties = {}) {
+    const made = Object.assign(document.createElement(kind), properties);
     made.append(...[content].flat());
     return made;
   }
@@ -7596,9 +7585,9 @@ PAGE = """<!doctype html>
 
   function limitBar(limit) {
     const reset = limit.resets_at * 1000 > Date.now() ? ", reset " + moment(limit.resets_at) : "";
-    const share = make("span", Math.round(limit.used * 100) + " %" + reset, "note"), bar = make("progress");
-    bar.value = limit.used;
-    return [make("div", [make("span", limit.title), share], "row"), bar];
+    const share = make("span", Math.round(limit.used * 100) + " %" + reset, { className: "note" });
+    const row = make("div", [make("span", limit.title), share], { className: "row" });
+    return [row, make("progress", "", { value: limit.used })];
   }
 
   function dayBars(days) {
@@ -7607,12 +7596,8 @@ PAGE = """<!doctype html>
     at("week").textContent = dollars(sum(days.slice(-7), "usd"));
     at("month").textContent = "in 7 days; " + dollars(sum(days, "usd")) + " in 30 days, requests: " +
       number(sum(days, "requests"));
-    fill("bars", days.map((day) => {
-      const bar = make("i");
-      bar.style.height = 100 * day.usd / most + "%";
-      bar.title = day.day + " " + dollars(day.usd);
-      return bar;
-    }));
+    fill("bars", days.map((day) => make("i", "", { title: day.day + " " + dollars(day.usd),
+      style: "height: " + 100 * day.usd / most + "%" })));
   }
 
   function tables(data) {
@@ -7622,9 +7607,10 @@ PAGE = """<!doctype html>
     if (news === listed) return;                    // a selection in the table stays
     listed = news;
     fill("recent", [row(data.columns, "th"), ...shown.flatMap((each) => {
-      const detail = make("td", [make("span", each.error, "down"), make("span", each.changes)], "note");
-      detail.colSpan = data.columns.length;
-      return [row(each.row), ...(each.error || each.changes ? [make("tr", detail, "detail")] : [])];
+      if (!each.error && !each.changes) return [row(each.row)];
+      const texts = [make("span", each.error, { className: "down" }), make("span", each.changes)];
+      const detail = make("td", texts, { className: "note", colSpan: data.columns.length });
+      return [row(each.row), make("tr", detail, { className: "detail" })];
     })]);
   }
 
@@ -7756,10 +7742,9 @@ def route_of(target: str) -> tuple[str, str]:
     return path, ""
 
 
-def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
-    """The endpoint of a path; `typed` is how the client wrote it."""
-    methods = ROUTES.get(path)
-    if methods is None:
+def not_served(method: str, path: str, typed: str) -> NoReturn:
+    """Refuses a path without an endpoint for this method; `typed` is how the client wrote it."""
+    if path not in ROUTES:
         foreign = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
         if foreign:
             raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
@@ -7767,23 +7752,20 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
         served = ", ".join(route for route in ROUTES if "{" not in route)
         raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
             method, printable(typed), served))
-    endpoint = methods.get("GET" if method == "HEAD" else method)
-    if endpoint is None:
-        names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-        hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
-        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
-                      headers={"allow": ", ".join(names)})
-    return endpoint
+    names = [*ROUTES[path], *(["HEAD"] if "GET" in ROUTES[path] else []), "OPTIONS"]
+    hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
+    raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
+                  headers={"allow": ", ".join(names)})
 
 
-def allowed_host(host: str, config: Config) -> tuple[str, bool]:
+@functools.lru_cache(maxsize=16)
+def allowed_host(host: str, ours: tuple[str, ...]) -> tuple[str, bool]:
     """The name in a Host header, and whether it may be this gateway's; a web page's own may not (DNS rebinding)."""
     match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
-    return name, is_address(name) or is_loopback_host(name) or name in map(
-        str.lower, ("host.docker.internal", *config.hosts, *config.allow_host))
+    return name, is_address(name) or is_loopback_host(name) or name in ours
 
 
 def origin_allowed(origin: str, config: Config) -> bool:
@@ -7801,7 +7783,7 @@ NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
 LAST_CHUNK = b"0\r\n\r\n"
 LOG_NAME = "request "
-http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)      # the same for a second
+http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
@@ -7832,8 +7814,8 @@ def parsed_weight(body: bytes) -> int:
     """What a body counts in the budget beyond its size: small members have up to 18 times their size once parsed, and
     a character beyond the basic plane gives all others of its string four bytes, too."""
     wide = len(body) > 4_000_000 and (                     # two searches, as one for both reads each byte slowly
-        re.search(rb"\\u[dD][89abAB]", body) or not body.isascii() and re.search(rb"[\xf0-\xf4]", body))
-    return 5 * len(body) if wide else min(25 * (body.count(b",") + body.count(b":")), 5 * len(body))
+        HALF_PAIR.search(body) or not body.isascii() and re.search(rb"[\xf0-\xf4]", body))
+    return 5 * len(body) if wide else min(25 * len(body.translate(None, NOT_MEMBERS)), 5 * len(body))
 
 
 def preflight_headers(head: Head) -> dict[str, str]:
@@ -7883,22 +7865,21 @@ class RequestCycle:
     def __init__(self, gateway: Gateway, peer: Peer, address: str, head: Head, started: float) -> None:
         # what came in
         self._gateway, self._config, self._limits = gateway, gateway.config, gateway.config.limits
-        self._peer, self._address, self._head = peer, address, head
-        self._body_unread = "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
+        self._peer, self._address, self._head, headers = peer, address, head, head.headers
+        self._body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         self._body_begun = False
         # what has gone out
         self.client = Client(peer, self._limits)
-        self.keep_alive = not ends_connection(head.version, head.headers)   # whether the connection may go on
+        self.keep_alive = not ends_connection(head.version, headers)        # whether the connection may go on
         self.steps: Iterator[Any] = iter(())        # of a stream, once its head has gone out
         self._stream: Optional[StreamedReply] = None
         self._native = False
-        self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address,
-                              tool_of(head.headers), started)
-        self._log_name = LOG_NAME + secrets.token_hex(2)        # of the thread, so that its log entries show it
+        tool = tool_of(headers.get("user-agent", ""), headers.get("x-title", ""), " ".join(headers))
+        self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address, tool, started)
+        self._log_name = LOG_NAME + os.urandom(2).hex()         # of the thread, so that its log entries show it
         # what has to be given back, whatever happens
-        self._entered = False                       # a place among the running requests
         self._reserved = 0                          # bytes of the budget of all bodies
-        self._held = contextlib.ExitStack()         # what the endpoint opens
+        self._held = [self._end]                    # the last one first
 
     def run(self, failure: BaseException | None = None) -> Wait | None:
         """Answers the request, or goes on with its stream in a thread again; the catch-all of the program is here.
@@ -7918,43 +7899,31 @@ class RequestCycle:
             self._send_failure(fault if isinstance(fault, GatewayError) else unexpected(fault))
         finally:
             if not wait:
-                self._end()
+                close_all(self._held)
         return wait
 
     def _end(self) -> None:
-        """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
+        """Gives back what the body took, and puts the request into the log and the counts."""
         record = self._record
-        try:
-            self._held.close()
-        finally:
-            self._gateway.body_budget.give(self._reserved)
-            record.total_ms = record.elapsed_ms()
-            try:
-                if record.method:
-                    log_request_record(record, self._config)
-                    if record.used:
-                        self._gateway.usage.add(record.tool, record.used, record.owner, {
-                            "requests": 1, "errors": int(record.status >= 400)})
-                    self._gateway.counters.add_request(record.route, record.summary(self._gateway.secrets()))
-            finally:
-                self._leave()                       # who waits for an idle gateway finds everything counted
-
-    def _leave(self) -> None:
-        if self._entered:
-            self._entered = False
-            self._gateway.running.give()
+        self._gateway.body_budget.give(self._reserved)
+        record.total_ms = int((time.monotonic() - record.started) * 1000)
+        if record.method:
+            log_request_record(record, self._config)
+            figures = {"requests": int(record.input_tokens is None), "errors": int(record.status >= 400)}
+            if record.used and any(figures.values()):           # most requests are counted with their tokens
+                self._gateway.usage.add(record.tool, record.used, record.owner, figures)
+            self._gateway.counters.add_request(vars(record), self._gateway.secrets())
 
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
-        self._entered = self._gateway.running.take()
-        if not self._entered:
+        if not self._gateway.running.take():
             raise busy("The gateway stops." if self._gateway.running.draining else
                        "The gateway is busy with as many requests as it accepts.")
+        self._held.insert(0, self._gateway.running.give)    # last: who waits for this finds everything counted
         length = body_length(self._head)
         head = self._head = self._checked_head()
         path, argument = route_of(head.target)
-        self._native = path in NATIVE
-        self._record.route = path if path in ROUTES else "other"
+        self._native, self._record.route = path in NATIVE, path if path in ROUTES else "other"
         if head.method == "OPTIONS":
             self._send(204, b"", preflight_headers(head))
             return None
@@ -7962,7 +7931,8 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
-        endpoint = endpoint_of(head.method, path, self._record.path)
+        endpoint = ROUTES.get(path, {}).get("GET" if head.method == "HEAD" else head.method) or not_served(
+            head.method, path, self._record.path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
             raise Refused(508, "loop_detected", "This request came from this very gateway: its upstream address leads "
@@ -7979,7 +7949,7 @@ class RequestCycle:
             except InvalidRequest:
                 LOG.debug("from the client, invalid: %r", body[:2_000])
                 raise
-            LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
+            LOG.debug("from the client: %s", incoming.body)
         del body                                    # a large one need not wait for Claude's answer
         return self._send_reply(endpoint(self._gateway, incoming))
 
@@ -7992,7 +7962,7 @@ class RequestCycle:
             head = head._replace(target=path if path.startswith("/") else "/" + path)
         elif not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
             raise InvalidRequest("The request target is not a path.", code="bad_request_line")
-        name, allowed = allowed_host(host, self._config) if host is not None else ("", True)
+        name, allowed = allowed_host(host, self._gateway.names) if host is not None else ("", True)
         if not allowed:
             self.keep_alive = False
             raise Refused(403, "host_not_allowed", "Host %s is not one of this gateway's names. If it should be: "
@@ -8022,7 +7992,7 @@ class RequestCycle:
         if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
             self._record.owner = "" if self._config.passing_key else owner[:12]
             return owner
-        self._leave()                               # a slowed refusal takes nobody's place
+        self._held.pop(0)()                         # a slowed refusal takes nobody's place
         time.sleep(self._gateway.failed_keys.penalty(self._address))
         raise Refused(401, "invalid_api_key", "Invalid API key." if digests else
                       "A key of this gateway is needed (Authorization: Bearer KEY).",
@@ -8086,16 +8056,16 @@ class RequestCycle:
             self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
             return self._go_on()
         if reply.raw is None:
-            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
+            LOG.debug("to the client: %s", reply.body)
         body = client_json(reply.body) + b"\n" if reply.raw is None else reply.raw     # curl leaves the line to us
-        self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
+        self._send(200, body, {"content-type": "application/json", **reply.headers})
         return None
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """A whole answer in one write."""
         if self._body_unread:
             self._drain_body()
-        headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
+        headers = headers if status == 204 else {**headers, "content-length": str(len(body))}
         self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
         if self._body_unread:                       # reads on for a moment, so that the client sees this and no reset
             deadline = time.monotonic() + 2
@@ -8106,10 +8076,10 @@ class RequestCycle:
 
     def _head_bytes(self, status: int, headers: dict[str, str]) -> bytes:
         self._record.status = status
-        self._record.first_byte_ms = self._record.elapsed_ms()
+        self._record.first_byte_ms = int((time.monotonic() - self._record.started) * 1000)
         if self._gateway.running.draining:
             self.keep_alive = False
-        lines = dict({"server": USER_AGENT, "date": http_date(int(time.time()), usegmt=True)}, **headers)
+        lines = {"server": USER_AGENT, "date": http_date(int(time.time())), **headers}
         lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
         self._record.request_id = lines[REQUEST_ID_HEADER]
         origin = self._head.headers.get("origin")
@@ -8118,7 +8088,7 @@ class RequestCycle:
                           "access-control-expose-headers": EXPOSED_HEADERS})
         lines["connection"] = "keep-alive" if self.keep_alive else "close"
         head = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Unknown"))]
-        head += ["%s: %s" % (name, value if value.isprintable() else CONTROLS.sub(" ", value))
+        head += [f"{name}: {value if value.isprintable() else CONTROLS.sub(' ', value)}"
                  for name, value in lines.items()]
         return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
 
@@ -8145,7 +8115,7 @@ class RequestCycle:
                 self._record.status = failure.status
                 self.client.send(self._stream.failure(failure))
             else:
-                LOG.debug("to the client: %s", body, extra={"payload": body})
+                LOG.debug("to the client: %s", body)
                 self._send(status, client_json(body) + b"\n", dict(headers, **{"content-type": "application/json"}))
         except ClientGone:
             self.keep_alive = False
@@ -8158,11 +8128,10 @@ def unexpected(failure: Exception) -> GatewayError:
                         code="internal_error")
 
 
-def tool_of(headers: dict[str, str]) -> str:
-    """The tool that the headers of a request name, short enough for a column of the log."""
-    versions = [re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers if name.startswith("x-")]
-    named = headers.get("x-title") or "".join([match.group(1) for match in versions if match])
-    agent = headers.get("user-agent", "")
+@functools.lru_cache(maxsize=16)
+def tool_of(agent: str, title: str, names: str) -> str:
+    """The tool that a request's headers name, short enough for a column of the log."""
+    named = title or "".join(re.findall(r"(?<!\S)x-(?!api-)([a-z]+)-version(?!\S)", names))
     if "/JS " in agent:                             # the SDK, its name minified
         agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", agent)
     match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) if named else agent)
@@ -8174,33 +8143,34 @@ def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
-    line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
+    path = printable(record.path)
     if config.minimal:
-        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": vars(record)})
+        LOG.log(level, "%-4s %-20s %d %d ms", record.method, path, record.status, record.total_ms,
+                extra={"fields": vars(record)})
         return
     models = "%s -> %s" % (printable(record.asked or "(none)"), record.used or "-")
-    line += "  %-14s %-36s %-6s" % (record.tool, models if record.asked or record.used else "-",
-                                    "stream" if record.stream else "")
-    if record.input_tokens is not None:
-        line += "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
-            record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
-            record.output_tokens)
-    line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
+    tokens = "" if record.input_tokens is None else "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
+        record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
+        record.output_tokens)
     error = "  " + printable(record.error, 500) if record.error else ""
-    LOG.log(level, "%s", line + error, extra={"fields": vars(record), "short": lambda: short_line(record) + error})
+    LOG.log(level, "%-4s %-20s %d  %-14s %-36s %-6s%s  %s/%d ms  %s%s", record.method, path, record.status, record.tool,
+            models if record.asked or record.used else "-", "stream" if record.stream else "", tokens,
+            record.first_byte_ms, record.total_ms, record.request_id, error, extra={"fields": vars(record)})
     if record.changes and config.log_format != "json":
         LOG.info("  changes: %s", printable(record.changes, 100_000))
 
 
-def short_line(record: Record) -> str:
+def short_line(fields: dict) -> str:
     """The line of a request for a narrow terminal, without padding and ids."""
+    record = Record(**fields)
     path = re.sub(r"^(/v1)?/", "", printable(record.path)) or "/"
     words = ["%d" % record.status, path if record.method == "POST" else "%s %s" % (record.method, path),
              record.tool, re.sub(r"^claude-|-\d{8}$", "", record.used)]
     if record.input_tokens is not None:
         words.append("%d>%d %d%%" % (record.input_tokens, record.output_tokens,
                                      percent(record.cached_tokens, record.input_tokens)))
-    return " ".join(filter(None, [*words, "%.1fs" % (record.total_ms / 1000)]))
+    words.append("%.1fs" % (record.total_ms / 1000))
+    return " ".join(filter(None, words)) + ("  " + printable(record.error, 500) if record.error else "")
 
 
 class Connection:
@@ -8261,8 +8231,9 @@ class Connection:
             431, "request_header_fields_too_large", "The request head " + what))
         while True:
             blank = BLANK_LINES.match(received)     # dropped before a request (RFC 9112, 2.2)
-            reader.skipped += blank.end() if blank else 0
-            del received[:blank.end() if blank else 0]
+            if blank:
+                reader.skipped += blank.end()
+                del received[:blank.end()]
             lines = reader.lines()
             if lines:
                 self._peer.unread += received
@@ -8426,7 +8397,7 @@ SIMULATED_DELTAS = {"text": ("text", "text_delta", "text"), "thinking": ("thinki
 
 
 def simulated_message(request: dict, usage: dict) -> dict:
-    """The reply to a Messages request: a JSON sample, a tool call, or a sentence about what was sent."""
+    """A JSON sample, a tool call, or a sentence about what was sent."""
     last = [message["content"] for message in request["messages"] if message["role"] == "user"][-1]
     results = [block for block in last if block["type"] == "tool_result"]
     tools = [tool for tool in request.get("tools", ()) if "input_schema" in tool]
@@ -8434,9 +8405,9 @@ def simulated_message(request: dict, usage: dict) -> dict:
     schema = value_in(request, "output_config", "format", "schema")
     asked = json_asked_for(last) if schema is None else schema
     thinking = {"type": "thinking", "thinking": "(simulated thinking)", "signature": "c2ltdWxhdGVk"}
-    blocks: list[dict] = [thinking] * (request.get("thinking", {}).get("display") == "summarized")
-    if schema is None and tools and choice.get("type") != "none" and (
-            not results or choice.get("type") in ("any", "tool")):
+    blocks: list[dict] = [thinking] * (value_in(request, "thinking", "display") == "summarized")
+    calls = choice.get("type") in ("any", "tool") or not results and choice.get("type") != "none"
+    if schema is None and tools and calls:
         tool = next((tool for tool in tools if tool["name"] == choice.get("name")), tools[0])
         blocks.append({"type": "tool_use", "id": "toolu_" + secrets.token_hex(8), "name": tool["name"],
                        "input": sample_of(tool["input_schema"], tool["input_schema"])})
@@ -8450,27 +8421,27 @@ def simulated_message(request: dict, usage: dict) -> dict:
 
 
 def simulated_usage(request: dict, seen: Bounded) -> dict:
-    """Made-up counts of a prompt: where it has cache marks, what has been `seen` is as if read from the cache."""
+    """Made-up counts of a prompt: what was `seen` is as if read from the cache, if there are cache marks."""
     turns = [block for message in request["messages"] for block in message["content"]]
     prompt = [*request.get("tools", ()), *listed(request.get("system")), *turns]
-    total, has_mark = sum(map(about_tokens, prompt)), "cache_control" in json.dumps(request)
+    if "cache_control" not in json.dumps(request):
+        return {"input_tokens": sum(map(about_tokens, prompt)), "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": 0}
     read, so_far, digest = 0, 0, hashlib.sha256(str(request["model"]).encode())
-    for part in prompt if has_mark else ():
+    for part in prompt:
         digest.update(json.dumps(without(part, "cache_control")).encode())
         so_far += about_tokens(part)
         read = so_far if seen.get(digest.hexdigest()) else read
         seen.put(digest.hexdigest(), True)
-    written = total - read if has_mark else 0
-    return {"input_tokens": total - read - written, "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read}
+    return {"input_tokens": 0, "cache_creation_input_tokens": so_far - read, "cache_read_input_tokens": read}
 
 
 def json_asked_for(content: list[dict]) -> dict | None:
-    """The schema that a turn asks for in its text, {} for any object, None where it asks for no JSON."""
+    """The schema that a turn asks for in its text; {}: any object, None: no JSON."""
     texts = [block["text"] for block in content if block["type"] == "text"]
     if not texts or not texts[-1].startswith(JSON_ONLY):
         return None
-    with contextlib.suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):
         return dict(json.JSONDecoder().raw_decode(texts[-1], texts[-1].index("{"))[0])
     return {}
 
@@ -8526,7 +8497,7 @@ def simulated_events(message: dict) -> Iterator[dict]:
 
 
 class SimulatedHandler(http.server.BaseHTTPRequestHandler):
-    """GET is /v1/models, without any, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
+    """GET is /v1/models, an empty list, so that the built-in table holds; POST is /v1/messages or its count_tokens."""
     server: SimulatedUpstream
     protocol_version = "HTTP/1.1"
     wbufsize = -1                                   # head and body leave in one packet
@@ -8554,7 +8525,7 @@ class SimulatedHandler(http.server.BaseHTTPRequestHandler):
         elif any(block.get("text") == HOLD for block in request["messages"][-1]["content"]):
             self._send("text/event-stream", named_event(next(simulated_events(answer))), more=1_000)
             self.wfile.flush()
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self.connection.recv(1)             # until the gateway closes the connection
             self.server.abandoned.set()
             self.close_connection = True
@@ -8596,7 +8567,7 @@ class SimulatedUpstream(socketserver.ThreadingTCPServer):
 
 
 def demo_config(config: Config, url: str) -> Config:
-    """The same gateway in front of the simulated upstream, without any real credential or address."""
+    """The same gateway in front of the simulated upstream, without a real credential or address."""
     return replace(config, base_url=url, anthropic_api_key="no-key-needed", anthropic_auth_token="",
                    claude_code_oauth_token="", token_file="", auth="auto", https_proxy="")
 
@@ -8621,6 +8592,11 @@ def columns_of_terminal(stream: Any = None) -> int:
     return 0
 
 
+@functools.lru_cache(maxsize=1)
+def clock_time(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
+
+
 WHOLE_LINE = 185                                    # columns of a request's line with Claude's request id
 
 
@@ -8634,30 +8610,29 @@ class LogFormatter(logging.Formatter):
         self._columns = columns                     # of the terminal, None where there is none
 
     def format(self, record: logging.LogRecord) -> str:
-        payload = getattr(record, "payload", None)
-        short: Any = getattr(record, "short", None)         # makes the line for a narrow terminal
-        columns = self._columns() if short and self._columns and not self.as_json else 0
+        fields: Any = getattr(record, "fields", None)       # of a request
+        columns = self._columns() if fields and self._columns and not self.as_json else 0
         if 0 < columns < WHOLE_LINE:
-            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
-        if payload is None:
+            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short_line(fields),)))
+        if not isinstance(record.args, dict):
             message = masked(as_typed(super().format(record) if record.exc_info else record.getMessage()),
                              self._secrets())
         else:                                       # cut last: the beginning of a secret is not recognised
-            message = str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
+            message = str(record.msg).replace("%s", json.dumps(record.args, ensure_ascii=False))
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...",
                              masked(message, self._secrets()))
         if not self.as_json:
             return self._text_line(record, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
+                  for name, value in (fields or {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
 
     def _text_line(self, record: logging.LogRecord, message: str) -> str:
         """Time and message, which only with a traceback has several lines; failures are red, refusals yellow."""
         if self._with_names and record.threadName and record.threadName.startswith(LOG_NAME):
             message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
-        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        moment = clock_time(int(record.created))
         message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
         if not self._colour:
             return "%s %s" % (moment, message)
@@ -8672,8 +8647,9 @@ class LogFormatter(logging.Formatter):
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
+    columns = columns_of_terminal if columns_of_terminal() and not config.minimal else None
     handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
-                                      config.verbose, columns_of_terminal if columns_of_terminal() else None))
+                                      config.verbose, columns))
     LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
@@ -8687,7 +8663,7 @@ OK, FAILURE, USAGE, NO_CREDENTIAL, PORT_IN_USE, UNREACHABLE, INTERRUPTED = 0, 1,
 
 
 class UsageError(Exception):
-    """Invalid flags or environment; exit code 2.  `setting` is the flag or variable at fault, if it is one."""
+    """Invalid flags or environment.  `setting`: the flag or variable at fault, if it is one."""
 
     def __init__(self, message: str, setting: str = "") -> None:
         super().__init__("%s: %s" % (setting, message) if setting else message)
@@ -8721,36 +8697,39 @@ def for_terminal(text: str) -> str:
 
 
 def given_to(path: str | None, example: str) -> bytes:
-    """The bytes of the file, or of standard input, which "-" also means.  Raises UsageError, with the example."""
+    """The bytes of the file, or of standard input ("-").  Raises UsageError, with the example."""
     source = None if path in (None, "-") else path
     if not source and sys.stdin and sys.stdin.isatty():
         say("Reading from the terminal; Ctrl-D ends it (on Windows Ctrl-Z and Enter).")
+    data = b""
     try:
-        with open(source, "rb") if source else contextlib.nullcontext(
-                sys.stdin.buffer if sys.stdin else io.BytesIO()) as file:
-            data = file.read()
+        if source:
+            with open(source, "rb") as file:
+                data = file.read()
+        elif sys.stdin:
+            data = sys.stdin.buffer.read()
     except OSError as fault:
         raise UsageError("%s: %s" % (source or "standard input", fault.strerror or fault)) from fault
     if not data.strip():
-        raise UsageError("%s is %s; for example: claude-gateway %s" % (
-            source or "Standard input", "empty" if source or sys.stdin else "closed", example))
+        state = "empty" if source or sys.stdin else "closed"
+        raise UsageError("%s is %s; for example: claude-gateway %s" % (source or "Standard input", state, example))
     return data
 
 
 def print_json(value: Any) -> None:
-    """As UTF-8 where the output is that, escaped elsewhere: valid JSON in both cases, which controls no terminal."""
+    """As UTF-8 where the output is that, else escaped; valid JSON that controls no terminal."""
     text = json.dumps(value, indent=1, ensure_ascii="utf" not in str(sys.stdout.encoding).lower())
     print(re.sub("(?!\n)" + UNSAFE_IN_LOG.pattern, lambda unsafe: json.dumps(unsafe.group())[1:-1], text))
 
 
 def lines_within(text: str, columns: int, indent: int = 13) -> str:
-    """Lines broken between words to fit a terminal, 0 for none, which go on with an indent."""
+    """Lines broken between words to fit a terminal (0: none), which go on with an indent."""
     return "\n".join(textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False,
                                    break_on_hyphens=False) if columns else line for line in text.split("\n"))
 
 
 def in_columns(sides: str, rows: Iterable[Sequence[str]]) -> str:
-    """A table; the texts of each column stand at this side of it, "<" or ">"."""
+    """A table; the texts of each column stand at its side "<" or ">"."""
     rows = [[*map(visible, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows)
@@ -8769,10 +8748,10 @@ def duration_text(seconds: float) -> str:
 
 def expiry_text(expires_at: float, refreshable: bool) -> str:
     """When a token expires, and whether it is renewed."""
-    left = expires_at - time.time()
-    when = "in %s)%s" % (duration_text(left), ", renewed automatically" * refreshable) if left > 0 else \
-        "expired%s)" % ("; it is renewed at the next request" * refreshable)
-    return "%s (%s" % (moment_text(expires_at), when)
+    moment, left = moment_text(expires_at), expires_at - time.time()
+    if left > 0:
+        return "%s (in %s)%s" % (moment, duration_text(left), ", renewed automatically" * refreshable)
+    return "%s (expired%s)" % (moment, "; it is renewed at the next request" * refreshable)
 
 
 # ---- Options -----------------------------------------------------------------------------------------
@@ -8787,6 +8766,7 @@ class Option(NamedTuple):
     metavar: str = ""                               # "" = a switch
     repeatable: bool = False
     choices: Sequence[str] = ()
+    read: Callable[[Any, str], Any] = anything      # its value from a text; the second argument names the setting
 
     @property
     def field(self) -> str:
@@ -8797,42 +8777,17 @@ class Option(NamedTuple):
         return "CLAUDE_GATEWAY_" + self.field.upper()
 
 
-OPTIONS = (
-    Option("port", "port of the gateway; 0: any free one (default: %d)" % DEFAULT_PORT, "p", "PORT"),
-    Option("host", "address to listen on (default: localhost); others require an API key", "", "ADDRESS", True),
-    Option("api-key", "API key that clients have to send; better set in the environment", "", "KEY", True),
-    Option("verbose", "log requests and replies in full, secrets masked", "V"),
-    Option("minimal", "log method, path, status and time only", "m"),
-    Option("quiet", "log nothing", "q"),
-    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
-    Option("auth", "auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
-    Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
-    Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True),
-    Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
-    Option("cors-origin", "also accept web pages of this origin; '*' requires an API key", "", "ORIGIN", True),
-    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
-    Option("no-cache", "add no prompt cache breakpoints"),
-    Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
-    Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS"),
-    Option("budget", "refuse a client key that has cost this; USD/day, USD/week or USD/month", "", "USD/PERIOD", True),
-    Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
-    Option("no-usage", "keep no file of the usage by day"),
-    Option("demo", "answer from a built-in simulation: no account, no network"),
-)
-
-
-def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any]) -> Callable[[str, str], Any]:
-    """How a text is read: as what `value_of` makes of the pattern's match; where that is None, it is invalid."""
-    def read(setting: str, text: str) -> Any:
+def value_reader(pattern: str, expected: str, value_of: Callable[[Any], Any] = lambda match: match.groups()) -> Any:
+    """Reads a text as what `value_of` makes of the pattern's match."""
+    def read(text: str, setting: str) -> Any:
         match = re.match(pattern, text.strip())
-        value = match and value_of(match)
-        if value is None:
+        if not match:
             raise UsageError("expected %s, got %r." % (expected, text), setting)
-        return value
+        return value_of(match)
     return read
 
 
-def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
+def fallbacks_from(text: str, setting: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     try:
         for name in names if names != ("default",) else ():
@@ -8842,22 +8797,46 @@ def fallbacks_from(setting: str, text: str) -> tuple[str, ...]:
     return names
 
 
-# Options whose values need checking -> how they are read
-CHECKS: Dict[str, Callable[[str, Any], Any]] = {
-    "port": value_reader(r"\d{1,5}\Z", "a number from 0 to 65535",
-                         lambda match: int(match.group()) if int(match.group()) <= 65_535 else None),
-    "fallback": fallbacks_from,
-    "alias": value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL", lambda match: match.groups()),
-    "api-key": value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group()),
-    # as browsers send them, which is without a slash at the end
-    "cors-origin": value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
-                                "an origin like https://app.example.com", lambda match: match.group(1).lower()),
-    "budget": value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
-                           lambda match: (float(match.group(1)), match.group(2)))}
+def port_from(text: str, setting: str) -> int:
+    if not re.match(r"\d{1,5}\Z", text.strip()) or int(text) > 65_535:
+        raise UsageError("expected a number from 0 to 65535, got %r." % text, setting)
+    return int(text)
 
 
-def checked_credential(variable: str, text: str) -> str:
-    """A key, token or id without surrounding blanks, which pasting leaves; it must fit into a header."""
+OPTIONS = (
+    Option("port", "port of the gateway; 0: any free one (default: %d)" % DEFAULT_PORT, "p", "PORT", read=port_from),
+    Option("host", "address to listen on (default: localhost); others require an API key", "", "ADDRESS", True),
+    Option("api-key", "API key that clients have to send; better set in the environment", "", "KEY", True,
+           read=value_reader(r"(?s).+", "a key that is not empty", lambda match: match.group())),
+    Option("verbose", "log requests and replies in full, secrets masked", "V"),
+    Option("minimal", "log method, path, status and time only", "m"),
+    Option("quiet", "log nothing", "q"),
+    Option("log-format", "text or json (default: text)", "", "FORMAT", choices=("text", "json")),
+    Option("auth", "auto, api-key or oauth (default: auto)", "", "KIND", choices=("auto", "api-key", "oauth")),
+    Option("token-file", "file of the stored login (default: in the user's configuration directory)", "", "PATH"),
+    Option("alias", "use MODEL where a request names NAME; '*' is every other name, or none", "", "NAME=MODEL", True,
+           read=value_reader(r"([^=]*[^=\s])\s*=\s*(\S.*)", "NAME=MODEL")),
+    Option("allow-host", "also accept this name in the Host header", "", "NAME", True),
+    Option("cors-origin", "also accept web pages of this origin; '*' requires an API key", "", "ORIGIN", True,
+           # as browsers send them, which is without a slash at the end
+           read=value_reader(r"(?i)([a-z][a-z0-9+.-]*://[^/\s?#@]+|null|\*)/*\Z",
+                             "an origin like https://app.example.com", lambda match: match.group(1).lower())),
+    Option("relax-x509", "clear the strict X.509 flag of Python 3.13+; certificates are still verified"),
+    Option("no-cache", "add no prompt cache breakpoints"),
+    Option("strict", "answer 400 instead of dropping, clamping or changing anything"),
+    Option("fallback", "models that answer what the requested one refuses, with commas, or `default`", "", "MODELS",
+           read=fallbacks_from),
+    Option("budget", "refuse a client key that has cost this; USD/day, USD/week or USD/month", "", "USD/PERIOD", True,
+           read=value_reader(r"(\d{1,9}(?:\.\d+)?)/(day|week|month)\Z", "USD/day, USD/week or USD/month",
+                             lambda match: (float(match.group(1)), match.group(2)))),
+    Option("plan-only", "refuse requests while a window of the plan is used up, rather than pay extra usage"),
+    Option("no-usage", "keep no file of the usage by day"),
+    Option("demo", "answer from a built-in simulation: no account, no network"),
+)
+
+
+def checked_credential(text: str, variable: str) -> str:
+    """A key, token or id without the blanks that pasting leaves; it must fit into a header."""
     if not is_sendable(text.strip()):
         raise UsageError("contains characters that are not allowed in a key or token.", variable)
     return text.strip()
@@ -8879,7 +8858,7 @@ def doubtful_credentials(environment: dict[str, str]) -> list[str]:
             if variable in environment and re.match(pattern, "%s=%s" % (variable, environment[variable].strip()))]
 
 
-def headers_from(variable: str, lines: str) -> tuple[tuple[str, str], ...]:
+def headers_from(lines: str, variable: str) -> tuple[tuple[str, str], ...]:
     """Lines `Name: value`; those that authenticate or frame a request are ours."""
     headers = []
     for line in filter(None, map(str.strip, lines.split("\n"))):
@@ -8895,7 +8874,7 @@ RESERVED_HEADERS = {"authorization", "x-api-key", "host", "connection", "content
                     "trailer", "upgrade", "expect", "content-type", "content-encoding", "accept-encoding"}
 
 
-def checked_base_url(variable: str, url: str) -> str:
+def checked_base_url(url: str, variable: str) -> str:
     """An https URL, or plain http on loopback: a credential is sent there."""
     host = host_in(url)
     if not host:
@@ -8906,8 +8885,8 @@ def checked_base_url(variable: str, url: str) -> str:
     return url
 
 
-def checked_proxy(variable: str, url: str) -> str:
-    """The URL of an HTTP proxy, with or without its scheme.  Errors do not repeat it: it may contain a password."""
+def checked_proxy(url: str, variable: str) -> str:
+    """The URL of an HTTP proxy, maybe without its scheme.  Errors do not repeat it: it may contain a password."""
     if re.match(r"socks", url, re.I):
         raise UsageError("SOCKS proxies are not supported; use an HTTP proxy.", variable)
     match = re.match(r"(?i)(https?://)?([^/]*@)?(\[[0-9a-f:.]+\]|[^][/@:\s]+)(:\d{1,5})?(/\S*)?\Z", url)
@@ -8921,17 +8900,17 @@ SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": None, "false": 
 
 
 def value_from_variable(option: Option, text: str) -> Any:
-    """A variable's text as the option's value: lists have commas, switches 1/true/yes/on."""
+    """A variable's text as the option's value: lists have commas."""
     if option.repeatable:
         return [entry.strip() for entry in text.split(",")]
-    values: Dict[str, Any] = {choice: choice for choice in option.choices} if option.metavar else SWITCH
+    values: dict = {choice: choice for choice in option.choices} if option.metavar else SWITCH
     if values and text.lower() not in values:
         raise UsageError("expected one of %s, got %r." % (", ".join(values), text), option.variable)
     return values.get(text.lower(), text)
 
 
 def in_configuration(environment: dict[str, str], *names: str) -> str:
-    """A path in the user's configuration directory, never in the working directory; "" without a home directory."""
+    """A path in the user's configuration directory; "" without a home directory."""
     home = os.path.expanduser("~") if os.environ.get("HOME", "?") else ""
     bases = [environment.get("APPDATA", "")] if os.name == "nt" else [
         environment.get("XDG_CONFIG_HOME", ""), os.path.join(home, ".config")]
@@ -8939,18 +8918,18 @@ def in_configuration(environment: dict[str, str], *names: str) -> str:
     return next((os.path.join(base, *names) for base in bases if os.path.isabs(base)), "")
 
 
-# Variables that are no options -> the field of the Config, and how they are read
+# Variables that are no options -> the field of the Config, and what reads them
 VARIABLES: Dict[str, Tuple[str, Callable[[str, str], Any]]] = {
     "ANTHROPIC_API_KEY": ("anthropic_api_key", checked_credential),
     "ANTHROPIC_AUTH_TOKEN": ("anthropic_auth_token", checked_credential),
     "CLAUDE_CODE_OAUTH_TOKEN": ("claude_code_oauth_token", checked_credential),
     "ANTHROPIC_WORKSPACE_ID": ("workspace_id", checked_credential),
     "ANTHROPIC_CUSTOM_HEADERS": ("custom_headers", headers_from),
-    "ANTHROPIC_PROFILE": ("profile", lambda variable, name: name),
-    "ANTHROPIC_BASE_URL": ("base_url", lambda name, url: re.sub(r"(/v1)?/*\Z", "", checked_base_url(name, url))),
+    "ANTHROPIC_PROFILE": ("profile", anything),
+    "ANTHROPIC_BASE_URL": ("base_url", lambda url, name: re.sub(r"(/v1)?/*\Z", "", checked_base_url(url, name))),
     "CLAUDE_GATEWAY_TOKEN_URL": ("token_url", checked_base_url),
     "CLAUDE_GATEWAY_AUTHORIZE_URL": ("authorize_url", checked_base_url),
-    "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", lambda variable, scopes: scopes),
+    "CLAUDE_GATEWAY_OAUTH_SCOPES": ("oauth_scopes", anything),
 }
 LOG_LEVELS = ("verbose", "minimal", "quiet")          # one at most
 LEVEL_VARIABLES = ["CLAUDE_GATEWAY_" + name.upper() for name in LOG_LEVELS]
@@ -8958,25 +8937,25 @@ CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_E
 OFFLINE = {"setup", "translate", "logout", "usage", "completion", "selftest"}      # commands that connect to nothing
 
 
-def option_values(parsed: argparse.Namespace, given: Dict[str, str], offline: bool) -> dict[str, Any]:
-    """The options that are set, by their fields: flags over variables, of which `offline` reads the command's own."""
+def option_values(parsed: Namespace, given: Dict[str, str], offline: bool) -> dict:
+    """The options that are set, by their fields: flags over variables; `offline`: only those of the command."""
     if any(getattr(parsed, name, None) for name in LOG_LEVELS):     # a flag for the level overrides each variable
         given = without(given, *LEVEL_VARIABLES)
-    fields: dict[str, Any] = {}
+    fields: dict = {}
     for option in OPTIONS:
         value, setting = getattr(parsed, option.field, None), "--" + option.name
         if value is None and option.variable in given and (hasattr(parsed, option.field) or not offline):
             setting = option.variable
             value = value_from_variable(option, given[setting])
-        if value is not None:
-            read = CHECKS.get(option.name, lambda setting, text: text)
-            fields[option.field] = tuple(read(setting, text) for text in value) if option.repeatable else \
-                read(setting, value)
+        if value is not None and option.repeatable:
+            fields[option.field] = tuple(option.read(text, setting) for text in value)
+        elif value is not None:
+            fields[option.field] = option.read(value, setting)
     return fields
 
 
-def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Config:
-    """Flags over environment over defaults.  Raises UsageError.  An offline command reads its own options only."""
+def config_from(parsed: Namespace, environment: Dict[str, str]) -> Config:
+    """Flags over environment over defaults; an offline command reads its own options only.  Raises UsageError."""
     given = {name: value for name, value in environment.items() if value.strip()}      # empty counts as unset
     offline = parsed.command in OFFLINE
     fields = option_values(parsed, given, offline)
@@ -8995,10 +8974,10 @@ def config_from(parsed: argparse.Namespace, environment: Dict[str, str]) -> Conf
     proxy_variable = next((name for name in ("https_proxy", "HTTPS_PROXY") if name in given), "")
     for variable, (field, reader) in VARIABLES.items():
         if variable in given:
-            fields[field] = reader(variable, given[variable])
+            fields[field] = reader(given[variable], variable)
     fields.update(profile_folder=given.get("ANTHROPIC_CONFIG_DIR") or in_configuration(
                       without(given, "XDG_CONFIG_HOME"), "Anthropic" if os.name == "nt" else "anthropic"),
-                  https_proxy=checked_proxy(proxy_variable, given.get(proxy_variable, "")),
+                  https_proxy=checked_proxy(given.get(proxy_variable, ""), proxy_variable),
                   no_proxy=given.get("no_proxy") or given.get("NO_PROXY", ""),
                   ca_file=given.get(ca_variable, ""), ca_variable=ca_variable)
     return Config(**fields)
@@ -9019,14 +8998,14 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
         if name.startswith("CLAUDE_GATEWAY_") and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             yield ignored % name, "Did you mean %s?" % nearest[0] if nearest else "See claude-gateway start --help."
-    if not config.https_proxy and not config.demo:
-        found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
-        system = urllib.request.getproxies().get("https")       # of macOS or Windows, where no variable is set
-        if system and system not in os.environ.values():
-            found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
-        if found:
-            yield (ignored if len(found) == 1 else ignored.replace("is", "are")) % ", ".join(found), \
-                "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
+    if config.https_proxy or config.demo:
+        return
+    found = [name for name in ("ALL_PROXY", "HTTP_PROXY") if environment.get(name) or environment.get(name.lower())]
+    system = urllib.request.getproxies().get("https")           # of macOS or Windows, where no variable is set
+    if system and system not in os.environ.values():
+        found.append("the system's proxy %s" % shown_proxy(replace(config, https_proxy=system)))
+    for name in found:
+        yield ignored % name, "For an HTTP proxy set HTTPS_PROXY; SOCKS proxies are not supported."
 
 
 # ---- Diagnosis ---------------------------------------------------------------------------------------
@@ -9034,7 +9013,7 @@ def doubtful_settings(environment: dict[str, str], config: Config) -> Iterator[t
 
 
 class Finding(NamedTuple):
-    """The result of a check; `step`: what to do next, where it is not ok; `code`: a failure's exit code."""
+    """The result of a check; `step`: what to do where it is not ok; `code`: a failure's exit code."""
     name: str
     detail: str
     step: str = ""
@@ -9045,25 +9024,25 @@ class Finding(NamedTuple):
         return "failed" if self.code else "warning" if self.step else "ok"
 
 
-@contextlib.contextmanager
+@contextmanager
 def local_answer(config: Config, body: dict | None = None, key: str = "", timeout: float = 5,
                  path: str = "/") -> Iterator[http.client.HTTPResponse]:
-    """What this machine's port answers to GET, or to a chat completion request; a key is sent only if given."""
+    """What this machine's port answers to GET, or to a chat completion request."""
     host = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway",
-               **({"authorization": "Bearer " + key} if key else {})}
-    with contextlib.closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
+    headers = {"accept": "application/json", "user-agent": "ask" if body else "claude-gateway"}
+    if key:
+        headers["authorization"] = "Bearer " + key
+    with closing(http.client.HTTPConnection(host, config.port, timeout=timeout)) as connection:
         connection.request("POST" if body else "GET", "/v1/chat/completions" if body else path,
                            json.dumps(body) if body else None, headers)
         yield connection.getresponse()
 
 
 def running_status(config: Config, key: str = "", path: str = "/") -> dict | None:
-    """The status of the gateway on this machine's port; None where nothing listens, {} where something else does.
-    With another path, the JSON object that it answers there."""
+    """The status of the gateway on this machine's port, or its answer at `path`; None: no listener, {}: another."""
     try:
         with local_answer(config, key=key, path=path) as response:
-            status = json.loads(response.read(1_000_000).decode("utf-8"))
+            status = json.loads(response.read(1_000_000).decode())
     except (ConnectionRefusedError, socket.gaierror):
         return None
     except (OSError, ValueError, http.client.HTTPException):
@@ -9087,37 +9066,29 @@ def port_finding(config: Config) -> Finding:
     return Finding("Port", "%d is free" % config.port)
 
 
-def proxy_finding(config: Config) -> Finding:
-    """The proxy on the way to Claude, without its credentials."""
-    if not config.https_proxy:
-        return Finding("Proxy", "none")
-    is_used = is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc)
-    hint = "" if is_used else ", but not for the upstream: it is in NO_PROXY, or on this machine"
-    return Finding("Proxy", shown_proxy(config) + hint)
-
-
 def authorities_finding(config: Config) -> Finding:
     """Whose certificates are trusted."""
-    step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2] \
-        if sys.platform == "darwin" else "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
+    step = "Install the package ca-certificates, or name a file in SSL_CERT_FILE."
+    if sys.platform == "darwin":
+        step = 'Run "/Applications/Python %d.%d/Install Certificates.command".' % sys.version_info[:2]
     try:
         context = tls_context(config.ca_file, config.relax_x509)
     except (UpstreamFault, OSError) as fault:       # OSError: PyPy, where the system has no authorities
-        return Finding("Certificates", str(fault), "Correct the path in %s." % config.ca_variable
-                       if config.ca_variable else step, FAILURE)
-    strict = bool(context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0))
+        step = "Correct the path in %s." % config.ca_variable if config.ca_variable else step
+        return Finding("Certificates", str(fault), step, FAILURE)
     count = context.cert_store_stats()["x509_ca"]
     directory = ssl.get_default_verify_paths().capath       # those in there are read when they are needed
     if not count and not (directory and os.listdir(directory)):
         return Finding("Certificates", "no certificate authorities", step)
-    return Finding("Certificates", "%d authorit%s%s%s" % (
-        count, "y" if count == 1 else "ies",
-        ", with those of %s (%s)" % (config.ca_file, config.ca_variable) if config.ca_file else "",
-        ", strict X.509 rules" if strict else ""))
+    detail = "1 authority" if count == 1 else "%d authorities" % count
+    if config.ca_file:
+        detail += ", with those of %s (%s)" % (config.ca_file, config.ca_variable)
+    is_strict = context.verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0)
+    return Finding("Certificates", detail + ", strict X.509 rules" * bool(is_strict))
 
 
 def machine_findings(config: Config) -> Iterator[Finding]:
-    """Python, the file, the port, the network settings: checks that work without a network."""
+    """What can be checked without a network."""
     yield Finding("Python", "%s, %s, %s" % (sys.version.split()[0], ssl.OPENSSL_VERSION, sys.platform))
     origin = "not from a file of its own"
     if own_file():
@@ -9125,7 +9096,10 @@ def machine_findings(config: Config) -> Iterator[Finding]:
             origin = "sha256 " + hashlib.sha256(file.read()).hexdigest()
     yield Finding("File", "claude-gateway %s, %s" % (VERSION, origin))
     yield port_finding(config)
-    yield proxy_finding(config)
+    proxy = shown_proxy(config) if config.https_proxy else "none"
+    if config.https_proxy and not is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc):
+        proxy += ", but not for the upstream: it is in NO_PROXY, or on this machine"
+    yield Finding("Proxy", proxy)
     yield authorities_finding(config)
 
 
@@ -9139,14 +9113,14 @@ def step_for_fault(message: str) -> str:
 
 
 def issuer_of(host: str, port: int) -> str:
-    """Who issued the certificate of a host: the second handshake trusts just this one, as only then ssl parses it."""
-    with contextlib.suppress(OSError, ValueError):
+    """Who issued a host's certificate; a second handshake trusts just that, as only then ssl parses it."""
+    with suppress(OSError, ValueError):
         context = ssl.create_default_context(cadata=ssl.get_server_certificate((host, port)))
         context.check_hostname = False
         context.verify_flags = ssl.VerifyFlags(0x80000)             # VERIFY_X509_PARTIAL_CHAIN, named since 3.10
         with socket.create_connection((host, port), CONNECT_TIMEOUT) as plain, \
                 context.wrap_socket(plain, server_hostname=host) as secured:
-            certificate: Dict[str, Any] = secured.getpeercert() or {}
+            certificate: dict = secured.getpeercert() or {}
             issuer = dict(name[0] for name in certificate["issuer"])
             return issuer.get("organizationName") or issuer.get("commonName", "")
     return ""
@@ -9164,7 +9138,7 @@ def clock_finding(date: str) -> Finding:
 
 
 def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """The way to Claude: name, connection, certificate, clock, in this order, up to the first that fails."""
+    """The way to Claude: name, connection, certificate, clock, up to the first that fails."""
     parts = urllib.parse.urlsplit(config.base_url)
     host, port = address_of(parts.netloc, 443 if parts.scheme == "https" else 80)
     proxied = is_proxied(config, parts.netloc)
@@ -9180,10 +9154,11 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
     try:
         headers = upstream.probe()
     except GatewayError as fault:
+        detail = "%s port %d%s: %s" % (host, port, " by the proxy" * proxied, fault)
         issuer = "" if proxied or parts.scheme != "https" else issuer_of(host, port)
-        yield Finding("Upstream", "%s port %d%s: %s%s" % (
-            host, port, " by the proxy" if proxied else "", fault,
-            " The certificate was issued by %s." % issuer if issuer else ""), step_for_fault(str(fault)), UNREACHABLE)
+        if issuer:
+            detail += " The certificate was issued by %s." % issuer
+        yield Finding("Upstream", detail, step_for_fault(str(fault)), UNREACHABLE)
         return
     detail = "%s answered within %d ms" % (config.base_url, (time.monotonic() - started) * 1000)
     if headers.get("server", "").startswith("claude-gateway"):
@@ -9195,7 +9170,7 @@ def network_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
 
 
 def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]:
-    """Which credential there is, and what is known of it without a request to Claude."""
+    """Which credential there is, as far as it is known without a request to Claude."""
     try:
         credential = upstream.credential = credential_from_config(config, upstream.post_json)
     except GatewayError as fault:
@@ -9208,9 +9183,11 @@ def credential_findings(config: Config, upstream: Upstream) -> Iterator[Finding]
     detail, expires_at, renewed = facts["description"], facts.get("expires_at"), bool(facts.get("refreshable"))
     if expires_at:
         detail += ", token expires: " + expiry_text(expires_at, renewed)
-    over = expires_at and expires_at < time.time() and not renewed
-    yield Finding("Credential", detail, *(("claude-gateway login", NO_CREDENTIAL) if over else ()))
-    if credential.preamble and not over:
+    if expires_at and expires_at < time.time() and not renewed:
+        yield Finding("Credential", detail, "claude-gateway login", NO_CREDENTIAL)
+        return
+    yield Finding("Credential", detail)
+    if credential.preamble:
         yield Finding("Terms", OWN_APPS_ONLY, "An API key is always fine.")
 
 
@@ -9225,34 +9202,35 @@ def acceptance_finding(upstream: Upstream) -> Finding:
     try:
         return Finding("Accepted", "Claude lists %d models for it" % len(upstream.models() or []))
     except GatewayError as fault:
+        step, code = "Try again later." if isinstance(fault, ClaudeError) else step_for_fault(str(fault)), OK
         if WORKSPACE_HINT in str(fault):
-            return Finding("Accepted", str(fault), "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL)
-        if fault.status in (401, 403) and upstream.credential:
-            step = REFUSED_STEPS.get(upstream.credential.facts()["kind"], "")
-            return Finding("Accepted", str(fault), step, NO_CREDENTIAL)
-        return Finding("Accepted", str(fault), "Try again later." if isinstance(fault, ClaudeError) else
-                       step_for_fault(str(fault)))
+            step, code = "export ANTHROPIC_WORKSPACE_ID=wrkspc_...", NO_CREDENTIAL
+        elif fault.status in (401, 403) and upstream.credential:
+            step, code = REFUSED_STEPS[upstream.credential.facts()["kind"]], NO_CREDENTIAL
+        return Finding("Accepted", str(fault), step, code)
 
 
 def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
-    """One short reply, and one cache round trip: the second of two equal prompts must read what the first wrote."""
+    """Two equal prompts: a short reply, and whether the second one reads what the first wrote to the cache."""
     filler = "This sentence makes the prompt long enough to be cached. " * 550
     body = {"model": "haiku", "max_tokens": 16, "messages": [
         {"role": "system", "content": filler}, {"role": "user", "content": "Answer with the word ok."}]}
     answers: List[Any] = []
-    with contextlib.closing(Gateway(config, credential)) as gateway:
+    with closing(Gateway(config, credential)) as gateway:
         try:
             for incoming in (Incoming(body), Incoming(body)):
-                with incoming.held:
+                try:
                     answers.append(chat_completions(gateway, incoming).body)
+                finally:
+                    close_all(incoming.held)
         except GatewayError as fault:
             yield Finding("Live call", str(fault), "See Claude's message.", UNREACHABLE)
             return
     text, usage = answers[0]["choices"][0]["message"]["content"] or "", answers[1]["usage"]
     yield Finding("Live call", "%s answered %s" % (answers[0]["model"], json.dumps(text[:40])))
     read = usage["prompt_tokens_details"]["cached_tokens"]
-    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), "" if read else
-                  "Run this again; if nothing is read then, the upstream does not cache.")
+    step = "" if read else "Run this again; if nothing is read then, the upstream does not cache."
+    yield Finding("Cache", "%d of %d tokens read" % (read, usage["prompt_tokens"]), step)
 
 
 # The checks that are skipped where one before them fails, as `doctor` then reports
@@ -9261,26 +9239,28 @@ LATER_CHECKS = {"Upstream": "the connection", "Clock": "the clock", "Accepted": 
 
 
 def findings(config: Config, live: bool) -> Iterator[Finding]:
-    """All checks of `doctor`, each building on those before it, and at the end which ones were skipped."""
+    """All checks of `doctor`, each building on those before it, and which ones were skipped."""
     levels: Dict[str, str] = {}
-    with contextlib.closing(Upstream(config, "")) as upstream:
-        def later() -> Iterator[Finding]:
-            if "failed" not in (levels.get("Upstream", "failed"), levels["Credential"]):
-                yield acceptance_finding(upstream)
-            if live and upstream.credential and levels.get("Accepted") == "ok":
-                yield from live_findings(config, upstream.credential)
-        for finding in itertools.chain(machine_findings(config), network_findings(config, upstream),
-                                       credential_findings(config, upstream), later()):
+
+    def noted(found: Iterable[Finding]) -> Iterator[Finding]:
+        for finding in found:
             levels[finding.name] = finding.level
             yield finding
+    with closing(Upstream(config, "")) as upstream:
+        yield from noted(machine_findings(config))
+        yield from noted(network_findings(config, upstream))
+        yield from noted(credential_findings(config, upstream))
+        if levels.get("Upstream", "failed") != "failed" and levels["Credential"] != "failed":
+            yield from noted([acceptance_finding(upstream)])
+        if live and levels.get("Accepted") == "ok":
+            yield from noted(live_findings(config, upstream.credential))
     skipped = [check for name, check in LATER_CHECKS.items() if name not in levels and (live or name != "Live call")]
     if skipped:
         yield Finding("Skipped", ", ".join(skipped), "Fix what failed above, then run this again.")
 
 
 # ---- Selftest ----------------------------------------------------------------------------------------
-# The gateway against its own simulation, without network and credential: with `doctor` it separates "the gateway
-# is broken" from "the network is broken".
+# The gateway against its own simulation, without network and credential.
 
 
 def selftest_findings() -> Iterator[Finding]:
@@ -9292,20 +9272,19 @@ def selftest_findings() -> Iterator[Finding]:
     hello = {"model": "sonnet", "messages": [{"role": "user", "content": "Hello"}]}
     tool = {"type": "function", "function": {"name": "look.up", "parameters": {
         "type": "object", "properties": {"word": {"type": "string"}}}}}
-    picture = ("data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
-               "AABJRU5ErkJggg==")
-    cases: Sequence[Tuple[str, dict, int, Sequence[str]]] = (       # and what the answer contains
+    picture = "data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs="
+    cases: Any = (                                  # name, request, status, what the answer contains
         ("plain", hello, 200, ["simulated answer"]),
         ("streaming", dict(hello, stream=True), 200, ['"finish_reason":"stop"', "data: [DONE]\n\n"]),
         ("tools", dict(hello, tools=[tool]), 200, ['"name":"look.up"', '"finish_reason":"tool_calls"']),
         ("image", dict(hello, messages=[{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/png"]),
+            {"type": "image_url", "image_url": {"url": picture}}]}]), 200, ["image/gif"]),
         ("error", dict(hello, model="no-such-model"), 404, ["model_not_found"]))
     report = ("Please report this.", FAILURE)
     try:
         for name, body, expected, words in cases:
             with local_answer(config, body, timeout=10) as response:
-                status, answer = response.status, response.read().decode("utf-8")
+                status, answer = response.status, response.read().decode()
             is_right = status == expected and all(word in answer for word in words)
             yield Finding(name, "") if is_right else Finding(name, "status %d: %s" % (status, answer[:300]), *report)
         with local_answer(config, dict(hello, messages=[{"role": "user", "content": HOLD}], stream=True)) as response:
@@ -9347,18 +9326,17 @@ MISSING_CREDENTIAL = {
 
 
 def check_writable(path: str) -> None:
-    """Reports before the sign-in, not after it, that the login cannot be stored."""
+    """Reports before the sign-in that the login cannot be stored."""
     if not path:
         raise UsageError("There is no home directory to store a login in: use --token-file PATH.")
     directory = os.path.dirname(os.path.realpath(path))
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        reason = "" if os.access(directory, os.W_OK) else "its directory is not writable"
+        if not os.access(directory, os.W_OK):
+            raise OSError(errno.EACCES, "its directory is not writable")
     except OSError as fault:
-        reason = fault.strerror or str(fault)
-    if reason:
-        raise GatewayError("A login cannot be stored in %s: %s. Choose another file with --token-file PATH." %
-                           (path, reason))
+        raise GatewayError("A login cannot be stored in %s: %s. Use another --token-file PATH." % (
+            path, fault.strerror or fault)) from fault
 
 
 def sign_in(config: Config, open_browser: bool) -> None:
@@ -9371,9 +9349,9 @@ def sign_in(config: Config, open_browser: bool) -> None:
     remote = os.environ.get("SSH_CONNECTION") or os.environ.get("SSH_TTY")
     if open_browser and graphical and not remote:   # there it would open elsewhere or occupy the terminal
         import webbrowser
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             webbrowser.open(login.url)
-    with contextlib.closing(Upstream(config, "")) as upstream:
+    with closing(Upstream(config, "")) as upstream:
         token = token_for_code(login, config, upstream)
     store(TokenFile(config.token_file), token)
     account = text_in(token, "account", "email_address")
@@ -9385,30 +9363,28 @@ def asked_for(prompt: str, hidden: bool = False) -> str:
     if hidden and sys.stdin and sys.stdin.isatty():
         import getpass
         return getpass.getpass(prompt).strip()
-    sys.stderr.write(prompt)
-    sys.stderr.flush()
+    print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline().strip() if sys.stdin else ""
     if not line:
         say("")
     return line
 
 
-def token_for_code(login: Login, config: Config, upstream: Upstream) -> dict:
-    """The tokens for the pasted code; a wrong or refused one may be entered again, twice."""
-    for left in (2, 1, 0):
-        pasted = asked_for("Code: ")
-        if not pasted:
-            raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
-        try:
-            code, checked = login.parse(pasted)
-            if not checked:
-                say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
-            return login.exchange(code, config.token_url, upstream.post_json)
-        except (InvalidRequest, CredentialNeeded) as fault:
-            if not left:
-                raise
-            say("%s. Open the URL again for a new code." % str(fault).rstrip("."))
-    raise AssertionError
+def token_for_code(login: Login, config: Config, upstream: Upstream, attempts: int = 3) -> dict:
+    """The tokens for the pasted code; a wrong or refused one may be entered again."""
+    pasted = asked_for("Code: ")
+    if not pasted:
+        raise CredentialNeeded("No code was entered; run `claude-gateway login` again.")
+    try:
+        code, checked = login.parse(pasted)
+        if not checked:
+            say("Warning: this code has no state, so it cannot be verified that it belongs to this sign-in.")
+        return login.exchange(code, config.token_url, upstream.post_json)
+    except (InvalidRequest, CredentialNeeded) as fault:
+        if attempts == 1:
+            raise
+        say("%s. Open the URL again for a new code." % str(fault).rstrip("."))
+    return token_for_code(login, config, upstream, attempts - 1)
 
 
 def store(file: TokenFile, content: dict) -> None:
@@ -9416,19 +9392,18 @@ def store(file: TokenFile, content: dict) -> None:
         try:
             file.write(content)
         except OSError as fault:
-            raise GatewayError("The login could not be stored in %s: %s" %
-                               (file.path, fault.strerror or fault)) from fault
+            raise GatewayError("Cannot store the login in %s: %s" % (file.path, fault.strerror or fault)) from fault
 
 
 def store_key(config: Config) -> None:
-    """Asks for an API key, checks it with a call that costs nothing, and stores it."""
+    """Asks for an API key, checks it with a call that is free, and stores it."""
     check_writable(config.token_file)
     key = asked_for("API key (sk-ant-..., from https://platform.claude.com): ", hidden=True).strip("\"'`")
     if not is_sendable(key):
         raise CredentialNeeded("No API key was entered.")
     for problem in doubtful_credentials({"ANTHROPIC_API_KEY": key}):
         say("Warning: %s" % problem.replace("ANTHROPIC_API_KEY", "This"))
-    with contextlib.closing(Upstream(config, "")) as upstream:
+    with closing(Upstream(config, "")) as upstream:
         upstream.get("/v1/models?limit=1", key)
     store(key_file(config), {"api_key": key})
     say("Claude accepts this key. Stored in %s" % key_file(config).path)
@@ -9439,7 +9414,7 @@ def store_key(config: Config) -> None:
 
 
 def check_exposure(config: Config) -> None:
-    """Refuses to listen to the network without a key: anybody could use the credential.  Raises UsageError."""
+    """Refuses to listen to the network without a key: anybody could use the credential."""
     exposed = ["--host %s can be reached from other machines" % host for host in config.hosts
                if not is_loopback_host(host)]
     exposed += ["--cors-origin '*' allows every web page"] * ("*" in config.cors_origin)
@@ -9454,7 +9429,7 @@ def is_own_address(config: Config) -> bool:
 
 
 def gateway_with_credential(config: Config) -> Gateway:
-    """A gateway that has a credential; without one it offers to sign in, on a terminal.  Raises CredentialNeeded."""
+    """A gateway that has a credential; without one it offers to sign in, or raises CredentialNeeded."""
     damage = ""
     try:
         gateway = Gateway(config)
@@ -9472,14 +9447,14 @@ def gateway_with_credential(config: Config) -> Gateway:
 
 def raise_descriptor_limit() -> None:
     """Allows as many open connections as the system permits without privileges."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
+    with suppress(ImportError, ValueError, OSError):
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         for wanted in (3 * Limits.max_connections, 10_240, 4_096):   # macOS reports no limit, and refuses 10,241
             wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
             if soft == resource.RLIM_INFINITY or soft >= wanted:
                 return
-            with contextlib.suppress(ValueError, OSError):
+            with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
                 return
 
@@ -9487,9 +9462,9 @@ def raise_descriptor_limit() -> None:
 def report_port(config: Config, fault: OSError) -> int:
     """Says why the gateway cannot listen; the exit code."""
     if fault.errno in IN_USE:
+        owner = " by another claude-gateway" if running_status(config) else ""
         say("Port %d is in use%s. Another port: claude-gateway start --port %d" % (
-            config.port, " by another claude-gateway" if running_status(config) else "", config.port % 65_535 + 1),
-            logging.ERROR)
+            config.port, owner, config.port % 65_535 + 1), logging.ERROR)
         return PORT_IN_USE
     say("Cannot listen on %s port %d: %s" % (config.host, config.port, fault.strerror or fault), logging.ERROR)
     return FAILURE
@@ -9500,19 +9475,19 @@ def aliases_text(aliases: Iterable[Tuple[str, str]]) -> str:
 
 
 def print_start_lines(gateway: Gateway, service: Service) -> None:
-    """What a user needs to know first: the upstream and credential, who may call, what to paste."""
+    """The upstream and credential, who may call, what to paste."""
     config, credential = gateway.config, gateway.upstream.credential
     if config.demo:
         say("Demo: answers, tokens, costs and limits are simulated, nothing is sent anywhere.")
     else:
-        say("Upstream: %s with %s" % (gateway.upstream.base_url,
-                                      credential.description if credential else "no credential"))
+        described = credential.description if credential else "no credential"
+        say("Upstream: %s with %s" % (gateway.upstream.base_url, described))
         if is_proxied(config, urllib.parse.urlsplit(config.base_url).netloc):
             say("Proxy: %s" % shown_proxy(config))
         if credential and credential.preamble:
             say("Note: %s; an API key is always fine. (See `claude-gateway login --help`.)" % OWN_APPS_ONLY)
-    keys = "one of %d API keys is" % len(config.api_key) if len(config.api_key) > 1 else "an API key is"
-    say("Clients: %s" % (keys + " required" if config.api_key else "no API key needed; any value is accepted"))
+    key = "one of %d API keys is" % len(config.api_key) if len(config.api_key) > 1 else "an API key is"
+    say("Clients: " + (key + " required" if config.api_key else "no API key needed; any value is accepted"))
     if config.alias:
         say("Aliases: %s" % aliases_text(config.alias))
     url, everywhere = service.url, config.host in ("0.0.0.0", "::")     # which are no addresses to connect to
@@ -9521,8 +9496,7 @@ def print_start_lines(gateway: Gateway, service: Service) -> None:
         url = "http://%s:%d/v1" % (name, service.port)
     say("Paste into your tool:  base URL %s   model sonnet" % url)
     if everywhere and not config.allow_host:
-        say("To call this machine by a name, for instance %s, add --allow-host NAME" %
-            printable(socket.gethostname()))
+        say("To call this machine by a name, as %s, add --allow-host NAME" % printable(socket.gethostname()))
 
 
 class StopSignals:
@@ -9541,7 +9515,7 @@ class StopSignals:
             os._exit(self._codes[0])
 
     def serve(self, service: Service) -> int:
-        """Waits for the signal and lets running requests finish; the exit code."""
+        """Waits for the signal and for running requests; the exit code."""
         while not self._stop.wait(1):               # a signal just before a wait does not end it, nor any on Windows
             pass
         service.stop_accepting()
@@ -9555,7 +9529,7 @@ class StopSignals:
         return self._codes[0]
 
 
-def start_command(parsed: argparse.Namespace, config: Config) -> int:
+def start_command(parsed: Namespace, config: Config) -> int:
     check_exposure(config)
     if config.ca_file and not os.path.exists(config.ca_file):
         say("Warning: %s names %s, which does not exist, so no certificate can be verified." % (
@@ -9593,9 +9567,9 @@ def start_command(parsed: argparse.Namespace, config: Config) -> int:
 # `ask` and `run`: an answer, or a tool, through the gateway that runs on the port or one of their own.
 
 
-@contextlib.contextmanager
+@contextmanager
 def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
-    """The settings that reach the running gateway, or else one that lives as long as this block, with its own key."""
+    """The settings that reach the running gateway, or else one that lives as long as this block."""
     if not config.demo and running_status(config):
         yield config
         return
@@ -9614,7 +9588,7 @@ def gateway_at_hand(command: str, config: Config) -> Iterator[Config]:
         service.close(2)                            # seconds: its last request is counted first
 
 
-def ask_command(parsed: argparse.Namespace, config: Config) -> int:
+def ask_command(parsed: Namespace, config: Config) -> int:
     """Prints the answer as it arrives, or the whole completion as JSON."""
     text = " ".join(parsed.words).strip() or given_to(None, "ask Hello").decode("utf-8", "replace")
     images = [given_to(path, "ask --image FILE Hello") for path in parsed.image or ()]
@@ -9641,7 +9615,7 @@ def chunks_of_answer(config: Config, body: dict) -> Iterator[dict]:
             for line in response:
                 done = done or line.startswith(b"data: [DONE]")
                 line = re.sub(rb"^data: ", b"", line)
-                chunk = json.loads(line.decode("utf-8")) if line.startswith(b"{") else {}
+                chunk = json.loads(line.decode()) if line.startswith(b"{") else {}
                 if "error" in chunk:
                     kind = UpstreamFault if text_in(chunk, "error", "code") == UpstreamFault.code else GatewayError
                     raise kind(text_in(chunk, "error", "message") or "The gateway refused the request.")
@@ -9676,7 +9650,7 @@ def ready_made(program: str, config: Config) -> tuple[dict[str, str], list[str]]
     return variables, options
 
 
-def run_tool(parsed: argparse.Namespace, config: Config) -> int:
+def run_tool(parsed: Namespace, config: Config) -> int:
     """Runs a tool that is pointed at the gateway; its exit status.  Nothing is written."""
     name, *arguments = parsed.program[parsed.program[:1] == ["--"]:] or [""]
     path = shutil.which(name)
@@ -9710,7 +9684,7 @@ def run_tool(parsed: argparse.Namespace, config: Config) -> int:
 # The other commands, a function each.
 
 
-def login_command(parsed: argparse.Namespace, config: Config) -> int:
+def login_command(parsed: Namespace, config: Config) -> int:
     if parsed.store_key:
         store_key(config)
     else:
@@ -9722,15 +9696,14 @@ def login_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def logout_command(parsed: argparse.Namespace, config: Config) -> int:
+def logout_command(parsed: Namespace, config: Config) -> int:
     found = [file for file in (TokenFile(config.token_file), key_file(config)) if os.path.lexists(file.path)]
     for file in found:
         try:
             with file.lock():                       # the lock file stays: another process may be waiting for it
                 file.remove()
         except OSError as fault:
-            raise GatewayError("The login in %s could not be removed: %s" %
-                               (file.path, fault.strerror or fault)) from fault
+            raise GatewayError("Cannot remove the login in %s: %s" % (file.path, fault.strerror or fault)) from fault
         say("Deleted the login in %s" % file.path)
     if not found:
         say("There was no stored login.")
@@ -9758,9 +9731,10 @@ def status_text(running: dict, key_source: str) -> str:
         return lines[0] + (" The API key %s is invalid." % key_source if key_source else
                            " Its statistics require an API key: set CLAUDE_GATEWAY_API_KEY.")
     facts, tokens, cache = running["credential"] or {}, running["tokens"], running["cache"]
+    upstream = "%s with %s" % (running["upstream"], facts.get("description") or "no credential")
+    saving = ("cost " if cache["saved_usd"] < 0 else "saved ") + dollars(abs(cache["saved_usd"]))
     lines += row_lines([
-        ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else "%s with %s" % (
-            running["upstream"], facts.get("description") or "no credential")),
+        ("Upstream", "the built-in simulation" if running["upstream"] == "simulated" else upstream),
         *login_rows(facts, renewable=not trouble),
         ("Up for", duration_text(running["uptime_seconds"])),
         ("Models", aliases_text(running["models"].items())),
@@ -9770,8 +9744,7 @@ def status_text(running: dict, key_source: str) -> str:
             prompt_tokens(tokens), tokens["cache_read"], tokens["output"])),
         ("Cost", ", without ".join([dollars(running["cost"]["usd"]) + " by list prices",
                                     *running["cost"]["without_price"]])),
-        ("Cache", "%d %% of all input, which %s %s" % (cache["share_percent"], "cost" if cache["saved_usd"] < 0 else
-                                                       "saved", dollars(abs(cache["saved_usd"])))),
+        ("Cache", "%d %% of all input, which %s" % (cache["share_percent"], saving)),
         ("Errors", ", ".join("%d %s" % (count, code) for code, count in running["errors"].items()))])
     for limit in running["limits"]:
         bar, left = "#" * round(20 * min(1.0, limit["used"])), (limit["resets_at"] or 0) - time.time()
@@ -9781,27 +9754,28 @@ def status_text(running: dict, key_source: str) -> str:
 
 
 def requests_text(recent: list[dict], columns: int) -> str:
-    """A table of requests, each with its error and changes below it; shorter on a narrow terminal."""
+    """A table of requests, each with its error and changes below it; narrow on a narrow terminal."""
     rows, sides = [[*REQUEST_COLUMNS], *(each["row"] for each in recent)], "<<<<>>>>>"
     if 0 < columns < 120:
         needless = re.compile(r"^(.* -> )?(claude-|/v1/)?|-\d{8}$| stream$")
         rows = [[*row[:2], *(needless.sub("", cell)[:18] for cell in row[2:4]), *row[4:6], row[7]] for row in rows]
-    head, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
-    notes = (for_terminal("; ".join(filter(None, [each["error"], each["changes"]]))) for each in recent)
-    return "\n".join([head, *(lines_within(line + ("\n          " + note) * bool(note), columns, 10)
-                              for line, note in zip(lines, notes))])
+    shown, *lines = in_columns(sides[:len(rows[0])], rows).split("\n")
+    for line, each in zip(lines, recent):
+        note = for_terminal("; ".join(filter(None, [each["error"], each["changes"]])))
+        shown += "\n" + lines_within(line + ("\n          " + note) * bool(note), columns, 10)
+    return shown
 
 
-def status_command(parsed: argparse.Namespace, config: Config) -> int:
+def status_command(parsed: Namespace, config: Config) -> int:
     """The status of the running gateway, or else the credential that `start` would use."""
     running = running_status(config)
     if running and running.get("key_needed") and config.api_key:
         running = running_status(config, config.api_key[0]) or running
+    if running and parsed.json:
+        print_json(dict({"running": True, "credential": None}, **running))
+        return OK
     if running:
-        source = "" if not config.api_key else "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY"
-        if parsed.json:
-            print_json(dict({"running": True, "credential": None}, **running))
-            return OK
+        source = "given with --api-key" if parsed.api_key else "in CLAUDE_GATEWAY_API_KEY" if config.api_key else ""
         columns = columns_of_terminal(sys.stdout)
         print(lines_within(for_terminal(status_text(running, source)), columns))
         if parsed.requests and "totals" in running:
@@ -9830,7 +9804,7 @@ def status_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def usage_command(parsed: argparse.Namespace, config: Config) -> int:
+def usage_command(parsed: Namespace, config: Config) -> int:
     """A table of the usage file; a running gateway writes it once a minute."""
     groups = usage_by(Usage(config.usage_file).rows(), parsed.by, day_of(time.time() - (parsed.days - 1) * 86_400))
     if parsed.json:
@@ -9838,11 +9812,13 @@ def usage_command(parsed: argparse.Namespace, config: Config) -> int:
                     for name, figures in groups.items()])
         return OK
     total = sum_of({"total": collections.Counter()}, *({"total": figures} for figures in groups.values()))
-    rows = [[name or "-", *usage_row(
-        figures["requests"], figures["errors"], prompt_tokens(figures), figures["cache_read"], figures["output"],
-        figures["usd"]), "+ unknown" * bool(figures["without_price"])]
-            for name, figures in [*groups.items(), *total.items()]]
-    print(in_columns("<>>>>>><", [[parsed.by, *USAGE_COLUMNS, ""], *rows]))
+    rows = [[parsed.by, *USAGE_COLUMNS, ""]]
+    for name, figures in [*groups.items(), *total.items()]:
+        row = usage_row({"requests": figures["requests"], "failed": figures["errors"], "cost_usd": figures["usd"],
+                         "input_tokens": prompt_tokens(figures), "cached_tokens": figures["cache_read"],
+                         "output_tokens": figures["output"]})
+        rows.append([name or "-", *row, "+ unknown" * bool(figures["without_price"])])
+    print(in_columns("<>>>>>><", rows))
     return OK
 
 
@@ -9852,7 +9828,7 @@ SHORT_NAMES = {"sonnet": "the newest Sonnet: when in doubt", "opus": "the newest
                "mythos": "the newest Mythos: limited access"}
 
 
-def models_command(parsed: argparse.Namespace, config: Config) -> int:
+def models_command(parsed: Namespace, config: Config) -> int:
     """The models of the running gateway, or else Claude's, or the built-in ones."""
     entries = None
     if not parsed.alias and running_status(config):
@@ -9868,11 +9844,12 @@ def models_command(parsed: argparse.Namespace, config: Config) -> int:
         print_json(entries)
         return OK
     short = {entry["id"]: entry["alias_of"] for entry in entries if "alias_of" in entry}
-    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in sorted(
-        short, key=lambda name: [*SHORT_NAMES, name].index(name))]))
-    print(in_columns("<>>", [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
-                              "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
-                             for entry in entries if entry["id"] not in short]))
+    names = sorted(short, key=[*SHORT_NAMES, *short].index)
+    print(in_columns("<<<", [(name, "-> " + short[name], SHORT_NAMES.get(name, "")) for name in names]))
+    rows = [(entry["id"], "{context_length:,} tokens in, {max_output_tokens:,} out".format(**entry),
+             "retires " + entry["shutdown_date"] if "shutdown_date" in entry else "")
+            for entry in entries if entry["id"] not in short]
+    print(in_columns("<>>", rows))
     return OK
 
 
@@ -9886,8 +9863,8 @@ def print_finding(finding: Finding) -> None:
     sys.stdout.flush()
 
 
-def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
-    """The settings, and a finding for each that is invalid; its default is used instead."""
+def usable_config(parsed: Namespace, environment: dict[str, str]) -> tuple[Config, list[Finding]]:
+    """The settings, and a finding for each invalid one, whose default is used."""
     found: List[Finding] = []
     while True:
         try:
@@ -9903,8 +9880,8 @@ def usable_config(parsed: argparse.Namespace, environment: dict[str, str]) -> tu
                 setattr(parsed, fault.setting[2:].replace("-", "_"), None)
 
 
-def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
-    """Prints each finding, then a block to paste into a bug report; the exit code is that of the worst one."""
+def doctor_command(parsed: Namespace, config: Config) -> int:
+    """Prints each finding, then a block to paste into a bug report."""
     config, doubts = usable_config(parsed, dict(os.environ))
     set_up_log(replace(config, quiet=True))
     home = os.path.expanduser("~")
@@ -9924,17 +9901,17 @@ def doctor_command(parsed: argparse.Namespace, config: Config) -> int:
     return next((finding.code for finding in found if finding.code), OK)
 
 
-def selftest_command(parsed: argparse.Namespace, config: Config) -> int:
+def selftest_command(parsed: Namespace, config: Config) -> int:
     set_up_log(Config(quiet=True))
     found = list(selftest_findings())
     for finding in found:
         print_finding(finding)
-    failed = sum(map(bool, (finding.code for finding in found)))
-    print("%d of %d checks failed." % (failed, len(found)) if failed else "All %d checks passed." % len(found))
+    failed = [finding for finding in found if finding.code]
+    print("%d of %d checks failed." % (len(failed), len(found)) if failed else "All %d checks passed." % len(found))
     return FAILURE if failed else OK
 
 
-def setup_command(parsed: argparse.Namespace, config: Config) -> int:
+def setup_command(parsed: Namespace, config: Config) -> int:
     if parsed.name:
         say("%s, %s:" % SETTINGS[parsed.name][:2])  # on standard error, as it is not to be pasted
         print(as_typed(setup_text(parsed.name, config)))
@@ -9945,8 +9922,8 @@ def setup_command(parsed: argparse.Namespace, config: Config) -> int:
     return OK
 
 
-def translate_command(parsed: argparse.Namespace, config: Config) -> int:
-    """Prints the Messages request that a request becomes; a saved message as the chat completion that it becomes."""
+def translate_command(parsed: Namespace, config: Config) -> int:
+    """Prints a request as a Messages request, a saved message as a chat completion."""
     data = given_to(parsed.file, "translate request.json")
     if re.match(rb"\s*(event|data):|\s*\{[^{\[]*\"type\"\s*:\s*\"message\"", data):
         assembler = MessageAssembler()
@@ -9965,8 +9942,8 @@ def translate_command(parsed: argparse.Namespace, config: Config) -> int:
 
 
 # ---- Completion --------------------------------------------------------------------------------------
-# Scripts that have the shell ask the program itself: `completion SHELL WORD...`, with the words of the command line
-# up to the cursor, prints what may stand in the place of the last one, and nothing where that is a file or free text.
+# Scripts that have the shell ask the program itself: `completion SHELL WORD...`, with the words up to the cursor,
+# prints what may stand in the place of the last one, nothing where that is a file or free text.
 
 COMPLETIONS = {
     "bash": """\
@@ -10002,7 +9979,7 @@ Register-ArgumentCompleter -Native -CommandName claude-gateway -ScriptBlock {
 }
 
 
-def completion_command(parsed: argparse.Namespace, config: Config) -> int:
+def completion_command(parsed: Namespace, config: Config) -> int:
     if parsed.typed:
         for candidate in parsed.parser.candidates(parsed.typed[1:]):
             print(candidate)
@@ -10014,28 +9991,25 @@ def completion_command(parsed: argparse.Namespace, config: Config) -> int:
 # ---- Command line ------------------------------------------------------------------------------------
 # The commands with their arguments, the parser, and the program itself.
 
-Command = Callable[[argparse.Namespace, Config], int]
-AT_HAND = ("port", "host", "api-key", "auth", "token-file")         # what finds a gateway, or else a credential
+Command = Callable[[Namespace, Config], int]
+AT_HAND = "port host api-key auth token-file"       # what finds a gateway, or else a credential
 # name -> the function, its help, its arguments
-COMMANDS: Dict[str, Tuple[Command, str, Sequence[str]]] = {
-    "start": (start_command, "serve OpenAI's API until it is stopped", [option.name for option in OPTIONS]),
+COMMANDS: Dict[str, Tuple[Command, str, str]] = {
+    "start": (start_command, "serve OpenAI's API until it is stopped", " ".join(option.name for option in OPTIONS)),
     "ask": (ask_command, "ask Claude, by the running gateway or one of its own",
-            ["words", "--model", "--image", "--json", *AT_HAND, "alias", "demo"]),
-    "run": (run_tool, "run a tool that then uses the gateway", [*AT_HAND, "alias", "demo", "program"]),
-    "login": (login_command, "sign in with a Claude account, or store an API key",
-              ["--api-key", "--no-browser", "token-file"]),
-    "logout": (logout_command, "delete the stored login and API key", ["token-file"]),
-    "status": (status_command, "show what the running gateway does", ["--json", "--requests", *AT_HAND]),
-    "usage": (usage_command, "show what was used, by day, tool or model", ["--days", "--by", "--json", "token-file"]),
-    "models": (models_command, "list the models and aliases",
-               ["--json", "port", "host", "alias", "auth", "token-file"]),
+            "words --model --image --json alias demo " + AT_HAND),
+    "run": (run_tool, "run a tool that then uses the gateway", "alias demo program " + AT_HAND),
+    "login": (login_command, "sign in with a Claude account, or store an API key", "--api-key --no-browser token-file"),
+    "logout": (logout_command, "delete the stored login and API key", "token-file"),
+    "status": (status_command, "show what the running gateway does", "--json --requests " + AT_HAND),
+    "usage": (usage_command, "show what was used, by day, tool or model", "--days --by --json token-file"),
+    "models": (models_command, "list the models and aliases", "--json port host alias auth token-file"),
     "doctor": (doctor_command, "check this machine, the way to Claude and the credential",
-               ["--json", "--live", *AT_HAND, "relax-x509"]),
-    "setup": (setup_command, "print the settings for a tool, or a service file", ["name", "port", "api-key"]),
-    "translate": (translate_command, "print what a request would become, without sending it",
-                  ["file", "alias", "no-cache"]),
-    "completion": (completion_command, "print shell completion", ["shell", "typed"]),
-    "selftest": (selftest_command, "check the gateway against its own simulation", []),
+               "--json --live relax-x509 " + AT_HAND),
+    "setup": (setup_command, "print the settings for a tool, or a service file", "name port api-key"),
+    "translate": (translate_command, "print what a request would become, without sending it", "file alias no-cache"),
+    "completion": (completion_command, "print shell completion", "shell typed"),
+    "selftest": (selftest_command, "check the gateway against its own simulation", ""),
 }
 
 
@@ -10046,7 +10020,7 @@ def days_from(text: str) -> int:
 
 
 # Arguments of other commands than `start`; they have no variables.
-EXTRA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
+EXTRA_ARGUMENTS: dict = {
     "--api-key": {"action": "store_true", "dest": "store_key",
                   "help": "ask for an API key of the Claude Console (or read it from standard input), and store that"},
     "--no-browser": {"action": "store_true", "help": "only print the URL to open"},
@@ -10083,7 +10057,7 @@ and so on. A flag wins over its variable."""}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with shell completion, the nearest match for an unknown word, and the usage of the command in use."""
+    """argparse, with shell completion, and the nearest match for an unknown word."""
     commands: Dict[str, Parser] = {}                # of the program's own parser
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -10101,12 +10075,13 @@ class Parser(argparse.ArgumentParser):
             word = (unknown.group(1) or unknown.group(2)).split("=")[0]
             known = {name.lstrip("-"): name for name in [*self.commands, *self._option_string_actions]}
             nearest = difflib.get_close_matches(word.lstrip("-"), known, n=1, cutoff=0.7)
-            message = "unknown: %s.%s" % (word, " Did you mean %s?" % known[nearest[0]] if nearest else
-                                          " The commands are %s." % ", ".join(self.commands) if self.commands else "")
+            hint = " The commands are %s." % ", ".join(self.commands) if self.commands else ""
+            hint = " Did you mean %s?" % known[nearest[0]] if nearest else hint
+            message = "unknown: %s.%s" % (word, hint)
         super().error(as_typed(message.replace("SHELL, typed", "SHELL")))     # the hidden one is not required
 
     def candidates(self, words: Sequence[str]) -> list[str]:
-        """What may stand in the place of the last of these words; none where that is a file or free text."""
+        """What may stand in the place of the last word; none for a file or free text."""
         *before, word = words or [""]
         if before and before[0] in self.commands:
             return self.commands[before[0]].candidates(words[1:])
@@ -10133,15 +10108,16 @@ def argument_parser() -> Parser:
         command = commands.add_parser(name, help=help_text, description=help_text, formatter_class=raw,
                                       epilog=as_typed(EPILOGS.get(name, "")))
         for option in OPTIONS:
-            if option.name in arguments:
-                kind: Dict[str, Any] = {"action": "store_true", "default": None} if not option.metavar else {
-                    "action": "append" if option.repeatable else "store", "metavar": option.metavar,
-                    "choices": option.choices or None}
+            if option.name in arguments.split():
+                kind: dict = {"action": "store_true", "default": None}
+                if option.metavar:
+                    kind = {"action": "append" if option.repeatable else "store", "metavar": option.metavar,
+                            "choices": option.choices or None}
                 text = option.help + "; repeatable" * option.repeatable
-                spellings = ["-" + option.short, "--" + option.name] if option.short else ["--" + option.name]
-                command.add_argument(*spellings, **kind,
-                                     help=text if name == "start" else ELSEWHERE.get(option.name, text))
-        for argument in arguments:
+                text = text if name == "start" else ELSEWHERE.get(option.name, text)
+                short = ["-" + option.short] if option.short else []
+                command.add_argument(*short, "--" + option.name, **kind, help=text)
+        for argument in arguments.split():
             if argument in EXTRA_ARGUMENTS:
                 command.add_argument(argument, **EXTRA_ARGUMENTS[argument])
     parser.commands = commands.choices
