@@ -2889,7 +2889,7 @@ class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas of one block that a read begins with are one event; the first read of a stream has none.
+    `joining`: text deltas of one block that stand side by side in a read are one event.
     """
 
     def __init__(self, joining: bool = False) -> None:
@@ -2904,50 +2904,57 @@ class EventDecoder:
 
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
-        if self._joining and not (self._at_start or self._data) and (not self._held or b"\n\n" in piece):
-            event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
+        while piece:
+            event, piece = self._joined(piece)
             if event:
-                piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
                 yield event
-                if not piece:
-                    return
-        if self._held > MAX_UPSTREAM_BODY:
-            raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
-        self._held += len(piece)
-        if self._skip_newline and piece:
-            piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
-        self._rest.append(piece)
-        # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
-        if b"\r" not in piece and (b"\n" if self._data or self._held > len(piece) else b"\n\n") not in piece:
-            return
-        text = b"".join(self._rest)
-        if self._at_start:
-            text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
-        self._skip_newline = text[-1:] == b"\r"
-        lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
-        self._rest = [lines.pop()]
-        for line in lines:
-            if line[:5] == b"data:":
-                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
-            elif not line and self._data:
-                data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
-                yield json_object_from(data, event=True)
+                continue
+            # line by line up to the next text, where there are several of them
+            first, last = piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')
+            cut = piece.rfind(b"\n\n", 0, first) + 2 if first < last else 0
+            part, piece = (piece[:cut], piece[cut:]) if cut > 1 else (piece, b"")
+            if self._held > MAX_UPSTREAM_BODY:
+                raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
+            self._held += len(part)
+            if self._skip_newline:
+                part, self._skip_newline = (part[1:] if part[:1] == b"\n" else part), False
+            self._rest.append(part)
+            # nothing ends here; what begins here stays whole, as it could be joined with the next
+            if b"\r" not in part and (b"\n" if self._data or self._held > len(part) else b"\n\n") not in part:
+                return
+            text = b"".join(self._rest)
+            if self._at_start:
+                text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
+            self._skip_newline = text[-1:] == b"\r"
+            lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
+            self._rest = [lines.pop()]
+            for line in lines:
+                if line[:5] == b"data:":
+                    self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+                elif not line and self._data:
+                    data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
+                    yield json_object_from(data, event=True)
 
     def close(self) -> Iterator[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
         with contextlib.suppress(UpstreamFault):
             yield from self.feed(b"\n\n")
 
-    def _joined(self, data: bytes) -> tuple[dict | None, bytes]:
-        """The text deltas of one block that `data` begins with, as one event, and what follows them."""
+    def _joined(self, piece: bytes) -> tuple[dict | None, bytes]:
+        """The text deltas of one block that come next, as one event, and what follows them in `piece`."""
+        if not self._joining or self._at_start or self._data or self._held and b"\n\n" not in piece:
+            return None, piece
         texts, at = [], 0                           # type: List[str], int
         try:
-            text = data.decode("utf-8")
-            begin = None if text.startswith(self._text_begins) else TEXT_DELTA.match(text)
-            if begin:
-                self._text_begins, self._index = begin.group(), int(begin.group(1))
-            while text.startswith(self._text_begins, at):
-                words, end = scan_string(text, at + len(self._text_begins))
+            text = (b"".join([*self._rest, piece]) if self._held else piece).decode()
+            while at < len(text):
+                words_at = at + len(self._text_begins)
+                if text[at:words_at] != self._text_begins:
+                    begin = None if texts else TEXT_DELTA.match(text)
+                    if not begin:
+                        break
+                    self._text_begins, self._index, words_at = begin.group(), int(begin.group(1)), begin.end()
+                words, end = scan_string(text, words_at)
                 delta_end = DELTA_END.match(text, end)
                 if not delta_end:
                     break
@@ -2956,10 +2963,11 @@ class EventDecoder:
         except ValueError:                          # it is cut or at fault
             pass
         if not texts:
-            return None, data
+            return None, piece
+        self._rest, self._held = [], 0
         event = {"type": "content_block_delta", "index": self._index,
                  "delta": {"type": "text_delta", "text": "".join(texts)}}
-        return event, text[at:].encode("utf-8") if at < len(text) else b""
+        return event, text[at:].encode() if at < len(text) else b""
 
 
 def events_from_message(message: dict) -> list[dict]:
@@ -2985,6 +2993,9 @@ def added_usage(total: dict, usage: dict) -> dict:
         elif value is not None:
             added[name] = value
     return added
+
+
+BLOCK_STOP = {"type": "content_block_stop"}
 
 
 class MessageAssembler:
@@ -3015,8 +3026,7 @@ class MessageAssembler:
         self.done = False
 
     def whole(self) -> dict:
-        """The message with the counts of all its streams, and those of compactions, which the totals of an answer
-        leave out."""
+        """The message with the counts of all its streams, and of compactions, which an answer's totals leave out."""
         usage = self.message.get("usage") or {}
         for iteration in listed(usage.get("iterations")):
             if text_in(iteration, "type") == "compaction":
@@ -3029,7 +3039,8 @@ class MessageAssembler:
                             model=str(message.get("model", "")))
 
     def _block_start(self, event: dict) -> None:
-        self._join_pieces()
+        if self._block:
+            self._block_stop(BLOCK_STOP)
         block = self._block = dict(event["content_block"])
         texts = ["type", "id", "name"] if block["type"] == "tool_use" else ["type"]
         for field in texts + [field for field in ("text", "thinking") if block.get(field) is not None]:
@@ -3056,21 +3067,16 @@ class MessageAssembler:
             self._block.update({name: value for name, value in delta.items() if name != "type" and value is not None})
 
     def _block_stop(self, event: dict) -> None:
-        if not self._block:
+        block, self._block = self._block, {}
+        if not block:
             raise ValueError("the end of a block that has not begun")
-        self._join_pieces()
-        self._block = {}
-
-    def _join_pieces(self) -> None:
-        """Ends the current block; max_tokens can cut an answer inside one, which then has no stop event."""
         for field, text in self._grown.items():
-            self._block[field] = (self._block.get(field) or "") + text.getvalue()
+            block[field] = (block.get(field) or "") + text.getvalue()
         if self._citations:
-            self._block["citations"] = [*(self._block.get("citations") or ()), *self._citations]
-        partial = self._block.get("partial_json")
-        if partial:
+            block["citations"] = [*(block.get("citations") or ()), *self._citations]
+        if block.get("partial_json"):
             with contextlib.suppress(ValueError):   # cut by max_tokens: the text stays
-                self._block["input"] = json_within_bounds(partial, LENIENT_JSON)
+                block["input"] = json_within_bounds(block["partial_json"], LENIENT_JSON)
         self._grown.clear()
         self._citations = []
 
@@ -3081,7 +3087,8 @@ class MessageAssembler:
                 self.message["usage"][name] = value
 
     def _message_stop(self, event: dict) -> None:
-        self._join_pieces()
+        if self._block:                             # max_tokens can cut an answer inside one
+            self._block_stop(BLOCK_STOP)
         reason = self.message.get("stop_reason")
         if not reason or not isinstance(reason, str):
             raise UpstreamFault("The upstream ended its answer without a stop reason.")
@@ -3147,7 +3154,6 @@ class BareJson:
 
 # an event of Claude's -> what the client gets for it; None where it gets nothing until the end
 Render = Optional[Callable[[dict], List[dict]]]
-BLOCK_STOP = {"type": "content_block_stop"}
 
 
 def arguments_delta(fragment: str) -> dict:
@@ -3427,15 +3433,16 @@ class ChatStream(Renderer):
 
     def event_bytes(self, chunk: dict) -> bytes:
         """`data_event` of a chunk of this stream.  Of one with text only, the parts that all share are made once."""
-        choices = chunk.get("choices")
-        if not choices or list(choices[0]["delta"]) != ["content"] or choices[0]["finish_reason"]:
+        choice = (chunk.get("choices") or [{"delta": {}}])[0]
+        delta = choice["delta"]
+        if "content" not in delta or len(delta) > 1 or choice["finish_reason"]:
             return data_event(chunk)
         if not self._around_text:                   # a quote inside a string would be escaped
-            empty = data_event(dict(chunk, choices=[dict(choices[0], delta={"content": ""})]))
+            empty = data_event(dict(chunk, choices=[dict(choice, delta={"content": ""})]))
             before, after = empty.split(b'"content":""')
             self._around_text = [before + b'"content":', after]
         before, after = self._around_text
-        return before + client_json(choices[0]["delta"]["content"]) + after
+        return before + client_json(delta["content"]) + after
 
     def finish(self) -> list[dict]:
         """The last chunks: citations, a refusal, the finish reason, usage if it was asked for."""
@@ -5079,10 +5086,10 @@ class Peer:
 
     def send(self, data: bytes, wait: Callable[[bool], None]) -> None:
         """Sends all of it; `wait` returns when the socket can be written to (True) or, for TLS, read (False)."""
-        left = memoryview(data)
-        while left:
+        sent = 0
+        while sent < len(data):
             try:
-                left = left[self.sock.send(left):]
+                sent += self.sock.send(memoryview(data)[sent:] if sent else data)
             except ssl.SSLWantReadError:
                 wait(False)
             except (BlockingIOError, ssl.SSLWantWriteError):
@@ -5097,9 +5104,6 @@ class Wait(NamedTuple):
     sock: socket.socket
     seconds: float                                  # without a byte: then the upstream is given up,
     latest: float = math.inf                        # as it is at this time.monotonic()
-
-    def deadline(self, since: float) -> float:
-        return min(since + self.seconds, self.latest)
 
 
 # What a stream yields, its steps: each is what there is to send, and what to wait for before the next one: None, a Wait
@@ -5132,12 +5136,13 @@ class Client:
 
     def wait(self, wait: Wait, writing: bool = False) -> None:
         """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
-        readers, writers = ((), (wait.sock,)) if writing else ((wait.sock,), ())
         now = time.monotonic()
-        deadline = wait.deadline(now)
+        deadline = min(now + wait.seconds, wait.latest)
         while True:
-            client = (self.peer.sock,) if self.peer and self.watched else ()
-            ready = self._polls.ready(readers + client, min(deadline, self.comment_due) - now, writers)
+            client = (self.peer.sock,) if self.watched else ()
+            readers, writers = (client, (wait.sock,)) if writing else ((wait.sock, *client), ())
+            due = min(deadline, self.comment_due) if self.idle_comment else deadline
+            ready = self._polls.ready(readers, due - now, writers)
             if client and client[0].fileno() in ready:
                 self.check()
             if wait.sock.fileno() in ready:
@@ -5160,7 +5165,7 @@ class Client:
         deadline = time.monotonic() + seconds
         while True:
             left = max(0.0, deadline - time.monotonic())
-            if not self.peer or not self.watched:
+            if not self.watched:
                 time.sleep(left)
             elif self._polls.ready((self.peer.sock,), left):
                 self.check()
@@ -5328,7 +5333,7 @@ class BodyFraming:
     def __init__(self, chunked: bool, length: int | None) -> None:
         self._chunked = chunked
         self._left = 0 if chunked else length       # bytes of the chunk or body; None: until the connection ends
-        self._in_chunk, self._in_trailers, self._trailers = False, False, 0
+        self._in_chunk, self._in_trailers, self._trailers = not chunked, False, 0      # a length makes one chunk
         self.done = length == 0 and not chunked
         self.rest = b""                             # a line that has only begun; behind the end, what is not the body's
         self.surplus = self.done                    # more came than the body, or might have where nothing is read
@@ -5336,16 +5341,16 @@ class BodyFraming:
     def feed(self, data: bytes) -> bytes:
         """The part of `data` that is body, however the bytes were cut; extensions and trailers of chunks are ignored.
         Raises UpstreamFault for a chunk that does not hold together (RFC 9112, 7.1)."""
-        if not self._chunked:
-            return self._by_length(data)
+        if self._left is None:
+            return data
         data, at = self.rest + data if self.rest else data, 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
             usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
             if usual:
                 begin = usual.end()
-                end = begin + int(usual.group(1), 16)
-                if data.startswith(b"\r\n", end):   # a whole chunk, or the end without trailers
+                end = begin + int(usual[1], 16)
+                if data[end:end + 2] == b"\r\n":    # a whole chunk, or the end without trailers
                     pieces.append(data[begin:end])
                     self.done, at = begin == end, end + 2
                     continue
@@ -5354,6 +5359,7 @@ class BodyFraming:
                 pieces.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
+                self.done = not self._chunked and not self._left
                 continue
             end = data.find(b"\n", at) + 1
             if not end or end - at > self.LONGEST_LINE:
@@ -5371,16 +5377,6 @@ class BodyFraming:
         if self._left is not None:
             raise UpstreamFault(BROKE_OFF)
         self.done = self.surplus = True             # nothing can follow on this connection
-
-    def _by_length(self, data: bytes) -> bytes:
-        if self._left is None:
-            return data
-        self.rest = data[self._left:]
-        self.surplus = bool(self.rest)
-        data = data[:self._left]
-        self._left -= len(data)
-        self.done = not self._left
-        return data
 
     def _line(self, line: bytes) -> None:
         """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
@@ -5496,7 +5492,7 @@ class UpstreamConnection(Peer):
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
         if not (target.isascii() and target.isprintable()) or " " in target:
             raise UpstreamFault("The upstream's address is an invalid URL: %s" % printable(target))
-        lines = ["%s %s HTTP/1.1" % (method, target), *["%s: %s" % each for each in headers.items()], "\r\n"]
+        lines = ["%s %s HTTP/1.1" % (method, target), *map(": ".join, headers.items()), "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
         # one of usual size in a single piece; to copy more would cost more than a second call
         for data in ([head + body] if len(body) <= READ_SIZE else [head, body]):
@@ -5971,7 +5967,11 @@ class RunningStream:
         """When there is something to do even if nothing happens."""
         if self.unsent:
             return self.client.write_deadline
-        return min(self.wait.deadline(self.since) if self.wait else math.inf, self.client.comment_due)
+        return min(self.given_up_at, self.client.comment_due)
+
+    @property
+    def given_up_at(self) -> float:
+        return min(self.since + self.wait.seconds, self.wait.latest) if self.wait else math.inf
 
 
 class EventLoop:
@@ -5999,7 +5999,8 @@ class EventLoop:
                     if self._thread is None:
                         self._start()
                     self._new.append(stream)
-                    self._ring()
+                    if len(self._new) == 1:         # else it has been rung
+                        self._ring()
                     return
             except (OSError, RuntimeError) as fault:
                 reason = "The gateway is out of threads or descriptors: %s." % fault
@@ -6014,9 +6015,8 @@ class EventLoop:
                 return
             self._ring()
         thread.join()
-        self._selector.close()
-        self._bell.close()
-        self._button.close()
+        for each in (self._selector, self._bell, self._button):
+            each.close()
 
     def _start(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -6038,13 +6038,11 @@ class EventLoop:
                 self._with(stream, self._move)
             happened = self._selector.select(0.0 if self._ready else self._check_at - self._now)
             self._now = time.monotonic()
-            for key, events in happened:
+            for key, _ in happened:
                 if key.data is None:
                     self._bell.recv(4_096)
-                elif key.fileobj is key.data.sock:
-                    self._with(key.data, self._look_after_client, events)
                 else:
-                    self._with(key.data, self._move)
+                    self._with(key.data, self._look_after_client if key.fileobj is key.data.sock else self._move)
             while self._new:
                 stream = self._new.popleft()
                 self._streams.add(stream)
@@ -6054,12 +6052,12 @@ class EventLoop:
         for stream in [*self._streams, *self._new]:
             self._end(stream, False, busy("The gateway stops."))
 
-    def _with(self, stream: RunningStream, work: Callable[..., None], *details: int) -> None:
+    def _with(self, stream: RunningStream, work: Callable[[RunningStream], None]) -> None:
         """Works on a stream; whatever goes wrong is reported to its client and to no other."""
         if stream not in self._streams:             # ended by what happened a moment ago
             return
         try:
-            work(stream, *details)
+            work(stream)
         except BaseException as failure:
             self._end(stream, False, failure)
 
@@ -6091,11 +6089,11 @@ class EventLoop:
         except OSError:
             raise ClientGone from None
 
-    def _look_after_client(self, stream: RunningStream, events: int) -> None:
+    def _look_after_client(self, stream: RunningStream) -> None:
         """The client reads again, or has sent something, or has gone."""
-        if events & selectors.EVENT_READ and stream.client.watched:
+        if stream.client.watched:
             stream.client.check()
-        if events & selectors.EVENT_WRITE:
+        if stream.unsent:
             self._send(stream, stream.unsent)
             stream.since = self._now                # nothing was read meanwhile
         if stream.unsent or stream.wait:
@@ -6132,7 +6130,7 @@ class EventLoop:
     def _look_after_silence(self, stream: RunningStream) -> None:
         if stream.unsent:
             raise ClientGone                        # it does not read
-        if stream.wait and self._now >= stream.wait.deadline(stream.since):
+        if stream.wait and self._now >= stream.given_up_at:
             raise silence(stream.wait)
         self._send(stream, stream.client.idle_comment)
         self._register(stream)
@@ -6592,9 +6590,8 @@ class Exchange:
                 raise
             yield rendered, None if self.assembler.done else wait
             if self.assembler.done:
-                break
-        else:
-            raise UpstreamFault("The upstream ended its answer without message_stop.")
+                return
+        raise UpstreamFault("The upstream ended its answer without message_stop.")
 
     def _event_batches(self) -> Iterator[Any]:
         """Events as they arrive, also when the upstream answers in JSON."""
