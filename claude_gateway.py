@@ -2910,7 +2910,7 @@ class EventDecoder:
                 yield event
                 continue
             # line by line up to the next text, where there are several of them
-            first, last = piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')
+            first, last = (piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')) if self._joining else (0, 0)
             cut = piece.rfind(b"\n\n", 0, first) + 2 if first < last else 0
             part, piece = (piece[:cut], piece[cut:]) if cut > 1 else (piece, b"")
             if self._held > MAX_UPSTREAM_BODY:
@@ -7840,13 +7840,23 @@ class StreamedReply:
             self.headers["transfer-encoding"] = "chunked"
         self.idle_comment = self._wire(IDLE_COMMENT) if reply.idle_comments else b""
 
-    def steps(self) -> Iterator[Any]:
-        """The same steps with bytes to send, the end of the body included."""
-        for data, wait in self._reply.steps or ():
-            if isinstance(data, list):              # events that arrive together leave together
-                data = b"".join(map(self._reply.event_bytes, data))
-            yield self._wire(data), wait
-        yield self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b""), None
+    def steps(self, head: bytes) -> Iterator[Any]:
+        """The same steps with bytes to send, head and end included; what nothing is waited for between leaves at once."""
+        ready = head
+        try:
+            for data, wait in self._reply.steps or ():
+                if isinstance(data, list):
+                    data = b"".join(map(self._reply.event_bytes, data))
+                ready += self._wire(data)
+                if wait or len(ready) > READ_SIZE:
+                    yield ready, None if wait is NEEDS_THREAD else wait
+                    ready = b""
+                if wait is NEEDS_THREAD:
+                    yield b"", wait
+        except Exception:                           # whatever it is: what came before it is the client's
+            yield ready, None
+            raise
+        yield ready + self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b""), None
 
     def failure(self, failure: GatewayError) -> bytes:
         """An event that SDKs raise, and the end; a body of another kind is cut, so that nobody takes it for whole."""
@@ -8052,8 +8062,8 @@ class RequestCycle:
         if reply.steps is not None:
             chunked = self._head.version == "1.1"
             stream, self.keep_alive = StreamedReply(reply, chunked), self.keep_alive and chunked
-            self.client.send(self._head_bytes(200, stream.headers))
-            self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
+            self._stream, self.client.idle_comment = stream, stream.idle_comment
+            self.steps = stream.steps(self._head_bytes(200, stream.headers))
             return self._go_on()
         if reply.raw is None:
             LOG.debug("to the client: %s", reply.body)
