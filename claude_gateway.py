@@ -231,6 +231,16 @@ def percent(part: int, whole: int) -> int:
     return round(100 * part / whole) if whole else 0
 
 
+def close_all(closers: list[Callable[[], Any]]) -> None:
+    """Calls and removes all of them, the last one first, whatever goes wrong in another."""
+    try:
+        while closers:
+            closers.pop()()
+    finally:
+        if closers:
+            close_all(closers)
+
+
 def value_in(value: Any, *path: str) -> Any:
     """The value at a path of keys, None where there is none."""
     for name in path:
@@ -246,7 +256,7 @@ def text_in(value: Any, *path: str) -> str | None:
 
 def count_of(value: Any) -> int:
     """A count, 0 for what is none, or none that can be true."""
-    return value if type(value) is int and 0 < value < 1e12 else 0
+    return value if type(value) is int and 0 < value < 10 ** 12 else 0
 
 
 def count_in(value: Any, *path: str) -> int:
@@ -277,7 +287,7 @@ def masked(text: str, secrets_known: Iterable[str]) -> str:
     for secret in secrets_known:
         if len(secret) >= 4:
             text = text.replace(secret, "***")
-            if not SAME_IN_JSON.match(secret):
+            if "\\" in text and not SAME_IN_JSON.match(secret):
                 for form in (json.dumps(secret), json.dumps(secret, ensure_ascii=False)):
                     text = text.replace(form[1:-1], "***")
     return SECRET_SHAPES.sub("***", text) if "sk-ant-" in text or "earer " in text else text
@@ -312,10 +322,11 @@ def dollars(amount: float) -> str:
     return "$0.00" if not text.strip("0.") else ("-$" if amount < 0 else "$") + text
 
 
+@functools.lru_cache(maxsize=64)
 def unix_time(moment: str) -> int | None:
     """The seconds of an RFC 3339 time or date in UTC, None where it is none."""
     match = re.match(r"(\d{4})-(\d\d)-(\d\d)(?:T(\d\d):(\d\d):(\d\d))?", moment)
-    try:                                            # four of them come with every answer; strptime takes 15 us each
+    try:
         return calendar.timegm(tuple(map(int, match.groups("0")))) if match else None
     except ValueError:
         return None
@@ -567,15 +578,13 @@ OPENAI_HEADERS = {
 def headers_from_claude(headers: dict[str, str]) -> dict[str, str]:
     """The headers of Claude's answer as OpenAI writes them: resets as "1m30s"."""
     known = {}
-    for theirs, ours in OPENAI_HEADERS.items():
-        value = headers.get(theirs)
-        if not value:
-            continue
+    for theirs in filter(headers.get, OPENAI_HEADERS):
+        value = headers[theirs]
         then = unix_time(value) if theirs.endswith("reset") else None
         if then is not None:
             seconds = max(0, round(then - time.time()))
             value = "%dm%ds" % divmod(seconds, 60) if seconds >= 60 else "%ds" % seconds
-        known[ours] = printable(value)
+        known[OPENAI_HEADERS[theirs]] = printable(value)
     return known
 
 
@@ -974,11 +983,16 @@ def lesson_from_refusal(model: Model, refusal: ClaudeError) -> dict | None:
 # InvalidRequest that names its path.  What cannot be translated is reported in `Changes`.
 
 
+def invalid(path: str, problem: str, code: str = "invalid_value") -> InvalidRequest:
+    """The error for what stands at a path of the request."""
+    return InvalidRequest("%s: %s" % (path, problem), path, code)
+
+
 def wrong(path: str, wanted: str, value: Any) -> InvalidRequest:
-    """The error for a value of the wrong type or range."""
+    """The error for a value of the wrong type."""
     kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     got = kinds.get(type(value), "a number")
-    return InvalidRequest("%s: expected %s, got %s." % (path, wanted, got), path, "invalid_type")
+    return invalid(path, "expected %s, got %s." % (wanted, got), "invalid_type")
 
 
 def optional(check: Callable[[Any, str], Any], value: Any, path: str, otherwise: Any = None) -> Any:
@@ -1026,19 +1040,19 @@ def anything(value: Any, path: str) -> Any:
 def number_of(value: Any, path: str) -> float:
     """A number, also one that a client wrote as a string."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong(path, "a number", value)
     if not abs(value) < 1e300:
-        raise InvalidRequest("%s: this number is out of range." % path, path, "invalid_value")
+        raise invalid(path, "this number is out of range.")
     return value
 
 
 def integer_of(value: Any, path: str) -> int:
     number = number_of(value, path)
     if number != int(number):
-        raise InvalidRequest("%s: expected a whole number." % path, path, "invalid_type")
+        raise invalid(path, "expected a whole number.", "invalid_type")
     return int(number)
 
 
@@ -1064,7 +1078,7 @@ def one_of(*values: str) -> Callable[[Any, str], str]:
     """The check for a field that accepts a few values."""
     def check(value: Any, path: str) -> str:
         if text_of(value, path) not in values:
-            raise InvalidRequest("%s: expected one of %s." % (path, ", ".join(values)), path, "invalid_value")
+            raise invalid(path, "expected one of %s." % ", ".join(values))
         return value
     return check
 
@@ -1075,8 +1089,7 @@ def effort_of(value: Any, path: str) -> str | None:
         return optional(effort_of, value.get("effort"), path + ".effort")
     effort = text_of(value, path).lower()
     if effort not in EFFORTS + ("none", "minimal", "default", "auto", ""):
-        raise InvalidRequest("%s: expected none, minimal, low, medium, high, xhigh or max." % path, path,
-                             "invalid_value")
+        raise invalid(path, "expected none, minimal, low, medium, high, xhigh or max.")
     return None if effort in ("default", "auto", "") else effort
 
 
@@ -1162,6 +1175,10 @@ PARAMETERS = {
                      "include_reasoning"), Parameter(anything, IGNORED)),
 }
 UNKNOWN = Parameter(anything, DROPPED)
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+# Those that ask nothing of the answer but its length.
+PLAIN = {"model", "messages", "input", "instructions", "previous_response_id", "include", "stream", "stream_options",
+         *OUTPUT_LIMITS}
 # The fields inside of a parameter that mean something here; every other one is reported.
 INSIDE = {"reasoning": ("effort", "max_tokens", "enabled", "exclude", "summary", "generate_summary", "context"),
           "text": ("format", "verbosity"), "stream_options": ("include_usage", "include_obfuscation"),
@@ -1174,11 +1191,11 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
     """The parameters of a request that are translated, checked and without nulls; the others are reported."""
     fields = {}
     for name, value in body.items():
+        if value is None:
+            continue
         parameter = PARAMETERS.get(name, UNKNOWN)
         if parameter.api not in ("", api):
             parameter = UNKNOWN._replace(default=parameter.default)
-        if value is None:
-            continue
         value = parameter.check(value, name)
         if parameter.fate == READ:
             fields[name] = value
@@ -1188,7 +1205,7 @@ def read_parameters(body: dict, api: str, changes: Changes) -> dict:
         elif parameter.fate == IGNORED:
             changes.ignored.append(name)
         elif parameter.fate == REFUSED and value != parameter.default:
-            raise InvalidRequest("%s: %s." % (name, parameter.why), name, "unsupported_value")
+            raise invalid(name, parameter.why + ".", "unsupported_value")
         elif value != parameter.default:
             changes.add("dropped", name, parameter.why)
     return fields
@@ -1215,14 +1232,16 @@ FITTING = {more: (re.compile(r"[A-Za-z0-9_%s-]{1,64}\Z" % more), re.compile(r"[^
 
 
 class ToolNames:
-    """Names of tools, or of the properties of one, there and back: what Claude accepts stays, others get a name that
-    fits.  `more`: a key of FITTING."""
+    """Names of tools or of properties, there and back: some get one that Claude accepts.  `more`: a key of FITTING."""
 
     def __init__(self, declared: Sequence[str] = (), taken: Sequence[str] = (), more: str = "") -> None:
         self._fit, self._unfit = FITTING[more]
-        self._there = {name: name for name in declared if self._fit.match(name) and name not in taken}
-        self._back = dict(self._there, **{name: name for name in taken})
-        self._counts = dict.fromkeys(self._back, 1)
+        self._there: Dict[str, str] = {}
+        self._back = dict(zip(taken, taken))
+        self._counts = dict.fromkeys(taken, 1)
+        for name in declared:
+            if self._fit.match(name) and name not in taken:
+                self.there(name)                    # as it is, whatever the others become
         for name in declared:
             self.there(name)
 
@@ -1285,29 +1304,10 @@ class Recall(NamedTuple):
     refused: Callable[[str], bool] = lambda mark: False     # whether Claude refused a thinking block, by its mark
 
 
-class Draft:
-    """A request in the making: what the functions below share while they translate one conversation."""
-
-    def __init__(self, model: Model, changes: Changes, declared: Sequence[Declared], search: Sequence[dict],
-                 recall: Recall | None) -> None:
-        self.model = model
-        self.changes = changes
-        self.declared = declared                    # the client's tools
-        self.search = search                        # Claude's web search, if it is wanted
-        self.tools = list(search)                   # of the Messages request
-        self.names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in search])
-        self.plan = ReplyPlan(self.names, [tool.full_name for tool in declared if tool.custom],
-                              {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
-        self.recall = recall or Recall()
-        self.lenient = False                        # media that Claude refuses become a note: nobody can take them back
-        self.instructions: List[str] = []           # for this request only, so after the last cache breakpoint
-        self.compact = False                        # a summary of the conversation is wanted, not an answer
-
-
 @dataclasses.dataclass
 class ReplyPlan:
     """What the way back has to know of the way there.  Tools are meant by the client's names."""
-    names: ToolNames
+    names: ToolNames = dataclasses.field(default_factory=ToolNames)
     custom_tools: Sequence[str] = ()                # tools whose input is a bare string
     namespaces: Dict[str, Tuple[str, str]] = dataclasses.field(default_factory=dict)    # full name -> group, name
     properties: Dict[str, ToolNames] = dataclasses.field(default_factory=dict)  # tool -> their names, if mapped
@@ -1315,6 +1315,21 @@ class ReplyPlan:
     forced_tool: str = ""                           # the text of the reply is the arguments of this tool
     bare_json: bool = False                         # cut the reply's text down to the JSON object in it
     prewarm: bool = False                           # the cache is filled; there is no answer, and that is no failure
+
+
+@dataclasses.dataclass
+class Draft:
+    """A request in the making: what the functions below share while they translate one conversation."""
+    model: Model
+    changes: Changes
+    recall: Callable[[], Recall]
+    plan: ReplyPlan = dataclasses.field(default_factory=ReplyPlan)
+    declared: Sequence[Declared] = ()               # the client's tools
+    search: Sequence[dict] = ()                     # Claude's web search, if it is wanted
+    tools: Sequence[dict] = ()                      # of the Messages request
+    lenient: bool = False                           # media that Claude refuses become a note: nobody can take them back
+    instructions: List[str] = dataclasses.field(default_factory=list)   # for this request only: after the last mark
+    compact: bool = False                           # a summary of the conversation is wanted, not an answer
 
 
 class Translation(NamedTuple):
@@ -1356,17 +1371,19 @@ def place_breakpoints(request: dict, fields: dict, ours: bool, draft: Draft) -> 
     the request before this one ended with (so that its cache is found even when a long agent turn lies between: Claude
     looks back only 20 blocks), the system text and the tools."""
     in_front, in_turns = marked_blocks(request)
-    surplus = len(in_front) + len(in_turns) - MOST_BREAKPOINTS
-    if surplus > 0:
-        for block in (in_turns + in_front)[:surplus]:
+    free = MOST_BREAKPOINTS - len(in_front) - len(in_turns)
+    if free < 0:
+        for block in (in_turns + in_front)[:-free]:
             del block["cache_control"]
-        draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % surplus)
+        draft.changes.add("dropped", "cache_control", "more than four marks: the oldest %d" % -free)
     options = fields.get("prompt_cache_options") or {}
     if ours and options.get("mode") != "explicit":
-        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark_from(fields) or MARK
-        wanted = our_breakpoints(request, bool(draft.instructions))
-        for block in [block for block in wanted if "cache_control" not in block][:max(0, -surplus)]:
-            block["cache_control"] = dict(mark)
+        mark = "cache_control" in fields and mark_from(fields) or MARK
+        mark = MARK_OF_AN_HOUR if options.get("ttl") in ABOUT_AN_HOUR else mark
+        for block in our_breakpoints(request, bool(draft.instructions)):
+            if free > 0 and not ("cache_control" in block or block.get("type") in THINKING):
+                block["cache_control"] = dict(mark)
+                free -= 1
     if in_front or in_turns:                        # ours alone share one lifetime
         mark = MARK
         for block in reversed(sum(marked_blocks(request), [])):     # one of 1h may not follow one of 5m
@@ -1380,23 +1397,24 @@ def our_breakpoints(request: dict, instructed: bool) -> list[dict]:
     last = len(messages) - 1
     while instructed and messages[last]["role"] != "user":
         last -= 1                                   # the instruction goes in front of system text and prefill
-    asked = max([at for at in range(1, last + 1) if messages[at]["role"] == "assistant"], default=0)
-    ends = [messages[at]["content"][-1] for at in dict.fromkeys((last, asked - 1)) if at >= 0]
-    ends = [block for block in ends if block["type"] not in THINKING]
+    asked = last - 1                                # the end of the request before this one
+    while asked >= 0 and messages[asked + 1]["role"] != "assistant":
+        asked -= 1
+    ends = [messages[at]["content"][-1] for at in (last, asked) if at >= 0]
     return ends + request.get("system", [])[-1:] + request.get("tools", [])[-1:]
 
 
 def marked_blocks(request: dict) -> tuple[list[dict], list[dict]]:
     """The blocks with a mark, in the order of the prompt: of tools and system text, and of the turns."""
+    in_front = request.get("tools", []) + request.get("system", [])
     turns: list[dict] = []
     for message in request["messages"]:
         for block in message["content"]:
             if block["type"] == "tool_result":
-                turns += listed(block.get("content"))
-            turns.append(block)
-    in_front = request.get("tools", []) + request.get("system", [])
-    return ([block for block in in_front if "cache_control" in block],
-            [block for block in turns if "cache_control" in block])
+                turns += [inner for inner in listed(block.get("content")) if "cache_control" in inner]
+            if "cache_control" in block:
+                turns.append(block)
+    return [block for block in in_front if "cache_control" in block], turns
 
 
 # ---- Content -----------------------------------------------------------------------------------------
@@ -1449,15 +1467,14 @@ def private_literal(host: str) -> bool:
 def checked_url(url: str, path: str) -> str:
     """A web address that may be handed on: http or https, and not of this machine or network by its spelling."""
     if not HTTP_URL.match(url):
-        raise InvalidRequest("%s: %r: expected an http or https address or a data URL." % (path, url[:200]), path,
-                             "invalid_image_url")
+        raise invalid(path, "%r: expected an http or https address or a data URL." % url[:200], "invalid_image_url")
     host = ""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         host = urllib.parse.urlsplit(url).hostname or ""
     in_brackets = "[" in url.partition("//")[2].partition("/")[0]
     if not host or in_brackets and ":" not in host or is_loopback_host(host) or private_literal(host):
-        raise InvalidRequest("%s: %r: addresses of this machine or a private network are not fetched." %
-                             (path, url[:200]), path, "invalid_image_url")
+        raise invalid(path, "%r: addresses of this machine or a private network are not fetched." % url[:200],
+                      "invalid_image_url")
     scheme, colon, rest = url.partition(":")
     return scheme.lower() + colon + rest
 
@@ -1467,7 +1484,7 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
     data = re.sub(r"\s+", "", data).replace("-", "+").replace("_", "/").rstrip("=")
     data += "=" * (-len(data) % 4)
     if not re.match(r"[A-Za-z0-9+/]+={0,2}\Z", data) or len(data.rstrip("=")) % 4 == 1:
-        raise InvalidRequest("%s: not valid base64." % path, path, "invalid_base64")
+        raise invalid(path, "not valid base64.", "invalid_base64")
     found = media_type_of(base64.b64decode(data[:2_000]))
     declared = {"image/jpg": "image/jpeg"}.get(declared, declared)      # a common spelling, not a mistake
     source = {"type": "base64", "media_type": found, "data": data}
@@ -1477,16 +1494,16 @@ def blocks_from_base64(data: str, declared: str, title: str, path: str, draft: D
         if declared not in ("", found):
             draft.changes.add("repaired", path, "%s is %s by its bytes" % (declared, found))
         return [{"type": "image", "source": source}]
-    with contextlib.suppress(UnicodeDecodeError):
+    with suppress(UnicodeDecodeError):
         text = base64.b64decode(data).decode("utf-8-sig")
         if "\0" not in text:
             if declared.startswith("image/"):       # SVG
                 draft.changes.add("changed", path, "%s to text" % declared)
             return text_document(text, title)
     known = declared in ("application/pdf", *IMAGE_TYPES) or declared.startswith("text/")
-    raise InvalidRequest("%s: Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % (
-        path, "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"),
-        path, "unsupported_file")
+    found = "declared %s, but its bytes are none of these" % declared if known else declared or "none of them"
+    raise invalid(path, "Claude accepts JPEG, PNG, GIF and WebP images, PDF files and UTF-8 text; this is %s." % found,
+                  "unsupported_file")
 
 
 def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "image") -> list[dict]:
@@ -1494,7 +1511,7 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
     if url[:5].lower() == "data:":
         head, comma, data = url[5:].partition(",")
         if not comma:
-            raise InvalidRequest("%s: a data URL needs a comma before its data." % path, path, "invalid_value")
+            raise invalid(path, "a data URL needs a comma before its data.")
         data = urllib.parse.unquote(data) if "%" in data else data
         if head.lower().endswith(";base64"):
             return blocks_from_base64(data, head.split(";")[0].strip().lower(), title, path, draft)
@@ -1506,8 +1523,7 @@ def blocks_from_url(url: str, title: str, path: str, draft: Draft, kind: str = "
 
 
 def no_stored_files(path: str) -> InvalidRequest:
-    return InvalidRequest("%s.file_id: no files are stored here; send the file itself." % path, path + ".file_id",
-                          "unsupported_value")
+    return invalid(path + ".file_id", "no files are stored here; send the file itself.", "unsupported_value")
 
 
 def source_part(part: dict, path: str, draft: Draft) -> list[dict]:
@@ -1555,12 +1571,12 @@ def file_part(part: dict, path: str, draft: Draft) -> list[dict]:
             return blocks_from_url(text_at(file, name, path), title, path + "." + name, draft, "document")
     if file.get("file_id") is not None:
         raise no_stored_files(path)
-    raise InvalidRequest("%s: expected file_data." % path, path, "missing_required_parameter")
+    raise invalid(path, "expected file_data.", "missing_required_parameter")
 
 
 def refused_part(part: dict, path: str, draft: Draft) -> list[dict]:
-    raise InvalidRequest("%s: Claude does not accept %s; send its transcript or frames instead." % (
-        path, "video" if part["type"] == "video_url" else "sound"), path, "unsupported_value")
+    kind = "video" if part["type"] == "video_url" else "sound"
+    raise invalid(path, "Claude does not accept %s; send its transcript or frames instead." % kind, "unsupported_value")
 
 
 def thinking_block(block: Any, text: str = "thinking") -> list[dict]:
@@ -1642,7 +1658,7 @@ def content_of_result(content: Any, path: str, draft: Draft) -> Any:
         content = blocks_from_content(content, path, draft)
     elif isinstance(content, str):
         parts = parts_in_text(content)
-        with contextlib.suppress(InvalidRequest):   # it only looked like parts
+        with suppress(InvalidRequest):   # it only looked like parts
             content = blocks_from_content(parts, path, draft) if parts else content
     else:
         content = "" if content is None else json.dumps(content, ensure_ascii=False)
@@ -1742,8 +1758,7 @@ def root_schema(parameters: Any, path: str, name: str, draft: Draft) -> dict:
             draft.changes.add("repaired", path, "%s at the root of the schema of %s" % (composition, name))
             schema = merged_root(schema, composition)
     if "object" not in (schema.get("type", "object"), *listed(schema.get("type"))):
-        raise InvalidRequest("%s.type: the parameters of tool %s must be an object." % (path, name), path + ".type",
-                             "invalid_value")
+        raise invalid(path + ".type", "the parameters of tool %s must be an object." % name)
     schema = dict(schema, type="object",
                   properties=optional(object_of, schema.get("properties"), path + ".properties", {}))
     return schema if listed(schema.get("required")) else without(schema, "required")
@@ -1887,7 +1902,7 @@ def declared_function(tool: dict, path: str, namespace: str) -> Declared:
     function, path = nested_in(tool, "function", path)
     name = text_at(function, "name", path)
     if not name.strip():
-        raise InvalidRequest("%s.name: must not be empty." % path, path + ".name", "invalid_value")
+        raise invalid(path + ".name", "must not be empty.")
     strict = optional(boolean_of, function.get("strict", tool.get("strict")), path + ".strict", False)
     schema = function.get("parameters", function.get("input_schema"))
     return Declared(path, name, text_at(function, "description", path, ""), schema, strict, False, tool, namespace)
@@ -1966,7 +1981,7 @@ def tools_from_declared(draft: Draft) -> list[dict]:
     tools: list[dict] = []
     strict: list[Subset] = []
     for entry in draft.declared:
-        name = draft.names.there(entry.full_name)
+        name = draft.plan.names.there(entry.full_name)
         if name != entry.full_name and not entry.namespace:
             draft.changes.add("changed", entry.path + ".name", "%s to %s, and back" % (entry.name, name))
         schema = root_schema(entry.parameters, entry.path + ".parameters", entry.name, draft)
@@ -1980,7 +1995,7 @@ def tools_from_declared(draft: Draft) -> list[dict]:
     return tools
 
 
-def web_search_tool(fields: dict, entries: Iterable[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
+def web_search_tool(fields: dict, entries: list[tuple[str, dict]], model: Model, changes: Changes) -> list[dict]:
     """Claude's web search for `web_search_options` or a web search tool of another API."""
     path, options, most = "web_search_options", fields.get("web_search_options"), fields.get("max_tool_calls")
     for where, tool in entries:
@@ -2024,17 +2039,17 @@ def search_domains(options: dict, path: str, changes: Changes) -> dict:
     return lists
 
 
-def draft_from(fields: dict, model: Model, changes: Changes, recall: Recall | None,
-               more: Iterable[tuple[str, dict]] = ()) -> Draft:
-    """The draft of a request, with the tools of `tools` and the legacy `functions`, and more tools."""
+def read_tools(fields: dict, draft: Draft, more: Iterable[tuple[str, dict]] = ()) -> None:
+    """Reads the tools of `tools` and the legacy `functions`, and more tools, into the draft of a request."""
     entries = [entry for name in ("tools", "functions") if name in fields for entry in entries_of(fields[name], name)]
     entries += more
-    declared = declared_tools(entries, changes) if entries else []
-    draft = Draft(model, changes, declared, web_search_tool(fields, entries, model, changes), recall)
-    if declared:
-        draft.tools = tools_from_declared(draft) + draft.tools
+    draft.declared = declared = declared_tools(entries, draft.changes)
+    draft.search = web_search_tool(fields, entries, draft.model, draft.changes)
+    names = ToolNames([tool.full_name for tool in declared], [tool["name"] for tool in draft.search])
+    draft.plan = ReplyPlan(names, [tool.full_name for tool in declared if tool.custom],
+                           {tool.full_name: (tool.namespace, tool.name) for tool in declared if tool.namespace})
     draft.plan.legacy_functions = bool(fields.get("functions")) and not fields.get("tools")
-    return draft
+    draft.tools = [*tools_from_declared(draft), *draft.search]
 
 
 def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
@@ -2044,7 +2059,7 @@ def tools_from_history(messages: list[dict], draft: Draft) -> list[dict]:
     if not calls:
         return []
     draft.changes.add("repaired", "tools", "the history uses tools that the request does not define")
-    tools = draft.recall.tools([call["id"] for call in calls])
+    tools = draft.recall().tools([call["id"] for call in calls])
     known = {tool["name"] for tool in tools}
     return tools + [{"name": name, "input_schema": {"type": "object", "properties": {}}}
                     for name in dict.fromkeys(call["name"] for call in calls) if name not in known]
@@ -2094,14 +2109,14 @@ def closed(fragment: str) -> str:
 
 def json_in(text: str) -> tuple[Any, bool]:
     """JSON text as a value, as far as it goes where it is cut, and whether it is.  Raises ValueError."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return json_within_bounds(text), False
     return json_within_bounds(closed(text)), True
 
 
 def object_in(text: str) -> dict | None:
     """The JSON object in a text, as far as it goes; None where there is none."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         value, _ = json_in(text)
         return value if isinstance(value, dict) else None
     return None
@@ -2128,16 +2143,10 @@ def input_from_arguments(arguments: Any, path: str, draft: Draft) -> dict:
     return {} if whole is None else {"value": whole}
 
 
-def same_answer(earlier: list[dict], blocks: list[dict]) -> bool:
-    """Whether a remembered answer is what the client sends back, so that it may be replayed as it was."""
-    def gist(some: list[dict]) -> tuple:
-        return ("".join(block["text"] for block in some if block["type"] == "text").strip(),
-                [(block["id"], block["name"], block["input"]) for block in some if block["type"] == "tool_use"])
-    return gist(earlier) == gist(blocks)
-
-
-def call_ids_of(content: list[dict]) -> list[str]:
-    return [block["id"] for block in content if block["type"] == "tool_use"]
+def gist_of(blocks: list[dict]) -> tuple:
+    """The text and calls of an answer: where a client sends them back as they were, it may be replayed."""
+    return ("".join(block["text"] for block in blocks if block["type"] == "text").strip(),
+            [(block["id"], block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"])
 
 
 def blocks_for_claude(content: list[dict], *unwanted: str) -> list[dict]:
@@ -2150,10 +2159,6 @@ def lost_blocks(content: list[dict]) -> list[dict]:
     """All blocks of an answer of which OpenAI's messages would lose some, in order to replay it; else []."""
     lost = any(block["type"] not in ("text", "tool_use") for block in content)
     return blocks_for_claude(content, "caller") if lost else []
-
-
-def has_compaction(blocks: list[dict]) -> bool:
-    return "compaction" in [block["type"] for block in blocks]
 
 
 def add_turn(messages: list[dict], role: str, blocks: list[dict]) -> None:
@@ -2186,7 +2191,7 @@ class Conversation:
         self._turns: List[Turn] = []
         # by the client's id, by name, and all by no name: the calls of the latest turn with one such
         self._calls: Dict[Tuple[str, str], Deque[Call]] = {}
-        self._call_ids: Dict[str, int] = {}         # how often each was wanted
+        self.call_ids: Dict[str, int] = {}          # how often each was wanted
         self.system: List[dict] = []
         self.summary: List[dict] = []               # stands for all that came before: a compaction block, or text
 
@@ -2202,8 +2207,8 @@ class Conversation:
     def call(self, raw_id: str, function: Any, path: str) -> dict:
         """A tool call of the assistant: `function` has its name and arguments.  Returns its tool_use block."""
         function = object_of(function, path)
-        name = self._draft.names.there(text_at(function, "name", path))
-        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self._call_ids)
+        name = self._draft.plan.names.there(text_at(function, "name", path))
+        turn, call_id = self._turn("assistant"), numbered(fitting_call_id(raw_id or "call_" + path), self.call_ids)
         arguments = input_from_arguments(function.get("arguments"), path + ".arguments", self._draft)
         properties = self._draft.plan.properties.get(function["name"])
         arguments = properties.renamed(arguments) if properties else arguments
@@ -2244,22 +2249,25 @@ class Conversation:
     def messages(self) -> list[dict]:
         """The messages: results first and complete, system text in its place, a user turn at the front."""
         turns = [turn for turn in self._turns if turn.blocks or turn.role == "user"]
-        messages: list[dict] = []
-        compacted = has_compaction(self.summary)
-        if compacted:
-            add_turn(messages, "assistant", self.summary)
-        elif turns and turns[0].role == "assistant" and not self.summary:
+        compacted = bool(self.summary) and self.summary[0]["type"] == "compaction"
+        messages: list[dict] = [{"role": "assistant", "content": self.summary}] if compacted else []
+        if turns and turns[0].role == "assistant" and not self.summary:
             self._draft.changes.add("repaired", "messages[0]", "a user turn added before the assistant's")
         if not turns or turns[0].role == "assistant":
             turns.insert(0, Turn("user"))
         if turns[-1].calls:
             turns.append(Turn("user"))              # for the results, which are all missing
+        recall: Optional[Recall] = None
         for at, turn in enumerate(turns):
             if turn.role == "assistant":
-                add_turn(messages, "assistant", self._replayed(turn))
+                recall = recall or self._draft.recall()
+                add_turn(messages, "assistant", self._replayed(turn, recall))
                 continue
-            before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
-            blocks, late = self._of_user(turn.blocks, turns[at - 1].calls if at else [], before_assistant)
+            calls = turns[at - 1].calls if at else []
+            blocks, late = turn.blocks, []          # type: List[dict], List[dict]
+            if calls or LateSystem in map(type, blocks):
+                before_assistant = at + 1 == len(turns) or turns[at + 1].role == "assistant"
+                blocks, late = self._of_user(blocks, calls, before_assistant)
             if at == 0:
                 blocks = blocks if compacted else self.summary + blocks
                 blocks = blocks or text_blocks(CONTINUE if compacted else START)
@@ -2279,7 +2287,7 @@ class Conversation:
         if raw_id:
             calls = self._calls.get(("id", raw_id))
             return (calls.popleft() if len(calls) > 1 else calls[0]) if calls else None
-        for key in (self._draft.names.there(name) if isinstance(name, str) else "", ""):
+        for key in (self._draft.plan.names.there(name) if isinstance(name, str) else "", ""):
             calls = self._calls.get(("name", key))
             while calls and calls[0].answered:
                 calls.popleft()
@@ -2287,12 +2295,11 @@ class Conversation:
                 return calls[0]
         return None
 
-    def _replayed(self, turn: Turn) -> list[dict]:
-        """An assistant turn as Claude sent it, thinking and all, if it is remembered and the client did not edit it;
-        without the thinking that Claude refused earlier."""
-        recall, blocks = self._draft.recall, turn.blocks
+    def _replayed(self, turn: Turn, recall: Recall) -> list[dict]:
+        """An assistant turn, as Claude sent it if that is known and not edited; without thinking that it refused."""
+        blocks = turn.blocks
         earlier = recall.answer([call.raw_id for call in turn.calls]) if turn.calls else None
-        if earlier and not any(block["type"] in THINKING for block in blocks) and same_answer(earlier, blocks):
+        if earlier and not any(block["type"] in THINKING for block in blocks) and gist_of(earlier) == gist_of(blocks):
             searched = any(block["type"] not in ("text", "tool_use", *THINKING) for block in earlier)
             blocks = blocks if searched and not self._draft.search else marked(earlier, blocks[-1])
         return [block for block, mark in zip(blocks, thinking_marks(blocks)) if not mark or not recall.refused(mark)]
@@ -2317,7 +2324,7 @@ class Conversation:
 
 def thinking_marks(content: list[dict]) -> list[str]:
     """What identifies each thinking block of a turn ("" for other blocks): its signature, and the calls it led to."""
-    call_ids = " ".join(call_ids_of(content))
+    call_ids = " ".join(block["id"] for block in content if block["type"] == "tool_use")
 
     def mark(block: dict) -> str:
         signed = "%s %s" % (block.get("signature") or block.get("data"), call_ids)
@@ -2343,8 +2350,7 @@ def signed_thinking(chat_message: dict) -> list[dict]:
 
 def add_content(conversation: Conversation, role: str, message: dict, path: str, draft: Draft,
                 kept: Sequence[dict] = ()) -> list[dict]:
-    """Adds a message's content, with the thinking that was kept beside it, and returns the blocks.  Calls and results
-    in Claude's own shape are what they are."""
+    """Adds a message's content, also what is in Claude's shape, behind the thinking `kept`; returns the blocks."""
     content = message.get("content")
     added = [*kept, *text_blocks(content)] if isinstance(content, str) else list(kept)
     conversation.add(role, added)
@@ -2369,7 +2375,8 @@ def add_message(conversation: Conversation, role: str, chat_message: dict, path:
     blocks = add_content(conversation, role, chat_message, path, draft)
     if role == "system" and any(block["type"] != "text" for block in blocks):
         raise InvalidRequest("%s.content: a system message may contain text only." % path, path + ".content")
-    marked(blocks, chat_message)
+    if len(chat_message) > 2:                       # what has only a role and content has no mark
+        marked(blocks, chat_message)
 
 
 def add_assistant_message(conversation: Conversation, chat_message: dict, path: str, draft: Draft) -> None:
@@ -2399,8 +2406,10 @@ def add_assistant_message(conversation: Conversation, chat_message: dict, path: 
 
 def newest_turn(entries: Sequence[tuple[str, dict]]) -> int:
     """Where the newest turn of the user begins: behind all that comes from the assistant or a tool."""
-    return max([at for at, (_, entry) in enumerate(entries, 1)
-                if entry.get("role") not in ("user", "system", "developer")], default=0)
+    newest = len(entries)
+    while newest and entries[newest - 1][1].get("role") in ("user", "system", "developer"):
+        newest -= 1
+    return newest
 
 
 def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Draft) -> None:
@@ -2409,13 +2418,14 @@ def add_chat_messages(conversation: Conversation, chat_messages: list, draft: Dr
     newest = newest_turn(entries)
     for at, (path, chat_message) in enumerate(entries):
         draft.lenient = at < newest
-        role = chat_role_of(chat_message.get("role"), path + ".role")
+        role = chat_message.get("role")
         if role == "assistant":
             add_assistant_message(conversation, chat_message, path, draft)
         elif role in ("tool", "function"):
             raw_id = text_at(chat_message, "tool_call_id", path, "")
             conversation.result(raw_id, chat_message.get("name"), chat_message.get("content"), path, chat_message)
         else:
+            role = role if role == "user" else chat_role_of(role, path + ".role")
             add_message(conversation, role, chat_message, path, draft)
 
 
@@ -2434,16 +2444,16 @@ def end_turn(messages: list[dict], request: dict, draft: Draft) -> None:
 # ---- Parameters --------------------------------------------------------------------------------------
 # The plain parameters, and thinking.
 
-OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-
 
 def limit_from_chat(fields: dict, draft: Draft) -> int:
     """The client's own output limit, 0 where it gave none that means something (-1 means none)."""
-    names = [name for name in OUTPUT_LIMITS if name in fields]
-    limit, most = fields[names[0]] if names else 0, draft.model.max_output
-    if limit > most:
-        draft.changes.add("clamped", names[0], "%d to the model's maximum of %d" % (limit, most))
-    return max(limit, 0)
+    for name in OUTPUT_LIMITS:
+        if name in fields:
+            limit, most = fields[name], draft.model.max_output
+            if limit > most:
+                draft.changes.add("clamped", name, "%d to the model's maximum of %d" % (limit, most))
+            return max(limit, 0)
+    return 0
 
 
 def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]]:
@@ -2468,31 +2478,26 @@ def sampling_from_chat(fields: dict, draft: Draft) -> Iterator[tuple[str, float]
 CLAUDE_TIERS = {"auto": "", "default": "standard_only", "standard_only": "standard_only", "priority": "", "fast": ""}
 
 
-def tier_from_chat(fields: dict, draft: Draft) -> dict:
-    """`service_tier`, and `speed` of clients that know Claude."""
+def parameters_from_chat(fields: dict, draft: Draft) -> dict:
+    """Sampling, stop sequences, service tier, `speed` of clients that know Claude, and user id."""
+    request: dict[str, Any] = dict(sampling_from_chat(fields, draft))
+    stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
+    if stops:
+        request["stop_sequences"] = stops
+    if any(map(str.isspace, fields.get("stop", ()))):
+        draft.changes.add("dropped", "stop", "Claude accepts no stop sequence of white space only")
     tier = fields.get("service_tier", "auto")
     if tier not in CLAUDE_TIERS:
         draft.changes.add("dropped", "service_tier", "Claude has no such tier")
     elif tier == "priority":
         draft.changes.add("changed", "service_tier", "to auto, which uses a priority tier where there is one")
-    parameters = {"service_tier": CLAUDE_TIERS[tier]} if CLAUDE_TIERS.get(tier) else {}
+    elif CLAUDE_TIERS[tier]:
+        request["service_tier"] = CLAUDE_TIERS[tier]
     if "fast" in (tier, fields.get("speed")) and draft.model.fast:
-        parameters["speed"] = "fast"
+        request["speed"] = "fast"
     elif "fast" in (tier, fields.get("speed")):
         draft.changes.add("dropped", "speed" if "speed" in fields else "service_tier",
                           "%s has no fast mode" % draft.model.id)
-    return parameters
-
-
-def parameters_from_chat(fields: dict, draft: Draft) -> dict:
-    """Sampling, stop sequences, service tier and user id."""
-    request: dict[str, Any] = dict(sampling_from_chat(fields, draft))
-    stops = [stop for stop in fields.get("stop", ()) if stop.strip()]
-    if stops:
-        request["stop_sequences"] = stops
-    if len(stops) < len([stop for stop in fields.get("stop", ()) if stop]):
-        draft.changes.add("dropped", "stop", "Claude accepts no stop sequence of white space only")
-    request.update(tier_from_chat(fields, draft))
     for name in ("safety_identifier", "user"):
         user_id = fields.get(name)
         if user_id and re.match(r"[^@]{1,256}\Z", user_id) and not re.match(r"[+\d][\d\s().-]{5,}\Z", user_id):
@@ -2511,6 +2516,7 @@ class Reasoning(NamedTuple):
     field: str = "reasoning_effort"
 
 
+NOTHING_ASKED = Reasoning()
 thinking_type_of = one_of("adaptive", "enabled", "disabled", "between_tools")
 LEAST_BUDGET = 1_024                                # tokens: Claude accepts no smaller budget for thinking
 # Tokens of thinking for an effort, on models that want a budget.
@@ -2682,11 +2688,10 @@ def add_tools(request: dict, fields: dict, messages: list[dict], draft: Draft) -
     """Adds the tools that the client's choice leaves; returns the choice among them as Claude's."""
     choice, tools = asked_choice(fields, draft.changes), draft.tools
     if "allowed" in choice:
-        allowed = {draft.names.there(name) for name in choice.pop("allowed")}
+        allowed = {draft.plan.names.there(name) for name in choice.pop("allowed")}
         tools = [tool for tool in tools if tool["name"] in allowed or tool.get("type")]     # web search stays
         if draft.tools and not tools:
-            raise InvalidRequest("tool_choice: none of the allowed tools is among the tools.", "tool_choice",
-                                 "invalid_value")
+            raise invalid("tool_choice", "none of the allowed tools is among the tools.")
     tools = tools or tools_from_history(messages, draft)
     if tools:
         request["tools"] = tools
@@ -2705,40 +2710,39 @@ def tool_choice(choice: dict, fields: dict, draft: Draft) -> dict:
     elif "name" in choice:
         named = next((tool for tool in draft.declared if choice["name"] in (tool.name, tool.full_name)), None)
         if named is None:
-            raise InvalidRequest("tool_choice: there is no tool named %s among the tools." % json.dumps(choice["name"]),
-                                 "tool_choice", "invalid_value")
-        choice["name"] = draft.names.there(named.full_name)
+            raise invalid("tool_choice", "there is no tool named %s among the tools." % json.dumps(choice["name"]))
+        choice["name"] = draft.plan.names.there(named.full_name)
     if choice["type"] != "none" and (fields.get("parallel_tool_calls") is False or draft.plan.legacy_functions):
         choice["disable_parallel_tool_use"] = True
     return choice
 
 
 def asked_format(fields: dict) -> tuple[str, dict, str]:
-    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and the schema's path."""
-    path, asked = "response_format", fields.get("response_format")
+    """Kind and schema of `response_format` or, flat, of the Responses API's `text.format`; and which of them it is."""
+    field, asked = "response_format", fields.get("response_format")
     if asked is None and fields.get("text") is not None:
-        path, asked = "text.format", fields["text"].get("format")
+        field, asked = "text.format", fields["text"].get("format")
     if asked is None:
-        return "text", {}, path
-    kind = one_of("text", "json_object", "json_schema")(object_of(asked, path).get("type", "text"), path + ".type")
-    if path == "response_format" and kind == "json_schema" and "schema" not in asked:
-        path += ".json_schema"
+        return "text", {}, field
+    kind = one_of("text", "json_object", "json_schema")(object_of(asked, field).get("type", "text"), field + ".type")
+    path = field
+    if field == "response_format" and kind == "json_schema" and "schema" not in asked:
+        path = "response_format.json_schema"
         asked = object_of(asked.get("json_schema"), path)
-    schema = asked.get("schema")
+    schema, path = asked.get("schema"), path + ".schema"
     if kind == "text" or schema is None:
-        return kind, {}, path
-    return "json_schema", checked_schema(object_of(schema, path + ".schema"), path + ".schema"), path
+        return kind, {}, field
+    return "json_schema", checked_schema(object_of(schema, path), path), field
 
 
 def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft) -> dict:
-    """A forced tool without forcing: its schema as the answer format (the reply is handed back as the tool call), or
-    else a plain instruction."""
+    """A forced tool without forcing: its schema as the answer format, of which a call is made, or an instruction."""
     tool = next((tool for tool in request["tools"] if tool["name"] == name), None)
     if tool and "input_schema" in tool and draft.model.structured_outputs:
-        with contextlib.suppress(Unsupported):
+        with suppress(Unsupported):
             schema = Subset(tool["input_schema"]).whole()
             request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": schema}
-            draft.plan.forced_tool = draft.names.back(tool["name"])
+            draft.plan.forced_tool = draft.plan.names.back(tool["name"])
             draft.instructions.append("Call the tool %s now: answer with its arguments as JSON only." % name)
             draft.changes.add("changed", "tool_choice", "%s cannot be forced: its arguments as answer format" %
                               draft.model.id)
@@ -2748,7 +2752,7 @@ def force_by_format(request: dict, name: str | None, choice: dict, draft: Draft)
     return dict(without(choice, "name"), type="auto")
 
 
-def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> None:
+def add_schema_format(request: dict, schema: dict, field: str, draft: Draft) -> None:
     """`json_schema`: enforced by Claude where the schema allows it, else asked for and cut out of the answer."""
     try:
         if not without(schema, "$defs", "definitions"):
@@ -2758,13 +2762,13 @@ def add_schema_format(request: dict, schema: dict, path: str, draft: Draft) -> N
         subset = Subset(schema)
         converted = subset.whole()
     except Unsupported as reason:
-        draft.changes.add("changed", path.split(".json_schema")[0], "asked for in the prompt: %s" % reason)
+        draft.changes.add("changed", field, "asked for in the prompt: %s" % reason)
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ", no other text, that follows this JSON Schema:\n" +
                                   json.dumps(schema, ensure_ascii=False))
         return
     for keyword in subset.moved:
-        draft.changes.add("changed", "%s.%s" % (path.split(".json_schema")[0], keyword), "moved into the description")
+        draft.changes.add("changed", "%s.%s" % (field, keyword), "moved into the description")
     request.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": converted}
 
 
@@ -2774,14 +2778,14 @@ VERBOSITIES = {"low": "Keep the answer short.", "high": "Answer at length and in
 def answer_format(request: dict, fields: dict, choice: dict, draft: Draft) -> dict:
     """Adds what makes Claude answer in the format asked for; returns the tool choice that goes with it."""
     tools = request.get("tools", [])
-    kind, schema, path = asked_format(fields)
+    kind, schema, field = asked_format(fields)
     if choice["type"] in ("any", "tool") and not draft.model.forced_tools:
         named = choice.get("name") or (tools[0]["name"] if len(tools) == 1 and not tools[0].get("type") else None)
         if kind != "text":
-            draft.changes.add("dropped", path.split(".json")[0], "a forced tool excludes it")
+            draft.changes.add("dropped", field, "a forced tool excludes it")
         choice = force_by_format(request, named, choice, draft)
     elif kind == "json_schema":
-        add_schema_format(request, schema, path, draft)
+        add_schema_format(request, schema, field, draft)
     elif kind == "json_object":
         draft.plan.bare_json = True
         draft.instructions.append(JSON_ONLY + ": no other text, no code fence.")
@@ -2806,11 +2810,14 @@ def messages_request(fields: dict, draft: Draft, conversation: Conversation, pre
         fields = without(fields, *ABOUT_THE_ANSWER)
     messages, most, limit = conversation.messages(), draft.model.max_output, limit_from_chat(fields, draft)
     request: dict = {"model": draft.model.id, "max_tokens": min(limit or most, most), "stream": True}
-    request.update(parameters_from_chat(fields, draft))
-    choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
-    if choice != {"type": "auto"}:
-        request["tool_choice"] = choice
-    think(request, reasoning_from_chat(fields), limit, messages, draft)
+    asked = NOTHING_ASKED
+    if draft.tools or conversation.call_ids or not fields.keys() <= PLAIN:
+        request.update(parameters_from_chat(fields, draft))
+        choice = answer_format(request, fields, add_tools(request, fields, messages, draft), draft)
+        if choice != {"type": "auto"}:
+            request["tool_choice"] = choice
+        asked = reasoning_from_chat(fields)
+    think(request, asked, limit, messages, draft)
     if draft.compact:
         ask_for_summary(messages, request, draft)
     elif messages[-1]["role"] == "assistant":
@@ -2849,15 +2856,17 @@ def ask_for_summary(messages: list[dict], request: dict, draft: Draft) -> None:
 
 
 def messages_request_from_chat(chat: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                               recall: Recall | None = None) -> Translation:
+                               recall: Callable[[], Recall] = Recall) -> Translation:
     """A chat completion request as a Messages request.  `preamble`: system blocks that go before the client's."""
     changes = Changes()
     fields = read_parameters(chat, CHAT, changes)
     if "messages" not in fields:
         raise InvalidRequest("messages is required.", "messages", "missing_required_parameter")
     if not fields["messages"]:
-        raise InvalidRequest("messages: at least one message is required.", "messages", "invalid_value")
-    draft = draft_from(fields, model, changes, recall)
+        raise invalid("messages", "at least one message is required.")
+    draft = Draft(model, changes, recall)
+    if not fields.keys() <= PLAIN:
+        read_tools(fields, draft)
     conversation = Conversation(draft)
     if "system" in fields:
         conversation.add("system", blocks_from_content(fields["system"], "system", draft))
@@ -2880,7 +2889,7 @@ class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
     Lines end in CR, LF or CRLF only.  The `event:` line repeats the `type` inside the data, so it is not needed.
-    `joining`: text deltas of one block that a read begins with are one event; the first read of a stream has none.
+    `joining`: text deltas of one block that stand side by side in a read are one event.
     """
 
     def __init__(self, joining: bool = False) -> None:
@@ -2895,50 +2904,57 @@ class EventDecoder:
 
     def feed(self, piece: bytes) -> Iterator[dict]:
         """The events that `piece` completes.  Raises UpstreamFault for data that is not JSON."""
-        if self._joining and not (self._at_start or self._data) and (not self._held or b"\n\n" in piece):
-            event, rest = self._joined(b"".join([*self._rest, piece]) if self._held else piece)
+        while piece:
+            event, piece = self._joined(piece)
             if event:
-                piece, self._rest, self._held, self._skip_newline = rest, [], 0, False
                 yield event
-                if not piece:
-                    return
-        if self._held > MAX_UPSTREAM_BODY:
-            raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
-        self._held += len(piece)
-        if self._skip_newline and piece:
-            piece, self._skip_newline = (piece[1:] if piece[:1] == b"\n" else piece), False
-        self._rest.append(piece)
-        # nothing ends here; with nothing before it a piece stays whole, as it could be joined with the next
-        if b"\r" not in piece and (b"\n" if self._data or self._held > len(piece) else b"\n\n") not in piece:
-            return
-        text = b"".join(self._rest)
-        if self._at_start:
-            text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
-        self._skip_newline = text[-1:] == b"\r"
-        lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
-        self._rest = [lines.pop()]
-        for line in lines:
-            if line[:5] == b"data:":
-                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
-            elif not line and self._data:
-                data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
-                yield json_object_from(data, event=True)
+                continue
+            # line by line up to the next text, where there are several of them
+            first, last = (piece.find(b'"text_delta"'), piece.rfind(b'"text_delta"')) if self._joining else (0, 0)
+            cut = piece.rfind(b"\n\n", 0, first) + 2 if first < last else 0
+            part, piece = (piece[:cut], piece[cut:]) if cut > 1 else (piece, b"")
+            if self._held > MAX_UPSTREAM_BODY:
+                raise UpstreamFault("The upstream sent an event of more than %d bytes." % MAX_UPSTREAM_BODY)
+            self._held += len(part)
+            if self._skip_newline:
+                part, self._skip_newline = (part[1:] if part[:1] == b"\n" else part), False
+            self._rest.append(part)
+            # nothing ends here; what begins here stays whole, as it could be joined with the next
+            if b"\r" not in part and (b"\n" if self._data or self._held > len(part) else b"\n\n") not in part:
+                return
+            text = b"".join(self._rest)
+            if self._at_start:
+                text, self._at_start = (text[3:] if text[:3] == b"\xef\xbb\xbf" else text), False
+            self._skip_newline = text[-1:] == b"\r"
+            lines = re.split(rb"\r\n|\n|\r", text) if b"\r" in text else text.split(b"\n")
+            self._rest = [lines.pop()]
+            for line in lines:
+                if line[:5] == b"data:":
+                    self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+                elif not line and self._data:
+                    data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
+                    yield json_object_from(data, event=True)
 
     def close(self) -> Iterator[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
         with contextlib.suppress(UpstreamFault):
             yield from self.feed(b"\n\n")
 
-    def _joined(self, data: bytes) -> tuple[dict | None, bytes]:
-        """The text deltas of one block that `data` begins with, as one event, and what follows them."""
+    def _joined(self, piece: bytes) -> tuple[dict | None, bytes]:
+        """The text deltas of one block that come next, as one event, and what follows them in `piece`."""
+        if not self._joining or self._at_start or self._data or self._held and b"\n\n" not in piece:
+            return None, piece
         texts, at = [], 0                           # type: List[str], int
         try:
-            text = data.decode("utf-8")
-            begin = None if text.startswith(self._text_begins) else TEXT_DELTA.match(text)
-            if begin:
-                self._text_begins, self._index = begin.group(), int(begin.group(1))
-            while text.startswith(self._text_begins, at):
-                words, end = scan_string(text, at + len(self._text_begins))
+            text = (b"".join([*self._rest, piece]) if self._held else piece).decode()
+            while at < len(text):
+                words_at = at + len(self._text_begins)
+                if text[at:words_at] != self._text_begins:
+                    begin = None if texts else TEXT_DELTA.match(text)
+                    if not begin:
+                        break
+                    self._text_begins, self._index, words_at = begin.group(), int(begin.group(1)), begin.end()
+                words, end = scan_string(text, words_at)
                 delta_end = DELTA_END.match(text, end)
                 if not delta_end:
                     break
@@ -2947,10 +2963,11 @@ class EventDecoder:
         except ValueError:                          # it is cut or at fault
             pass
         if not texts:
-            return None, data
+            return None, piece
+        self._rest, self._held = [], 0
         event = {"type": "content_block_delta", "index": self._index,
                  "delta": {"type": "text_delta", "text": "".join(texts)}}
-        return event, text[at:].encode("utf-8") if at < len(text) else b""
+        return event, text[at:].encode() if at < len(text) else b""
 
 
 def events_from_message(message: dict) -> list[dict]:
@@ -2976,6 +2993,9 @@ def added_usage(total: dict, usage: dict) -> dict:
         elif value is not None:
             added[name] = value
     return added
+
+
+BLOCK_STOP = {"type": "content_block_stop"}
 
 
 class MessageAssembler:
@@ -3006,8 +3026,7 @@ class MessageAssembler:
         self.done = False
 
     def whole(self) -> dict:
-        """The message with the counts of all its streams, and those of compactions, which the totals of an answer
-        leave out."""
+        """The message with the counts of all its streams, and of compactions, which an answer's totals leave out."""
         usage = self.message.get("usage") or {}
         for iteration in listed(usage.get("iterations")):
             if text_in(iteration, "type") == "compaction":
@@ -3020,7 +3039,8 @@ class MessageAssembler:
                             model=str(message.get("model", "")))
 
     def _block_start(self, event: dict) -> None:
-        self._join_pieces()
+        if self._block:
+            self._block_stop(BLOCK_STOP)
         block = self._block = dict(event["content_block"])
         texts = ["type", "id", "name"] if block["type"] == "tool_use" else ["type"]
         for field in texts + [field for field in ("text", "thinking") if block.get(field) is not None]:
@@ -3047,21 +3067,16 @@ class MessageAssembler:
             self._block.update({name: value for name, value in delta.items() if name != "type" and value is not None})
 
     def _block_stop(self, event: dict) -> None:
-        if not self._block:
+        block, self._block = self._block, {}
+        if not block:
             raise ValueError("the end of a block that has not begun")
-        self._join_pieces()
-        self._block = {}
-
-    def _join_pieces(self) -> None:
-        """Ends the current block; max_tokens can cut an answer inside one, which then has no stop event."""
         for field, text in self._grown.items():
-            self._block[field] = (self._block.get(field) or "") + text.getvalue()
+            block[field] = (block.get(field) or "") + text.getvalue()
         if self._citations:
-            self._block["citations"] = [*(self._block.get("citations") or ()), *self._citations]
-        partial = self._block.get("partial_json")
-        if partial:
+            block["citations"] = [*(block.get("citations") or ()), *self._citations]
+        if block.get("partial_json"):
             with contextlib.suppress(ValueError):   # cut by max_tokens: the text stays
-                self._block["input"] = json_within_bounds(partial, LENIENT_JSON)
+                block["input"] = json_within_bounds(block["partial_json"], LENIENT_JSON)
         self._grown.clear()
         self._citations = []
 
@@ -3072,7 +3087,8 @@ class MessageAssembler:
                 self.message["usage"][name] = value
 
     def _message_stop(self, event: dict) -> None:
-        self._join_pieces()
+        if self._block:                             # max_tokens can cut an answer inside one
+            self._block_stop(BLOCK_STOP)
         reason = self.message.get("stop_reason")
         if not reason or not isinstance(reason, str):
             raise UpstreamFault("The upstream ended its answer without a stop reason.")
@@ -3138,7 +3154,6 @@ class BareJson:
 
 # an event of Claude's -> what the client gets for it; None where it gets nothing until the end
 Render = Optional[Callable[[dict], List[dict]]]
-BLOCK_STOP = {"type": "content_block_stop"}
 
 
 def arguments_delta(fragment: str) -> dict:
@@ -3249,8 +3264,8 @@ class PlannedEvents:
 # ---- Replies -----------------------------------------------------------------------------------------
 # Message -> chat completion.  The stream below shares these helpers, so that it adds up to the full reply.
 
-FINISH_REASONS = {"end_turn": "stop", "stop_sequence": "stop", "tool_use": "tool_calls", "pause_turn": "stop",
-                  "max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
+# Claude's stop reasons -> OpenAI's; every other one is "stop"
+FINISH_REASONS = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "content_filter"}
 SERVICE_TIERS = {"standard": "default", "priority": "priority", "batch": "batch"}
 
 
@@ -3258,7 +3273,8 @@ def usage_from_message(usage: dict) -> dict:
     """Claude's counts as OpenAI's: there, the prompt includes what was read from and written to the cache."""
     read, written, uncached, completion = map(count_of, map(usage.get, (
         "cache_read_input_tokens", "cache_creation_input_tokens", "input_tokens", "output_tokens")))
-    prompt, thinking = uncached + read + written, count_of(value_in(usage, "output_tokens_details", "thinking_tokens"))
+    details = usage.get("output_tokens_details")
+    prompt, thinking = uncached + read + written, count_in(details, "thinking_tokens") if details else 0
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
             "completion_tokens_details": {"reasoning_tokens": thinking},
@@ -3278,9 +3294,7 @@ def refusal_text(message: dict) -> str | None:
 def finish_reason(stop_reason: str | None, has_tool_calls: bool, plan: ReplyPlan) -> str:
     """OpenAI's finish reason.  Tool calls are always reported, for clients act on nothing else."""
     reason = "stop" if plan.prewarm else FINISH_REASONS.get(stop_reason or "", "stop")
-    if reason == "tool_calls" and not has_tool_calls:
-        return "stop"
-    if has_tool_calls and reason in ("stop", "tool_calls"):
+    if has_tool_calls and reason == "stop":
         return "function_call" if plan.legacy_functions else "tool_calls"
     return reason
 
@@ -3332,8 +3346,9 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
     """A whole message, planned, as a chat completion.  `envelope`: its id and created."""
     content, annotations = text_and_annotations(message["content"])
     tool_calls = [tool_call_from_tool_use(block, plan) for block in message["content"] if block["type"] == "tool_use"]
+    reason = finish_reason(message.get("stop_reason"), bool(tool_calls), plan)
     chat_message: dict = {"role": "assistant", "content": content if content or not tool_calls else None,
-                          "refusal": refusal_text(message)}
+                          "refusal": refusal_text(message) if reason == "content_filter" else None}
     reasoning = "".join([block.get("thinking") or "" for block in message["content"] if block["type"] == "thinking"])
     if reasoning:
         chat_message["reasoning_content"] = reasoning
@@ -3343,7 +3358,6 @@ def chat_completion_from_message(message: dict, envelope: dict, plan: ReplyPlan)
         chat_message["function_call"] = tool_calls[0]["function"]
     elif tool_calls:
         chat_message["tool_calls"] = tool_calls
-    reason = finish_reason(message.get("stop_reason"), bool(tool_calls), plan)
     choice = {"index": 0, "message": chat_message, "logprobs": None, "finish_reason": reason}
     completion = {"id": envelope["id"], "object": "chat.completion", "created": envelope["created"],
                   "model": message["model"], "choices": [choice], "usage": usage_from_message(message["usage"])}
@@ -3419,15 +3433,16 @@ class ChatStream(Renderer):
 
     def event_bytes(self, chunk: dict) -> bytes:
         """`data_event` of a chunk of this stream.  Of one with text only, the parts that all share are made once."""
-        choices = chunk.get("choices")
-        if not choices or list(choices[0]["delta"]) != ["content"] or choices[0]["finish_reason"]:
+        choice = (chunk.get("choices") or [{"delta": {}}])[0]
+        delta = choice["delta"]
+        if "content" not in delta or len(delta) > 1 or choice["finish_reason"]:
             return data_event(chunk)
         if not self._around_text:                   # a quote inside a string would be escaped
-            empty = data_event(dict(chunk, choices=[dict(choices[0], delta={"content": ""})]))
+            empty = data_event(dict(chunk, choices=[dict(choice, delta={"content": ""})]))
             before, after = empty.split(b'"content":""')
             self._around_text = [before + b'"content":', after]
         before, after = self._around_text
-        return before + client_json(choices[0]["delta"]["content"]) + after
+        return before + client_json(delta["content"]) + after
 
     def finish(self) -> list[dict]:
         """The last chunks: citations, a refusal, the finish reason, usage if it was asked for."""
@@ -3643,7 +3658,7 @@ def resolved_items(given: Any, find: Callable[[str], Optional[dict]]) -> list[di
 
 
 def messages_request_from_responses(body: dict, model: Model, preamble: Sequence[dict] = (), cache: bool = True,
-                                    recall: Recall | None = None, earlier: Sequence[dict] = (),
+                                    recall: Callable[[], Recall] = Recall, earlier: Sequence[dict] = (),
                                     compact: bool = False) -> Translation:
     """A Responses request as a Messages request.  `earlier`: the items that it continues.  `compact`: ask for a summary
     instead of an answer."""
@@ -3653,7 +3668,8 @@ def messages_request_from_responses(body: dict, model: Model, preamble: Sequence
         raise InvalidRequest("input is required.", "input", "missing_required_parameter")
     items = entries_of(list(earlier), "previous_response_id")
     items = since_compaction(items + entries_of(items_from_input(fields.get("input")), "input"))
-    draft = draft_from(fields, model, changes, recall, [
+    draft = Draft(model, changes, recall)
+    read_tools(fields, draft, [
         entry for path, item in items if item.get("type") == "additional_tools"
         for entry in entries_of(item.get("tools"), path + ".tools")])
     draft.compact = compact
@@ -4116,11 +4132,12 @@ class ModelList:
 
     def catalog(self, patience: float = MODELS_PATIENCE) -> Catalog:
         """The models now; waits a moment for the very first list, so that names do not change under way."""
-        with self._lock:
-            if time.monotonic() >= self._next_fetch:
-                self._next_fetch = time.monotonic() + 60        # if this one fails
-                threading.Thread(target=self._run, name="models", daemon=True).start()
-        self._first.wait(patience)
+        if time.monotonic() >= self._next_fetch or not self._first.is_set():
+            with self._lock:
+                if time.monotonic() >= self._next_fetch:
+                    self._next_fetch = time.monotonic() + 60    # if this one fails
+                    threading.Thread(target=self._run, name="models", daemon=True).start()
+            self._first.wait(patience)
         return self._catalog
 
     def _run(self) -> None:
@@ -4162,30 +4179,37 @@ class Capacity:
 
     def __init__(self, amount: int) -> None:
         self._amount = amount
-        self._changed = threading.Condition()
+        self._lock, self._awaited = threading.Lock(), False
+        self._changed = threading.Condition(self._lock)
         self.count = 0
         self.draining = False                       # the service stops: connections close after their answer
 
     def take(self, amount: int = 1) -> bool:
-        with self._changed:
+        with self._lock:
             if self.draining or self.count + amount > self._amount:
                 return False
             self.count += amount
             return True
 
     def give(self, amount: int = 1) -> None:
-        with self._changed:
+        with self._lock:
             self.count -= amount
-            self._changed.notify_all()
+            if self._awaited:
+                self._changed.notify_all()
 
     def wait_until_idle(self, seconds: float) -> bool:
-        with self._changed:
+        with self._lock:
+            self._awaited = True
             return self._changed.wait_for(lambda: self.count == 0, seconds)
 
 
 MONITORING = {"/", "/metrics", "/health"}       # monitoring routes: they are no work of the gateway
 TOKEN_KINDS = {"input": "input_tokens", "cache_read": "cache_read_input_tokens",
                "cache_write": "cache_creation_input_tokens", "output": "output_tokens"}
+# what the status page shows of a request's Record
+SHOWN_TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
+SHOWN_FIELDS = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
+                "cost_usd", "time", *SHOWN_TEXTS)
 
 
 def prompt_tokens(tokens: dict) -> int:
@@ -4207,45 +4231,49 @@ class Counters:
         self._totals: Dict[str, Dict[str, dict]] = {
             field: collections.defaultdict(lambda: collections.defaultdict(int)) for field in ("tool", "used")}
         self._models: Dict[str, dict] = collections.defaultdict(lambda: collections.defaultdict(int))
-        self._tokens = dict.fromkeys(TOKEN_KINDS, 0)        # of all models
+        self._prompts, self._cached = 0, 0          # tokens of all models
         self.seconds = 0.0                          # spent on all requests
 
-    def add_request(self, route: str, summary: dict) -> None:
-        """Counts a request, and keeps its summary unless it was one for monitoring."""
-        counts = {name: summary[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
-        counts.update(requests=1, failed=int(summary["status"] >= 400))
+    def add_request(self, fields: dict, secrets_known: Iterable[str]) -> None:
+        """Counts a request, and keeps the fields of its Record unless it was one for monitoring."""
+        fields["time"] = round(time.time(), 3)
+        whole = "\n".join([fields[name] for name in SHOWN_TEXTS])
+        if len(whole) > 500 or masked(whole, secrets_known) != whole:
+            fields.update({name: masked(fields[name], secrets_known)[:500] for name in SHOWN_TEXTS})
+        counts = {name: fields[name] or 0 for name in ("input_tokens", "cached_tokens", "output_tokens", "cost_usd")}
+        counts.update(requests=1, failed=int(fields["status"] >= 400))
         with self._lock:
-            self._requests[route, summary["status"]] += 1
-            self.seconds += summary["total_ms"] / 1000
-            code = summary["error_code"]
+            self._requests[fields["route"], fields["status"]] += 1
+            self.seconds += fields["total_ms"] / 1000
+            code = fields["error_code"]
             if code:
                 self._errors[code] += 1
                 if code in self._error_texts or len(self._error_texts) < 200:
-                    self._error_texts[code] = summary["error"]
-            if route not in MONITORING:
-                self._last.appendleft(summary)
+                    self._error_texts[code] = fields["error"]
+            if fields["route"] not in MONITORING:
+                self._last.appendleft(fields)
                 for field, totals in self._totals.items():
-                    name = summary[field] if summary[field] in totals or len(totals) < 200 else "other"
+                    name = fields[field] if fields[field] in totals or len(totals) < 200 else "other"
                     total = totals[name or "-"]
                     for figure, amount in counts.items():
                         total[figure] += amount
 
-    def add_tokens(self, model: Model, counts: dict, cost: tuple[float, float] | None) -> int:
+    def add_tokens(self, model_id: str, figures: dict) -> int:
         """Counts one answer of Claude; the share of all prompts so far that came from the cache, in percent."""
         with self._lock:
-            name = model.id if model.id in self._models or len(self._models) < 200 else "other"
-            total, money = self._models[name], {"usd": cost[0], "saved_usd": cost[1]} if cost else {"without_price": 1}
-            for figure, amount in dict(counts, **money).items():
+            total = self._models[model_id if model_id in self._models or len(self._models) < 200 else "other"]
+            for figure, amount in figures.items():
                 total[figure] += amount
-            for kind, count in counts.items():
-                self._tokens[kind] += count
-            return percent(self._tokens["cache_read"], prompt_tokens(self._tokens))
+            self._prompts += prompt_tokens(figures)
+            self._cached += figures["cache_read"]
+            return percent(self._cached, self._prompts)
 
     def take_limits(self, headers: dict[str, str]) -> None:
         """Keeps what an answer's headers say of plan windows and rate limits."""
-        with self._lock:
-            self.limit_headers = dict(self.limit_headers, **{
-                name: value for name, value in headers.items() if name.startswith("anthropic-ratelimit-")})
+        limits = {name: value for name, value in headers.items() if "anthropic-ratelimit-" in name}
+        if limits:
+            with self._lock:
+                self.limit_headers = dict(self.limit_headers, **limits)
 
     def totals(self) -> dict:
         """Everything counted: `models` has tokens and US dollars, `by_model` the requests that asked for one."""
@@ -4254,10 +4282,10 @@ class Counters:
                                  for totals in self._totals.values())
             return {"requests": sum(count for (route, _), count in self._requests.items() if route not in MONITORING),
                     "routes": sorted(self._requests.items()), "errors": dict(self._errors.most_common()),
-                    "tokens": dict(self._tokens),
+                    "tokens": {kind: sum([total[kind] for total in self._models.values()]) for kind in TOKEN_KINDS},
                     "models": {model: collections.Counter(figures) for model, figures in self._models.items()},
-                    "recent": list(self._last), "by_tool": by_tool, "by_model": without(by_model, "-"),
-                    "error_texts": dict(self._error_texts)}
+                    "recent": [{name: fields[name] for name in SHOWN_FIELDS} for fields in self._last],
+                    "by_tool": by_tool, "by_model": without(by_model, "-"), "error_texts": dict(self._error_texts)}
 
 
 WINDOWS = {"5h": "5 hours", "7d": "week", "7d_oi": "week, largest models", "requests": "requests a minute",
@@ -4864,6 +4892,7 @@ class UsageFile(StoredFile):
         return "" if sane else "it holds no usage"
 
 
+@functools.lru_cache(maxsize=64)
 def day_of(moment: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(moment))
 
@@ -4903,16 +4932,18 @@ class Usage:
         self._new = sum_of()
         self._timer: Optional[threading.Timer] = None       # of the next write
         self._next_write = 0.0
-        self._running: Dict[Callable[[], float], str] = {}  # what a request has cost so far -> its key
+        self.running: Dict[Callable[[], float], str] = {}   # what a request has cost so far -> its key
         self.fault = "" if path else "usage is not counted here"
 
-    def add(self, tool: str, model: str, key: str, figures: dict[str, float]) -> None:
+    def add(self, tool: str, model: str, key: str, figures: dict) -> None:
         if not self._file.path:
             return
         with self._lock:
             crowded = len(self._new) >= 1_000 or len(self._stored) >= USAGE_ROWS
-            place = (day_of(time.time()), "other" if crowded else tool, model, key)
-            self._new[place].update(figures)
+            today = day_of(time.time() // 900 * 900)        # no day begins within a quarter of an hour
+            row = self._new[today, "other" if crowded else tool, model, key]
+            for figure, amount in figures.items():
+                row[figure] += amount
             if self._timer is None:
                 self._timer = threading.Timer(max(0.0, self._next_write - time.monotonic()), self.write)
                 self._timer.daemon = True
@@ -4956,26 +4987,20 @@ class Usage:
                 self._stored, self._stamp = self._read(), stamp
             return sum_of(self._stored, self._new)
 
-    def running(self, key: str, cost_so_far: Callable[[], float]) -> Callable[[], Any]:
-        """A request that costs something before it is counted; to be called at its end."""
-        self._running[cost_so_far] = key
-        return functools.partial(self._running.pop, cost_so_far)
-
-    def check(self, key: str, model: Model, speed: Any) -> None:
+    def check(self, key: str, model: Model, speed: Any, usd: float, period: str) -> None:
         """Raises Refused where a budget of this key is used up, or cannot be counted."""
-        for usd, period in self._budget:
-            first_day, resets_at = period_of(period, time.time())
-            fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
-            try:
-                spent = sum(figures["usd"] for (day, _, _, owner), figures in self.rows().items()
-                            if day >= first_day and owner == key)
-            except FileDamaged as damage:
-                fault = str(damage)
-            if fault:
-                raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
-            spent += sum(cost() for cost, owner in list(self._running.items()) if owner == key)
-            if spent >= usd:
-                raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
+        first_day, resets_at = period_of(period, time.time())
+        fault = self.fault if cost_of(model, {"speed": speed}) else "the price of %s is not known" % model.id
+        try:
+            spent = sum(figures["usd"] for (day, _, _, owner), figures in self.rows().items()
+                        if day >= first_day and owner == key)
+        except FileDamaged as damage:
+            fault = str(damage)
+        if fault:
+            raise exhausted("The budget cannot be counted, so it refuses: %s." % fault.rstrip("."))
+        spent += sum(cost() for cost, owner in list(self.running.items()) if owner == key)
+        if spent >= usd:
+            raise exhausted("The budget of $%g a %s is used up: it is $%.2f." % (usd, period, spent), resets_at)
 
     def _read(self) -> UsageRows:
         """The file's rows.  A damaged one counts for nothing, and is kept aside; not where budgets count by it."""
@@ -5022,7 +5047,7 @@ class Polls(dict):
         if not hasattr(select, "poll"):             # Windows
             readable, writable, _ = select.select(readers, writers, [], seconds)
             return [sock.fileno() for sock in readable + writable]
-        return [descriptor for descriptor, _ in self[readers, writers].poll(seconds * 1000)]
+        return list(dict(self[readers, writers].poll(seconds * 1000)))
 
 
 class Peer:
@@ -5061,10 +5086,10 @@ class Peer:
 
     def send(self, data: bytes, wait: Callable[[bool], None]) -> None:
         """Sends all of it; `wait` returns when the socket can be written to (True) or, for TLS, read (False)."""
-        left = memoryview(data)
-        while left:
+        sent = 0
+        while sent < len(data):
             try:
-                left = left[self.sock.send(left):]
+                sent += self.sock.send(memoryview(data)[sent:] if sent else data)
             except ssl.SSLWantReadError:
                 wait(False)
             except (BlockingIOError, ssl.SSLWantWriteError):
@@ -5079,9 +5104,6 @@ class Wait(NamedTuple):
     sock: socket.socket
     seconds: float                                  # without a byte: then the upstream is given up,
     latest: float = math.inf                        # as it is at this time.monotonic()
-
-    def deadline(self, since: float) -> float:
-        return min(since + self.seconds, self.latest)
 
 
 # What a stream yields, its steps: each is what there is to send, and what to wait for before the next one: None, a Wait
@@ -5114,12 +5136,13 @@ class Client:
 
     def wait(self, wait: Wait, writing: bool = False) -> None:
         """Returns when the upstream can be read, or written to.  Raises ClientGone, or UpstreamTimeout."""
-        readers, writers = ((), (wait.sock,)) if writing else ((wait.sock,), ())
         now = time.monotonic()
-        deadline = wait.deadline(now)
+        deadline = min(now + wait.seconds, wait.latest)
         while True:
-            client = (self.peer.sock,) if self.peer and self.watched else ()
-            ready = self._polls.ready(readers + client, min(deadline, self.comment_due) - now, writers)
+            client = (self.peer.sock,) if self.watched else ()
+            readers, writers = (client, (wait.sock,)) if writing else ((wait.sock, *client), ())
+            due = min(deadline, self.comment_due) if self.idle_comment else deadline
+            ready = self._polls.ready(readers, due - now, writers)
             if client and client[0].fileno() in ready:
                 self.check()
             if wait.sock.fileno() in ready:
@@ -5142,7 +5165,7 @@ class Client:
         deadline = time.monotonic() + seconds
         while True:
             left = max(0.0, deadline - time.monotonic())
-            if not self.peer or not self.watched:
+            if not self.watched:
                 time.sleep(left)
             elif self._polls.ready((self.peer.sock,), left):
                 self.check()
@@ -5209,7 +5232,7 @@ class HeadReader:
 
 REQUEST_LINE = re.compile(r"([A-Za-z]{1,20}) ([\x21-\x7e]+) HTTP/(1\.[01])\Z")
 HEADER_LINES = re.compile(r"(\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*\Z")
-BLANK_LINES = re.compile(rb"(?:\r?\n)*")
+BLANK_LINES = re.compile(rb"(?:\r?\n)+")
 # Headers that must not come twice: they decide about framing, identity or access.
 SINGLE_HEADERS = {"host", "content-length", "transfer-encoding", "content-type", "content-encoding", "authorization",
                   "x-api-key", "api-key", "origin", "expect"}
@@ -5251,6 +5274,7 @@ def ends_connection(version: str, headers: dict[str, str]) -> bool:
     return "close" in connection or version == "1.0" and "keep-alive" not in connection
 
 
+@functools.lru_cache(maxsize=16)
 def request_line(line: str) -> tuple[str, str, str]:
     """Method, target and version of a request line.  Raises InvalidRequest."""
     match = REQUEST_LINE.match(line)
@@ -5309,7 +5333,7 @@ class BodyFraming:
     def __init__(self, chunked: bool, length: int | None) -> None:
         self._chunked = chunked
         self._left = 0 if chunked else length       # bytes of the chunk or body; None: until the connection ends
-        self._in_chunk, self._in_trailers, self._trailers = False, False, 0
+        self._in_chunk, self._in_trailers, self._trailers = not chunked, False, 0      # a length makes one chunk
         self.done = length == 0 and not chunked
         self.rest = b""                             # a line that has only begun; behind the end, what is not the body's
         self.surplus = self.done                    # more came than the body, or might have where nothing is read
@@ -5317,16 +5341,16 @@ class BodyFraming:
     def feed(self, data: bytes) -> bytes:
         """The part of `data` that is body, however the bytes were cut; extensions and trailers of chunks are ignored.
         Raises UpstreamFault for a chunk that does not hold together (RFC 9112, 7.1)."""
-        if not self._chunked:
-            return self._by_length(data)
+        if self._left is None:
+            return data
         data, at = self.rest + data if self.rest else data, 0
         pieces: list[bytes] = []
         while at < len(data) and not self.done:
             usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
             if usual:
                 begin = usual.end()
-                end = begin + int(usual.group(1), 16)
-                if data.startswith(b"\r\n", end):   # a whole chunk, or the end without trailers
+                end = begin + int(usual[1], 16)
+                if data[end:end + 2] == b"\r\n":    # a whole chunk, or the end without trailers
                     pieces.append(data[begin:end])
                     self.done, at = begin == end, end + 2
                     continue
@@ -5335,6 +5359,7 @@ class BodyFraming:
                 pieces.append(piece)
                 at += len(piece)
                 self._left -= len(piece)
+                self.done = not self._chunked and not self._left
                 continue
             end = data.find(b"\n", at) + 1
             if not end or end - at > self.LONGEST_LINE:
@@ -5352,16 +5377,6 @@ class BodyFraming:
         if self._left is not None:
             raise UpstreamFault(BROKE_OFF)
         self.done = self.surplus = True             # nothing can follow on this connection
-
-    def _by_length(self, data: bytes) -> bytes:
-        if self._left is None:
-            return data
-        self.rest = data[self._left:]
-        self.surplus = bool(self.rest)
-        data = data[:self._left]
-        self._left -= len(data)
-        self.done = not self._left
-        return data
 
     def _line(self, line: bytes) -> None:
         """A line of the coding: the end of a chunk, the size of the next one, or a trailer."""
@@ -5477,7 +5492,7 @@ class UpstreamConnection(Peer):
                 name for name, value in headers.items() if UNSENDABLE.search(value)))
         if not (target.isascii() and target.isprintable()) or " " in target:
             raise UpstreamFault("The upstream's address is an invalid URL: %s" % printable(target))
-        lines = ["%s %s HTTP/1.1" % (method, target), *["%s: %s" % each for each in headers.items()], "\r\n"]
+        lines = ["%s %s HTTP/1.1" % (method, target), *map(": ".join, headers.items()), "\r\n"]
         head = "\r\n".join(lines).encode("latin-1")
         # one of usual size in a single piece; to copy more would cost more than a second call
         for data in ([head + body] if len(body) <= READ_SIZE else [head, body]):
@@ -5672,6 +5687,9 @@ class Upstream:
                  native: dict[str, str] | None = None) -> UpstreamReply:
         """POST /v1/messages, once more after a failure that may pass.  Raises GatewayError unless the status is 200."""
         headers = {"content-type": "application/json", **(native or {})}
+        if len(body) > MAX_UPSTREAM_BODY:
+            raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts "
+                          "up to 32 MB." % (len(body) / 1e6))
         while True:
             try:
                 return self._ask("POST", path, body, headers, call, beta)
@@ -5949,7 +5967,11 @@ class RunningStream:
         """When there is something to do even if nothing happens."""
         if self.unsent:
             return self.client.write_deadline
-        return min(self.wait.deadline(self.since) if self.wait else math.inf, self.client.comment_due)
+        return min(self.given_up_at, self.client.comment_due)
+
+    @property
+    def given_up_at(self) -> float:
+        return min(self.since + self.wait.seconds, self.wait.latest) if self.wait else math.inf
 
 
 class EventLoop:
@@ -5977,7 +5999,8 @@ class EventLoop:
                     if self._thread is None:
                         self._start()
                     self._new.append(stream)
-                    self._ring()
+                    if len(self._new) == 1:         # else it has been rung
+                        self._ring()
                     return
             except (OSError, RuntimeError) as fault:
                 reason = "The gateway is out of threads or descriptors: %s." % fault
@@ -5992,9 +6015,8 @@ class EventLoop:
                 return
             self._ring()
         thread.join()
-        self._selector.close()
-        self._bell.close()
-        self._button.close()
+        for each in (self._selector, self._bell, self._button):
+            each.close()
 
     def _start(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -6016,13 +6038,11 @@ class EventLoop:
                 self._with(stream, self._move)
             happened = self._selector.select(0.0 if self._ready else self._check_at - self._now)
             self._now = time.monotonic()
-            for key, events in happened:
+            for key, _ in happened:
                 if key.data is None:
                     self._bell.recv(4_096)
-                elif key.fileobj is key.data.sock:
-                    self._with(key.data, self._look_after_client, events)
                 else:
-                    self._with(key.data, self._move)
+                    self._with(key.data, self._look_after_client if key.fileobj is key.data.sock else self._move)
             while self._new:
                 stream = self._new.popleft()
                 self._streams.add(stream)
@@ -6032,12 +6052,12 @@ class EventLoop:
         for stream in [*self._streams, *self._new]:
             self._end(stream, False, busy("The gateway stops."))
 
-    def _with(self, stream: RunningStream, work: Callable[..., None], *details: int) -> None:
+    def _with(self, stream: RunningStream, work: Callable[[RunningStream], None]) -> None:
         """Works on a stream; whatever goes wrong is reported to its client and to no other."""
         if stream not in self._streams:             # ended by what happened a moment ago
             return
         try:
-            work(stream, *details)
+            work(stream)
         except BaseException as failure:
             self._end(stream, False, failure)
 
@@ -6069,11 +6089,11 @@ class EventLoop:
         except OSError:
             raise ClientGone from None
 
-    def _look_after_client(self, stream: RunningStream, events: int) -> None:
+    def _look_after_client(self, stream: RunningStream) -> None:
         """The client reads again, or has sent something, or has gone."""
-        if events & selectors.EVENT_READ and stream.client.watched:
+        if stream.client.watched:
             stream.client.check()
-        if events & selectors.EVENT_WRITE:
+        if stream.unsent:
             self._send(stream, stream.unsent)
             stream.since = self._now                # nothing was read meanwhile
         if stream.unsent or stream.wait:
@@ -6110,7 +6130,7 @@ class EventLoop:
     def _look_after_silence(self, stream: RunningStream) -> None:
         if stream.unsent:
             raise ClientGone                        # it does not read
-        if stream.wait and self._now >= stream.wait.deadline(stream.since):
+        if stream.wait and self._now >= stream.given_up_at:
             raise silence(stream.wait)
         self._send(stream, stream.client.idle_comment)
         self._register(stream)
@@ -6277,21 +6297,7 @@ class Record:
     route: str = "other"
     owner: str = ""                                 # the beginning of the digest of the client's key
     cost_usd: Optional[float] = None                # by list prices, where the model has one
-    TEXTS = ("path", "tool", "asked", "used", "request_id", "changes", "error", "error_code")
-    FIGURES = ("status", "stream", "first_byte_ms", "total_ms", "input_tokens", "cached_tokens", "output_tokens",
-               "cost_usd")                          # these and TEXTS are what the status page shows
-
-    def summary(self, secrets_known: Iterable[str]) -> dict:
-        """What the status page and `status` show of it."""
-        fields = vars(self)
-        texts = {name: fields[name] for name in self.TEXTS}
-        whole = "\n".join(texts.values())
-        if len(whole) > 500 or masked(whole, secrets_known) != whole:
-            texts = {name: masked(value, secrets_known)[:500] for name, value in texts.items()}
-        return dict({name: fields[name] for name in self.FIGURES}, time=round(time.time(), 3), **texts)
-
-    def elapsed_ms(self) -> int:
-        return int((time.monotonic() - self.started) * 1000)
+    time: float = 0.0                               # of its end
 
 
 @dataclasses.dataclass
@@ -6301,7 +6307,7 @@ class Incoming:
     argument: str = ""                              # what stands behind /models/
     owner: str = ""                                 # digest of the client's key: memories are not shared
     call: UpstreamCall = dataclasses.field(default_factory=UpstreamCall)
-    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)   # closed when all is over
+    held: List[Callable[[], Any]] = dataclasses.field(default_factory=list)     # called when all is over
     record: Record = dataclasses.field(default_factory=Record)
     surrogates_replaced: bool = False
     headers: Dict[str, str] = dataclasses.field(default_factory=dict)      # for the native pass-through
@@ -6326,7 +6332,8 @@ class Gateway:
     `Gateway(Config(anthropic_api_key="..."))` is enough; `Service(gateway)` puts it on a port."""
 
     def __init__(self, config: Config, credential: Credential | None = None) -> None:
-        self.config, self._configured_secrets = config, config.secrets()
+        self.config, self._configured_secrets = config, list(filter(None, config.secrets()))
+        self.names = tuple(map(str.lower, ("host.docker.internal", *config.hosts, *config.allow_host)))
         self.instance_id = secrets.token_hex(8)
         self.upstream = Upstream(config, self.instance_id)
         self.upstream.credential = credential or credential_from_config(config, self.upstream.post_json)
@@ -6351,7 +6358,8 @@ class Gateway:
 
     def check_spending(self, key: str, model: Model, speed: Any) -> None:
         """Raises Refused where a budget of this client key, or the plan, is used up."""
-        self.usage.check(key, model, speed)
+        for usd, period in self.config.budget:
+            self.usage.check(key, model, speed, usd, period)
         for limit in limits_from_headers(self.counters.limit_headers, time.time()) if self.config.plan_only else ():
             if limit["used"] >= 1 and not limit["over"] and limit["resets_at"] and limit["window"] not in PER_MINUTE:
                 raise exhausted("--plan-only: the plan's window of %s is used up." % limit["title"], limit["resets_at"])
@@ -6364,7 +6372,7 @@ class Gateway:
         self.upstream.close()
 
 
-Translate = Callable[[Model, Sequence[dict], bool, Recall], Translation]
+Translate = Callable[[Model, Sequence[dict], bool, Callable[[], Recall]], Translation]
 
 
 class Exchange:
@@ -6387,8 +6395,8 @@ class Exchange:
         self.assembler = MessageAssembler()
         self.translation: Translation
         self.events: PlannedEvents                  # of the accepted request
-        incoming.held.callback(gateway.usage.running(incoming.record.owner, self._cost_so_far))
-        incoming.held.callback(self.close)
+        gateway.usage.running[self._cost_so_far] = incoming.record.owner
+        incoming.held += [functools.partial(gateway.usage.running.pop, self._cost_so_far), self.close]
 
     def open(self) -> None:
         """Sends the request until Claude accepts it; returns when the answer begins.  Raises GatewayError."""
@@ -6411,7 +6419,7 @@ class Exchange:
             self.events = PlannedEvents(self.translation.plan, self.assembler)
             if self._thinking_refused:              # nothing that --strict could prevent
                 changes.add("dropped", "thinking", "Claude refused it")
-            self._incoming.record.changes = str(changes)
+            self._incoming.record.changes = str(changes) if changes.reported else ""
             if changes.ignored:
                 LOG.debug("without effect on the answer: %s", ", ".join(changes.ignored))
             return
@@ -6439,7 +6447,7 @@ class Exchange:
             self.translation.changes.add("changed", "model", "refused by %s, answered by %s" % (
                 self._known.id, model_id))
             self._incoming.record.used, self._incoming.record.changes = model_id, str(self.translation.changes)
-        call_ids = call_ids_of(message["content"])
+        call_ids = [block["id"] for block in message["content"] if block["type"] == "tool_use"]
         if call_ids:
             self._gateway.answers.remember(self._incoming.owner, self._known.id, call_ids,
                                            self.translation.request.get("tools", ()), lost_blocks(message["content"]))
@@ -6456,11 +6464,13 @@ class Exchange:
     def translate(self) -> Translation:
         """The request as it would be sent now."""
         translation = self._translated(self._lesson or {})
-        for path, block, _ in media_in(translation.request["messages"]) if self._left_out else ():
+        media = media_in(translation.request["messages"])
+        for path, block, _ in media if self._left_out else ():
             if path == self._left_out:
                 translation.changes.add("changed", path, "to a note: Claude refused the file")
                 become_note(block)
-        self._inline_images(translation)
+        if media:
+            self._inline_images(media, translation.changes)
         return translation
 
     def _translated(self, lesson: dict) -> Translation:
@@ -6468,9 +6478,9 @@ class Exchange:
         credential = self._gateway.upstream.credential
         lesson = dict(lesson, **self._for_once)
         model = replace(self._known, **lesson) if lesson else self._known
+        recall = functools.partial(self._gateway.answers.recall, self._incoming.owner, self._known.id)
         translation = self._translate_body(model, credential.preamble if credential else (),
-                                           not self._gateway.config.no_cache,
-                                           self._gateway.answers.recall(self._incoming.owner, self._known.id))
+                                           not self._gateway.config.no_cache, recall)
         names = self._gateway.config.fallback
         fallbacks = fallbacks_for(model, names, self._gateway.models.catalog()) if names else None
         if fallbacks and translation.request["max_tokens"] and "compaction" not in translation.request:
@@ -6479,10 +6489,10 @@ class Exchange:
             translation.changes.add("repaired", "lone_surrogates", "replaced by U+FFFD")
         return translation
 
-    def _inline_images(self, translation: Translation) -> None:
+    def _inline_images(self, media: list[tuple[str, dict, bool]], changes: Changes) -> None:
         """Fetches the images that Claude cannot, as long as they fit into a request and the client is there."""
         size = 0
-        for path, block, old in media_in(translation.request["messages"]):
+        for path, block, old in media:
             if has_address(block) and (self._inline or block["source"]["url"].lower().startswith("http:")):
                 self.call.client.pause(0)           # a client that has left wants no more of them
                 try:
@@ -6491,7 +6501,7 @@ class Exchange:
                 except InvalidRequest as failure:
                     if not old:
                         raise
-                    translation.changes.add("changed", path, "to a note: %s" % failure)
+                    changes.add("changed", path, "to a note: %s" % failure)
                     become_note(block)
                 if size > MAX_UPSTREAM_BODY:
                     raise Refused(413, "request_too_large", "The images by address have more than 32 MB together; "
@@ -6509,8 +6519,8 @@ class Exchange:
         return {"type": "base64", "media_type": media_type, "data": data}
 
     def _send(self, request: dict) -> None:
-        body = within_upstream_limit(messages_request_json(request))
-        LOG.debug("to Claude: %s", request, extra={"payload": request})
+        body = messages_request_json(request)
+        LOG.debug("to Claude: %s", request)
         self._reply = self._gateway.upstream.messages(body, self.call, betas_for(request))
         self._headers = self._reply.headers
         self._incoming.record.request_id = self._headers.get("request-id", "")
@@ -6529,7 +6539,7 @@ class Exchange:
             if ability not in self._for_once and self._matters({ability: False}):
                 self._for_once[ability] = False
                 return True
-        if "compaction" not in self._for_once and compacts(self.translation.request) and \
+        if "compaction" not in self._for_once and COMPACTION_BETA in betas_for(self.translation.request) and \
                 ABOUT_COMPACTION.search("%s %s" % (refusal.error_code, refusal)):
             self._for_once["compaction"] = False
             return True
@@ -6537,7 +6547,7 @@ class Exchange:
         if lesson and self._matters(lesson):
             self._lesson = lesson
             return True
-        media = list(media_in(messages))
+        media = media_in(messages)
         if not self._inline and any(has_address(block) for _, block, _ in media):
             self._inline = message
             return True
@@ -6560,7 +6570,7 @@ class Exchange:
         if self.assembler.message and not self._counted:
             self._counted = True
             message = self.assembler.whole()
-            LOG.debug("from Claude: %s", message, extra={"payload": message})
+            LOG.debug("from Claude: %s", message)
             model = self._known
             if "fallbacks" in self.translation.request:
                 model = self._gateway.models.catalog().models.get(message["model"]) or Model(message["model"])
@@ -6580,9 +6590,8 @@ class Exchange:
                 raise
             yield rendered, None if self.assembler.done else wait
             if self.assembler.done:
-                break
-        else:
-            raise UpstreamFault("The upstream ended its answer without message_stop.")
+                return
+        raise UpstreamFault("The upstream ended its answer without message_stop.")
 
     def _event_batches(self) -> Iterator[Any]:
         """Events as they arrive, also when the upstream answers in JSON."""
@@ -6614,16 +6623,12 @@ class Exchange:
         self._send(dict(request, messages=messages))
 
 
-def compacts(request: dict) -> bool:
-    """Whether a request asks for a compaction or contains the block of one."""
-    return "compaction" in request or has_compaction(request["messages"][0]["content"])
-
-
 def betas_for(request: dict) -> list[str]:
     """The beta features that a request makes use of."""
-    used = {FAST_MODE_BETA: "speed" in request, FALLBACK_BETA: "fallbacks" in request,
-            COMPACTION_BETA: compacts(request)}
-    return [beta for beta in used if used[beta]]
+    compacts = "compaction" in request or request["messages"][0]["content"][0]["type"] == "compaction"
+    features = ((FAST_MODE_BETA, "speed" in request), (FALLBACK_BETA, "fallbacks" in request),
+                (COMPACTION_BETA, compacts))
+    return [beta for beta, used in features if used]
 
 
 def fallbacks_for(model: Model, names: Sequence[str], catalog: Catalog) -> Any:
@@ -6640,34 +6645,28 @@ def record_usage(gateway: Gateway, record: Record, model: Model, usage: dict) ->
     """Puts the tokens of one answer into the log, the status page and the metrics."""
     counts = {kind: count_of(usage.get(name)) for kind, name in TOKEN_KINDS.items()}
     cost = cost_of(model, usage)
+    figures: dict = dict(counts, usd=cost[0]) if cost else dict(counts, without_price=1)
+    gateway.usage.add(record.tool, model.id, record.owner, dict(figures, requests=int(record.input_tokens is None)))
     record.input_tokens = (record.input_tokens or 0) + prompt_tokens(counts)
     record.cached_tokens += counts["cache_read"]
     record.output_tokens += counts["output"]            # a legacy completion of several prompts has several answers
     if cost:
-        record.cost_usd = round((record.cost_usd or 0) + cost[0], 6)
-    record.cached_percent_of_all = gateway.counters.add_tokens(model, counts, cost)
-    gateway.usage.add(record.tool, model.id, record.owner, dict(
-        counts, **{"usd": cost[0]} if cost else {"without_price": 1}))
+        figures["saved_usd"], record.cost_usd = cost[1], round((record.cost_usd or 0) + cost[0], 6)
+    record.cached_percent_of_all = gateway.counters.add_tokens(model.id, figures)
 
 
-def within_upstream_limit(body: bytes) -> bytes:
-    """A body for Claude, of a size that it accepts."""
-    if len(body) > MAX_UPSTREAM_BODY:
-        raise Refused(413, "request_too_large", "The request has %.1f MB as Claude would get it; Claude accepts up to "
-                      "32 MB." % (len(body) / 1e6))
-    return body
-
-
-def media_in(messages: list[dict]) -> Iterator[tuple[str, dict, bool]]:
+def media_in(messages: list[dict]) -> list[tuple[str, dict, bool]]:
     """Every image and document: its path as Claude names it, its block, and whether it stands in a tool result or an
     earlier turn, where the client cannot take it back."""
     newest = max([at for at, message in enumerate(messages) if message["role"] == "user"])
+    blocks: list[tuple[str, dict, bool]] = []
     for at, message in enumerate(messages):
         for place, block in enumerate(message["content"]):
-            path, inner = "messages.%d.content.%d" % (at, place), block.get("content")
-            blocks = [(path, block, at < newest)]
-            blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(listed(inner))]
-            yield from [entry for entry in blocks if entry[1]["type"] in ("image", "document")]
+            if block["type"] != "text":
+                path, inner = "messages.%d.content.%d" % (at, place), listed(block.get("content"))
+                blocks.append((path, block, at < newest))
+                blocks += [("%s.content.%d" % (path, within), each, True) for within, each in enumerate(inner)]
+    return [entry for entry in blocks if entry[1]["type"] in ("image", "document")]
 
 
 def has_address(block: dict) -> bool:
@@ -6775,7 +6774,7 @@ def within_budget(gateway: Gateway, incoming: Incoming, stored: Any) -> Any:
     weight = 6 * len(client_json(stored))           # in memory
     if not gateway.body_budget.take(weight):
         raise busy("The gateway holds too many large requests at the moment.")
-    incoming.held.callback(gateway.body_budget.give, weight)
+    incoming.held.append(functools.partial(gateway.body_budget.give, weight))
     return stored
 
 
@@ -6936,9 +6935,9 @@ def tokens_of_request(gateway: Gateway, history: History) -> int:
     request = without(exchange_for(gateway, incoming, history.earlier).translate().request, "max_tokens", "stream",
                       "temperature", "top_p", "top_k", "stop_sequences", "metadata", "service_tier", "speed",
                       "fallbacks")
-    reply = gateway.upstream.messages(within_upstream_limit(messages_request_json(request)), incoming.call,
-                                      betas_for(request), "/v1/messages/count_tokens")
-    incoming.held.callback(reply.close)
+    reply = gateway.upstream.messages(messages_request_json(request), incoming.call, betas_for(request),
+                                      "/v1/messages/count_tokens")
+    incoming.held.append(reply.close)
     return count_in(json_object_from(reply.read()), "input_tokens")
 
 
@@ -7075,11 +7074,11 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
     """POST /v1/messages and /v1/messages/count_tokens: with the client's version and betas."""
     body, path = native_body(gateway, incoming), "/v1" + incoming.record.route
     betas = re.findall(r"(?:^|[\s,])(?!oauth-)([^\s,]+)", incoming.headers.get("anthropic-beta", ""))
-    data = within_upstream_limit(upstream_json(body))
+    data = upstream_json(body)
     model = gateway.models.catalog().resolve(body["model"])
     if path == "/v1/messages":
         gateway.check_spending(incoming.record.owner, model, body.get("speed"))
-    LOG.debug("to Claude: %s", body, extra={"payload": body})
+    LOG.debug("to Claude: %s", body)
     beta_query = "?beta=true" if re.search(r"(^|&)beta=true(&|$)", incoming.query) else ""
     reply = gateway.upstream.messages(data, incoming.call, betas, path + beta_query, {
         name: incoming.headers[name] for name in ("anthropic-version", "anthropic-workspace-id")
@@ -7098,8 +7097,8 @@ def native_call(gateway: Gateway, incoming: Incoming) -> Reply:
         usage = passing.usage()
         if usage:
             record_usage(gateway, incoming.record, model, usage)
-    incoming.held.callback(gateway.usage.running(incoming.record.owner, cost_so_far))
-    incoming.held.callback(finish)
+    gateway.usage.running[cost_so_far] = incoming.record.owner
+    incoming.held += [functools.partial(gateway.usage.running.pop, cost_so_far), finish]
     return Reply(headers=headers, steps=passing.steps(reply.pieces()), idle_comments=False, event_bytes=named_event,
                  failure=lambda failure: [failure.for_anthropic()[2]])
 
@@ -7743,10 +7742,9 @@ def route_of(target: str) -> tuple[str, str]:
     return path, ""
 
 
-def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
-    """The endpoint of a path; `typed` is how the client wrote it."""
-    methods = ROUTES.get(path)
-    if methods is None:
+def not_served(method: str, path: str, typed: str) -> NoReturn:
+    """Refuses a path without an endpoint for this method; `typed` is how the client wrote it."""
+    if path not in ROUTES:
         foreign = re.match(r"/(embeddings|images|audio|moderations)(/|$)", path)
         if foreign:
             raise Refused(404, "unknown_url", "Claude has no %s: %s can only be served by another provider." % (
@@ -7754,23 +7752,20 @@ def endpoint_of(method: str, path: str, typed: str) -> Endpoint:
         served = ", ".join(route for route in ROUTES if "{" not in route)
         raise Refused(404, "unknown_url", "There is nothing at %s %s; served are %s." % (
             method, printable(typed), served))
-    endpoint = methods.get("GET" if method == "HEAD" else method)
-    if endpoint is None:
-        names = [*methods, *(["HEAD"] if "GET" in methods else []), "OPTIONS"]
-        hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
-        raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
-                      headers={"allow": ", ".join(names)})
-    return endpoint
+    names = [*ROUTES[path], *(["HEAD"] if "GET" in ROUTES[path] else []), "OPTIONS"]
+    hint = "; a chat completion is POST /v1/chat/completions" if path == "/" else ""
+    raise Refused(405, "method_not_allowed", "%s does not support %s%s." % (printable(typed), method, hint),
+                  headers={"allow": ", ".join(names)})
 
 
-def allowed_host(host: str, config: Config) -> tuple[str, bool]:
+@functools.lru_cache(maxsize=16)
+def allowed_host(host: str, ours: tuple[str, ...]) -> tuple[str, bool]:
     """The name in a Host header, and whether it may be this gateway's; a web page's own may not (DNS rebinding)."""
     match = re.match(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?\Z", host)
     if not match:
         raise InvalidRequest("The Host header is malformed.", code="bad_header")
     name = match.group(1).strip("[]").rstrip(".").lower()
-    return name, is_address(name) or is_loopback_host(name) or name in map(
-        str.lower, ("host.docker.internal", *config.hosts, *config.allow_host))
+    return name, is_address(name) or is_loopback_host(name) or name in ours
 
 
 def origin_allowed(origin: str, config: Config) -> bool:
@@ -7788,7 +7783,7 @@ NO_HEAD = Head("", "", "1.1", {"connection": "close", "content-length": "?"})
 IDLE_COMMENT = b": keep-alive\n\n"                  # clients read on
 LAST_CHUNK = b"0\r\n\r\n"
 LOG_NAME = "request "
-http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)      # the same for a second
+http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
 def inflated(body: bytes, encoding: str, limit: int) -> bytes:
@@ -7845,13 +7840,23 @@ class StreamedReply:
             self.headers["transfer-encoding"] = "chunked"
         self.idle_comment = self._wire(IDLE_COMMENT) if reply.idle_comments else b""
 
-    def steps(self) -> Iterator[Any]:
-        """The same steps with bytes to send, the end of the body included."""
-        for data, wait in self._reply.steps or ():
-            if isinstance(data, list):              # events that arrive together leave together
-                data = b"".join(map(self._reply.event_bytes, data))
-            yield self._wire(data), wait
-        yield self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b""), None
+    def steps(self, head: bytes) -> Iterator[Any]:
+        """The same steps with bytes to send, head and end included; what nothing is waited for between leaves at once."""
+        ready = head
+        try:
+            for data, wait in self._reply.steps or ():
+                if isinstance(data, list):
+                    data = b"".join(map(self._reply.event_bytes, data))
+                ready += self._wire(data)
+                if wait or len(ready) > READ_SIZE:
+                    yield ready, None if wait is NEEDS_THREAD else wait
+                    ready = b""
+                if wait is NEEDS_THREAD:
+                    yield b"", wait
+        except Exception:                           # whatever it is: what came before it is the client's
+            yield ready, None
+            raise
+        yield ready + self._wire(self._reply.closing) + (LAST_CHUNK if self._chunked else b""), None
 
     def failure(self, failure: GatewayError) -> bytes:
         """An event that SDKs raise, and the end; a body of another kind is cut, so that nobody takes it for whole."""
@@ -7870,22 +7875,21 @@ class RequestCycle:
     def __init__(self, gateway: Gateway, peer: Peer, address: str, head: Head, started: float) -> None:
         # what came in
         self._gateway, self._config, self._limits = gateway, gateway.config, gateway.config.limits
-        self._peer, self._address, self._head = peer, address, head
-        self._body_unread = "transfer-encoding" in head.headers or head.headers.get("content-length", "0") != "0"
+        self._peer, self._address, self._head, headers = peer, address, head, head.headers
+        self._body_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         self._body_begun = False
         # what has gone out
         self.client = Client(peer, self._limits)
-        self.keep_alive = not ends_connection(head.version, head.headers)   # whether the connection may go on
+        self.keep_alive = not ends_connection(head.version, headers)        # whether the connection may go on
         self.steps: Iterator[Any] = iter(())        # of a stream, once its head has gone out
         self._stream: Optional[StreamedReply] = None
         self._native = False
-        self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address,
-                              tool_of(head.headers), started)
-        self._log_name = LOG_NAME + secrets.token_hex(2)        # of the thread, so that its log entries show it
+        tool = tool_of(headers.get("user-agent", ""), headers.get("x-title", ""), " ".join(headers))
+        self._record = Record(head.method, head.target.partition("?")[0].partition("#")[0], address, tool, started)
+        self._log_name = LOG_NAME + os.urandom(2).hex()         # of the thread, so that its log entries show it
         # what has to be given back, whatever happens
-        self._entered = False                       # a place among the running requests
         self._reserved = 0                          # bytes of the budget of all bodies
-        self._held = contextlib.ExitStack()         # what the endpoint opens
+        self._held = [self._end]                    # the last one first
 
     def run(self, failure: BaseException | None = None) -> Wait | None:
         """Answers the request, or goes on with its stream in a thread again; the catch-all of the program is here.
@@ -7905,43 +7909,31 @@ class RequestCycle:
             self._send_failure(fault if isinstance(fault, GatewayError) else unexpected(fault))
         finally:
             if not wait:
-                self._end()
+                close_all(self._held)
         return wait
 
     def _end(self) -> None:
-        """Every step of it, whatever goes wrong in another: what a request holds must not stay taken."""
+        """Gives back what the body took, and puts the request into the log and the counts."""
         record = self._record
-        try:
-            self._held.close()
-        finally:
-            self._gateway.body_budget.give(self._reserved)
-            record.total_ms = record.elapsed_ms()
-            try:
-                if record.method:
-                    log_request_record(record, self._config)
-                    if record.used:
-                        self._gateway.usage.add(record.tool, record.used, record.owner, {
-                            "requests": 1, "errors": int(record.status >= 400)})
-                    self._gateway.counters.add_request(record.route, record.summary(self._gateway.secrets()))
-            finally:
-                self._leave()                       # who waits for an idle gateway finds everything counted
-
-    def _leave(self) -> None:
-        if self._entered:
-            self._entered = False
-            self._gateway.running.give()
+        self._gateway.body_budget.give(self._reserved)
+        record.total_ms = int((time.monotonic() - record.started) * 1000)
+        if record.method:
+            log_request_record(record, self._config)
+            figures = {"requests": int(record.input_tokens is None), "errors": int(record.status >= 400)}
+            if record.used and any(figures.values()):           # most requests are counted with their tokens
+                self._gateway.usage.add(record.tool, record.used, record.owner, figures)
+            self._gateway.counters.add_request(vars(record), self._gateway.secrets())
 
     def _answer(self) -> Wait | None:
         """Checks a request from the outside in, and sends what its endpoint answers."""
-        self._entered = self._gateway.running.take()
-        if not self._entered:
+        if not self._gateway.running.take():
             raise busy("The gateway stops." if self._gateway.running.draining else
                        "The gateway is busy with as many requests as it accepts.")
+        self._held.insert(0, self._gateway.running.give)    # last: who waits for this finds everything counted
         length = body_length(self._head)
         head = self._head = self._checked_head()
         path, argument = route_of(head.target)
-        self._native = path in NATIVE
-        self._record.route = path if path in ROUTES else "other"
+        self._native, self._record.route = path in NATIVE, path if path in ROUTES else "other"
         if head.method == "OPTIONS":
             self._send(204, b"", preflight_headers(head))
             return None
@@ -7949,7 +7941,8 @@ class RequestCycle:
             raise Refused(426, "upgrade_required", "WebSockets are not supported here; send plain requests.",
                           headers={"upgrade": "HTTP/1.1"})
         owner = self._owner(path) if self._config.api_key else ""
-        endpoint = endpoint_of(head.method, path, self._record.path)
+        endpoint = ROUTES.get(path, {}).get("GET" if head.method == "HEAD" else head.method) or not_served(
+            head.method, path, self._record.path)
         hops = head.headers.get(HOP_HEADER, "")
         if self._gateway.instance_id in hops:
             raise Refused(508, "loop_detected", "This request came from this very gateway: its upstream address leads "
@@ -7966,7 +7959,7 @@ class RequestCycle:
             except InvalidRequest:
                 LOG.debug("from the client, invalid: %r", body[:2_000])
                 raise
-            LOG.debug("from the client: %s", incoming.body, extra={"payload": incoming.body})
+            LOG.debug("from the client: %s", incoming.body)
         del body                                    # a large one need not wait for Claude's answer
         return self._send_reply(endpoint(self._gateway, incoming))
 
@@ -7979,7 +7972,7 @@ class RequestCycle:
             head = head._replace(target=path if path.startswith("/") else "/" + path)
         elif not head.target.startswith("/") and not (head.target == "*" and head.method == "OPTIONS"):
             raise InvalidRequest("The request target is not a path.", code="bad_request_line")
-        name, allowed = allowed_host(host, self._config) if host is not None else ("", True)
+        name, allowed = allowed_host(host, self._gateway.names) if host is not None else ("", True)
         if not allowed:
             self.keep_alive = False
             raise Refused(403, "host_not_allowed", "Host %s is not one of this gateway's names. If it should be: "
@@ -8009,7 +8002,7 @@ class RequestCycle:
         if owner or path in WITHOUT_KEY and self._head.method in ("GET", "HEAD") and not guessed:
             self._record.owner = "" if self._config.passing_key else owner[:12]
             return owner
-        self._leave()                               # a slowed refusal takes nobody's place
+        self._held.pop(0)()                         # a slowed refusal takes nobody's place
         time.sleep(self._gateway.failed_keys.penalty(self._address))
         raise Refused(401, "invalid_api_key", "Invalid API key." if digests else
                       "A key of this gateway is needed (Authorization: Bearer KEY).",
@@ -8069,20 +8062,20 @@ class RequestCycle:
         if reply.steps is not None:
             chunked = self._head.version == "1.1"
             stream, self.keep_alive = StreamedReply(reply, chunked), self.keep_alive and chunked
-            self.client.send(self._head_bytes(200, stream.headers))
-            self._stream, self.steps, self.client.idle_comment = stream, stream.steps(), stream.idle_comment
+            self._stream, self.client.idle_comment = stream, stream.idle_comment
+            self.steps = stream.steps(self._head_bytes(200, stream.headers))
             return self._go_on()
         if reply.raw is None:
-            LOG.debug("to the client: %s", reply.body, extra={"payload": reply.body})
+            LOG.debug("to the client: %s", reply.body)
         body = client_json(reply.body) + b"\n" if reply.raw is None else reply.raw     # curl leaves the line to us
-        self._send(200, body, dict({"content-type": "application/json"}, **reply.headers))
+        self._send(200, body, {"content-type": "application/json", **reply.headers})
         return None
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """A whole answer in one write."""
         if self._body_unread:
             self._drain_body()
-        headers = dict(headers, **({} if status == 204 else {"content-length": str(len(body))}))
+        headers = headers if status == 204 else {**headers, "content-length": str(len(body))}
         self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
         if self._body_unread:                       # reads on for a moment, so that the client sees this and no reset
             deadline = time.monotonic() + 2
@@ -8093,10 +8086,10 @@ class RequestCycle:
 
     def _head_bytes(self, status: int, headers: dict[str, str]) -> bytes:
         self._record.status = status
-        self._record.first_byte_ms = self._record.elapsed_ms()
+        self._record.first_byte_ms = int((time.monotonic() - self._record.started) * 1000)
         if self._gateway.running.draining:
             self.keep_alive = False
-        lines = dict({"server": USER_AGENT, "date": http_date(int(time.time()), usegmt=True)}, **headers)
+        lines = {"server": USER_AGENT, "date": http_date(int(time.time())), **headers}
         lines.setdefault(REQUEST_ID_HEADER, self._record.request_id or "gw_" + secrets.token_hex(10))
         self._record.request_id = lines[REQUEST_ID_HEADER]
         origin = self._head.headers.get("origin")
@@ -8105,7 +8098,7 @@ class RequestCycle:
                           "access-control-expose-headers": EXPOSED_HEADERS})
         lines["connection"] = "keep-alive" if self.keep_alive else "close"
         head = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Unknown"))]
-        head += ["%s: %s" % (name, value if value.isprintable() else CONTROLS.sub(" ", value))
+        head += [f"{name}: {value if value.isprintable() else CONTROLS.sub(' ', value)}"
                  for name, value in lines.items()]
         return ("\r\n".join(head) + "\r\n\r\n").encode("latin-1", "replace")
 
@@ -8132,7 +8125,7 @@ class RequestCycle:
                 self._record.status = failure.status
                 self.client.send(self._stream.failure(failure))
             else:
-                LOG.debug("to the client: %s", body, extra={"payload": body})
+                LOG.debug("to the client: %s", body)
                 self._send(status, client_json(body) + b"\n", dict(headers, **{"content-type": "application/json"}))
         except ClientGone:
             self.keep_alive = False
@@ -8145,11 +8138,10 @@ def unexpected(failure: Exception) -> GatewayError:
                         code="internal_error")
 
 
-def tool_of(headers: dict[str, str]) -> str:
-    """The tool that the headers of a request name, short enough for a column of the log."""
-    versions = [re.match(r"x-(?!api-)([a-z]+)-version\Z", name) for name in headers if name.startswith("x-")]
-    named = headers.get("x-title") or "".join([match.group(1) for match in versions if match])
-    agent = headers.get("user-agent", "")
+@functools.lru_cache(maxsize=16)
+def tool_of(agent: str, title: str, names: str) -> str:
+    """The tool that a request's headers name, short enough for a column of the log."""
+    named = title or "".join(re.findall(r"(?<!\S)x-(?!api-)([a-z]+)-version(?!\S)", names))
     if "/JS " in agent:                             # the SDK, its name minified
         agent = re.sub(r"^\w{1,3}(?=/JS )", "OpenAI", agent)
     match = re.match(r"(OpenAI/\w+|Async\w+/\w+|[\w.-]+)", re.sub(r"\s", "-", named) if named else agent)
@@ -8161,33 +8153,34 @@ def log_request_record(record: Record, config: Config) -> None:
     """One line per request, in columns, and a second one for what was changed (as JSON: a field of the first)."""
     monitoring = record.route in MONITORING and record.status < 400      # an open page asks every other second
     level = logging.WARNING if record.status >= 400 else logging.DEBUG if monitoring else logging.INFO
-    line = "%-4s %-20s %d" % (record.method, printable(record.path), record.status)
+    path = printable(record.path)
     if config.minimal:
-        LOG.log(level, "%s %d ms", line, record.total_ms, extra={"fields": vars(record)})
+        LOG.log(level, "%-4s %-20s %d %d ms", record.method, path, record.status, record.total_ms,
+                extra={"fields": vars(record)})
         return
     models = "%s -> %s" % (printable(record.asked or "(none)"), record.used or "-")
-    line += "  %-14s %-36s %-6s" % (record.tool, models if record.asked or record.used else "-",
-                                    "stream" if record.stream else "")
-    if record.input_tokens is not None:
-        line += "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
-            record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
-            record.output_tokens)
-    line += "  %s/%d ms  %s" % (record.first_byte_ms, record.total_ms, record.request_id)
+    tokens = "" if record.input_tokens is None else "  in %-7d %3d%% cached (%d%% in all)  out %-6d" % (
+        record.input_tokens, percent(record.cached_tokens, record.input_tokens), record.cached_percent_of_all,
+        record.output_tokens)
     error = "  " + printable(record.error, 500) if record.error else ""
-    LOG.log(level, "%s", line + error, extra={"fields": vars(record), "short": lambda: short_line(record) + error})
+    LOG.log(level, "%-4s %-20s %d  %-14s %-36s %-6s%s  %s/%d ms  %s%s", record.method, path, record.status, record.tool,
+            models if record.asked or record.used else "-", "stream" if record.stream else "", tokens,
+            record.first_byte_ms, record.total_ms, record.request_id, error, extra={"fields": vars(record)})
     if record.changes and config.log_format != "json":
         LOG.info("  changes: %s", printable(record.changes, 100_000))
 
 
-def short_line(record: Record) -> str:
+def short_line(fields: dict) -> str:
     """The line of a request for a narrow terminal, without padding and ids."""
+    record = Record(**fields)
     path = re.sub(r"^(/v1)?/", "", printable(record.path)) or "/"
     words = ["%d" % record.status, path if record.method == "POST" else "%s %s" % (record.method, path),
              record.tool, re.sub(r"^claude-|-\d{8}$", "", record.used)]
     if record.input_tokens is not None:
         words.append("%d>%d %d%%" % (record.input_tokens, record.output_tokens,
                                      percent(record.cached_tokens, record.input_tokens)))
-    return " ".join(filter(None, [*words, "%.1fs" % (record.total_ms / 1000)]))
+    words.append("%.1fs" % (record.total_ms / 1000))
+    return " ".join(filter(None, words)) + ("  " + printable(record.error, 500) if record.error else "")
 
 
 class Connection:
@@ -8248,8 +8241,9 @@ class Connection:
             431, "request_header_fields_too_large", "The request head " + what))
         while True:
             blank = BLANK_LINES.match(received)     # dropped before a request (RFC 9112, 2.2)
-            reader.skipped += blank.end() if blank else 0
-            del received[:blank.end() if blank else 0]
+            if blank:
+                reader.skipped += blank.end()
+                del received[:blank.end()]
             lines = reader.lines()
             if lines:
                 self._peer.unread += received
@@ -8608,6 +8602,11 @@ def columns_of_terminal(stream: Any = None) -> int:
     return 0
 
 
+@functools.lru_cache(maxsize=1)
+def clock_time(second: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(second))
+
+
 WHOLE_LINE = 185                                    # columns of a request's line with Claude's request id
 
 
@@ -8621,30 +8620,29 @@ class LogFormatter(logging.Formatter):
         self._columns = columns                     # of the terminal, None where there is none
 
     def format(self, record: logging.LogRecord) -> str:
-        payload = getattr(record, "payload", None)
-        short: Any = getattr(record, "short", None)         # makes the line for a narrow terminal
-        columns = self._columns() if short and self._columns and not self.as_json else 0
+        fields: Any = getattr(record, "fields", None)       # of a request
+        columns = self._columns() if fields and self._columns and not self.as_json else 0
         if 0 < columns < WHOLE_LINE:
-            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short(),)))
-        if payload is None:
+            record = logging.makeLogRecord(dict(vars(record), msg="%s", args=(short_line(fields),)))
+        if not isinstance(record.args, dict):
             message = masked(as_typed(super().format(record) if record.exc_info else record.getMessage()),
                              self._secrets())
         else:                                       # cut last: the beginning of a secret is not recognised
-            message = str(record.msg).replace("%s", json.dumps(payload, ensure_ascii=False))
+            message = str(record.msg).replace("%s", json.dumps(record.args, ensure_ascii=False))
             message = re.sub(r"[A-Za-z0-9+/=_-]{400,}", lambda match: match.group()[:60] + "...",
                              masked(message, self._secrets()))
         if not self.as_json:
             return self._text_line(record, message)
         entry = {"time": round(record.created, 3), "level": record.levelname.lower(), "message": message}
         fields = {name: masked(value, self._secrets()) if isinstance(value, str) else value
-                  for name, value in getattr(record, "fields", {}).items() if name not in ("started", "owner")}
+                  for name, value in (fields or {}).items() if name not in ("started", "owner")}
         return json.dumps(dict(fields, **entry))
 
     def _text_line(self, record: logging.LogRecord, message: str) -> str:
         """Time and message, which only with a traceback has several lines; failures are red, refusals yellow."""
         if self._with_names and record.threadName and record.threadName.startswith(LOG_NAME):
             message = "[%s] %s" % (record.threadName[len(LOG_NAME):], message)
-        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        moment = clock_time(int(record.created))
         message = "\n    ".join(map(visible, message.split("\n"))) if record.exc_info else visible(message)
         if not self._colour:
             return "%s %s" % (moment, message)
@@ -8659,8 +8657,9 @@ class LogFormatter(logging.Formatter):
 def set_up_log(config: Config, secrets: Callable[[], list[str]] | None = None) -> None:
     """Sends the log to standard error, at the level that the options ask for; without these secrets."""
     handler = logging.StreamHandler(sys.stderr)
+    columns = columns_of_terminal if columns_of_terminal() and not config.minimal else None
     handler.setFormatter(LogFormatter(secrets or config.secrets, config.log_format == "json", wants_colour(sys.stderr),
-                                      config.verbose, columns_of_terminal if columns_of_terminal() else None))
+                                      config.verbose, columns))
     LOG.handlers = [handler]
     LOG.propagate = False
     LOG.setLevel(logging.CRITICAL + 1 if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
@@ -9230,8 +9229,10 @@ def live_findings(config: Config, credential: Credential) -> Iterator[Finding]:
     with closing(Gateway(config, credential)) as gateway:
         try:
             for incoming in (Incoming(body), Incoming(body)):
-                with incoming.held:
+                try:
                     answers.append(chat_completions(gateway, incoming).body)
+                finally:
+                    close_all(incoming.held)
         except GatewayError as fault:
             yield Finding("Live call", str(fault), "See Claude's message.", UNREACHABLE)
             return
