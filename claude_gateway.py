@@ -2885,6 +2885,12 @@ DELTA_END = re.compile(r"\} *\}\n\n")
 scan_string = json.decoder.scanstring               # type: ignore[attr-defined]
 
 
+@functools.lru_cache(maxsize=64)
+def short_event(data: bytes) -> dict:
+    """An event from its data, of which nearly every stream has the same: ends, pings.  Nobody changes events."""
+    return json_object_from(data, event=True)
+
+
 class EventDecoder:
     """Bytes of a Messages API event stream in, events out (WHATWG HTML, section 9.2, "server-sent events").
 
@@ -2933,7 +2939,7 @@ class EventDecoder:
                     self._data.append(line[6:] if line[5:6] == b" " else line[5:])
                 elif not line and self._data:
                     data, self._data, self._held = b"\n".join(self._data), [], len(self._rest[0])
-                    yield json_object_from(data, event=True)
+                    yield short_event(data) if len(data) < 60 else json_object_from(data, event=True)
 
     def close(self) -> Iterator[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
@@ -2947,14 +2953,14 @@ class EventDecoder:
         texts, at = [], 0                           # type: List[str], int
         try:
             text = (b"".join([*self._rest, piece]) if self._held else piece).decode()
-            while at < len(text):
-                words_at = at + len(self._text_begins)
-                if text[at:words_at] != self._text_begins:
-                    begin = None if texts else TEXT_DELTA.match(text)
-                    if not begin:
-                        break
-                    self._text_begins, self._index, words_at = begin.group(), int(begin.group(1)), begin.end()
-                words, end = scan_string(text, words_at)
+            if not text.startswith(self._text_begins):
+                begin = TEXT_DELTA.match(text)
+                if not begin:
+                    return None, piece
+                self._text_begins, self._index = begin.group(), int(begin.group(1))
+            begins, size = self._text_begins, len(self._text_begins)
+            while text[at:at + size] == begins:
+                words, end = scan_string(text, at + size)
                 delta_end = DELTA_END.match(text, end)
                 if not delta_end:
                     break
@@ -3419,6 +3425,9 @@ class Renderer:
     _block_stop: Callable[[dict], List[dict]]
 
 
+FIRST_DELTA = {"role": "assistant", "content": ""}
+
+
 class ChatStream(Renderer):
     """Messages API events in, chat completion chunks out.  One instance per request."""
 
@@ -3430,19 +3439,19 @@ class ChatStream(Renderer):
         self._include_usage = include_usage
         self._tool_position = -1                    # of the tool call that is being sent; counts calls, not blocks
         self._around_text: List[bytes] = []         # the event of a chunk with text, before and behind that
+        self._around_model = ""                     # which it names
 
     def event_bytes(self, chunk: dict) -> bytes:
-        """`data_event` of a chunk of this stream.  Of one with text only, the parts that all share are made once."""
+        """`data_event` of a chunk of this stream; of one with text only, that text between what all of them share."""
         choice = (chunk.get("choices") or [{"delta": {}}])[0]
         delta = choice["delta"]
-        if "content" not in delta or len(delta) > 1 or choice["finish_reason"]:
-            return data_event(chunk)
-        if not self._around_text:                   # a quote inside a string would be escaped
-            empty = data_event(dict(chunk, choices=[dict(choice, delta={"content": ""})]))
-            before, after = empty.split(b'"content":""')
-            self._around_text = [before + b'"content":', after]
-        before, after = self._around_text
-        return before + client_json(delta["content"]) + after
+        if "content" not in delta or len(delta) > 1 or choice["finish_reason"] or chunk["model"] != self._around_model:
+            data = data_event(chunk)
+            if delta == FIRST_DELTA:                # a quote inside a string would be escaped
+                before, after = data.split(b'"role":"assistant","content":""')
+                self._around_text, self._around_model = [before + b'"content":', after], chunk["model"]
+            return data
+        return client_json(delta["content"]).join(self._around_text)
 
     def finish(self) -> list[dict]:
         """The last chunks: citations, a refusal, the finish reason, usage if it was asked for."""
@@ -3463,11 +3472,11 @@ class ChatStream(Renderer):
     def _start(self) -> list[dict]:
         self._envelope["model"] = self._assembler.message["model"]
         self._envelope = with_service_tier(self._envelope, self._assembler.message["usage"])
-        return [self._chunk({"role": "assistant", "content": ""})]
+        return [self._chunk(FIRST_DELTA)]
 
     def _block_start(self, block: dict) -> list[dict]:
         if block["type"] == "fallback":
-            self._envelope, self._around_text = dict(self._envelope, model=self._assembler.message["model"]), []
+            self._envelope = dict(self._envelope, model=self._assembler.message["model"])
         if block["type"] == "tool_use" and block["name"] not in self._plan.custom_tools:
             self._tool_position += 1
             return self._call_delta({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
@@ -4428,7 +4437,7 @@ class StoredFile:
         """Replaces the file at once; a damaged one is moved aside, a symlink followed.  Raises OSError."""
         if not self.path:
             raise OSError("there is no home directory to store tokens in; use --token-file PATH")
-        target = os.path.realpath(self.path)
+        target = self._target()
         directory = os.path.dirname(target)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if os.path.basename(directory) == "claude-gateway":     # ours alone, however it was made
@@ -4436,8 +4445,8 @@ class StoredFile:
                 os.chmod(directory, 0o700)
         try:
             self.read()
-        except FileDamaged as damage:               # what is no file at all stays, and stops the writing
-            if os.path.isfile(target) and not is_held(damage.__cause__):
+        except FileDamaged as damage:
+            if not is_held(damage.__cause__):
                 aside = "%s.damaged-%s" % (target, secrets.token_hex(4))
                 os.replace(target, aside)
                 LOG.warning("the damaged %s is kept as %s", self.kind, aside)
@@ -4463,7 +4472,14 @@ class StoredFile:
     def remove(self) -> None:
         """Raises OSError, unless there is no file."""
         with suppress(FileNotFoundError):
-            os.unlink(os.path.realpath(self.path))
+            os.unlink(self._target())
+
+    def _target(self) -> str:
+        """The file itself, behind symlinks.  Raises OSError for what is no plain file, as a device: that stays."""
+        target = os.path.realpath(self.path)
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise OSError("%s is no plain file" % target)
+        return target
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -5327,7 +5343,6 @@ def body_length(head: Head) -> int | None:
 class BodyFraming:
     """Where the body of an answer ends (RFC 9112, 6.3): bytes of the connection in, bytes of the body out."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\Z")
-    USUAL = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")   # before a chunk that most reads bring whole
     LONGEST_LINE = 65_536
 
     def __init__(self, chunked: bool, length: int | None) -> None:
@@ -5343,17 +5358,19 @@ class BodyFraming:
         Raises UpstreamFault for a chunk that does not hold together (RFC 9112, 7.1)."""
         if self._left is None:
             return data
-        data, at = self.rest + data if self.rest else data, 0
+        data = self.rest + data if self.rest else data
         pieces: list[bytes] = []
+        # most reads bring whole chunks without CRLF in them, at last the empty one without trailers
+        lines = [] if self._in_chunk or self._in_trailers else data.split(b"\r\n")[:-1]
+        for size, piece in zip(lines[::2], lines[1::2]):
+            if size != b"%x" % len(piece):
+                break
+            pieces.append(piece)
+            if not piece:
+                self.done = True
+                break
+        at = sum(map(len, lines[:2 * len(pieces)])) + 4 * len(pieces)
         while at < len(data) and not self.done:
-            usual = None if self._in_chunk or self._in_trailers else self.USUAL.match(data, at)
-            if usual:
-                begin = usual.end()
-                end = begin + int(usual[1], 16)
-                if data[end:end + 2] == b"\r\n":    # a whole chunk, or the end without trailers
-                    pieces.append(data[begin:end])
-                    self.done, at = begin == end, end + 2
-                    continue
             if self._left:
                 piece = data[at:at + self._left]
                 pieces.append(piece)
@@ -7841,7 +7858,7 @@ class StreamedReply:
         self.idle_comment = self._wire(IDLE_COMMENT) if reply.idle_comments else b""
 
     def steps(self, head: bytes) -> Iterator[Any]:
-        """The same steps with bytes to send, head and end included; what nothing is waited for between leaves at once."""
+        """The same steps with bytes to send, head and end included.  What has nothing to wait for leaves together."""
         ready = head
         try:
             for data, wait in self._reply.steps or ():

@@ -7034,6 +7034,10 @@ class RenewalTests(LoginStoreTestCase):
         os.mkfifo(self.token_path)
         with self.assertRaisesRegex(claude_gateway.FileDamaged, "it is no plain file"):
             self.file.read()
+        for replaces in (lambda: self.file.write(stored_token()), self.file.remove):
+            with self.assertRaisesRegex(OSError, "is no plain file"):
+                replaces()
+        self.assertEqual(os.listdir(self.directory), [os.path.basename(self.token_path)])
 
     @POSIX_ONLY
     def test_a_logout_while_tokens_are_unsaved_stays_one(self):
@@ -10812,6 +10816,8 @@ class FallbackTests(ResponsesTestCase):
                     last = response.chunks[-1]["response"] if stream else response.json
                     chat_model = chat.chunks[-1]["model"] if stream else chat.json["model"]
                     self.assertEqual((chat_model, last["model"]), ("claude-opus-4-8",) * 2)
+                    self.assertEqual({chunk["model"] for chunk in chat.chunks if chunk["choices"][0]["delta"].get(
+                        "content")} if stream else {chat_model}, {"claude-opus-4-8"})
                     self.assertIn("answered by claude-opus-4-8", "".join(logged.output))
                     if not stream:
                         self.assertEqual(chat.headers["x-claude-gateway-changes"], "changed=model")
