@@ -5344,6 +5344,7 @@ class BodyFraming:
     """Where the body of an answer ends (RFC 9112, 6.3): bytes of the connection in, bytes of the body out."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;.*)?\Z")
     LONGEST_LINE = 65_536
+    COUNTING = False                                # whether each chunk is counted
 
     def __init__(self, chunked: bool, length: int | None) -> None:
         self._chunked = chunked
@@ -5361,7 +5362,8 @@ class BodyFraming:
         data = self.rest + data if self.rest else data
         pieces: list[bytes] = []
         # most reads bring whole chunks without CRLF in them, at last the empty one without trailers
-        lines = [] if self._in_chunk or self._in_trailers else data.split(b"\r\n")[:-1]
+        by_lines = not (self._in_chunk or self._in_trailers or self.COUNTING)
+        lines = data.split(b"\r\n")[:-1] if by_lines else []
         for size, piece in zip(lines[::2], lines[1::2]):
             if size != b"%x" % len(piece):
                 break
@@ -5423,7 +5425,7 @@ class BodyFraming:
 class RequestFraming(BodyFraming):
     """The same for the body of a request, which is bounded, and may be written in one way only."""
     SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
-    USUAL = re.compile(rb"(?!)")                    # none: each chunk is counted
+    COUNTING = True
     LONGEST_LINE = 1_025
 
     def __init__(self, length: int | None, limit: int) -> None:

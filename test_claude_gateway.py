@@ -13158,7 +13158,7 @@ class DemoTests(CommandTestCase):
         self.assertIn("simulated", answer.headers["x-request-id"])
 
     def test_a_stream_comes_in_pieces_and_adds_up_to_the_same_kind_of_answer(self):
-        answer = self.chat("Hi", stream=True, stream_options={"include_usage": True})
+        answer = self.chat("Hi", stream=True, stream_options={"include_usage": True, "include_obfuscation": True})
         whole = completion_from_chunks(answer.chunks)
         self.assertIn("simulated", whole["message"]["content"])
         self.assertEqual((whole["finish_reason"], answer.events[-1]), ("stop", "[DONE]"))

@@ -559,6 +559,7 @@ MUTANTS = (
            "yield ready, None if wait is NEEDS_THREAD else wait", "yield ready, wait", "EventLoopStreamShapeTests"),
     Mutant("token file: not for ever",
            "if not is_held(fault) or time.monotonic() > deadline:", "if not is_held(fault):", "TokenFileTests"),
+    Mutant("framing: each chunk of a request is counted", "    COUNTING = True", "    COUNTING = False", "BodyTests"),
     Mutant("framing: blank lines before a request", "del received[:blank.end()]", "pass",
            "FramingTests"),
     Mutant("secret: as JSON tells it", " and not SAME_IN_JSON.match(secret):\n", " and False:\n",
