@@ -87,7 +87,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTu
 # ---- Configuration -----------------------------------------------------------------------------------
 # Fixed addresses, versions and limits.  A number stands here with the reason for it, or not at all.
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 USER_AGENT = "claude-gateway/" + VERSION
 LOG = logging.getLogger("claude_gateway")
 LOG.addHandler(logging.NullHandler())           # as a library: silent until the program asks
