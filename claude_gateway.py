@@ -5359,19 +5359,18 @@ class BodyFraming:
         Raises UpstreamFault for a chunk that does not hold together (RFC 9112, 7.1)."""
         if self._left is None:
             return data
-        data = self.rest + data if self.rest else data
+        data, at = self.rest + data if self.rest else data, 0
         pieces: list[bytes] = []
         # most reads bring whole chunks without CRLF in them, at last the empty one without trailers
-        by_lines = not (self._in_chunk or self._in_trailers or self.COUNTING)
-        lines = data.split(b"\r\n")[:-1] if by_lines else []
-        for size, piece in zip(lines[::2], lines[1::2]):
-            if size != b"%x" % len(piece):
+        lines = iter(() if self._in_chunk or self._in_trailers or self.COUNTING else data.split(b"\r\n"))
+        for size, piece in zip(lines, lines):
+            end = at + len(size) + len(piece) + 4
+            if size != b"%x" % len(piece) or end > len(data):
                 break
             pieces.append(piece)
-            if not piece:
-                self.done = True
+            self.done, at = not piece, end
+            if self.done:
                 break
-        at = sum(map(len, lines[:2 * len(pieces)])) + 4 * len(pieces)
         while at < len(data) and not self.done:
             if self._left:
                 piece = data[at:at + self._left]
