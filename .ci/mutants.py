@@ -351,8 +351,8 @@ MUTANTS = (
            "TokenFileTests"),
     Mutant("token file: replaced in one step", 'temporary = target + ".tmp"', "temporary = target", "TokenFileTests"),
     Mutant("token file: synced before it replaces", "                os.fsync(file.fileno())\n", "", "TokenFileTests"),
-    Mutant("token file: symlinks", "        target = self._target()\n        directory",
-           "        target = self.path\n        directory", "TokenFileTests"),
+    Mutant("token file: symlinks", "target = os.path.realpath(self.path)\n        if os.path.exists",
+           "target = self.path\n        if os.path.exists", "TokenFileTests"),
     Mutant("token file: damaged ones are kept", "                os.replace(target, aside)\n", "", "TokenFileTests"),
     Mutant("token file: what a failed write leaves", "            with suppress(OSError):\n"
            "                os.unlink(temporary)\n            raise\n", "            raise\n", "TokenFileTests"),
