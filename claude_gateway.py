@@ -43,7 +43,6 @@ import argparse
 import base64
 import calendar
 import collections
-import contextlib
 import dataclasses
 import difflib
 import email.utils
@@ -924,7 +923,7 @@ class Catalog:
         named = dict(self.models)
         named.update((tier, newest) for tier in TIERS for newest in [self.newest(tier)] if newest)
         for alias in without(self.aliases, "*"):
-            with contextlib.suppress(GatewayError):
+            with suppress(GatewayError):
                 named[alias] = self.resolve(alias)
         yield from named.items()
 
@@ -2943,7 +2942,7 @@ class EventDecoder:
 
     def close(self) -> Iterator[dict]:
         """At a clean end: a complete last event counts without its blank line, an incomplete one does not."""
-        with contextlib.suppress(UpstreamFault):
+        with suppress(UpstreamFault):
             yield from self.feed(b"\n\n")
 
     def _joined(self, piece: bytes) -> tuple[dict | None, bytes]:
@@ -3081,7 +3080,7 @@ class MessageAssembler:
         if self._citations:
             block["citations"] = [*(block.get("citations") or ()), *self._citations]
         if block.get("partial_json"):
-            with contextlib.suppress(ValueError):   # cut by max_tokens: the text stays
+            with suppress(ValueError):   # cut by max_tokens: the text stays
                 block["input"] = json_within_bounds(block["partial_json"], LENIENT_JSON)
         self._grown.clear()
         self._citations = []
@@ -4325,7 +4324,7 @@ def limits_from_headers(headers: dict[str, str], now: float) -> list[dict]:
 
 
 def number_or_none(text: str | None) -> float | None:
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         number = float(text or "")
         return number if math.isfinite(number) else None
     return None
@@ -5665,7 +5664,7 @@ class UpstreamReply:
         self._closed = True
         if answered and not self.framing.done:
             deadline = time.monotonic() + 0.2
-            with contextlib.suppress(GatewayError, ClientGone):
+            with suppress(GatewayError, ClientGone):
                 for _, wait in self.pieces():
                     left = deadline - time.monotonic()
                     if left <= 0 or wait and not self._connection.polls.ready((wait.sock,), left):
@@ -5723,7 +5722,7 @@ class Upstream:
     def get(self, path: str, key: str | None = None, timeout: float = MODELS_TIMEOUT) -> dict:
         """GET a JSON object, with the gateway's credential or with an API key that the caller brought."""
         call = UpstreamCall(patience=timeout)
-        with contextlib.closing(self._ask("GET", path, None, {}, call, key=key)) as reply:
+        with closing(self._ask("GET", path, None, {}, call, key=key)) as reply:
             return json_object_from(reply.read())
 
     def models(self, key: str | None = None) -> list[dict] | None:
@@ -5755,11 +5754,11 @@ class Upstream:
         call = UpstreamCall(patience=patience, deadline=time.monotonic() + patience)
         try:
             reply = self._open("POST", url, "", data, dict(headers, **{"content-type": "application/json"}), call)
-            with contextlib.closing(reply):
+            with closing(reply):
                 body_read = reply.read(1_000_000)
         except UpstreamTimeout as fault:
             raise UpstreamTimeout("It has not answered within %g seconds." % patience) from fault
-        with contextlib.suppress(UpstreamFault):
+        with suppress(UpstreamFault):
             return reply.status, json_object_from(body_read)
         return reply.status, {}
 
@@ -5872,7 +5871,7 @@ def tls_context(ca_file: str, relax_x509: bool) -> ssl.SSLContext:
     if ca_file:
         usual = ssl.get_default_verify_paths()      # OpenSSL uses $SSL_CERT_FILE instead of these, not as well
         for kind, path in (("cafile", usual.openssl_cafile), ("capath", usual.openssl_capath)):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 context.load_verify_locations(**{kind: path})
         place = {"capath": ca_file} if os.path.isdir(ca_file) else {"cafile": ca_file}
         try:
@@ -5916,7 +5915,7 @@ def retry_after(headers: dict[str, str]) -> float | None:
     value = headers.get("retry-after", "")
     if re.match(r"\d+(\.\d+)?\Z", value):
         return float(value)
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
+    with suppress(TypeError, ValueError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
@@ -6046,7 +6045,7 @@ class EventLoop:
         self._thread = thread                       # now that there is one
 
     def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # then it has been rung often enough
+        with suppress(BlockingIOError):  # then it has been rung often enough
             self._button.send(b"!")
 
     def _run(self) -> None:
@@ -6159,7 +6158,7 @@ class EventLoop:
         if stream.unsent:                           # no error may follow half of something
             over, failure = False, ClientGone()
         stream.wait, stream.unsent = None, b""
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError):
             self._register(stream)
         stream.ended(over, failure)
 
@@ -6815,8 +6814,8 @@ def with_history(gateway: Gateway, incoming: Incoming) -> History:
         return History(incoming, [], given, compact)
     stored = gateway.responses.get(owner, text_of(response_id, "previous_response_id"))
     if stored is None:
-        raise InvalidRequest("previous_response_id: no response %s is stored here (they are kept in memory only)." %
-                             json.dumps(response_id), "previous_response_id", "previous_response_not_found")
+        raise invalid("previous_response_id", "no response %s is stored here (they are kept in memory only)." %
+                      json.dumps(response_id), "previous_response_not_found")
     earlier = within_budget(gateway, incoming, [*stored[1], *stored[2]])
     return History(incoming, earlier, given, compact, count_in(stored[0], "usage", "total_tokens"))
 
@@ -6931,10 +6930,10 @@ def response_input_items(gateway: Gateway, incoming: Incoming) -> Reply:
         items.reverse()
     limit = integer_of(query.get("limit", ["20"])[0], "limit")
     if not 1 <= limit <= 100:
-        raise InvalidRequest("limit: expected 1 to 100.", "limit", "invalid_value")
+        raise invalid("limit", "expected 1 to 100.")
     ids, after = [item["id"] for item in items], query.get("after", [""])[0]
     if after and after not in ids:
-        raise InvalidRequest("after: no item %s is in this list." % json.dumps(after), "after", "invalid_value")
+        raise invalid("after", "no item %s is in this list." % json.dumps(after))
     start = ids.index(after) + 1 if after else 0
     page = items[start:start + limit]
     return Reply({"object": "list", "data": page, "first_id": page[0]["id"] if page else "",
@@ -7022,7 +7021,7 @@ def prompts_of(body: dict) -> list[str]:
         raise InvalidRequest("prompt is required.", "prompt", "missing_required_parameter")
     prompts = [prompt] if isinstance(prompt, str) else list_of(prompt, "prompt")
     if len(prompts) > 128:                          # OpenAI accepts 2,048
-        raise InvalidRequest("prompt: at most 128 of them, as each is a call to Claude.", "prompt", "invalid_value")
+        raise invalid("prompt", "at most 128 of them, as each is a call to Claude.")
     for name, most in (("best_of", 1), ("logprobs", 0)):
         if optional(integer_of, body.get(name), name, 0) > most:
             raise InvalidRequest("%s: Claude gives one answer, without log probabilities." % name, name,
@@ -8071,7 +8070,7 @@ class RequestCycle:
         length = headers.get("content-length", "")
         if self.keep_alive and not self._body_begun and re.match(r"[0-9]{1,5}\Z", length) \
                 and "expect" not in headers and "transfer-encoding" not in headers:
-            with contextlib.suppress(OSError, GatewayError):
+            with suppress(OSError, GatewayError):
                 self._received(RequestFraming(int(length), self._limits.max_body), 2, 2)
         if self._body_unread:                       # or part of it: what follows is out of step
             self.keep_alive = False
@@ -8097,7 +8096,7 @@ class RequestCycle:
         self.client.send(self._head_bytes(status, headers) + (b"" if self._head.method == "HEAD" else body))
         if self._body_unread:                       # reads on for a moment, so that the client sees this and no reset
             deadline = time.monotonic() + 2
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._peer.sock.shutdown(socket.SHUT_WR)
                 while self._peer.read_within(2, deadline):
                     pass
@@ -8325,7 +8324,7 @@ class Listener(socketserver.ThreadingTCPServer):
         """Whether there is room for one more connection."""
         if self._connections.take():
             return True
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             request.settimeout(1)
             request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\n"
                             b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" %
@@ -8375,7 +8374,7 @@ class Service:
         """The first half of `close`: no new connections, no new requests on those that are there."""
         self.gateway.running.draining = True
         for listener in self.listeners:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 listener.socket.shutdown(socket.SHUT_RDWR)      # wakes its loop, where the system does so
             if self._started:
                 listener.shutdown()                 # would wait for ever for a loop that never ran
@@ -8615,7 +8614,7 @@ def wants_colour(stream: Any) -> bool:
 
 def columns_of_terminal(stream: Any = None) -> int:
     """The width of the terminal that a stream, or else standard error, is; 0 where it is none."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError):
         return os.get_terminal_size((stream or sys.stderr).fileno()).columns
     return 0
 
